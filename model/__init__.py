@@ -1,0 +1,1 @@
+"""The paper's language model in plain PyTorch.  Imports nothing of `server/`."""

@@ -1,0 +1,263 @@
+"""Softmax attention with constant cost per token, in three forms with one meaning.
+
+Heinsen, "Softmax Attention with Constant Cost per Token", 2024, arXiv 2404.05843. The similarity
+of a query and a key is the log of the dot product of their exponentials, so the output is a ratio
+of two sums over the past (eqs. 2 and 5),
+
+    y_t = sum_{i<=t} (sum_j exp(q_tj + k_ij)) v_i  /  sum_{i<=t} (sum_j exp(q_tj + k_ij)),
+
+and the whole past fits in a state of fixed size. Inside of the functions, per head:
+
+    q, k   query and key of a token                                             [d_k]
+    v      value of a token; with log values, the network gives log v           [d_v]
+    H_Z    log sum_i exp(k_i)                     the paper's state, eq. 6      [d_k]
+    H_S    log sum_i exp(k_i) v_i                 the paper's state, eq. 6      [d_k, d_v]
+    m      running maximum of k per key channel                                 [d_k]
+    n      running maximum of log v per value channel, only with log values     [d_v]
+    Z      sum_i exp(k_i - m)                     H_Z = m + log Z               [d_k]
+    S      sum_i exp(k_i - m) exp(log v_i - n)    H_S = m + n + log S           [d_k, d_v]
+    e      exp(q + m), scaled so that its largest channel is 1                  [d_k]
+    y      sum_j e_j S_j / sum_j e_j Z_j, times exp(n) with log values          [d_v]
+
+The state kept here is (m, Z, S, n): sums relative to a running maximum. In exact arithmetic it is
+the paper's (H_Z, H_S); in float32 it is far closer to it than logs of sums are.
+
+Queries, keys and values are `[batch, tokens, heads, d]`, states `[batch, heads, ...]`. With log
+values the argument `v` is log v and the result is log y. A padding token has k = -inf and v = -inf
+(0 with linear values); it leaves the state as it was, and its own output has no meaning.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EMPTY = -1e30
+"""Running maximum before the first token: below any key, yet finite: no difference is NaN."""
+
+CHUNK = 64
+"""Tokens whose mutual attention is one matrix product in `chunked`."""
+
+SMALLEST = 1e-28
+"""A sum relative to its largest term's reference may have lost terms if it is smaller than this."""
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """Sums over the past of a batch of sequences, relative to running maxima."""
+
+    m: Tensor
+    """`[batch, heads, d_k]`"""
+    z: Tensor
+    """`[batch, heads, d_k]`"""
+    s: Tensor
+    """`[batch, heads, d_k, d_v]`"""
+    n: Tensor | None
+    """`[batch, heads, d_v]` with log values, None with linear values"""
+
+    @staticmethod
+    def empty(
+        batch: int, heads: int, d_key: int, d_val: int, *, log_values: bool, like: Tensor
+    ) -> "AttentionState":
+        """The state before the first token, with dtype and device of `like`."""
+        return AttentionState(
+            m=like.new_full((batch, heads, d_key), EMPTY),
+            z=like.new_zeros((batch, heads, d_key)),
+            s=like.new_zeros((batch, heads, d_key, d_val)),
+            n=like.new_full((batch, heads, d_val), EMPTY) if log_values else None,
+        )
+
+    def to_paper(self) -> tuple[Tensor, Tensor]:
+        """(H_S, H_Z) of eq. 6; -inf where nothing has been summed.
+
+        With linear values H_S is the logarithm of |S|: the real form has no place for the sign.
+        """
+        scale = self.m.unsqueeze(-1)
+        if self.n is not None:
+            scale = scale + self.n.unsqueeze(-2)
+        return self.s.abs().log() + scale, self.z.log() + self.m
+
+    @staticmethod
+    def from_paper(h_s: Tensor, h_z: Tensor) -> "AttentionState":
+        """The inverse of `to_paper` with log values: h_s `[..., d_k, d_v]`, h_z `[..., d_k]`."""
+        m = h_z.clamp(min=EMPTY)
+        relative = h_s - m.unsqueeze(-1)
+        n = relative.amax(-2).clamp(min=EMPTY)
+        return AttentionState(m, (h_z - m).exp(), (relative - n.unsqueeze(-2)).exp(), n)
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, AttentionState], tuple[Tensor, AttentionState]]
+"""What `quadratic` and `chunked` share: (q, k, v, state) -> (y, state after the last token)."""
+
+
+def quadratic(
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState
+) -> tuple[Tensor, AttentionState]:
+    """The definition, eq. 1: every query against every key, all in logarithms. The oracle.
+
+    Compute and memory grow with the square of the number of tokens. A carried state enters as d_k
+    earlier tokens, one per key channel: key H_Z[j] in channel j alone, value S_j / Z_j.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    tokens, log_values = q.shape[2], state.n is not None
+    h_s, h_z = state.to_paper()
+    seen = torch.isfinite(h_z).all(-1)[..., None, None]
+    scores = torch.logsumexp(q.unsqueeze(3) + k.unsqueeze(2), -1)
+    future = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
+    scores = scores.masked_fill(future, -torch.inf)
+    scores = torch.cat([q + h_z.unsqueeze(2), scores], -1)
+    log_weights = scores - torch.logsumexp(scores, -1, keepdim=True)
+    if log_values:
+        past = torch.where(seen, h_s - h_z.unsqueeze(-1), 0.0)
+        values = torch.cat([past, v], 2)
+        y = torch.logsumexp(log_weights.unsqueeze(-1) + values.unsqueeze(2), 3)
+    else:
+        past = torch.where(seen, state.s / state.z.unsqueeze(-1), 0.0)
+        y = log_weights.exp() @ torch.cat([past, v], 2)
+    return y.transpose(1, 2), absorb(k.transpose(1, 2), v.transpose(1, 2), state)
+
+
+def absorb(k: Tensor, v: Tensor, state: AttentionState) -> AttentionState:
+    """The state after all tokens of k and v, without reading it: eq. 6 at the last token only."""
+    m = torch.maximum(state.m, k.amax(1))
+    weights = (k - m.unsqueeze(1)).exp().transpose(1, 2)
+    kept = (state.m - m).exp()
+    z = state.z * kept + weights.sum(2)
+    if state.n is None:
+        s = state.s * kept.unsqueeze(-1) + weights.mT @ v.transpose(1, 2)
+        return AttentionState(m, z, s, None)
+    n = torch.maximum(state.n, v.amax(1))
+    u = (v - n.unsqueeze(1)).exp().transpose(1, 2)
+    kept_s = kept.unsqueeze(-1) * (state.n - n).exp().unsqueeze(-2)
+    return AttentionState(m, z, state.s * kept_s + weights.mT @ u, n)
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, state: AttentionState) -> Tensor:
+    """One token for each sequence, updating `state` in place; the paper's recurrent mode.
+
+    q, k `[batch, heads, d_k]`, v `[batch, heads, d_v]` -> `[batch, heads, d_v]`. Cost and memory do
+    not depend on how many tokens the state has seen.
+    """
+    m = torch.maximum(state.m, k)
+    kept, weight = (state.m - m).exp_(), (k - m).exp_()
+    state.m.copy_(m)
+    state.z.mul_(kept).add_(weight)
+    if state.n is None:
+        state.s.mul_(kept.unsqueeze(-1)).addcmul_(weight.unsqueeze(-1), v.unsqueeze(-2))
+    else:
+        n = torch.maximum(state.n, v)
+        kept_v, u = (state.n - n).exp_(), (v - n).exp_()
+        state.n.copy_(n)
+        state.s.mul_(kept.unsqueeze(-1) * kept_v.unsqueeze(-2))
+        state.s.addcmul_(weight.unsqueeze(-1), u.unsqueeze(-2))
+    e = q + m
+    e = (e - e.amax(-1, keepdim=True)).exp_()
+    numerator = (e.unsqueeze(-2) @ state.s).squeeze(-2)
+    denominator = (e * state.z).sum(-1, keepdim=True)
+    return _ratio(numerator, denominator, state.n)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor, n: Tensor | None) -> Tensor:
+    """y, or log y with log values; finite even where a sum underflowed to zero."""
+    tiny = torch.finfo(numerator.dtype).tiny
+    denominator = denominator.clamp(min=tiny)
+    if n is None:
+        return numerator / denominator
+    return numerator.clamp(min=tiny).log() - denominator.log() + n
+
+
+def chunked(
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState
+) -> tuple[Tensor, AttentionState]:
+    """Many tokens at once as matrix products, from a carried state; differentiable.
+
+    Tokens are cut into chunks of 64. Within a chunk every exponential is relative to one reference
+    per channel, the running maximum at the chunk's end. Where keys or log-values rise by more
+    within a piece than float32 can hold, sums come out below `SMALLEST`; such a piece is computed
+    again in two halves, down to single tokens. Memory is linear in the number of tokens.
+    """
+    y, end, exact = _pieces(q, k, v, state)
+    if exact or q.shape[1] == 1:
+        return y, end
+    half = (q.shape[1] + 1) // 2
+    if half > CHUNK:
+        half = -(-half // CHUNK) * CHUNK
+    first, middle = chunked(q[:, :half], k[:, :half], v[:, :half], state)
+    second, end = chunked(q[:, half:], k[:, half:], v[:, half:], middle)
+    return torch.cat([first, second], 1), end
+
+
+def _pieces(
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState
+) -> tuple[Tensor, AttentionState, bool]:
+    """`chunked` without its fallback; the last result says whether every sum kept its digits."""
+    batch, tokens, heads = q.shape[:3]
+    size = min(CHUNK, tokens)
+    q, k, v = (
+        _into_chunks(x, size, pad) for x, pad in ((q, 0.0), (k, -torch.inf), (v, _pad(state)))
+    )
+
+    m, kept_m = _references(k.detach(), state.m)  # [batch, heads, chunks, d_k]
+    a = (k - m.unsqueeze(3)).exp()
+    n = kept = None
+    if state.n is None:
+        u, kept = v, kept_m.unsqueeze(-1)
+    else:
+        n, kept_n = _references(v.detach(), state.n)
+        u = (v - n.unsqueeze(3)).exp()
+        kept = kept_m.unsqueeze(-1) * kept_n.unsqueeze(-2)
+
+    z_before, z = _carry(a.sum(3), kept_m, state.z)
+    s_before, s = _carry(a.mT @ u, kept, state.s)
+
+    logits = q + m.unsqueeze(3)
+    peak = logits.detach().amax(-1, keepdim=True)
+    e = (logits - peak).exp()
+    weights = (e @ a.mT).tril()
+    numerator = torch.baddbmm(
+        (e @ s_before).flatten(0, 2), weights.flatten(0, 2), u.flatten(0, 2)
+    ).view(*weights.shape[:-1], -1)
+    denominator = weights.sum(-1, keepdim=True) + e @ z_before.unsqueeze(-1)
+    smallest = denominator if n is None else torch.minimum(numerator.amin(-1, True), denominator)
+    exact = bool(((smallest.detach() > SMALLEST) | (peak < EMPTY / 10)).all())
+    y = _ratio(numerator, denominator, None if n is None else n.unsqueeze(3))
+
+    y = y.permute(0, 2, 3, 1, 4).reshape(batch, -1, heads, y.shape[-1])[:, :tokens]
+    end = AttentionState(m[:, :, -1], z, s, None if n is None else n[:, :, -1])
+    return y, end, exact
+
+
+def _pad(state: AttentionState) -> float:
+    return 0.0 if state.n is None else -torch.inf
+
+
+def _into_chunks(x: Tensor, size: int, pad: float) -> Tensor:
+    """`[batch, tokens, heads, d]` -> `[batch, heads, chunks, size, d]`, padded at the end."""
+    missing = -x.shape[1] % size
+    if missing:
+        x = torch.cat([x, x.new_full((x.shape[0], missing, *x.shape[2:]), pad)], 1)
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:]).permute(0, 3, 1, 2, 4).contiguous()
+
+
+def _references(x: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+    """Running maximum at the end of each chunk, and what each chunk keeps of the sums before it.
+
+    x `[batch, heads, chunks, size, d]`, carried `[batch, heads, d]`; both results are
+    `[batch, heads, chunks, d]`.
+    """
+    at_end = torch.cat([carried.detach().unsqueeze(2), x.amax(3)], 2).cummax(2).values
+    return at_end[:, :, 1:], (at_end[:, :, :-1] - at_end[:, :, 1:]).exp()
+
+
+def _carry(sums: Tensor, kept: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums before each chunk, relative to the chunk's own reference, and the sum after the last.
+
+    sums, kept `[batch, heads, chunks, ...]`, carried `[batch, heads, ...]`.
+    """
+    before = []
+    for chunk in range(sums.shape[2]):
+        scaled = carried * kept[:, :, chunk]
+        before.append(scaled)
+        carried = scaled + sums[:, :, chunk]
+    return torch.stack(before, 2), carried

@@ -1,0 +1,37 @@
+"""The architecture of a network, as stored in a checkpoint's `config.json`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class ModelConfig(BaseModel):
+    """Arguments of the reference's `ModelConfig`, plus what serving needs to know.
+
+    The defaults are the paper's published network of 124.9 M parameters.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    vocab_sz: PositiveInt = 50304
+    d_emb: PositiveInt = 768
+    n_layers: PositiveInt = 24
+    n_heads: PositiveInt = 24
+    d_key: PositiveInt = 32
+    d_val: PositiveInt = 32
+
+    values: Literal["log", "linear"] = "log"
+    """`log`: the network computes log v and passes log y on (v > 0). `linear`: v of any sign."""
+
+    bos_token_id: TokenId | None = None
+    """Put before a text prompt that starts a fresh state. None: nothing is put there."""
+
+    eos_token_ids: tuple[TokenId, ...] = Field(default=(), strict=False)
+    """Tokens that end a generation. They are never part of the text."""
+
+    @property
+    def log_values(self) -> bool:
+        return self.values == "log"

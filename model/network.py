@@ -1,0 +1,265 @@
+"""The paper's language model: embedding, latent positions, residual layers of latent attention.
+
+Parameter names are those of the reference implementation, so its state dicts load unchanged. A
+sequence's state is the position state h, one vector, and one attention state (m, Z, S, n) per
+layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import EMPTY, Attention, AttentionState, absorb, chunked, step
+from model.config import ModelConfig
+from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
+
+
+@dataclass(frozen=True)
+class NetworkState:
+    """The latent state of a batch of sequences."""
+
+    h: Tensor
+    """`[batch, d_emb]`"""
+    layers: tuple[AttentionState, ...]
+
+    def detach(self) -> "NetworkState":
+        """The same values without the graph that computed them."""
+        return NetworkState(self.h.detach(), tuple(map(_detach, self.layers)))
+
+
+def _detach(state: AttentionState) -> AttentionState:
+    n = None if state.n is None else state.n.detach()
+    return AttentionState(state.m.detach(), state.z.detach(), state.s.detach(), n)
+
+
+class LatentPosition(nn.Module):
+    """Position embedding h_t = logaddexp(logsigmoid(a_t) + h_{t-1}, b_t), [a, b] = Linear(emb)."""
+
+    def __init__(self, d_emb: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(d_emb, 2 * d_emb)
+
+    def forward(self, emb: Tensor, h: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """emb `[batch, tokens, d_emb]`, h `[batch, d_emb]` -> all h_t, and the last one.
+
+        The composition of two steps (A1, b1) then (A2, b2) is (A1 + A2, logaddexp(A2 + b1, b2)), an
+        associative operation: the scan doubles its span log2(tokens) times, and unlike a difference
+        of cumulative sums it never subtracts large numbers.
+        """
+        decay, b = (x.to(h.dtype) for x in self._gates(emb))
+        if padding is not None:
+            decay = decay.masked_fill(padding.unsqueeze(-1), 0.0)
+            b = b.masked_fill(padding.unsqueeze(-1), EMPTY)
+        span = 1
+        while span < emb.shape[1]:
+            joined = torch.logaddexp(decay[:, span:] + b[:, :-span], b[:, span:])
+            b = torch.cat([b[:, :span], joined], 1)
+            decay = torch.cat([decay[:, :span], decay[:, span:] + decay[:, :-span]], 1)
+            span *= 2
+        all_h = torch.logaddexp(decay + h.unsqueeze(1), b)
+        return all_h, all_h[:, -1]
+
+    def step(self, emb: Tensor, h: Tensor) -> Tensor:
+        """One token: emb, h `[batch, d_emb]` -> the next h."""
+        decay, b = self._gates(emb)
+        return torch.logaddexp(decay + h, b)
+
+    def _gates(self, emb: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.dense(emb).chunk(2, -1)
+        return F.logsigmoid(a), b
+
+
+class Layer(nn.Module):
+    """x + FF2(attention(FF1(x))): the residual layer of the reference implementation."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d_emb, heads = config.d_emb, config.n_heads
+        self.split = (config.d_key, config.d_key, config.d_val)
+        self.heads = heads
+        self.feedforward1 = nn.Sequential(
+            nn.LayerNorm(d_emb), nn.Linear(d_emb, heads * sum(self.split))
+        )
+        self.feedforward2 = nn.Sequential(
+            nn.Linear(heads * config.d_val, 2 * d_emb),
+            nn.GLU(dim=-1),
+            nn.Linear(d_emb, d_emb, bias=False),
+        )
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x `[..., d_emb]` -> q, k `[..., heads, d_k]` and v, or log v, `[..., heads, d_v]`."""
+        q, k, v = self.feedforward1(x).unflatten(-1, (self.heads, -1)).split(self.split, -1)
+        return q, k, v
+
+    def merge(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add what attention read, y `[..., heads, d_v]`, to x `[..., d_emb]`."""
+        added: Tensor = self.feedforward2(y.flatten(-2))
+        return x + added
+
+    def forward(
+        self, x: Tensor, state: AttentionState, attention: Attention, padding: Tensor | None
+    ) -> tuple[Tensor, AttentionState]:
+        """x `[batch, tokens, d_emb]` -> the same shape, and the state after the last token."""
+        q, k, v = self.project(x)
+        with torch.autocast(x.device.type, enabled=False):
+            q, k, v = (t.to(state.m.dtype) for t in (q, k, v))
+            if padding is not None:
+                k, v = mask_padding(k, v, padding, log_values=state.n is not None)
+            y, state = attention(q, k, v, state)
+        if padding is not None:
+            y = y.masked_fill(padding[..., None, None], 0.0)
+        return self.merge(x, y.to(x.dtype)), state
+
+
+def mask_padding(
+    k: Tensor, v: Tensor, padding: Tensor, *, log_values: bool
+) -> tuple[Tensor, Tensor]:
+    """Make the tokens where `padding` `[batch, tokens]` holds leave a state as it was."""
+    mask = padding[..., None, None]
+    return k.masked_fill(mask, -torch.inf), v.masked_fill(mask, -torch.inf if log_values else 0.0)
+
+
+class LanguageModel(nn.Module):
+    """The paper's network (section 4): trained by `forward`, served by `prefill` and `step`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_sz, config.d_emb)
+        self.embed_pos = LatentPosition(config.d_emb)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+        self.lnorm = nn.LayerNorm(config.d_emb)
+        bound = config.d_emb**-0.5
+        nn.init.uniform_(self.embed.weight, -bound, bound)
+
+    @property
+    def _layers(self) -> list[Layer]:
+        return cast("list[Layer]", list(self.layers))
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def state_spec(self) -> StateSpec:
+        """What one sequence's state consists of, at any length of the sequence."""
+        c = self.config
+        dtype = "float64" if self.embed.weight.dtype == torch.float64 else "float32"
+        heads = (c.n_layers, c.n_heads)
+        tensors = [
+            TensorSpec("h", (1, c.d_emb), dtype, 0.0),
+            TensorSpec("m", (*heads, c.d_key), dtype, EMPTY),
+            TensorSpec("z", (*heads, c.d_key), dtype, 0.0),
+            TensorSpec("s", (*heads, c.d_key, c.d_val), dtype, 0.0),
+        ]
+        if c.log_values:
+            tensors.append(TensorSpec("n", (*heads, c.d_val), dtype, EMPTY))
+        return StateSpec(tuple(tensors))
+
+    def new_pool(self, num_rows: int) -> StatePool:
+        """States before the first token, on the device of the weights."""
+        return StatePool(self.state_spec, num_rows, self.device)
+
+    def empty_state(self, batch: int) -> NetworkState:
+        """The state before the first token, for `forward`."""
+        pool = self.new_pool(batch)
+        return NetworkState(pool.tensors["h"][0], _layer_states(pool))
+
+    def forward(
+        self, token_ids: Tensor, state: NetworkState, attention: Attention = chunked
+    ) -> tuple[Tensor, NetworkState]:
+        """Logits of every token, differentiable in the weights and the state.
+
+        token_ids `[batch, tokens]` -> logits `[batch, tokens, vocab_sz]` and the state at the end.
+        """
+        emb = self.embed(token_ids)
+        all_h, h = self.embed_pos(emb, state.h, None)
+        x, layers = emb + all_h, []
+        for layer, carried in zip(self._layers, state.layers, strict=True):
+            x, after = layer(x, carried, attention, None)
+            layers.append(after)
+        return self._logits(x), NetworkState(h, tuple(layers))
+
+    @torch.inference_mode()
+    def prefill(
+        self, token_ids: Tensor, lengths: Sequence[int], pool: StatePool, rows: Sequence[int]
+    ) -> None:
+        """Advance `rows` by the first `lengths[i]` tokens of each sequence; no logits are computed.
+
+        token_ids `[batch, tokens]`; what is beyond a sequence's length is ignored.
+        """
+        padding = None
+        if min(lengths) < token_ids.shape[1]:
+            ends = torch.tensor(lengths, device=token_ids.device)
+            padding = torch.arange(token_ids.shape[1], device=token_ids.device) >= ends.unsqueeze(1)
+        index = _index(pool, rows)
+        emb = self.embed(token_ids)
+        h = pool.tensors["h"][0]
+        all_h, h[index] = self.embed_pos(emb, h[index], padding)
+        x = emb + all_h
+        *inner, last = zip(self._layers, _layer_states(pool), strict=True)
+        for layer, states in inner:
+            x, after = layer(x, _select(states, index), chunked, padding)
+            _assign(states, index, after)
+        layer, states = last
+        _, k, v = layer.project(x)
+        if padding is not None:
+            k, v = mask_padding(k, v, padding, log_values=self.config.log_values)
+        _assign(states, index, absorb(k, v, _select(states, index)))
+
+    @torch.inference_mode()
+    def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
+        """Advance `rows` by one token each: token_ids `[batch]` -> logits `[batch, vocab_sz]`."""
+        index = _index(pool, rows)
+        emb = self.embed(token_ids)
+        h = pool.tensors["h"][0]
+        h[index] = after = self.embed_pos.step(emb, h[index])
+        x = emb + after
+        for layer, states in zip(self._layers, _layer_states(pool), strict=True):
+            selected = _select(states, index)
+            q, k, v = layer.project(x)
+            x = layer.merge(x, step(q, k, v, selected))
+            if not isinstance(index, slice):
+                _assign(states, index, selected)
+        return self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(self.lnorm(x), self.embed.weight)
+
+
+Index = slice | Tensor
+
+
+def _index(pool: StatePool, rows: Sequence[int]) -> Index:
+    """Consecutive rows are read and written in place; any others by gather and scatter."""
+    run = contiguous_run(rows)
+    return torch.tensor(rows, device=pool.device) if run is None else run
+
+
+def _layer_states(pool: StatePool) -> tuple[AttentionState, ...]:
+    """The states of all rows, layer by layer, as views of the pool."""
+    m, z, s, n = (pool.tensors.get(name) for name in ("m", "z", "s", "n"))
+    if m is None or z is None or s is None:
+        raise ValueError("the pool was not made by LanguageModel.new_pool")
+    return tuple(
+        AttentionState(m[i], z[i], s[i], None if n is None else n[i]) for i in range(len(m))
+    )
+
+
+def _select(state: AttentionState, index: Index) -> AttentionState:
+    n = None if state.n is None else state.n[index]
+    return AttentionState(state.m[index], state.z[index], state.s[index], n)
+
+
+def _assign(state: AttentionState, index: Index, values: AttentionState) -> None:
+    state.m[index], state.z[index], state.s[index] = values.m, values.z, values.s
+    if state.n is not None and values.n is not None:
+        state.n[index] = values.n

@@ -1,0 +1,97 @@
+"""The latent state of many sequences: fixed-size rows in preallocated tensors.
+
+A network names the tensors that make up one sequence's state in a `StateSpec`. Everything outside
+`model/` handles states only through that list: as rows of a `StatePool` or as bytes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a sequence's state: its name, shape, dtype and value before the first token."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    initial: float
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """All tensors of one sequence's state. Their order is the order of the bytes of a row."""
+
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+
+class StatePool:
+    """`num_rows` states side by side on one device.
+
+    The first axis of each state tensor counts layers; rows come second, so that one layer's states
+    are one contiguous block: a spec shape `[layers, ...]` is stored as `[layers, num_rows, ...]`.
+    """
+
+    def __init__(self, spec: StateSpec, num_rows: int, device: torch.device) -> None:
+        self.spec = spec
+        self.num_rows = num_rows
+        self.device = device
+        self.tensors: dict[str, Tensor] = {}
+        for tensor in spec.tensors:
+            layers, *per_row = tensor.shape
+            shape = (layers, num_rows, *per_row)
+            self.tensors[tensor.name] = torch.full(
+                shape, tensor.initial, dtype=DTYPES[tensor.dtype], device=device
+            )
+
+    def reset(self, row: int) -> None:
+        """Make the row the state before the first token."""
+        for tensor in self.spec.tensors:
+            self.tensors[tensor.name][:, row] = tensor.initial
+
+    def copy(self, source: int, target: int) -> None:
+        """Overwrite row `target` with row `source`."""
+        for values in self.tensors.values():
+            values[:, target] = values[:, source]
+
+    def export_row(self, row: int) -> bytes:
+        """The row's tensors as little-endian bytes, one after another in the order of the spec."""
+        parts = (self.tensors[t.name][:, row].contiguous().cpu() for t in self.spec.tensors)
+        return b"".join(part.numpy().tobytes() for part in parts)
+
+    def import_row(self, row: int, data: bytes) -> None:
+        """Overwrite the row with bytes made by `export_row`.
+
+        Raises ValueError when the length is not that of this pool's rows.
+        """
+        if len(data) != self.spec.num_bytes:
+            raise ValueError(
+                f"a state of this model has {self.spec.num_bytes} bytes, not {len(data)}"
+            )
+        start, buffer = 0, bytearray(data)
+        for tensor in self.spec.tensors:
+            dtype = DTYPES[tensor.dtype]
+            count = math.prod(tensor.shape)
+            values = torch.frombuffer(buffer, dtype=dtype, count=count, offset=start)
+            self.tensors[tensor.name][:, row] = values.view(tensor.shape).to(self.device)
+            start += tensor.num_bytes
+
+
+def contiguous_run(rows: Sequence[int]) -> slice | None:
+    """The rows as a slice if they are consecutive and rising, else None."""
+    run = slice(rows[0], rows[0] + len(rows))
+    return run if all(row == run.start + i for i, row in enumerate(rows)) else None
