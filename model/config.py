@@ -1,8 +1,8 @@
 """The architecture of a network, as stored in a checkpoint's `config.json`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
@@ -35,3 +35,10 @@ class ModelConfig(BaseModel):
     @property
     def log_values(self) -> bool:
         return self.values == "log"
+
+    @model_validator(mode="after")
+    def _tokens_are_in_the_vocabulary(self) -> Self:
+        ids = {*self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])}
+        if outside := [token_id for token_id in sorted(ids) if token_id >= self.vocab_sz]:
+            raise ValueError(f"token id {outside[0]} is not below vocab_sz {self.vocab_sz}")
+        return self

@@ -5,7 +5,7 @@ sequence's state is the position state h, one vector, and one attention state (m
 layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,12 +28,25 @@ class NetworkState:
 
     def detach(self) -> "NetworkState":
         """The same values without the graph that computed them."""
-        return NetworkState(self.h.detach(), tuple(map(_detach, self.layers)))
+        return _combine(lambda x: x.detach(), self)
+
+    def replace(self, chosen: Tensor, other: "NetworkState") -> "NetworkState":
+        """`other` for the sequences where `chosen` `[batch]` holds, self for the rest."""
+
+        def select(own: Tensor, others: Tensor) -> Tensor:
+            return torch.where(chosen.view(-1, *[1] * (own.dim() - 1)), others, own)
+
+        return _combine(select, self, other)
 
 
-def _detach(state: AttentionState) -> AttentionState:
-    n = None if state.n is None else state.n.detach()
-    return AttentionState(state.m.detach(), state.z.detach(), state.s.detach(), n)
+def _combine(function: Callable[..., Tensor], *states: NetworkState) -> NetworkState:
+    """Apply a function to each tensor of a state, or to the same tensors of several."""
+    layers = []
+    for same in zip(*(state.layers for state in states), strict=True):
+        m, z, s = (function(*(getattr(a, name) for a in same)) for name in ("m", "z", "s"))
+        n = [a.n for a in same]
+        layers.append(AttentionState(m, z, s, None if n[0] is None else function(*n)))
+    return NetworkState(function(*(state.h for state in states)), tuple(layers))
 
 
 class LatentPosition(nn.Module):
@@ -170,8 +183,17 @@ class LanguageModel(nn.Module):
 
     def empty_state(self, batch: int) -> NetworkState:
         """The state before the first token, for `forward`."""
-        pool = self.new_pool(batch)
+        return self.read_state(self.new_pool(batch))
+
+    def read_state(self, pool: StatePool) -> NetworkState:
+        """All rows of a pool as one batch; its tensors are views of the pool's."""
         return NetworkState(pool.tensors["h"][0], _layer_states(pool))
+
+    def write_state(self, state: NetworkState, pool: StatePool) -> None:
+        """Overwrite all rows of a pool."""
+        pool.tensors["h"][0] = state.h
+        for rows, values in zip(_layer_states(pool), state.layers, strict=True):
+            _assign(rows, slice(None), values)
 
     def forward(
         self, token_ids: Tensor, state: NetworkState, attention: Attention = chunked

@@ -1,0 +1,184 @@
+"""A checkpoint: a folder with everything that it takes to serve a model.
+
+config.json           the arguments of ModelConfig
+model.safetensors     the weights, under the reference implementation's parameter names
+tokenizer.json        the format of the `tokenizers` library
+chat_template.jinja   messages to prompt text; optional
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from model import tokenizer
+from model.config import ModelConfig
+from model.network import LanguageModel
+from model.tokenizer import Tokenizer, TokenizerError
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+"""The default checkpoint."""
+
+CONFIG, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "chat_template.jinja",
+)
+
+
+class CheckpointError(ValueError):
+    """The checkpoint cannot be used; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model ready to run."""
+
+    network: LanguageModel
+    tokenizer: Tokenizer
+    chat_template: str | None
+    fingerprint: str
+    """Hash of config, weights and tokenizer: states of one fingerprint mean the same."""
+
+
+def load(folder: Path, device: torch.device) -> Checkpoint:
+    """Read a checkpoint; weights become float32. Raises CheckpointError."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    template = folder / CHAT_TEMPLATE
+    try:
+        config = read_config(folder / CONFIG)
+        network = build(config, read_weights(folder / WEIGHTS), folder / WEIGHTS, device)
+        words = tokenizer.read(folder / TOKENIZER)
+        return Checkpoint(
+            network=network,
+            tokenizer=check_tokenizer(words, config, folder / TOKENIZER),
+            chat_template=template.read_text("utf-8") if template.exists() else None,
+            fingerprint=_fingerprint(folder),
+        )
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename}: missing from the checkpoint") from error
+    except (OSError, TokenizerError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def save(
+    folder: Path,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    words: Tokenizer,
+    chat_template: str | None,
+) -> None:
+    """Write or replace a checkpoint. Each file is complete or not there, also after a power cut."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    write_file(folder / TOKENIZER, words.to_json().encode())
+    if chat_template is not None:
+        write_file(folder / CHAT_TEMPLATE, chat_template.encode())
+    write_file(folder / WEIGHTS, safetensors.torch.save(tensors))
+    write_file(folder / CONFIG, config.model_dump_json(indent=2).encode() + b"\n")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write under a temporary name, flush to the disk, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Raises CheckpointError for unknown keys, missing values and values out of range."""
+    try:
+        return ModelConfig.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()
+        )
+        raise CheckpointError(f"{path}: {problems}") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from `.safetensors`, or from `.pt`/`.pth` without running any code of it.
+
+    Raises CheckpointError when the file is neither.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises many types for a malformed or foreign file
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{path}: not a file of plain tensors: {reason}") from error
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{path}: not a state dict (a mapping of names to tensors)")
+    return content
+
+
+def build(
+    config: ModelConfig, weights: Mapping[str, Tensor], source: Path, device: torch.device
+) -> LanguageModel:
+    """The network with these weights in float32; every parameter must be there, and no other."""
+    with torch.device("meta"):
+        network = LanguageModel(config)
+    expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}
+    if missing := [name for name in expected if name not in weights]:
+        raise CheckpointError(f"{source}: {_some(missing)} missing")
+    if unexpected := [name for name in weights if name not in expected]:
+        raise CheckpointError(f"{source}: {_some(unexpected)} not part of this network")
+    for name, shape in expected.items():
+        tensor = weights[name]
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{source}: {name} is {list(tensor.shape)}, the config says {list(shape)}"
+            )
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{source}: {name} is not all finite numbers")
+    converted = {n: w.to(device, torch.float32, copy=False) for n, w in weights.items()}
+    network.load_state_dict(converted, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def check_tokenizer(words: Tokenizer, config: ModelConfig, source: Path) -> Tokenizer:
+    """The tokenizer, if the network has an embedding for each of its tokens."""
+    if words.num_tokens > config.vocab_sz:
+        raise CheckpointError(
+            f"{source}: {words.num_tokens} tokens, but the network has vocab_sz {config.vocab_sz}"
+        )
+    return words
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def _fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS, TOKENIZER):
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,126 @@
+"""Training text: documents from files, and their tokens in lanes of consecutive chunks."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SEPARATOR = "<|endoftext|>"
+IGNORED = -100
+"""Target of a position without a next token; cross entropy's default `ignore_index`."""
+
+SORTED_TOGETHER = 64
+"""Documents per lane whose order is by length, so that lanes start new ones at the same time."""
+
+
+def read_documents(path: Path) -> list[str]:
+    """Documents of a `.txt`, separated by `<|endoftext|>`, or of a `.jsonl` with `text` (`title`).
+
+    Raises ValueError naming the file, and the line of a `.jsonl`, when it is malformed.
+    """
+    try:
+        content = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+    if path.suffix == ".jsonl":
+        texts = [_titled(path, i, line) for i, line in enumerate(content.splitlines(), 1) if line]
+    else:
+        texts = content.split(SEPARATOR)
+    return [text.strip() for text in texts if text.strip()]
+
+
+def _titled(path: Path, number: int, line: str) -> str:
+    try:
+        story = json.loads(line)
+        return f"{story['title']}\n\n{story['text']}" if "title" in story else str(story["text"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}, line {number}: not an object with a text: {error}") from error
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One chunk of every lane."""
+
+    inputs: Tensor
+    """`[lanes, tokens]`"""
+    targets: Tensor
+    """The next tokens; `IGNORED` behind a document's end. `[lanes, tokens]`"""
+    fresh: Tensor
+    """Lanes whose chunk begins a document. `[lanes]`, bool"""
+
+
+class Lanes:
+    """Endless batches in which each lane reads one document after another, chunk by chunk.
+
+    A lane begins a document only at the start of a chunk, so its latent state can be carried from
+    batch to batch and be empty exactly where a document begins.
+    """
+
+    def __init__(
+        self, documents: Sequence[Tensor], num_lanes: int, chunk_tokens: int, seed: int
+    ) -> None:
+        if not documents:
+            raise ValueError("there is no document to train on")
+        self._documents = documents
+        self._chunk_tokens = chunk_tokens
+        self._seed = seed
+        self._taken = 0
+        self._order: list[int] = []
+        self._document = [-1] * num_lanes
+        self._offset = [0] * num_lanes
+
+    def next(self) -> Batch:
+        """The batch after the last one."""
+        chunks, fresh = [], []
+        for lane, document in enumerate(self._document):
+            begins = document < 0
+            if begins:
+                self._document[lane], self._offset[lane] = self._take(), 0
+            start = self._offset[lane]
+            tokens = self._documents[self._document[lane]]
+            chunks.append(tokens[start : start + self._chunk_tokens + 1])
+            fresh.append(begins)
+            self._offset[lane] = start + self._chunk_tokens
+            if self._offset[lane] + 1 >= len(tokens):
+                self._document[lane] = -1
+        padded = torch.nn.utils.rnn.pad_sequence(chunks, batch_first=True, padding_value=IGNORED)
+        return Batch(padded[:, :-1].clamp(min=0), padded[:, 1:], torch.tensor(fresh))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where every lane stands; the documents, lanes and seed must be the same again."""
+        return {"taken": self._taken, "document": self._document, "offset": self._offset}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was taken."""
+        self._taken = state["taken"]
+        self._document, self._offset = list(state["document"]), list(state["offset"])
+        self._order = self._shuffled(self._taken // len(self._documents))
+
+    def _take(self) -> int:
+        epoch, place = divmod(self._taken, len(self._documents))
+        if place == 0:
+            self._order = self._shuffled(epoch)
+        self._taken += 1
+        return self._order[place]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        order = list(range(len(self._documents)))
+        shuffle = random.Random(f"{self._seed} {epoch}")
+        shuffle.shuffle(order)
+        size = SORTED_TOGETHER * len(self._document)
+        blocks = [
+            sorted(order[i : i + size], key=lambda d: len(self._documents[d]))
+            for i in range(0, len(order), size)
+        ]
+        groups = [
+            block[i : i + len(self._document)]
+            for block in blocks
+            for i in range(0, len(block), len(self._document))
+        ]
+        shuffle.shuffle(groups)
+        return [document for group in groups for document in group]

@@ -1,0 +1,64 @@
+"""Held-out bits per byte: what a model needs to tell a text, whatever its tokenizer.
+
+python -m model.evaluate CHECKPOINT FILE...
+"""
+
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from model import checkpoint
+from model.corpus import read_documents
+from model.network import LanguageModel
+from model.tokenizer import Tokenizer
+
+LANES = 16
+CHUNK_TOKENS = 512
+
+
+@torch.inference_mode()
+def bits_per_byte(network: LanguageModel, words: Tokenizer, documents: Iterable[str]) -> float:
+    """-log2 of the documents' probability, their ends included, over their UTF-8 bytes.
+
+    Each document starts from a fresh state and is read to its end, whatever its length.
+    """
+    ends = network.config.eos_token_ids[:1]
+    start = [network.config.bos_token_id or 0]
+    texts = sorted(documents, key=len)
+    nats = 0.0
+    for first in range(0, len(texts), LANES):
+        group = texts[first : first + LANES]
+        ids = [torch.tensor([*start, *encoded, *ends]) for encoded in words.encode_batch(group)]
+        tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
+        inputs, targets = tokens[:, :-1].clamp(min=0), tokens[:, 1:]
+        state = network.empty_state(len(group))
+        chunks = zip(
+            torch.split(inputs, CHUNK_TOKENS, 1), torch.split(targets, CHUNK_TOKENS, 1), strict=True
+        )
+        for chunk, target in chunks:
+            logits, state = network(chunk.to(network.device), state)
+            wanted = target.to(network.device).flatten()
+            nats += float(F.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum"))
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+def main(arguments: list[str]) -> None:
+    """Print the bits per byte of each file."""
+    if len(arguments) < 2:
+        sys.exit(__doc__)
+    folder, *files = map(Path, arguments)
+    try:
+        loaded = checkpoint.load(folder, torch.device("cpu"))
+        for file in files:
+            value = bits_per_byte(loaded.network, loaded.tokenizer, read_documents(file))
+            print(f"{value:.4f} bits per byte  {file.name}")
+    except (checkpoint.CheckpointError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

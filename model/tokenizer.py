@@ -1,0 +1,129 @@
+"""Byte-level BPE: text to token ids and back, also one token at a time.
+
+A token of a byte-level vocabulary stands for a sequence of bytes, so every string has an encoding
+and decodes to itself. A character may be spread over several tokens.
+"""
+
+import codecs
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+
+class TokenizerError(ValueError):
+    """The file is not a tokenizer that this program can use."""
+
+
+class Tokenizer:
+    """A byte-level tokenizer of the `tokenizers` library, and the bytes of each of its tokens."""
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        """Raises TokenizerError when the tokenizer is not byte-level."""
+        self._inner = inner
+        settings = json.loads(inner.to_str())
+        decoder = (settings.get("decoder") or {}).get("type")
+        if decoder != "ByteLevel":
+            raise TokenizerError(f"the tokenizer's decoder must be ByteLevel, not {decoder}")
+        self.special_tokens: dict[str, int] = {
+            token["content"]: token["id"] for token in settings["added_tokens"] if token["special"]
+        }
+        added = {token["id"] for token in settings["added_tokens"]}
+        byte_of = _byte_of_character()
+        self.token_bytes: list[bytes] = [b""] * self.num_tokens
+        for token, token_id in inner.get_vocab().items():
+            if token_id in added:
+                self.token_bytes[token_id] = b"" if token in self.special_tokens else token.encode()
+            else:
+                self.token_bytes[token_id] = bytes(byte_of[character] for character in token)
+
+    @staticmethod
+    def from_json(text: str) -> "Tokenizer":
+        """Reads the format of `tokenizer.json`. Raises TokenizerError."""
+        try:
+            inner = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises plain Exception for a malformed file
+            raise TokenizerError(f"not a tokenizer: {error}") from error
+        return Tokenizer(inner)
+
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json`."""
+        return self._inner.to_str(pretty=True)
+
+    @property
+    def num_tokens(self) -> int:
+        """One more than the largest token id."""
+        return 1 + max(self._inner.get_vocab().values())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. The names of special tokens in it stand for those tokens."""
+        return list(self._inner.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts at once, in parallel."""
+        encodings = self._inner.encode_batch(list(texts), add_special_tokens=False)
+        return [list(encoding.ids) for encoding in encodings]
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Text of a whole sequence; special tokens have none."""
+        return b"".join(map(self.bytes_of, token_ids)).decode("utf-8", "replace")
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token adds to the text; nothing for special tokens and ids without a token."""
+        return self.token_bytes[token_id] if token_id < len(self.token_bytes) else b""
+
+
+class Detokenizer:
+    """Text of a growing sequence of tokens, never with half a character.
+
+    Bytes that begin a character wait until it is complete; they can be carried over to another
+    Detokenizer, so that a text may be continued later.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, undecoded: bytes = b"") -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.decode(undecoded)
+
+    def push(self, token_id: int) -> str:
+        """The characters that the token completes."""
+        return self._decoder.decode(self._tokenizer.bytes_of(token_id))
+
+    @property
+    def undecoded(self) -> bytes:
+        """The bytes, at most three, that wait for the rest of their character."""
+        return self._decoder.getstate()[0]
+
+
+def train(texts: Iterable[str], num_tokens: int, special_tokens: Sequence[str]) -> Tokenizer:
+    """Byte-level BPE over the texts; the special tokens get the lowest ids."""
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=num_tokens,
+        special_tokens=list(special_tokens),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return Tokenizer(inner)
+
+
+def read(path: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`. Raises TokenizerError naming the file, or OSError."""
+    try:
+        return Tokenizer.from_json(path.read_text("utf-8"))
+    except (TokenizerError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path}: {error}") from error
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The byte-level alphabet: printable Latin-1 is itself, other bytes are 256, 257 and so on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }

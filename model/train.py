@@ -1,0 +1,294 @@
+"""Train a checkpoint on text; start it again with the same arguments to go on where it stopped.
+
+    python -m model.train --out runs/tales --train tales.txt --valid held_out.txt --tokens 20000000
+
+Truncated backpropagation through time: each lane of the batch reads a document in consecutive
+chunks, and its latent state is carried from one to the next without its gradient.
+"""
+
+import dataclasses
+import itertools
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor, nn
+
+from model import checkpoint, tokenizer
+from model.config import ModelConfig
+from model.corpus import Lanes, read_documents
+from model.evaluate import bits_per_byte
+from model.network import LanguageModel
+from model.tokenizer import Tokenizer
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == "assistant" -%}
+<|assistant|>{{ message.content }}<|end|>
+{%- else -%}
+<|user|>{{ message.content }}<|end|>
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
+"""
+TRAIN_STATE = "train_state.pt"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate over the training: linear warm-up, then a half cosine down to a tenth."""
+
+    peak: float
+    warmup_tokens: int
+    total_tokens: int
+
+    def learning_rate(self, tokens: int) -> float:
+        """At the step that begins after this many tokens."""
+        if tokens < self.warmup_tokens:
+            return self.peak * (tokens + 1) / self.warmup_tokens
+        done = (tokens - self.warmup_tokens) / max(1, self.total_tokens - self.warmup_tokens)
+        return self.peak * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What must stay the same when a training is taken up again."""
+
+    train: tuple[str, ...]
+    tokens: int
+    lanes: int
+    chunk_tokens: int
+    document_tokens: int
+    learning_rate: float
+    weight_decay: float
+    seed: int
+
+
+class Trainer:
+    """A network, its optimizer, and where the lanes and their latent states stand."""
+
+    def __init__(self, network: LanguageModel, documents: list[Tensor], recipe: Recipe) -> None:
+        self.network = network
+        self.recipe = recipe
+        self.lanes = Lanes(documents, recipe.lanes, recipe.chunk_tokens, recipe.seed)
+        self.schedule = Schedule(recipe.learning_rate, recipe.tokens // 50, recipe.tokens)
+        self.optimizer = _optimizer(network, recipe.weight_decay)
+        self.tokens = 0
+        self._fresh = network.empty_state(recipe.lanes)
+        self._state = self._fresh
+
+    def step(self) -> float:
+        """One optimizer step on one chunk of every lane; the mean loss in nats per token."""
+        network, batch = self.network, self.lanes.next()
+        inputs, targets, fresh = (
+            t.to(network.device) for t in (batch.inputs, batch.targets, batch.fresh)
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate(self.tokens)
+        cuda = network.device.type == "cuda"
+        with torch.autocast(network.device.type, torch.bfloat16, enabled=cuda):
+            state = self._state.replace(fresh, self._fresh)
+            logits, state = network(inputs, state)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        self.optimizer.step()
+        self._state = state.detach()
+        self.tokens += int((batch.targets >= 0).sum())
+        return float(loss.detach())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights, as plain tensors and numbers."""
+        pool = self.network.new_pool(self.recipe.lanes)
+        self.network.write_state(self._state, pool)
+        return {
+            "recipe": dataclasses.asdict(self.recipe),
+            "tokens": self.tokens,
+            "lanes": self.lanes.state_dict(),
+            "latent": pool.tensors,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError naming the setting that differs from the saved training's."""
+        for name, value in dataclasses.asdict(self.recipe).items():
+            if saved["recipe"][name] != value:
+                raise ValueError(f"{name} was {saved['recipe'][name]}, now it is {value}")
+        self.tokens = saved["tokens"]
+        self.lanes.load_state_dict(saved["lanes"])
+        pool = self.network.new_pool(self.recipe.lanes)
+        pool.tensors.update({k: v.to(pool.device) for k, v in saved["latent"].items()})
+        self._state = self.network.read_state(pool)
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+
+def _optimizer(network: LanguageModel, weight_decay: float) -> torch.optim.AdamW:
+    """Weights of matrices decay, biases and layer norms do not."""
+    decayed = [p for p in network.parameters() if p.dim() > 1]
+    others = [p for p in network.parameters() if p.dim() <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay)
+
+
+def encode_documents(
+    words: Tokenizer, texts: list[str], config: ModelConfig, longest: int
+) -> list[Tensor]:
+    """Each text between `bos` and `eos`; long ones in pieces that begin with `bos` too."""
+    start = [] if config.bos_token_id is None else [config.bos_token_id]
+    documents = []
+    for ids in words.encode_batch(texts):
+        pieces = [ids[i : i + longest] for i in range(0, len(ids), longest)]
+        pieces[-1] = [*pieces[-1], *config.eos_token_ids[:1]]
+        documents += [torch.tensor([*start, *piece]) for piece in pieces if start or len(piece) > 1]
+    return documents
+
+
+def _prepare(
+    out: Path, init: Path | None, texts: list[str], shape: ModelConfig, device: torch.device
+) -> tuple[LanguageModel, Tokenizer]:
+    """The network to train: that of `out`, else of `init`, else a new one with a new tokenizer."""
+    source = out if (out / TRAIN_STATE).exists() else init
+    if source is not None:
+        loaded = checkpoint.load(source, device)
+        return loaded.network.requires_grad_(True).train(), loaded.tokenizer
+    words = tokenizer.train(texts, shape.vocab_sz, SPECIAL_TOKENS)
+    special = words.special_tokens
+    config = shape.model_copy(
+        update={
+            "bos_token_id": special["<|endoftext|>"],
+            "eos_token_ids": (special["<|endoftext|>"], special["<|end|>"]),
+        }
+    )
+    return LanguageModel(config).to(device), words
+
+
+def _save(out: Path, trainer: Trainer, words: Tokenizer) -> None:
+    network = trainer.network
+    checkpoint.save(out, network.config, network.state_dict(), words, CHAT_TEMPLATE)
+    torch.save(trainer.state_dict(), out / f".{TRAIN_STATE}")
+    (out / f".{TRAIN_STATE}").replace(out / TRAIN_STATE)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens  {task.fields[speed]:.0f}/s  loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[held_out]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint, also to go on from.")],
+    train: Annotated[list[Path], typer.Option(help="Text to train on (.txt, .jsonl); repeatable.")],
+    valid: Annotated[list[Path], typer.Option(help="Text held out; repeatable.")],
+    init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on in all.")] = 20_000_000,
+    lanes: Annotated[int, typer.Option(min=1)] = 16,
+    chunk_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    document_tokens: Annotated[int, typer.Option(min=2, help="Longer texts are cut.")] = 4096,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 3e-3,
+    weight_decay: Annotated[float, typer.Option(min=0)] = 0.1,
+    vocab_sz: Annotated[int, typer.Option(min=300)] = 4096,
+    d_emb: Annotated[int, typer.Option(min=1)] = 256,
+    n_layers: Annotated[int, typer.Option(min=1)] = 6,
+    n_heads: Annotated[int, typer.Option(min=1)] = 8,
+    d_key: Annotated[int, typer.Option(min=1)] = 32,
+    d_val: Annotated[int, typer.Option(min=1)] = 32,
+    save_every_s: Annotated[float, typer.Option(help="Seconds between saved states.")] = 300,
+    held_out_documents: Annotated[int, typer.Option(help="Of each file, while training.")] = 40,
+    seed: int = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda if there is one.")] = "",
+) -> None:
+    """Train on text and write a checkpoint."""
+    console = Console()
+    torch.manual_seed(seed)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        texts = [text for file in train for text in read_documents(file)]
+        held_out = {file: read_documents(file) for file in valid}
+        shape = ModelConfig(
+            vocab_sz=vocab_sz,
+            d_emb=d_emb,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            d_key=d_key,
+            d_val=d_val,
+        )
+        network, words = _prepare(out, init, texts, shape, place)
+        console.print(f"{network.num_parameters:,} parameters on {place}; reading the text")
+        documents = encode_documents(words, texts, network.config, document_tokens)
+        recipe = Recipe(
+            train=tuple(file.name for file in train),
+            tokens=tokens,
+            lanes=lanes,
+            chunk_tokens=chunk_tokens,
+            document_tokens=document_tokens,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            seed=seed,
+        )
+        trainer = Trainer(network, documents, recipe)
+        if (out / TRAIN_STATE).exists():
+            trainer.load_state_dict(
+                torch.load(out / TRAIN_STATE, map_location=place, weights_only=True)
+            )
+    except (OSError, ValueError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(2) from error
+    console.print(f"{sum(map(len, documents)):,} tokens of text")
+
+    def measure(limit: int | None) -> str:
+        network.eval()
+        values = (
+            f"{bits_per_byte(network, words, itertools.islice(texts, limit)):.4f} {file.name}"
+            for file, texts in held_out.items()
+        )
+        line = "held-out bits per byte " + ", ".join(values)
+        network.train()
+        return line
+
+    with _progress(console) as progress:
+        task = progress.add_task("", total=tokens, speed=0.0, loss=math.nan, held_out="")
+        saved, smooth = time.monotonic(), math.nan
+        while trainer.tokens < tokens:
+            before, started = trainer.tokens, time.monotonic()
+            loss = trainer.step()
+            smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
+            speed = (trainer.tokens - before) / (time.monotonic() - started)
+            progress.update(task, completed=trainer.tokens, speed=speed, loss=smooth)
+            if time.monotonic() - saved > save_every_s:
+                _save(out, trainer, words)
+                line = measure(held_out_documents)
+                progress.update(task, held_out=line)
+                console.print(f"{trainer.tokens:,} tokens, loss {smooth:.3f}, {line}")
+                saved = time.monotonic()
+    _save(out, trainer, words)
+    console.print(f"{trainer.tokens:,} tokens, {measure(None)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
