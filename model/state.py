@@ -39,6 +39,10 @@ class StateSpec:
         return sum(tensor.num_bytes for tensor in self.tensors)
 
 
+RowState = tuple[Tensor, ...]
+"""One row's tensors, in the order of the spec."""
+
+
 class StatePool:
     """`num_rows` states side by side on one device.
 
@@ -63,10 +67,21 @@ class StatePool:
         for tensor in self.spec.tensors:
             self.tensors[tensor.name][:, row] = tensor.initial
 
-    def copy(self, source: int, target: int) -> None:
-        """Overwrite row `target` with row `source`."""
-        for values in self.tensors.values():
-            values[:, target] = values[:, source]
+    def swap(self, a: int, b: int) -> None:
+        """Exchange two rows."""
+        if a != b:
+            kept = self.read_row(a)
+            self.write_row(a, self.read_row(b))
+            self.write_row(b, kept)
+
+    def read_row(self, row: int) -> RowState:
+        """A copy of the row, on the pool's device."""
+        return tuple(values[:, row].clone() for values in self.tensors.values())
+
+    def write_row(self, row: int, state: RowState) -> None:
+        """Overwrite the row with what `read_row` returned."""
+        for values, copied in zip(self.tensors.values(), state, strict=True):
+            values[:, row] = copied
 
     def export_row(self, row: int) -> bytes:
         """The row's tensors as little-endian bytes, one after another in the order of the spec."""

@@ -1,0 +1,200 @@
+"""Choosing the next token of each row of a batch; rows have settings of their own.
+
+The random number of a token is a hash of (seed, position), so a turn that is run again gives the
+same tokens, whatever runs beside it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+WINDOW = 1024
+"""Tokens that the penalties look back on."""
+
+_GENERATED = 1 << 30
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. The defaults sample from the model's distribution as it is."""
+
+    temperature: float = 1.0
+    """0: the most probable token."""
+
+    top_k: int = 0
+    """Only the k most probable tokens; 0: all."""
+
+    top_p: float = 1.0
+    """Only the most probable tokens that together have this probability."""
+
+    min_p: float = 0.0
+    """Only tokens with at least this fraction of the largest probability."""
+
+    repetition_penalty: float = 1.0
+    """Divides positive logits, multiplies negative ones, of the tokens in the window."""
+
+    frequency_penalty: float = 0.0
+    """Subtracted for each time that the token was generated within the window."""
+
+    presence_penalty: float = 0.0
+    """Subtracted once for a token that was generated within the window."""
+
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these token ids."""
+
+    seed: int = 0
+    """64 bits."""
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.frequency_penalty != 0.0
+            or self.presence_penalty != 0.0
+        )
+
+    @property
+    def has_filters(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+
+class RecentTokens:
+    """The last `WINDOW` tokens of a sequence, and which of them were generated."""
+
+    def __init__(self) -> None:
+        self._ring = np.full(WINDOW, -1, np.int32)
+        self._next = 0
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "RecentTokens":
+        """The inverse of `to_bytes`; no bytes mean no tokens. Raises ValueError for other sizes."""
+        recent = RecentTokens()
+        if data:
+            if len(data) != recent._ring.nbytes:
+                raise ValueError(f"recent tokens take {recent._ring.nbytes} bytes, not {len(data)}")
+            recent._ring = np.frombuffer(data, "<i4").astype(np.int32)
+        return recent
+
+    def to_bytes(self) -> bytes:
+        """Always 4,096 bytes: int32 from the oldest to the newest, -1 where there is no token."""
+        return np.roll(self._ring, -self._next).astype("<i4").tobytes()
+
+    def append(self, token_id: int, *, generated: bool) -> None:
+        """Add the newest token and forget the one before the window."""
+        self._ring[self._next] = token_id | _GENERATED if generated else token_id
+        self._next = (self._next + 1) % WINDOW
+
+    def seen(self) -> NDArray[np.int64]:
+        """Different token ids in the window."""
+        known = self._ring[self._ring >= 0]
+        return np.unique(known & ~_GENERATED).astype(np.int64)
+
+    def generated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Different token ids that were generated, and how often."""
+        known = self._ring[self._ring >= _GENERATED] & ~_GENERATED
+        ids, counts = np.unique(known, return_counts=True)
+        return ids.astype(np.int64), counts
+
+
+@dataclass(frozen=True)
+class SampledRow:
+    """What the choice of one row's token depends on besides its logits."""
+
+    params: SamplingParams
+    position: int
+    """Of the token to choose, in its sequence."""
+
+    recent: RecentTokens
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
+    """A token id for each row: logits `[batch, vocab]`, which may be overwritten."""
+    for i, row in enumerate(rows):
+        _adjust(logits[i], row)
+    greedy = logits.argmax(-1).tolist()
+    random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    if not random:
+        return list(greedy)
+    chosen = _draw(
+        logits if len(random) == len(rows) else logits[random], [rows[i] for i in random]
+    )
+    for i, token_id in zip(random, chosen, strict=True):
+        greedy[i] = token_id
+    return list(greedy)
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """A seed for the index-th of several answers to one request; the first keeps the seed."""
+    return seed if index == 0 else _mix(_mix(seed & _MASK) ^ index)
+
+
+def _adjust(logits: Tensor, row: SampledRow) -> None:
+    """Penalties and biases, in place."""
+    params = row.params
+    if params.has_penalties:
+        if params.repetition_penalty != 1.0:
+            ids = torch.from_numpy(row.recent.seen()).to(logits.device)
+            values = logits[ids]
+            factor = params.repetition_penalty
+            logits[ids] = torch.where(values > 0, values / factor, values * factor)
+        found, counts = row.recent.generated()
+        ids = torch.from_numpy(found).to(logits.device)
+        penalty = params.frequency_penalty * counts + params.presence_penalty
+        logits[ids] -= torch.from_numpy(penalty).to(logits)
+    if params.logit_bias:
+        ids = torch.tensor([token_id for token_id, _ in params.logit_bias], device=logits.device)
+        bias = torch.tensor([value for _, value in params.logit_bias]).to(logits)
+        logits.index_add_(0, ids, bias)
+
+
+def _draw(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
+    """Inverse of the cumulative distribution, in the order of the vocabulary, in float64."""
+    heat = torch.tensor([row.params.temperature for row in rows], dtype=torch.float64)
+    scores = logits.double() / heat.to(logits.device).unsqueeze(-1)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp_()
+    filtered = [i for i, row in enumerate(rows) if row.params.has_filters]
+    if filtered:
+        kept = _filter(weights[filtered], [rows[i].params for i in filtered])
+        weights[filtered] = kept
+    cumulative = weights.cumsum(-1)
+    points = torch.tensor(
+        [_uniform(row.params.seed, row.position) for row in rows], dtype=torch.float64
+    )
+    total = cumulative[:, -1:]
+    targets = torch.minimum(points.to(logits.device).unsqueeze(-1) * total, total * (1 - 2**-52))
+    chosen = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
+    return list(chosen.tolist())
+
+
+def _filter(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Zero the weights that top_k, top_p or min_p exclude; `[batch, vocab]`, largest weight 1."""
+    place, vocab = weights.device, weights.shape[-1]
+    ordered, ids = weights.sort(stable=True, dim=-1, descending=True)
+    rank = torch.arange(vocab, device=place)
+    top_k = torch.tensor([p.top_k or vocab for p in params], device=place).unsqueeze(-1)
+    ordered = ordered.masked_fill(rank >= top_k, 0.0)
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=place).unsqueeze(-1)
+    before = ordered.cumsum(-1) - ordered
+    beyond = (before >= top_p * ordered.sum(-1, keepdim=True)) & (rank > 0) & (top_p < 1)
+    min_p = torch.tensor([p.min_p for p in params], dtype=torch.float64, device=place).unsqueeze(-1)
+    ordered = ordered.masked_fill(beyond | (ordered < min_p), 0.0)
+    return torch.zeros_like(weights).scatter_(-1, ids, ordered)
+
+
+def _uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits."""
+    return (_mix(_mix(seed & _MASK) ^ position) >> 11) / (1 << 53)
+
+
+def _mix(x: int) -> int:
+    """The output function of splitmix64 (Steele, Lea, Flood 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)

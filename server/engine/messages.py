@@ -1,0 +1,118 @@
+"""What crosses the engine's boundary: small immutable messages, in both directions."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from model.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Start from the state before the first token."""
+
+
+@dataclass(frozen=True)
+class Parked:
+    """Start from a state given as the bytes of a row."""
+
+    state: bytes
+
+
+@dataclass(frozen=True)
+class Warm:
+    """Start from a state that an earlier turn left on the device under this name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a sequence continues from besides its state. Saved with a session."""
+
+    position: int = 0
+    """Tokens of the sequence so far, those pending included."""
+
+    pending: tuple[int, ...] = ()
+    """The last of them that are not in the state yet; they are read first."""
+
+    undecoded: bytes = b""
+    """Bytes of the generated text that began a character, at most three."""
+
+    recent: bytes = b""
+    """`model.sampling.RecentTokens` as bytes: what the penalties look back on."""
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """One turn: read the prompt's tokens, then generate."""
+
+    request_id: str
+    source: Fresh | Parked | Warm
+    continuation: Continuation
+    token_ids: tuple[int, ...]
+    """The prompt. With the pending tokens it may only be empty if nothing is to be generated."""
+
+    max_tokens: int
+    sampling: SamplingParams
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    keep_state: bool = False
+    """Return the state at the end, and keep its row on the device while there is room."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds from the submission of a request."""
+
+    queue_s: float
+    prefill_s: float
+    first_token_s: float | None
+    total_s: float
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """A generated token and the text that is certain to be part of the answer because of it.
+
+    The text may be empty: half a character, or the beginning of a stop string.
+    """
+
+    request_id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of a turn: all text has been delivered, the state is that of what was delivered."""
+
+    request_id: str
+    text: str
+    """Text held back until now."""
+
+    reason: Literal["stop", "length"]
+    num_generated: int
+    """Tokens sampled, those cut by a stop string and the end token included."""
+
+    timings: Timings
+    state: bytes | None = None
+    continuation: Continuation | None = None
+    warm: str | None = None
+    """The name under which the row stays on the device, if it does."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The turn ended with an error of the server; nothing is kept."""
+
+    request_id: str
+    message: str
+
+
+@dataclass(frozen=True)
+class StateMissing:
+    """The warm row is not there any more: submit the request again with the parked state."""
+
+    request_id: str
+
+
+Event = TextDelta | Finished | Failed | StateMissing

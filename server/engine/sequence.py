@@ -1,0 +1,163 @@
+"""One request on its way through the engine: its tokens, its text, and what a session keeps."""
+
+import time
+from dataclasses import dataclass
+
+from model.sampling import WINDOW, RecentTokens, SampledRow
+from model.state import RowState
+from model.tokenizer import Detokenizer, Tokenizer
+from server.engine.messages import Continuation, EngineRequest, Timings
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A point before text that is not certain to stay: a stop string may cut it away again."""
+
+    state: RowState
+    position: int
+    recent: bytes
+
+
+@dataclass(frozen=True)
+class TextStep:
+    """What one sampled token did to the text."""
+
+    text: str
+    """Text that is certain now."""
+
+    stopped: bool
+    """A stop string is complete; the text ends before it."""
+
+    wants_anchor: bool
+    """The state as it is, without this token, must be given to `set_anchor`."""
+
+
+class Sequence:
+    """Tokens and text of one turn. The state itself is in a row of the pool."""
+
+    def __init__(self, request: EngineRequest, tokenizer: Tokenizer, submitted_at: float) -> None:
+        start = request.continuation
+        self.request = request
+        self.unread = [*start.pending, *request.token_ids]
+        """Tokens that are not in the state yet."""
+
+        self.position = start.position + len(request.token_ids)
+        """Tokens of the sequence, those unread included."""
+
+        self.recent = RecentTokens.from_bytes(start.recent)
+        for token_id in request.token_ids[-WINDOW:]:
+            self.recent.append(token_id, generated=False)
+        self.num_generated = 0
+        self.submitted_at = submitted_at
+        self.admitted_at = self.read_at = submitted_at
+        self.first_token_at: float | None = None
+        self.last_token_at = submitted_at
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, start.undecoded)
+        self._held = ""
+        self._anchor: Anchor | None = None
+        self._since_anchor = ""
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens for prefill: all but the last, which the decoding step reads."""
+        return max(0, len(self.unread) - 1)
+
+    @property
+    def is_read(self) -> bool:
+        return self.num_unread == 0
+
+    @property
+    def sampled_row(self) -> SampledRow:
+        return SampledRow(self.request.sampling, self.position, self.recent)
+
+    def take(self, count: int) -> list[int]:
+        """The next unread tokens, which the caller puts into the state."""
+        taken, self.unread = self.unread[:count], self.unread[count:]
+        return taken
+
+    def append(self, token_id: int) -> None:
+        """A sampled token: part of the sequence, to be read by the next step."""
+        self.unread = [token_id]
+        self.position += 1
+        self.recent.append(token_id, generated=True)
+
+    def push_text(self, token_id: int) -> TextStep:
+        """Add the text of a sampled token; called before `append`.
+
+        Text that may be the beginning of a stop string is held back. Where such text begins, the
+        state that does not include it yet may have to come back: the result asks for an anchor.
+        """
+        stops, held_before = self.request.stop, len(self._held)
+        whole_before = self._anchor is None or not self._detokenizer.undecoded
+        added = self._detokenizer.push(token_id)
+        text = self._held + added
+        matches = [at for stop in stops if (at := text.find(stop)) >= 0]
+        if matches:
+            cut, self._held = min(matches), ""
+        else:
+            cut = len(text) - max((_overlap(text, stop) for stop in stops), default=0)
+            self._held = text[cut:]
+        begins_here = whole_before and cut >= held_before
+        if begins_here:
+            self._anchor, self._since_anchor = None, text[held_before:cut]
+        else:
+            self._since_anchor += text[:cut]
+        uncertain = bool(self._held or self._detokenizer.undecoded) and not matches
+        return TextStep(text[:cut], bool(matches), begins_here and uncertain and self._can_rewind)
+
+    @property
+    def _can_rewind(self) -> bool:
+        return self.request.keep_state and bool(self.request.stop)
+
+    def set_anchor(self, state: RowState) -> None:
+        """Remember the state before the token whose text was just added and which is not in it."""
+        self._anchor = Anchor(state, self.position, self.recent.to_bytes())
+
+    def cut(self) -> RowState | None:
+        """End the sequence where its delivered text ends; called instead of `append`.
+
+        Returns the state to go back to, None if the present one is right. Delivered text that this
+        state does not include is tokenised anew and left unread.
+        """
+        anchor, self._anchor = self._anchor, None
+        if anchor is not None:
+            self.position = anchor.position
+            self.recent = RecentTokens.from_bytes(anchor.recent)
+        self.unread = self._tokenizer.encode(self._since_anchor)
+        self.position += len(self.unread)
+        for token_id in self.unread:
+            self.recent.append(token_id, generated=True)
+        self._detokenizer = Detokenizer(self._tokenizer)
+        return None if anchor is None else anchor.state
+
+    def flush(self) -> str:
+        """The text held back, now that nothing can complete a stop string."""
+        text, self._held = self._held, ""
+        return text
+
+    def continuation(self) -> Continuation:
+        """What the next turn continues from."""
+        return Continuation(
+            position=self.position,
+            pending=tuple(self.unread),
+            undecoded=self._detokenizer.undecoded,
+            recent=self.recent.to_bytes(),
+        )
+
+    def timings(self) -> Timings:
+        """Durations until now."""
+        start, first = self.submitted_at, self.first_token_at
+        return Timings(
+            queue_s=self.admitted_at - start,
+            prefill_s=self.read_at - self.admitted_at,
+            first_token_s=None if first is None else first - start,
+            total_s=time.monotonic() - start,
+        )
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text that is a beginning of the stop string."""
+    return next(
+        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-n:])), 0
+    )

@@ -1,0 +1,107 @@
+"""Who owns which row of the state pool. Counts only; no state is touched here.
+
+Rows 1 to `num_decoding` belong to the sequences that decode together, so that a step works on one
+contiguous block in place. The other rows hold sequences that are still reading their prompt, warm
+states of finished turns, or nothing. Row 0 is never owned. Where a change of owners needs states to
+move, the method answers with the two rows that the caller must swap.
+"""
+
+from collections import OrderedDict
+
+Swap = tuple[int, int]
+
+
+class Slots:
+    """Rows of the pool by owner."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._owner: dict[int, str | None] = dict.fromkeys(range(1, num_rows + 1))
+        self._row: dict[str, int] = {}
+        self._warm: OrderedDict[str, None] = OrderedDict()
+        self.num_decoding = 0
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._owner)
+
+    @property
+    def num_warm(self) -> int:
+        return len(self._warm)
+
+    @property
+    def num_active(self) -> int:
+        """Rows of sequences that read or decode."""
+        return len(self._row) - len(self._warm)
+
+    @property
+    def num_free(self) -> int:
+        return sum(owner is None for owner in self._owner.values())
+
+    def row(self, owner: str) -> int:
+        """The row of a sequence or of a warm state."""
+        return self._row[owner]
+
+    def can_acquire(self) -> bool:
+        """Whether a row is free or can be freed by forgetting a warm state."""
+        return self.num_active < self.num_rows
+
+    def acquire(self, owner: str) -> int:
+        """A row for a new sequence: the last free one, else that of the oldest warm state."""
+        free = [row for row, name in self._owner.items() if name is None]
+        if not free:
+            self.release(next(iter(self._warm)))
+            return self.acquire(owner)
+        self._set(free[-1], owner)
+        return free[-1]
+
+    def adopt(self, warm: str, owner: str) -> bool:
+        """Give the row of a warm state to a sequence that continues it; False if it is gone."""
+        if warm not in self._warm:
+            return False
+        row = self._row.pop(warm)
+        del self._warm[warm]
+        self._set(row, owner)
+        return True
+
+    def keep_warm(self, owner: str, name: str) -> None:
+        """Keep a finished sequence's row under a new name, until the row is needed."""
+        self._set(self._row.pop(owner), name)
+        self._warm[name] = None
+
+    def release(self, owner: str) -> None:
+        """Free the row of a sequence that does not decode, or of a warm state."""
+        self._owner[self._row.pop(owner)] = None
+        self._warm.pop(owner, None)
+
+    def is_warm(self, name: str) -> bool:
+        return name in self._warm
+
+    def begin_decoding(self, owner: str) -> Swap:
+        """Move the owner's row to the end of the decoding block."""
+        self.num_decoding += 1
+        return self._swap(self._row[owner], self.num_decoding)
+
+    def end_decoding(self, owner: str) -> Swap:
+        """Move the owner's row out of the decoding block."""
+        swap = self._swap(self._row[owner], self.num_decoding)
+        self.num_decoding -= 1
+        return swap
+
+    def check(self) -> None:
+        """Prove that every row has one owner or none. Raises RuntimeError."""
+        used = {row: owner for owner, row in self._row.items()}
+        owned = {row: owner for row, owner in self._owner.items() if owner is not None}
+        if used != owned or len(used) + self.num_free != self.num_rows:
+            raise RuntimeError(f"rows are not accounted for: {used} against {owned}")
+
+    def _swap(self, a: int, b: int) -> Swap:
+        owner_a, owner_b = self._owner[a], self._owner[b]
+        self._owner[a], self._owner[b] = owner_b, owner_a
+        for row, owner in ((a, owner_b), (b, owner_a)):
+            if owner is not None:
+                self._row[owner] = row
+        return a, b
+
+    def _set(self, row: int, owner: str) -> None:
+        self._owner[row] = owner
+        self._row[owner] = row

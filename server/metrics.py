@@ -1,0 +1,81 @@
+"""Prometheus metrics: base units, prefix `latentd_`, never a label per session."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.exposition import generate_latest
+
+SECONDS = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+    *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
+)
+
+
+class Metrics:
+    """All metrics of one server; each attribute has the metric's name without the prefix."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+
+        self.time_to_first_token_seconds = self._histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first token."
+        )
+        self.inter_token_latency_seconds = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of a sequence."
+        )
+        self.request_duration_seconds = self._histogram(
+            "request_duration_seconds", "From a request's arrival to the end of its answer."
+        )
+        self.queue_time_seconds = self._histogram(
+            "queue_time_seconds", "From a request's arrival until it has a row."
+        )
+        self.prefill_time_seconds = self._histogram(
+            "prefill_time_seconds", "From having a row until the prompt is read."
+        )
+        self.step_duration_seconds = self._histogram(
+            "step_duration_seconds", "One decoding step of all running sequences."
+        )
+        self.session_commit_seconds = self._histogram(
+            "session_commit_seconds", "Making a turn durable."
+        )
+        self.session_load_seconds = self._histogram(
+            "session_load_seconds", "Getting a parked state from host memory or the store."
+        )
+        self.requests_total = self._counter(
+            "requests_total", "Answered requests.", "endpoint", "outcome"
+        )
+        self.prompt_tokens_total = self._counter("prompt_tokens_total", "Prompt tokens read.")
+        self.generation_tokens_total = self._counter("generation_tokens_total", "Tokens generated.")
+        self.resumed_tokens_total = self._counter(
+            "resumed_tokens_total", "Tokens of session histories that did not need to be read."
+        )
+        self.admission_rejections_total = self._counter(
+            "admission_rejections_total", "Requests refused before any work.", "reason"
+        )
+        self.session_evictions_total = self._counter(
+            "session_evictions_total", "States forgotten by a tier.", "tier"
+        )
+        self.requests_running = self._gauge("requests_running", "Sequences that read or decode.")
+        self.requests_waiting = self._gauge("requests_waiting", "Sequences that wait for a row.")
+        self.batch_size = self._gauge("batch_size", "Sequences of the last decoding step.")
+        self.slots = self._gauge("slots", "Rows of the state pool.", "state")
+        self.sessions = self._gauge("sessions", "Sessions with a state in this tier.", "tier")
+        self.session_state_bytes = self._gauge(
+            "session_state_bytes", "Size of one session's state, at any length."
+        )
+        self.session_bytes = self._gauge("session_bytes", "Bytes held for sessions.", "tier")
+        self.model_info = self._gauge(
+            "model_info", "The model being served.", "model", "fingerprint", "device"
+        )
+
+    def exposition(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"latentd_{name}", text, buckets=SECONDS, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"latentd_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"latentd_{name}", text, labels, registry=self.registry)

@@ -1,0 +1,31 @@
+"""A tiny checkpoint with random weights, made once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import checkpoint, tokenizer
+from model.config import ModelConfig
+from model.network import LanguageModel
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a network of 2 layers and 300 tokens that has learned nothing."""
+    words = tokenizer.train(["the cat sat on the mat and then"], 300, ["<|endoftext|>"])
+    end = words.special_tokens["<|endoftext|>"]
+    config = ModelConfig(
+        vocab_sz=300,
+        d_emb=32,
+        n_layers=2,
+        n_heads=2,
+        d_key=8,
+        d_val=8,
+        bos_token_id=end,
+        eos_token_ids=(end,),
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    checkpoint.save(folder, config, LanguageModel(config).state_dict(), words, None)
+    return folder

@@ -1,0 +1,277 @@
+"""The engine on a tiny real network."""
+
+import queue
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import checkpoint as checkpoints
+from model.checkpoint import Checkpoint
+from model.sampling import SamplingParams
+from server.engine.engine import Engine, EngineLimits
+from server.engine.messages import (
+    Continuation,
+    EngineRequest,
+    Event,
+    Failed,
+    Finished,
+    Fresh,
+    Parked,
+    StateMissing,
+    TextDelta,
+    Warm,
+)
+from server.errors import Overloaded
+from server.metrics import Metrics
+
+LIMITS = EngineLimits(max_running=4, warm_sessions=2, max_waiting=64, prefill_chunk_tokens=32)
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
+    return checkpoints.load(tiny_checkpoint, torch.device("cpu"))
+
+
+class Driver:
+    """An engine and the events that it delivered."""
+
+    def __init__(self, checkpoint: Checkpoint, limits: EngineLimits = LIMITS) -> None:
+        self.events: queue.Queue[list[Event]] = queue.Queue()
+        self.metrics = Metrics()
+        self.engine = Engine(checkpoint, limits, self.events.put, self.metrics)
+        self.engine.start()
+        self.seen: list[Event] = []
+
+    def wait(self, condition: Callable[[list[Event]], bool]) -> list[Event]:
+        """Collect events until the condition holds on all of them."""
+        while not condition(self.seen):
+            self.seen += self.events.get(timeout=20)
+        return self.seen
+
+    def turn(self, request: EngineRequest) -> tuple[str, Finished]:
+        """Submit and wait for the end: the whole text and the last event."""
+        self.engine.submit(request)
+        return self.result(request.request_id)
+
+    def result(self, request_id: str) -> tuple[str, Finished]:
+        events = self.wait(lambda seen: any(is_last(e, request_id) for e in seen))
+        own = [e for e in events if e.request_id == request_id]
+        last = own[-1]
+        assert isinstance(last, Finished), last
+        return "".join(e.text for e in own if isinstance(e, TextDelta | Finished)), last
+
+    def slots(self) -> dict[str, float]:
+        names = ("free", "running", "warm")
+        values = {
+            n: self.metrics.registry.get_sample_value("latentd_slots", {"state": n}) for n in names
+        }
+        return {name: value or 0.0 for name, value in values.items()}
+
+
+def is_last(event: Event, request_id: str) -> bool:
+    return event.request_id == request_id and not isinstance(event, TextDelta)
+
+
+@pytest.fixture
+def driver(checkpoint: Checkpoint) -> Iterator[Driver]:
+    made = Driver(checkpoint)
+    yield made
+    made.engine.stop()
+
+
+def request(name: str, num_prompt: int = 7, **changes: Any) -> EngineRequest:
+    prompt = tuple((i * 37 + len(name)) % 299 + 1 for i in range(num_prompt))
+    base = EngineRequest(
+        name, Fresh(), Continuation(), prompt, 12, SamplingParams(seed=5), ignore_eos=True
+    )
+    return replace(base, **changes)
+
+
+def expected_greedy(checkpoint: Checkpoint, prompt: tuple[int, ...], count: int) -> list[int]:
+    """Greedy continuation by the training-time forward over the whole sequence, again and again."""
+    ids = list(prompt)
+    for _ in range(count):
+        network = checkpoint.network
+        logits, _ = network(torch.tensor([ids]), network.empty_state(1))
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_text_is_that_of_the_whole_sequence(driver: Driver, checkpoint: Checkpoint) -> None:
+    asked = request("g", 70, sampling=GREEDY)
+    text, last = driver.turn(asked)
+    wanted = expected_greedy(checkpoint, asked.token_ids, 12)
+    whole = checkpoint.tokenizer.decode(wanted)
+    assert whole.startswith(text)
+    assert len(text) >= len(whole) - 3
+    assert last.reason == "length"
+    assert last.num_generated == 12
+    assert last.state is None
+
+
+def test_a_turn_in_two_parts_is_the_turn_in_one(driver: Driver) -> None:
+    whole, end = driver.turn(request("whole", max_tokens=40, keep_state=True))
+    first, half = driver.turn(
+        replace(request("whole"), request_id="first", max_tokens=17, keep_state=True)
+    )
+    assert half.state is not None
+    assert half.continuation is not None
+    assert half.warm is not None
+    for i, source in enumerate((Parked(half.state), Warm(half.warm))):
+        second, rest = driver.turn(
+            replace(
+                request("x", 0),
+                request_id=f"second-{i}",
+                source=source,
+                continuation=half.continuation,
+                max_tokens=23,
+                keep_state=True,
+            )
+        )
+        assert first + second == whole
+        assert rest.state == end.state
+        assert rest.continuation == end.continuation
+
+
+def test_company_does_not_change_the_tokens(driver: Driver) -> None:
+    alone, _ = driver.turn(request("a", 50, max_tokens=30))
+    others = [request(f"other-{i}", 3 + 41 * i, max_tokens=5 + 9 * i) for i in range(8)]
+    again = replace(request("a", 50, max_tokens=30), request_id="again")
+    driver.engine.submit(*others[:4], again, *others[4:])
+    assert driver.result("again")[0] == alone
+    for other in others:
+        assert driver.result(other.request_id)[1].num_generated == other.max_tokens
+
+
+def test_stop_string_leaves_the_session_where_the_text_ends(
+    driver: Driver, checkpoint: Checkpoint
+) -> None:
+    whole, _ = driver.turn(request("w", max_tokens=40))
+    stop = whole[len(whole) // 2 :][:4]
+    asked = replace(request("w", max_tokens=40), request_id="s", stop=(stop,), keep_state=True)
+    text, last = driver.turn(asked)
+    assert text == whole[: whole.index(stop)]
+    assert last.reason == "stop"
+    assert last.state is not None
+    assert last.continuation is not None
+    pool, expected = checkpoint.network.new_pool(1), checkpoint.network.new_pool(1)
+    pool.import_row(0, last.state)
+    seen = last.continuation.position - len(last.continuation.pending)
+    ids = [*asked.token_ids]
+    generated = seen - len(ids)
+    ids += _sampled_ids(driver, asked, generated)
+    checkpoint.network.prefill(torch.tensor([ids]), [seen], expected, [0])
+    for name, values in expected.tensors.items():
+        torch.testing.assert_close(pool.tensors[name], values, rtol=1e-4, atol=1e-4)
+    kept = [*ids[len(asked.token_ids) :], *last.continuation.pending]
+    assert checkpoint.tokenizer.decode(kept) == text
+
+
+def _sampled_ids(driver: Driver, asked: EngineRequest, count: int) -> list[int]:
+    """The first sampled tokens of a request, seen through the pending token of shorter turns."""
+    ids = []
+    for i in range(1, count + 1):
+        name = f"{asked.request_id}-{i}"
+        _, last = driver.turn(
+            replace(asked, request_id=name, max_tokens=i, stop=(), keep_state=True)
+        )
+        assert last.continuation is not None
+        ids.append(last.continuation.pending[0])
+    return ids
+
+
+def test_no_token_generates_nothing_but_reads_the_prompt(driver: Driver) -> None:
+    text, last = driver.turn(request("zero", 9, max_tokens=0, keep_state=True))
+    assert text == ""
+    assert last.continuation is not None
+    assert last.continuation.position == 9
+    assert len(last.continuation.pending) == 1
+    assert last.num_generated == 0
+
+
+def test_cancelling_frees_the_row_in_every_phase(driver: Driver) -> None:
+    driver.engine.submit(*(request(f"r{i}", 5, max_tokens=10_000) for i in range(3)))
+    driver.engine.submit(request("long", 20_000), request("queued"))
+    driver.wait(lambda seen: {e.request_id for e in seen} >= {"r0", "r1", "r2"})
+    for name in ("queued", "long", "r1", "r0", "r2", "unknown"):
+        driver.engine.cancel(name)
+    driver.turn(request("after"))
+    deadline = time.monotonic() + 10
+    while driver.slots() != {"free": 6.0, "running": 0.0, "warm": 0.0}:
+        assert time.monotonic() < deadline, driver.slots()
+        time.sleep(0.01)
+
+
+def test_a_long_prompt_does_not_stall_a_stream(driver: Driver) -> None:
+    driver.engine.submit(request("stream", 5, max_tokens=100_000))
+    driver.wait(lambda seen: len(seen) > 3)
+    driver.engine.submit(request("long", 500, max_tokens=1))
+    events = driver.wait(lambda seen: any(is_last(e, "long") for e in seen))
+    before = next(i for i, e in enumerate(events) if e.request_id == "long")
+    tokens = sum(e.request_id == "stream" for e in events[:before])
+    assert tokens >= 500 // (LIMITS.prefill_chunk_tokens // 8) * 0.9
+    driver.engine.cancel("stream")
+
+
+def test_missing_warm_state_and_wrong_bytes_are_told(driver: Driver) -> None:
+    driver.engine.submit(
+        request("gone", source=Warm("warm-99")), request("bad", source=Parked(b"123"))
+    )
+    events = driver.wait(lambda seen: len(seen) >= 2)
+    assert StateMissing("gone") in events
+    failed = [e for e in events if isinstance(e, Failed)]
+    assert [e.request_id for e in failed] == ["bad"]
+    assert "bytes" in failed[0].message
+    driver.turn(request("fine"))
+
+
+def test_the_queue_is_bounded(checkpoint: Checkpoint) -> None:
+    driver = Driver(checkpoint, replace(LIMITS, max_running=1, max_waiting=2))
+    driver.engine.submit(request("runs", max_tokens=100_000))
+    driver.wait(lambda seen: len(seen) > 1)
+    driver.engine.submit(request("one"), request("two"))
+    with pytest.raises(Overloaded):
+        driver.engine.submit(request("three"))
+    driver.engine.cancel("one")
+    driver.engine.cancel("runs")
+    driver.result("two")
+    driver.turn(request("three"))
+    driver.engine.stop()
+
+
+def test_an_error_in_a_step_ends_the_turns_and_not_the_engine(
+    driver: Driver, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.network, "step", broken)
+        driver.engine.submit(request("x"))
+        events = driver.wait(lambda seen: bool(seen))
+    assert isinstance(events[0], Failed)
+    assert "no memory" not in events[0].message
+    driver.turn(request("y"))
+    assert driver.slots()["running"] == 0
+
+
+def test_an_idle_engine_uses_no_processor_time(driver: Driver) -> None:
+    driver.turn(request("warm up"))
+    time.sleep(0.2)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.05
+
+
+def test_a_reused_row_does_not_show_the_former_state(driver: Driver) -> None:
+    asked = request("fresh", 1, max_tokens=20)
+    expected, _ = driver.turn(asked)
+    for i in range(12):
+        driver.turn(request(f"fill-{i}", 30, keep_state=True))
+    assert driver.turn(replace(asked, request_id="later"))[0] == expected
