@@ -19,12 +19,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from model import tokenizer
-from model.config import ModelConfig
+from model.config import ModelConfig, describe
 from model.network import LanguageModel
 from model.tokenizer import Tokenizer, TokenizerError
-
-PRETRAINED = Path(__file__).parent / "pretrained"
-"""The default checkpoint."""
 
 CONFIG, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = (
     "config.json",
@@ -87,6 +84,22 @@ def save(
     write_file(folder / CONFIG, config.model_dump_json(indent=2).encode() + b"\n")
 
 
+def import_state_dict(
+    file: Path, out: Path, config: ModelConfig, tokenizer_file: Path, template_file: Path | None
+) -> None:
+    """Make a checkpoint from a state dict of the reference implementation.
+
+    Nothing is written unless everything fits together. Raises CheckpointError.
+    """
+    try:
+        network = build(config, read_weights(file), file, torch.device("cpu"))
+        words = check_tokenizer(tokenizer.read(tokenizer_file), config, tokenizer_file)
+        template = None if template_file is None else template_file.read_text("utf-8")
+        save(out, config, network.state_dict(), words, template)
+    except (OSError, TokenizerError, UnicodeDecodeError) as error:
+        raise CheckpointError(str(error)) from error
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write under a temporary name, flush to the disk, rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -110,10 +123,7 @@ def read_config(path: Path) -> ModelConfig:
     try:
         return ModelConfig.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()
-        )
-        raise CheckpointError(f"{path}: {problems}") from error
+        raise CheckpointError(f"{path}: {describe(error)}") from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
@@ -42,3 +42,10 @@ class ModelConfig(BaseModel):
         if outside := [token_id for token_id in sorted(ids) if token_id >= self.vocab_sz]:
             raise ValueError(f"token id {outside[0]} is not below vocab_sz {self.vocab_sz}")
         return self
+
+
+def describe(error: ValidationError) -> str:
+    """What is wrong with a config, in one line."""
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc'])) or 'the config'}: {e['msg']}" for e in error.errors()
+    )

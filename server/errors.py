@@ -77,9 +77,9 @@ class Overloaded(LatentdError):
 class ShuttingDown(LatentdError):
     """No new work is taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, message: str = "the server is shutting down") -> None:
         super().__init__(
-            "the server is shutting down",
+            message,
             status=503,
             kind="server_error",
             code="shutting_down",

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
 
@@ -17,15 +17,23 @@ def _kind_of_prompt(value: Any) -> str:
     return "tokens" if isinstance(first, int) else "texts"
 
 
+def _check_unicode(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which no encoding of text has a place for."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("text with an unpaired surrogate")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 Prompt = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag("texts")]
+    Annotated[Text, Tag("text")]
+    | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("texts")]
     | Annotated[TokenIds, Tag("tokens")]
     | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("token_lists")],
     Discriminator(_kind_of_prompt),
 ]
-StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+StopString = Annotated[Text, Field(min_length=1, max_length=1024)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -47,8 +55,10 @@ class CompletionRequest(RequestModel):
     """`POST /v1/completions`."""
 
     prompt: Prompt | None
-    model: str | None = None
-    session_id: str | None = None
+    """Text, token ids, or a list of either. null: nothing, to go on with a session."""
+
+    model: Text | None = None
+    session_id: Text | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -69,7 +79,7 @@ class CompletionRequest(RequestModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
-    user: str | None = None
+    user: Text | None = None
     logprobs: None = None
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
@@ -100,8 +110,8 @@ class CreateSessionRequest(RequestModel):
     metadata: (
         Annotated[
             dict[
-                Annotated[str, Field(min_length=1, max_length=64)],
-                Annotated[str, Field(max_length=512)],
+                Annotated[Text, Field(min_length=1, max_length=64)],
+                Annotated[Text, Field(max_length=512)],
             ],
             Field(max_length=16),
         ]
@@ -185,6 +195,9 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "latentd"
+    parameters: int
+    state_bytes: int
+    """Memory of one session, at any length of its context."""
 
 
 class ModelList(BaseModel):

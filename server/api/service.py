@@ -32,9 +32,6 @@ class Service:
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the server is about to stop: no new turns."""
 
-    aborting: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the time to finish running turns is over: they end with an error."""
-
     @property
     def is_ready(self) -> bool:
         return self.engine.is_running and not self.draining.is_set()
@@ -43,6 +40,13 @@ class Service:
         """Raises ShuttingDown when no new turn may begin."""
         if not self.is_ready:
             raise ShuttingDown("the server is not taking requests")
+
+    def drain(self) -> None:
+        """Take no new turns; those that still run when the drain timeout is over roll back."""
+        if not self.draining.is_set():
+            self.draining.set()
+            loop = asyncio.get_running_loop()
+            loop.call_later(self.settings.drain_timeout_s, self.router.abort)
 
 
 def get_service(request: Request) -> Service:

@@ -7,11 +7,13 @@ Nothing of a turn that does not reach its commit is kept.
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
 from model.sampling import SamplingParams
+from server.api.router import Aborted
 from server.api.service import Service
 from server.engine.messages import (
     Continuation,
@@ -25,7 +27,7 @@ from server.engine.messages import (
     TextDelta,
     Warm,
 )
-from server.errors import InternalError
+from server.errors import InternalError, Overloaded, ShuttingDown
 from server.sessions.codec import SessionState
 from server.sessions.sessions import SessionTurn
 
@@ -49,11 +51,13 @@ class Turn:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._started = time.monotonic()
         self._stack = AsyncExitStack()
         self._session: SessionTurn | None = None
-        self._source: Fresh | Parked | Warm = Fresh()
+        self._parked = Parked(b"")
         self._requests: dict[str, tuple[int, EngineRequest]] = {}
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._queue: asyncio.Queue[Event | Aborted] = asyncio.Queue()
+        self._kept_row: str | None = None
         self.start = Continuation()
         """What the turn continues from."""
 
@@ -66,38 +70,50 @@ class Turn:
         self._session = session
         if session.record.turn:
             state = await session.load()
-            self._source = Parked(state.state) if session.warm is None else Warm(session.warm)
+            self._parked = Parked(state.state)
             self.start = Continuation(state.position, state.pending, state.undecoded, state.recent)
 
     def submit(self, choices: Sequence[ChoiceSpec]) -> None:
         """Queue every choice, or none. Raises Overloaded."""
-        requests = [self._request(choice) for choice in choices]
-        self._service.engine.submit(*requests)
+        warm = None if self._session is None else self._session.take_warm()
+        source = self._source(warm)
+        requests = [self._request(choice, source) for choice in choices]
+        try:
+            self._service.engine.submit(*requests)
+        except Overloaded:
+            if self._session is not None and warm is not None:
+                self._session.put_back_warm(warm)
+            raise
         self._requests = {r.request_id: (index, r) for index, r in enumerate(requests)}
         self._queue = self._service.router.open(self._requests)
         self._service.metrics.resumed_tokens_total.inc(self.start.position)
 
-    async def events(self) -> AsyncIterator[tuple[int, TextDelta | Finished]]:
+    async def events(
+        self, silence_s: float | None = None
+    ) -> AsyncIterator[tuple[int, TextDelta | Finished] | None]:
         """What happens, by index of the choice, until every choice has finished.
 
-        A session is committed when its `Finished` comes out. Raises InternalError, StorageFailed,
-        Overloaded and ShuttingDown.
+        None comes when nothing has happened for `silence_s`. A session is committed when its
+        `Finished` comes out. Raises InternalError, StorageFailed, Overloaded and ShuttingDown.
         """
         while self._requests:
-            event = await self._next_event()
-            index, request = self._requests[event.request_id]
+            event = await self._next_event(silence_s)
             match event:
-                case TextDelta():
-                    yield index, event
-                case Finished():
-                    del self._requests[event.request_id]
-                    self._service.router.close([event.request_id])
+                case None:
+                    yield None
+                case TextDelta(request_id):
+                    yield self._requests[request_id][0], event
+                case Finished(request_id):
+                    self._service.router.close([request_id])
+                    index, _ = self._requests.pop(request_id)
                     await self._commit(event)
                     yield index, event
                 case Failed(_, message):
                     raise InternalError(message)
-                case StateMissing():
-                    await self._submit_again(request)
+                case StateMissing(request_id):
+                    self._submit_again(request_id)
+                case Aborted():
+                    raise ShuttingDown("the server stopped before the answer was complete")
 
     async def close(self) -> None:
         """Stop what still runs and unlock the session, which is as its last commit left it."""
@@ -105,14 +121,24 @@ class Turn:
         for request_id in self._requests:
             self._service.engine.cancel(request_id)
         self._requests = {}
+        if self._session is not None and self._kept_row is not None:
+            await self._session.settle()
+            if self._session.warm != self._kept_row:
+                self._service.engine.release(self._kept_row)
         await self._stack.aclose()
+        self._service.metrics.request_duration_seconds.observe(time.monotonic() - self._started)
 
-    def _request(self, choice: ChoiceSpec) -> EngineRequest:
+    def _source(self, warm: str | None) -> Fresh | Parked | Warm:
+        if warm is not None:
+            return Warm(warm)
+        return self._parked if self._parked.state else Fresh()
+
+    def _request(self, choice: ChoiceSpec, source: Fresh | Parked | Warm) -> EngineRequest:
         # The bytes of half a character only matter when the text goes on where it ended.
         start = replace(self.start, undecoded=b"") if choice.token_ids else self.start
         return EngineRequest(
             request_id=secrets.token_hex(12),
-            source=self._source,
+            source=source,
             continuation=start,
             token_ids=choice.token_ids,
             max_tokens=choice.max_tokens,
@@ -122,40 +148,32 @@ class Turn:
             keep_state=self._session is not None,
         )
 
-    async def _next_event(self) -> Event:
-        if self._queue.empty():
-            getting = asyncio.ensure_future(self._queue.get())
-            aborting = asyncio.ensure_future(self._service.aborting.wait())
-        return await self._queue.get()
+    async def _next_event(self, silence_s: float | None) -> Event | Aborted | None:
+        if not self._queue.empty():
+            return self._queue.get_nowait()
+        try:
+            async with asyncio.timeout(silence_s):
+                return await self._queue.get()
+        except TimeoutError:
+            return None
 
-    async def _submit_again(self, request: EngineRequest) -> None:
-        """The warm row went to someone else: bring the state from the host or the store."""
-        if self._session is None or not isinstance(request.source, Warm):
-            raise InternalError("the engine lost the state of a turn")
-        self._service.sessions.forget_warm(request.source.name)
-        state = await self._session.load()
-        self._service.engine.submit(replace(request, source=Parked(state.state)))
+    def _submit_again(self, request_id: str) -> None:
+        """The warm row went to another sequence before the turn began: use the parked state."""
+        _, request = self._requests[request_id]
+        self._service.engine.submit(replace(request, source=self._parked))
 
     async def _commit(self, finished: Finished) -> None:
         if self._session is None:
             return
-        try:
-            if finished.state is None or finished.continuation is None:
-                raise InternalError("the engine ended a turn without its state")
-            await self._session.commit(
-                self._state(finished.state, finished.continuation), finished.warm
-            )
-        except BaseException:
-            if finished.warm is not None:
-                self._service.engine.release(finished.warm)
-            raise
-
-    def _state(self, state: bytes, continuation: Continuation) -> SessionState:
-        return SessionState(
-            fingerprint=self._service.checkpoint.fingerprint,
-            position=continuation.position,
-            pending=continuation.pending,
-            undecoded=continuation.undecoded,
-            recent=continuation.recent,
-            state=state,
+        self._kept_row = finished.warm
+        if finished.state is None or finished.continuation is None:
+            raise InternalError("the engine ended a turn without its state")
+        after = finished.continuation
+        state = SessionState(
+            position=after.position,
+            pending=after.pending,
+            undecoded=after.undecoded,
+            recent=after.recent,
+            state=finished.state,
         )
+        await self._session.commit(state, finished.warm)

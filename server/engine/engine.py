@@ -16,6 +16,7 @@ from model.sampling import sample
 from server.engine.messages import (
     EngineRequest,
     Event,
+    Evicted,
     Failed,
     Finished,
     Fresh,
@@ -65,7 +66,7 @@ class Engine:
         self,
         checkpoint: Checkpoint,
         limits: EngineLimits,
-        deliver: Callable[[list[Event]], None],
+        deliver: Callable[[list[Event | Evicted]], None],
         metrics: Metrics,
     ) -> None:
         self._network = checkpoint.network
@@ -76,7 +77,7 @@ class Engine:
         self._scheduler = Scheduler(limits)
         self._pool = self._network.new_pool(1 + self._scheduler.slots.num_rows)
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Release | _Stop] = queue.SimpleQueue()
-        self._events: list[Event] = []
+        self._events: list[Event | Evicted] = []
         self._lock = threading.Lock()
         self._num_waiting = 0
         self._num_warm_names = 0
@@ -170,6 +171,7 @@ class Engine:
             self._scheduler.reading.append(sequence)
             if sequence.is_read:
                 self._finish_reading(sequence)
+        self._events.extend(map(Evicted, self._scheduler.slots.take_evicted()))
         self._metrics.requests_waiting.set(len(self._scheduler.waiting))
 
     def _place(self, request: EngineRequest) -> bool:

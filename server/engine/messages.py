@@ -115,4 +115,12 @@ class StateMissing:
     request_id: str
 
 
+@dataclass(frozen=True)
+class Evicted:
+    """A warm row was given to another sequence; its name means nothing any more."""
+
+    name: str
+
+
 Event = TextDelta | Finished | Failed | StateMissing
+"""What happens to a request."""

@@ -18,6 +18,7 @@ class Slots:
         self._owner: dict[int, str | None] = dict.fromkeys(range(1, num_rows + 1))
         self._row: dict[str, int] = {}
         self._warm: OrderedDict[str, None] = OrderedDict()
+        self._evicted: list[str] = []
         self.num_decoding = 0
 
     @property
@@ -49,10 +50,17 @@ class Slots:
         """A row for a new sequence: the last free one, else that of the oldest warm state."""
         free = [row for row, name in self._owner.items() if name is None]
         if not free:
-            self.release(next(iter(self._warm)))
+            oldest = next(iter(self._warm))
+            self.release(oldest)
+            self._evicted.append(oldest)
             return self.acquire(owner)
         self._set(free[-1], owner)
         return free[-1]
+
+    def take_evicted(self) -> list[str]:
+        """Names of the warm states that `acquire` has forgotten since the last call."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
 
     def adopt(self, warm: str, owner: str) -> bool:
         """Give the row of a warm state to a sequence that continues it; False if it is gone."""

@@ -1,0 +1,199 @@
+"""Proof that a network computes what the reference implementation computes.
+
+A file of reference outputs is a safetensors file with `weights.*`, `token_ids` `[batch, tokens]`,
+`logits` `[batch, tokens, vocab_sz]`, the end state per layer `state.layers.N.H_S` and `.H_Z`, the
+position state `state.embed_pos`, `greedy_ids` `[1, count]` that continue the first sequence, and in
+its metadata `config` and `chunk_lengths`.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model import checkpoint
+from model.attention import Attention, chunked, quadratic
+from model.config import ModelConfig
+from model.network import LanguageModel, NetworkState
+
+LOGITS_TOLERANCE = 2e-5
+"""Absolute."""
+
+STATE_TOLERANCE = 1e-4
+"""Relative to the larger of 1 and the value: the values are logarithms."""
+
+
+class VerifyError(ValueError):
+    """The file is not one of reference outputs; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class ModeReport:
+    """How one way to evaluate the network compares with the reference."""
+
+    mode: str
+    logits_error: float
+    state_error: float
+    greedy_agrees: bool
+
+    @property
+    def ok(self) -> bool:
+        return (
+            self.logits_error <= LOGITS_TOLERANCE
+            and self.state_error <= STATE_TOLERANCE
+            and self.greedy_agrees
+        )
+
+
+@dataclass(frozen=True)
+class _Reference:
+    network: LanguageModel
+    tensors: dict[str, Tensor]
+    chunk_lengths: list[int]
+
+    @property
+    def token_ids(self) -> Tensor:
+        return self.tensors["token_ids"]
+
+
+Evaluation = tuple[Tensor, NetworkState]
+"""Logits of the last tokens, maybe of all, and the state at the end."""
+
+
+def verify_file(path: Path) -> list[ModeReport]:
+    """Compare every mode of evaluation, in float32, with a file. Raises VerifyError."""
+    try:
+        reference = _read(path)
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise VerifyError(f"{path}: not a file of reference outputs: {error}") from error
+    with torch.no_grad():
+        return [
+            _report(mode, reference, evaluate(reference), greedy)
+            for mode, evaluate, greedy in _modes()
+        ]
+
+
+def _modes() -> Iterator[
+    tuple[
+        str,
+        Callable[[_Reference], Evaluation],
+        Callable[[LanguageModel, Tensor, NetworkState], Evaluation],
+    ]
+]:
+    """Name, how to evaluate all tokens, and how to evaluate one more."""
+    yield "quadratic", lambda r: _forward(r, quadratic), _forward_one(quadratic)
+    yield "parallel", lambda r: _forward(r, chunked), _forward_one(chunked)
+    yield "chunked", _in_chunks, _forward_one(chunked)
+    yield "recurrent", lambda r: _recurrent(r, 0), _step_one
+    yield "mixed", lambda r: _recurrent(r, r.token_ids.shape[1] // 2), _step_one
+
+
+def _forward(reference: _Reference, attention: Attention) -> Evaluation:
+    network, ids = reference.network, reference.token_ids
+    logits, state = network(ids, network.empty_state(len(ids)), attention)
+    return logits, state
+
+
+def _in_chunks(reference: _Reference) -> Evaluation:
+    network, parts = reference.network, []
+    state = network.empty_state(len(reference.token_ids))
+    for ids in torch.split(reference.token_ids, reference.chunk_lengths, 1):
+        logits, state = network(ids, state)
+        parts.append(logits)
+    return torch.cat(parts, 1), state
+
+
+def _recurrent(reference: _Reference, num_prefilled: int) -> Evaluation:
+    """Token by token in a pool, after a prefill of the first tokens."""
+    network, ids = reference.network, reference.token_ids
+    rows = range(len(ids))
+    pool = network.new_pool(len(ids))
+    if num_prefilled:
+        network.prefill(ids[:, :num_prefilled], [num_prefilled] * len(ids), pool, rows)
+    later = ids[:, num_prefilled:].unbind(1)
+    logits = torch.stack([network.step(column, pool, rows) for column in later], 1)
+    return logits, network.read_state(pool)
+
+
+def _forward_one(
+    attention: Attention,
+) -> Callable[[LanguageModel, Tensor, NetworkState], Evaluation]:
+    return lambda network, ids, state: network(ids, state, attention)
+
+
+def _step_one(network: LanguageModel, ids: Tensor, state: NetworkState) -> Evaluation:
+    pool = network.new_pool(len(ids))
+    network.write_state(state, pool)
+    return network.step(ids[:, 0], pool, range(len(ids))).unsqueeze(1), network.read_state(pool)
+
+
+def _report(
+    mode: str,
+    reference: _Reference,
+    evaluation: Evaluation,
+    one_more: Callable[[LanguageModel, Tensor, NetworkState], Evaluation],
+) -> ModeReport:
+    logits, state = evaluation
+    expected = reference.tensors["logits"][:, -logits.shape[1] :]
+    wanted = reference.tensors["greedy_ids"][0].tolist()
+    found = []
+    for _ in wanted:
+        best = logits[:, -1:].argmax(-1)
+        found.append(int(best[0, 0]))
+        logits, state = one_more(reference.network, best, state)
+    return ModeReport(
+        mode=mode,
+        logits_error=_worst(evaluation[0].double() - expected),
+        state_error=_state_error(reference.tensors, evaluation[1]),
+        greedy_agrees=found == wanted,
+    )
+
+
+def _state_error(tensors: dict[str, Tensor], state: NetworkState) -> float:
+    pairs = [(state.h, tensors["state.embed_pos"])]
+    for number, layer in enumerate(state.layers):
+        h_s, h_z = layer.to_paper()
+        pairs.append((h_s, tensors[f"state.layers.{number}.H_S"]))
+        pairs.append((h_z, tensors[f"state.layers.{number}.H_Z"]))
+    return max(
+        _worst((ours.double() - theirs) / theirs.abs().clamp(min=1)) for ours, theirs in pairs
+    )
+
+
+def _worst(error: Tensor) -> float:
+    """The largest magnitude; NaN counts as infinite."""
+    return float(error.abs().nan_to_num(nan=torch.inf).max())
+
+
+def _read(path: Path) -> _Reference:
+    with safe_open(path, "pt") as file:
+        facts = file.metadata() or {}
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
+    config = ModelConfig.model_validate_json(facts["config"])
+    prefix = "weights."
+    weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    network = checkpoint.build(config, weights, path, torch.device("cpu"))
+    lengths = [int(length) for length in json.loads(facts["chunk_lengths"])]
+    ids = tensors["token_ids"]
+    expected = {
+        "logits": (*ids.shape, config.vocab_sz),
+        "greedy_ids": (1, tensors["greedy_ids"].shape[-1]),
+        "state.embed_pos": (len(ids), config.d_emb),
+    }
+    heads = (len(ids), config.n_heads, config.d_key)
+    for number in range(config.n_layers):
+        expected[f"state.layers.{number}.H_Z"] = heads
+        expected[f"state.layers.{number}.H_S"] = (*heads, config.d_val)
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(shape)}")
+    if sum(lengths) != ids.shape[1]:
+        raise ValueError(f"chunk_lengths add up to {sum(lengths)}, not {ids.shape[1]} tokens")
+    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_sz:
+        raise ValueError(f"token_ids are not all from 0 to {config.vocab_sz - 1}")
+    return _Reference(network, tensors, lengths)

@@ -1,0 +1,194 @@
+"""The command line. What a command needs is imported when it runs, so that help comes at once."""
+
+import inspect
+import secrets
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from model import PRETRAINED
+from server.settings import Settings, SettingsError, read_settings
+
+app = typer.Typer(
+    help="An inference server for language models whose memory does not grow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of `latentd`."""
+    app()
+
+
+def _fail(message: object) -> typer.Exit:
+    """One line on stderr, and the exit that goes with it."""
+    print(f"latentd: {message}", file=sys.stderr)
+    return typer.Exit(2)
+
+
+def _flags_from_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give the command one option per field of Settings, unset unless given."""
+    options = []
+    for name, field in Settings.model_fields.items():
+        kind: Any = field.annotation
+        default = "" if field.default is None else str(field.default)
+        option = typer.Option(help=field.description, show_default=default or False)
+        options.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, option],
+            )
+        )
+    command.__dict__["__signature__"] = inspect.Signature(options)
+    return command
+
+
+@app.command()
+@_flags_from_settings
+def serve(**flags: Any) -> None:
+    """Serve a model over HTTP until SIGTERM or Ctrl-C.
+
+    Every option can also be set by an environment variable: --data-dir is LATENTD_DATA_DIR.
+    """
+    try:
+        settings = read_settings({k: v for k, v in flags.items() if v is not None})
+    except SettingsError as error:
+        raise _fail(error) from error
+    from model.checkpoint import CheckpointError
+    from server.engine.device import DeviceError
+    from server.serve import ServeError
+    from server.serve import serve as run
+    from server.sessions.store import StoreError
+
+    try:
+        run(settings)
+    except (CheckpointError, DeviceError, ServeError, StoreError) as error:
+        raise _fail(error) from error
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    checkpoint: Annotated[Path, typer.Option(help="Folder of the model.")] = PRETRAINED,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=10, help="0: always the likeliest.")] = (
+        0.7
+    ),
+    top_k: Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Only this much probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """Write a continuation of a text to the terminal, without a server."""
+    from model.checkpoint import CheckpointError
+    from model.sampling import SamplingParams
+    from server.engine.device import DeviceError
+    from server.generate import GenerateError
+    from server.generate import generate as run
+
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=secrets.randbits(64) if seed is None else seed,
+    )
+    try:
+        run(checkpoint, prompt, max_tokens, sampling, device, threads)
+    except (CheckpointError, DeviceError, GenerateError) as error:
+        raise _fail(error) from error
+
+
+@app.command()
+def verify(
+    files: Annotated[list[Path], typer.Argument(help="Files of reference outputs.")],
+) -> None:
+    """Compare this implementation with outputs of the reference implementation.
+
+    Exit status 1 if an error is above its tolerance.
+    """
+    from model.verify import LOGITS_TOLERANCE, STATE_TOLERANCE, VerifyError, verify_file
+
+    table = Table("file", "mode", "logits", "state", "greedy ids", "")
+    ok = True
+    try:
+        for file in files:
+            for report in verify_file(file):
+                ok = ok and report.ok
+                table.add_row(
+                    file.name,
+                    report.mode,
+                    f"{report.logits_error:.1e}",
+                    f"{report.state_error:.1e}",
+                    "agree" if report.greedy_agrees else "differ",
+                    "ok" if report.ok else "FAILED",
+                )
+    except VerifyError as error:
+        raise _fail(error) from error
+    console = Console()
+    console.print(table)
+    console.print(
+        f"worst errors; tolerance {LOGITS_TOLERANCE:g} for logits, {STATE_TOLERANCE:g} relative "
+        "for the state"
+    )
+    raise typer.Exit(0 if ok else 1)
+
+
+@app.command()
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(help="State dict: .pt, .pth or .safetensors.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    tokenizer: Annotated[
+        Path, typer.Option(help="tokenizer.json that the model was trained with.")
+    ],
+    chat_template: Annotated[Path | None, typer.Option(help="Jinja file.")] = None,
+    vocab_sz: Annotated[int, typer.Option(min=1)] = 50304,
+    d_emb: Annotated[int, typer.Option(min=1)] = 768,
+    n_layers: Annotated[int, typer.Option(min=1)] = 24,
+    n_heads: Annotated[int, typer.Option(min=1)] = 24,
+    d_key: Annotated[int, typer.Option(min=1)] = 32,
+    d_val: Annotated[int, typer.Option(min=1)] = 32,
+    values: Annotated[Literal["log", "linear"], typer.Option(help="What v is.")] = "log",
+    bos_token_id: Annotated[int | None, typer.Option(help="Put before fresh text.")] = None,
+    eos_token_id: Annotated[list[int] | None, typer.Option(help="Ends a text.")] = None,
+) -> None:
+    """Make a checkpoint from a state dict of the reference implementation.
+
+    The numbers are the arguments of its ModelConfig; the defaults are the paper's model.
+    """
+    from pydantic import ValidationError
+
+    from model.checkpoint import CheckpointError, import_state_dict
+    from model.config import ModelConfig, describe
+
+    try:
+        config = ModelConfig(
+            vocab_sz=vocab_sz,
+            d_emb=d_emb,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            d_key=d_key,
+            d_val=d_val,
+            values=values,
+            bos_token_id=bos_token_id,
+            eos_token_ids=tuple(eos_token_id or ()),
+        )
+        import_state_dict(file, out, config, tokenizer, chat_template)
+    except ValidationError as error:
+        raise _fail(describe(error)) from error
+    except CheckpointError as error:
+        raise _fail(error) from error
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

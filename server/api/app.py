@@ -1,0 +1,85 @@
+"""The application: its parts are built when it starts and taken down when it stops."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from model.checkpoint import Checkpoint
+from server import __version__
+from server.api import completions, health, models, problems, sessions
+from server.api.middleware import RequestMiddleware
+from server.api.router import Router
+from server.api.service import Service
+from server.engine.engine import Engine, EngineLimits
+from server.engine.messages import Event, Evicted
+from server.metrics import Metrics
+from server.sessions.cache import HostCache
+from server.sessions.codec import Codec
+from server.sessions.sessions import Sessions
+from server.sessions.store import SessionStore
+from server.settings import Settings
+
+
+def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) -> FastAPI:
+    """An app that serves one checkpoint; it closes the store when it ends."""
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service = _build(settings, checkpoint, store, metrics)
+        service.engine.start()
+        app.state.service = service
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.engine.stop)
+            await store.close()
+
+    app = FastAPI(
+        title="latentd",
+        description="Language models whose memory does not grow.",
+        version=__version__,
+        lifespan=lifespan,
+    )
+    for part in (completions, sessions, models, health):
+        app.include_router(part.router)
+    problems.install(app, metrics)
+    app.add_middleware(RequestMiddleware, metrics=metrics, max_body_bytes=settings.max_body_bytes)
+    return app
+
+
+def _build(
+    settings: Settings, checkpoint: Checkpoint, store: SessionStore, metrics: Metrics
+) -> Service:
+    loop = asyncio.get_running_loop()
+
+    def deliver(events: list[Event | Evicted]) -> None:
+        loop.call_soon_threadsafe(router.dispatch, events)
+
+    limits = EngineLimits(
+        max_running=settings.max_running,
+        warm_sessions=settings.warm_sessions,
+        max_waiting=settings.max_waiting,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+    )
+    engine = Engine(checkpoint, limits, deliver, metrics)
+    codec = Codec(checkpoint.fingerprint, checkpoint.network.state_spec.tensors)
+    conversations = Sessions(store, HostCache(settings.host_cache_bytes), codec, metrics)
+    router = Router(engine, conversations.row_evicted)
+    metrics.model_info.labels(
+        model=settings.served_name,
+        fingerprint=checkpoint.fingerprint[:12],
+        device=str(checkpoint.network.device),
+    ).set(1)
+    return Service(
+        settings=settings,
+        checkpoint=checkpoint,
+        model_name=settings.served_name,
+        created=int((settings.checkpoint / "config.json").stat().st_mtime),
+        metrics=metrics,
+        sessions=conversations,
+        engine=engine,
+        router=router,
+    )

@@ -1,0 +1,235 @@
+"""`POST /v1/completions`: text that continues a prompt, whole or as a stream."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Header, Request, Response
+from fastapi.responses import JSONResponse
+
+from server.api import prompts
+from server.api.schemas import (
+    Completion,
+    CompletionChoice,
+    CompletionRequest,
+    ErrorResponse,
+    PromptTokensDetails,
+    Usage,
+)
+from server.api.service import Service, ServiceDep
+from server.api.sse import EventStream
+from server.api.turns import ChoiceSpec, Turn
+from server.engine.messages import Finished
+from server.errors import InvalidRequest
+
+router = APIRouter(tags=["completions"])
+CLIENT_CLOSED_REQUEST = 499
+
+
+@router.post(
+    "/v1/completions",
+    response_model=Completion,
+    responses={
+        200: {"content": {"text/event-stream": {}}},
+        "4XX": {"model": ErrorResponse},
+        "5XX": {"model": ErrorResponse},
+    },
+)
+async def create_completion(
+    body: CompletionRequest,
+    request: Request,
+    service: ServiceDep,
+    x_session_id: Annotated[str | None, Header()] = None,
+) -> Response:
+    """Continue a prompt. With a session, continue what it has read and written so far.
+
+    A turn of a session is committed before its last event; a turn that ends in any other way
+    leaves the session as it was.
+    """
+    service.check_ready()
+    prompts.check_model(service, body.model)
+    prompts.check_limits(service, body)
+    session_id = _session_id(body, x_session_id)
+    turn = Turn(service)
+    try:
+        if session_id is not None:
+            await turn.resume(session_id)
+        tokens = await prompts.read_prompts(service, body, turn.start)
+        choices = prompts.choices(service, body, tokens)
+        answer = _Answer(service, body, session_id, turn.start.position, tokens, choices)
+        turn.submit(choices)
+    except BaseException:
+        await turn.close()
+        raise
+    headers = {} if session_id is None else {"X-Session-ID": session_id}
+    if body.stream:
+        messages = _messages(answer, turn, service.settings.keepalive_s)
+        return EventStream(messages, turn.close, headers)
+    try:
+        completion = await _unless_disconnected(request, answer, turn)
+    finally:
+        await asyncio.shield(turn.close())
+    if completion is None:
+        request.scope["latentd.outcome"] = "cancelled"
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return JSONResponse(completion.model_dump(mode="json"), headers=headers)
+
+
+@dataclass
+class _Choice:
+    """What has come so far of one choice."""
+
+    text: list[str] = field(default_factory=list)
+    num_generated: int = 0
+    reason: Literal["stop", "length"] | None = None
+
+
+class _Answer:
+    """Collects a completion, or renders it piece by piece."""
+
+    def __init__(
+        self,
+        service: Service,
+        body: CompletionRequest,
+        session_id: str | None,
+        cached_tokens: int,
+        tokens: Sequence[tuple[int, ...]],
+        choices: Sequence[ChoiceSpec],
+    ) -> None:
+        self._id = f"cmpl-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+        self._service = service
+        self._body = body
+        self._session_id = session_id
+        self._cached_tokens = cached_tokens
+        self._prompt_tokens = cached_tokens + sum(map(len, tokens))
+        self.choices = [_Choice() for _ in choices]
+        self.echoes = [self._echo(choice) for choice in choices] if body.echo else []
+
+    @property
+    def usage(self) -> Usage:
+        generated = sum(choice.num_generated for choice in self.choices)
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=generated,
+            total_tokens=self._prompt_tokens + generated,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._cached_tokens),
+        )
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the stream ends with an event for the usage."""
+        options = self._body.stream_options
+        return options is not None and bool(options.include_usage)
+
+    @property
+    def _usage_in_events(self) -> bool:
+        options = self._body.stream_options
+        return options is not None and bool(options.continuous_usage_stats)
+
+    def completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
+        """A completion object with these choices."""
+        return Completion(
+            id=self._id,
+            object="text_completion",
+            created=self._created,
+            model=self._service.model_name,
+            system_fingerprint=f"fp_{self._service.checkpoint.fingerprint[:12]}",
+            choices=choices,
+            usage=usage,
+            session_id=self._session_id,
+        )
+
+    def piece(self, index: int, text: str, reason: Literal["stop", "length"] | None) -> Completion:
+        """One event of a stream."""
+        choice = CompletionChoice(index=index, text=text, logprobs=None, finish_reason=reason)
+        return self.completion([choice], self.usage if self._usage_in_events else None)
+
+    def whole(self) -> Completion:
+        """The completion when all choices have finished."""
+        return self.completion(
+            [
+                CompletionChoice(
+                    index=index,
+                    text="".join(choice.text),
+                    logprobs=None,
+                    finish_reason=choice.reason,
+                )
+                for index, choice in enumerate(self.choices)
+            ],
+            self.usage,
+        )
+
+    def _echo(self, choice: ChoiceSpec) -> str:
+        return self._service.checkpoint.tokenizer.decode(choice.token_ids)
+
+
+async def _messages(
+    answer: _Answer, turn: Turn, keepalive_s: float
+) -> AsyncIterator[Completion | None]:
+    """The events of a stream; None after a silence."""
+    for index, text in enumerate(answer.echoes):
+        yield answer.piece(index, text, None)
+    async for happened in turn.events(keepalive_s):
+        if happened is None:
+            yield None
+            continue
+        index, event = happened
+        if isinstance(event, Finished):
+            answer.choices[index].num_generated = event.num_generated
+            yield answer.piece(index, event.text, event.reason)
+        else:
+            answer.choices[index].num_generated += 1
+            if event.text:
+                yield answer.piece(index, event.text, None)
+    if answer.wants_usage:
+        yield answer.completion([], answer.usage)
+
+
+async def _collect(answer: _Answer, turn: Turn) -> Completion:
+    for index, text in enumerate(answer.echoes):
+        answer.choices[index].text.append(text)
+    async for happened in turn.events():
+        if happened is None:
+            continue
+        index, event = happened
+        choice = answer.choices[index]
+        choice.text.append(event.text)
+        if isinstance(event, Finished):
+            choice.reason, choice.num_generated = event.reason, event.num_generated
+    return answer.whole()
+
+
+async def _unless_disconnected(request: Request, answer: _Answer, turn: Turn) -> Completion | None:
+    """The completion, or None as soon as the client has gone."""
+    collecting = asyncio.create_task(_collect(answer, turn))
+    watching = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait([collecting, watching], return_when=asyncio.FIRST_COMPLETED)
+        return await collecting if collecting.done() else None
+    finally:
+        for task in (collecting, watching):
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _session_id(body: CompletionRequest, header: str | None) -> str | None:
+    """The session that body or header name. Raises InvalidRequest."""
+    if None not in (body.session_id, header) and body.session_id != header:
+        raise InvalidRequest("session_id and the header X-Session-ID differ", "session_id")
+    session_id = header if body.session_id is None else body.session_id
+    if session_id is not None and body.num_choices_per_prompt > 1:
+        raise InvalidRequest("a session has one future: n must be 1", "n")
+    if session_id is not None and len(body.prompts) > 1:
+        raise InvalidRequest("a turn of a session has one prompt", "prompt")
+    return session_id

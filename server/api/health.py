@@ -1,0 +1,28 @@
+"""For orchestrators and Prometheus."""
+
+from fastapi import APIRouter, Response
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from server.api.schemas import ErrorResponse, Health
+from server.api.service import ServiceDep
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/health/live")
+async def live() -> Health:
+    """The process answers."""
+    return Health()
+
+
+@router.get("/health/ready", responses={503: {"model": ErrorResponse}})
+async def ready(service: ServiceDep) -> Health:
+    """The server takes turns."""
+    service.check_ready()
+    return Health()
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(service: ServiceDep) -> Response:
+    """Prometheus metrics."""
+    return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -1,0 +1,88 @@
+"""What happens to every request: an id, a bound, a line in the log, a count. Pure ASGI, so streams flow."""
+
+import logging
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api import problems
+from server.api.problems import render
+from server.errors import InternalError
+from server.metrics import Metrics
+
+REQUEST_ID = "X-Request-ID"
+_GOOD_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+log = logging.getLogger(__name__)
+
+
+class RequestMiddleware:
+    """Takes a request's id from its header or makes one, and sends it back; bounds its body."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID, "")
+        request_id = given if _GOOD_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        status, started = 0, time.monotonic()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        try:
+            if _declared_length(headers) > self._max_body_bytes:
+                await render(problems.body_too_large())(scope, receive, send_with_id)
+            else:
+                await self._app(scope, self._limited(receive), send_with_id)
+        except Exception:  # the last place where a fault can still become an answer
+            log.exception("request %s failed", request_id)
+            if status == 0:
+                await render(InternalError())(scope, receive, send_with_id)
+        finally:
+            outcome = scope.get("latentd.outcome") or _outcome(status)
+            endpoint = getattr(scope.get("route"), "path", "unknown")
+            self._metrics.requests_total.labels(endpoint=endpoint, outcome=outcome).inc()
+            log.info(
+                "%s %s %d %s %.3fs %s",
+                *(scope["method"], scope["path"], status, outcome),
+                *(time.monotonic() - started, request_id),
+            )
+
+    def _limited(self, receive: Receive) -> Receive:
+        """Stops reading when more arrives than is allowed, whatever the headers declared."""
+        num_bytes = 0
+
+        async def limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                raise HTTPException(413)  # what the framework lets through while it reads a body
+            return message
+
+        return limited
+
+
+def _declared_length(headers: Headers) -> int:
+    length = headers.get("content-length", "")
+    return int(length) if length.isdecimal() else 0
+
+
+def _outcome(status: int) -> str:
+    if status < 400:
+        return "ok" if status else "cancelled"
+    return "client_error" if status < 500 else "server_error"

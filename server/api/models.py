@@ -1,0 +1,31 @@
+"""`/v1/models`: the one model of this server."""
+
+from fastapi import APIRouter
+
+from server.api import prompts
+from server.api.schemas import ErrorResponse, Model, ModelList
+from server.api.service import Service, ServiceDep
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/v1/models")
+async def list_models(service: ServiceDep) -> ModelList:
+    """The models that requests can name."""
+    return ModelList(data=[_render(service)])
+
+
+@router.get("/v1/models/{model:path}", responses={404: {"model": ErrorResponse}})
+async def get_model(model: str, service: ServiceDep) -> Model:
+    """One model."""
+    prompts.check_model(service, model)
+    return _render(service)
+
+
+def _render(service: Service) -> Model:
+    return Model(
+        id=service.model_name,
+        created=service.created,
+        parameters=service.checkpoint.network.num_parameters,
+        state_bytes=service.sessions.state_bytes,
+    )

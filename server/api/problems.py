@@ -1,0 +1,120 @@
+"""Every error becomes OpenAI's error object, whoever raised it."""
+
+import http
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from server.errors import InvalidRequest, LatentdError
+from server.metrics import Metrics
+
+LONGEST_ECHO = 200
+
+
+def install(app: FastAPI, metrics: Metrics) -> None:
+    """Make the app answer all errors in one shape."""
+
+    async def known(_: Request, error: Exception) -> JSONResponse:
+        if not isinstance(error, LatentdError):
+            raise error
+        if error.status in (429, 503):
+            reason = error.code or "unknown"
+            metrics.admission_rejections_total.labels(reason=reason).inc()
+        return render(error)
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        if not isinstance(error, RequestValidationError):
+            raise error
+        return render(_describe(request, error.errors()))
+
+    async def http_error(request: Request, error: Exception) -> JSONResponse:
+        if not isinstance(error, HTTPException):
+            raise error
+        return render(_from_http(request, error))
+
+    app.add_exception_handler(LatentdError, known)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http_error)
+
+
+def render(error: LatentdError) -> JSONResponse:
+    """The answer that tells an error."""
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+def body_too_large() -> InvalidRequest:
+    """The body exceeds `max_body_bytes`."""
+    return InvalidRequest(
+        "the body is larger than this server accepts", code="body_too_large", status=413
+    )
+
+
+def _describe(request: Request, problems: Sequence[Any]) -> InvalidRequest:
+    """The first problem, with the path of its field and what was given, cut to a few words."""
+    problem = problems[0]
+    path = [str(part) for part in problem["loc"][1:]]
+    kind = problem["type"]
+    if kind == "json_invalid":
+        reason = problem.get("ctx", {}).get("error", "")
+        return InvalidRequest(
+            f"the body is not JSON: {reason} at byte {path[0]}", code="invalid_json"
+        )
+    if not path and kind != "missing":
+        given = request.headers.get("content-type")
+        if given is None or "json" not in given:
+            said = "without a Content-Type" if given is None else f"of type {given[:LONGEST_ECHO]}"
+            return InvalidRequest(
+                f"the body is {said}; it must be application/json",
+                code="unsupported_media_type",
+                status=415,
+            )
+        return InvalidRequest("the body must be a JSON object", code="invalid_body")
+    param = _field(path)
+    if kind == "missing":
+        named = f"{param} is required" if param else "a body is required"
+        return InvalidRequest(named, param, "missing_required_parameter")
+    if kind == "extra_forbidden":
+        return InvalidRequest(f"{param}: there is no such parameter", param, "unknown_parameter")
+    given = repr(problem.get("input"))
+    if len(given) > LONGEST_ECHO:
+        given = given[:LONGEST_ECHO] + "…"
+    return InvalidRequest(f"{param}: {problem['msg']}, not {given}", param, "invalid_value")
+
+
+UNION_TAGS = {"text", "texts", "tokens", "token_lists", "str", "list[str]"}
+"""What pydantic adds to the path of a field that takes several forms."""
+
+
+def _field(path: Sequence[str]) -> str | None:
+    """`a.b[0]` for the parts of a path."""
+    shown = ""
+    for part in path:
+        if part.isdigit():
+            shown += f"[{part}]"
+        elif part not in UNION_TAGS and not part.startswith(("constrained-", "list[", "function-")):
+            shown += f".{part}" if shown else part
+    return shown[:LONGEST_ECHO] or None
+
+
+def _from_http(request: Request, error: HTTPException) -> LatentdError:
+    """The framework's own errors."""
+    method, path = request.method, request.url.path[:LONGEST_ECHO]
+    match error.status_code:
+        case 404:
+            message, code = f"there is no {method} {path}", "not_found"
+        case 405:
+            message, code = f"{path} cannot be asked to {method}", "method_not_allowed"
+        case 413:
+            return body_too_large()
+        case 400:
+            message, code = "the body cannot be read as JSON", "invalid_body"
+        case _:
+            message = error.detail or http.HTTPStatus(error.status_code).phrase
+            code = "http_error"
+    problem = InvalidRequest(message, None, code, error.status_code)
+    problem.headers.update(error.headers or {})
+    return problem

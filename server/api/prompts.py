@@ -1,0 +1,151 @@
+"""From a request's body to what the engine is asked to do; everything wrong is named here."""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+
+from model.sampling import SamplingParams, derive_seed
+from server.api.schemas import CompletionRequest
+from server.api.service import Service
+from server.api.turns import ChoiceSpec
+from server.engine.messages import Continuation
+from server.errors import InvalidRequest, NotFound
+
+SHORT_TEXT = 2048
+"""Characters that are tokenised faster than a thread is asked to do it."""
+
+
+def check_model(service: Service, name: str | None) -> None:
+    """Raises NotFound for a model that is not served here."""
+    if name is not None and name != service.model_name:
+        raise NotFound(
+            f"there is no model {name!r}; this server has {service.model_name!r}",
+            "model",
+            "model_not_found",
+        )
+
+
+def check_limits(service: Service, body: CompletionRequest) -> None:
+    """Raises InvalidRequest for what exceeds this server's settings."""
+    settings = service.settings
+    if max_tokens(service, body) > settings.max_tokens_limit:
+        raise InvalidRequest(
+            f"max_tokens is {body.max_tokens}, the most is {settings.max_tokens_limit}",
+            "max_tokens",
+        )
+    if body.num_choices_per_prompt > settings.max_n:
+        raise InvalidRequest(f"n is {body.n}, the most is {settings.max_n}", "n")
+    if len(body.stops) > settings.max_stop:
+        raise InvalidRequest(
+            f"{len(body.stops)} stop strings, the most is {settings.max_stop}", "stop"
+        )
+    num_choices = body.num_choices_per_prompt * len(body.prompts)
+    if num_choices > settings.max_waiting:
+        raise InvalidRequest(
+            f"n times the number of prompts is {num_choices}, the most is {settings.max_waiting}",
+            "prompt",
+        )
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options needs stream: true", "stream_options")
+
+
+def max_tokens(service: Service, body: CompletionRequest) -> int:
+    """Tokens to generate at most."""
+    return service.settings.default_max_tokens if body.max_tokens is None else body.max_tokens
+
+
+async def read_prompts(
+    service: Service, body: CompletionRequest, start: Continuation
+) -> list[tuple[int, ...]]:
+    """Token ids of every prompt, to be read after `start`. Raises InvalidRequest."""
+    prompts = [await _tokens(service, prompt) for prompt in body.prompts]
+    bos = service.checkpoint.network.config.bos_token_id
+    if start.position == 0 and bos is not None:
+        texts = [isinstance(prompt, str) for prompt in body.prompts]
+        prompts = [
+            (bos, *ids) if is_text else ids for ids, is_text in zip(prompts, texts, strict=True)
+        ]
+    for ids in prompts:
+        _check_length(service, body, ids, start)
+    return prompts
+
+
+def choices(
+    service: Service, body: CompletionRequest, prompts: Sequence[tuple[int, ...]]
+) -> list[ChoiceSpec]:
+    """All choices of an answer, in order: `n` for each prompt. Raises InvalidRequest."""
+    sampling = _sampling(service, body)
+    return [
+        ChoiceSpec(
+            token_ids=ids,
+            max_tokens=max_tokens(service, body),
+            sampling=replace(sampling, seed=derive_seed(sampling.seed, index)),
+            stop=body.stops,
+            ignore_eos=bool(body.ignore_eos),
+        )
+        for ids in prompts
+        for index in range(body.num_choices_per_prompt)
+    ]
+
+
+async def _tokens(service: Service, prompt: str | list[int]) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        encode = service.checkpoint.tokenizer.encode
+        if len(prompt) <= SHORT_TEXT:
+            return tuple(encode(prompt))
+        return tuple(await asyncio.to_thread(encode, prompt))
+    vocab_sz = service.checkpoint.network.config.vocab_sz
+    outside = next((token_id for token_id in prompt if token_id >= vocab_sz), None)
+    if outside is not None:
+        raise InvalidRequest(f"token id {outside} is not below {vocab_sz}", "prompt")
+    return tuple(prompt)
+
+
+def _check_length(
+    service: Service, body: CompletionRequest, ids: tuple[int, ...], start: Continuation
+) -> None:
+    limit = service.settings.max_prompt_tokens
+    if len(ids) > limit:
+        raise InvalidRequest(
+            f"the prompt has {len(ids)} tokens, the most in one request is {limit}; a session can "
+            "read any number in several requests",
+            "prompt",
+            "context_length_exceeded",
+        )
+    if not ids and not start.pending and max_tokens(service, body) > 0:
+        raise InvalidRequest(
+            "the prompt is empty and there is nothing to continue: it needs at least one token",
+            "prompt",
+        )
+
+
+def _sampling(service: Service, body: CompletionRequest) -> SamplingParams:
+    default = SamplingParams()
+    top_k = default.top_k if body.top_k is None else max(0, body.top_k)
+    seed = secrets.randbits(64) if body.seed is None else body.seed
+    return SamplingParams(
+        temperature=_given(body.temperature, default.temperature),
+        top_k=top_k,
+        top_p=_given(body.top_p, default.top_p),
+        min_p=_given(body.min_p, default.min_p),
+        repetition_penalty=_given(body.repetition_penalty, default.repetition_penalty),
+        frequency_penalty=_given(body.frequency_penalty, default.frequency_penalty),
+        presence_penalty=_given(body.presence_penalty, default.presence_penalty),
+        logit_bias=_logit_bias(service, body.logit_bias or {}),
+        seed=seed,
+    )
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _logit_bias(service: Service, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    vocab_sz = service.checkpoint.network.config.vocab_sz
+    for key in biases:
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_sz):
+            raise InvalidRequest(
+                f"{key[:40]!r} is not a token id from 0 to {vocab_sz - 1}", "logit_bias"
+            )
+    return tuple((int(key), float(bias)) for key, bias in biases.items())

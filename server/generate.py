@@ -1,0 +1,78 @@
+"""`latentd generate`: the engine without a server."""
+
+import queue
+import sys
+from pathlib import Path
+
+from model import checkpoint
+from model.sampling import SamplingParams
+from server.engine.device import choose_device
+from server.engine.engine import Engine, EngineLimits
+from server.engine.messages import (
+    Continuation,
+    EngineRequest,
+    Event,
+    Evicted,
+    Failed,
+    Finished,
+    Fresh,
+    TextDelta,
+)
+from server.metrics import Metrics
+
+
+class GenerateError(Exception):
+    """No text can be written; one line says why."""
+
+
+def generate(
+    folder: Path,
+    prompt: str,
+    max_tokens: int,
+    sampling: SamplingParams,
+    device_name: str,
+    threads: int | None,
+) -> None:
+    """Write a continuation to stdout as it comes, and its speed to stderr.
+
+    Raises CheckpointError, DeviceError and GenerateError.
+    """
+    device, _ = choose_device(device_name, threads)
+    loaded = checkpoint.load(folder, device)
+    bos = loaded.network.config.bos_token_id
+    token_ids = (*([] if bos is None else [bos]), *loaded.tokenizer.encode(prompt))
+    if not token_ids:
+        raise GenerateError("the prompt is empty and the model has no token to begin with")
+    events: queue.SimpleQueue[list[Event | Evicted]] = queue.SimpleQueue()
+    engine = Engine(loaded, EngineLimits(1, 0, 1, 512), events.put, Metrics())
+    engine.start()
+    try:
+        engine.submit(
+            EngineRequest("generate", Fresh(), Continuation(), token_ids, max_tokens, sampling)
+        )
+        print(prompt, end="", flush=True)
+        finished = _stream(events)
+    finally:
+        engine.stop()
+    timings = finished.timings
+    first = timings.total_s if timings.first_token_s is None else timings.first_token_s
+    after = finished.num_generated - 1
+    speed = f", {after / (timings.total_s - first):,.0f} tokens/s after it" if after else ""
+    print(
+        f"{finished.num_generated} tokens, the first after {1000 * first:.0f} ms{speed}",
+        file=sys.stderr,
+    )
+
+
+def _stream(events: "queue.SimpleQueue[list[Event | Evicted]]") -> Finished:
+    """Print text until the end."""
+    while True:
+        for event in events.get():
+            match event:
+                case TextDelta():
+                    print(event.text, end="", flush=True)
+                case Finished():
+                    print(event.text)
+                    return event
+                case Failed(_, message):
+                    raise GenerateError(message)

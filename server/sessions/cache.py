@@ -1,0 +1,50 @@
+"""Parked states in host memory: the least recently used ones go first."""
+
+from collections import OrderedDict
+
+from server.sessions.codec import SessionState
+
+
+class HostCache:
+    """States by session, at most `max_bytes` of them."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._states: OrderedDict[str, SessionState] = OrderedDict()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __contains__(self, session_id: str) -> bool:
+        return session_id in self._states
+
+    def get(self, session_id: str) -> SessionState | None:
+        """The state, now the most recently used one."""
+        if session_id not in self._states:
+            return None
+        self._states.move_to_end(session_id)
+        return self._states[session_id]
+
+    def put(self, session_id: str, state: SessionState) -> int:
+        """Keep a state, forget others for it. Returns how many were forgotten.
+
+        A state that is larger than the whole cache is not kept.
+        """
+        self.remove(session_id)
+        if state.num_bytes > self._max_bytes:
+            return 0
+        self._states[session_id] = state
+        self.num_bytes += state.num_bytes
+        evicted = 0
+        while self.num_bytes > self._max_bytes:
+            _, oldest = self._states.popitem(last=False)
+            self.num_bytes -= oldest.num_bytes
+            evicted += 1
+        return evicted
+
+    def remove(self, session_id: str) -> None:
+        """Forget a session's state if it is here."""
+        state = self._states.pop(session_id, None)
+        if state is not None:
+            self.num_bytes -= state.num_bytes

@@ -1,0 +1,90 @@
+"""Everything that can be set, in one place: flags and `LATENTD_*` variables come from here."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from model import PRETRAINED
+
+PREFIX = "LATENTD_"
+
+
+class SettingsError(ValueError):
+    """A setting is unknown or has a wrong value; the message names it and the value."""
+
+
+class Settings(BaseSettings):
+    """Settings of `latentd serve`; a flag wins over its environment variable."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", protected_namespaces=()
+    )
+
+    checkpoint: Path = Field(PRETRAINED, description="Folder of the model to serve.")
+    model_name: str = Field(
+        "", description="Name that clients use for the model; the checkpoint folder's if empty."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
+    data_dir: Path = Field(
+        platformdirs.user_data_path("latentd"), description="Folder of the session store."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads for the model; torch decides if not given."
+    )
+    max_running: int = Field(32, ge=1, description="Sequences that run together.")
+    warm_sessions: int = Field(
+        32, ge=0, description="Sessions that keep their state on the device between turns."
+    )
+    max_waiting: int = Field(256, ge=1, description="Sequences that may wait; more are refused.")
+    prefill_chunk_tokens: int = Field(
+        512, ge=1, description="Prompt tokens read between two steps when nothing else runs."
+    )
+    max_prompt_tokens: int = Field(131_072, ge=1, description="Longest prompt of one request.")
+    max_tokens_limit: int = Field(65_536, ge=1, description="Largest max_tokens of a request.")
+    default_max_tokens: int = Field(16, ge=0, description="max_tokens of a request without it.")
+    max_n: int = Field(16, ge=1, description="Most choices per prompt.")
+    max_stop: int = Field(16, ge=1, description="Most stop strings of a request.")
+    max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body.")
+    host_cache_bytes: int = Field(
+        256 << 20, ge=0, description="Host memory for parked states; 0: none."
+    )
+    keepalive_s: float = Field(
+        15.0, gt=0, description="Silence on a stream after which a comment is sent."
+    )
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="Time for running turns to finish when the server stops."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe messages to log."
+    )
+
+    @property
+    def served_name(self) -> str:
+        """What clients call the model."""
+        if self.model_name:
+            return self.model_name
+        return "latentd" if self.checkpoint == PRETRAINED else self.checkpoint.resolve().name
+
+
+def read_settings(
+    flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ
+) -> Settings:
+    """Settings from flags by field name and from the environment. Raises SettingsError."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in environment:
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            raise SettingsError(f"{name}: there is no such setting")
+    try:
+        return Settings(**flags)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = str(problem["loc"][0]) if problem["loc"] else "settings"
+        source = f"--{field.replace('_', '-')}" if field in flags else PREFIX + field.upper()
+        raise SettingsError(f"{source}: {problem['input']!r}: {problem['msg']}") from error
