@@ -1,4 +1,8 @@
-"""What happens to every request: an id, a bound, a line in the log, a count. Pure ASGI, so streams flow."""
+"""What happens to every request: an id, a bound, a count, a line in the log.
+
+Pure ASGI, so that streams flow through it. The log names the endpoint, not the path: whoever reads
+it must not learn the ids of sessions.
+"""
 
 import logging
 import re
@@ -58,7 +62,7 @@ class RequestMiddleware:
             self._metrics.requests_total.labels(endpoint=endpoint, outcome=outcome).inc()
             log.info(
                 "%s %s %d %s %.3fs %s",
-                *(scope["method"], scope["path"], status, outcome),
+                *(scope["method"], endpoint, status, outcome),
                 *(time.monotonic() - started, request_id),
             )
 

@@ -60,9 +60,8 @@ def _describe(request: Request, problems: Sequence[Any]) -> InvalidRequest:
     kind = problem["type"]
     if kind == "json_invalid":
         reason = problem.get("ctx", {}).get("error", "")
-        return InvalidRequest(
-            f"the body is not JSON: {reason} at byte {path[0]}", code="invalid_json"
-        )
+        where = f"{reason} at character {path[0]}"
+        return InvalidRequest(f"the body is not JSON: {where}", code="invalid_json")
     if not path and kind != "missing":
         given = request.headers.get("content-type")
         if given is None or "json" not in given:
@@ -85,7 +84,7 @@ def _describe(request: Request, problems: Sequence[Any]) -> InvalidRequest:
     return InvalidRequest(f"{param}: {problem['msg']}, not {given}", param, "invalid_value")
 
 
-UNION_TAGS = {"text", "texts", "tokens", "token_lists", "str", "list[str]"}
+UNION_TAGS = {"text", "texts", "tokens", "token_lists"}
 """What pydantic adds to the path of a field that takes several forms."""
 
 
@@ -95,7 +94,7 @@ def _field(path: Sequence[str]) -> str | None:
     for part in path:
         if part.isdigit():
             shown += f"[{part}]"
-        elif part not in UNION_TAGS and not part.startswith(("constrained-", "list[", "function-")):
+        elif part not in UNION_TAGS:
             shown += f".{part}" if shown else part
     return shown[:LONGEST_ECHO] or None
 

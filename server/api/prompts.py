@@ -20,7 +20,7 @@ def check_model(service: Service, name: str | None) -> None:
     """Raises NotFound for a model that is not served here."""
     if name is not None and name != service.model_name:
         raise NotFound(
-            f"there is no model {name!r}; this server has {service.model_name!r}",
+            f"there is no model {name[:80]!r}; this server has {service.model_name!r}",
             "model",
             "model_not_found",
         )

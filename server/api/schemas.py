@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
 
@@ -20,7 +21,7 @@ def _kind_of_prompt(value: Any) -> str:
 def _check_unicode(text: str) -> str:
     """JSON can spell half of a surrogate pair, which no encoding of text has a place for."""
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("text with an unpaired surrogate")
+        raise PydanticCustomError("text", "Text must not contain an unpaired surrogate")
     return text
 
 
@@ -34,6 +35,11 @@ Prompt = Annotated[
     Discriminator(_kind_of_prompt),
 ]
 StopString = Annotated[Text, Field(min_length=1, max_length=1024)]
+Stop = Annotated[
+    Annotated[StopString, Tag("text")]
+    | Annotated[list[StopString], Field(fail_fast=True), Tag("texts")],
+    Discriminator(lambda value: "texts" if isinstance(value, list) else "text"),
+]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -73,7 +79,7 @@ class CompletionRequest(RequestModel):
     """By token id, which JSON writes as a string."""
 
     seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(fail_fast=True)] | None = None
+    stop: Stop | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     echo: bool | None = None
     stream: bool | None = None

@@ -10,7 +10,10 @@ from starlette.types import Receive, Scope, Send
 
 from server.errors import LatentdError
 
-KEEP_ALIVE = format_sse_event(comment="keep-alive")
+KEEP_ALIVE = b": keep-alive\n"
+"""A comment without the blank line that ends an event: the official client takes a blank line after
+an event with an id for another event, an empty one."""
+
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 

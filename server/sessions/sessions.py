@@ -60,7 +60,7 @@ class Sessions:
     async def list(self, limit: int, after: str | None) -> list[SessionRecord]:
         """Newest first, beginning behind the session `after`. Raises InvalidRequest."""
         if after is not None and await self._store.get(after) is None:
-            raise InvalidRequest(f"there is no session {after}", "after")
+            raise InvalidRequest(f"there is no session {after[:80]}", "after")
         return await self._store.list(limit, after)
 
     async def delete(self, session_id: str) -> str | None:
@@ -207,4 +207,4 @@ class SessionTurn:
 
 
 def _not_found(session_id: str) -> NotFound:
-    return NotFound(f"there is no session {session_id}", "session_id", "session_not_found")
+    return NotFound(f"there is no session {session_id[:80]}", "session_id", "session_not_found")

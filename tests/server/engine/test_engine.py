@@ -18,6 +18,7 @@ from server.engine.messages import (
     Continuation,
     EngineRequest,
     Event,
+    Evicted,
     Failed,
     Finished,
     Fresh,
@@ -42,16 +43,24 @@ class Driver:
     """An engine and the events that it delivered."""
 
     def __init__(self, checkpoint: Checkpoint, limits: EngineLimits = LIMITS) -> None:
-        self.events: queue.Queue[list[Event]] = queue.Queue()
+        self.events: queue.Queue[list[Event | Evicted]] = queue.Queue()
         self.metrics = Metrics()
-        self.engine = Engine(checkpoint, limits, self.events.put, self.metrics)
+        self.engine = Engine(checkpoint, limits, self.deliver, self.metrics)
         self.engine.start()
         self.seen: list[Event] = []
+        self.evicted: list[str] = []
+
+    def deliver(self, events: list[Event | Evicted]) -> None:
+        self.events.put(events)
 
     def wait(self, condition: Callable[[list[Event]], bool]) -> list[Event]:
         """Collect events until the condition holds on all of them."""
         while not condition(self.seen):
-            self.seen += self.events.get(timeout=20)
+            for event in self.events.get(timeout=20):
+                if isinstance(event, Evicted):
+                    self.evicted.append(event.name)
+                else:
+                    self.seen.append(event)
         return self.seen
 
     def turn(self, request: EngineRequest) -> tuple[str, Finished]:
@@ -123,7 +132,8 @@ def test_a_turn_in_two_parts_is_the_turn_in_one(driver: Driver) -> None:
     assert half.state is not None
     assert half.continuation is not None
     assert half.warm is not None
-    for i, source in enumerate((Parked(half.state), Warm(half.warm))):
+    sources: list[Parked | Warm] = [Parked(half.state), Warm(half.warm)]
+    for i, source in enumerate(sources):
         second, rest = driver.turn(
             replace(
                 request("x", 0),
@@ -217,6 +227,18 @@ def test_a_long_prompt_does_not_stall_a_stream(driver: Driver) -> None:
     tokens = sum(e.request_id == "stream" for e in events[:before])
     assert tokens >= 500 // (LIMITS.prefill_chunk_tokens // 8) * 0.9
     driver.engine.cancel("stream")
+
+
+def test_an_evicted_warm_row_is_told_and_missing(driver: Driver) -> None:
+    num_rows = LIMITS.max_running + LIMITS.warm_sessions
+    names = []
+    for i in range(num_rows + 2):
+        _, last = driver.turn(replace(request("kept"), request_id=f"k{i}", keep_state=True))
+        names.append(last.warm)
+    driver.turn(request("one more"))
+    assert driver.evicted[:2] == names[:2]
+    driver.engine.submit(replace(request("late"), source=Warm(names[0] or "")))
+    driver.wait(lambda seen: StateMissing("late") in seen)
 
 
 def test_missing_warm_state_and_wrong_bytes_are_told(driver: Driver) -> None:

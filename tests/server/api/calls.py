@@ -1,0 +1,43 @@
+"""Requests to the completions endpoint, and what comes back, taken apart."""
+
+import json
+from typing import Any
+
+import httpx
+
+from server.api.schemas import Completion
+
+BODY: dict[str, Any] = {"prompt": "the cat", "max_tokens": 24, "seed": 7, "ignore_eos": True}
+
+
+def complete(client: httpx.Client, **changes: object) -> dict[str, Any]:
+    """A completion, checked against the documented schema."""
+    response = client.post("/v1/completions", json=BODY | changes)
+    assert response.status_code == 200, response.text
+    Completion.model_validate_json(response.text)
+    return dict(response.json())
+
+
+def text_of(client: httpx.Client, **changes: object) -> str:
+    """The text of a completion's first choice."""
+    return str(complete(client, **changes)["choices"][0]["text"])
+
+
+def stream(client: httpx.Client, **changes: object) -> list[tuple[str, Any]]:
+    """Ids and data of a stream's events."""
+    response = client.post("/v1/completions", json=BODY | {"stream": True} | changes)
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = []
+    for block in response.text.strip().split("\n\n"):
+        lines = [line for line in block.split("\n") if not line.startswith(":")]
+        fields = dict(line.split(": ", 1) for line in lines)
+        data = fields["data"]
+        events.append((fields["id"], data if data == "[DONE]" else json.loads(data)))
+    return events
+
+
+def streamed_text(events: list[tuple[str, Any]], index: int = 0) -> str:
+    """The text of one choice of a stream."""
+    choices = [c for _, event in events[:-1] for c in event["choices"]]
+    return "".join(choice["text"] for choice in choices if choice["index"] == index)

@@ -1,0 +1,99 @@
+"""Models, health and metrics."""
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.server.api.calls import complete, stream
+from tests.server.live import LiveServer
+
+METRICS = {
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "request_duration_seconds",
+    "queue_time_seconds",
+    "prefill_time_seconds",
+    "step_duration_seconds",
+    "requests",
+    "prompt_tokens",
+    "generation_tokens",
+    "resumed_tokens",
+    "admission_rejections",
+    "session_evictions",
+    "requests_running",
+    "requests_waiting",
+    "batch_size",
+    "slots",
+    "sessions",
+    "session_state_bytes",
+    "session_bytes",
+    "session_commit_seconds",
+    "session_load_seconds",
+    "model_info",
+}
+
+
+def sample(client: httpx.Client, name: str, **labels: str) -> float:
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for found in family.samples:
+            if found.name == f"latentd_{name}" and found.labels == labels:
+                return float(found.value)
+    return 0.0
+
+
+def test_the_model_tells_its_facts(client: httpx.Client, server: LiveServer) -> None:
+    [model] = client.get("/v1/models").json()["data"]
+    network = server.service.checkpoint.network
+    assert (model["id"], model["object"]) == ("tiny", "model")
+    assert model["parameters"] == network.num_parameters
+    assert model["state_bytes"] == network.state_spec.num_bytes
+    assert client.get("/v1/models/tiny").json() == model
+
+
+def test_health(client: httpx.Client) -> None:
+    assert client.get("/health/live").status_code == 200
+    assert client.get("/health/ready").json() == {"status": "ok"}
+
+
+def test_every_metric_of_the_design_is_there(client: httpx.Client) -> None:
+    families = list(text_string_to_metric_families(client.get("/metrics").text))
+    names = {family.name.removeprefix("latentd_") for family in families}
+    assert names >= METRICS | {"process_resident_memory_bytes"}
+    per_session = [f for f in families for s in f.samples if "session_id" in s.labels]
+    assert not per_session
+
+
+def test_metrics_count_what_happened(client: httpx.Client, session_id: str) -> None:
+    names = ("prompt_tokens_total", "generation_tokens_total", "resumed_tokens_total")
+    before = [sample(client, name) for name in names]
+    commits = sample(client, "session_commit_seconds_count")
+    stored = sample(client, "sessions", tier="store")
+    first = complete(client, prompt=[1, 2, 3], max_tokens=5, session_id=session_id)
+    assert first["usage"]["total_tokens"] == 8
+    stream(client, prompt=[4], max_tokens=6, session_id=session_id)
+    after = [sample(client, name) for name in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [4, 11, 8]
+    assert sample(client, "session_commit_seconds_count") == commits + 2
+    assert sample(client, "sessions", tier="store") == stored + 1
+    held = sample(client, "session_bytes", tier="device")
+    rows = sample(client, "slots", state="warm")
+    assert held == rows * sample(client, "session_state_bytes")
+    assert sample(client, "slots", state="running") == 0
+
+
+def test_outcomes_are_counted(client: httpx.Client, server: LiveServer) -> None:
+    endpoint = "/v1/completions"
+    kinds = ("ok", "client_error", "cancelled")
+    before = {k: sample(client, "requests_total", endpoint=endpoint, outcome=k) for k in kinds}
+    complete(client)
+    client.post(endpoint, json={"prompt": 1})
+    endless = {"prompt": "the", "max_tokens": 50_000, "ignore_eos": True, "stream": True}
+    with server.client() as leaving, leaving.stream("POST", endpoint, json=endless) as running:
+        next(running.iter_lines())
+    server.wait_until_idle()
+    after = {k: sample(client, "requests_total", endpoint=endpoint, outcome=k) for k in kinds}
+    assert {kind: after[kind] - before[kind] for kind in kinds} == dict.fromkeys(kinds, 1.0)
+
+
+def test_the_schema_is_served(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/v1/completions", "/v1/sessions", "/v1/sessions/{session_id}"} <= paths.keys()

@@ -1,0 +1,65 @@
+"""A real server on a free port of the loopback, in a thread of the test process."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import torch
+import uvicorn
+
+from model import checkpoint
+from server.api.app import create_app
+from server.api.service import Service
+from server.sessions.sqlite import SQLiteStore
+from server.settings import Settings
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    url: str
+    service: Service
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60)
+
+    def wait_until_idle(self) -> None:
+        """Until nothing runs or waits in the engine."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            metrics = self.service.metrics
+            running = metrics.slots.labels(state="running")._value.get()
+            if running == 0 and metrics.requests_waiting._value.get() == 0:
+                return
+            time.sleep(0.01)
+        raise TimeoutError("the engine is still busy")
+
+
+@contextmanager
+def live_server(settings: Settings) -> Iterator[LiveServer]:
+    """Run a server for these settings until the block ends."""
+    loaded = checkpoint.load(settings.checkpoint, torch.device("cpu"))
+    store = SQLiteStore(settings.data_dir / "sessions.sqlite3")
+    app = create_app(settings, loaded, store)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            while not server.started:
+                if not thread.is_alive():
+                    raise RuntimeError("the server did not start")
+                time.sleep(0.01)
+            yield LiveServer(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.service)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def tiny_settings(folder: Path, data_dir: Path, **changes: object) -> Settings:
+    """Settings for the tiny checkpoint, whatever the environment says."""
+    return Settings.model_validate({"checkpoint": folder, "data_dir": data_dir, **changes})

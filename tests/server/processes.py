@@ -1,0 +1,62 @@
+"""`latentd serve` as a process, for what happens when one starts, stops or dies."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+
+class ServerProcess:
+    """A running server; `url` is where it listens."""
+
+    def __init__(self, checkpoint: Path, data_dir: Path, *flags: str) -> None:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("LATENTD_")}
+        arguments = ["--checkpoint", str(checkpoint), "--data-dir", str(data_dir), "--port", "0"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "server", "serve", *arguments, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self.facts: list[str] = []
+        self.url = ""
+        for line in self.process.stdout or []:
+            self.facts.append(line.rstrip("\n"))
+            if line.startswith("listening"):
+                self.url = line.split()[1]
+                return
+        raise RuntimeError(f"the server ended with {self.process.wait()}: {self.facts}")
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60)
+
+    def stop(self) -> int:
+        """Ask it to end, and its exit status."""
+        self.process.terminate()
+        return self.wait()
+
+    def kill(self) -> None:
+        """End it like a power cut."""
+        self.process.kill()
+        self.wait()
+
+    def wait(self) -> int:
+        status = self.process.wait(timeout=60)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        return status
+
+
+@contextmanager
+def server_process(checkpoint: Path, data_dir: Path, *flags: str) -> Iterator[ServerProcess]:
+    """A server that is gone when the block ends."""
+    server = ServerProcess(checkpoint, data_dir, *flags)
+    try:
+        yield server
+    finally:
+        server.kill()

@@ -1,0 +1,148 @@
+"""The command line: what it prints, and how it refuses."""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import checkpoint
+from server.settings import Settings
+
+VECTORS = Path(__file__).parents[1] / "vectors"
+
+
+def latentd(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "server", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PATH": "/usr/bin:/bin", "COLUMNS": "200", "NO_COLOR": "1", **environment},
+        check=False,
+    )
+
+
+def refused(*arguments: object, **environment: str) -> str:
+    """The one line that a refusal prints."""
+    done = latentd(*arguments, **environment)
+    assert done.returncode == 2, done
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("latentd: ")
+    return done.stderr
+
+
+def test_serve_help_names_every_setting() -> None:
+    shown = latentd("serve", "--help").stdout
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')}" in shown
+    assert "LATENTD_DATA_DIR" in shown
+
+
+def test_generate_writes_the_prompt_and_a_text_that_the_seed_decides(
+    tiny_checkpoint: Path,
+) -> None:
+    arguments = ("generate", "the cat", "--checkpoint", tiny_checkpoint, "--max-tokens", 20)
+    first, second = (latentd(*arguments, "--seed", 3) for _ in range(2))
+    assert first.returncode == 0
+    assert first.stdout.startswith("the cat")
+    assert first.stdout == second.stdout
+    assert re.search(r"\d+ tokens, the first after \d+ ms, [\d,]+ tokens/s", first.stderr)
+
+
+def test_verify_accepts_the_reference_and_rejects_anything_else(tmp_path: Path) -> None:
+    source = VECTORS / "small.safetensors"
+    passed = latentd("verify", source)
+    assert passed.returncode == 0
+    assert passed.stdout.count("ok") == 5
+    for mode in ("quadratic", "parallel", "chunked", "recurrent", "mixed"):
+        assert mode in passed.stdout
+    from safetensors import safe_open
+
+    with safe_open(source, "pt") as file:
+        facts = file.metadata()
+    tensors = load_file(source)
+    tensors["logits"][0, 50, 3] += 1e-4
+    wrong = tmp_path / "wrong.safetensors"
+    save_file(tensors, wrong, facts)
+    failed = latentd("verify", wrong)
+    assert failed.returncode == 1
+    assert "FAILED" in failed.stdout
+    (tmp_path / "text").write_text("text")
+    assert "not a file of reference outputs" in refused("verify", tmp_path / "text")
+    assert "missing" in refused("verify", tmp_path / "missing")
+
+
+def test_import_checkpoint_makes_a_servable_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = checkpoint.read_config(tiny_checkpoint / "config.json")
+    weights = checkpoint.read_weights(tiny_checkpoint / "model.safetensors")
+    torch.save(weights, tmp_path / "reference.pt")
+    names = ("vocab_sz", "d_emb", "n_layers", "n_heads", "d_key", "d_val")
+    shape = [str(x) for n in names for x in (f"--{n.replace('_', '-')}", getattr(config, n))]
+    out = tmp_path / "out"
+    arguments = [
+        *("import-checkpoint", tmp_path / "reference.pt", "--out", out),
+        *("--tokenizer", tiny_checkpoint / "tokenizer.json", *shape),
+    ]
+    tokens = [
+        *("--bos-token-id", config.bos_token_id, "--eos-token-id", config.eos_token_ids[0]),
+    ]
+    done = latentd(*arguments, *tokens)
+    assert done.returncode == 0, done.stderr
+    ours = checkpoint.load(out, torch.device("cpu"))
+    original = checkpoint.load(tiny_checkpoint, torch.device("cpu"))
+    assert ours.fingerprint == original.fingerprint
+    shutil.rmtree(out)
+    assert "vocab_sz" in refused(*arguments, "--bos-token-id", 300)
+    arguments[arguments.index("--n-layers") + 1] = "3"
+    assert "layers.2" in refused(*arguments)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "named"),
+    [
+        ({"LATENTD_PROT": "1"}, [], "LATENTD_PROT"),
+        ({"LATENTD_PORT": "70000"}, [], "LATENTD_PORT: '70000'"),
+        ({}, ["--port", "70000"], "--port: 70000"),
+        ({"LATENTD_DEVICE": "tpu"}, [], "LATENTD_DEVICE: 'tpu'"),
+        ({}, ["--checkpoint", "/nowhere"], "/nowhere: no such checkpoint folder"),
+        ({}, ["--host", "256.0.0.1"], "256.0.0.1"),
+    ],
+)
+def test_serve_refuses_wrong_settings(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
+    flags: list[str],
+    named: str,
+) -> None:
+    common = ["serve", "--data-dir", tmp_path, "--port", 0, "--checkpoint", tiny_checkpoint]
+    if "LATENTD_PORT" in environment or "--port" in flags:
+        common = common[:3]
+    assert named in refused(*common, *flags, **environment)
+
+
+def test_serve_refuses_a_port_in_use(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        common = ("--data-dir", tmp_path, "--checkpoint", tiny_checkpoint)
+        assert f"127.0.0.1:{port}" in refused("serve", "--port", port, *common)
+
+
+def test_serve_refuses_a_foreign_store_and_a_damaged_checkpoint(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    common = ("serve", "--port", 0, "--data-dir", tmp_path)
+    (tmp_path / "sessions.sqlite3").write_bytes(b"not a database" * 500)
+    assert "sessions.sqlite3: damaged" in refused(*common, "--checkpoint", tiny_checkpoint)
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors: not a safetensors file" in refused(*common, "--checkpoint", copy)

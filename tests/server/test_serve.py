@@ -1,0 +1,104 @@
+"""A server's life: what it says, how it ends, and what survives."""
+
+import signal
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server.api.calls import complete, text_of
+from tests.server.processes import server_process
+
+
+def test_it_tells_its_facts_and_ends_with_status_0(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with server_process(tiny_checkpoint, tmp_path / "data") as server:
+        facts = {line.split()[0]: line for line in server.facts}
+        with server.client() as client:
+            [model] = client.get("/v1/models").json()["data"]
+        assert f"{model['parameters']:,} parameters" in facts["model"]
+        assert f"{model['state_bytes']:,} bytes" in facts["session"]
+        assert "cpu" in facts["device"]
+        assert "64 on the device" in facts["fits"]
+        assert (tmp_path / "data" / "sessions.sqlite3").exists()
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_session_goes_on_in_the_next_process(
+    tiny_checkpoint: Path, tmp_path: Path, end: str
+) -> None:
+    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+        whole = text_of(client, max_tokens=60, presence_penalty=0.5)
+        session_id = client.post("/v1/sessions", json={"metadata": {"k": "v"}}).json()["id"]
+        settings = {"session_id": session_id, "presence_penalty": 0.5}
+        text = text_of(client, max_tokens=20, **settings)
+        if end == "stop":
+            assert server.stop() == 0
+        else:
+            server.kill()
+    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+        session = client.get(f"/v1/sessions/{session_id}").json()
+        assert session["tier"] == "store"
+        assert (session["turn"], session["metadata"]) == (1, {"k": "v"})
+        second = complete(client, prompt="", max_tokens=40, **settings)
+        assert text + second["choices"][0]["text"] == whole
+        assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == session["tokens"]
+
+
+def test_a_killed_turn_never_happened(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+        session_id = client.post("/v1/sessions").json()["id"]
+        complete(client, session_id=session_id)
+        before = client.get(f"/v1/sessions/{session_id}").json()
+        endless = {"prompt": "a", "max_tokens": 50_000, "stream": True, "ignore_eos": True}
+        running = client.stream(
+            "POST", "/v1/completions", json=endless | {"session_id": session_id}
+        )
+        with pytest.raises(httpx.RemoteProtocolError), running as response:
+            for number, _ in enumerate(response.iter_lines()):
+                if number == 30:
+                    server.kill()
+    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+        after = client.get(f"/v1/sessions/{session_id}").json()
+        assert after | {"tier": "device"} == before
+        assert text_of(client, session_id=session_id)
+
+
+def test_a_stopping_server_finishes_what_runs(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+        session_id = client.post("/v1/sessions").json()["id"]
+        body = {"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "session_id": session_id}
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(client.post("/v1/completions", json=body))
+        )
+        thread.start()
+        with server.client() as other:
+            while other.get(f"/v1/sessions/{session_id}").json()["status"] != "busy":
+                pass
+        assert server.stop() == 0
+        thread.join()
+    assert answers[0].status_code == 200
+    assert answers[0].json()["usage"]["completion_tokens"] == 1000
+    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+        assert client.get(f"/v1/sessions/{session_id}").json()["turn"] == 1
+
+
+def test_a_turn_that_outlasts_the_drain_is_told_and_rolled_back(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    flags = ("--drain-timeout-s", "0.2")
+    with server_process(tiny_checkpoint, tmp_path, *flags) as server, server.client() as client:
+        session_id = client.post("/v1/sessions").json()["id"]
+        body = {"prompt": "a", "max_tokens": 60_000, "ignore_eos": True, "session_id": session_id}
+        with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        assert [line for line in rest if "shutting_down" in line]
+        assert "data: [DONE]" in rest
+        assert server.wait() == 0
+    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+        assert client.get(f"/v1/sessions/{session_id}").json()["turn"] == 0
