@@ -16,7 +16,8 @@ and the whole past fits in a state of fixed size. Inside of the functions, per h
     n      running maximum of log v per value channel, only with log values     [d_v]
     Z      sum_i exp(k_i - m)                     H_Z = m + log Z               [d_k]
     S      sum_i exp(k_i - m) exp(log v_i - n)    H_S = m + n + log S           [d_k, d_v]
-    e      exp(q + m), scaled so that its largest channel is 1                  [d_k]
+    e      exp(q + m), scaled so that its largest channel is 1; large keys are
+           taken relative to the largest m first, or q would lose digits        [d_k]
     y      sum_j e_j S_j / sum_j e_j Z_j, times exp(n) with log values          [d_v]
 
 The state kept here is (m, Z, S, n): sums relative to a running maximum. In exact arithmetic it is
@@ -41,6 +42,10 @@ CHUNK = 64
 
 SMALLEST = 1e-28
 """A sum relative to its largest term's reference may have lost terms if it is smaller than this."""
+
+
+FLAT = 1e-32
+"""The derivative of log overflows float32 further on for sums smaller than this: taken as 0."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, state: AttentionState) -> Tensor:
         state.n.copy_(n)
         state.s.mul_(kept.unsqueeze(-1) * kept_v.unsqueeze(-2))
         state.s.addcmul_(weight.unsqueeze(-1), u.unsqueeze(-2))
-    e = q + m
+    e = q + (m - m.amax(-1, keepdim=True))
     e = (e - e.amax(-1, keepdim=True)).exp_()
     numerator = (e.unsqueeze(-2) @ state.s).squeeze(-2)
     denominator = (e * state.z).sum(-1, keepdim=True)
@@ -164,6 +169,8 @@ def _ratio(numerator: Tensor, denominator: Tensor, n: Tensor | None) -> Tensor:
     denominator = denominator.clamp(min=tiny)
     if n is None:
         return numerator / denominator
+    if numerator.requires_grad:
+        numerator = torch.where(numerator > FLAT, numerator, numerator.detach())
     return numerator.clamp(min=tiny).log() - denominator.log() + n
 
 
@@ -211,7 +218,8 @@ def _pieces(
     z_before, z = _carry(a.sum(3), kept_m, state.z)
     s_before, s = _carry(a.mT @ u, kept, state.s)
 
-    logits = q + m.unsqueeze(3)
+    top = m.amax(-1, keepdim=True)
+    logits = q + (m - top).unsqueeze(3)
     peak = logits.detach().amax(-1, keepdim=True)
     e = (logits - peak).exp()
     weights = (e @ a.mT).tril()
@@ -220,7 +228,7 @@ def _pieces(
     ).view(*weights.shape[:-1], -1)
     denominator = weights.sum(-1, keepdim=True) + e @ z_before.unsqueeze(-1)
     smallest = denominator if n is None else torch.minimum(numerator.amin(-1, True), denominator)
-    exact = bool(((smallest.detach() > SMALLEST) | (peak < EMPTY / 10)).all())
+    exact = bool(((smallest.detach() > SMALLEST) | (top < EMPTY / 10).unsqueeze(3)).all())
     y = _ratio(numerator, denominator, None if n is None else n.unsqueeze(3))
 
     y = y.permute(0, 2, 3, 1, 4).reshape(batch, -1, heads, y.shape[-1])[:, :tokens]

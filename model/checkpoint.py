@@ -46,8 +46,11 @@ class Checkpoint:
     """Hash of config, weights and tokenizer: states of one fingerprint mean the same."""
 
 
-def load(folder: Path, device: torch.device) -> Checkpoint:
-    """Read a checkpoint; weights become float32. Raises CheckpointError."""
+def load(folder: Path, device: torch.device, *, trainable: bool = False) -> Checkpoint:
+    """Read a checkpoint; weights become float32. Raises CheckpointError.
+
+    A network that is not to be trained is packed: faster, but it has no state dict any more.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     template = folder / CHAT_TEMPLATE
@@ -56,9 +59,9 @@ def load(folder: Path, device: torch.device) -> Checkpoint:
         network = build(config, read_weights(folder / WEIGHTS), folder / WEIGHTS, device)
         words = tokenizer.read(folder / TOKENIZER)
         return Checkpoint(
-            network=network,
+            network=network.requires_grad_().train() if trainable else network.pack(),
             tokenizer=check_tokenizer(words, config, folder / TOKENIZER),
-            chat_template=template.read_text("utf-8") if template.exists() else None,
+            chat_template=_read_template(template) if template.exists() else None,
             fingerprint=_fingerprint(folder),
         )
     except FileNotFoundError as error:
@@ -78,7 +81,9 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     write_file(folder / TOKENIZER, words.to_json().encode())
-    if chat_template is not None:
+    if chat_template is None:
+        (folder / CHAT_TEMPLATE).unlink(missing_ok=True)
+    else:
         write_file(folder / CHAT_TEMPLATE, chat_template.encode())
     write_file(folder / WEIGHTS, safetensors.torch.save(tensors))
     write_file(folder / CONFIG, config.model_dump_json(indent=2).encode() + b"\n")
@@ -94,9 +99,9 @@ def import_state_dict(
     try:
         network = build(config, read_weights(file), file, torch.device("cpu"))
         words = check_tokenizer(tokenizer.read(tokenizer_file), config, tokenizer_file)
-        template = None if template_file is None else template_file.read_text("utf-8")
+        template = None if template_file is None else _read_template(template_file)
         save(out, config, network.state_dict(), words, template)
-    except (OSError, TokenizerError, UnicodeDecodeError) as error:
+    except (OSError, TokenizerError) as error:
         raise CheckpointError(str(error)) from error
 
 
@@ -126,11 +131,19 @@ def read_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: {describe(error)}") from error
 
 
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 text: {error}") from error
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict from `.safetensors`, or from `.pt`/`.pth` without running any code of it.
 
-    Raises CheckpointError when the file is neither.
+    Raises CheckpointError when the file is neither, OSError when it cannot be opened.
     """
+    path.open("rb").close()  # not every error of the libraries would name the file
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
@@ -138,12 +151,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # torch.load raises many types for a malformed or foreign file
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{path}: not a file of plain tensors: {reason}") from error
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise CheckpointError(f"{path}: not a state dict (a mapping of names to tensors)")
     return content
 
@@ -165,7 +178,7 @@ def build(
             raise CheckpointError(
                 f"{source}: {name} is {list(tensor.shape)}, the config says {list(shape)}"
             )
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
             raise CheckpointError(f"{source}: {name} is not all finite numbers")
     converted = {n: w.to(device, torch.float32, copy=False) for n, w in weights.items()}
     network.load_state_dict(converted, assign=True)

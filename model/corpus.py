@@ -93,7 +93,11 @@ class Lanes:
 
     def state_dict(self) -> dict[str, Any]:
         """Where every lane stands; the documents, lanes and seed must be the same again."""
-        return {"taken": self._taken, "document": self._document, "offset": self._offset}
+        return {
+            "taken": self._taken,
+            "document": list(self._document),
+            "offset": list(self._offset),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""

@@ -24,11 +24,14 @@ CHUNK_TOKENS = 512
 def bits_per_byte(network: LanguageModel, words: Tokenizer, documents: Iterable[str]) -> float:
     """-log2 of the documents' probability, their ends included, over their UTF-8 bytes.
 
-    Each document starts from a fresh state and is read to its end, whatever its length.
+    Each document starts from a fresh state and is read to its end, whatever its length. Raises
+    ValueError when there is no text.
     """
     ends = network.config.eos_token_ids[:1]
     start = [network.config.bos_token_id or 0]
     texts = sorted(documents, key=len)
+    if not any(texts):
+        raise ValueError("there is no text to measure on")
     nats = 0.0
     for first in range(0, len(texts), LANES):
         group = texts[first : first + LANES]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.attention import EMPTY, Attention, AttentionState, absorb, chunked, step
 from model.config import ModelConfig
+from model.linear import PackedLinear, can_pack, pack_children
 from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
 
 
@@ -148,18 +149,27 @@ class LanguageModel(nn.Module):
         self.lnorm = nn.LayerNorm(config.d_emb)
         bound = config.d_emb**-0.5
         nn.init.uniform_(self.embed.weight, -bound, bound)
+        self.num_parameters = sum(p.numel() for p in self.parameters())
+        self._unembed: PackedLinear | None = None
+
+    def pack(self) -> "LanguageModel":
+        """Reorder the weights for the device's matrix kernels, where there are such.
+
+        What is left computes the same without gradients, faster, and cannot be saved.
+        """
+        if can_pack(self.device):
+            pack_children(self)
+            self._unembed = PackedLinear(self.embed.weight, None)
+        return self
 
     @property
-    def _layers(self) -> list[Layer]:
+    def blocks(self) -> list[Layer]:
+        """The residual layers, first to last."""
         return cast("list[Layer]", list(self.layers))
 
     @property
     def device(self) -> torch.device:
         return self.embed.weight.device
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
 
     @property
     def state_spec(self) -> StateSpec:
@@ -205,7 +215,7 @@ class LanguageModel(nn.Module):
         emb = self.embed(token_ids)
         all_h, h = self.embed_pos(emb, state.h, None)
         x, layers = emb + all_h, []
-        for layer, carried in zip(self._layers, state.layers, strict=True):
+        for layer, carried in zip(self.blocks, state.layers, strict=True):
             x, after = layer(x, carried, attention, None)
             layers.append(after)
         return self._logits(x), NetworkState(h, tuple(layers))
@@ -227,7 +237,7 @@ class LanguageModel(nn.Module):
         h = pool.tensors["h"][0]
         all_h, h[index] = self.embed_pos(emb, h[index], padding)
         x = emb + all_h
-        *inner, last = zip(self._layers, _layer_states(pool), strict=True)
+        *inner, last = zip(self.blocks, _layer_states(pool), strict=True)
         for layer, states in inner:
             x, after = layer(x, _select(states, index), chunked, padding)
             _assign(states, index, after)
@@ -245,7 +255,7 @@ class LanguageModel(nn.Module):
         h = pool.tensors["h"][0]
         h[index] = after = self.embed_pos.step(emb, h[index])
         x = emb + after
-        for layer, states in zip(self._layers, _layer_states(pool), strict=True):
+        for layer, states in zip(self.blocks, _layer_states(pool), strict=True):
             selected = _select(states, index)
             q, k, v = layer.project(x)
             x = layer.merge(x, step(q, k, v, selected))
@@ -254,7 +264,8 @@ class LanguageModel(nn.Module):
         return self._logits(x)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self.lnorm(x), self.embed.weight)
+        x = self.lnorm(x)
+        return F.linear(x, self.embed.weight) if self._unembed is None else self._unembed(x)
 
 
 Index = slice | Tensor

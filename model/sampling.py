@@ -15,6 +15,9 @@ from torch import Tensor
 WINDOW = 1024
 """Tokens that the penalties look back on."""
 
+LARGEST = 1e30
+"""Bound of a penalised logit: a tiny penalty must not make it infinite."""
+
 _GENERATED = 1 << 30
 _MASK = (1 << 64) - 1
 
@@ -142,7 +145,8 @@ def _adjust(logits: Tensor, row: SampledRow) -> None:
             ids = torch.from_numpy(row.recent.seen()).to(logits.device)
             values = logits[ids]
             factor = params.repetition_penalty
-            logits[ids] = torch.where(values > 0, values / factor, values * factor)
+            scaled = torch.where(values > 0, values / factor, values * factor)
+            logits[ids] = scaled.clamp(-LARGEST, LARGEST)
         found, counts = row.recent.generated()
         ids = torch.from_numpy(found).to(logits.device)
         penalty = params.frequency_penalty * counts + params.presence_penalty
@@ -156,8 +160,8 @@ def _adjust(logits: Tensor, row: SampledRow) -> None:
 def _draw(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
     """Inverse of the cumulative distribution, in the order of the vocabulary, in float64."""
     heat = torch.tensor([row.params.temperature for row in rows], dtype=torch.float64)
-    scores = logits.double() / heat.to(logits.device).unsqueeze(-1)
-    weights = (scores - scores.amax(-1, keepdim=True)).exp_()
+    below = logits.double() - logits.amax(-1, keepdim=True)
+    weights = (below / heat.to(logits.device).unsqueeze(-1)).exp_()
     filtered = [i for i, row in enumerate(rows) if row.params.has_filters]
     if filtered:
         kept = _filter(weights[filtered], [rows[i].params for i in filtered])
@@ -177,7 +181,7 @@ def _filter(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     place, vocab = weights.device, weights.shape[-1]
     ordered, ids = weights.sort(stable=True, dim=-1, descending=True)
     rank = torch.arange(vocab, device=place)
-    top_k = torch.tensor([p.top_k or vocab for p in params], device=place).unsqueeze(-1)
+    top_k = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=place).unsqueeze(-1)
     ordered = ordered.masked_fill(rank >= top_k, 0.0)
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=place).unsqueeze(-1)
     before = ordered.cumsum(-1) - ordered

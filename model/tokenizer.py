@@ -36,6 +36,8 @@ class Tokenizer:
         for token, token_id in inner.get_vocab().items():
             if token_id in added:
                 self.token_bytes[token_id] = b"" if token in self.special_tokens else token.encode()
+            elif foreign := set(token) - byte_of.keys():
+                raise TokenizerError(f"{foreign.pop()!r} in token {token!r} stands for no byte")
             else:
                 self.token_bytes[token_id] = bytes(byte_of[character] for character in token)
 
@@ -55,7 +57,7 @@ class Tokenizer:
     @property
     def num_tokens(self) -> int:
         """One more than the largest token id."""
-        return 1 + max(self._inner.get_vocab().values())
+        return 1 + max(self._inner.get_vocab().values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. The names of special tokens in it stand for those tokens."""

@@ -52,6 +52,9 @@ class ModeReport:
 @dataclass(frozen=True)
 class _Reference:
     network: LanguageModel
+    served: LanguageModel
+    """The same weights, packed as a server has them."""
+
     tensors: dict[str, Tensor]
     chunk_lengths: list[int]
 
@@ -68,7 +71,7 @@ def verify_file(path: Path) -> list[ModeReport]:
     """Compare every mode of evaluation, in float32, with a file. Raises VerifyError."""
     try:
         reference = _read(path)
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise VerifyError(f"{path}: not a file of reference outputs: {error}") from error
     with torch.no_grad():
         return [
@@ -81,7 +84,7 @@ def _modes() -> Iterator[
     tuple[
         str,
         Callable[[_Reference], Evaluation],
-        Callable[[LanguageModel, Tensor, NetworkState], Evaluation],
+        Callable[[_Reference, Tensor, NetworkState], Evaluation],
     ]
 ]:
     """Name, how to evaluate all tokens, and how to evaluate one more."""
@@ -109,7 +112,7 @@ def _in_chunks(reference: _Reference) -> Evaluation:
 
 def _recurrent(reference: _Reference, num_prefilled: int) -> Evaluation:
     """Token by token in a pool, after a prefill of the first tokens."""
-    network, ids = reference.network, reference.token_ids
+    network, ids = reference.served, reference.token_ids
     rows = range(len(ids))
     pool = network.new_pool(len(ids))
     if num_prefilled:
@@ -121,11 +124,12 @@ def _recurrent(reference: _Reference, num_prefilled: int) -> Evaluation:
 
 def _forward_one(
     attention: Attention,
-) -> Callable[[LanguageModel, Tensor, NetworkState], Evaluation]:
-    return lambda network, ids, state: network(ids, state, attention)
+) -> Callable[[_Reference, Tensor, NetworkState], Evaluation]:
+    return lambda reference, ids, state: reference.network(ids, state, attention)
 
 
-def _step_one(network: LanguageModel, ids: Tensor, state: NetworkState) -> Evaluation:
+def _step_one(reference: _Reference, ids: Tensor, state: NetworkState) -> Evaluation:
+    network = reference.served
     pool = network.new_pool(len(ids))
     network.write_state(state, pool)
     return network.step(ids[:, 0], pool, range(len(ids))).unsqueeze(1), network.read_state(pool)
@@ -135,7 +139,7 @@ def _report(
     mode: str,
     reference: _Reference,
     evaluation: Evaluation,
-    one_more: Callable[[LanguageModel, Tensor, NetworkState], Evaluation],
+    one_more: Callable[[_Reference, Tensor, NetworkState], Evaluation],
 ) -> ModeReport:
     logits, state = evaluation
     expected = reference.tensors["logits"][:, -logits.shape[1] :]
@@ -144,7 +148,7 @@ def _report(
     for _ in wanted:
         best = logits[:, -1:].argmax(-1)
         found.append(int(best[0, 0]))
-        logits, state = one_more(reference.network, best, state)
+        logits, state = one_more(reference, best, state)
     return ModeReport(
         mode=mode,
         logits_error=_worst(evaluation[0].double() - expected),
@@ -192,8 +196,11 @@ def _read(path: Path) -> _Reference:
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(shape)}")
-    if sum(lengths) != ids.shape[1]:
-        raise ValueError(f"chunk_lengths add up to {sum(lengths)}, not {ids.shape[1]} tokens")
+    if ids.dtype != torch.int64 or not ids.numel():
+        raise ValueError("token_ids are not at least one int64 number")
+    if min(lengths) < 1 or sum(lengths) != ids.shape[1]:
+        raise ValueError(f"chunk_lengths are not positive with a sum of {ids.shape[1]} tokens")
     if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_sz:
         raise ValueError(f"token_ids are not all from 0 to {config.vocab_sz - 1}")
-    return _Reference(network, tensors, lengths)
+    served = checkpoint.build(config, weights, path, torch.device("cpu")).pack()
+    return _Reference(network, served, tensors, lengths)

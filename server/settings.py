@@ -56,10 +56,16 @@ class Settings(BaseSettings):
         256 << 20, ge=0, description="Host memory for parked states; 0: none."
     )
     keepalive_s: float = Field(
-        15.0, gt=0, description="Silence on a stream after which a comment is sent."
+        15.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Silence on a stream after which a comment is sent.",
     )
     drain_timeout_s: float = Field(
-        30.0, ge=0, description="Time for running turns to finish when the server stops."
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Time for running turns to finish when the server stops.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe messages to log."
@@ -73,12 +79,10 @@ class Settings(BaseSettings):
         return "latentd" if self.checkpoint == PRETRAINED else self.checkpoint.resolve().name
 
 
-def read_settings(
-    flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ
-) -> Settings:
+def read_settings(flags: Mapping[str, Any]) -> Settings:
     """Settings from flags by field name and from the environment. Raises SettingsError."""
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for name in environment:
+    for name in os.environ:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
             raise SettingsError(f"{name}: there is no such setting")
     try:

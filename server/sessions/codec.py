@@ -20,10 +20,14 @@ from model.state import TensorSpec
 
 FORMAT, VERSION = "latentd-session", "1"
 RECENT = "recent"
+LONGEST_MESSAGE = 300
 
 
 class BlobError(ValueError):
     """The blob is damaged or not for this model; the message names what differs."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message[:LONGEST_MESSAGE])  # a header can be as long as its sender likes
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,14 @@ class Codec:
         return sum(tensor.num_bytes for tensor in self._tensors)
 
     def encode(self, session: SessionState) -> bytes:
-        """The blob; its size depends on the model only, but for a few digits in the header."""
+        """The blob; its size depends on the model only, but for a few digits in the header.
+
+        Raises ValueError when the state does not have the size of this model's.
+        """
+        if len(session.state) != self.state_bytes:
+            raise ValueError(
+                f"a state of this model has {self.state_bytes} bytes, not {len(session.state)}"
+            )
         arrays: dict[str, NDArray[np.generic]] = {RECENT: np.frombuffer(session.recent, np.uint8)}
         start = 0
         for tensor in self._tensors:
@@ -72,16 +83,7 @@ class Codec:
             values = np.frombuffer(session.state, np.dtype(tensor.dtype), count, start)
             arrays[tensor.name] = values.reshape(tensor.shape)
             start += tensor.num_bytes
-        facts = {
-            "format": FORMAT,
-            "version": VERSION,
-            "fingerprint": self.fingerprint,
-            "position": str(session.position),
-            "pending": json.dumps(session.pending),
-            "undecoded": session.undecoded.hex(),
-        }
-        facts["sha256"] = _checksum(facts, session)
-        return safetensors.numpy.save(arrays, facts)
+        return safetensors.numpy.save(arrays, self._facts(session))
 
     def decode(self, blob: bytes) -> SessionState:
         """Raises BlobError for anything but an undamaged blob of this model."""
@@ -100,12 +102,28 @@ class Codec:
                 recent=arrays[RECENT].tobytes(),
                 state=b"".join(arrays[tensor.name].tobytes() for tensor in self._tensors),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise BlobError(f"the header is damaged: {error}") from error
-        checksum = facts.pop("sha256", "")
-        if checksum != _checksum(facts, session):
+        if len(session.pending) > session.position or min(session.pending, default=0) < 0:
+            raise BlobError(f"position {session.position} and its pending tokens cannot be")
+        if facts != self._facts(session):
             raise BlobError("the checksum does not match: the blob is damaged")
         return session
+
+    def _facts(self, session: SessionState) -> dict[str, str]:
+        """The header's metadata; there is one way to write it."""
+        facts = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "position": str(session.position),
+            "pending": json.dumps(session.pending),
+            "undecoded": session.undecoded.hex(),
+        }
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        digest.update(session.recent)
+        digest.update(session.state)
+        return facts | {"sha256": digest.hexdigest()}
 
     def _check_header(self, facts: Mapping[str, str]) -> None:
         if facts.get("format") != FORMAT:
@@ -117,22 +135,18 @@ class Codec:
             raise BlobError(f"it belongs to model {theirs}, this is {self.fingerprint[:12]}")
 
     def _check_tensors(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+        found = {name: (str(values.dtype), values.shape) for name, values in arrays.items()}
         expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in self._tensors}
-        for name in sorted(expected.keys() | (arrays.keys() - {RECENT})):
-            found = (str(arrays[name].dtype), arrays[name].shape) if name in arrays else None
-            if found != expected.get(name):
-                raise BlobError(f"tensor {name} is {found}, the model has {expected.get(name)}")
+        expected[RECENT] = ("uint8", (arrays[RECENT].size if RECENT in arrays else 0,))
+        for name in sorted(expected.keys() | found.keys()):
+            if found.get(name) != expected.get(name):
+                raise BlobError(
+                    f"tensor {name} is {found.get(name)}, the model has {expected.get(name)}"
+                )
 
 
 def _metadata(blob: bytes) -> dict[str, str]:
     """The header's metadata, which the library does not return for a blob in memory."""
     size = int.from_bytes(blob[:8], "little")
-    facts: dict[str, str] = json.loads(blob[8 : 8 + size]).get("__metadata__", {})
-    return facts
-
-
-def _checksum(facts: Mapping[str, str], session: SessionState) -> str:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    digest.update(session.recent)
-    digest.update(session.state)
-    return digest.hexdigest()
+    facts: dict[str, str] | None = json.loads(blob[8 : 8 + size]).get("__metadata__")
+    return facts or {}

@@ -69,9 +69,9 @@ class Sessions:
         Returns the name of its warm row, if it has one, which the engine must forget.
         """
         with self._lock(session_id):
+            self._cache.remove(session_id)  # first: nothing stays here if the store fails halfway
             if not await self._store.delete(session_id):
                 raise _not_found(session_id)
-            self._cache.remove(session_id)
             warm = self._warm.pop(session_id, None)
         self._report()
         return warm

@@ -23,6 +23,11 @@ log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x6C746E64
 SCHEMA_VERSION = 1
+PAGE_BYTES = 4096
+"""SQLite moves the first bytes of a row about when it balances its trees, and leaves copies that no
+delete finds. Behind padding of a page, metadata and blob lie in overflow pages, which stay where
+they are until secure_delete zeroes them."""
+
 SCHEMA = f"""
 BEGIN;
 CREATE TABLE sessions (
@@ -32,6 +37,7 @@ CREATE TABLE sessions (
     last_used_at REAL NOT NULL,
     turn INTEGER NOT NULL,
     num_tokens INTEGER NOT NULL,
+    padding BLOB NOT NULL DEFAULT (zeroblob({PAGE_BYTES})),
     metadata TEXT NOT NULL
 ) STRICT;
 CREATE TABLE checkpoints (
@@ -39,6 +45,7 @@ CREATE TABLE checkpoints (
     turn INTEGER NOT NULL,
     num_tokens INTEGER NOT NULL,
     num_bytes INTEGER NOT NULL,
+    padding BLOB NOT NULL DEFAULT (zeroblob({PAGE_BYTES})),
     blob BLOB NOT NULL,
     PRIMARY KEY (session_number, turn)
 ) STRICT;
@@ -55,6 +62,7 @@ PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;
 """
 RECORD = "id, created_at, last_used_at, turn, num_tokens, metadata"
+CHECKPOINT = "session_number, turn, num_tokens, num_bytes, blob"
 MOST_TOGETHER = 256
 T = TypeVar("T")
 
@@ -78,6 +86,10 @@ class SQLiteStore:
         self._db = _open(path)
         self.totals = _totals(self._db)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._closing = False
+        self._must_erase = False
+        """What was deleted is still in the write-ahead log."""
+
         self._thread = threading.Thread(target=self._main, name="session-store", daemon=True)
         self._thread.start()
 
@@ -124,7 +136,7 @@ class SQLiteStore:
                 raise StorageFailed(f"session {session_id} is not at turn {turn - 1} any more")
             db.execute("DELETE FROM checkpoints WHERE session_number = ?", updated)
             db.execute(
-                "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?)",
+                f"INSERT INTO checkpoints ({CHECKPOINT}) VALUES (?, ?, ?, ?, ?)",
                 [updated[0], turn, num_tokens, len(blob), blob],
             )
 
@@ -149,13 +161,14 @@ class SQLiteStore:
 
     async def close(self) -> None:
         """Finish what was asked for and close the file."""
+        self._closing = True
         self._jobs.put(None)
         await asyncio.to_thread(self._thread.join)
 
     async def _run(self, work: Callable[[sqlite3.Connection], T], *, erases: bool = False) -> T:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
-        if not self._thread.is_alive():
+        if self._closing:
             raise StorageFailed("the session store is closed")
         self._jobs.put(_Job(work, erases, loop, answer))
         return await answer
@@ -172,23 +185,41 @@ class SQLiteStore:
 
     def _run_together(self, jobs: Sequence[_Job]) -> None:
         """One transaction for all of them; then the answers."""
-        results: list[Any] = []
         try:
             self._db.execute("BEGIN IMMEDIATE")
             results = [self._run_one(job) for job in jobs]
+            totals = _totals(self._db)
             self._db.execute("COMMIT")
-            self.totals = _totals(self._db)
-            if any(job.erases for job in jobs):
-                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        except sqlite3.Error as error:
-            log.error("the session store failed: %s", error)
-            failed = StorageFailed(f"the session store failed: {error}")
-            results = [failed] * len(jobs)
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
+        except Exception as error:  # whatever it was, all get an answer and this thread goes on
+            results = [_failed(error)] * len(jobs)
+            with contextlib.suppress(sqlite3.Error):
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+        else:
+            self.totals = totals
+            failed = self._erase(any(job.erases for job in jobs))
+            if failed is not None:
+                results = [
+                    failed if job.erases else result
+                    for job, result in zip(jobs, results, strict=True)
+                ]
         for job, result in zip(jobs, results, strict=True):
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
                 job.loop.call_soon_threadsafe(_answer, job.answer, result)
+
+    def _erase(self, something_deleted: bool) -> StorageFailed | None:
+        """Empty the write-ahead log if it holds what was deleted, now or when this failed before.
+
+        Returns why it failed; it is tried again after the next transaction.
+        """
+        self._must_erase = self._must_erase or something_deleted
+        try:
+            if self._must_erase:
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error as error:
+            return _failed(error)
+        self._must_erase = False
+        return None
 
     def _run_one(self, job: _Job) -> Any:
         """The job's result, or the error that undid it and nothing else."""
@@ -197,9 +228,7 @@ class SQLiteStore:
             result = job.work(self._db)
         except Exception as error:  # whatever it was, the others' work and this thread go on
             self._db.execute("ROLLBACK TO one")
-            result = error
-            if isinstance(error, sqlite3.Error):
-                result = StorageFailed(f"the session store failed: {error}")
+            result = error if isinstance(error, StorageFailed) else _failed(error)
         self._db.execute("RELEASE one")
         return result
 
@@ -211,6 +240,14 @@ def _answer(answer: "asyncio.Future[Any]", result: Any) -> None:
         answer.set_exception(result)
     else:
         answer.set_result(result)
+
+
+def _failed(error: Exception) -> StorageFailed:
+    message = f"the session store failed: {_line(error)}"
+    log.error(message)
+    failed = StorageFailed(message)
+    failed.__cause__ = error
+    return failed
 
 
 def _totals(db: sqlite3.Connection) -> StoreTotals:
@@ -231,6 +268,7 @@ def _open(path: Path) -> sqlite3.Connection:
         path.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         _check_ours(db, path)
+        db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
@@ -242,7 +280,7 @@ def _open(path: Path) -> sqlite3.Connection:
         db.execute("COMMIT")
         db.execute(f"SELECT {RECORD} FROM sessions LIMIT 1").fetchone()
         _totals(db)
-    except (sqlite3.Error, OSError, StoreError) as error:
+    except (sqlite3.Error, OSError, StoreError, TypeError, ValueError) as error:
         if db is not None:
             db.close()
         raise StoreError(_reason(path, error)) from error
@@ -265,6 +303,13 @@ def _reason(path: Path, error: Exception) -> str:
         case sqlite3.SQLITE_BUSY:
             return f"{path}: in use by another latentd server"
         case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
-            return f"{path}: damaged, or not a latentd session store ({error})"
+            return f"{path}: damaged, or not a latentd session store ({_line(error)})"
+        case _ if isinstance(error, TypeError | ValueError):  # a value of a kind we never write
+            return f"{path}: damaged ({_line(error)})"
         case _:
-            return str(error) if isinstance(error, StoreError) else f"{path}: {error}"
+            return str(error) if isinstance(error, StoreError) else f"{path}: {_line(error)}"
+
+
+def _line(error: Exception) -> str:
+    """What it says, in one line: SQLite quotes what it cannot read."""
+    return " ".join(str(error).split())[:200]

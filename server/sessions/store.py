@@ -54,6 +54,10 @@ class SessionStore(Protocol):
     async def load_blob(self, session_id: str) -> bytes | None: ...
 
     async def delete(self, session_id: str) -> bool:
-        """Erase the session and its state. False if there is no such session."""
+        """Erase the session and its state. False if there is no such session.
+
+        The one call that may have done half of its work when it raises: the session is gone then,
+        and its bytes are erased as soon as the disk permits.
+        """
 
     async def close(self) -> None: ...

@@ -1,0 +1,116 @@
+"""Rows of a pool: their bytes, their exchange, and that they do not touch each other."""
+
+import struct
+
+import pytest
+import torch
+
+from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
+
+SPEC = StateSpec(
+    (
+        TensorSpec("h", (1, 3), "float32", 0.0),
+        TensorSpec("m", (2, 2, 2), "float32", -1e30),
+        TensorSpec("s", (2, 2, 2), "float64", 0.5),
+    )
+)
+
+
+def pool(num_rows: int = 4, spec: StateSpec = SPEC) -> StatePool:
+    """Every number of every row differs from all others."""
+    made = StatePool(spec, num_rows, torch.device("cpu"))
+    start = 0
+    for values in made.tensors.values():
+        values.copy_(torch.arange(start, start + values.numel()).view(values.shape))
+        start += values.numel()
+    return made
+
+
+def rows(of: StatePool) -> list[list[list[float]]]:
+    return [
+        [values[:, row].flatten().tolist() for values in of.tensors.values()]
+        for row in range(of.num_rows)
+    ]
+
+
+def test_a_spec_counts_its_bytes() -> None:
+    assert [tensor.num_bytes for tensor in SPEC.tensors] == [12, 32, 64]
+    assert SPEC.num_bytes == 108
+
+
+def test_a_new_pool_holds_the_state_before_the_first_token() -> None:
+    made = StatePool(SPEC, 5, torch.device("cpu"))
+    for tensor in SPEC.tensors:
+        layers, *per_row = tensor.shape
+        values = made.tensors[tensor.name]
+        assert values.shape == (layers, 5, *per_row)
+        assert str(values.dtype) == f"torch.{tensor.dtype}"
+        assert (values == tensor.initial).all()
+
+
+def test_reset_makes_one_row_new() -> None:
+    made, fresh = pool(), StatePool(SPEC, 1, torch.device("cpu"))
+    before = rows(made)
+    made.reset(2)
+    assert rows(made) == [*before[:2], rows(fresh)[0], before[3]]
+
+
+@pytest.mark.parametrize(("a", "b"), [(1, 3), (3, 1), (0, 2), (2, 2)])
+def test_swap_exchanges_two_rows(a: int, b: int) -> None:
+    made = pool()
+    expected = rows(made)
+    expected[a], expected[b] = expected[b], expected[a]
+    made.swap(a, b)
+    assert rows(made) == expected
+
+
+def test_a_row_that_was_read_is_a_copy() -> None:
+    made = pool()
+    before = rows(made)
+    kept = made.read_row(1)
+    made.reset(1)
+    made.write_row(3, kept)
+    assert rows(made)[3] == before[1]
+    made.write_row(1, kept)
+    assert rows(made) == [*before[:3], before[1]]
+
+
+def test_exported_bytes_are_the_tensors_in_the_order_of_the_spec() -> None:
+    made = pool()
+    data = made.export_row(2)
+    h, m, s = (made.tensors[name][:, 2].flatten().tolist() for name in ("h", "m", "s"))
+    assert data == struct.pack("<3f8f8d", *h, *m, *s)
+    assert len(data) == SPEC.num_bytes
+
+
+def test_imported_bytes_are_the_row_that_was_exported() -> None:
+    made, other = pool(), StatePool(SPEC, 2, torch.device("cpu"))
+    other.import_row(1, made.export_row(2))
+    assert rows(other)[1] == rows(made)[2]
+    assert rows(other)[0] == rows(StatePool(SPEC, 1, torch.device("cpu")))[0]
+    assert other.export_row(1) == made.export_row(2)
+
+
+@pytest.mark.parametrize("length", [0, 107, 109, 216])
+def test_bytes_of_another_length_are_refused(length: int) -> None:
+    made = pool()
+    before = rows(made)
+    with pytest.raises(ValueError, match=f"108 bytes, not {length}"):
+        made.import_row(1, bytes(length))
+    assert rows(made) == before
+
+
+@pytest.mark.parametrize(
+    ("chosen", "run"),
+    [
+        ([0], slice(0, 1)),
+        ([3, 4, 5], slice(3, 6)),
+        (range(2, 4), slice(2, 4)),
+        ([1, 3], None),
+        ([2, 1], None),
+        ([1, 1], None),
+        ([1, 2, 4], None),
+    ],
+)
+def test_rows_that_follow_each_other_are_a_slice(chosen: list[int], run: slice | None) -> None:
+    assert contiguous_run(chosen) == run

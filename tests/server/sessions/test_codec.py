@@ -1,0 +1,214 @@
+"""Blobs: what goes in comes out, and nothing that was damaged or forged does."""
+
+import hashlib
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.state import TensorSpec
+from server.sessions.codec import LONGEST_MESSAGE, BlobError, Codec, SessionState
+
+SPEC = (
+    TensorSpec("m", (2, 3), "float32", float("-inf")),
+    TensorSpec("Z", (2, 3), "float32", 0.0),
+    TensorSpec("h", (1, 4), "float64", 0.0),
+)
+CODEC = Codec("0123456789abcdef" * 4, SPEC)
+SESSION = SessionState(7, (5, 6), b"\xe2\x82", bytes(range(8)), bytes(range(80)))
+BLOB = CODEC.encode(SESSION)
+HEADER_BYTES = int.from_bytes(BLOB[:8], "little")
+HEADER: dict[str, Any] = json.loads(BLOB[8 : 8 + HEADER_BYTES])
+DATA = BLOB[8 + HEADER_BYTES :]
+
+SESSIONS = st.integers(0, 10**12).flatmap(
+    lambda position: st.builds(
+        SessionState,
+        position=st.just(position),
+        pending=st.lists(st.integers(0, 2**31 - 1), max_size=min(position, 5)).map(tuple),
+        undecoded=st.binary(max_size=3),
+        recent=st.binary(max_size=40),
+        state=st.binary(min_size=CODEC.state_bytes, max_size=CODEC.state_bytes),
+    )
+)
+
+
+def built(header: object, data: bytes = DATA) -> bytes:
+    """A file with this header, which is JSON or already bytes."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + data
+
+
+def forged(**changes: str | None) -> bytes:
+    """SESSION's blob with other metadata, None for none, and a checksum that fits them."""
+    facts: dict[str, str | None] = HEADER["__metadata__"] | changes
+    kept = {k: v for k, v in facts.items() if v is not None and k != "sha256"}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    digest.update(SESSION.recent + SESSION.state)
+    return built(HEADER | {"__metadata__": kept | {"sha256": digest.hexdigest()}})
+
+
+def with_tensor(name: str, **changes: object) -> bytes:
+    return built(HEADER | {name: HEADER.get(name, {}) | changes})
+
+
+def refusal(blob: bytes) -> str:
+    """The message of the BlobError; anything else that happens fails the test."""
+    with pytest.raises(BlobError) as caught:
+        CODEC.decode(blob)
+    return str(caught.value)
+
+
+@given(SESSIONS)
+def test_a_session_comes_out_as_it_went_in(session: SessionState) -> None:
+    assert CODEC.decode(CODEC.encode(session)) == session
+
+
+def test_the_size_is_the_models() -> None:
+    assert CODEC.state_bytes == len(SESSION.state) == 2 * 24 + 32
+    new = replace(SESSION, position=2)
+    old = replace(SESSION, position=10**9)
+    assert abs(len(CODEC.encode(old)) - len(CODEC.encode(new))) <= 16
+    assert len(BLOB) < CODEC.state_bytes + 600
+
+
+@pytest.mark.parametrize("size", [0, CODEC.state_bytes - 1, CODEC.state_bytes + 1])
+def test_a_state_of_another_size_is_not_written(size: int) -> None:
+    with pytest.raises(ValueError, match=f"80 bytes, not {size}"):
+        CODEC.encode(replace(SESSION, state=bytes(size)))
+
+
+def test_forging_can_succeed() -> None:
+    """The tests below forge blobs whose checksum is right: this one shows that it is."""
+    assert CODEC.decode(forged()) == SESSION
+    assert CODEC.decode(forged(position="8")) == replace(SESSION, position=8)
+
+
+def test_a_cut_blob_is_refused() -> None:
+    for size in range(len(BLOB)):
+        refusal(BLOB[:size])
+    refusal(BLOB + b"\0")
+
+
+def test_every_flipped_bit_is_noticed() -> None:
+    for bit in range(8 * len(BLOB)):
+        flipped = bytearray(BLOB)
+        flipped[bit // 8] ^= 1 << bit % 8
+        refusal(bytes(flipped))
+
+
+@given(st.lists(st.tuples(st.integers(0, len(BLOB) - 1), st.binary(min_size=1, max_size=9))))
+def test_overwritten_bytes_are_noticed(writes: list[tuple[int, bytes]]) -> None:
+    damaged = bytearray(BLOB)
+    for start, values in writes:
+        damaged[start : start + len(values)] = values
+    if damaged == BLOB:
+        assert CODEC.decode(bytes(damaged)) == SESSION
+    else:
+        refusal(bytes(damaged))
+
+
+@given(st.binary(max_size=300))
+def test_noise_is_refused(noise: bytes) -> None:
+    refusal(noise)
+    refusal(built(noise))
+
+
+@pytest.mark.parametrize("length", [0, 1, len(BLOB), 2**31, 2**63 - 1, 2**63, 2**64 - 1])
+def test_a_wrong_header_length_is_refused(length: int) -> None:
+    refusal(length.to_bytes(8, "little") + BLOB[8:])
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"", b"null", b"[]", b"1", b'"x"', b"{}", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe"],
+)
+def test_a_header_of_another_kind_is_refused(header: bytes) -> None:
+    refusal(built(header))
+    refusal(built(header, b""))
+
+
+@pytest.mark.parametrize("facts", [None, {}, [], "x", 1, {"format": None}, {"format": ["x"]}])
+def test_metadata_of_another_kind_are_refused(facts: object) -> None:
+    refusal(built(HEADER | {"__metadata__": facts}))
+
+
+def test_a_blob_without_metadata_is_refused() -> None:
+    refusal(built({k: v for k, v in HEADER.items() if k != "__metadata__"}))
+
+
+@pytest.mark.parametrize("key", sorted(HEADER["__metadata__"].keys() - {"sha256"}))
+def test_every_fact_is_needed(key: str) -> None:
+    assert key in refusal(forged(**{key: None})) or key == "fingerprint"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("position", v) for v in ("", "x", "-1", "+7", " 7", "7_0", "٧", "7.0", "1e3", "NaN")),
+        ("position", "1"),  # less than what is pending
+        ("position", "9" * 5000),
+        *(("pending", v) for v in ("", "null", "1", "{}", '"56"', '["5", "6"]', "[5,6]", "[[5]]")),
+        *(("pending", v) for v in ("[5.5, 6]", "[true, 6]", "[-1]", "[NaN]", "[1e999]", "[1e9]")),
+        *(("pending", v) for v in ("[" * 100_000, "[5, 6", "[" + "9" * 5000 + "]")),
+        *(("undecoded", v) for v in ("e", "zz", "E282", "e2 82", "é")),
+        ("extra", "x"),
+    ],
+)
+def test_forged_facts_are_refused(key: str, value: str) -> None:
+    refusal(forged(**{key: value}))
+
+
+def test_the_message_names_what_differs() -> None:
+    assert "belongs to model 999999999999, this is 0123456789ab" in refusal(
+        Codec("9" * 64, SPEC).encode(SESSION)
+    )
+    assert "version is '2', this program reads '1'" in refusal(forged(version="2"))
+    assert "format is 'gguf'" in refusal(forged(format="gguf"))
+    no_checksum = HEADER["__metadata__"] | {"sha256": ""}
+    assert "checksum" in refusal(built(HEADER | {"__metadata__": no_checksum}))
+    assert "tensor m is ('int32', (2, 3))" in refusal(with_tensor("m", dtype="I32"))
+    assert "tensor Z is ('float32', (3, 2))" in refusal(with_tensor("Z", shape=[3, 2]))
+    renamed = {"H" if name == "h" else name: value for name, value in HEADER.items()}
+    assert "tensor H is" in refusal(built(renamed))
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [len(DATA), len(DATA)]}
+    assert "tensor x is" in refusal(with_tensor("x", **empty))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "F32", "shape": [2]},
+        {"dtype": "BOOL"},
+        {"shape": [2, 4]},
+        {"dtype": "F8_E4M3"},
+        {"dtype": "NONE"},
+        {"dtype": None},
+        {"shape": [-8]},
+        {"data_offsets": [0, 8]},
+    ],
+)
+def test_recent_tokens_of_another_kind_are_refused(changes: dict[str, object]) -> None:
+    refusal(with_tensor("recent", **changes))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F4", "C64", "F8_E5M2"])
+@pytest.mark.parametrize("shape", [[0, 2**64 - 1], [0, 2**31, 2**40], [2**63, 2], [0] * 100])
+def test_impossible_shapes_are_refused(dtype: str, shape: list[int]) -> None:
+    offsets = [len(DATA), len(DATA)]
+    refusal(with_tensor("x", dtype=dtype, shape=shape, data_offsets=offsets))
+
+
+def test_a_missing_tensor_is_refused() -> None:
+    last = max(HEADER.keys() - {"__metadata__"}, key=lambda name: HEADER[name]["data_offsets"])
+    cut = HEADER[last]["data_offsets"][0]
+    assert last in refusal(built({k: v for k, v in HEADER.items() if k != last}, DATA[:cut]))
+
+
+def test_a_long_header_does_not_make_a_long_message() -> None:
+    endless = "x" * 1_000_000
+    for blob in (forged(format=endless), with_tensor("m", dtype=endless), forged(pending=endless)):
+        assert len(refusal(blob)) <= LONGEST_MESSAGE

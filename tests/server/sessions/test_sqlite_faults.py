@@ -1,0 +1,303 @@
+"""The SQLite store when the disk is full or damaged or the process dies: a fault harms no more than
+the request that met it, and what was acknowledged is there."""
+
+import asyncio
+import multiprocessing
+import random
+import sqlite3
+import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from server.errors import StorageFailed
+from server.sessions.sqlite import PAGE_BYTES, SQLiteStore
+from server.sessions.store import SessionRecord, StoreError, StoreTotals
+from tests.server.sessions.stores import (
+    FILE,
+    commit,
+    forbidden,
+    opened,
+    raw,
+    record,
+    refusal,
+    writer_held,
+)
+
+
+def test_a_full_disk_fails_one_turn_and_nothing_else(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path) as store:
+            for name in "ab":
+                await store.create(record(name))
+                await commit(store, name, 1, b"one")
+            before = (await store.list(10, None), store.totals)
+            [num_pages] = store._db.execute("PRAGMA page_count").fetchone()
+            store._db.execute(f"PRAGMA max_page_count = {num_pages + 4}")
+            for _ in range(3):
+                with pytest.raises(StorageFailed, match="full"):
+                    await commit(store, "a", 2, bytes(50 * PAGE_BYTES))
+                assert (await store.list(10, None), store.totals) == before
+                assert await store.load_blob("a") == b"one"
+            async with writer_held(store):
+                asked = asyncio.gather(
+                    commit(store, "a", 2, bytes(50 * PAGE_BYTES)),
+                    commit(store, "b", 2, b"small"),
+                    return_exceptions=True,
+                )
+                await asyncio.sleep(0)
+            failed, done = await asked
+            assert (type(failed), done) == (StorageFailed, None)
+            assert [await store.load_blob(name) for name in "ab"] == [b"one", b"small"]
+            assert await store.delete("b")
+            store._db.execute("PRAGMA max_page_count = 10000")
+            await commit(store, "a", 2, bytes(50 * PAGE_BYTES))
+            assert store.totals == StoreTotals(1, 50 * PAGE_BYTES)
+
+    asyncio.run(main())
+
+
+def test_a_transaction_that_cannot_commit_fails_for_everyone(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path) as store:
+            for name in "ab":
+                await store.create(record(name))
+            before = (await store.list(10, None), store.totals)
+            with forbidden(store, sqlite3.SQLITE_TRANSACTION, "COMMIT"):
+                answers = await asyncio.wait_for(
+                    asyncio.gather(
+                        *(commit(store, name, 1, b"one") for name in "ab"), return_exceptions=True
+                    ),
+                    5,
+                )
+            assert [type(answer) for answer in answers] == [StorageFailed] * 2
+            assert (await store.list(10, None), store.totals) == before
+            await commit(store, "a", 1, b"again")
+            assert store.totals == StoreTotals(1, 5)
+
+    asyncio.run(main())
+
+
+def test_a_transaction_that_cannot_even_roll_back_does_not_stop_the_store(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path) as store:
+            await store.create(record("a"))
+
+            def forbid_the_end(db: sqlite3.Connection) -> None:
+                def decide(asked: int, argument: str | None, *_: str | None) -> int:
+                    ends = asked == sqlite3.SQLITE_TRANSACTION and argument != "BEGIN"
+                    return sqlite3.SQLITE_DENY if ends else sqlite3.SQLITE_OK
+
+                db.set_authorizer(decide)
+
+            with pytest.raises(StorageFailed):
+                await asyncio.wait_for(store._run(forbid_the_end), 5)
+            with pytest.raises(StorageFailed):
+                await asyncio.wait_for(store.get("a"), 5)
+            store._db.set_authorizer(None)
+            with suppress(StorageFailed):
+                await asyncio.wait_for(store.get("a"), 5)
+            assert await store.get("a") == record("a")
+
+    asyncio.run(main())
+
+
+def test_when_erasing_fails_the_deletion_says_so_and_is_completed_later(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path) as store:
+            for name in "ab":
+                await store.create(record(name, text=f"<secret of {name}>"))
+            with forbidden(store, sqlite3.SQLITE_PRAGMA, "wal_checkpoint"):
+                async with writer_held(store):
+                    asked = asyncio.gather(
+                        store.delete("a"), commit(store, "b", 1, b"one"), return_exceptions=True
+                    )
+                    await asyncio.sleep(0)
+                deleted, done = await asked
+                assert (type(deleted), done) == (StorageFailed, None)
+                assert store.totals == StoreTotals(1, 3)
+                assert b"<secret of a>" in raw(tmp_path)
+            assert await store.load_blob("b") == b"one"
+            assert b"<secret of a>" not in raw(tmp_path)
+            assert b"<secret of b>" in raw(tmp_path)
+
+    asyncio.run(main())
+
+
+async def fill(folder: Path) -> dict[str, tuple[SessionRecord, bytes]]:
+    """A closed store of several kinds of pages, and what is in it."""
+    chance, made = random.Random(1), dict[str, tuple[SessionRecord, bytes]]()
+    async with opened(folder) as store:
+        for number in range(12):
+            name = f"session-{number}"
+            await store.create(record(name, text="t" * chance.randrange(400)))
+            blob = chance.randbytes(chance.choice([300, 3000, 9000]))
+            await commit(store, name, 1, blob)
+            found = await store.get(name)
+            assert found is not None
+            made[name] = (found, blob)
+    return made
+
+
+async def use(folder: Path, made: dict[str, tuple[SessionRecord, bytes]]) -> bool:
+    """Do everything with a damaged store; only failures that the protocol names may come out.
+
+    Nothing false may come out either, but for damage inside of a blob, which the codec finds.
+    True if the store opened.
+    """
+    try:
+        store = SQLiteStore(folder / FILE)
+    except StoreError:
+        refusal(folder / FILE)
+        return False
+    for name, (expected, blob) in made.items():
+        with suppress(StorageFailed):
+            assert await asyncio.wait_for(store.get(name), 5) == expected
+        with suppress(StorageFailed):
+            loaded = await asyncio.wait_for(store.load_blob(name), 5)
+            assert loaded is not None
+            assert loaded not in [other for _, other in made.values() if other != blob]
+    for call in (
+        store.list(100, None),
+        commit(store, "session-3", 2, bytes(5000)),
+        store.create(record("new")),
+        store.delete("session-5"),
+    ):
+        with suppress(StorageFailed):
+            await asyncio.wait_for(call, 5)
+    await asyncio.wait_for(store.close(), 5)
+    return True
+
+
+def put_alone(data: bytes, folder: Path) -> None:
+    """Make the store's file, and nothing beside it, the only file of the folder."""
+    folder.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / FILE).write_bytes(data)
+
+
+def test_a_page_of_garbage_is_found_or_harmless(tmp_path: Path) -> None:
+    made = asyncio.run(fill(tmp_path / "whole"))
+    data = (tmp_path / "whole" / FILE).read_bytes()
+    chance, opens = random.Random(2), list[bool]()
+    for start in range(0, len(data), PAGE_BYTES):
+        for garbage in (chance.randbytes(PAGE_BYTES), bytes(PAGE_BYTES)):
+            put_alone(data[:start] + garbage + data[start + PAGE_BYTES :], tmp_path / "damaged")
+            opens.append(asyncio.run(use(tmp_path / "damaged", made)))
+    assert opens[:2] == [False, False]
+    assert opens.count(True) > 50
+
+
+def test_a_page_in_the_place_of_another_is_the_disks_fault(tmp_path: Path) -> None:
+    """A misplaced write can look right to SQLite; what then comes out must be of the right kind."""
+    made = asyncio.run(fill(tmp_path / "whole"))
+    data = (tmp_path / "whole" / FILE).read_bytes()
+    chance = random.Random(3)
+    for start in range(0, len(data), PAGE_BYTES):
+        for _ in range(2):
+            other = chance.randrange(len(data) // PAGE_BYTES) * PAGE_BYTES
+            page = data[other : other + PAGE_BYTES]
+            put_alone(data[:start] + page + data[start + PAGE_BYTES :], tmp_path / "damaged")
+            asyncio.run(read_everything(tmp_path / "damaged", list(made)))
+
+
+async def read_everything(folder: Path, names: list[str]) -> None:
+    with suppress(StoreError):
+        async with opened(folder) as store:
+            for name in names:
+                for call in (store.get(name), store.load_blob(name), store.list(3, name)):
+                    with suppress(StorageFailed):
+                        await asyncio.wait_for(call, 5)
+
+
+def test_a_store_without_its_totals_is_refused(tmp_path: Path) -> None:
+    asyncio.run(fill(tmp_path))
+    db = sqlite3.connect(tmp_path / FILE)
+    db.execute("DELETE FROM totals")
+    db.commit()
+    db.close()
+    assert "damaged" in refusal(tmp_path / FILE)
+
+
+def test_a_cut_file_is_refused(tmp_path: Path) -> None:
+    asyncio.run(fill(tmp_path))
+    data = (tmp_path / FILE).read_bytes()
+    for size in (*range(PAGE_BYTES, len(data), PAGE_BYTES), 2, 99, 100, 101, PAGE_BYTES + 1):
+        put_alone(data[:size], tmp_path)
+        assert "damaged" in refusal(tmp_path / FILE)
+
+
+NAMES = ("a", "b", "c", "d")
+
+
+def content(name: str, turn: int) -> bytes:
+    """The blob of a session's turn, of another size each time."""
+    chance = random.Random(f"{name} {turn}")
+    return chance.randbytes(chance.randrange(1, 40_000))
+
+
+def commit_until_killed(path: str, told: Connection) -> None:
+    """In another process: commit turns of all sessions together, and tell which are durable."""
+
+    async def go_on(store: SQLiteStore, name: str) -> None:
+        found = await store.get(name)
+        if found is None:
+            await store.create(record(name))
+        turn = 0 if found is None else found.turn
+        while True:
+            turn += 1
+            await commit(store, name, turn, content(name, turn))
+            told.send((name, turn))
+
+    async def main() -> None:
+        store = SQLiteStore(Path(path))
+        await asyncio.gather(*(go_on(store, name) for name in NAMES))
+
+    asyncio.run(main())
+
+
+def kill_while_committing(path: Path, chance: random.Random) -> dict[str, int]:
+    """The last acknowledged turn of each session of a process that was killed."""
+    processes = multiprocessing.get_context("spawn")
+    ours, theirs = processes.Pipe(duplex=False)
+    process = processes.Process(target=commit_until_killed, args=(str(path), theirs))
+    process.start()
+    theirs.close()
+    acknowledged: dict[str, int] = {}
+    kill_after = chance.randrange(1, 60)
+    with suppress(EOFError, OSError):  # the pipe ends where the process did
+        for number in range(10**9):
+            name, turn = ours.recv()
+            acknowledged[name] = turn
+            if number == kill_after:
+                time.sleep(chance.uniform(0, 0.01))
+                process.kill()
+    process.join()
+    assert process.exitcode == -9
+    assert acknowledged
+    return acknowledged
+
+
+def test_no_acknowledged_turn_is_lost_by_kill_9(tmp_path: Path) -> None:
+    async def check(acknowledged: dict[str, int]) -> None:
+        async with opened(tmp_path) as store:
+            sizes = []
+            for name in NAMES:
+                found = await store.get(name)
+                if found is None or found.turn == 0:
+                    assert name not in acknowledged
+                    continue
+                assert found.turn - acknowledged.get(name, found.turn) in (0, 1)
+                assert found.num_tokens == 10 * found.turn
+                blob = content(name, found.turn)
+                assert await store.load_blob(name) == blob
+                sizes.append(len(blob))
+            assert store.totals == StoreTotals(len(sizes), sum(sizes))
+
+    chance = random.Random(0)
+    for _ in range(8):
+        acknowledged = kill_while_committing(tmp_path / FILE, chance)
+        asyncio.run(check(acknowledged))

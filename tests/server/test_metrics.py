@@ -1,0 +1,83 @@
+"""Metrics: the names that the design promises, in base units, and none that grows with sessions."""
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.metrics import Metrics
+
+DESIGN = {
+    **dict.fromkeys(
+        [
+            "time_to_first_token_seconds",
+            "inter_token_latency_seconds",
+            "request_duration_seconds",
+            "queue_time_seconds",
+            "prefill_time_seconds",
+            "step_duration_seconds",
+            "session_commit_seconds",
+            "session_load_seconds",
+        ],
+        ("histogram", ()),
+    ),
+    "requests_total": ("counter", ("endpoint", "outcome")),
+    "prompt_tokens_total": ("counter", ()),
+    "generation_tokens_total": ("counter", ()),
+    "resumed_tokens_total": ("counter", ()),
+    "admission_rejections_total": ("counter", ("reason",)),
+    "session_evictions_total": ("counter", ("tier",)),
+    "requests_running": ("gauge", ()),
+    "requests_waiting": ("gauge", ()),
+    "batch_size": ("gauge", ()),
+    "slots": ("gauge", ("state",)),
+    "sessions": ("gauge", ("tier",)),
+    "session_state_bytes": ("gauge", ()),
+    "session_bytes": ("gauge", ("tier",)),
+    "model_info": ("gauge", ("model", "fingerprint", "device")),
+}
+
+
+def test_the_metrics_are_those_of_the_design() -> None:
+    metrics = Metrics()
+    for name, (kind, labels) in DESIGN.items():
+        metric = getattr(metrics, name)
+        assert (metric._type, metric._labelnames) == (kind, labels), name
+        assert f"latentd_{name}".removesuffix("_total") == metric._name
+    attributes = {name for name in vars(metrics) if name != "registry"}
+    assert attributes == DESIGN.keys()
+
+
+def test_what_is_scraped_can_be_parsed_and_has_our_prefix() -> None:
+    metrics = Metrics()
+    for name, (_, labels) in DESIGN.items():
+        if labels:
+            getattr(metrics, name).labels(*labels)
+    families = {
+        family.name: family
+        for family in text_string_to_metric_families(metrics.exposition().decode())
+    }
+    ours = {name for name in families if not name.startswith("process_")}
+    assert {name.removesuffix("_created") for name in ours} == {
+        f"latentd_{name}".removesuffix("_total") for name in DESIGN
+    }
+    assert families["process_resident_memory_bytes"].samples[0].value > 1e6
+    assert not [name for name in families if ":" in name]
+    assert all(families[name].documentation for name in ours)
+
+
+def test_values_come_out_as_they_went_in() -> None:
+    metrics = Metrics()
+    metrics.step_duration_seconds.observe(0.0004)
+    metrics.step_duration_seconds.observe(1000.0)
+    metrics.requests_total.labels(endpoint="/v1/completions", outcome="ok").inc()
+    value = metrics.registry.get_sample_value
+    assert value("latentd_step_duration_seconds_sum") == 1000.0004
+    assert value("latentd_step_duration_seconds_bucket", {"le": "0.001"}) == 1
+    assert value("latentd_step_duration_seconds_bucket", {"le": "300.0"}) == 1
+    assert value("latentd_step_duration_seconds_bucket", {"le": "+Inf"}) == 2
+    labels = {"endpoint": "/v1/completions", "outcome": "ok"}
+    assert value("latentd_requests_total", labels) == 1
+
+
+def test_servers_in_one_process_count_for_themselves() -> None:
+    first, second = Metrics(), Metrics()
+    first.prompt_tokens_total.inc(5)
+    assert second.registry.get_sample_value("latentd_prompt_tokens_total") == 0

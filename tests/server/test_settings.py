@@ -1,0 +1,134 @@
+"""Settings: a flag wins over the environment, and what is wrong is named with its value."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from model import PRETRAINED
+from server.settings import Settings, SettingsError, read_settings
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment that sets nothing."""
+    for name in os.environ:
+        if name.upper().startswith("LATENTD_"):
+            monkeypatch.delenv(name)
+
+
+def refusal(**flags: object) -> str:
+    with pytest.raises(SettingsError) as caught:
+        read_settings(flags)
+    return str(caught.value)
+
+
+def test_nothing_has_to_be_set() -> None:
+    settings = read_settings({})
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert settings.checkpoint == PRETRAINED
+    assert settings.threads is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("port", "0", 0),
+        ("data_dir", "some/folder", Path("some/folder")),
+        ("threads", "3", 3),
+        ("keepalive_s", "0.5", 0.5),
+        ("device", "cpu", "cpu"),
+        ("host_cache_bytes", "0", 0),
+        ("model_name", "5", "5"),
+    ],
+)
+def test_the_environment_sets_and_a_flag_wins(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str, value: object
+) -> None:
+    default = getattr(read_settings({}), name)
+    monkeypatch.setenv(f"LATENTD_{name.upper()}", text)
+    assert getattr(read_settings({}), name) == value != default
+    assert getattr(read_settings({name: default}), name) == default
+
+
+def test_a_variable_may_be_in_small_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("latentd_port", "9")
+    assert read_settings({}).port == 9
+
+
+def test_a_wrong_variable_does_not_matter_where_a_flag_wins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LATENTD_PORT", "none")
+    assert read_settings({"port": 1}).port == 1
+
+
+@pytest.mark.parametrize("name", ["LATENTD_PROT", "latentd_prot", "LATENTD_", "LATENTD_PORT_"])
+def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    assert refusal() == f"{name}: there is no such setting"
+
+
+def test_variables_of_others_are_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PORT", "LATENT_PORT", "LATENTDPORT", "HOST"):
+        monkeypatch.setenv(name, "wrong")
+    assert read_settings({}) == Settings()
+
+
+WRONG: list[tuple[str, Any]] = [
+    ("port", "eighty"),
+    ("port", ""),
+    ("port", "65536"),
+    ("port", "-1"),
+    ("threads", "0"),
+    ("threads", "null"),
+    ("device", "tpu"),
+    ("log_level", "INFO"),
+    ("max_running", "0"),
+    ("host_cache_bytes", "1.5"),
+    ("host_cache_bytes", "-1"),
+    ("keepalive_s", "0"),
+    ("keepalive_s", "nan"),
+    ("drain_timeout_s", "inf"),
+    ("drain_timeout_s", "-1"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    assert refusal(**{name: value}).startswith(f"{flag}: {value!r}: ")
+    variable = f"LATENTD_{name.upper()}"
+    monkeypatch.setenv(variable, value)
+    assert refusal().startswith(f"{variable}: {value!r}: ")
+
+
+def test_an_unknown_flag_is_named() -> None:
+    assert refusal(prot=1).startswith("--prot: 1: ")
+
+
+def test_settings_do_not_change() -> None:
+    settings = read_settings({})
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.port = 1  # type: ignore[misc]  # what the test is about
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({}, "latentd"),
+        ({"checkpoint": "some/where/tiny"}, "tiny"),
+        ({"checkpoint": "some/where/../tiny/."}, "tiny"),
+        ({"checkpoint": "tiny", "model_name": "mine"}, "mine"),
+        ({"model_name": "mine"}, "mine"),
+    ],
+)
+def test_the_name_that_clients_use(flags: dict[str, object], name: str) -> None:
+    assert read_settings(flags).served_name == name
+
+
+def test_every_setting_explains_itself() -> None:
+    for name, field in Settings.model_fields.items():
+        assert (field.description or "").endswith("."), name

@@ -1,0 +1,149 @@
+"""Who may import whom: the lines of the design, read from the source of every module."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEAVES = ("server.settings", "server.errors", "server.metrics")
+VERSION = "server.__version__"
+
+MAY_IMPORT = {
+    "model": ("model",),
+    "server": (),
+    "server.settings": ("model.PRETRAINED",),
+    "server.errors": (),
+    "server.metrics": (),
+    "server.sessions": ("model", "server.sessions", *LEAVES),
+    "server.engine": ("model", "server.engine", *LEAVES),
+    "server.api": ("model", VERSION, "server.api", "server.sessions", "server.engine", *LEAVES),
+    "server.generate": ("model", "server.engine", *LEAVES),
+    "server.serve": ("model", VERSION, "server.api", "server.sessions", "server.engine", *LEAVES),
+    "server.__main__": ("model", "server"),
+}
+"""What each part of the program may import of the program; the longest name that fits counts."""
+
+ONLY_IN = {
+    "torch": ("model", "server.engine"),
+    "triton": ("model.kernels",),
+    "fastapi": ("server.api", "server.serve"),
+    "starlette": ("server.api",),
+    "redis": ("server.sessions.redis",),
+    "valkey": ("server.sessions.redis",),
+    "sqlite3": ("server.sessions.sqlite",),
+    "tests": (),
+    "loadtest": (),
+}
+"""Where a library may be imported. `server.serve` builds the app and names its type."""
+
+
+def is_within(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    module_name(path): path for part in ("model", "server") for path in (ROOT / part).rglob("*.py")
+}
+
+
+def imports(module: str, source: str, is_package: bool) -> Iterator[str]:
+    """Full names of all that the module imports, also inside of functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")
+            above = parents[: len(parents) - node.level + is_package] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def imports_of(module: str) -> list[str]:
+    path = MODULES[module]
+    return list(imports(module, path.read_text(), path.stem == "__init__"))
+
+
+def is_allowed(module: str, imported: str) -> bool:
+    """Whether the program's own lines allow it."""
+    part = max((part for part in MAY_IMPORT if is_within(module, part)), key=len)
+    return any(is_within(imported, allowed) for allowed in MAY_IMPORT[part])
+
+
+def test_the_reader_finds_every_kind_of_import() -> None:
+    source = """
+import a.b, c as d
+from . import e
+from .f import g
+from ..h.i import j
+from k import l
+def late():
+    if True:
+        import m
+        from .. import n
+"""
+    found = ["a.b", "c", "p.q.e", "p.q.f.g", "p.h.i.j", "k.l", "m", "p.n"]
+    assert list(imports("p.q.r", source, False)) == found
+    assert list(imports("p.q", "from . import e\nfrom .. import n", True)) == ["p.q.e", "p.n"]
+    assert {"model.attention", "server.engine.engine", "server", "server.__main__"} <= set(MODULES)
+
+
+@pytest.mark.parametrize(
+    ("module", "imported", "allowed"),
+    [
+        ("model.network", "server.errors.NotFound", False),
+        ("model.network", "model.state.StatePool", True),
+        ("server.settings", "model.PRETRAINED", True),
+        ("server.settings", "model.checkpoint.load", False),
+        ("server.errors", "server.settings.Settings", False),
+        ("server.sessions.sqlite", "server.engine.messages.Parked", False),
+        ("server.engine.engine", "server.sessions.codec.Codec", False),
+        ("server.engine.engine", "server.api.turns.Turn", False),
+        ("server.sessions.sessions", "server.api.turns", False),
+        ("server.api.turns", "server.sessions.codec.Codec", True),
+        ("server.api.app", "server.serve.serve", False),
+        ("server.api.app", "server.__version__", True),
+        ("server.engine.engine", "server.__version__", False),
+        ("server.generate", "server.api.app", False),
+        ("server.__main__", "server.serve.serve", True),
+    ],
+)
+def test_the_rules_say_what_the_design_says(module: str, imported: str, allowed: bool) -> None:
+    assert is_allowed(module, imported) is allowed
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_what_is_below_it(module: str) -> None:
+    ours = [name for name in imports_of(module) if name.split(".")[0] in ("model", "server")]
+    assert [name for name in ours if not is_allowed(module, name)] == []
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_library_stays_in_its_place(module: str) -> None:
+    for imported in imports_of(module):
+        for library, places in ONLY_IN.items():
+            if is_within(imported, library):
+                assert any(is_within(module, place) for place in places), imported
+
+
+def test_no_module_is_a_drawer_for_odds_and_ends() -> None:
+    names = {part for module in MODULES for part in module.split(".")}
+    assert names.isdisjoint({"utils", "util", "helpers", "helper", "common", "misc"})
+
+
+def test_the_command_line_comes_without_what_is_slow() -> None:
+    script = "import sys, server.__main__; print(*sys.modules)"
+    shown = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    loaded = set(shown.stdout.split())
+    assert "server.settings" in loaded
+    assert loaded.isdisjoint({"torch", "numpy", "fastapi", "uvicorn", "tokenizers", "safetensors"})

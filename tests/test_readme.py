@@ -1,0 +1,72 @@
+"""What the README tells a newcomer to run does run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model import PRETRAINED
+from tests.server.processes import server_process
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+LOCAL = "http://127.0.0.1:8000"
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    """A folder with `latentd` and `python` as this environment has them."""
+    for name, arguments in {"latentd": "-m server", "python": ""}.items():
+        script = tmp_path / name
+        script.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
+        script.chmod(0o755)
+    return tmp_path
+
+
+def run(script: str, tools: Path) -> str:
+    path = f"{tools}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_two_commands_come_first() -> None:
+    assert BLOCKS[0] == "pip install . && latentd serve\n"
+    assert BLOCKS[1] == "pip install '.[dev]' && pytest\n"
+    assert BLOCKS[1].strip() in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_tour_works_on_the_default_model(tools: Path, tmp_path: Path) -> None:
+    tour = [block for block in BLOCKS if "127.0.0.1:8000" in block]
+    assert len(tour) == 4
+    first, rest = tour[:2], tour[2:]
+    with server_process(PRETRAINED, tmp_path / "data") as server:
+        told = run("\n".join([*first, "echo id $session"]).replace(LOCAL, server.url), tools)
+        assert "data: [DONE]" in told
+        assert '"object":"text_completion"' in told
+        session = told.split()[-1]
+        server.kill()
+    with server_process(PRETRAINED, tmp_path / "data") as server:
+        script = "\n".join([f"session={session}", *rest])
+        told = run(script.replace(LOCAL, server.url), tools)
+    assert '"turn":2' in told
+    assert "latentd_session_state_bytes" in told
+
+
+def test_generate_and_verify_work(tools: Path) -> None:
+    [generate] = [block for block in BLOCKS if block.startswith("latentd generate")]
+    assert run(generate, tools).startswith("Once upon a time")
+    [verify] = re.findall(r"^latentd verify .*$", README, re.MULTILINE)
+    assert "FAILED" not in run(verify, tools)
