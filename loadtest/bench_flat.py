@@ -55,7 +55,7 @@ def draw(network: LanguageModel, lengths: list[int], sizes: list[int]) -> str:
     """An SVG: bytes of a session, and of a key-value cache of the same width, by tokens."""
     c = network.config
     cache = [2 * 4 * c.n_layers * c.d_emb * length for length in lengths]
-    top, left, width, height = 40, 70, 560, 240
+    top, left, width, height = 40, 70, 540, 240
     most = max(cache)
 
     def line(values: list[int]) -> str:
@@ -86,9 +86,9 @@ def draw(network: LanguageModel, lengths: list[int], sizes: list[int]) -> str:
             "stroke-dasharray='5 4'/>",
             f"<polyline points='{line([sizes[0], *sizes])}' fill='none' stroke='#159' "
             "stroke-width='4'/>",
-            f"<text x='{left + 190}' y='{top + 95}' {text} fill='#c55'>key-value cache of the same "
-            "width (computed)</text>",
-            f"<text x='{left + 20}' y='{top + height - 12}' {text} fill='#159'>a latentd session: "
+            f"<text x='{left + 285}' y='{top + 175}' {text} fill='#c55'>key-value cache of the "
+            "same width (computed)</text>",
+            f"<text x='{left + 150}' y='{top + height - 12}' {text} fill='#159'>a latentd session: "
             f"{sizes[-1]:,} bytes (measured)</text>",
             f"<text x='{left}' y='24' {text} font-weight='bold' fill='#222'>memory of one session "
             "by tokens in its context</text>",

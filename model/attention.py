@@ -124,18 +124,9 @@ def quadratic(
 
 
 def absorb(k: Tensor, v: Tensor, state: AttentionState) -> AttentionState:
-    """The state after all tokens of k and v, without reading it: eq. 6 at the last token only."""
-    m = torch.maximum(state.m, k.amax(1))
-    weights = (k - m.unsqueeze(1)).exp().transpose(1, 2)
-    kept = (state.m - m).exp()
-    z = state.z * kept + weights.sum(2)
-    if state.n is None:
-        s = state.s * kept.unsqueeze(-1) + weights.mT @ v.transpose(1, 2)
-        return AttentionState(m, z, s, None)
-    n = torch.maximum(state.n, v.amax(1))
-    u = (v - n.unsqueeze(1)).exp().transpose(1, 2)
-    kept_s = kept.unsqueeze(-1) * (state.n - n).exp().unsqueeze(-2)
-    return AttentionState(m, z, state.s * kept_s + weights.mT @ u, n)
+    """The state after all tokens of k and v, without reading it: that of `chunked`."""
+    k, v = _pad_to_chunks(k, -torch.inf), _pad_to_chunks(v, _neutral_value(state))
+    return _sum(k, v, state, CHUNK).end
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, state: AttentionState) -> Tensor:
@@ -181,70 +172,117 @@ def chunked(
 
     Tokens are cut into chunks of 64. Within a chunk every exponential is relative to one reference
     per channel, the running maximum at the chunk's end. Where keys or log-values rise by more
-    within a piece than float32 can hold, sums come out below `SMALLEST`; such a piece is computed
-    again in two halves, down to single tokens. Memory is linear in the number of tokens.
+    within a chunk than float32 can hold, sums come out below `SMALLEST`; such a sequence is
+    computed again in halves, down to single tokens. Memory is linear in the number of tokens.
+
+    On one CPU thread, a call for many tokens and several calls for multiples of 64 of them give the
+    same bits, and so does every sequence whatever the others of its batch are.
     """
-    y, end, exact = _pieces(q, k, v, state)
-    if exact or q.shape[1] == 1:
-        return y, end
-    half = (q.shape[1] + 1) // 2
-    if half > CHUNK:
-        half = -(-half // CHUNK) * CHUNK
-    first, middle = chunked(q[:, :half], k[:, :half], v[:, :half], state)
-    second, end = chunked(q[:, half:], k[:, half:], v[:, half:], middle)
-    return torch.cat([first, second], 1), end
-
-
-def _pieces(
-    q: Tensor, k: Tensor, v: Tensor, state: AttentionState
-) -> tuple[Tensor, AttentionState, bool]:
-    """`chunked` without its fallback; the last result says whether every sum kept its digits."""
-    batch, tokens, heads = q.shape[:3]
-    size = min(CHUNK, tokens)
+    tokens = q.shape[1]
     q, k, v = (
-        _into_chunks(x, size, pad) for x, pad in ((q, 0.0), (k, -torch.inf), (v, _pad(state)))
+        _pad_to_chunks(x, pad) for x, pad in ((q, 0.0), (k, -torch.inf), (v, _neutral_value(state)))
     )
+    y, end = _in_halves(q, k, v, state, CHUNK)
+    return y[:, :tokens], end
 
-    m, kept_m = _references(k.detach(), state.m)  # [batch, heads, chunks, d_k]
+
+def _in_halves(
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, size: int
+) -> tuple[Tensor, AttentionState]:
+    """`chunked` for a multiple of `size` tokens, in chunks of this size or smaller ones."""
+    sums = _sum(k, v, state, size)
+    y, exact = _read(q, sums)
+    if size == 1 or bool(exact.all()):
+        return y, sums.end
+    # A graph must not keep the attempt that failed: its gradients can be infinite.
+    rows = torch.arange(len(q)) if y.requires_grad else (~exact).nonzero().squeeze(1)
+    rows = rows.to(q.device)
+    q, k, v, again = q[rows], k[rows], v[rows], _select(state, rows)
+    num_chunks = q.shape[1] // size
+    if num_chunks == 1:
+        size //= 2
+    half = size * max(1, num_chunks // 2)
+    first, again = _in_halves(q[:, :half], k[:, :half], v[:, :half], again, size)
+    second, _ = _in_halves(q[:, half:], k[:, half:], v[:, half:], again, size)
+    whole = torch.cat([first, second], 1)
+    return whole if y.requires_grad else y.index_copy_(0, rows, whole), sums.end
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over the past at the beginning of each chunk, and what its own tokens add."""
+
+    m: Tensor
+    """Reference of each chunk's exponentials. `[batch, heads, chunks, d_k]`"""
+    n: Tensor | None
+    """`[batch, heads, chunks, d_v]` with log values"""
+    a: Tensor
+    """exp(k - m). `[batch, heads, chunks, size, d_k]`"""
+    u: Tensor
+    """exp(log v - n), or v. `[batch, heads, chunks, size, d_v]`"""
+    z: Tensor
+    """Relative to the chunk's own reference, like s. `[batch, heads, chunks, d_k]`"""
+    s: Tensor
+    """`[batch, heads, chunks, d_k, d_v]`"""
+    end: AttentionState
+    """After the last chunk."""
+
+
+def _sum(k: Tensor, v: Tensor, state: AttentionState, size: int) -> _Sums:
+    """Add up the tokens chunk by chunk; k, v `[batch, chunks * size, heads, d]`."""
+    k, v = _into_chunks(k, size), _into_chunks(v, size)
+    m, kept_m = _references(k.detach(), state.m)
     a = (k - m.unsqueeze(3)).exp()
-    n = kept = None
     if state.n is None:
-        u, kept = v, kept_m.unsqueeze(-1)
+        n, u, kept = None, v, kept_m.unsqueeze(-1)
     else:
         n, kept_n = _references(v.detach(), state.n)
         u = (v - n.unsqueeze(3)).exp()
         kept = kept_m.unsqueeze(-1) * kept_n.unsqueeze(-2)
+    z, end_z = _carry(a.sum(3), kept_m, state.z)
+    s, end_s = _carry(a.mT @ u, kept, state.s)
+    end = AttentionState(m[:, :, -1], end_z, end_s, None if n is None else n[:, :, -1])
+    return _Sums(m, n, a, u, z, s, end)
 
-    z_before, z = _carry(a.sum(3), kept_m, state.z)
-    s_before, s = _carry(a.mT @ u, kept, state.s)
 
+def _read(q: Tensor, sums: _Sums) -> tuple[Tensor, Tensor]:
+    """The output of every token, and which sequences `[batch]` kept their digits in every sum."""
+    m, n, a, u = sums.m, sums.n, sums.a, sums.u
+    q = _into_chunks(q, a.shape[3])
     top = m.amax(-1, keepdim=True)
     logits = q + (m - top).unsqueeze(3)
-    peak = logits.detach().amax(-1, keepdim=True)
-    e = (logits - peak).exp()
+    e = (logits - logits.detach().amax(-1, keepdim=True)).exp()
     weights = (e @ a.mT).tril()
     numerator = torch.baddbmm(
-        (e @ s_before).flatten(0, 2), weights.flatten(0, 2), u.flatten(0, 2)
+        (e @ sums.s).flatten(0, 2), weights.flatten(0, 2), u.flatten(0, 2)
     ).view(*weights.shape[:-1], -1)
-    denominator = weights.sum(-1, keepdim=True) + e @ z_before.unsqueeze(-1)
+    denominator = weights.sum(-1, keepdim=True) + e @ sums.z.unsqueeze(-1)
     smallest = denominator if n is None else torch.minimum(numerator.amin(-1, True), denominator)
-    exact = bool(((smallest.detach() > SMALLEST) | (top < EMPTY / 10).unsqueeze(3)).all())
+    exact = (smallest.detach() > SMALLEST) | (top < EMPTY / 10).unsqueeze(3)
     y = _ratio(numerator, denominator, None if n is None else n.unsqueeze(3))
-
-    y = y.permute(0, 2, 3, 1, 4).reshape(batch, -1, heads, y.shape[-1])[:, :tokens]
-    end = AttentionState(m[:, :, -1], z, s, None if n is None else n[:, :, -1])
-    return y, end, exact
+    y = y.permute(0, 2, 3, 1, 4).flatten(1, 2)
+    return y, exact.flatten(1).all(1)
 
 
-def _pad(state: AttentionState) -> float:
+def _select(state: AttentionState, rows: Tensor) -> AttentionState:
+    n = None if state.n is None else state.n[rows]
+    return AttentionState(state.m[rows], state.z[rows], state.s[rows], n)
+
+
+def _neutral_value(state: AttentionState) -> float:
     return 0.0 if state.n is None else -torch.inf
 
 
-def _into_chunks(x: Tensor, size: int, pad: float) -> Tensor:
-    """`[batch, tokens, heads, d]` -> `[batch, heads, chunks, size, d]`, padded at the end."""
-    missing = -x.shape[1] % size
-    if missing:
-        x = torch.cat([x, x.new_full((x.shape[0], missing, *x.shape[2:]), pad)], 1)
+def _pad_to_chunks(x: Tensor, pad: float) -> Tensor:
+    """Fill `[batch, tokens, heads, d]` at the end up to whole chunks."""
+    missing = -x.shape[1] % CHUNK
+    if not missing:
+        return x
+    return torch.cat([x, x.new_full((x.shape[0], missing, *x.shape[2:]), pad)], 1)
+
+
+def _into_chunks(x: Tensor, size: int) -> Tensor:
+    """`[batch, chunks * size, heads, d]` -> `[batch, heads, chunks, size, d]`."""
     return x.reshape(x.shape[0], -1, size, *x.shape[2:]).permute(0, 3, 1, 2, 4).contiguous()
 
 

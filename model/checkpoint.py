@@ -77,7 +77,11 @@ def save(
     words: Tokenizer,
     chat_template: str | None,
 ) -> None:
-    """Write or replace a checkpoint. Each file is complete or not there, also after a power cut."""
+    """Write or replace a checkpoint. Each file is complete or not there, also after a power cut.
+
+    Raises CheckpointError when the weights are not those of this config.
+    """
+    _check_weights(config, weights, folder / WEIGHTS)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     write_file(folder / TOKENIZER, words.to_json().encode())
@@ -165,6 +169,16 @@ def build(
     config: ModelConfig, weights: Mapping[str, Tensor], source: Path, device: torch.device
 ) -> LanguageModel:
     """The network with these weights in float32; every parameter must be there, and no other."""
+    network = _check_weights(config, weights, source)
+    converted = {n: w.to(device, torch.float32, copy=False) for n, w in weights.items()}
+    network.load_state_dict(converted, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def _check_weights(
+    config: ModelConfig, weights: Mapping[str, Tensor], source: Path
+) -> LanguageModel:
+    """The network without memory for its weights, if these are its weights."""
     with torch.device("meta"):
         network = LanguageModel(config)
     expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}
@@ -180,9 +194,7 @@ def build(
             )
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
             raise CheckpointError(f"{source}: {name} is not all finite numbers")
-    converted = {n: w.to(device, torch.float32, copy=False) for n, w in weights.items()}
-    network.load_state_dict(converted, assign=True)
-    return network.requires_grad_(False).eval()
+    return network
 
 
 def check_tokenizer(words: Tokenizer, config: ModelConfig, source: Path) -> Tokenizer:

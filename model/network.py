@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import EMPTY, Attention, AttentionState, absorb, chunked, step
+from model.attention import CHUNK, EMPTY, Attention, AttentionState, absorb, chunked, step
 from model.config import ModelConfig
 from model.linear import PackedLinear, can_pack, pack_children
 from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
@@ -61,30 +61,50 @@ class LatentPosition(nn.Module):
         """emb `[batch, tokens, d_emb]`, h `[batch, d_emb]` -> all h_t, and the last one.
 
         The composition of two steps (A1, b1) then (A2, b2) is (A1 + A2, logaddexp(A2 + b1, b2)), an
-        associative operation: the scan doubles its span log2(tokens) times, and unlike a difference
-        of cumulative sums it never subtracts large numbers.
+        associative operation: within a chunk the scan doubles its span, and unlike a difference of
+        cumulative sums it never subtracts large numbers. Chunks carry h to the next one.
         """
         decay, b = (x.to(h.dtype) for x in self._gates(emb))
         if padding is not None:
             decay = decay.masked_fill(padding.unsqueeze(-1), 0.0)
             b = b.masked_fill(padding.unsqueeze(-1), EMPTY)
+        tokens = emb.shape[1]
+        missing = -tokens % CHUNK
+        decay, b = (
+            F.pad(x, (0, 0, 0, missing), value=fill).view(len(x), -1, CHUNK, x.shape[2])
+            for x, fill in ((decay, 0.0), (b, EMPTY))
+        )
         span = 1
-        while span < emb.shape[1]:
-            joined = torch.logaddexp(decay[:, span:] + b[:, :-span], b[:, span:])
-            b = torch.cat([b[:, :span], joined], 1)
-            decay = torch.cat([decay[:, :span], decay[:, span:] + decay[:, :-span]], 1)
+        while span < CHUNK:
+            joined = _logaddexp(decay[:, :, span:] + b[:, :, :-span], b[:, :, span:])
+            b = torch.cat([b[:, :, :span], joined], 2)
+            decay = torch.cat([decay[:, :, :span], decay[:, :, span:] + decay[:, :, :-span]], 2)
             span *= 2
-        all_h = torch.logaddexp(decay + h.unsqueeze(1), b)
-        return all_h, all_h[:, -1]
+        before = []
+        for whole_decay, whole_b in zip(
+            decay[:, :, -1].unbind(1), b[:, :, -1].unbind(1), strict=True
+        ):
+            before.append(h)
+            h = _logaddexp(whole_decay + h, whole_b)
+        all_h = _logaddexp(decay + torch.stack(before, 1).unsqueeze(2), b)
+        return all_h.flatten(1, 2)[:, :tokens], h
 
     def step(self, emb: Tensor, h: Tensor) -> Tensor:
         """One token: emb, h `[batch, d_emb]` -> the next h."""
         decay, b = self._gates(emb)
-        return torch.logaddexp(decay + h, b)
+        return _logaddexp(decay + h, b)
 
     def _gates(self, emb: Tensor) -> tuple[Tensor, Tensor]:
         a, b = self.dense(emb).chunk(2, -1)
         return F.logsigmoid(a), b
+
+
+def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) + exp(b)) for finite numbers; the same bits wherever in a tensor they stand.
+
+    `torch.logaddexp` on a CPU computes what is left of its vectors in other instructions.
+    """
+    return torch.maximum(a, b) + (a - b).abs().neg().exp().log1p()
 
 
 class Layer(nn.Module):
@@ -122,6 +142,7 @@ class Layer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             q, k, v = (t.to(state.m.dtype) for t in (q, k, v))
             if padding is not None:
+                q = q.masked_fill(padding[..., None, None], 0.0)
                 k, v = mask_padding(k, v, padding, log_values=state.n is not None)
             y, state = attention(q, k, v, state)
         if padding is not None:

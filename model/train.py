@@ -191,6 +191,15 @@ def _save(out: Path, trainer: Trainer, words: Tokenizer) -> None:
     (out / f".{TRAIN_STATE}").replace(out / TRAIN_STATE)
 
 
+def _beginning(texts: list[str], num_characters: int | None) -> list[str]:
+    """The first documents, the last one cut, with this many characters in all; None: all."""
+    if num_characters is None:
+        return texts
+    starts = itertools.accumulate((len(text) for text in texts), initial=0)
+    parts = (text[: num_characters - start] for text, start in zip(texts, starts, strict=False))
+    return list(itertools.takewhile(bool, parts))
+
+
 def _progress(console: Console) -> Progress:
     return Progress(
         BarColumn(),
@@ -222,9 +231,9 @@ def main(
     d_key: Annotated[int, typer.Option(min=1)] = 32,
     d_val: Annotated[int, typer.Option(min=1)] = 32,
     save_every_s: Annotated[float, typer.Option(help="Seconds between saved states.")] = 300,
-    held_out_documents: Annotated[
-        int, typer.Option(min=1, help="Of each file, while training.")
-    ] = 40,
+    held_out_characters: Annotated[
+        int, typer.Option(min=1, help="Of each file, while training; all at the end.")
+    ] = 100_000,
     seed: int = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda if there is one.")] = "",
     bf16: Annotated[
@@ -277,7 +286,7 @@ def main(
     def measure(limit: int | None) -> str:
         network.eval()
         values = (
-            f"{bits_per_byte(network, words, itertools.islice(texts, limit)):.4f} {file.name}"
+            f"{bits_per_byte(network, words, _beginning(texts, limit)):.4f} {file.name}"
             for file, texts in held_out.items()
         )
         line = "held-out bits per byte " + ", ".join(values)
@@ -296,7 +305,7 @@ def main(
             if time.monotonic() - saved > save_every_s:
                 pace = (trainer.tokens - saved_tokens) / (time.monotonic() - saved)
                 _save(out, trainer, words)
-                line = measure(held_out_documents)
+                line = measure(held_out_characters)
                 progress.update(task, held_out=line)
                 console.print(
                     f"{trainer.tokens:,} tokens, {pace:,.0f}/s, loss {smooth:.3f}, {line}"

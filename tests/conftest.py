@@ -1,4 +1,8 @@
-"""A tiny checkpoint with random weights, made once."""
+"""A tiny checkpoint with random weights, made once; one thread for torch.
+
+Threads that wait for each other at every operation of a small network stand still when anything
+else runs on the machine.
+"""
 
 from pathlib import Path
 
@@ -8,6 +12,8 @@ import torch
 from model import checkpoint, tokenizer
 from model.config import ModelConfig
 from model.network import LanguageModel
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

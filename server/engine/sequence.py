@@ -92,9 +92,9 @@ class Sequence:
         whole_before = self._anchor is None or not self._detokenizer.undecoded
         added = self._detokenizer.push(token_id)
         text = self._held + added
-        matches = [at for stop in stops if (at := text.find(stop)) >= 0]
-        if matches:
-            cut, self._held = min(matches), ""
+        matches = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+        if matches:  # the string that is complete first counts, wherever tokens begin
+            cut, self._held = min(matches)[1], ""
         else:
             cut = len(text) - max((_overlap(text, stop) for stop in stops), default=0)
             self._held = text[cut:]

@@ -258,7 +258,9 @@ def test_a_file_is_written_wholly_or_not_at_all(
             checkpoint.write_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-    checkpoint.write_file(path, b"new")
+    with path.open("rb") as reader:
+        checkpoint.write_file(path, b"new")
+        assert reader.read() == b"old"
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
 

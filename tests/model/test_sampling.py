@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model import sampling
 from model.sampling import WINDOW, RecentTokens, SampledRow, SamplingParams, derive_seed, sample
 
 VOCAB = 40
@@ -242,6 +243,7 @@ def test_seed_and_position_decide_the_token() -> None:
         SamplingParams(temperature=1e-20),
         SamplingParams(top_k=10**30),
         SamplingParams(top_p=5e-324),
+        SamplingParams(top_p=0.0),
         SamplingParams(min_p=1.0),
         SamplingParams(repetition_penalty=1e-300),
         SamplingParams(repetition_penalty=1e-40, temperature=1e-310),
@@ -253,8 +255,17 @@ def test_extreme_settings_still_choose_a_token(params: SamplingParams) -> None:
     rows = [row(params, i, recent(1, 2, 3)) for i in range(3)]
     chosen = sample(logits.clone(), rows)
     assert all(0 <= token_id < VOCAB for token_id in chosen)
-    if params.temperature < 1 and not params.has_penalties:
+    if min(params.temperature, params.top_p) < 1e-9 and not params.has_penalties:
         assert chosen == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(("number", "chosen"), [(0.0, 3), (1 - 2**-53, 6)])
+def test_the_ends_of_the_random_numbers_are_tokens_that_are_allowed(
+    monkeypatch: pytest.MonkeyPatch, number: float, chosen: int
+) -> None:
+    monkeypatch.setattr(sampling, "_uniform", lambda *_: number)
+    logits = torch.tensor([[0.0, 0.0, 0.0, 5.0, 4.0, 0.0, 5.0, 0.0, 0.0]])
+    assert sample(logits, [row(SamplingParams(top_k=3))]) == [chosen]
 
 
 @settings(max_examples=30, deadline=None)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from model.sampling import SamplingParams
@@ -70,6 +70,7 @@ def test_text_ends_before_the_first_stop_string(text: str, stop: list[str], expe
     assert stopped == (text != expected)
 
 
+@example(text="a\na", stop=["\n", "a\na"], joined=True)
 @given(
     text=st.text("abé\n", max_size=30),
     stop=st.lists(st.text("abé\n", min_size=1, max_size=4), min_size=1, max_size=3),
@@ -80,9 +81,9 @@ def test_a_session_holds_what_was_delivered(text: str, stop: list[str], joined: 
     tokens = WORDS.encode(text) if joined else byte_tokens(text)
     got, stopped, state = generate(running, tokens)
     kept = running.continuation()
-    ends = [text.find(s) for s in stop if s in text]
+    ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
     assert stopped == bool(ends)
-    assert got == (text[: min(ends)] if ends else text)
+    assert got == (text[: min(ends)[1]] if ends else text)
     if stopped:
         assert text_of(WORDS, [*state, *kept.pending]) == got
         assert kept.position == len(state) + len(kept.pending)

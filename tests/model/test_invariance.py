@@ -1,0 +1,85 @@
+"""On one thread, a sequence's bits do not depend on its company or on how its prompt was cut."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.attention import CHUNK
+from model.config import ModelConfig
+from model.network import LanguageModel
+from model.state import StatePool
+
+MOST, VOCAB = 34, 500
+CONFIGS = {
+    "log": ModelConfig(vocab_sz=VOCAB, d_emb=96, n_layers=2, n_heads=3, d_key=16, d_val=24),
+    "linear": ModelConfig(vocab_sz=VOCAB, d_emb=48, n_layers=2, n_heads=2, values="linear"),
+}
+
+
+def served(name: str, steep: bool = False) -> LanguageModel:
+    """A packed network; a steep one has keys that need the fallback to smaller chunks."""
+    torch.manual_seed(3)
+    network = LanguageModel(CONFIGS[name]).requires_grad_(False).eval()
+    if steep:
+        for key, parameter in network.named_parameters():
+            if key.endswith("feedforward1.1.weight"):
+                parameter.mul_(60)
+    return network.pack()
+
+
+NETWORKS = {name: served(name) for name in CONFIGS} | {"steep": served("log", steep=True)}
+IDS = torch.randint(VOCAB, (MOST, 400), generator=torch.Generator().manual_seed(5))
+each_network = pytest.mark.parametrize("name", NETWORKS)
+
+
+def alone(network: LanguageModel, ids: Tensor, cuts: Sequence[int] = ()) -> StatePool:
+    """The state after one prompt, read in pieces that end at these tokens."""
+    pool = network.new_pool(1)
+    for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
+        network.prefill(ids[None, start:end], [end - start], pool, [0])
+    return pool
+
+
+@each_network
+@settings(max_examples=12, deadline=None)
+@given(
+    tokens=st.integers(1, 400),
+    cuts=st.sets(st.integers(1, 6).map(lambda chunks: chunks * CHUNK)),
+)
+def test_a_prompt_cut_at_chunks_is_the_whole_one(name: str, tokens: int, cuts: set[int]) -> None:
+    network, ids = NETWORKS[name], IDS[0, :tokens]
+    whole = alone(network, ids)
+    parts = alone(network, ids, sorted(cut for cut in cuts if cut < tokens))
+    assert parts.export_row(0) == whole.export_row(0)
+
+
+@each_network
+@settings(max_examples=12, deadline=None)
+@given(lengths=st.lists(st.integers(1, 400), min_size=2, max_size=6), place=st.integers(0, 5))
+def test_prompts_read_together_are_as_if_alone(name: str, lengths: list[int], place: int) -> None:
+    network, place = NETWORKS[name], place % len(lengths)
+    pool = network.new_pool(len(lengths))
+    network.prefill(IDS[: len(lengths), : max(lengths)], lengths, pool, range(len(lengths)))
+    expected = alone(network, IDS[place, : lengths[place]])
+    assert pool.export_row(place) == expected.export_row(0)
+
+
+@each_network
+@pytest.mark.parametrize("count", [2, 3, 4, 7, 8, 15, 16, 31, 32, MOST])
+def test_steps_together_are_as_if_alone(name: str, count: int) -> None:
+    network, rows = NETWORKS[name], list(range(count))
+    together = network.new_pool(count)
+    network.prefill(IDS[:count, :9], [9] * count, together, rows)
+    singles = [network.new_pool(1) for _ in rows]
+    for row, single in enumerate(singles):
+        single.import_row(0, together.export_row(row))
+    for order in (rows, rows[::-1]):
+        logits = network.step(IDS[order, 9], together, order)
+        for place, row in enumerate(order):
+            expected = network.step(IDS[row : row + 1, 9], singles[row], [0])
+            assert torch.equal(logits[place], expected[0])
+            assert together.export_row(row) == singles[row].export_row(0)
