@@ -86,7 +86,7 @@ def draw(network: LanguageModel, lengths: list[int], sizes: list[int]) -> str:
             "stroke-dasharray='5 4'/>",
             f"<polyline points='{line([sizes[0], *sizes])}' fill='none' stroke='#159' "
             "stroke-width='4'/>",
-            f"<text x='{left + 285}' y='{top + 175}' {text} fill='#c55'>key-value cache of the "
+            f"<text x='{left + 235}' y='{top + 175}' {text} fill='#c55'>key-value cache of the "
             "same width (computed)</text>",
             f"<text x='{left + 150}' y='{top + height - 12}' {text} fill='#159'>a latentd session: "
             f"{sizes[-1]:,} bytes (measured)</text>",
