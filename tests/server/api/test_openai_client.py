@@ -54,7 +54,11 @@ def test_a_conflict_is_not_repeated(openai_client: openai.OpenAI, server: LiveSe
         session = {"session_id": client.post("/v1/sessions").json()["id"]}
         count = 'latentd_requests_total{endpoint="/v1/completions",outcome="client_error"}'
         running = openai_client.completions.create(
-            model="tiny", prompt="a", max_tokens=50_000, stream=True, extra_body=session
+            model="tiny",
+            prompt="a",
+            max_tokens=50_000,
+            stream=True,
+            extra_body=session | {"ignore_eos": True},
         )
         next(iter(running))
         before = client.get("/metrics").text.partition(count)[2].partition("\n")[0]
