@@ -73,6 +73,11 @@ class AttentionState:
             n=like.new_full((batch, heads, d_val), EMPTY) if log_values else None,
         )
 
+    def select(self, index: slice | Tensor) -> "AttentionState":
+        """Some of the sequences: views for a slice, copies for a tensor of indices."""
+        n = None if self.n is None else self.n[index]
+        return AttentionState(self.m[index], self.z[index], self.s[index], n)
+
     def to_paper(self) -> tuple[Tensor, Tensor]:
         """(H_S, H_Z) of eq. 6; -inf where nothing has been summed.
 
@@ -195,9 +200,9 @@ def _in_halves(
     if size == 1 or bool(exact.all()):
         return y, sums.end
     # A graph must not keep the attempt that failed: its gradients can be infinite.
-    rows = torch.arange(len(q)) if y.requires_grad else (~exact).nonzero().squeeze(1)
-    rows = rows.to(q.device)
-    q, k, v, again = q[rows], k[rows], v[rows], _select(state, rows)
+    again_for = torch.ones_like(exact) if y.requires_grad else ~exact
+    rows = again_for.nonzero().squeeze(1)
+    q, k, v, again = q[rows], k[rows], v[rows], state.select(rows)
     num_chunks = q.shape[1] // size
     if num_chunks == 1:
         size //= 2
@@ -262,11 +267,6 @@ def _read(q: Tensor, sums: _Sums) -> tuple[Tensor, Tensor]:
     y = _ratio(numerator, denominator, None if n is None else n.unsqueeze(3))
     y = y.permute(0, 2, 3, 1, 4).flatten(1, 2)
     return y, exact.flatten(1).all(1)
-
-
-def _select(state: AttentionState, rows: Tensor) -> AttentionState:
-    n = None if state.n is None else state.n[rows]
-    return AttentionState(state.m[rows], state.z[rows], state.s[rows], n)
 
 
 def _neutral_value(state: AttentionState) -> float:

@@ -260,13 +260,13 @@ class LanguageModel(nn.Module):
         x = emb + all_h
         *inner, last = zip(self.blocks, _layer_states(pool), strict=True)
         for layer, states in inner:
-            x, after = layer(x, _select(states, index), chunked, padding)
+            x, after = layer(x, states.select(index), chunked, padding)
             _assign(states, index, after)
         layer, states = last
         _, k, v = layer.project(x)
         if padding is not None:
             k, v = mask_padding(k, v, padding, log_values=self.config.log_values)
-        _assign(states, index, absorb(k, v, _select(states, index)))
+        _assign(states, index, absorb(k, v, states.select(index)))
 
     @torch.inference_mode()
     def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
@@ -277,7 +277,7 @@ class LanguageModel(nn.Module):
         h[index] = after = self.embed_pos.step(emb, h[index])
         x = emb + after
         for layer, states in zip(self.blocks, _layer_states(pool), strict=True):
-            selected = _select(states, index)
+            selected = states.select(index)
             q, k, v = layer.project(x)
             x = layer.merge(x, step(q, k, v, selected))
             if not isinstance(index, slice):
@@ -306,11 +306,6 @@ def _layer_states(pool: StatePool) -> tuple[AttentionState, ...]:
     return tuple(
         AttentionState(m[i], z[i], s[i], None if n is None else n[i]) for i in range(len(m))
     )
-
-
-def _select(state: AttentionState, index: Index) -> AttentionState:
-    n = None if state.n is None else state.n[index]
-    return AttentionState(state.m[index], state.z[index], state.s[index], n)
 
 
 def _assign(state: AttentionState, index: Index, values: AttentionState) -> None:
