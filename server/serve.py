@@ -4,14 +4,15 @@ import asyncio
 import logging
 import shutil
 import socket
+from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
 
 from model import checkpoint
 from model.checkpoint import Checkpoint
-from server.api.app import create_app
+from server.api.app import create_app, drain
 from server.engine.device import choose_device
 from server.sessions.sqlite import SQLiteStore
 from server.settings import Settings
@@ -43,15 +44,15 @@ def serve(settings: Settings) -> None:
         access_log=False,
         timeout_graceful_shutdown=int(settings.drain_timeout_s) + 10,
     )
-    _Server(config, app).run([listener])
+    _Server(config, partial(drain, app)).run([listener])
 
 
 class _Server(uvicorn.Server):
     """Says when it listens; a signal begins the drain, a second one ends the process."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
         super().__init__(config)
-        self._app = app
+        self._drain = drain
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -67,9 +68,8 @@ class _Server(uvicorn.Server):
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
-        service = getattr(self._app.state, "service", None)
-        if self._loop is not None and service is not None:
-            self._loop.call_soon_threadsafe(service.drain)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._drain)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -30,7 +30,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "torch": ("model", "server.engine"),
     "triton": ("model.kernels",),
-    "fastapi": ("server.api", "server.serve"),
+    "fastapi": ("server.api",),
     "starlette": ("server.api",),
     "redis": ("server.sessions.redis",),
     "valkey": ("server.sessions.redis",),
@@ -38,7 +38,7 @@ ONLY_IN = {
     "tests": (),
     "loadtest": (),
 }
-"""Where a library may be imported. `server.serve` builds the app and names its type."""
+"""Where a library may be imported."""
 
 
 def is_within(name: str, part: str) -> bool:

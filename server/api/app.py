@@ -50,6 +50,13 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
     return app
 
 
+def drain(app: FastAPI) -> None:
+    """Take no new turns. Called in the thread of the app's event loop, also before it started."""
+    service = getattr(app.state, "service", None)
+    if isinstance(service, Service):
+        service.drain()
+
+
 def _build(
     settings: Settings, checkpoint: Checkpoint, store: SessionStore, metrics: Metrics
 ) -> Service:
