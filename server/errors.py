@@ -23,6 +23,11 @@ class LatentdError(Exception):
         self.code = code
         self.headers = headers or {}
 
+    @property
+    def outcome(self) -> str:
+        """How a request that ends with it is counted."""
+        return "server_error" if self.status >= 500 else "client_error"
+
     def body(self) -> dict[str, dict[str, str | None]]:
         """The error object."""
         facts = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
@@ -62,16 +67,34 @@ class SessionBusy(LatentdError):
 
 
 class Overloaded(LatentdError):
-    """The queue is full."""
+    """Too many requests, or too many tokens, wait already; the code tells which."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, code: str = "queue_full") -> None:
         super().__init__(
             message,
             status=429,
             kind="rate_limit_error",
-            code="queue_full",
+            code=code,
             headers={"Retry-After": "1"},
         )
+
+
+class DeadlineExceeded(LatentdError):
+    """The request did not end in time; repeating it would do the same work in vain."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(
+            f"the request did not end within {timeout_s:g} seconds",
+            status=504,
+            kind="timeout_error",
+            param="timeout",
+            code="deadline_exceeded",
+            headers={"x-should-retry": "false"},
+        )
+
+    @property
+    def outcome(self) -> str:
+        return "deadline_exceeded"
 
 
 class ShuttingDown(LatentdError):

@@ -44,7 +44,16 @@ def generate(
     if not token_ids:
         raise GenerateError("the prompt is empty and the model has no token to begin with")
     events: queue.SimpleQueue[list[Event | Evicted]] = queue.SimpleQueue()
-    engine = Engine(loaded, EngineLimits(1, 0, 1, 512), events.put, Metrics())
+    limits = EngineLimits(
+        max_running=1,
+        warm_sessions=0,
+        max_waiting=1,
+        max_waiting_tokens=len(token_ids),
+        prefill_chunk_tokens=512,
+        prefill_tokens_while_decoding=512,
+        prefix_cache_bytes=0,
+    )
+    engine = Engine(loaded, limits, events.put, Metrics())
     engine.start()
     try:
         engine.submit(

@@ -43,10 +43,21 @@ class Metrics:
         self.requests_total = self._counter(
             "requests_total", "Answered requests.", "endpoint", "outcome"
         )
-        self.prompt_tokens_total = self._counter("prompt_tokens_total", "Prompt tokens read.")
+        self.prompt_tokens_total = self._counter(
+            "prompt_tokens_total", "Prompt tokens, those in the prefix cache included."
+        )
         self.generation_tokens_total = self._counter("generation_tokens_total", "Tokens generated.")
         self.resumed_tokens_total = self._counter(
             "resumed_tokens_total", "Tokens of session histories that did not need to be read."
+        )
+        self.prefix_cache_hits_total = self._counter(
+            "prefix_cache_hits_total", "Prompts whose beginning did not need to be read."
+        )
+        self.prefix_cached_tokens_total = self._counter(
+            "prefix_cached_tokens_total", "Tokens of prompts that did not need to be read."
+        )
+        self.prefix_cache_bytes = self._gauge(
+            "prefix_cache_bytes", "Bytes of the states kept after beginnings of prompts."
         )
         self.admission_rejections_total = self._counter(
             "admission_rejections_total", "Requests refused before any work.", "reason"

@@ -43,8 +43,36 @@ class Settings(BaseSettings):
         32, ge=0, description="Sessions that keep their state on the device between turns."
     )
     max_waiting: int = Field(256, ge=1, description="Sequences that may wait; more are refused.")
+    max_waiting_tokens: int = Field(
+        1 << 20,
+        ge=1,
+        description="Prompt tokens of sequences that wait; requests with more are refused.",
+    )
     prefill_chunk_tokens: int = Field(
-        512, ge=1, description="Prompt tokens read between two steps when nothing else runs."
+        512,
+        ge=1,
+        description="Prompt tokens that a step reads while nothing decodes, in whole chunks of 64 "
+        "and at least one. Of longer prompts at most 3/4 of --max-running are read together, so "
+        "that shorter ones get through.",
+    )
+    prefill_tokens_while_decoding: int = Field(
+        64,
+        ge=1,
+        description="Prompt tokens that a step reads while sequences decode, in whole chunks of 64 "
+        "and at least one. More reads prompts faster and makes the running streams slower.",
+    )
+    prefix_cache_bytes: int = Field(
+        64 << 20,
+        ge=0,
+        description="Device memory for states after beginnings that prompts have in common, which "
+        "are then read once; 0: none.",
+    )
+    request_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds until a request must have ended: the most that its timeout may be, "
+        "and what it gets without one; no limit if not given.",
     )
     max_prompt_tokens: int = Field(131_072, ge=1, description="Longest prompt of one request.")
     max_tokens_limit: int = Field(65_536, ge=1, description="Largest max_tokens of a request.")

@@ -69,7 +69,10 @@ def _build(
         max_running=settings.max_running,
         warm_sessions=settings.warm_sessions,
         max_waiting=settings.max_waiting,
+        max_waiting_tokens=settings.max_waiting_tokens,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        prefill_tokens_while_decoding=settings.prefill_tokens_while_decoding,
+        prefix_cache_bytes=settings.prefix_cache_bytes,
     )
     engine = Engine(checkpoint, limits, deliver, metrics)
     codec = Codec(checkpoint.fingerprint, checkpoint.network.state_spec.tensors)

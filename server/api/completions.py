@@ -36,6 +36,7 @@ CLIENT_CLOSED_REQUEST = 499
     responses={
         200: {"content": {"text/event-stream": {}}},
         "4XX": {"model": ErrorResponse},
+        504: {"model": ErrorResponse, "description": "`timeout` has passed; nothing is kept."},
         "5XX": {"model": ErrorResponse},
     },
 )
@@ -54,7 +55,7 @@ async def create_completion(
     prompts.check_model(service, body.model)
     prompts.check_limits(service, body)
     session_id = _session_id(body, x_session_id)
-    turn = Turn(service)
+    turn = Turn(service, prompts.timeout_s(service, body))
     try:
         if session_id is not None:
             await turn.resume(session_id)
@@ -85,7 +86,14 @@ class _Choice:
 
     text: list[str] = field(default_factory=list)
     num_generated: int = 0
+    cached_tokens: int = 0
+    """Tokens of the prompt that this choice did not need to read."""
+
     reason: Literal["stop", "length"] | None = None
+
+    def finish(self, event: Finished) -> None:
+        self.reason, self.num_generated = event.reason, event.num_generated
+        self.cached_tokens = event.cached_tokens
 
 
 class _Answer:
@@ -96,7 +104,7 @@ class _Answer:
         service: Service,
         body: CompletionRequest,
         session_id: str | None,
-        cached_tokens: int,
+        resumed_tokens: int,
         tokens: Sequence[tuple[int, ...]],
         choices: Sequence[ChoiceSpec],
     ) -> None:
@@ -105,8 +113,8 @@ class _Answer:
         self._service = service
         self._body = body
         self._session_id = session_id
-        self._cached_tokens = cached_tokens
-        self._prompt_tokens = cached_tokens + sum(map(len, tokens))
+        self._resumed_tokens = resumed_tokens
+        self._prompt_tokens = resumed_tokens + sum(map(len, tokens))
         self.choices = [_Choice() for _ in choices]
         self.echoes = [self._echo(choice) for choice in choices] if body.echo else []
 
@@ -118,6 +126,15 @@ class _Answer:
             completion_tokens=generated,
             total_tokens=self._prompt_tokens + generated,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self._cached_tokens),
+        )
+
+    @property
+    def _cached_tokens(self) -> int:
+        """Of each prompt what none of its choices needed to read, and what the session held."""
+        n = self._body.num_choices_per_prompt
+        of_prompts = (self.choices[start : start + n] for start in range(0, len(self.choices), n))
+        return self._resumed_tokens + sum(
+            min(choice.cached_tokens for choice in choices) for choices in of_prompts
         )
 
     @property
@@ -180,7 +197,7 @@ async def _messages(
             continue
         index, event = happened
         if isinstance(event, Finished):
-            answer.choices[index].num_generated = event.num_generated
+            answer.choices[index].finish(event)
             yield answer.piece(index, event.text, event.reason)
         else:
             answer.choices[index].num_generated += 1
@@ -200,7 +217,7 @@ async def _collect(answer: _Answer, turn: Turn) -> Completion:
         choice = answer.choices[index]
         choice.text.append(event.text)
         if isinstance(event, Finished):
-            choice.reason, choice.num_generated = event.reason, event.num_generated
+            choice.finish(event)
     return answer.whole()
 
 

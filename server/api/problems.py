@@ -18,9 +18,10 @@ LONGEST_ECHO = 200
 def install(app: FastAPI, metrics: Metrics) -> None:
     """Make the app answer all errors in one shape."""
 
-    async def known(_: Request, error: Exception) -> JSONResponse:
+    async def known(request: Request, error: Exception) -> JSONResponse:
         if not isinstance(error, LatentdError):
             raise error
+        request.scope["latentd.outcome"] = error.outcome
         if error.status in (429, 503):
             reason = error.code or "unknown"
             metrics.admission_rejections_total.labels(reason=reason).inc()

@@ -46,8 +46,16 @@ def check_limits(service: Service, body: CompletionRequest) -> None:
             f"n times the number of prompts is {num_choices}, the most is {settings.max_waiting}",
             "prompt",
         )
+    most_s = settings.request_timeout_s
+    if body.timeout is not None and most_s is not None and body.timeout > most_s:
+        raise InvalidRequest(f"timeout is {body.timeout:g}, the most is {most_s:g}", "timeout")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream: true", "stream_options")
+
+
+def timeout_s(service: Service, body: CompletionRequest) -> float | None:
+    """Seconds in which the request must end."""
+    return service.settings.request_timeout_s if body.timeout is None else body.timeout
 
 
 def max_tokens(service: Service, body: CompletionRequest) -> int:
@@ -68,6 +76,14 @@ async def read_prompts(
         ]
     for ids in prompts:
         _check_length(service, body, ids, start)
+    num_tokens = body.num_choices_per_prompt * sum(map(len, prompts))
+    if num_tokens > service.settings.max_waiting_tokens:
+        raise InvalidRequest(
+            f"n times the tokens of the prompts is {num_tokens}, the most is "
+            f"{service.settings.max_waiting_tokens}",
+            "prompt",
+            "context_length_exceeded",
+        )
     return prompts
 
 

@@ -46,7 +46,13 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 class RequestModel(BaseModel):
     """Strict about types and names; an explicit null means the default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 class StreamOptions(RequestModel):
@@ -85,6 +91,11 @@ class CompletionRequest(RequestModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    """Seconds from the request's arrival in which it must end. One that does not is dropped where
+    it is, a session's turn rolled back: status 504, or an error event in a stream, with the code
+    `deadline_exceeded`."""
+
     user: Text | None = None
     logprobs: None = None
     best_of: Literal[1] | None = None
@@ -126,8 +137,12 @@ class CreateSessionRequest(RequestModel):
 
 
 class PromptTokensDetails(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     cached_tokens: int
-    """Tokens that the session held already: they cost nothing again."""
+    """Prompt tokens that did not need to be read: those that the session held already, or the
+    beginning of a prompt that the server has read before. In a stream a prompt's beginning counts
+    from the end of its choices."""
 
 
 class Usage(BaseModel):

@@ -55,7 +55,7 @@ class EventStream(EventSourceResponse):
                 number += 1
             self.outcome = "ok"
         except LatentdError as error:
-            self.outcome = "server_error" if error.status >= 500 else "client_error"
+            self.outcome = error.outcome
             yield format_sse_event(data_str=json.dumps(error.body()), id=str(number))
             number += 1
         yield format_sse_event(data_str="[DONE]", id=str(number))

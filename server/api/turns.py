@@ -17,6 +17,7 @@ from server.api.router import Aborted
 from server.api.service import Service
 from server.engine.messages import (
     Continuation,
+    DeadlinePassed,
     EngineRequest,
     Event,
     Failed,
@@ -27,7 +28,7 @@ from server.engine.messages import (
     TextDelta,
     Warm,
 )
-from server.errors import InternalError, Overloaded, ShuttingDown
+from server.errors import DeadlineExceeded, InternalError, Overloaded, ShuttingDown
 from server.sessions.codec import SessionState
 from server.sessions.sessions import SessionTurn
 
@@ -49,9 +50,10 @@ class Turn:
     `resume`, `submit`, `events` in this order, then `close` whatever happened.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, timeout_s: float | None) -> None:
         self._service = service
         self._started = time.monotonic()
+        self._timeout_s = timeout_s
         self._stack = AsyncExitStack()
         self._session: SessionTurn | None = None
         self._parked = Parked(b"")
@@ -94,7 +96,8 @@ class Turn:
         """What happens, by index of the choice, until every choice has finished.
 
         None comes when nothing has happened for `silence_s`. A session is committed when its
-        `Finished` comes out. Raises InternalError, StorageFailed, Overloaded and ShuttingDown.
+        `Finished` comes out. Raises InternalError, StorageFailed, Overloaded, ShuttingDown and
+        DeadlineExceeded.
         """
         while self._requests:
             event = await self._next_event(silence_s)
@@ -110,6 +113,8 @@ class Turn:
                     yield index, event
                 case Failed(_, message):
                     raise InternalError(message)
+                case DeadlinePassed():
+                    raise DeadlineExceeded(self._timeout_s or 0)
                 case StateMissing(request_id):
                     self._submit_again(request_id)
                 case Aborted():
@@ -146,6 +151,7 @@ class Turn:
             stop=choice.stop,
             ignore_eos=choice.ignore_eos,
             keep_state=self._session is not None,
+            deadline=None if self._timeout_s is None else self._started + self._timeout_s,
         )
 
     async def _next_event(self, silence_s: float | None) -> Event | Aborted | None:

@@ -59,6 +59,40 @@ class EngineRequest:
     keep_state: bool = False
     """Return the state at the end, and keep its row on the device while there is room."""
 
+    deadline: float | None = None
+    """When to give up, on the clock of `time.monotonic`, which processes of a machine share."""
+
+
+@dataclass(frozen=True)
+class Submit:
+    """A request, and when it was submitted on the clock of `time.monotonic`."""
+
+    request: EngineRequest
+    at: float
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Abandon a request in whatever phase it is; unknown and finished ones are ignored."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Release:
+    """Forget a warm state; unknown names are ignored."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End after the present step."""
+
+
+Message = Submit | Cancel | Release | Stop
+"""What the engine's thread is told."""
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -94,6 +128,9 @@ class Finished:
     """Tokens sampled, those cut by a stop string and the end token included."""
 
     timings: Timings
+    cached_tokens: int = 0
+    """Tokens of the prompt that were not read, since the state after them was known."""
+
     state: bytes | None = None
     continuation: Continuation | None = None
     warm: str | None = None
@@ -106,6 +143,13 @@ class Failed:
 
     request_id: str
     message: str
+
+
+@dataclass(frozen=True)
+class DeadlinePassed:
+    """The turn did not end before its deadline; nothing is kept."""
+
+    request_id: str
 
 
 @dataclass(frozen=True)
@@ -122,5 +166,5 @@ class Evicted:
     name: str
 
 
-Event = TextDelta | Finished | Failed | StateMissing
+Event = TextDelta | Finished | Failed | DeadlinePassed | StateMissing
 """What happens to a request."""

@@ -5,20 +5,26 @@
 Every step decodes one token of each decoding sequence and reads a bounded number of prompt tokens,
 so a long prompt delays the running streams by little. The last prompt token is not read by prefill:
 it goes through the decoding step like any later one, since that is what gives logits.
+
+Prompts are cut at whole chunks, counted from where the turn began to read: so cut, the network
+computes the same bits however many pieces there are.
 """
 
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 
 from server.engine.sequence import Sequence
 from server.engine.slots import Slots
 
-READ_TOGETHER = 8
-"""Prompts that share a prefill."""
+TURN_OF_ALL = 4
+"""In every so many steps the prompt that has waited longest is read first, however long it is; in
+the others the one with the fewest tokens left."""
 
-INTERLEAVED_SHARE = 8
-"""While sequences decode, a step reads this fraction of the prefill budget."""
+PIECES_PER_CHUNK = 4
+"""A piece of a prompt counts as at least this part of a chunk, since the network computes whole
+chunks of attention."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,22 @@ class EngineLimits:
     max_waiting: int
     """Requests that may wait for a row."""
 
+    max_waiting_tokens: int
+    """Prompt tokens of the requests that wait."""
+
     prefill_chunk_tokens: int
-    """Prompt tokens that one step reads at most."""
+    """Prompt tokens that a step reads at most while nothing decodes; a prompt with more is long."""
+
+    prefill_tokens_while_decoding: int
+    """Prompt tokens that a step reads at most while sequences decode."""
+
+    prefix_cache_bytes: int
+    """Memory for states after beginnings of prompts."""
+
+    @property
+    def max_long_prompts(self) -> int:
+        """Long prompts that are read at the same time: a row in four is left to the others."""
+        return max(1, self.max_running * 3 // 4)
 
 
 @dataclass(frozen=True)
@@ -52,8 +72,11 @@ class Plan:
 class Scheduler:
     """The sequences in the engine, by phase, and the rows that they own."""
 
-    def __init__(self, limits: EngineLimits) -> None:
+    def __init__(self, limits: EngineLimits, chunk: int) -> None:
         self._limits = limits
+        self._chunk = chunk
+        self._num_plans = 0
+        self._next_deadline = inf
         self.slots = Slots(limits.max_running + limits.warm_sessions)
         self.waiting: deque[Sequence] = deque()
         self.reading: list[Sequence] = []
@@ -72,21 +95,91 @@ class Scheduler:
         yield from self.reading
         yield from self.decoding.values()
 
-    def next_to_admit(self) -> Sequence | None:
-        """Take the first waiting sequence, if it may run now."""
+    def add(self, sequence: Sequence) -> None:
+        """A new sequence waits for a row."""
+        self.waiting.append(sequence)
+        self._next_deadline = min(self._next_deadline, _deadline(sequence))
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Sequences in any phase whose deadline has passed; the caller drops them."""
+        if now < self._next_deadline:
+            return []
+        late = [s for s in self.sequences() if _deadline(s) <= now]
+        rest = (_deadline(s) for s in self.sequences() if _deadline(s) > now)
+        self._next_deadline = min(rest, default=inf)
+        return late
+
+    def admit(self) -> Sequence | None:
+        """Let the first waiting sequence that may have a row begin to read.
+
+        First come, first served, but while there are many long prompts another one lets the shorter
+        ones pass.
+        """
         running = len(self.reading) + len(self.decoding)
-        if self.waiting and running < self._limits.max_running and self.slots.can_acquire():
-            return self.waiting.popleft()
+        if running >= self._limits.max_running or not self.slots.can_acquire():
+            return None
+        num_long = sum(self._is_long(s) for s in self.reading)
+        may_be_long = num_long < self._limits.max_long_prompts
+        for place, sequence in enumerate(self.waiting):
+            if may_be_long or not self._is_long(sequence):
+                del self.waiting[place]
+                self.reading.append(sequence)
+                sequence.last_planned = self._num_plans
+                return sequence
         return None
 
     def plan(self) -> Plan:
-        """Divide the prefill budget evenly among the first prompts; decode everything that can."""
-        budget = self._limits.prefill_chunk_tokens
-        if self.decoding:
-            budget = max(1, budget // INTERLEAVED_SHARE)
-        prompts = [s for s in self.reading if s.num_unread > 0][:READ_TOGETHER]
-        share = max(1, budget // max(1, len(prompts)))
+        """Read some of the prompts; decode everything that can."""
         return Plan(
-            prefill=tuple((s, min(share, s.num_unread)) for s in prompts),
+            prefill=self._plan_prefill(),
             decode=tuple(self.decoding[row] for row in sorted(self.decoding)),
         )
+
+    def _plan_prefill(self) -> tuple[tuple[Sequence, int], ...]:
+        """Pieces of prompts which padded to the longest of them keep within the budget."""
+        limits = self._limits
+        tokens = (
+            limits.prefill_tokens_while_decoding if self.decoding else limits.prefill_chunk_tokens
+        )
+        budget = max(self._chunk, self._whole_chunks(tokens))
+        width, pieces = self._chunk // PIECES_PER_CHUNK, list[tuple[Sequence, int]]()
+        for sequence in self._by_urgency():
+            count = sequence.num_to_stop
+            most = budget // (len(pieces) + 1)
+            if count > most:
+                count = self._whole_chunks(most)
+            if count and width <= most:
+                width = max(width, count)
+                pieces.append((sequence, count))
+        if pieces:
+            self._num_plans += 1
+            for sequence, _ in pieces:
+                sequence.last_planned = self._num_plans
+        return tuple(pieces)
+
+    def _by_urgency(self) -> list[Sequence]:
+        """The prompts that can be read; a long one for which a short one waits counts as short."""
+        left = {id(s): s.num_unread for s in self.reading}
+        for sequence in self.reading:
+            reader = sequence
+            while reader.waits_for is not None:
+                reader = reader.waits_for
+            left[id(reader)] = min(left[id(reader)], sequence.num_unread)
+        ready = [s for s in self.reading if s.waits_for is None]
+        ready.sort(key=lambda s: left[id(s)])
+        if ready and self._num_plans % TURN_OF_ALL == 0:
+            longest_waiting = min(ready, key=lambda s: s.last_planned)
+            ready.remove(longest_waiting)
+            ready.insert(0, longest_waiting)
+        return ready
+
+    def _is_long(self, sequence: Sequence) -> bool:
+        return sequence.num_unread > self._limits.prefill_chunk_tokens
+
+    def _whole_chunks(self, tokens: int) -> int:
+        return tokens // self._chunk * self._chunk
+
+
+def _deadline(sequence: Sequence) -> float:
+    deadline = sequence.request.deadline
+    return inf if deadline is None else deadline

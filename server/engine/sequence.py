@@ -38,9 +38,28 @@ class Sequence:
     def __init__(self, request: EngineRequest, tokenizer: Tokenizer, submitted_at: float) -> None:
         start = request.continuation
         self.request = request
-        self.unread = [*start.pending, *request.token_ids]
-        """Tokens that are not in the state yet."""
+        self.num_read = 0
+        """Tokens of the turn in the state, while the prompt is being read."""
 
+        self.cached_tokens = 0
+        """Those of them that the sequence did not read itself."""
+
+        self.digests: tuple[bytes, ...] = ()
+        """Names of the prompt's beginnings, chunk by chunk, where they may be shared."""
+
+        self.keep_at = set[int]()
+        """Numbers of tokens after which reading stops for the state to be kept."""
+
+        self.waits_for: Sequence | None = None
+        """The sequence that reads a common beginning; nothing is read here until then."""
+
+        self.waits_until = 0
+        """Tokens of that beginning."""
+
+        self.last_planned = 0
+        """The scheduler's step in which it read last, or began."""
+
+        self._tokens = [*start.pending, *request.token_ids]
         self.position = start.position + len(request.token_ids)
         """Tokens of the sequence, those unread included."""
 
@@ -59,9 +78,20 @@ class Sequence:
         self._since_anchor = ""
 
     @property
+    def unread(self) -> list[int]:
+        """Tokens that are not in the state yet."""
+        return self._tokens[self.num_read :]
+
+    @property
     def num_unread(self) -> int:
         """Tokens for prefill: all but the last, which the decoding step reads."""
-        return max(0, len(self.unread) - 1)
+        return max(0, len(self._tokens) - self.num_read - 1)
+
+    @property
+    def num_to_stop(self) -> int:
+        """Tokens for prefill until the state is to be kept, or all."""
+        stops = (at - self.num_read for at in self.keep_at if at > self.num_read)
+        return min(stops, default=self.num_unread)
 
     @property
     def is_read(self) -> bool:
@@ -73,12 +103,17 @@ class Sequence:
 
     def take(self, count: int) -> list[int]:
         """The next unread tokens, which the caller puts into the state."""
-        taken, self.unread = self.unread[:count], self.unread[count:]
+        taken = self._tokens[self.num_read : self.num_read + count]
+        self.num_read += count
         return taken
+
+    def skip_to(self, num_tokens: int) -> None:
+        """The caller gives the sequence a state after this many tokens of its turn."""
+        self.num_read = self.cached_tokens = num_tokens
 
     def append(self, token_id: int) -> None:
         """A sampled token: part of the sequence, to be read by the next step."""
-        self.unread = [token_id]
+        self._tokens, self.num_read = [token_id], 0
         self.position += 1
         self.recent.append(token_id, generated=True)
 
@@ -124,9 +159,9 @@ class Sequence:
         if anchor is not None:
             self.position = anchor.position
             self.recent = RecentTokens.from_bytes(anchor.recent)
-        self.unread = self._tokenizer.encode(self._since_anchor)
-        self.position += len(self.unread)
-        for token_id in self.unread:
+        self._tokens, self.num_read = self._tokenizer.encode(self._since_anchor), 0
+        self.position += len(self._tokens)
+        for token_id in self._tokens:
             self.recent.append(token_id, generated=True)
         self._detokenizer = Detokenizer(self._tokenizer)
         return None if anchor is None else anchor.state

@@ -1,105 +1,25 @@
 """The engine on a tiny real network."""
 
-import queue
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from model import checkpoint as checkpoints
 from model.checkpoint import Checkpoint
 from model.sampling import SamplingParams
-from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import (
     Continuation,
     EngineRequest,
-    Event,
-    Evicted,
     Failed,
-    Finished,
-    Fresh,
     Parked,
     StateMissing,
-    TextDelta,
     Warm,
 )
 from server.errors import Overloaded
-from server.metrics import Metrics
+from tests.server.engine.driver import LIMITS, Driver, is_last, request
 
-LIMITS = EngineLimits(max_running=4, warm_sessions=2, max_waiting=64, prefill_chunk_tokens=32)
 GREEDY = SamplingParams(temperature=0.0)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
-    return checkpoints.load(tiny_checkpoint, torch.device("cpu"))
-
-
-class Driver:
-    """An engine and the events that it delivered."""
-
-    def __init__(self, checkpoint: Checkpoint, limits: EngineLimits = LIMITS) -> None:
-        self.events: queue.Queue[list[Event | Evicted]] = queue.Queue()
-        self.metrics = Metrics()
-        self.engine = Engine(checkpoint, limits, self.deliver, self.metrics)
-        self.engine.start()
-        self.seen: list[Event] = []
-        self.evicted: list[str] = []
-
-    def deliver(self, events: list[Event | Evicted]) -> None:
-        self.events.put(events)
-
-    def wait(self, condition: Callable[[list[Event]], bool]) -> list[Event]:
-        """Collect events until the condition holds on all of them."""
-        while not condition(self.seen):
-            for event in self.events.get(timeout=20):
-                if isinstance(event, Evicted):
-                    self.evicted.append(event.name)
-                else:
-                    self.seen.append(event)
-        return self.seen
-
-    def turn(self, request: EngineRequest) -> tuple[str, Finished]:
-        """Submit and wait for the end: the whole text and the last event."""
-        self.engine.submit(request)
-        return self.result(request.request_id)
-
-    def result(self, request_id: str) -> tuple[str, Finished]:
-        events = self.wait(lambda seen: any(is_last(e, request_id) for e in seen))
-        own = [e for e in events if e.request_id == request_id]
-        last = own[-1]
-        assert isinstance(last, Finished), last
-        return "".join(e.text for e in own if isinstance(e, TextDelta | Finished)), last
-
-    def slots(self) -> dict[str, float]:
-        names = ("free", "running", "warm")
-        values = {
-            n: self.metrics.registry.get_sample_value("latentd_slots", {"state": n}) for n in names
-        }
-        return {name: value or 0.0 for name, value in values.items()}
-
-
-def is_last(event: Event, request_id: str) -> bool:
-    return event.request_id == request_id and not isinstance(event, TextDelta)
-
-
-@pytest.fixture
-def driver(checkpoint: Checkpoint) -> Iterator[Driver]:
-    made = Driver(checkpoint)
-    yield made
-    made.engine.stop()
-
-
-def request(name: str, num_prompt: int = 7, **changes: Any) -> EngineRequest:
-    prompt = tuple((i * 37 + len(name)) % 299 + 1 for i in range(num_prompt))
-    base = EngineRequest(
-        name, Fresh(), Continuation(), prompt, 12, SamplingParams(seed=5), ignore_eos=True
-    )
-    return replace(base, **changes)
 
 
 def expected_greedy(checkpoint: Checkpoint, prompt: tuple[int, ...], count: int) -> list[int]:
@@ -221,11 +141,11 @@ def test_cancelling_frees_the_row_in_every_phase(driver: Driver) -> None:
 def test_a_long_prompt_does_not_stall_a_stream(driver: Driver) -> None:
     driver.engine.submit(request("stream", 5, max_tokens=100_000))
     driver.wait(lambda seen: len(seen) > 3)
-    driver.engine.submit(request("long", 500, max_tokens=1))
+    driver.engine.submit(request("long", 2000, max_tokens=1))
     events = driver.wait(lambda seen: any(is_last(e, "long") for e in seen))
     before = next(i for i, e in enumerate(events) if e.request_id == "long")
     tokens = sum(e.request_id == "stream" for e in events[:before])
-    assert tokens >= 500 // (LIMITS.prefill_chunk_tokens // 8) * 0.9
+    assert tokens >= 2000 // LIMITS.prefill_tokens_while_decoding
     driver.engine.cancel("stream")
 
 
@@ -267,6 +187,30 @@ def test_the_queue_is_bounded(checkpoint: Checkpoint) -> None:
     driver.engine.stop()
 
 
+def test_the_tokens_in_the_queue_are_bounded(checkpoint: Checkpoint) -> None:
+    driver = Driver(checkpoint, replace(LIMITS, max_running=1, max_waiting_tokens=100))
+    driver.engine.submit(request("runs", 90, max_tokens=100_000))
+    driver.wait(lambda seen: len(seen) > 1)
+    driver.engine.submit(request("one", 60))
+    with pytest.raises(Overloaded) as refused:
+        driver.engine.submit(request("two", 20), request("three", 21))
+    assert refused.value.code == "queue_tokens_full"
+    driver.engine.submit(request("four", 40))
+    for name in ("one", "runs"):
+        driver.engine.cancel(name)
+    driver.result("four")
+    driver.turn(request("five", 100))
+    driver.engine.stop()
+
+
+def test_a_request_that_cannot_be_is_told_and_the_engine_goes_on(driver: Driver) -> None:
+    wrong = request("wrong", continuation=Continuation(recent=b"123"))
+    driver.engine.submit(wrong)
+    [failed] = driver.wait(lambda seen: bool(seen))
+    assert isinstance(failed, Failed)
+    driver.turn(request("right"))
+
+
 def test_an_error_in_a_step_ends_the_turns_and_not_the_engine(
     driver: Driver, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,10 +219,11 @@ def test_an_error_in_a_step_ends_the_turns_and_not_the_engine(
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint.network, "step", broken)
-        driver.engine.submit(request("x"))
-        events = driver.wait(lambda seen: bool(seen))
-    assert isinstance(events[0], Failed)
-    assert "no memory" not in events[0].message
+        driver.engine.submit(*(request(f"x{i}", 3 + 100 * i) for i in range(6)))
+        events = driver.wait(lambda seen: len(seen) == 6)
+    failed = [event for event in events if isinstance(event, Failed)]
+    assert {event.request_id for event in failed} == {f"x{i}" for i in range(6)}
+    assert not [event for event in failed if "no memory" in event.message]
     driver.turn(request("y"))
     assert driver.slots()["running"] == 0
 

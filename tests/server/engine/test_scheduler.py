@@ -2,44 +2,202 @@
 
 from dataclasses import replace
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from model.sampling import SamplingParams
 from model.tokenizer import train
 from server.engine.messages import Continuation, EngineRequest, Fresh
-from server.engine.scheduler import EngineLimits, Scheduler
+from server.engine.scheduler import EngineLimits, Plan, Scheduler
 from server.engine.sequence import Sequence
 
+CHUNK = 64
 WORDS = train(["words"], 260, ["<|endoftext|>"])
-LIMITS = EngineLimits(max_running=2, warm_sessions=1, max_waiting=8, prefill_chunk_tokens=64)
+LIMITS = EngineLimits(
+    max_running=8,
+    warm_sessions=1,
+    max_waiting=64,
+    max_waiting_tokens=100_000,
+    prefill_chunk_tokens=512,
+    prefill_tokens_while_decoding=64,
+    prefix_cache_bytes=0,
+)
 REQUEST = EngineRequest("", Fresh(), Continuation(), (), 5, SamplingParams())
 
 
-def sequence(name: str, num_tokens: int) -> Sequence:
-    return Sequence(replace(REQUEST, request_id=name, token_ids=(1,) * num_tokens), WORDS, 0.0)
+def sequence(name: str, num_tokens: int, deadline: float | None = None) -> Sequence:
+    ids = (1,) * num_tokens
+    return Sequence(replace(REQUEST, request_id=name, token_ids=ids, deadline=deadline), WORDS, 0.0)
+
+
+def scheduler_of(*waiting: Sequence, limits: EngineLimits = LIMITS) -> Scheduler:
+    scheduler = Scheduler(limits, CHUNK)
+    for each in waiting:
+        scheduler.add(each)
+    return scheduler
+
+
+def admit(scheduler: Scheduler) -> list[str]:
+    """Admit all that may run; the names of those that do."""
+    names = []
+    while (admitted := scheduler.admit()) is not None:
+        scheduler.slots.acquire(admitted.request.request_id)
+        names.append(admitted.request.request_id)
+    return names
+
+
+def read(scheduler: Scheduler) -> Plan:
+    """One step in which prompts that are read leave at once."""
+    plan = scheduler.plan()
+    for each, count in plan.prefill:
+        each.take(count)
+        if each.is_read:
+            scheduler.reading.remove(each)
+            scheduler.slots.release(each.request.request_id)
+    return plan
+
+
+def names_of(plan: Plan) -> list[str]:
+    return [each.request.request_id for each, _ in plan.prefill]
 
 
 def test_admission_keeps_to_the_number_of_running_sequences() -> None:
-    scheduler = Scheduler(LIMITS)
-    scheduler.waiting.extend(sequence(str(i), 3) for i in range(3))
-    while (admitted := scheduler.next_to_admit()) is not None:
-        scheduler.slots.acquire(admitted.request.request_id)
-        scheduler.reading.append(admitted)
-    assert [s.request.request_id for s in scheduler.reading] == ["0", "1"]
-    assert [s.request.request_id for s in scheduler.waiting] == ["2"]
+    waiting = [sequence(str(i), 3) for i in range(3)]
+    scheduler = scheduler_of(*waiting, limits=replace(LIMITS, max_running=2))
+    assert admit(scheduler) == ["0", "1"]
+    assert list(scheduler.waiting) == waiting[2:]
     assert not scheduler.idle
 
 
 def test_the_last_prompt_token_is_left_for_decoding() -> None:
-    scheduler = Scheduler(LIMITS)
-    scheduler.reading.append(sequence("a", 40))
-    ((_, count),) = scheduler.plan().prefill
-    assert count == 39
+    scheduler = scheduler_of(sequence("a", 40))
+    admit(scheduler)
+    assert [count for _, count in scheduler.plan().prefill] == [39]
 
 
-def test_prompts_share_the_budget_and_running_streams_shrink_it() -> None:
-    scheduler = Scheduler(LIMITS)
-    scheduler.reading.extend([sequence("a", 5000), sequence("b", 5000)])
-    assert [count for _, count in scheduler.plan().prefill] == [32, 32]
-    scheduler.decoding[1] = sequence("c", 1)
+@pytest.mark.parametrize(("tokens", "read_at_once"), [(1, 64), (127, 64), (128, 128), (200, 192)])
+def test_a_step_reads_whole_chunks_and_fewer_while_others_decode(
+    tokens: int, read_at_once: int
+) -> None:
+    limits = replace(LIMITS, prefill_tokens_while_decoding=tokens)
+    scheduler = scheduler_of(sequence("a", 5000), limits=limits)
+    admit(scheduler)
+    assert [count for _, count in scheduler.plan().prefill] == [512]
+    scheduler.decoding[1] = sequence("b", 1)
     plan = scheduler.plan()
-    assert [count for _, count in plan.prefill] == [4, 4]
-    assert [s.request.request_id for s in plan.decode] == ["c"]
+    assert [count for _, count in plan.prefill] == [read_at_once]
+    assert [s.request.request_id for s in plan.decode] == ["b"]
+
+
+@given(
+    lengths=st.lists(st.integers(2, 3000), min_size=1, max_size=20),
+    budget=st.integers(1, 700),
+    decoding=st.booleans(),
+    stops=st.sets(st.integers(1, 40).map(lambda chunks: chunks * CHUNK)),
+)
+def test_every_prompt_is_read_in_whole_chunks_and_no_step_exceeds_its_budget(
+    lengths: list[int], budget: int, decoding: bool, stops: set[int]
+) -> None:
+    limits = replace(LIMITS, prefill_chunk_tokens=budget, prefill_tokens_while_decoding=budget)
+    waiting = [sequence(str(i), length) for i, length in enumerate(lengths)]
+    for each in waiting:
+        each.keep_at = {stop for stop in stops if stop < each.num_unread}
+    scheduler = scheduler_of(*waiting, limits=limits)
+    if decoding:
+        scheduler.decoding[0] = sequence("decodes", 1)
+    most = max(CHUNK, budget // CHUNK * CHUNK)
+    reached = {each.request.request_id: {0} for each in waiting}
+    steps = 0
+    while scheduler.waiting or scheduler.reading:
+        admit(scheduler)
+        plan = read(scheduler)
+        steps += 1
+        assert plan.prefill
+        assert len(plan.prefill) * max(count for _, count in plan.prefill) <= most
+        assert len(plan.prefill) <= most // (CHUNK // 4)
+        for each, _ in plan.prefill:
+            assert each.is_read or each.num_read % CHUNK == 0
+            reached[each.request.request_id].add(each.num_read)
+    assert steps <= sum(-(-length // CHUNK) for length in lengths)
+    for each in waiting:
+        assert each.num_unread == 0
+        assert reached[each.request.request_id] >= each.keep_at
+
+
+def test_a_short_prompt_passes_long_ones() -> None:
+    scheduler = scheduler_of(*(sequence(f"long-{i}", 50_000) for i in range(6)))
+    scheduler.decoding[0] = sequence("decodes", 1)
+    admit(scheduler)
+    for _ in range(9):
+        read(scheduler)
+    short = sequence("short", 120)
+    scheduler.add(short)
+    admit(scheduler)
+    steps = 0
+    while not short.is_read:
+        read(scheduler)
+        steps += 1
+    assert steps <= 3
+
+
+def test_long_prompts_progress_however_many_short_ones_come() -> None:
+    long = [sequence(f"long-{i}", 1 + 10 * CHUNK) for i in range(3)]
+    scheduler = scheduler_of(*long)
+    scheduler.decoding[0] = sequence("decodes", 1)
+    steps = 0
+    while not all(each.is_read for each in long):
+        scheduler.add(sequence(f"short-{steps}", 60))
+        admit(scheduler)
+        read(scheduler)
+        steps += 1
+    assert steps <= 4 * 8 * 10
+
+
+def test_long_prompts_leave_rows_to_short_ones_but_are_not_left_out() -> None:
+    long = [sequence(f"long-{i}", 1000) for i in range(8)]
+    scheduler = scheduler_of(*long, sequence("short-0", 512))
+    assert admit(scheduler) == [*(f"long-{i}" for i in range(6)), "short-0"]
+    for i in range(1, 4):
+        scheduler.add(sequence(f"short-{i}", 10))
+    assert admit(scheduler) == ["short-1"]
+    while scheduler.find("long-0") in scheduler.reading:
+        read(scheduler)
+    assert admit(scheduler)[0] == "long-6"
+
+
+def test_the_only_row_takes_a_long_prompt() -> None:
+    limits = replace(LIMITS, max_running=1)
+    scheduler = scheduler_of(sequence("long", 10_000), sequence("short", 3), limits=limits)
+    assert admit(scheduler) == ["long"]
+
+
+def test_a_prompt_that_waits_for_another_is_not_read_and_lends_it_its_urgency() -> None:
+    long, other, short = sequence("long", 9000), sequence("other", 5000), sequence("short", 100)
+    scheduler = scheduler_of(other, long, short)
+    scheduler.decoding[0] = sequence("decodes", 1)
+    admit(scheduler)
+    short.waits_for, short.waits_until = long, CHUNK
+    read(scheduler)
+    assert [names_of(read(scheduler)) for _ in range(3)] == [["long"]] * 3
+    assert names_of(read(scheduler)) == ["other"]  # the one step in four that is not for it
+    short.waits_for = None
+    assert names_of(read(scheduler)) == ["short"]
+
+
+def test_deadlines_pass_in_every_phase_and_once() -> None:
+    first, second, third = sequence("a", 9, 1.0), sequence("b", 9, 2.0), sequence("c", 9, 2.5)
+    endless = sequence("d", 9)
+    scheduler = scheduler_of(first, endless, second)
+    assert scheduler.expired(0.9) == []
+    assert scheduler.expired(1.0) == [first]
+    scheduler.waiting.remove(first)
+    scheduler.add(third)
+    admit(scheduler)
+    scheduler.reading.remove(third)
+    scheduler.decoding[1] = third
+    assert scheduler.expired(1.9) == []
+    assert set(scheduler.expired(2.6)) == {second, third}
+    scheduler.reading.remove(second)
+    scheduler.decoding.clear()
+    assert scheduler.expired(1e9) == []

@@ -1,0 +1,142 @@
+"""States after common beginnings of prompts: read once, used by every prompt that begins so.
+
+A prompt's whole chunks are named by a chain of digests: each covers all tokens up to its chunk, so
+one look-up tells whether two prompts are equal until there. A state is kept
+
+* after the last whole chunk of a prompt, for one that goes on from there;
+* where a prompt parts from an earlier one, since others will part there, too.
+
+Nobody reads what another sequence is about to read: it waits for that one's state, and looks again
+if that one ends before. A sequence waits after a shorter beginning than it is itself waited for, so
+there is no circle. States are opaque here.
+"""
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence as Row
+from typing import Generic, TypeVar
+
+from server.engine.sequence import Sequence
+
+MOST_SEEN = 1 << 16
+"""Beginnings remembered without a state; each takes about 200 bytes."""
+
+State = TypeVar("State")
+
+
+def chain(token_ids: Row[int], chunk: int) -> tuple[bytes, ...]:
+    """A digest of all tokens so far after each whole chunk of them.
+
+    256 bits of BLAKE2b: nobody finds two prompts of one name, with which to get another's state.
+    """
+    digests, digest = list[bytes](), b""
+    for end in range(chunk, len(token_ids) + 1, chunk):
+        tokens = array("q", token_ids[end - chunk : end]).tobytes()
+        digest = hashlib.blake2b(digest + tokens, digest_size=32).digest()
+        digests.append(digest)
+    return tuple(digests)
+
+
+class SharedPrefixes(Generic[State]):
+    """Kept states, least recently used first to go, and who reads which beginning now."""
+
+    def __init__(self, capacity_bytes: int, state_bytes: int, chunk: int) -> None:
+        self._most_kept = capacity_bytes // state_bytes
+        self._state_bytes = state_bytes
+        self._chunk = chunk
+        self._kept: OrderedDict[bytes, State] = OrderedDict()
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._readers: dict[bytes, Sequence] = {}
+        self._followers: list[Sequence] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the kept states."""
+        return len(self._kept) * self._state_bytes
+
+    def begin(self, sequence: Sequence) -> State | None:
+        """Decide what a fresh sequence reads, and for whom it waits before.
+
+        Returns the state that it goes on from, if one is kept that is ahead of it. May be called
+        again for a sequence that `leave` returned.
+        """
+        if not self._most_kept:
+            return None
+        if not sequence.digests:
+            sequence.digests = chain(sequence.unread[:-1], self._chunk)
+        digests, depth = sequence.digests, len(sequence.digests)
+        have = sequence.num_read // self._chunk
+        kept = next((i for i in range(depth, have, -1) if digests[i - 1] in self._kept), have)
+        coming = next((i for i in range(depth, kept, -1) if self._is_coming(sequence, i)), kept)
+        parting = self._see(digests)
+        stops = {i * self._chunk for i in (parting, depth) if i > coming}
+        sequence.keep_at |= stops
+        if coming > kept:
+            reader = self._readers[digests[coming - 1]]
+            sequence.waits_for, sequence.waits_until = reader, coming * self._chunk
+            reader.keep_at.add(sequence.waits_until)
+            self._followers.append(sequence)
+        self._readers.update(dict.fromkeys(digests[coming:], sequence))
+        if kept == have:
+            return None
+        sequence.skip_to(kept * self._chunk)
+        self._kept.move_to_end(digests[kept - 1])
+        return self._kept[digests[kept - 1]]
+
+    def keep(self, sequence: Sequence, state: State) -> list[Sequence]:
+        """Keep the state where a sequence stopped for it.
+
+        Returns the sequences that waited for it; the caller gives it to them.
+        """
+        digest = sequence.digests[sequence.num_read // self._chunk - 1]
+        self._kept[digest] = state
+        self._kept.move_to_end(digest)
+        if len(self._kept) > self._most_kept:
+            self._kept.popitem(last=False)
+        ready = [s for s in self._waiting_for(sequence) if s.waits_until == sequence.num_read]
+        for follower in ready:
+            self._stop_waiting(follower)
+            follower.skip_to(sequence.num_read)
+        return ready
+
+    def leave(self, sequence: Sequence) -> list[Sequence]:
+        """A sequence reads no more. Returns those that waited for it: they have to begin again."""
+        for digest in sequence.digests:
+            if self._readers.get(digest) is sequence:
+                del self._readers[digest]
+        if sequence.waits_for is not None:
+            self._stop_waiting(sequence)
+        orphans = self._waiting_for(sequence)
+        for orphan in orphans:
+            self._stop_waiting(orphan)
+        return orphans
+
+    def forget_readers(self) -> None:
+        """All sequences have ended."""
+        self._readers.clear()
+        self._followers.clear()
+
+    def _is_coming(self, sequence: Sequence, num_chunks: int) -> bool:
+        """Whether another sequence will have read this much of the prompt."""
+        reader = self._readers.get(sequence.digests[num_chunks - 1])
+        if reader is None or reader is sequence:
+            return False
+        return reader.num_read < num_chunks * self._chunk
+
+    def _see(self, digests: Row[bytes]) -> int:
+        """Remember a prompt's beginnings; how many of them were seen before."""
+        num_seen = next((i for i, d in enumerate(digests) if d not in self._seen), len(digests))
+        for digest in reversed(digests):  # the longest are forgotten first
+            self._seen[digest] = None
+            self._seen.move_to_end(digest)
+        while len(self._seen) > MOST_SEEN:
+            self._seen.popitem(last=False)
+        return num_seen
+
+    def _waiting_for(self, sequence: Sequence) -> list[Sequence]:
+        return [follower for follower in self._followers if follower.waits_for is sequence]
+
+    def _stop_waiting(self, follower: Sequence) -> None:
+        self._followers.remove(follower)
+        follower.waits_for = None

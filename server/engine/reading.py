@@ -1,0 +1,80 @@
+"""Prefill: prompts into states, each common beginning once."""
+
+from collections.abc import Sequence as Row
+
+import torch
+
+from model.attention import CHUNK
+from model.network import LanguageModel
+from model.state import RowState, StatePool
+from server.engine.prefixes import SharedPrefixes
+from server.engine.sequence import Sequence
+from server.engine.slots import Slots
+from server.metrics import Metrics
+
+
+class PromptReader:
+    """Reads prompts into the rows that their sequences own."""
+
+    def __init__(
+        self,
+        network: LanguageModel,
+        pool: StatePool,
+        slots: Slots,
+        prefix_cache_bytes: int,
+        metrics: Metrics,
+    ) -> None:
+        self._network = network
+        self._pool = pool
+        self._slots = slots
+        self._metrics = metrics
+        state_bytes = network.state_spec.num_bytes
+        self._prefixes = SharedPrefixes[RowState](prefix_cache_bytes, state_bytes, CHUNK)
+
+    def begin(self, sequence: Sequence) -> None:
+        """Begin after what others have read of the same prompt, or wait until they have.
+
+        The row holds the state before the first token, or after what the sequence has read.
+        """
+        state = self._prefixes.begin(sequence)
+        if state is not None:
+            self._pool.write_row(self._row(sequence), state)
+
+    def read(self, pieces: Row[tuple[Sequence, int]]) -> None:
+        """Read the next tokens of several prompts, as many of each as is said."""
+        longest = max(count for _, count in pieces)
+        ids = torch.zeros(len(pieces), longest, dtype=torch.long)
+        for i, (sequence, count) in enumerate(pieces):
+            ids[i, :count] = torch.tensor(sequence.take(count))
+        rows = [self._row(sequence) for sequence, _ in pieces]
+        lengths = [count for _, count in pieces]
+        self._network.prefill(ids.to(self._pool.device), lengths, self._pool, rows)
+        for sequence, _ in pieces:
+            if sequence.num_read in sequence.keep_at:
+                self._keep(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        """The sequence reads no more; those that waited for it look for another way."""
+        for orphan in self._prefixes.leave(sequence):
+            self.begin(orphan)
+
+    def count(self, sequence: Sequence) -> None:
+        """A prompt has been read."""
+        self._metrics.prompt_tokens_total.inc(len(sequence.request.token_ids))
+        if sequence.cached_tokens:
+            self._metrics.prefix_cache_hits_total.inc()
+            self._metrics.prefix_cached_tokens_total.inc(sequence.cached_tokens)
+
+    def forget(self) -> None:
+        """All sequences have ended."""
+        self._prefixes.forget_readers()
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Keep the state for later prompts, and give it to those that wait for it."""
+        state = self._pool.read_row(self._row(sequence))
+        for follower in self._prefixes.keep(sequence, state):
+            self._pool.write_row(self._row(follower), state)
+        self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
+
+    def _row(self, sequence: Sequence) -> int:
+        return self._slots.row(sequence.request.request_id)

@@ -1,0 +1,306 @@
+"""The one thread that owns the device: `schedule -> run -> postprocess`, a step at a time."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from model.attention import CHUNK
+from model.checkpoint import Checkpoint
+from model.sampling import sample
+from server.engine.inbox import Inbox
+from server.engine.messages import (
+    Cancel,
+    DeadlinePassed,
+    Event,
+    Evicted,
+    Failed,
+    Finished,
+    Fresh,
+    Message,
+    Parked,
+    Release,
+    StateMissing,
+    Stop,
+    Submit,
+    TextDelta,
+    Warm,
+)
+from server.engine.reading import PromptReader
+from server.engine.scheduler import EngineLimits, Plan, Scheduler
+from server.engine.sequence import Sequence
+from server.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+Deliver = Callable[[list[Event | Evicted]], None]
+"""Takes one step's events."""
+
+
+class Worker:
+    """Sequences, their rows and the network. Everything here runs in the thread of `run`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        limits: EngineLimits,
+        inbox: Inbox,
+        deliver: Deliver,
+        metrics: Metrics,
+    ) -> None:
+        self._network = checkpoint.network
+        self._tokenizer = checkpoint.tokenizer
+        self._limits = limits
+        self._inbox = inbox
+        self._deliver = deliver
+        self._metrics = metrics
+        self._scheduler = Scheduler(limits, CHUNK)
+        self._slots = self._scheduler.slots
+        self._pool = self._network.new_pool(1 + self._slots.num_rows)
+        self._reader = PromptReader(
+            self._network, self._pool, self._slots, limits.prefix_cache_bytes, metrics
+        )
+        self._events: list[Event | Evicted] = []
+        self._num_warm_names = 0
+        self._stopping = False
+
+    def run(self) -> None:
+        """Work until told to stop; sleep while there is nothing to do."""
+        self._report_slots()
+        while not self._stopping:
+            self._receive()
+            try:
+                self._expire()
+                self._admit()
+                self._finish_reading()
+                self._run(self._scheduler.plan())
+            except Exception:  # whatever failed, no client may wait for ever
+                log.exception("an engine step failed")
+                self._fail_all("the engine failed while computing; see the server's log")
+            self._flush()
+
+    def _run(self, plan: Plan) -> None:
+        if plan.prefill:
+            self._reader.read(plan.prefill)
+            self._finish_reading()
+        if plan.decode:
+            self._decode(plan)
+
+    def _receive(self) -> None:
+        if self._scheduler.idle and self._inbox.empty:
+            self._slots.check()
+            self._report_slots()
+            self._handle(self._inbox.wait())
+        for message in self._inbox.take():
+            self._handle(message)
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Submit(request, at):
+                try:
+                    self._scheduler.add(Sequence(request, self._tokenizer, at))
+                except ValueError as error:
+                    self._inbox.waits_no_more(request)
+                    self._events.append(Failed(request.request_id, str(error)))
+            case Cancel(request_id):
+                sequence = self._scheduler.find(request_id)
+                if sequence is not None:
+                    self._drop(sequence)
+            case Release(name):
+                if self._slots.is_warm(name):
+                    self._slots.release(name)
+            case Stop():
+                self._stopping = True
+
+    def _expire(self) -> None:
+        for sequence in self._scheduler.expired(time.monotonic()):
+            self._drop(sequence)
+            self._events.append(DeadlinePassed(sequence.request.request_id))
+
+    def _admit(self) -> None:
+        while (sequence := self._scheduler.admit()) is not None:
+            request = sequence.request
+            self._inbox.waits_no_more(request)
+            sequence.admitted_at = time.monotonic()
+            queued_s = sequence.admitted_at - sequence.submitted_at
+            self._metrics.queue_time_seconds.observe(queued_s)
+            try:
+                placed = self._place(sequence)
+            except ValueError as error:
+                self._drop(sequence)
+                self._events.append(Failed(request.request_id, str(error)))
+                continue
+            if not placed:
+                self._scheduler.reading.remove(sequence)
+                self._events.append(StateMissing(request.request_id))
+        self._events.extend(map(Evicted, self._slots.take_evicted()))
+        self._metrics.requests_waiting.set(len(self._scheduler.waiting))
+
+    def _place(self, sequence: Sequence) -> bool:
+        """Give the sequence a row with its state; False if the warm state is gone."""
+        owner = sequence.request.request_id
+        match sequence.request.source:
+            case Warm(name):
+                return self._slots.adopt(name, owner)
+            case Parked(state):
+                self._pool.import_row(self._slots.acquire(owner), state)
+            case Fresh():
+                self._pool.reset(self._slots.acquire(owner))
+                self._reader.begin(sequence)
+        return True
+
+    def _finish_reading(self) -> None:
+        """Prompts that but for their last token are in the state: begin to decode, or end here."""
+        for sequence in [s for s in self._scheduler.reading if s.is_read]:
+            self._stop_reading(sequence)
+            request = sequence.request
+            sequence.read_at = time.monotonic()
+            self._metrics.prefill_time_seconds.observe(sequence.read_at - sequence.admitted_at)
+            self._reader.count(sequence)
+            if request.max_tokens == 0:
+                self._finish(sequence, "length")
+            elif not sequence.unread:
+                self._events.append(Failed(request.request_id, "there is no token to read"))
+                self._slots.release(request.request_id)
+            else:
+                self._pool.swap(*self._slots.begin_decoding(request.request_id))
+                self._scheduler.decoding[self._row(sequence)] = sequence
+
+    def _stop_reading(self, sequence: Sequence) -> None:
+        self._scheduler.reading.remove(sequence)
+        self._reader.leave(sequence)
+
+    def _decode(self, plan: Plan) -> None:
+        started = time.monotonic()
+        rows = [self._row(sequence) for sequence in plan.decode]
+        inputs = [sequence.take(1)[0] for sequence in plan.decode]
+        ids = torch.tensor(inputs, device=self._pool.device)
+        logits = self._network.step(ids, self._pool, rows)
+        sampled = sample(logits, [sequence.sampled_row for sequence in plan.decode])
+        now = time.monotonic()
+        self._metrics.step_duration_seconds.observe(now - started)
+        self._metrics.batch_size.set(len(rows))
+        self._metrics.generation_tokens_total.inc(len(rows))
+        for sequence, token_id in zip(plan.decode, sampled, strict=True):
+            self._advance(sequence, token_id, now)
+
+    def _advance(self, sequence: Sequence, token_id: int, now: float) -> None:
+        """One sampled token of one sequence."""
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+            self._metrics.time_to_first_token_seconds.observe(now - sequence.submitted_at)
+        else:
+            self._metrics.inter_token_latency_seconds.observe(now - sequence.last_token_at)
+        sequence.last_token_at = now
+        sequence.num_generated += 1
+        request = sequence.request
+        if token_id in self._network.config.eos_token_ids and not request.ignore_eos:
+            self._finish(sequence, "stop")
+            return
+        step = sequence.push_text(token_id)
+        row = self._row(sequence)
+        if step.wants_anchor:
+            sequence.set_anchor(self._pool.read_row(row))
+        if step.stopped:
+            state = sequence.cut()
+            if state is not None:
+                self._pool.write_row(row, state)
+        else:
+            sequence.append(token_id)
+        self._events.append(TextDelta(request.request_id, step.text))
+        if step.stopped:
+            self._finish(sequence, "stop")
+        elif sequence.num_generated >= request.max_tokens:
+            self._finish(sequence, "length")
+
+    def _finish(self, sequence: Sequence, reason: Literal["stop", "length"]) -> None:
+        """End a turn: hand its state out, keep or free its row."""
+        request, slots = sequence.request, self._slots
+        owner, state, continuation, warm = request.request_id, None, None, None
+        self._stop_decoding(sequence)
+        if request.keep_state:
+            state = self._pool.export_row(slots.row(owner))
+            continuation = sequence.continuation()
+        if request.keep_state and self._limits.warm_sessions:
+            self._num_warm_names += 1
+            warm = f"warm-{self._num_warm_names}"
+            slots.keep_warm(owner, warm)
+        else:
+            slots.release(owner)
+        self._events.append(
+            Finished(
+                request_id=owner,
+                text=sequence.flush(),
+                reason=reason,
+                num_generated=sequence.num_generated,
+                timings=sequence.timings(),
+                cached_tokens=sequence.cached_tokens,
+                state=state,
+                continuation=continuation,
+                warm=warm,
+            )
+        )
+
+    def _drop(self, sequence: Sequence) -> None:
+        """End a sequence in whatever phase it is and free its row, also one that waits for it."""
+        request = sequence.request
+        if sequence in self._scheduler.waiting:
+            self._scheduler.waiting.remove(sequence)
+            self._inbox.waits_no_more(request)
+            if isinstance(request.source, Warm) and self._slots.is_warm(request.source.name):
+                self._slots.release(request.source.name)
+            return
+        if sequence in self._scheduler.reading:
+            self._stop_reading(sequence)
+        self._stop_decoding(sequence)
+        self._slots.release(request.request_id)
+
+    def _stop_decoding(self, sequence: Sequence) -> None:
+        """Take the sequence out of the decoding block; the block's last one takes its row."""
+        decoding = self._scheduler.decoding
+        row = next((row for row, other in decoding.items() if other is sequence), None)
+        if row is None:
+            return
+        del decoding[row]
+        a, b = self._slots.end_decoding(sequence.request.request_id)
+        self._pool.swap(a, b)
+        if a != b:
+            decoding[a] = decoding.pop(b)
+
+    def _fail_all(self, message: str) -> None:
+        """After an error in a step nobody knows which states are whole: end every sequence.
+
+        Touches no state, since the device may be what failed.
+        """
+        scheduler, slots = self._scheduler, self._slots
+        ended = list(scheduler.sequences())
+        for sequence in scheduler.waiting:
+            self._inbox.waits_no_more(sequence.request)
+        for sequence in scheduler.decoding.values():
+            slots.end_decoding(sequence.request.request_id)
+        for sequence in (*scheduler.reading, *scheduler.decoding.values()):
+            slots.release(sequence.request.request_id)
+        scheduler.waiting.clear()
+        scheduler.reading.clear()
+        scheduler.decoding.clear()
+        self._reader.forget()
+        self._events.extend(Failed(s.request.request_id, message) for s in ended)
+
+    def _row(self, sequence: Sequence) -> int:
+        return self._slots.row(sequence.request.request_id)
+
+    def _flush(self) -> None:
+        running = len(self._scheduler.reading) + len(self._scheduler.decoding)
+        self._metrics.requests_running.set(running)
+        if self._events:
+            self._report_slots()
+            events, self._events = self._events, []
+            self._deliver(events)
+
+    def _report_slots(self) -> None:
+        slots = self._slots
+        counts = {"free": slots.num_free, "running": slots.num_active, "warm": slots.num_warm}
+        for state, count in counts.items():
+            self._metrics.slots.labels(state=state).set(count)

@@ -1,0 +1,90 @@
+"""An engine with its events collected, for tests on a tiny real network."""
+
+import queue
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from model.checkpoint import Checkpoint
+from model.sampling import SamplingParams
+from server.engine.engine import Engine, EngineLimits
+from server.engine.messages import (
+    Continuation,
+    EngineRequest,
+    Event,
+    Evicted,
+    Finished,
+    Fresh,
+    TextDelta,
+)
+from server.metrics import Metrics
+
+LIMITS = EngineLimits(
+    max_running=4,
+    warm_sessions=2,
+    max_waiting=64,
+    max_waiting_tokens=100_000,
+    prefill_chunk_tokens=128,
+    prefill_tokens_while_decoding=64,
+    prefix_cache_bytes=0,
+)
+
+
+class Driver:
+    """An engine and the events that it delivered."""
+
+    def __init__(self, checkpoint: Checkpoint, limits: EngineLimits = LIMITS) -> None:
+        self.events: queue.Queue[list[Event | Evicted]] = queue.Queue()
+        self.metrics = Metrics()
+        self.engine = Engine(checkpoint, limits, self.deliver, self.metrics)
+        self.engine.start()
+        self.seen: list[Event] = []
+        self.evicted: list[str] = []
+
+    def deliver(self, events: list[Event | Evicted]) -> None:
+        self.events.put(events)
+
+    def wait(self, condition: Callable[[list[Event]], bool]) -> list[Event]:
+        """Collect events until the condition holds on all of them."""
+        while not condition(self.seen):
+            for event in self.events.get(timeout=20):
+                if isinstance(event, Evicted):
+                    self.evicted.append(event.name)
+                else:
+                    self.seen.append(event)
+        return self.seen
+
+    def turn(self, request: EngineRequest) -> tuple[str, Finished]:
+        """Submit and wait for the end: the whole text and the last event."""
+        self.engine.submit(request)
+        return self.result(request.request_id)
+
+    def result(self, request_id: str) -> tuple[str, Finished]:
+        events = self.wait(lambda seen: any(is_last(e, request_id) for e in seen))
+        own = [e for e in events if e.request_id == request_id]
+        last = own[-1]
+        assert isinstance(last, Finished), last
+        return "".join(e.text for e in own if isinstance(e, TextDelta | Finished)), last
+
+    def value(self, name: str) -> float:
+        """A metric without labels."""
+        return self.metrics.registry.get_sample_value(f"latentd_{name}") or 0.0
+
+    def slots(self) -> dict[str, float]:
+        names = ("free", "running", "warm")
+        values = {
+            n: self.metrics.registry.get_sample_value("latentd_slots", {"state": n}) for n in names
+        }
+        return {name: value or 0.0 for name, value in values.items()}
+
+
+def is_last(event: Event, request_id: str) -> bool:
+    return event.request_id == request_id and not isinstance(event, TextDelta)
+
+
+def request(name: str, num_prompt: int = 7, **changes: Any) -> EngineRequest:
+    prompt = tuple((i * 37 + len(name)) % 299 + 1 for i in range(num_prompt))
+    base = EngineRequest(
+        name, Fresh(), Continuation(), prompt, 12, SamplingParams(seed=5), ignore_eos=True
+    )
+    return replace(base, **changes)
