@@ -1,0 +1,222 @@
+"""Which states are kept, who waits for whom, and that what is remembered is bounded."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.sampling import SamplingParams
+from model.tokenizer import train
+from server.engine import prefixes
+from server.engine.messages import Continuation, EngineRequest, Fresh
+from server.engine.prefixes import SharedPrefixes, chain
+from server.engine.sequence import Sequence
+
+CHUNK, STATE_BYTES = 4, 100
+WORDS = train(["words"], 260, ["<|endoftext|>"])
+REQUEST = EngineRequest("", Fresh(), Continuation(), (), 5, SamplingParams())
+
+
+def sequence(*chunks: int, tail: int = 1) -> Sequence:
+    """A prompt of whole chunks, each of one token, and a tail that is not a whole one."""
+    ids = (*(token for token in chunks for _ in range(CHUNK)), *(0,) * tail)
+    return Sequence(replace(REQUEST, token_ids=ids), WORDS, 0.0)
+
+
+def shared(num_states: int = 10) -> SharedPrefixes[str]:
+    return SharedPrefixes(num_states * STATE_BYTES, STATE_BYTES, CHUNK)
+
+
+def read_all(states: SharedPrefixes[str], reading: Sequence) -> list[Sequence]:
+    """Read to the end, keeping what is to be kept; those that need not wait any more."""
+    ready = []
+    while not reading.is_read:
+        reading.take(reading.num_to_stop)
+        if reading.num_read in reading.keep_at:
+            ready += states.keep(reading, f"state {reading.num_read}")
+    assert states.leave(reading) == []
+    return ready
+
+
+def test_a_digest_names_all_tokens_before_it() -> None:
+    ids = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    whole = chain(ids, CHUNK)
+    assert len(whole) == 2
+    assert chain(ids[:8], CHUNK) == whole
+    assert chain(ids[:7], CHUNK) == whole[:1]
+    assert chain([0, *ids[1:]], CHUNK)[1] != whole[1]
+    assert chain(ids[4:], CHUNK)[0] != whole[1]
+    assert chain([256 * 256], 1) != chain([1], 1) != chain([256], 1)
+    assert chain(ids[:3], CHUNK) == ()
+
+
+def test_a_prompt_goes_on_from_the_last_chunk_of_an_earlier_one() -> None:
+    states = shared()
+    first = sequence(1, 2, 3, tail=2)
+    assert states.begin(first) is None
+    assert first.keep_at == {12}
+    read_all(states, first)
+    for later in (sequence(1, 2, 3), sequence(1, 2, 3, 4), sequence(1, 2, 3, 9, 9)):
+        assert states.begin(later) == "state 12"
+        assert (later.num_read, later.cached_tokens) == (12, 12)
+        read_all(states, later)
+    other = sequence(2, 2, 3)
+    assert states.begin(other) is None
+    assert other.cached_tokens == 0
+
+
+def test_the_last_token_is_never_in_a_kept_state() -> None:
+    states = shared()
+    first = sequence(1, 2, tail=0)
+    states.begin(first)
+    assert first.keep_at == {4}
+
+
+def test_where_prompts_part_a_state_is_kept_from_the_second_on() -> None:
+    states = shared()
+    for prompt in (sequence(1, 2, 3, 4), sequence(1, 2, 5, 6)):
+        assert states.begin(prompt) is None
+        read_all(states, prompt)
+    assert prompt.keep_at == {8, 16}
+    third = sequence(1, 2, 7)
+    assert states.begin(third) == "state 8"
+    assert third.keep_at == {12}
+
+
+def test_the_least_recently_used_state_goes_first() -> None:
+    states = shared(2)
+    for prompt in (sequence(1), sequence(2)):
+        states.begin(prompt)
+        read_all(states, prompt)
+    assert states.num_bytes == 2 * STATE_BYTES
+    assert states.begin(sequence(1, 9)) is not None
+    third = sequence(3)
+    states.begin(third)
+    read_all(states, third)
+    assert states.num_bytes == 2 * STATE_BYTES
+    assert states.begin(sequence(1, 8)) is not None
+    assert states.begin(sequence(2, 8)) is None
+
+
+@pytest.mark.parametrize("capacity", [0, STATE_BYTES - 1])
+def test_without_room_for_a_state_nothing_is_kept_or_waited_for(capacity: int) -> None:
+    states = SharedPrefixes[str](capacity, STATE_BYTES, CHUNK)
+    for prompt in (sequence(1), sequence(1)):
+        assert states.begin(prompt) is None
+        assert not prompt.keep_at
+        assert prompt.waits_for is None
+    assert states.leave(prompt) == []
+
+
+def test_what_was_seen_is_bounded_and_its_beginning_is_forgotten_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefixes, "MOST_SEEN", 3)
+    states = shared()
+    for prompt in (sequence(1, 2, 3), sequence(4)):
+        states.begin(prompt)
+        states.leave(prompt)
+    assert len(states._seen) == 3
+    parting = sequence(1, 2, 3, 9)
+    states.begin(parting)
+    assert parting.keep_at == {8, 16}
+
+
+def test_others_wait_for_the_one_that_reads_the_same() -> None:
+    states = shared()
+    reader, same, parts, other = (
+        sequence(1, 2, 3),
+        sequence(1, 2, 3, tail=2),
+        sequence(1, 2, 9, 9),
+        sequence(5, 2, 3),
+    )
+    for prompt in (reader, same, parts, other):
+        assert states.begin(prompt) is None
+    assert (same.waits_for, same.waits_until) == (reader, 12)
+    assert (parts.waits_for, parts.waits_until) == (reader, 8)
+    assert other.waits_for is None
+    assert reader.keep_at == {8, 12}
+    reader.take(8)
+    assert states.keep(reader, "state 8") == [parts]
+    assert (parts.waits_for, parts.num_read) == (None, 8)
+    assert same.waits_for is reader
+    late = sequence(1, 2, 4)
+    assert states.begin(late) == "state 8"
+    deep = sequence(1, 2, 9, 9, 9)
+    states.begin(deep)
+    assert deep.waits_for is parts
+    assert read_all(states, reader) == [same]
+
+
+def test_nobody_waits_for_what_the_reader_has_passed() -> None:
+    states = shared()
+    reader, late = sequence(1, 2, 3, 4), sequence(1, 2, 9)
+    states.begin(reader)
+    reader.take(12)
+    states.begin(late)
+    assert late.waits_for is None
+    assert late.keep_at == {8, 12}
+    after = sequence(1, 2, 8)
+    states.begin(after)
+    assert after.waits_for is late
+
+
+def test_those_who_waited_for_one_that_left_begin_again() -> None:
+    states = shared()
+    reader, second, third = sequence(1, 2, 3), sequence(1, 2, 3), sequence(1, 2, 3)
+    for prompt in (reader, second, third):
+        states.begin(prompt)
+    reader.take(4)
+    orphans = states.leave(reader)
+    assert orphans == [second, third]
+    for orphan in orphans:
+        assert states.begin(orphan) is None
+    assert second.waits_for is None
+    assert third.waits_for is second
+    assert states.leave(third) == []
+    assert read_all(states, second) == []
+
+
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 1), max_size=5), min_size=1, max_size=8),
+    moves=st.lists(st.tuples(st.sampled_from(["read", "leave"]), st.integers(0, 7)), max_size=40),
+    num_states=st.integers(1, 3),
+)
+def test_whatever_happens_there_is_always_one_that_reads(
+    prompts: list[list[int]], moves: list[tuple[str, int]], num_states: int
+) -> None:
+    states = shared(num_states)
+    running = [sequence(*chunks) for chunks in prompts]
+    for prompt in running:
+        states.begin(prompt)
+
+    def leave(prompt: Sequence) -> None:
+        running.remove(prompt)
+        for orphan in states.leave(prompt):
+            states.begin(orphan)
+
+    for move, place in [*moves, *[("read", 0)] * 100]:
+        able = [prompt for prompt in running if prompt.waits_for is None]
+        if not running:
+            break
+        assert able
+        for waiting in running:
+            if waiting.waits_for is not None:
+                assert waiting.waits_for in running
+                assert waiting.num_read < waiting.waits_until
+                assert waiting.waits_for.num_read < waiting.waits_until
+                assert waiting.waits_until in waiting.waits_for.keep_at
+        if move == "leave":
+            leave(running[place % len(running)])
+            continue
+        chosen = able[place % len(able)]
+        chosen.take(chosen.num_to_stop)
+        if chosen.num_read in chosen.keep_at:
+            states.keep(chosen, "")
+        for done in [prompt for prompt in running if prompt.is_read]:
+            leave(done)
+        assert states.num_bytes <= num_states * STATE_BYTES
+    assert not running
+    assert not states._readers
+    assert not states._followers

@@ -1,0 +1,176 @@
+"""States of common beginnings on the tiny real network: same bits, read once."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.checkpoint import Checkpoint
+from server.engine.messages import DeadlinePassed, EngineRequest, Finished, Warm
+from tests.server.engine.driver import LIMITS, Driver, request
+
+ROOM = 64 << 20
+SYSTEM = tuple(i * 31 % 299 + 1 for i in range(1000))
+
+
+@pytest.fixture
+def sharing(checkpoint: Checkpoint) -> Iterator[Driver]:
+    made = Driver(checkpoint, replace(LIMITS, max_running=32, prefix_cache_bytes=ROOM))
+    yield made
+    made.engine.stop()
+
+
+def tokens_read(driver: Driver) -> float:
+    return driver.value("prompt_tokens_total") - driver.value("prefix_cached_tokens_total")
+
+
+def after(name: str, prompt: tuple[int, ...], **changes: Any) -> EngineRequest:
+    return request(name, token_ids=prompt, keep_state=True, **changes)
+
+
+def end(driver: Driver, asked: EngineRequest) -> tuple[object, ...]:
+    """All that a turn says and leaves."""
+    driver.engine.submit(asked)
+    return told(driver, asked)
+
+
+def told(driver: Driver, asked: EngineRequest) -> tuple[object, ...]:
+    text, last = driver.result(asked.request_id)
+    return text, last.state, last.continuation
+
+
+def test_a_prompt_is_read_once_and_its_turn_is_the_same(driver: Driver, sharing: Driver) -> None:
+    expected = end(driver, after("first", SYSTEM))
+    assert end(sharing, after("first", SYSTEM)) == expected
+    assert end(sharing, after("again", SYSTEM)) == expected
+    assert sharing.result("first")[1].cached_tokens == 0
+    assert sharing.result("again")[1].cached_tokens == 960
+    assert sharing.value("prefix_cache_hits_total") == 1
+    assert tokens_read(sharing) == 1000 + 40
+
+
+def test_many_at_once_read_a_common_beginning_once(driver: Driver, sharing: Driver) -> None:
+    asked = [after(f"client-{i:02}", (*SYSTEM, *range(1, i + 2))) for i in range(32)]
+    sharing.engine.submit(*asked)
+    for each in asked:
+        assert told(sharing, each) == end(driver, each)
+    rest = sum(len(each.token_ids) - 960 for each in asked)
+    # Tails that go on beyond the common chunks share those, too.
+    assert 960 < tokens_read(sharing) <= 960 + rest
+    assert sharing.value("prefix_cache_hits_total") == 31
+
+
+def test_waiting_for_a_beginning_goes_on_when_its_reader_is_cancelled(
+    driver: Driver, sharing: Driver
+) -> None:
+    long = tuple(i * 17 % 299 + 1 for i in range(20_000))
+    others = [after(f"other-{i}", (*long[:6000], i + 1, 7)) for i in range(3)]
+    sharing.engine.submit(after("reader", long), *others)
+    sharing.engine.cancel("reader")
+    for each in others:
+        assert told(sharing, each) == end(driver, each)
+    assert sharing.value("prefix_cache_hits_total") == 2
+
+
+def test_waiting_for_a_beginning_goes_on_when_its_reader_is_late(sharing: Driver) -> None:
+    reader = after("reader", (*SYSTEM, 5), deadline=0.0)
+    sharing.engine.submit(reader, after("other", (*SYSTEM, 6)))
+    assert sharing.result("other")[1].num_generated == 12
+    assert DeadlinePassed("reader") in sharing.seen
+
+
+def test_a_step_that_fails_ends_those_who_wait_too(
+    sharing: Driver, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    asked = [after(f"x{i}", SYSTEM) for i in range(4)]
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.network, "prefill", broken)
+        sharing.engine.submit(*asked)
+        sharing.wait(lambda seen: len(seen) == 4)
+    assert not [event for event in sharing.seen if isinstance(event, Finished)]
+    again = [replace(each, request_id=f"again-{i}") for i, each in enumerate(asked)]
+    sharing.engine.submit(*again)
+    assert len({sharing.result(each.request_id)[0] for each in again}) == 1
+    assert tokens_read(sharing) == 1000 + 3 * 40
+
+
+def test_a_session_begins_from_a_shared_state_and_never_goes_back_to_one(sharing: Driver) -> None:
+    end(sharing, after("first", SYSTEM))
+    hits = sharing.value("prefix_cache_hits_total")
+    _, last = sharing.turn(after("turn", SYSTEM))
+    assert sharing.value("prefix_cache_hits_total") == hits + 1
+    assert last.warm is not None
+    assert last.continuation is not None
+    second = after("second", SYSTEM, source=Warm(last.warm), continuation=last.continuation)
+    assert sharing.turn(second)[1].cached_tokens == 0
+
+
+def test_the_bytes_kept_are_bounded_and_reported(checkpoint: Checkpoint) -> None:
+    state_bytes = checkpoint.network.state_spec.num_bytes
+    driver = Driver(checkpoint, replace(LIMITS, prefix_cache_bytes=3 * state_bytes + 1))
+    for i in range(5):
+        driver.turn(after(f"r{i}", (i + 1, *SYSTEM[:200]), max_tokens=1))
+        assert driver.value("prefix_cache_bytes") == min(i + 1, 3) * state_bytes
+    driver.engine.stop()
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint: Checkpoint) -> Iterator[Driver]:
+    made = Driver(checkpoint, replace(LIMITS, warm_sessions=0))
+    yield made
+    made.engine.stop()
+
+
+EXPECTED: dict[tuple[int, ...], tuple[object, ...]] = {}
+"""Turns without a cache, by prompt."""
+
+PROMPTS = st.lists(
+    st.tuples(st.lists(st.integers(1, 2), max_size=5), st.integers(1, 80)), min_size=1, max_size=7
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.lists(PROMPTS, min_size=1, max_size=2),
+    num_states=st.integers(0, 4),
+    budgets=st.tuples(st.integers(1, 3), st.integers(1, 8)),
+    cancelled=st.sets(st.integers(0, 6)),
+)
+def test_any_company_cache_and_budget_give_the_same_turns(
+    plain: Driver,
+    checkpoint: Checkpoint,
+    groups: list[list[tuple[list[int], int]]],
+    num_states: int,
+    budgets: tuple[int, int],
+    cancelled: set[int],
+) -> None:
+    """Prompts of few different chunks, so that they share and part everywhere."""
+    state_bytes = checkpoint.network.state_spec.num_bytes
+    limits = replace(
+        LIMITS,
+        prefill_tokens_while_decoding=64 * budgets[0],
+        prefill_chunk_tokens=64 * budgets[1],
+        prefix_cache_bytes=num_states * state_bytes,
+        warm_sessions=0,
+    )
+    driver = Driver(checkpoint, limits)
+    for number, group in enumerate(groups):
+        asked = []
+        for i, (chunks, tail) in enumerate(group):
+            prompt = (*(t for chunk in chunks for t in range(chunk, chunk + 64)), *range(tail))
+            asked.append(after(f"{number}-{i}", prompt, max_tokens=3))
+        driver.engine.submit(*asked)
+        for i in cancelled:
+            driver.engine.cancel(f"{number}-{i}")
+        for each in [each for i, each in enumerate(asked) if i not in cancelled]:
+            if each.token_ids not in EXPECTED:
+                name = f"plain-{len(EXPECTED)}"
+                EXPECTED[each.token_ids] = end(plain, replace(each, request_id=name))
+            assert told(driver, each) == EXPECTED[each.token_ids]
+    driver.engine.stop()
