@@ -92,6 +92,11 @@ WRONG: list[tuple[str, Any]] = [
     ("keepalive_s", "0"),
     ("keepalive_s", "nan"),
     ("drain_timeout_s", "inf"),
+    ("request_timeout_s", "0"),
+    ("request_timeout_s", "inf"),
+    ("max_waiting_tokens", "0"),
+    ("prefill_tokens_while_decoding", "0"),
+    ("prefix_cache_bytes", "-1"),
     ("drain_timeout_s", "-1"),
 ]
 

@@ -117,6 +117,23 @@ def test_explicit_nulls_mean_the_defaults(client: httpx.Client) -> None:
     assert complete(client, max_tokens=None)["usage"]["completion_tokens"] == 16
 
 
+def test_usage_tells_what_of_a_prompt_was_read_before(client: httpx.Client) -> None:
+    prompt = [i % 299 + 1 for i in range(200)]
+
+    def cached(**changes: object) -> int:
+        usage = complete(client, **changes)["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    text = text_of(client, prompt=prompt, max_tokens=5)
+    assert text_of(client, prompt=prompt, max_tokens=5) == text
+    assert cached(prompt=prompt, n=3) == 192
+    assert cached(prompt=[prompt, prompt[::-1]], n=2) == 192  # the second is read, though once
+    assert cached(prompt=[prompt, [*prompt[::-1], 3]]) == 384
+    options = {"include_usage": True}
+    *_, (_, last), _ = stream(client, prompt=prompt, stream_options=options)
+    assert last["usage"]["prompt_tokens_details"]["cached_tokens"] == 192
+
+
 def test_a_long_wait_is_filled_with_comments(server: LiveServer) -> None:
     others = {"prompt": ["the"] * 32, "max_tokens": 2000, "ignore_eos": True, "stream": True}
     body = BODY | {"stream": True, "max_tokens": 1}

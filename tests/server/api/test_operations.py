@@ -5,31 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.api.calls import complete, stream
 from tests.server.live import LiveServer
-
-METRICS = {
-    "time_to_first_token_seconds",
-    "inter_token_latency_seconds",
-    "request_duration_seconds",
-    "queue_time_seconds",
-    "prefill_time_seconds",
-    "step_duration_seconds",
-    "requests",
-    "prompt_tokens",
-    "generation_tokens",
-    "resumed_tokens",
-    "admission_rejections",
-    "session_evictions",
-    "requests_running",
-    "requests_waiting",
-    "batch_size",
-    "slots",
-    "sessions",
-    "session_state_bytes",
-    "session_bytes",
-    "session_commit_seconds",
-    "session_load_seconds",
-    "model_info",
-}
+from tests.server.test_metrics import DESIGN
 
 
 def sample(client: httpx.Client, name: str, **labels: str) -> float:
@@ -57,7 +33,8 @@ def test_health(client: httpx.Client) -> None:
 def test_every_metric_of_the_design_is_there(client: httpx.Client) -> None:
     families = list(text_string_to_metric_families(client.get("/metrics").text))
     names = {family.name.removeprefix("latentd_") for family in families}
-    assert names >= METRICS | {"process_resident_memory_bytes"}
+    assert names >= {name.removesuffix("_total") for name in DESIGN}
+    assert "process_resident_memory_bytes" in names
     per_session = [f for f in families for s in f.samples if "session_id" in s.labels]
     assert not per_session
 
@@ -95,5 +72,12 @@ def test_outcomes_are_counted(client: httpx.Client, server: LiveServer) -> None:
 
 
 def test_the_schema_is_served(client: httpx.Client) -> None:
-    paths = client.get("/openapi.json").json()["paths"]
+    schema = client.get("/openapi.json").json()
+    paths, models = schema["paths"], schema["components"]["schemas"]
     assert {"/v1/completions", "/v1/sessions", "/v1/sessions/{session_id}"} <= paths.keys()
+    assert "504" in paths["/v1/completions"]["post"]["responses"]
+    for model, field in (
+        ("CompletionRequest", "timeout"),
+        ("PromptTokensDetails", "cached_tokens"),
+    ):
+        assert models[model]["properties"][field]["description"]

@@ -10,10 +10,12 @@ from model.checkpoint import Checkpoint
 from model.sampling import SamplingParams
 from server.engine.messages import (
     Continuation,
+    DeadlinePassed,
     EngineRequest,
     Failed,
     Parked,
     StateMissing,
+    TextDelta,
     Warm,
 )
 from server.errors import Overloaded
@@ -242,3 +244,48 @@ def test_a_reused_row_does_not_show_the_former_state(driver: Driver) -> None:
     for i in range(12):
         driver.turn(request(f"fill-{i}", 30, keep_state=True))
     assert driver.turn(replace(asked, request_id="later"))[0] == expected
+
+
+def test_a_deadline_ends_a_turn_in_every_phase(driver: Driver) -> None:
+    idle = driver.slots()
+    late = {
+        "decodes": request("decodes", 5, max_tokens=10**9),
+        "reads": request("reads", 90_000),
+        "queued": request("queued", 5),
+        "over": request("over", 5, deadline=0.0),
+    }
+    others = [request(f"other-{i}", 5, max_tokens=10**9) for i in range(2)]
+    driver.engine.submit(*others)
+    driver.wait(lambda seen: {event.request_id for event in seen} == {"other-0", "other-1"})
+    soon = time.monotonic() + 0.3
+    for each in late.values():
+        driver.engine.submit(replace(each, deadline=each.deadline or soon))
+    seen = driver.wait(lambda seen: {DeadlinePassed(name) for name in late} <= {*seen})
+    assert "reads" not in {e.request_id for e in seen if isinstance(e, TextDelta)}
+    assert len([e for e in seen if isinstance(e, DeadlinePassed)]) == len(late)
+    assert driver.slots()["running"] == 2
+    for other in others:
+        driver.engine.cancel(other.request_id)
+    _, last = driver.turn(request("in time", deadline=time.monotonic() + 1000))
+    assert last.num_generated == 12
+    assert driver.slots() == idle
+
+
+def test_a_waiting_turn_that_ends_leaves_no_warm_row_behind(driver: Driver) -> None:
+    for number, end in enumerate(("cancelled", "late")):
+        _, last = driver.turn(replace(request("kept"), request_id=f"k{number}", keep_state=True))
+        blockers = [request(f"{end}-{i}", 3, max_tokens=10**9) for i in range(4)]
+        driver.engine.submit(*blockers)
+        names = {blocker.request_id for blocker in blockers}
+        driver.wait(lambda seen, names=names: {e.request_id for e in seen} >= names)  # type: ignore[misc]
+        deadline = time.monotonic() + 0.2 if end == "late" else None
+        source = Warm(last.warm or "")
+        driver.engine.submit(replace(request(end), source=source, deadline=deadline))
+        if end == "cancelled":
+            driver.engine.cancel(end)
+        else:
+            driver.wait(lambda seen: DeadlinePassed("late") in seen)
+        for blocker in blockers:
+            driver.engine.cancel(blocker.request_id)
+        driver.turn(request(f"after {end}"))
+        assert driver.slots()["warm"] == 0

@@ -1,0 +1,106 @@
+"""Deadlines and bounds of the queue over HTTP."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.api.calls import BODY, complete, stream, text_of
+from tests.server.api.test_operations import sample
+from tests.server.live import LiveServer, live_server, tiny_settings
+
+ENDLESS: dict[str, Any] = BODY | {"max_tokens": 60_000}
+
+
+@pytest.fixture(scope="module")
+def strict(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server with a timeout of its own, one row, and few tokens in its queue."""
+    settings = tiny_settings(
+        tiny_checkpoint,
+        tmp_path_factory.mktemp("strict"),
+        max_running=1,
+        max_waiting_tokens=50,
+        request_timeout_s=2.0,
+    )
+    with live_server(settings) as running:
+        yield running
+
+
+def check_late(error: dict[str, str]) -> None:
+    assert (error["code"], error["type"]) == ("deadline_exceeded", "timeout_error")
+    assert "seconds" in error["message"]
+
+
+def test_a_late_answer_is_an_error_that_is_not_to_be_repeated(
+    client: httpx.Client, server: LiveServer
+) -> None:
+    labels = {"endpoint": "/v1/completions", "outcome": "deadline_exceeded"}
+    before = sample(client, "requests_total", **labels)
+    late = client.post("/v1/completions", json=ENDLESS | {"timeout": 0.2})
+    assert late.status_code == 504
+    assert late.headers["x-should-retry"] == "false"
+    check_late(late.json()["error"])
+    events = stream(client, max_tokens=60_000, timeout=0.2, n=3)
+    check_late(events[-2][1]["error"])
+    assert events[-1][1] == "[DONE]"
+    assert len(events) > 3
+    server.wait_until_idle()
+    assert sample(client, "requests_total", **labels) == before + 2
+
+
+def test_an_answer_in_time_is_as_without_a_timeout(client: httpx.Client) -> None:
+    assert text_of(client, timeout=1000) == text_of(client, timeout=None) == text_of(client)
+
+
+def test_a_late_turn_leaves_the_session_as_it_was(client: httpx.Client, session_id: str) -> None:
+    twin = client.post("/v1/sessions").json()["id"]
+    for each in (session_id, twin):
+        complete(client, session_id=each)
+    before = client.get(f"/v1/sessions/{session_id}").json()
+    turn = ENDLESS | {"session_id": session_id, "timeout": 0.2}
+    assert client.post("/v1/completions", json=turn).status_code == 504
+    check_late(stream(client, **turn)[-2][1]["error"])
+    after = client.get(f"/v1/sessions/{session_id}").json()
+    assert after | {"tier": before["tier"]} == before
+    expected = text_of(client, session_id=twin, prompt=" sat")
+    assert text_of(client, session_id=session_id, prompt=" sat") == expected
+
+
+def test_the_servers_timeout_is_the_default_and_the_most(strict: LiveServer) -> None:
+    with strict.client() as client:
+        check_late(client.post("/v1/completions", json=ENDLESS).json()["error"])
+        check_late(client.post("/v1/completions", json=ENDLESS | {"timeout": 0.2}).json()["error"])
+        refused = client.post("/v1/completions", json=BODY | {"timeout": 2.5})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "timeout"
+
+
+def test_a_waiting_request_is_told_while_the_queue_stands(strict: LiveServer) -> None:
+    with strict.client() as busy, strict.client() as client:
+        body = ENDLESS | {"stream": True}
+        with busy.stream("POST", "/v1/completions", json=body) as running:
+            lines = running.iter_lines()
+            next(lines)
+            late = client.post("/v1/completions", json=BODY | {"timeout": 0.1})
+            check_late(late.json()["error"])
+            assert not [line for line in (next(lines) for _ in range(5)) if "error" in line]
+    strict.wait_until_idle()
+
+
+def test_tokens_that_wait_are_bounded(strict: LiveServer) -> None:
+    with strict.client() as busy, strict.client() as client:
+        body = ENDLESS | {"stream": True, "prompt": [1]}
+        with busy.stream("POST", "/v1/completions", json=body) as running:
+            next(running.iter_lines())
+            with busy.stream("POST", "/v1/completions", json=body | {"prompt": [1] * 40}) as queued:
+                assert queued.status_code == 200
+                refused = client.post("/v1/completions", json=BODY | {"prompt": [1] * 11})
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "queue_tokens_full"
+        assert refused.headers["Retry-After"] == "1"
+        assert sample(client, "admission_rejections_total", reason="queue_tokens_full") == 1
+        never = client.post("/v1/completions", json=BODY | {"prompt": [1] * 26, "n": 2})
+        assert (never.status_code, never.json()["error"]["param"]) == (400, "prompt")
+    strict.wait_until_idle()
