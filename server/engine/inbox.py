@@ -45,12 +45,10 @@ class Inbox:
     def empty(self) -> bool:
         return self._messages.empty()
 
-    def wait(self) -> Message:
-        """The next message, when there is one."""
-        return self._messages.get()
-
-    def take(self) -> Iterator[Message]:
-        """The messages that are there."""
+    def take(self, *, wait: bool) -> Iterator[Message]:
+        """The messages that are there; if there are none and so asked, the next one first."""
+        if wait:
+            yield self._messages.get()
         with suppress(queue.Empty):
             while True:
                 yield self._messages.get_nowait()

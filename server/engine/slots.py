@@ -81,6 +81,12 @@ class Slots:
         self._owner[self._row.pop(owner)] = None
         self._warm.pop(owner, None)
 
+    def release_active(self) -> None:
+        """Free the rows of all sequences; warm states stay."""
+        for owner in [owner for owner in self._row if owner not in self._warm]:
+            self.release(owner)
+        self.num_decoding = 0
+
     def is_warm(self, name: str) -> bool:
         return name in self._warm
 

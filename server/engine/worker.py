@@ -63,6 +63,9 @@ class Worker:
             self._network, self._pool, self._slots, limits.prefix_cache_bytes, metrics
         )
         self._events: list[Event | Evicted] = []
+        self._open: dict[str, None] = {}
+        """Requests that have not been told their end, oldest first."""
+
         self._num_warm_names = 0
         self._stopping = False
 
@@ -70,8 +73,10 @@ class Worker:
         """Work until told to stop; sleep while there is nothing to do."""
         self._report_slots()
         while not self._stopping:
-            self._receive()
+            if self._scheduler.idle:
+                self._slots.check()
             try:
+                self._receive()
                 self._expire()
                 self._admit()
                 self._finish_reading()
@@ -89,22 +94,23 @@ class Worker:
             self._decode(plan)
 
     def _receive(self) -> None:
-        if self._scheduler.idle and self._inbox.empty:
-            self._slots.check()
+        idle = self._scheduler.idle
+        if idle and self._inbox.empty:
             self._report_slots()
-            self._handle(self._inbox.wait())
-        for message in self._inbox.take():
+        for message in self._inbox.take(wait=idle):
             self._handle(message)
 
     def _handle(self, message: Message) -> None:
         match message:
             case Submit(request, at):
+                self._open[request.request_id] = None
                 try:
                     self._scheduler.add(Sequence(request, self._tokenizer, at))
                 except ValueError as error:
                     self._inbox.waits_no_more(request)
-                    self._events.append(Failed(request.request_id, str(error)))
+                    self._end(Failed(request.request_id, str(error)))
             case Cancel(request_id):
+                self._open.pop(request_id, None)
                 sequence = self._scheduler.find(request_id)
                 if sequence is not None:
                     self._drop(sequence)
@@ -117,7 +123,7 @@ class Worker:
     def _expire(self) -> None:
         for sequence in self._scheduler.expired(time.monotonic()):
             self._drop(sequence)
-            self._events.append(DeadlinePassed(sequence.request.request_id))
+            self._end(DeadlinePassed(sequence.request.request_id))
 
     def _admit(self) -> None:
         while (sequence := self._scheduler.admit()) is not None:
@@ -130,11 +136,11 @@ class Worker:
                 placed = self._place(sequence)
             except ValueError as error:
                 self._drop(sequence)
-                self._events.append(Failed(request.request_id, str(error)))
+                self._end(Failed(request.request_id, str(error)))
                 continue
             if not placed:
                 self._scheduler.reading.remove(sequence)
-                self._events.append(StateMissing(request.request_id))
+                self._end(StateMissing(request.request_id))
         self._events.extend(map(Evicted, self._slots.take_evicted()))
         self._metrics.requests_waiting.set(len(self._scheduler.waiting))
 
@@ -162,7 +168,7 @@ class Worker:
             if request.max_tokens == 0:
                 self._finish(sequence, "length")
             elif not sequence.unread:
-                self._events.append(Failed(request.request_id, "there is no token to read"))
+                self._end(Failed(request.request_id, "there is no token to read"))
                 self._slots.release(request.request_id)
             else:
                 self._pool.swap(*self._slots.begin_decoding(request.request_id))
@@ -229,7 +235,7 @@ class Worker:
             slots.keep_warm(owner, warm)
         else:
             slots.release(owner)
-        self._events.append(
+        self._end(
             Finished(
                 request_id=owner,
                 text=sequence.flush(),
@@ -270,23 +276,24 @@ class Worker:
             decoding[a] = decoding.pop(b)
 
     def _fail_all(self, message: str) -> None:
-        """After an error in a step nobody knows which states are whole: end every sequence.
+        """After an error in a step nobody knows which states are whole: end every request.
 
         Touches no state, since the device may be what failed.
         """
-        scheduler, slots = self._scheduler, self._slots
-        ended = list(scheduler.sequences())
+        scheduler = self._scheduler
         for sequence in scheduler.waiting:
             self._inbox.waits_no_more(sequence.request)
-        for sequence in scheduler.decoding.values():
-            slots.end_decoding(sequence.request.request_id)
-        for sequence in (*scheduler.reading, *scheduler.decoding.values()):
-            slots.release(sequence.request.request_id)
-        scheduler.waiting.clear()
-        scheduler.reading.clear()
-        scheduler.decoding.clear()
+        for phase in (scheduler.waiting, scheduler.reading, scheduler.decoding):
+            phase.clear()
+        self._slots.release_active()
         self._reader.forget()
-        self._events.extend(Failed(s.request.request_id, message) for s in ended)
+        for request_id in list(self._open):
+            self._end(Failed(request_id, message))
+
+    def _end(self, event: Finished | Failed | DeadlinePassed | StateMissing) -> None:
+        """Tell a request's last event."""
+        self._open.pop(event.request_id, None)
+        self._events.append(event)
 
     def _row(self, sequence: Sequence) -> int:
         return self._slots.row(sequence.request.request_id)

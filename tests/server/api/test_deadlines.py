@@ -93,7 +93,8 @@ def test_tokens_that_wait_are_bounded(strict: LiveServer) -> None:
     with strict.client() as busy, strict.client() as client:
         body = ENDLESS | {"stream": True, "prompt": [1]}
         with busy.stream("POST", "/v1/completions", json=body) as running:
-            next(running.iter_lines())
+            lines = running.iter_lines()  # kept: without it the client would hang up
+            next(lines)
             with busy.stream("POST", "/v1/completions", json=body | {"prompt": [1] * 40}) as queued:
                 assert queued.status_code == 200
                 refused = client.post("/v1/completions", json=BODY | {"prompt": [1] * 11})

@@ -8,11 +8,13 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.sampling import SamplingParams
+from model.state import StatePool
 from server.engine.messages import (
     Continuation,
     DeadlinePassed,
     EngineRequest,
     Failed,
+    Finished,
     Parked,
     StateMissing,
     TextDelta,
@@ -230,6 +232,28 @@ def test_an_error_in_a_step_ends_the_turns_and_not_the_engine(
     assert driver.slots()["running"] == 0
 
 
+@pytest.mark.parametrize("broken", ["export_row", "swap", "reset"])
+def test_an_error_between_two_phases_is_told_too(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    asked = [request(f"x{i}", 5, keep_state=True) for i in range(6)]
+    with monkeypatch.context() as patched:
+        patched.setattr(StatePool, broken, fail)
+        driver.engine.submit(*asked)
+        seen = driver.wait(
+            lambda seen: (
+                {e.request_id for e in seen if isinstance(e, Failed)}
+                == {each.request_id for each in asked}
+            )
+        )
+    assert not [event for event in seen if isinstance(event, Finished)]
+    driver.turn(request("y"))
+    assert driver.slots()["running"] == 0
+
+
 def test_an_idle_engine_uses_no_processor_time(driver: Driver) -> None:
     driver.turn(request("warm up"))
     time.sleep(0.2)
@@ -247,7 +271,6 @@ def test_a_reused_row_does_not_show_the_former_state(driver: Driver) -> None:
 
 
 def test_a_deadline_ends_a_turn_in_every_phase(driver: Driver) -> None:
-    idle = driver.slots()
     late = {
         "decodes": request("decodes", 5, max_tokens=10**9),
         "reads": request("reads", 90_000),
@@ -268,7 +291,7 @@ def test_a_deadline_ends_a_turn_in_every_phase(driver: Driver) -> None:
         driver.engine.cancel(other.request_id)
     _, last = driver.turn(request("in time", deadline=time.monotonic() + 1000))
     assert last.num_generated == 12
-    assert driver.slots() == idle
+    assert driver.slots() == {"free": 6.0, "running": 0.0, "warm": 0.0}
 
 
 def test_a_waiting_turn_that_ends_leaves_no_warm_row_behind(driver: Driver) -> None:

@@ -20,6 +20,20 @@ def test_warm_rows_are_given_up_oldest_first() -> None:
     assert not slots.can_acquire()
 
 
+def test_all_sequences_leave_at_once_and_warm_states_stay() -> None:
+    slots = Slots(4)
+    for name in ("a", "b", "c"):
+        slots.acquire(name)
+        slots.begin_decoding(name)
+    slots.end_decoding("b")
+    slots.keep_warm("b", "warm")
+    row = slots.row("warm")
+    slots.release_active()
+    slots.check()
+    assert (slots.num_free, slots.num_active, slots.num_decoding) == (3, 0, 0)
+    assert slots.row("warm") == row
+
+
 def test_check_finds_a_row_that_is_not_accounted_for() -> None:
     slots = Slots(3)
     slots.acquire("a")
