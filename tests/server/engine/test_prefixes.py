@@ -179,27 +179,36 @@ def test_those_who_waited_for_one_that_left_begin_again() -> None:
 
 
 @given(
-    prompts=st.lists(st.lists(st.integers(0, 1), max_size=5), min_size=1, max_size=8),
-    moves=st.lists(st.tuples(st.sampled_from(["read", "leave"]), st.integers(0, 7)), max_size=40),
+    prompts=st.lists(st.lists(st.integers(0, 1), max_size=5), min_size=1, max_size=12),
+    moves=st.lists(
+        st.tuples(st.sampled_from(["begin", "read", "chunk", "leave"]), st.integers(0, 7)),
+        max_size=60,
+    ),
     num_states=st.integers(1, 3),
 )
 def test_whatever_happens_there_is_always_one_that_reads(
     prompts: list[list[int]], moves: list[tuple[str, int]], num_states: int
 ) -> None:
     states = shared(num_states)
-    running = [sequence(*chunks) for chunks in prompts]
-    for prompt in running:
-        states.begin(prompt)
+    coming, running = [sequence(*chunks) for chunks in prompts], list[Sequence]()
 
     def leave(prompt: Sequence) -> None:
         running.remove(prompt)
         for orphan in states.leave(prompt):
             states.begin(orphan)
 
-    for move, place in [*moves, *[("read", 0)] * 100]:
+    def end_those_that_are_read() -> None:
+        for done in [prompt for prompt in running if prompt.is_read]:
+            leave(done)
+
+    for move, place in [*moves, *[("begin", 0)] * 12, *[("read", 0)] * 200]:
+        if move == "begin" and coming:
+            running.append(coming.pop())
+            states.begin(running[-1])
+            end_those_that_are_read()
         able = [prompt for prompt in running if prompt.waits_for is None]
-        if not running:
-            break
+        if move == "begin" or not running:
+            continue
         assert able
         for waiting in running:
             if waiting.waits_for is not None:
@@ -211,12 +220,12 @@ def test_whatever_happens_there_is_always_one_that_reads(
             leave(running[place % len(running)])
             continue
         chosen = able[place % len(able)]
-        chosen.take(chosen.num_to_stop)
+        chosen.take(CHUNK if move == "chunk" and chosen.num_to_stop > CHUNK else chosen.num_to_stop)
         if chosen.num_read in chosen.keep_at:
             states.keep(chosen, "")
-        for done in [prompt for prompt in running if prompt.is_read]:
-            leave(done)
+        end_those_that_are_read()
         assert states.num_bytes <= num_states * STATE_BYTES
     assert not running
+    assert not coming
     assert not states._readers
     assert not states._followers
