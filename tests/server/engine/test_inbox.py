@@ -1,0 +1,56 @@
+"""What waits is bounded, in requests and in tokens; messages come out as they went in."""
+
+import pytest
+
+from model.sampling import SamplingParams
+from server.engine.inbox import Inbox
+from server.engine.messages import (
+    Cancel,
+    Continuation,
+    EngineRequest,
+    Fresh,
+    Message,
+    Release,
+    Stop,
+    Submit,
+)
+from server.errors import Overloaded
+
+
+def submit(name: str, num_tokens: int) -> Submit:
+    ids = (1,) * num_tokens
+    return Submit(EngineRequest(name, Fresh(), Continuation(), ids, 1, SamplingParams()), 0.0)
+
+
+def test_messages_come_out_in_order_and_only_when_there() -> None:
+    inbox = Inbox(2, 10)
+    assert list(inbox.take(wait=False)) == []
+    messages: list[Message] = [submit("a", 1), Cancel("a"), Release("warm"), Stop()]
+    inbox.submit(submit("a", 1))
+    for message in messages[1:]:
+        inbox.put(message)
+    assert not inbox.empty
+    assert list(inbox.take(wait=True)) == messages
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        ([1, 1, 1], [1], "queue_full"),
+        ([3], [1, 1, 1], "queue_full"),
+        ([6], [2, 3], "queue_tokens_full"),
+    ],
+)
+def test_requests_are_queued_all_or_none(first: list[int], second: list[int], code: str) -> None:
+    inbox = Inbox(3, 10)
+    waiting = [submit(f"a{i}", tokens) for i, tokens in enumerate(first)]
+    refused = [submit(f"b{i}", tokens) for i, tokens in enumerate(second)]
+    inbox.submit(*waiting)
+    with pytest.raises(Overloaded) as caught:
+        inbox.submit(*refused)
+    assert caught.value.code == code
+    assert list(inbox.take(wait=False)) == waiting
+    for message in waiting:
+        inbox.waits_no_more(message.request)
+    inbox.submit(*refused)
+    assert list(inbox.take(wait=False)) == refused
