@@ -2,8 +2,8 @@
 
     python -m loadtest.bench_model
 
-Random weights, the published configuration (124.9 M parameters), float32. Both forms run in turn in
-one process, so what is printed as a ratio does not depend on how busy the machine is.
+Random weights, the published configuration (124.9 M parameters), its weights in each dtype. Both
+forms run in turn in one process, so that a ratio does not depend on how busy the machine is.
 """
 
 import copy
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from model import WeightDtype
 from model.config import ModelConfig
 from model.network import LanguageModel
 
@@ -108,6 +109,48 @@ def product_rate(network: LanguageModel, tokens: int) -> float:
     return 2 * tokens * sum(w.numel() for w in weights) / seconds
 
 
+def measure(
+    dtype: WeightDtype, network: LanguageModel, prompt_tokens: int, rounds: int, *, compare: bool
+) -> None:
+    """Print what the network does with its weights in one dtype."""
+    config, served = network.config, copy.deepcopy(network).pack(dtype)
+    ids = torch.randint(config.vocab_sz, (1, prompt_tokens))
+    pool = served.new_pool(max(NUM_SESSIONS))
+
+    def prefill() -> None:
+        served.prefill(ids[:, :-1], [prompt_tokens - 1], pool, [0])
+        served.step(ids[:, -1], pool, [0])
+
+    def against(task: Callable[[], object], theirs: Callable[[], object], times: int) -> float:
+        if not compare:
+            return alternate(times, task)[0]
+        ours, paper = alternate(times, task, theirs)
+        print(f"  log-space form {1e3 * paper:.1f} ms, so {paper / ours:.1f}x:")
+        return ours
+
+    print(f"{dtype}:")
+    ours = against(prefill, lambda: LogSpaceForm(network, 1).prefill(ids), rounds)
+    products = 2 * prompt_tokens * (network.num_parameters - network.embed.weight.numel())
+    print(
+        f"  prefill of {prompt_tokens}: {1e3 * ours:.1f} ms, {prompt_tokens / ours:.0f} tokens/s, "
+        f"{100 * products / ours / product_rate(network, prompt_tokens):.0f}% of float32 products"
+    )
+    single = None
+    for count in NUM_SESSIONS:
+        tokens = torch.randint(config.vocab_sz, (count,))
+        theirs = LogSpaceForm(network, count)
+        step = partial(served.step, tokens, pool, range(count))
+        ours = against(step, partial(theirs.step, tokens), 4 * rounds)
+        single = single or ours
+        print(
+            f"  decode, {count:2} sessions: {1e3 * ours:.1f} ms a step, "
+            f"{count / ours:.1f} tokens/s, {count * single / ours:.1f}x of one"
+        )
+        if count == 1:
+            rate = served.weight_bytes / ours / read_bandwidth()
+            print(f"  weights read at {100 * rate:.0f}% of the bandwidth")
+
+
 def main(
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prefill.")] = 512,
     rounds: Annotated[int, typer.Option(help="Repetitions; medians are shown.")] = 5,
@@ -117,44 +160,12 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    config = ModelConfig()
-    network = LanguageModel(config).requires_grad_(False).eval()
-    served = copy.deepcopy(network).pack()
-    ids = torch.randint(config.vocab_sz, (1, prompt_tokens))
-    rows = max(NUM_SESSIONS)
-    pool = served.new_pool(rows)
+    network = LanguageModel(ModelConfig()).requires_grad_(False).eval()
     print(f"{network.num_parameters:,} parameters, {torch.get_num_threads()} threads")
     print(f"one session: {network.state_spec.num_bytes:,} bytes")
-
-    def prefill() -> None:
-        served.prefill(ids[:, :-1], [prompt_tokens - 1], pool, [0])
-        served.step(ids[:, -1], pool, [0])
-
-    ours, paper = alternate(rounds, prefill, lambda: LogSpaceForm(network, 1).prefill(ids))
-    rate = 2 * prompt_tokens * (network.num_parameters - network.embed.weight.numel()) / ours
-    print(
-        f"prefill of {prompt_tokens}: {1e3 * ours:8.1f} ms, {prompt_tokens / ours:6.0f} tokens/s; "
-        f"log-space form {1e3 * paper:8.1f} ms: {paper / ours:5.1f}x; "
-        f"{100 * rate / product_rate(network, prompt_tokens):.0f}% of plain matrix products"
-    )
-    single = None
-    for count in NUM_SESSIONS:
-        tokens = torch.randint(config.vocab_sz, (count,))
-        theirs = LogSpaceForm(network, count)
-        ours, paper = alternate(
-            4 * rounds,
-            partial(served.step, tokens, pool, range(count)),
-            partial(theirs.step, tokens),
-        )
-        single = single or ours
-        print(
-            f"decode, {count:2} sessions: {1e3 * ours:7.1f} ms a step, "
-            f"{count / ours:6.1f} tokens/s, {count * single / ours:4.1f}x of one; "
-            f"log-space form {1e3 * paper:8.1f} ms: {paper / ours:5.1f}x"
-        )
-        if count == 1:
-            weights = 4 * network.num_parameters / ours
-            print(f"  weights read at {100 * weights / read_bandwidth():.0f}% of the bandwidth")
+    measure("float32", network, prompt_tokens, rounds, compare=True)
+    measure("bfloat16", network, prompt_tokens, rounds, compare=False)
+    measure("int8", network, prompt_tokens, rounds, compare=False)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""The paper's language model in plain torch, with what it takes to train, store and sample it."""
+"""The paper's language model, with what it takes to train, serve, store and sample it."""
 
 from pathlib import Path
+from typing import Literal
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 """Folder of the default checkpoint."""
+
+WeightDtype = Literal["float32", "bfloat16", "int8"]
+"""What the weights of matrix products are kept in; all else is float32."""

@@ -12,8 +12,8 @@ and the whole past fits in a state of fixed size. Inside of the functions, per h
     v      value of a token; with log values, the network gives log v           [d_v]
     H_Z    log sum_i exp(k_i)                     the paper's state, eq. 6      [d_k]
     H_S    log sum_i exp(k_i) v_i                 the paper's state, eq. 6      [d_k, d_v]
-    m      running maximum of k per key channel                                 [d_k]
-    n      running maximum of log v per value channel, only with log values     [d_v]
+    m      running maximum of k per key channel, rounded up to a whole number   [d_k]
+    n      the same of log v per value channel, only with log values            [d_v]
     Z      sum_i exp(k_i - m)                     H_Z = m + log Z               [d_k]
     S      sum_i exp(k_i - m) exp(log v_i - n)    H_S = m + n + log S           [d_k, d_v]
     e      exp(q + m), scaled so that its largest channel is 1; large keys are
@@ -23,13 +23,19 @@ and the whole past fits in a state of fixed size. Inside of the functions, per h
 The state kept here is (m, Z, S, n): sums relative to a running maximum. In exact arithmetic it is
 the paper's (H_Z, H_S); in float32 it is far closer to it than logs of sums are.
 
+Two things keep it close over millions of tokens. Whole maxima: sums are rescaled only when they
+shrink by at least e, so that no error of a factor near 1 is repeated a million times. And beside Z
+and S stand `z_low` and `s_low`, one byte a number: what rounding lost of the sum, in 256ths of its
+last place, given back with the next token. A sum of 10 million terms is as good as one of a few.
+
 Queries, keys and values are `[batch, tokens, heads, d]`, states `[batch, heads, ...]`. With log
 values the argument `v` is log v and the result is log y. A padding token has k = -inf and v = -inf
 (0 with linear values); it leaves the state as it was, and its own output has no meaning.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +66,10 @@ class AttentionState:
     """`[batch, heads, d_k, d_v]`"""
     n: Tensor | None
     """`[batch, heads, d_v]` with log values, None with linear values"""
+    z_low: Tensor | None = None
+    """int8, the shape of z; None where nobody goes on for millions of tokens, as in training."""
+    s_low: Tensor | None = None
+    """int8, the shape of s"""
 
     @staticmethod
     def empty(
@@ -75,8 +85,15 @@ class AttentionState:
 
     def select(self, index: slice | Tensor) -> "AttentionState":
         """Some of the sequences: views for a slice, copies for a tensor of indices."""
-        n = None if self.n is None else self.n[index]
-        return AttentionState(self.m[index], self.z[index], self.s[index], n)
+        return self.map(lambda tensor: tensor[index])
+
+    def map(self, function: Callable[..., Tensor], *others: "AttentionState") -> "AttentionState":
+        """The state of what a function makes of each tensor that all of these states have."""
+        made: dict[str, Any] = {}
+        for field in fields(self):
+            tensors = [getattr(state, field.name) for state in (self, *others)]
+            made[field.name] = None if any(x is None for x in tensors) else function(*tensors)
+        return AttentionState(**made)
 
     def to_paper(self) -> tuple[Tensor, Tensor]:
         """(H_S, H_Z) of eq. 6; -inf where nothing has been summed.
@@ -91,9 +108,9 @@ class AttentionState:
     @staticmethod
     def from_paper(h_s: Tensor, h_z: Tensor) -> "AttentionState":
         """The inverse of `to_paper` with log values: h_s `[..., d_k, d_v]`, h_z `[..., d_k]`."""
-        m = h_z.clamp(min=EMPTY)
+        m = h_z.clamp(min=EMPTY).ceil()
         relative = h_s - m.unsqueeze(-1)
-        n = relative.amax(-2).clamp(min=EMPTY)
+        n = relative.amax(-2).clamp(min=EMPTY).ceil()
         return AttentionState(m, (h_z - m).exp(), (relative - n.unsqueeze(-2)).exp(), n)
 
 
@@ -140,23 +157,48 @@ def step(q: Tensor, k: Tensor, v: Tensor, state: AttentionState) -> Tensor:
     q, k `[batch, heads, d_k]`, v `[batch, heads, d_v]` -> `[batch, heads, d_v]`. Cost and memory do
     not depend on how many tokens the state has seen.
     """
-    m = torch.maximum(state.m, k)
+    m = torch.maximum(state.m, k.ceil())
     kept, weight = (state.m - m).exp_(), (k - m).exp_()
     state.m.copy_(m)
-    state.z.mul_(kept).add_(weight)
     if state.n is None:
-        state.s.mul_(kept.unsqueeze(-1)).addcmul_(weight.unsqueeze(-1), v.unsqueeze(-2))
+        u, kept_s = v, kept.unsqueeze(-1)
     else:
-        n = torch.maximum(state.n, v)
-        kept_v, u = (state.n - n).exp_(), (v - n).exp_()
+        n = torch.maximum(state.n, v.ceil())
+        u, kept_s = (v - n).exp_(), kept.unsqueeze(-1) * (state.n - n).exp_().unsqueeze(-2)
         state.n.copy_(n)
-        state.s.mul_(kept.unsqueeze(-1) * kept_v.unsqueeze(-2))
-        state.s.addcmul_(weight.unsqueeze(-1), u.unsqueeze(-2))
+    added = weight.unsqueeze(-1) * u.unsqueeze(-2)
+    for total, low, keep, add in (
+        (state.z, state.z_low, kept, weight),
+        (state.s, state.s_low, kept_s, added),
+    ):
+        after, lost = _add(total * keep, add, low)
+        total.copy_(after)
+        if low is not None and lost is not None:
+            low.copy_(lost)
     e = q + (m - m.amax(-1, keepdim=True))
     e = (e - e.amax(-1, keepdim=True)).exp_()
     numerator = (e.unsqueeze(-2) @ state.s).squeeze(-2)
     denominator = (e * state.z).sum(-1, keepdim=True)
     return _ratio(numerator, denominator, state.n)
+
+
+def _add(before: Tensor, added: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`before`, plus what is added and what `low` says that it lacks; and what the result lacks.
+
+    The error of a sum of two numbers is a number itself (Dekker 1971).
+    """
+    if low is None:
+        return before + added, None
+    added = added + low * _unit(before)
+    after = before + added
+    lost = (added - (after - before)) / _unit(after)
+    return after, lost.clamp_(-127, 127).round_().to(torch.int8)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """The 256th part of the last place of each number, for numbers above 2^-95."""
+    exponent = (x.view(torch.int32) & 0x7F800000).clamp_(min=0x10000000)
+    return exponent.view(torch.float32) * 2.0**-31
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, n: Tensor | None) -> Tensor:
@@ -176,8 +218,8 @@ def chunked(
     """Many tokens at once as matrix products, from a carried state; differentiable.
 
     Tokens are cut into chunks of 64. Within a chunk every exponential is relative to one reference
-    per channel, the running maximum at the chunk's end. Where keys or log-values rise by more
-    within a chunk than float32 can hold, sums come out below `SMALLEST`; such a sequence is
+    per channel, the running maximum at the chunk's end, rounded up. Where keys or log-values rise
+    by more within a chunk than float32 can hold, sums come out below `SMALLEST`; such a sequence is
     computed again in halves, down to single tokens. Memory is linear in the number of tokens.
 
     On one CPU thread, a call for many tokens and several calls for multiples of 64 of them give the
@@ -244,9 +286,10 @@ def _sum(k: Tensor, v: Tensor, state: AttentionState, size: int) -> _Sums:
         n, kept_n = _references(v.detach(), state.n)
         u = (v - n.unsqueeze(3)).exp()
         kept = kept_m.unsqueeze(-1) * kept_n.unsqueeze(-2)
-    z, end_z = _carry(a.sum(3), kept_m, state.z)
-    s, end_s = _carry(a.mT @ u, kept, state.s)
-    end = AttentionState(m[:, :, -1], end_z, end_s, None if n is None else n[:, :, -1])
+    z, end_z, z_low = _carry(a.sum(3), kept_m, state.z, state.z_low)
+    s, end_s, s_low = _carry(a.mT @ u, kept, state.s, state.s_low)
+    end_n = None if n is None else n[:, :, -1]
+    end = AttentionState(m[:, :, -1], end_z, end_s, end_n, z_low, s_low)
     return _Sums(m, n, a, u, z, s, end)
 
 
@@ -292,18 +335,19 @@ def _references(x: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
     x `[batch, heads, chunks, size, d]`, carried `[batch, heads, d]`; both results are
     `[batch, heads, chunks, d]`.
     """
-    at_end = torch.cat([carried.detach().unsqueeze(2), x.amax(3)], 2).cummax(2).values
+    at_end = torch.cat([carried.detach().unsqueeze(2), x.amax(3).ceil()], 2).cummax(2).values
     return at_end[:, :, 1:], (at_end[:, :, :-1] - at_end[:, :, 1:]).exp()
 
 
-def _carry(sums: Tensor, kept: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+def _carry(
+    sums: Tensor, kept: Tensor, carried: Tensor, low: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sums before each chunk, relative to the chunk's own reference, and the sum after the last.
 
-    sums, kept `[batch, heads, chunks, ...]`, carried `[batch, heads, ...]`.
+    sums, kept `[batch, heads, chunks, ...]`, carried and its `low` `[batch, heads, ...]`.
     """
     before = []
     for chunk in range(sums.shape[2]):
-        scaled = carried * kept[:, :, chunk]
-        before.append(scaled)
-        carried = scaled + sums[:, :, chunk]
-    return torch.stack(before, 2), carried
+        before.append(carried * kept[:, :, chunk])
+        carried, low = _add(before[-1], sums[:, :, chunk], low)
+    return torch.stack(before, 2), carried, low

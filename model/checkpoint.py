@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from model import tokenizer
+from model import WeightDtype, tokenizer
 from model.config import ModelConfig, describe
 from model.network import LanguageModel
 from model.tokenizer import Tokenizer, TokenizerError
@@ -46,10 +46,17 @@ class Checkpoint:
     """Hash of config, weights and tokenizer: states of one fingerprint mean the same."""
 
 
-def load(folder: Path, device: torch.device, *, trainable: bool = False) -> Checkpoint:
-    """Read a checkpoint; weights become float32. Raises CheckpointError.
+def load(
+    folder: Path,
+    device: torch.device,
+    dtype: WeightDtype = "float32",
+    *,
+    trainable: bool = False,
+) -> Checkpoint:
+    """Read a checkpoint. Raises CheckpointError.
 
-    A network that is not to be trained is packed: faster, but it has no state dict any more.
+    A network that is not to be trained is packed with weights of this dtype: faster, but it has no
+    state dict any more. One that is to be trained has float32 weights.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
@@ -59,7 +66,7 @@ def load(folder: Path, device: torch.device, *, trainable: bool = False) -> Chec
         network = build(config, read_weights(folder / WEIGHTS), folder / WEIGHTS, device)
         words = tokenizer.read(folder / TOKENIZER)
         return Checkpoint(
-            network=network.requires_grad_().train() if trainable else network.pack(),
+            network=network.requires_grad_().train() if trainable else network.pack(dtype),
             tokenizer=check_tokenizer(words, config, folder / TOKENIZER),
             chat_template=_read_template(template) if template.exists() else None,
             fingerprint=_fingerprint(folder),

@@ -1,17 +1,19 @@
 """Held-out bits per byte: what a model needs to tell a text, whatever its tokenizer.
 
-python -m model.evaluate CHECKPOINT FILE...
+python -m model.evaluate CHECKPOINT FILE... [--dtype int8]
 """
 
 import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+import typer
 
-from model import checkpoint
+from model import WeightDtype, checkpoint
 from model.corpus import read_documents
 from model.network import LanguageModel
 from model.tokenizer import Tokenizer
@@ -49,19 +51,21 @@ def bits_per_byte(network: LanguageModel, words: Tokenizer, documents: Iterable[
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
-def main(arguments: list[str]) -> None:
+def main(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint.")],
+    files: Annotated[list[Path], typer.Argument(help="Texts, as for training.")],
+    dtype: Annotated[WeightDtype, typer.Option(help="Weights of matrix products.")] = "float32",
+) -> None:
     """Print the bits per byte of each file."""
-    if len(arguments) < 2:
-        sys.exit(__doc__)
-    folder, *files = map(Path, arguments)
     try:
-        loaded = checkpoint.load(folder, torch.device("cpu"))
+        loaded = checkpoint.load(folder, torch.device("cpu"), dtype)
         for file in files:
             value = bits_per_byte(loaded.network, loaded.tokenizer, read_documents(file))
             print(f"{value:.4f} bits per byte  {file.name}")
     except (checkpoint.CheckpointError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    typer.run(main)

@@ -1,52 +1,91 @@
-"""Linear maps of a network that only serves: weights reordered once for the CPU's matrix kernels.
+"""Linear maps of a network that only serves, with weights in the dtype of the user's choice.
 
-oneDNN keeps a weight in blocks that its kernels read in order. Such a product is faster than
-`torch.nn.functional.linear` at every number of rows, most at few (a decoding step), and a row of
-the result does not depend, to the bit, on how many rows there are or where it stands.
+float32 as they are, bfloat16 rounded, int8 as whole numbers times one scale per output (its largest
+weight is 127). Inputs, sums and outputs are float32 in all cases: only the weights are smaller.
 """
 
 import logging
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import WeightDtype
+
 log = logging.getLogger(__name__)
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
-class PackedLinear(nn.Module):
-    """`nn.Linear` without gradients: x `[..., in]` -> `[..., out]`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight `[out, in]`, bias `[out]`; the weight is copied into its new order."""
+def narrow(weight: Tensor, dtype: WeightDtype) -> tuple[Tensor, Tensor | None]:
+    """A weight `[out, in]` in the dtype, and with int8 the scale `[out]` of each output."""
+    weight = weight.detach()
+    if dtype != "int8":
+        return weight.to(DTYPES[dtype]), None
+    scale = weight.abs().amax(1).clamp(min=torch.finfo(weight.dtype).tiny) / 127
+    return (weight / scale.unsqueeze(1)).round_().to(torch.int8), scale
+
+
+class NarrowLinear(nn.Module):
+    """`nn.Linear` in plain torch, for any device: x `[..., in]` -> `[..., out]`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: WeightDtype) -> None:
         super().__init__()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self.weight, self._scale = narrow(weight, dtype)
         self._bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._weight, self._bias, "none", [], ""
-        )
-        return product
+        y = F.linear(x, self.weight.to(x.dtype))
+        if self._scale is not None:
+            y = y * self._scale
+        return y if self._bias is None else y + self._bias
 
 
-def can_pack(device: torch.device) -> bool:
-    """Whether this build of torch packs weights for this device, found out by doing it."""
-    if device.type != "cpu":
+class PackedLinear(nn.Module):
+    """`NarrowLinear` for the CPU, compiled, its weight in the order in which it is read.
+
+    A row of the result does not depend, to the bit, on how many rows or threads there are.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: WeightDtype) -> None:
+        from model.cpu.kernels import BLOCK
+        from model.cpu.step import product_function
+
+        super().__init__()
+        narrowed, self.scale = narrow(weight, dtype)
+        self.bias = None if bias is None else bias.detach().float().contiguous()
+        self.num_outputs, self.num_inputs = narrowed.shape
+        padded = F.pad(narrowed, (0, 0, 0, -self.num_outputs % BLOCK))
+        self.weight = padded.view(-1, BLOCK, self.num_inputs).mT.contiguous()
+        self._function = product_function(self.weight.dtype)
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Of weight, scale and bias; 0 where there is none. They stay as long as this object."""
+        scale, bias = (0 if t is None else t.data_ptr() for t in (self.scale, self.bias))
+        return self.weight.data_ptr(), scale, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        from model.cpu.team import run_team
+
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.num_outputs)
+        if y.numel():
+            rows = x.numel() // self.num_inputs
+            places = (*self.addresses, x.data_ptr(), y.data_ptr(), 0, 0, 0)
+            sizes = (rows, self.num_inputs, self.num_outputs)
+            run_team(self._function, np.array([*sizes, *places], np.int64))
+        return y
+
+
+def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `PackedLinear` works for a network on this device, found out by doing it."""
+    if device.type != "cpu" or dtype != torch.float32:
         return False
     weight, x = torch.ones(2, 3), torch.ones(1, 3)
     try:
-        with torch.inference_mode():
-            return torch.equal(PackedLinear(weight, None)(x), F.linear(x, weight))
-    except (AttributeError, RuntimeError, TypeError) as error:
-        log.warning("weights stay unpacked, which is slower: %s", error)
+        return torch.equal(PackedLinear(weight, None, "float32")(x), F.linear(x, weight))
+    except Exception as error:  # Numba is missing, or this machine is none that it knows
+        log.warning("nothing is compiled for this CPU, steps will be slower: %s", error)
         return False
-
-
-def pack_children(module: nn.Module) -> None:
-    """Replace every `nn.Linear` inside of the module."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(module, name, PackedLinear(child.weight, child.bias))
-        else:
-            pack_children(child)

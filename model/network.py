@@ -6,17 +6,21 @@ layer.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import WeightDtype
 from model.attention import CHUNK, EMPTY, Attention, AttentionState, absorb, chunked, step
 from model.config import ModelConfig
-from model.linear import PackedLinear, can_pack, pack_children
+from model.linear import NarrowLinear, PackedLinear, can_compile
 from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
+
+if TYPE_CHECKING:
+    from model.cpu.serving import CompiledNetwork
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,11 @@ class NetworkState:
 
 def _combine(function: Callable[..., Tensor], *states: NetworkState) -> NetworkState:
     """Apply a function to each tensor of a state, or to the same tensors of several."""
-    layers = []
-    for same in zip(*(state.layers for state in states), strict=True):
-        m, z, s = (function(*(getattr(a, name) for a in same)) for name in ("m", "z", "s"))
-        n = [a.n for a in same]
-        layers.append(AttentionState(m, z, s, None if n[0] is None else function(*n)))
-    return NetworkState(function(*(state.h for state in states)), tuple(layers))
+    layers = zip(*(state.layers for state in states), strict=True)
+    return NetworkState(
+        function(*(state.h for state in states)),
+        tuple(first.map(function, *others) for first, *others in layers),
+    )
 
 
 class LatentPosition(nn.Module):
@@ -62,9 +65,11 @@ class LatentPosition(nn.Module):
 
         The composition of two steps (A1, b1) then (A2, b2) is (A1 + A2, logaddexp(A2 + b1, b2)), an
         associative operation: within a chunk the scan doubles its span, and unlike a difference of
-        cumulative sums it never subtracts large numbers. Chunks carry h to the next one.
+        cumulative sums it never subtracts large numbers. Chunks carry h to the next one, in h's
+        own precision: where gates forget nothing, h is a logarithm of a sum over all tokens.
         """
-        decay, b = (x.to(h.dtype) for x in self._gates(emb))
+        exact = torch.promote_types(emb.dtype, torch.float32)
+        decay, b = (x.to(exact) for x in self._gates(emb))
         if padding is not None:
             decay = decay.masked_fill(padding.unsqueeze(-1), 0.0)
             b = b.masked_fill(padding.unsqueeze(-1), EMPTY)
@@ -85,14 +90,14 @@ class LatentPosition(nn.Module):
             decay[:, :, -1].unbind(1), b[:, :, -1].unbind(1), strict=True
         ):
             before.append(h)
-            h = _logaddexp(whole_decay + h, whole_b)
-        all_h = _logaddexp(decay + torch.stack(before, 1).unsqueeze(2), b)
+            h = _logaddexp(whole_decay + h, whole_b.to(h.dtype))
+        all_h = _logaddexp(decay + torch.stack(before, 1).unsqueeze(2).to(exact), b)
         return all_h.flatten(1, 2)[:, :tokens], h
 
     def step(self, emb: Tensor, h: Tensor) -> Tensor:
         """One token: emb, h `[batch, d_emb]` -> the next h."""
         decay, b = self._gates(emb)
-        return _logaddexp(decay + h, b)
+        return _logaddexp(decay + h, b.to(h.dtype))
 
     def _gates(self, emb: Tensor) -> tuple[Tensor, Tensor]:
         a, b = self.dense(emb).chunk(2, -1)
@@ -171,17 +176,48 @@ class LanguageModel(nn.Module):
         bound = config.d_emb**-0.5
         nn.init.uniform_(self.embed.weight, -bound, bound)
         self.num_parameters = sum(p.numel() for p in self.parameters())
-        self._unembed: PackedLinear | None = None
+        self._unembed: NarrowLinear | PackedLinear | None = None
+        self._compiled: CompiledNetwork | None = None
 
-    def pack(self) -> "LanguageModel":
-        """Reorder the weights for the device's matrix kernels, where there are such.
+    def pack(self, dtype: WeightDtype = "float32") -> "LanguageModel":
+        """Make the network one that only serves: weights in this dtype, in the order of reading.
 
-        What is left computes the same without gradients, faster, and cannot be saved.
+        On a CPU it is compiled. It computes the same as before but for the rounding of weights,
+        has no gradients, and cannot be saved.
         """
-        if can_pack(self.device):
-            pack_children(self)
-            self._unembed = PackedLinear(self.embed.weight, None)
+        compiled = can_compile(self.device, self.embed.weight.dtype)
+        if not compiled and dtype == "float32":
+            return self
+        kind = PackedLinear if compiled else NarrowLinear
+        _replace_linear(self, lambda child: kind(child.weight, child.bias, dtype))
+        weight = self.embed.weight
+        self._unembed = unembed = kind(weight, None, dtype)
+        if dtype != "float32":
+            self.embed.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+        if isinstance(unembed, PackedLinear):
+            from model.cpu.serving import CompiledNetwork
+
+            self._compiled = CompiledNetwork(self, unembed)
         return self
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether prefill and step run as compiled code."""
+        return self._compiled is not None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a step reads."""
+        bits = 32 if self._unembed is None else self._unembed.weight.dtype.itemsize * 8
+        return self.num_parameters * bits // 8
+
+    @property
+    def chunk(self) -> int:
+        """Prompts cut after multiples of so many tokens have the same bits as whole ones.
+
+        Compiled code reads token by token; there this is only a size worth a call.
+        """
+        return 16 if self.is_compiled else CHUNK
 
     @property
     def blocks(self) -> list[Layer]:
@@ -198,12 +234,15 @@ class LanguageModel(nn.Module):
         c = self.config
         dtype = "float64" if self.embed.weight.dtype == torch.float64 else "float32"
         heads = (c.n_layers, c.n_heads)
+        keys, sums = (*heads, c.d_key), (*heads, c.d_key, c.d_val)
         tensors = [
-            TensorSpec("h", (1, c.d_emb), dtype, 0.0),
-            TensorSpec("m", (*heads, c.d_key), dtype, EMPTY),
-            TensorSpec("z", (*heads, c.d_key), dtype, 0.0),
-            TensorSpec("s", (*heads, c.d_key, c.d_val), dtype, 0.0),
+            TensorSpec("h", (1, c.d_emb), "float64", 0.0),
+            TensorSpec("m", keys, dtype, EMPTY),
+            TensorSpec("z", keys, dtype, 0.0),
+            TensorSpec("s", sums, dtype, 0.0),
         ]
+        if dtype == "float32":
+            tensors += [TensorSpec("z_low", keys, "int8", 0), TensorSpec("s_low", sums, "int8", 0)]
         if c.log_values:
             tensors.append(TensorSpec("n", (*heads, c.d_val), dtype, EMPTY))
         return StateSpec(tuple(tensors))
@@ -231,13 +270,15 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, NetworkState]:
         """Logits of every token, differentiable in the weights and the state.
 
+        The state that comes back keeps no account of what rounding lost.
+
         token_ids `[batch, tokens]` -> logits `[batch, tokens, vocab_sz]` and the state at the end.
         """
-        emb = self.embed(token_ids)
+        emb = self._embed(token_ids)
         all_h, h = self.embed_pos(emb, state.h, None)
-        x, layers = emb + all_h, []
+        x, layers = emb + all_h.to(emb.dtype), []
         for layer, carried in zip(self.blocks, state.layers, strict=True):
-            x, after = layer(x, carried, attention, None)
+            x, after = layer(x, replace(carried, z_low=None, s_low=None), attention, None)
             layers.append(after)
         return self._logits(x), NetworkState(h, tuple(layers))
 
@@ -249,12 +290,15 @@ class LanguageModel(nn.Module):
 
         token_ids `[batch, tokens]`; what is beyond a sequence's length is ignored.
         """
+        if self._compiled is not None:
+            self._compiled.prefill(token_ids, lengths, pool, rows)
+            return
         padding = None
         if min(lengths) < token_ids.shape[1]:
             ends = torch.tensor(lengths, device=token_ids.device)
             padding = torch.arange(token_ids.shape[1], device=token_ids.device) >= ends.unsqueeze(1)
         index = _index(pool, rows)
-        emb = self.embed(token_ids)
+        emb = self._embed(token_ids)
         h = pool.tensors["h"][0]
         all_h, h[index] = self.embed_pos(emb, h[index], padding)
         x = emb + all_h
@@ -271,11 +315,13 @@ class LanguageModel(nn.Module):
     @torch.inference_mode()
     def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
         """Advance `rows` by one token each: token_ids `[batch]` -> logits `[batch, vocab_sz]`."""
+        if self._compiled is not None:
+            return self._compiled.step(token_ids, pool, rows)
         index = _index(pool, rows)
-        emb = self.embed(token_ids)
+        emb = self._embed(token_ids)
         h = pool.tensors["h"][0]
         h[index] = after = self.embed_pos.step(emb, h[index])
-        x = emb + after
+        x = emb + after.to(emb.dtype)
         for layer, states in zip(self.blocks, _layer_states(pool), strict=True):
             selected = states.select(index)
             q, k, v = layer.project(x)
@@ -284,12 +330,25 @@ class LanguageModel(nn.Module):
                 _assign(states, index, selected)
         return self._logits(x)
 
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        emb: Tensor = self.embed(token_ids)
+        return emb.to(torch.promote_types(emb.dtype, torch.float32))
+
     def _logits(self, x: Tensor) -> Tensor:
         x = self.lnorm(x)
         return F.linear(x, self.embed.weight) if self._unembed is None else self._unembed(x)
 
 
 Index = slice | Tensor
+
+
+def _replace_linear(module: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put another module in the place of every `nn.Linear` inside of the module."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, make(child))
+        else:
+            _replace_linear(child, make)
 
 
 def _index(pool: StatePool, rows: Sequence[int]) -> Index:
@@ -300,15 +359,17 @@ def _index(pool: StatePool, rows: Sequence[int]) -> Index:
 
 def _layer_states(pool: StatePool) -> tuple[AttentionState, ...]:
     """The states of all rows, layer by layer, as views of the pool."""
-    m, z, s, n = (pool.tensors.get(name) for name in ("m", "z", "s", "n"))
-    if m is None or z is None or s is None:
+    if "s" not in pool.tensors:
         raise ValueError("the pool was not made by LanguageModel.new_pool")
-    return tuple(
-        AttentionState(m[i], z[i], s[i], None if n is None else n[i]) for i in range(len(m))
-    )
+    names = [field.name for field in fields(AttentionState) if field.name in pool.tensors]
+    layers: list[dict[str, Any]] = [
+        {name: pool.tensors[name][i] for name in names} for i in range(len(pool.tensors["s"]))
+    ]
+    return tuple(AttentionState(**({"n": None} | layer)) for layer in layers)
 
 
 def _assign(state: AttentionState, index: Index, values: AttentionState) -> None:
-    state.m[index], state.z[index], state.s[index] = values.m, values.z, values.s
-    if state.n is not None and values.n is not None:
-        state.n[index] = values.n
+    for field in fields(AttentionState):
+        own, value = getattr(state, field.name), getattr(values, field.name)
+        if own is not None:
+            own[index] = 0 if value is None else value

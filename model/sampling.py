@@ -4,7 +4,8 @@ The random number of a token is a hash of (seed, position), so a turn that is ru
 same tokens, whatever runs beside it.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,16 +121,20 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
     """A token id for each row: logits `[batch, vocab]`, which may be overwritten."""
     for i, row in enumerate(rows):
         _adjust(logits[i], row)
-    greedy = logits.argmax(-1).tolist()
-    random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
-    if not random:
-        return list(greedy)
-    chosen = _draw(
-        logits if len(random) == len(rows) else logits[random], [rows[i] for i in random]
-    )
-    for i, token_id in zip(random, chosen, strict=True):
-        greedy[i] = token_id
-    return list(greedy)
+    chosen = [0] * len(rows)
+    kinds: dict[Callable[..., list[int]], list[int]] = {}
+    for i, row in enumerate(rows):
+        kinds.setdefault(_way_to_choose(row.params, logits.device), []).append(i)
+    for choose, group in kinds.items():
+        some = logits if len(group) == len(rows) else logits[group]
+        for i, token_id in zip(group, choose(some, [rows[i] for i in group]), strict=True):
+            chosen[i] = token_id
+    return chosen
+
+
+def prepare() -> None:
+    """Compile what `sample` has compiled, so that no request waits for it."""
+    sample(torch.zeros(1, 2), [SampledRow(SamplingParams(), 0, RecentTokens())])
 
 
 def derive_seed(seed: int, index: int) -> int:
@@ -155,6 +160,40 @@ def _adjust(logits: Tensor, row: SampledRow) -> None:
         ids = torch.tensor([token_id for token_id, _ in params.logit_bias], device=logits.device)
         bias = torch.tensor([value for _, value in params.logit_bias]).to(logits)
         logits.index_add_(0, ids, bias)
+
+
+def _way_to_choose(params: SamplingParams, device: torch.device) -> Callable[..., list[int]]:
+    if params.temperature == 0:
+        return _greedy
+    if params.has_filters or device.type != "cpu" or _compiled_draw() is None:
+        return _draw
+    return _draw_compiled
+
+
+def _greedy(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
+    del rows
+    return list(logits.argmax(-1).tolist())
+
+
+@functools.cache
+def _compiled_draw() -> Callable[..., None] | None:
+    try:
+        from model.cpu.sampling import draw
+    except ImportError:
+        return None
+    compiled: Callable[..., None] = draw
+    return compiled
+
+
+def _draw_compiled(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
+    """`_draw` without filters, on a CPU."""
+    draw, chosen = _compiled_draw(), np.empty(len(rows), np.int64)
+    if draw is None:
+        raise RuntimeError("nothing is compiled here")
+    heat = np.array([row.params.temperature for row in rows])
+    points = np.array([_uniform(row.params.seed, row.position) for row in rows])
+    draw(logits.float().contiguous().numpy(), heat, points, chosen)
+    return list(chosen.tolist())
 
 
 def _draw(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:

@@ -15,7 +15,7 @@ VERSION = "server.__version__"
 MAY_IMPORT = {
     "model": ("model",),
     "server": (),
-    "server.settings": ("model.PRETRAINED",),
+    "server.settings": ("model.PRETRAINED", "model.WeightDtype"),
     "server.errors": (),
     "server.metrics": (),
     "server.sessions": ("model", "server.sessions", *LEAVES),
@@ -30,6 +30,8 @@ MAY_IMPORT = {
 ONLY_IN = {
     "torch": ("model", "server.engine"),
     "triton": ("model.kernels",),
+    "numba": ("model.cpu",),
+    "llvmlite": ("model.cpu",),
     "fastapi": ("server.api",),
     "starlette": ("server.api",),
     "redis": ("server.sessions.redis",),

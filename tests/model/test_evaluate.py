@@ -2,10 +2,12 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from model import checkpoint, evaluate
 from model.checkpoint import Checkpoint
@@ -65,25 +67,42 @@ def test_the_command_prints_a_line_for_each_file(
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for file, text in zip(files, TEXTS, strict=False):
         file.write_text(text, "utf-8")
-    evaluate.main([str(tiny_checkpoint), *map(str, files)])
+    evaluate.main(tiny_checkpoint, files)
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"{by_hand(loaded, TEXTS[:1]):.4f} bits per byte  a.txt"
     assert second.endswith("bits per byte  b.txt")
 
 
+def test_the_command_measures_weights_in_fewer_bits(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text(TEXTS[0], "utf-8")
+    for dtype in ("float32", "int8"):
+        evaluate.main(tiny_checkpoint, [file], dtype)
+    exact, rounded = (float(line.split()[0]) for line in capsys.readouterr().out.splitlines())
+    assert exact != rounded
+    assert abs(rounded / exact - 1) < 0.01
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ([], "python -m model.evaluate"),
         (["nothing", "a.txt"], "error: nothing: no such checkpoint folder"),
         (["{checkpoint}", "missing.txt"], "error: .*missing.txt"),
         (["{checkpoint}", "{empty}"], "error: there is no text"),
     ],
 )
 def test_the_command_refuses_with_a_reason(
-    tiny_checkpoint: Path, tmp_path: Path, arguments: list[str], reason: str
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty.txt").touch()
     names = {"{checkpoint}": str(tiny_checkpoint), "{empty}": str(tmp_path / "empty.txt")}
-    with pytest.raises(SystemExit, match=reason):
-        evaluate.main([names.get(argument, argument) for argument in arguments])
+    folder, *files = (Path(names.get(argument, argument)) for argument in arguments)
+    with pytest.raises(typer.Exit):
+        evaluate.main(folder, files)
+    assert re.match(reason, capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""On one thread, a sequence's bits do not depend on its company or on how its prompt was cut."""
+"""A sequence's bits do not depend on its company, on how its prompt was cut, or on threads."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.attention import CHUNK
 from model.config import ModelConfig
 from model.network import LanguageModel
 from model.state import StatePool
@@ -21,7 +20,7 @@ CONFIGS = {
 
 
 def served(name: str, steep: bool = False) -> LanguageModel:
-    """A packed network; a steep one has keys that need the fallback to smaller chunks."""
+    """A compiled network; a steep one has keys that rise and fall by hundreds."""
     torch.manual_seed(3)
     network = LanguageModel(CONFIGS[name]).requires_grad_(False).eval()
     if steep:
@@ -48,22 +47,44 @@ def alone(network: LanguageModel, ids: Tensor, cuts: Sequence[int] = ()) -> Stat
 @settings(max_examples=12, deadline=None)
 @given(
     tokens=st.integers(1, 400),
-    cuts=st.sets(st.integers(1, 6).map(lambda chunks: chunks * CHUNK)),
+    cuts=st.sets(st.integers(1, 399), max_size=6),
+    threads=st.integers(1, 3),
 )
-def test_a_prompt_cut_at_chunks_is_the_whole_one(name: str, tokens: int, cuts: set[int]) -> None:
+def test_a_prompt_in_pieces_is_the_whole_one(
+    name: str, tokens: int, cuts: set[int], threads: int
+) -> None:
     network, ids = NETWORKS[name], IDS[0, :tokens]
     whole = alone(network, ids)
+    torch.set_num_threads(threads)
     parts = alone(network, ids, sorted(cut for cut in cuts if cut < tokens))
+    torch.set_num_threads(1)
     assert parts.export_row(0) == whole.export_row(0)
 
 
 @each_network
+def test_a_prompt_read_by_steps_is_the_whole_one(name: str) -> None:
+    network, ids = NETWORKS[name], IDS[0, :150]
+    pool = network.new_pool(1)
+    for token_id in ids:
+        network.step(token_id[None], pool, [0])
+    assert pool.export_row(0) == alone(network, ids).export_row(0)
+
+
+@each_network
 @settings(max_examples=12, deadline=None)
-@given(lengths=st.lists(st.integers(1, 400), min_size=2, max_size=6), place=st.integers(0, 5))
-def test_prompts_read_together_are_as_if_alone(name: str, lengths: list[int], place: int) -> None:
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=2, max_size=6),
+    place=st.integers(0, 5),
+    threads=st.integers(1, 3),
+)
+def test_prompts_read_together_are_as_if_alone(
+    name: str, lengths: list[int], place: int, threads: int
+) -> None:
     network, place = NETWORKS[name], place % len(lengths)
     pool = network.new_pool(len(lengths))
+    torch.set_num_threads(threads)
     network.prefill(IDS[: len(lengths), : max(lengths)], lengths, pool, range(len(lengths)))
+    torch.set_num_threads(1)
     expected = alone(network, IDS[place, : lengths[place]])
     assert pool.export_row(place) == expected.export_row(0)
 

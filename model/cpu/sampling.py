@@ -1,0 +1,31 @@
+"""Drawing tokens on a CPU, compiled."""
+
+from typing import Any
+
+import numpy as np
+from numba import float32, float64
+
+from model.cpu.kernels import exp, jit
+
+
+@jit
+def draw(logits: Any, heat: Any, points: Any, chosen: Any) -> None:
+    """The inverse of the cumulative distribution of softmax(logits / heat), row by row.
+
+    logits `[rows, vocab]` float32, heat above 0 and points from 0 to 1 `[rows]` float64; chosen
+    `[rows]` int64 is written. Sums are float64.
+    """
+    weights = np.empty(logits.shape[1], np.float32)
+    for r in range(len(logits)):
+        row, top = logits[r], float64(logits[r].max())
+        for j in range(len(row)):
+            weights[j] = exp(float32((float64(row[j]) - top) / heat[r]))
+        total = 0.0
+        for j in range(len(row)):
+            total += float64(weights[j])
+        target = min(points[r] * total, total * (1.0 - 2.0**-52))
+        below, j = float64(weights[0]), 0
+        while below <= target:
+            j += 1
+            below += float64(weights[j])
+        chosen[r] = j

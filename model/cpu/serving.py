@@ -1,0 +1,160 @@
+"""A network's `prefill` and `step`, compiled for the CPU."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from model.cpu import step
+from model.cpu.team import run_team
+from model.linear import PackedLinear
+from model.state import StatePool
+
+if TYPE_CHECKING:
+    from model.network import LanguageModel
+
+MOST_TOKENS = 512
+"""Tokens that go through the network at once: bounds the memory, fills the processor."""
+
+
+class CompiledNetwork:
+    """Holds what the compiled code reads: the addresses of the network's weights.
+
+    May be called from several threads at once, for different rows.
+    """
+
+    def __init__(self, network: "LanguageModel", unembed: PackedLinear) -> None:
+        """The network's linear maps are `PackedLinear`; its tensors must not move any more."""
+        self._kept: list[object] = [network.embed.weight, unembed]
+        self._vocab_sz = network.config.vocab_sz
+        self._spec = network.state_spec
+        self._function = step.forward_function(unembed.weight.dtype, network.embed.weight.dtype)
+        self._fixed = self._fixed_arguments(network, unembed)
+
+    def forward(
+        self, token_ids: NDArray[np.int64], lengths: Sequence[int], pool: StatePool,
+        rows: Sequence[int], *, logits: bool,
+    ) -> Tensor | None:  # fmt: skip
+        """Advance the rows in place by so many tokens each, those of the first sequence first.
+
+        token_ids `[sum of lengths]` -> logits of each sequence's last token `[rows, vocab_sz]`.
+        Raises IndexError for a token or row that there is not, ValueError for a foreign pool.
+        """
+        if pool.spec != self._spec or pool.device.type != "cpu":
+            raise ValueError("the pool was not made by this network's new_pool")
+        index, counts = np.array(rows, np.int64), np.array(lengths, np.int64)
+        if len(index) != len(counts) or index.min() < 0 or index.max() >= pool.num_rows:
+            raise IndexError(f"{len(counts)} sequences for rows {list(rows)} of {pool.num_rows}")
+        if len(set(rows)) != len(rows):
+            raise IndexError(f"rows {list(rows)}: one comes twice")
+        if min(lengths) < 1 or counts.sum() != len(token_ids):
+            raise IndexError(f"{len(token_ids)} tokens for sequences of {list(lengths)}")
+        if token_ids.min() < 0 or token_ids.max() >= self._vocab_sz:
+            raise IndexError(f"token ids must be from 0 to {self._vocab_sz - 1}")
+        starts = np.concatenate([[0], counts.cumsum()])
+        found = torch.empty(len(rows), self._vocab_sz) if logits else None
+        a = self._fixed.copy()
+        room = _room_for(len(token_ids), a)
+        a[step.TOKENS], a[step.SEQUENCES] = len(token_ids), len(rows)
+        a[step.POOL_ROWS] = pool.num_rows
+        a[step.IDS], a[step.STARTS] = token_ids.ctypes.data, starts.ctypes.data
+        a[step.INDEX] = index.ctypes.data
+        a[step.LOGITS] = 0 if found is None else found.data_ptr()
+        names = ("h", "m", "z", "s", "z_low", "s_low", "n")
+        for place, name in zip(range(step.H, step.N + 1), names, strict=True):
+            tensor = pool.tensors.get(name)
+            a[place] = 0 if tensor is None else tensor.data_ptr()
+        run_team(self._function, a)
+        del room  # until here compiled code writes to it
+        return found
+
+    def prefill(
+        self, token_ids: Tensor, lengths: Sequence[int], pool: StatePool, rows: Sequence[int]
+    ) -> None:
+        """`LanguageModel.prefill`: token_ids `[batch, tokens]`, of which `lengths[i]` count."""
+        share = max(1, MOST_TOKENS // len(rows))
+        ids = token_ids.numpy()
+        for start in range(0, max(lengths), share):
+            counts = [min(length - start, share) for length in lengths]
+            now = [i for i, count in enumerate(counts) if count > 0]
+            parts = [ids[i, start : start + counts[i]] for i in now]
+            self.forward(
+                np.concatenate(parts, dtype=np.int64),
+                [counts[i] for i in now],
+                pool,
+                [rows[i] for i in now],
+                logits=False,
+            )
+
+    def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
+        """`LanguageModel.step`: token_ids `[batch]` -> logits `[batch, vocab_sz]`."""
+        ids = np.ascontiguousarray(token_ids.numpy(), np.int64)
+        logits = self.forward(ids, [1] * len(rows), pool, rows, logits=True)
+        assert logits is not None
+        return logits
+
+    def _fixed_arguments(
+        self, network: "LanguageModel", unembed: PackedLinear
+    ) -> NDArray[np.int64]:
+        c = network.config
+        layers = [
+            (
+                *self._norm(layer.feedforward1[0]),
+                *self._product(layer.feedforward1[1]),
+                *self._product(layer.feedforward2[0]),
+                *self._product(layer.feedforward2[2]),
+            )
+            for layer in network.blocks
+        ]
+        a = np.zeros(step.NUM_FORWARD, np.int64)
+        a[step.D_EMB], a[step.HEADS], a[step.LAYERS] = c.d_emb, c.n_heads, c.n_layers
+        a[step.D_KEY], a[step.D_VAL], a[step.VOCAB] = c.d_key, c.d_val, c.vocab_sz
+        a[step.LOG_VALUES] = c.log_values
+        a[step.EMBED] = network.embed.weight.data_ptr()
+        a[step.POSITION] = self._table(self._product(network.embed_pos.dense))
+        a[step.NORM] = self._table(self._norm(network.lnorm))
+        a[step.UNEMBED] = self._table(unembed.addresses)
+        a[step.LAYER_TABLE] = self._table(layers)
+        return a
+
+    def _norm(self, module: nn.Module) -> tuple[int, int]:
+        """Addresses of the weight and the bias."""
+        if not isinstance(module, nn.LayerNorm):
+            raise TypeError(f"not a norm: {module}")
+        self._kept += [module.weight, module.bias]
+        return module.weight.data_ptr(), module.bias.data_ptr()
+
+    def _product(self, module: nn.Module) -> tuple[int, int, int]:
+        """Addresses of the weight, the scale and the bias."""
+        if not isinstance(module, PackedLinear):
+            raise TypeError(f"not packed: {module}")
+        self._kept.append(module)
+        return module.addresses
+
+    def _table(self, addresses: object) -> int:
+        """The address of addresses."""
+        table = np.array(addresses, np.int64)
+        self._kept.append(table)
+        return table.ctypes.data
+
+
+def _room_for(tokens: int, a: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Room for what is computed on the way for so many tokens, with its parts entered in `a`."""
+    d, heads = int(a[step.D_EMB]), int(a[step.HEADS])
+    widths = {
+        step.X: d,
+        step.NORMED: d,
+        step.PROJECTED: heads * int(2 * a[step.D_KEY] + a[step.D_VAL]),
+        step.Y: heads * int(a[step.D_VAL]),
+        step.GATES: 2 * d,
+        step.GLU: d,
+    }
+    room = np.empty(tokens * sum(widths.values()), np.float32)
+    address = room.ctypes.data
+    for place, width in widths.items():
+        a[place] = address
+        address += room.itemsize * tokens * width
+    return room
