@@ -29,7 +29,8 @@ ENV PATH=/opt/latentd/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     LATENTD_HOST=0.0.0.0 \
     LATENTD_PORT=8000 \
-    LATENTD_DATA_DIR=/data
+    LATENTD_DATA_DIR=/data \
+    NUMBA_CACHE_DIR=/data/compiled
 VOLUME /data
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["python", "-c", \

@@ -16,6 +16,7 @@ import typer
 
 from model import PRETRAINED, checkpoint
 from model.network import LanguageModel
+from server.engine.device import choose_threads
 
 CHUNK_TOKENS = 2048
 STEPS = 50
@@ -105,6 +106,7 @@ def main(
 ) -> None:
     """Measure and print."""
     network = checkpoint.load(folder, torch.device("cpu")).network
+    choose_threads(None, network)
     lengths = [n for n in (1_000, 10_000, 100_000, 1_000_000, 10_000_000) if n < tokens] + [tokens]
     states = grow(network, lengths, seed=0)
     times = step_times(network, states, rounds)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from model import PRETRAINED
+from model import PRETRAINED, WeightDtype
 from server.settings import Settings, SettingsError, read_settings
 
 app = typer.Typer(
@@ -87,6 +87,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Only this much probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.")] = "auto",
+    dtype: Annotated[WeightDtype, typer.Option(help="Weights of matrix products.")] = "float32",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
     """Write a continuation of a text to the terminal, without a server."""
@@ -103,7 +104,7 @@ def generate(
         seed=secrets.randbits(64) if seed is None else seed,
     )
     try:
-        run(checkpoint, prompt, max_tokens, sampling, device, threads)
+        run(checkpoint, prompt, max_tokens, sampling, device, dtype, threads)
     except (CheckpointError, DeviceError, GenerateError) as error:
         raise _fail(error) from error
 

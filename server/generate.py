@@ -4,9 +4,9 @@ import queue
 import sys
 from pathlib import Path
 
-from model import checkpoint
+from model import WeightDtype, checkpoint
 from model.sampling import SamplingParams
-from server.engine.device import choose_device
+from server.engine.device import choose_device, choose_threads
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import (
     Continuation,
@@ -31,14 +31,16 @@ def generate(
     max_tokens: int,
     sampling: SamplingParams,
     device_name: str,
+    dtype: WeightDtype,
     threads: int | None,
 ) -> None:
     """Write a continuation to stdout as it comes, and its speed to stderr.
 
     Raises CheckpointError, DeviceError and GenerateError.
     """
-    device, _ = choose_device(device_name, threads)
-    loaded = checkpoint.load(folder, device)
+    device, _ = choose_device(device_name)
+    loaded = checkpoint.load(folder, device, dtype)
+    choose_threads(threads, loaded.network)
     bos = loaded.network.config.bos_token_id
     token_ids = (*([] if bos is None else [bos]), *loaded.tokenizer.encode(prompt))
     if not token_ids:

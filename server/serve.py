@@ -13,7 +13,7 @@ import uvicorn
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from server.api.app import create_app, drain
-from server.engine.device import choose_device
+from server.engine.device import choose_device, choose_threads
 from server.sessions.sqlite import SQLiteStore
 from server.settings import Settings
 
@@ -33,8 +33,10 @@ def serve(settings: Settings) -> None:
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     listener = _bind(settings.host, settings.port)
-    device, device_reason = choose_device(settings.device, settings.threads)
-    loaded = checkpoint.load(settings.checkpoint, device)
+    device, device_reason = choose_device(settings.device)
+    print(f"loading    {settings.checkpoint}; a first start also compiles code", flush=True)
+    loaded = checkpoint.load(settings.checkpoint, device, settings.dtype)
+    device_reason += f", {choose_threads(settings.threads, loaded.network)}"
     store = SQLiteStore(settings.data_dir / STORE_FILE)
     print(_facts(settings, loaded, device_reason), flush=True)
     app = create_app(settings, loaded, store)

@@ -9,7 +9,7 @@ import platformdirs
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from model import PRETRAINED
+from model import PRETRAINED, WeightDtype
 
 PREFIX = "LATENTD_"
 
@@ -35,8 +35,16 @@ class Settings(BaseSettings):
         platformdirs.user_data_path("latentd"), description="Folder of the session store."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
+    dtype: WeightDtype = Field(
+        "float32",
+        description="Weights of matrix products; fewer bits are faster and a little less exact. "
+        "States are float32 in all cases, and a session may go on with another dtype.",
+    )
     threads: int | None = Field(
-        None, ge=1, description="CPU threads for the model; torch decides if not given."
+        None,
+        ge=1,
+        description="CPU threads for the model; if not given, one for a small model, else torch's "
+        "choice.",
     )
     max_running: int = Field(32, ge=1, description="Sequences that run together.")
     warm_sessions: int = Field(
@@ -51,15 +59,16 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: int = Field(
         512,
         ge=1,
-        description="Prompt tokens that a step reads while nothing decodes, in whole chunks of 64 "
-        "and at least one. Of longer prompts at most 3/4 of --max-running are read together, so "
+        description="Prompt tokens that a step reads while nothing decodes, in whole chunks of "
+        "16 and at least one. Of longer prompts at most 3/4 of --max-running are read together, so "
         "that shorter ones get through.",
     )
     prefill_tokens_while_decoding: int = Field(
-        64,
+        16,
         ge=1,
-        description="Prompt tokens that a step reads while sequences decode, in whole chunks of 64 "
-        "and at least one. More reads prompts faster and makes the running streams slower.",
+        description="Prompt tokens that a step reads while sequences decode, in whole chunks of 16 "
+        "(of 64 where the model is not compiled) and at least one. More reads prompts faster and "
+        "makes the running streams slower.",
     )
     prefix_cache_bytes: int = Field(
         64 << 20,

@@ -57,15 +57,9 @@ def drain(app: FastAPI) -> None:
         service.drain()
 
 
-def _build(
-    settings: Settings, checkpoint: Checkpoint, store: SessionStore, metrics: Metrics
-) -> Service:
-    loop = asyncio.get_running_loop()
-
-    def deliver(events: list[Event | Evicted]) -> None:
-        loop.call_soon_threadsafe(router.dispatch, events)
-
-    limits = EngineLimits(
+def engine_limits(settings: Settings) -> EngineLimits:
+    """The engine's part of the settings."""
+    return EngineLimits(
         max_running=settings.max_running,
         warm_sessions=settings.warm_sessions,
         max_waiting=settings.max_waiting,
@@ -74,7 +68,17 @@ def _build(
         prefill_tokens_while_decoding=settings.prefill_tokens_while_decoding,
         prefix_cache_bytes=settings.prefix_cache_bytes,
     )
-    engine = Engine(checkpoint, limits, deliver, metrics)
+
+
+def _build(
+    settings: Settings, checkpoint: Checkpoint, store: SessionStore, metrics: Metrics
+) -> Service:
+    loop = asyncio.get_running_loop()
+
+    def deliver(events: list[Event | Evicted]) -> None:
+        loop.call_soon_threadsafe(router.dispatch, events)
+
+    engine = Engine(checkpoint, engine_limits(settings), deliver, metrics)
     codec = Codec(checkpoint.fingerprint, checkpoint.network.state_spec.tensors)
     conversations = Sessions(store, HostCache(settings.host_cache_bytes), codec, metrics)
     router = Router(engine, conversations.row_evicted)

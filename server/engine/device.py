@@ -2,21 +2,36 @@
 
 import torch
 
+from model.network import LanguageModel
+
+FEW_BYTES = 128 << 20
+"""Weights that a thread reads in a few milliseconds. For fewer, a second thread of a step is more
+often waited for than of use: it has to be awake a thousand times a second, next to the server."""
+
 
 class DeviceError(ValueError):
     """The device that was asked for is not there."""
 
 
-def choose_device(name: str, threads: int | None) -> tuple[torch.device, str]:
-    """The device for `auto`, `cpu` or `cuda`, and the reason in words. Raises DeviceError.
-
-    Sets the number of CPU threads of this process.
-    """
-    if threads is not None:
-        torch.set_num_threads(threads)
+def choose_device(name: str) -> tuple[torch.device, str]:
+    """The device for `auto`, `cpu` or `cuda`, and the reason in words. Raises DeviceError."""
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("device cuda was asked for, but torch finds no CUDA device")
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return torch.device("cuda"), f"cuda ({torch.cuda.get_device_name()})"
     why = "" if name == "cpu" else ", no CUDA device found"
-    return torch.device("cpu"), f"cpu ({torch.get_num_threads()} threads{why})"
+    return torch.device("cpu"), f"cpu{why}"
+
+
+def choose_threads(threads: int | None, network: LanguageModel) -> str:
+    """Set the number of CPU threads of this process: as asked for, or one for a small network.
+
+    Returns the number and what runs there, in words.
+    """
+    if threads is None and network.weight_bytes < FEW_BYTES:
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
+    count = torch.get_num_threads()
+    compiled = "compiled" if network.is_compiled else "not compiled"
+    return f"{count} thread{'s' if count > 1 else ''}, {compiled}"

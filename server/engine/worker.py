@@ -7,9 +7,8 @@ from typing import Literal
 
 import torch
 
-from model.attention import CHUNK
 from model.checkpoint import Checkpoint
-from model.sampling import sample
+from model.sampling import prepare, sample
 from server.engine.inbox import Inbox
 from server.engine.messages import (
     Cancel,
@@ -56,7 +55,7 @@ class Worker:
         self._inbox = inbox
         self._deliver = deliver
         self._metrics = metrics
-        self._scheduler = Scheduler(limits, CHUNK)
+        self._scheduler = Scheduler(limits, self._network.chunk)
         self._slots = self._scheduler.slots
         self._pool = self._network.new_pool(1 + self._slots.num_rows)
         self._reader = PromptReader(
@@ -71,6 +70,7 @@ class Worker:
 
     def run(self) -> None:
         """Work until told to stop; sleep while there is nothing to do."""
+        prepare()
         self._report_slots()
         while not self._stopping:
             if self._scheduler.idle:

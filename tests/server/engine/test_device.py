@@ -1,0 +1,54 @@
+"""Where the model runs, and on how many threads."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.network import LanguageModel
+from server.engine import device
+from server.engine.device import DeviceError, choose_device, choose_threads
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def network() -> LanguageModel:
+    config = ModelConfig(vocab_sz=50, d_emb=16, n_layers=1, n_heads=1, d_key=4, d_val=4)
+    return LanguageModel(config).requires_grad_(False).eval()
+
+
+def test_a_small_network_has_one_thread(network: LanguageModel) -> None:
+    assert choose_threads(None, network.pack()) == "1 thread, compiled"
+    assert torch.get_num_threads() == 1
+
+
+def test_a_large_network_has_as_many_as_torch_wants(
+    network: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network.pack("int8")
+    monkeypatch.setattr(device, "FEW_BYTES", network.num_parameters + 1)
+    assert choose_threads(None, network) == "1 thread, compiled"
+    torch.set_num_threads(2)
+    monkeypatch.setattr(device, "FEW_BYTES", network.num_parameters)
+    assert choose_threads(None, network) == "2 threads, compiled"
+
+
+def test_what_is_asked_for_is_done(network: LanguageModel) -> None:
+    assert choose_threads(3, network) == "3 threads, not compiled"
+    assert torch.get_num_threads() == 3
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == (torch.device("cpu"), "cpu, no CUDA device found")
+    assert choose_device("cpu") == (torch.device("cpu"), "cpu")
+    with pytest.raises(DeviceError, match="no CUDA device"):
+        choose_device("cuda")
