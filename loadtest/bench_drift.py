@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.attention import AttentionState, chunked, step
-from model.cpu.kernels import attend, jit
+from model.cpu.functions import jit
+from model.cpu.kernels import attend
 
 D = 8
 BLOCK = 100_000

@@ -49,7 +49,7 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: WeightDtype) -> None:
-        from model.cpu.kernels import BLOCK
+        from model.cpu.products import BLOCK
         from model.cpu.step import product_function
 
         super().__init__()

@@ -178,11 +178,11 @@ def _greedy(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
 @functools.cache
 def _compiled_draw() -> Callable[..., None] | None:
     try:
-        from model.cpu.sampling import draw
+        from model.cpu.sampling import draw_function
     except ImportError:
         return None
-    compiled: Callable[..., None] = draw
-    return compiled
+    draw: Callable[..., None] = draw_function()
+    return draw
 
 
 def _draw_compiled(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:

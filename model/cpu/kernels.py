@@ -1,247 +1,20 @@
-"""The arithmetic of a decoding step, compiled by Numba for the CPU that it runs on.
+"""What happens between the products of a layer.
 
 Every function that takes `tid` and `n` does the share of thread `tid` of `n`.
-
-A weight `[out, in]` lies in blocks of 64 outputs, `[out / 64, in, 64]`, in the order in which it is
-read. Every output is summed over `in` from first to last, one fused multiply-add after another, in
-float32, whatever the number of rows or threads: a row's bits do not depend on its company.
 """
 
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import float32, float64, int8, int32, int64, njit, types
-from numba.extending import intrinsic
+from numba import float32, float64, int8, int32
 
-BLOCK = 64
-"""Outputs of a weight that are computed together."""
-
-ROWS = 128
-"""Rows of the input that stay in the cache while a block of the weight passes by."""
+from model.cpu.functions import bits, exp, from_bits, jit, jit_sum, log, log1p
 
 TINY = 1.1754944e-38
 """The smallest normal float32."""
 
 EXPONENT, FLOOR = 0x7F800000, 0x10000000
 """Bits of a float32's exponent; those of 2^-95, below which no correction is kept."""
-
-
-def _finds_a_place() -> None:
-    """For `CACHE`."""
-
-
-try:
-    njit(cache=True)(_finds_a_place)
-    CACHE = True
-except RuntimeError:  # the package's folder is not ours to write, and there is no home
-    CACHE = False
-"""Whether machine code is kept for the next start; NUMBA_CACHE_DIR says where if need be."""
-
-jit = njit(cache=CACHE, nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
-"""Multiply-adds are fused; sums keep their order."""
-
-jit_sum = njit(
-    cache=CACHE, nogil=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"}
-)
-"""For sums over one row, in an order that depends on its length alone."""
-
-
-@intrinsic
-def _bits(_typing: Any, _value: Any) -> Any:
-    """The bits of a float32 as int32."""
-    return types.int32(types.float32), lambda _c, b, _s, args: b.bitcast(args[0], ir.IntType(32))
-
-
-@intrinsic
-def _from_bits(_typing: Any, _value: Any) -> Any:
-    """The inverse of `_bits`."""
-    return types.float32(types.int32), lambda _c, b, _s, args: b.bitcast(args[0], ir.FloatType())
-
-
-@intrinsic
-def number(_typing: Any, weight: Any) -> Any:
-    """A number of a weight, kept as float32, bfloat16 (as uint16) or int8, as float32."""
-
-    def build(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return _as_numbers(builder, weight, args[0], ir.FloatType(), lambda bits: bits)
-
-    return types.float32(weight), build
-
-
-def _as_numbers(builder: Any, kept_as: Any, value: Any, number_type: Any, many: Any) -> Any:
-    """IR for the conversion to float32 of one kept number or, with `many`, of a vector of them."""
-    if kept_as == types.uint16:
-        wide = many(ir.IntType(32))
-        sixteen = 16 if isinstance(wide, ir.IntType) else [16] * BLOCK
-        bits = builder.shl(builder.zext(value, wide), ir.Constant(wide, sixteen))
-        return builder.bitcast(bits, number_type)
-    return builder.sitofp(value, number_type) if kept_as == types.int8 else value
-
-
-def _multiply(num_rows: int) -> Any:
-    """The innermost loop, for so many rows: sums `[rows, BLOCK]` += x `[rows, count]` @ block.
-
-    The sums stay in registers, as vectors of LLVM's: that much Numba cannot be told in Python. The
-    arrays come whole, with the place of the first element and, for x, the distance of rows.
-    """
-
-    @intrinsic
-    def multiply(
-        _typing: Any, x: Any, _x_at: Any, _stride: Any, block: Any, _block_at: Any,
-        _count: Any, sums: Any, _sums_at: Any,
-    ) -> Any:  # fmt: skip
-        kept = {types.uint16: ir.IntType(16), types.int8: ir.IntType(8)}.get(
-            block.dtype, ir.FloatType()
-        )
-        kept_bytes = block.dtype.bitwidth // 8
-        one, index = ir.FloatType(), ir.IntType(64)
-        vector, kept_vector = ir.VectorType(one, BLOCK), ir.VectorType(kept, BLOCK)
-        undefined = ir.Constant(vector, ir.Undefined)
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), BLOCK), [0] * BLOCK)
-
-        def build(context: Any, b: Any, _signature: Any, args: Any) -> Any:
-            fma = b.module.declare_intrinsic(
-                f"llvm.fma.v{BLOCK}f32", (), ir.FunctionType(vector, [vector] * 3)
-            )
-
-            def address(array: Any, value: Any, at: Any, kind: Any) -> Any:
-                data = context.make_array(array)(context, b, value).data
-                return b.bitcast(b.gep(data, [at]), kind.as_pointer())
-
-            def repeat(scalar: Any) -> Any:
-                return b.shuffle_vector(
-                    b.insert_element(undefined, scalar, index(0)), undefined, zeros
-                )
-
-            x_value, x_at, stride, block_value, block_at, count, sums_value, sums_at = args
-            row = range(num_rows)
-            places = [
-                address(sums, sums_value, b.add(sums_at, index(r * BLOCK)), vector) for r in row
-            ]
-            inputs = [address(x, x_value, b.add(x_at, b.mul(stride, index(r))), one) for r in row]
-            weights = address(block, block_value, block_at, kept_vector)
-            first = [b.load(place, align=4) for place in places]
-            before, loop, after = (
-                b.block, b.append_basic_block("inputs"), b.append_basic_block("end"),
-            )  # fmt: skip
-            b.branch(loop)
-            b.position_at_end(loop)
-            k, totals = b.phi(index), [b.phi(vector) for _ in row]
-            w = _as_numbers(
-                b, block.dtype, b.load(b.gep(weights, [k]), align=kept_bytes), vector,
-                lambda bits: ir.VectorType(bits, BLOCK),
-            )  # fmt: skip
-            results = [
-                b.call(fma, [repeat(b.load(b.gep(inputs[r], [k]))), w, totals[r]]) for r in row
-            ]
-            following = b.add(k, index(1))
-            k.add_incoming(index(0), before)
-            k.add_incoming(following, loop)
-            for r in row:
-                totals[r].add_incoming(first[r], before)
-                totals[r].add_incoming(results[r], loop)
-            b.cbranch(b.icmp_signed("<", following, count), loop, after)
-            b.position_at_end(after)
-            for r in row:
-                b.store(results[r], places[r], align=4)
-            return context.get_dummy_value()
-
-        return types.void(x, int64, int64, block, int64, int64, sums, int64), build
-
-    return multiply
-
-
-_four_rows, _one_row = _multiply(4), _multiply(1)
-
-
-@jit
-def product(
-    x: Any, weight: Any, scale: Any, bias: Any, y: Any, add: bool, tid: int, n: int
-) -> None:
-    """y = x @ weight^T * scale + bias, or y += it.
-
-    x `[rows, in]`, weight `[blocks, in, BLOCK]`, scale and bias `[out]` or empty, y `[rows, out]`.
-    """
-    rows, num_inputs = x.shape
-    num_blocks, num_outputs = len(weight), y.shape[1]
-    sums = np.empty((min(rows, ROWS), BLOCK), np.float32)
-    for top in range(0, rows, ROWS):
-        count = min(ROWS, rows - top)
-        fours = count & ~3
-        for block in range(tid * num_blocks // n, (tid + 1) * num_blocks // n):
-            sums[:count] = float32(0.0)
-            at = block * num_inputs * BLOCK
-            for r in range(0, fours, 4):
-                x_at = (top + r) * num_inputs
-                _four_rows(x, x_at, num_inputs, weight, at, num_inputs, sums, r * BLOCK)
-            for r in range(fours, count):
-                x_at = (top + r) * num_inputs
-                _one_row(x, x_at, num_inputs, weight, at, num_inputs, sums, r * BLOCK)
-            first = block * BLOCK
-            width = min(BLOCK, num_outputs - first)
-            for r in range(count):
-                out, total = y[top + r, first : first + width], sums[r]
-                if len(scale):
-                    for j in range(width):
-                        total[j] *= scale[first + j]
-                if len(bias):
-                    for j in range(width):
-                        total[j] += bias[first + j]
-                if add:
-                    for j in range(width):
-                        out[j] += total[j]
-                else:
-                    for j in range(width):
-                        out[j] = total[j]
-
-
-@jit
-def exp(x: Any) -> Any:
-    """exp in float32, to 2 units of the last place; 0 below -87 (Cephes' polynomial)."""
-    x = min(max(x, float32(-104.0)), float32(88.0))
-    n = np.floor(x * float32(1.44269504) + float32(0.5))
-    r = x - n * float32(0.693359375)
-    r = r + n * float32(2.12194440e-4)
-    p = float32(1.9875691500e-4)
-    p = p * r + float32(1.3981999507e-3)
-    p = p * r + float32(8.3334519073e-3)
-    p = p * r + float32(4.1665795894e-2)
-    p = p * r + float32(1.6666665459e-1)
-    p = p * r + float32(5.0000001201e-1)
-    y = p * r * r + r + float32(1.0)
-    power = _from_bits((max(int32(n), int32(-126)) + int32(127)) << int32(23))
-    return y * power if x >= float32(-87.0) else float32(0.0)
-
-
-@jit
-def log(x: Any) -> Any:
-    """log in float32 of a normal positive number, to 2 units (Cephes' polynomial)."""
-    bits = _bits(x)
-    e = float32((bits >> int32(23)) - int32(126))
-    r = _from_bits((bits & int32(0x007FFFFF)) | int32(0x3F000000))
-    small = r < float32(0.70710678)
-    e = e - float32(1.0) if small else e
-    r = r + r - float32(1.0) if small else r - float32(1.0)
-    p = float32(7.0376836292e-2)
-    p = p * r + float32(-1.1514610310e-1)
-    p = p * r + float32(1.1676998740e-1)
-    p = p * r + float32(-1.2420140846e-1)
-    p = p * r + float32(1.4249322787e-1)
-    p = p * r + float32(-1.6668057665e-1)
-    p = p * r + float32(2.0000714765e-1)
-    p = p * r + float32(-2.4999993993e-1)
-    p = p * r + float32(3.3333331174e-1)
-    s = r * r
-    y = r * s * p + e * float32(-2.12194440e-4) - float32(0.5) * s
-    return r + y + e * float32(0.693359375)
-
-
-@jit
-def log1p(x: Any) -> Any:
-    """log(1 + x) for 0 <= x <= 1, with the relative precision of float32 also for small x."""
-    y = float32(1.0) + x
-    return x if y == float32(1.0) else log(y) * (x / (y - float32(1.0)))
 
 
 @jit_sum
@@ -314,17 +87,17 @@ def position(
 @jit
 def _unit(x: Any) -> Any:
     """The 256th part of the last place of x: what `low` counts."""
-    return _from_bits(max(_bits(x) & int32(EXPONENT), int32(FLOOR))) * float32(2.0**-31)
+    return from_bits(max(bits(x) & int32(EXPONENT), int32(FLOOR))) * float32(2.0**-31)
 
 
 @jit
 def _lost(before: Any, after: Any, added: Any) -> Any:
     """What `after` = fl(before + added) lacks, in units of `after`."""
-    inverse = _from_bits(int32(0x7F000000) - max(_bits(after) & int32(EXPONENT), int32(FLOOR)))
+    inverse = from_bits(int32(0x7F000000) - max(bits(after) & int32(EXPONENT), int32(FLOOR)))
     lost = (added - (after - before)) * inverse * float32(2.0**31)
     # Added to 1.5 * 2^23, a number is rounded to a whole one, which is then the lowest bits.
     whole = min(max(lost, float32(-127.0)), float32(127.0)) + float32(12582912.0)
-    return int8(_bits(whole) & int32(0xFF))
+    return int8(bits(whole) & int32(0xFF))
 
 
 @jit
@@ -388,24 +161,3 @@ def attend(
             y[i] = log(max(total[i], float32(TINY))) - log(below) + n[i]
         else:
             y[i] = total[i] / below
-
-
-@intrinsic
-def pointer(_typing: Any, _address: Any) -> Any:
-    """An address as a pointer."""
-
-    def build(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), build
-
-
-@intrinsic
-def call(_typing: Any, _address: Any) -> Any:
-    """Call a C function `int f(void)` by its address; of `void f(void)` the result is noise."""
-
-    def build(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        function = ir.FunctionType(ir.IntType(32), []).as_pointer()
-        return builder.call(builder.inttoptr(args[0], function), [])
-
-    return types.int32(types.int64), build

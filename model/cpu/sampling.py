@@ -1,20 +1,16 @@
 """Drawing tokens on a CPU, compiled."""
 
+import functools
 from typing import Any
 
 import numpy as np
-from numba import float32, float64
+from numba import float32, float64, njit
 
-from model.cpu.kernels import exp, jit
+from model.cpu.functions import CACHE, SOURCE, exp, jit
 
 
 @jit
-def draw(logits: Any, heat: Any, points: Any, chosen: Any) -> None:
-    """The inverse of the cumulative distribution of softmax(logits / heat), row by row.
-
-    logits `[rows, vocab]` float32, heat above 0 and points from 0 to 1 `[rows]` float64; chosen
-    `[rows]` int64 is written. Sums are float64.
-    """
+def _draw(logits: Any, heat: Any, points: Any, chosen: Any) -> None:
     weights = np.empty(logits.shape[1], np.float32)
     for r in range(len(logits)):
         row, top = logits[r], float64(logits[r].max())
@@ -29,3 +25,20 @@ def draw(logits: Any, heat: Any, points: Any, chosen: Any) -> None:
             j += 1
             below += float64(weights[j])
         chosen[r] = j
+
+
+@functools.cache
+def draw_function() -> Any:
+    """`draw(logits, heat, points, chosen)`: the inverse of the distribution softmax(logits / heat).
+
+    logits `[rows, vocab]` float32, heat above 0 and points from 0 to 1 `[rows]` float64; a token id
+    for each row is written to chosen `[rows]` int64. Sums are float64.
+    """
+    source = SOURCE
+
+    @njit(cache=CACHE, nogil=True)
+    def draw(logits: Any, heat: Any, points: Any, chosen: Any) -> None:
+        if source:
+            _draw(logits, heat, points, chosen)
+
+    return draw

@@ -10,19 +10,9 @@ import numpy as np
 import torch
 from numba import carray, cfunc, float32, float64, int8, int64, types, uint16
 
-from model.cpu.kernels import (
-    BLOCK,
-    CACHE,
-    attend,
-    call,
-    glu,
-    jit,
-    layer_norm,
-    number,
-    pointer,
-    position,
-    product,
-)
+from model.cpu.functions import CACHE, SOURCE, call, jit, pointer
+from model.cpu.kernels import attend, glu, layer_norm, position
+from model.cpu.products import BLOCK, number, product
 
 # The call reads its arguments, numbers and addresses, from one array of int64 in this order.
 (
@@ -170,11 +160,12 @@ _FUNCTION_OF_A_THREAD = types.void(types.voidptr)
 @functools.cache
 def forward_function(dtype: torch.dtype, embed_dtype: torch.dtype) -> Any:
     """`void f(int64 *arguments)` for weights of one dtype and embeddings of another."""
-    weights, embeddings = DTYPES[dtype], DTYPES[embed_dtype]
+    weights, embeddings, source = DTYPES[dtype], DTYPES[embed_dtype], SOURCE
 
     @cfunc(_FUNCTION_OF_A_THREAD, cache=CACHE)
     def run(arguments: Any) -> None:
-        _forward(carray(arguments, (NUM_FORWARD,), int64), weights, embeddings)
+        if source:
+            _forward(carray(arguments, (NUM_FORWARD,), int64), weights, embeddings)
 
     return run
 
@@ -182,10 +173,11 @@ def forward_function(dtype: torch.dtype, embed_dtype: torch.dtype) -> Any:
 @functools.cache
 def product_function(dtype: torch.dtype) -> Any:
     """`void f(int64 *arguments)` for a weight of this dtype."""
-    weights = DTYPES[dtype]
+    weights, source = DTYPES[dtype], SOURCE
 
     @cfunc(_FUNCTION_OF_A_THREAD, cache=CACHE)
     def run(arguments: Any) -> None:
-        _product(carray(arguments, (NUM_PRODUCT,), int64), weights)
+        if source:
+            _product(carray(arguments, (NUM_PRODUCT,), int64), weights)
 
     return run

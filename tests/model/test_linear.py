@@ -74,7 +74,7 @@ def test_where_nothing_can_be_compiled_torch_serves_the_same(
     config = ModelConfig(vocab_sz=90, d_emb=32, n_layers=2, n_heads=2, d_key=8, d_val=8)
     network = LanguageModel(config).requires_grad_(False).eval()
     compiled = copy.deepcopy(network).pack(dtype)
-    monkeypatch.setitem(sys.modules, "model.cpu.kernels", None)
+    monkeypatch.setitem(sys.modules, "model.cpu.products", None)
     with caplog.at_level(logging.WARNING):
         plain = network.pack(dtype)
     assert (compiled.is_compiled, plain.is_compiled) == (True, False)
