@@ -73,6 +73,28 @@ def test_a_turn_in_two_parts_is_the_turn_in_one(driver: Driver) -> None:
         assert rest.continuation == end.continuation
 
 
+@pytest.mark.parametrize("cut", [1, 2, 63, 64, 65, 150])
+def test_a_prompt_sent_in_two_turns_leaves_the_bits_of_one(driver: Driver, cut: int) -> None:
+    whole = request("one", 151, max_tokens=9, keep_state=True)
+    text, end = driver.turn(whole)
+    ids = whole.token_ids
+    _, half = driver.turn(
+        replace(whole, request_id="read", token_ids=ids[:cut], max_tokens=0, stop=())
+    )
+    assert half.state is not None
+    assert half.continuation is not None
+    rest = replace(
+        whole,
+        request_id="rest",
+        token_ids=ids[cut:],
+        source=Parked(half.state),
+        continuation=half.continuation,
+    )
+    assert driver.turn(rest)[0] == text
+    again = driver.result("rest")[1]
+    assert (again.state, again.continuation) == (end.state, end.continuation)
+
+
 def test_company_does_not_change_the_tokens(driver: Driver) -> None:
     alone, _ = driver.turn(request("a", 50, max_tokens=30))
     others = [request(f"other-{i}", 3 + 41 * i, max_tokens=5 + 9 * i) for i in range(8)]
