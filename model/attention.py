@@ -222,8 +222,8 @@ def chunked(
     by more within a chunk than float32 can hold, sums come out below `SMALLEST`; such a sequence is
     computed again in halves, down to single tokens. Memory is linear in the number of tokens.
 
-    On one CPU thread, a call for many tokens and several calls for multiples of 64 of them give the
-    same bits, and so does every sequence whatever the others of its batch are.
+    On one CPU thread, the same queries, keys and values in one call and in several for multiples of
+    64 tokens give the same bits, and so does every sequence whatever the others of its batch are.
     """
     tokens = q.shape[1]
     q, k, v = (

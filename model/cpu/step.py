@@ -1,6 +1,6 @@
-"""The whole network for some tokens of some sequences, as one compiled call.
+"""The whole network for some tokens of some sequences, and one product, as compiled calls.
 
-Numba compiles them at their first use and keeps the machine code on disk.
+Numba compiles each at its first use and keeps the machine code on disk.
 """
 
 import functools

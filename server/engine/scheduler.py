@@ -23,8 +23,8 @@ TURN_OF_ALL = 4
 the others the one with the fewest tokens left."""
 
 PIECES_PER_CHUNK = 4
-"""A piece of a prompt counts as at least this part of a chunk, since the network computes whole
-chunks of attention."""
+"""A piece of a prompt counts as at least this part of a chunk: where the network is not compiled it
+computes whole chunks of attention."""
 
 
 @dataclass(frozen=True)
