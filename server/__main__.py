@@ -38,7 +38,8 @@ def _flags_from_settings(command: Callable[..., None]) -> Callable[..., None]:
     options = []
     for name, field in Settings.model_fields.items():
         kind: Any = field.annotation
-        default = "" if field.default is None else str(field.default)
+        kind = list[str] if kind == tuple[str, ...] else kind
+        default = "" if field.default in (None, ()) else str(field.default)
         option = typer.Option(help=field.description, show_default=default or False)
         options.append(
             inspect.Parameter(

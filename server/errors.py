@@ -1,5 +1,8 @@
 """Errors that a client sees, as facts; server/api renders them."""
 
+NO_RETRY = {"x-should-retry": "false"}
+"""Tells the official clients, which repeat many failed requests, not to repeat this one."""
+
 
 class LatentdError(Exception):
     """An error with what OpenAI's error object needs."""
@@ -21,7 +24,7 @@ class LatentdError(Exception):
         """The error object's `type`."""
         self.param = param
         self.code = code
-        self.headers = headers or {}
+        self.headers = dict(headers or {})
 
     @property
     def outcome(self) -> str:
@@ -52,17 +55,65 @@ class NotFound(InvalidRequest):
         super().__init__(message, param, code, 404)
 
 
-class SessionBusy(LatentdError):
-    """Another turn of the session is running; official clients must not repeat the request."""
+class Conflict(LatentdError):
+    """The session is not in the state that the request needs; repeating it would not help."""
+
+    def __init__(self, message: str, param: str, code: str) -> None:
+        super().__init__(
+            message, status=409, kind="conflict_error", param=param, code=code, headers=NO_RETRY
+        )
+
+
+class SessionBusy(Conflict):
+    """Another turn of the session is running."""
 
     def __init__(self, session_id: str) -> None:
         super().__init__(
-            f"session {session_id} is busy with another turn",
-            status=409,
-            kind="conflict_error",
-            param="session_id",
-            code="session_busy",
-            headers={"x-should-retry": "false"},
+            f"session {session_id} is busy with another turn", "session_id", "session_busy"
+        )
+
+
+class TurnMismatch(Conflict):
+    """The session is not at the turn that the request expects."""
+
+    def __init__(self, session_id: str, turn: int, expected: int) -> None:
+        super().__init__(
+            f"session {session_id} is at turn {turn}, not at {expected}",
+            "expected_turn",
+            "turn_mismatch",
+        )
+
+
+class KeyReused(Conflict):
+    """An Idempotency-Key came again with another request."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this Idempotency-Key belongs to an earlier turn with another request",
+            "Idempotency-Key",
+            "idempotency_key_reused",
+        )
+
+
+class Unauthorized(LatentdError):
+    """The request has no key, or none that this server knows."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            message,
+            status=401,
+            kind="authentication_error",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+class QuotaExceeded(LatentdError):
+    """An owner has as many sessions, or bytes of them, as one may have."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(
+            message, status=429, kind="insufficient_quota", code=code, headers=NO_RETRY
         )
 
 
@@ -89,7 +140,7 @@ class DeadlineExceeded(LatentdError):
             kind="timeout_error",
             param="timeout",
             code="deadline_exceeded",
-            headers={"x-should-retry": "false"},
+            headers=NO_RETRY,
         )
 
     @property
@@ -111,10 +162,40 @@ class ShuttingDown(LatentdError):
 
 
 class StorageFailed(LatentdError):
-    """A session could not be written or read; it is as it was before the turn."""
+    """A session could not be written or read; it is as it was before the request."""
+
+    def __init__(self, message: str, status: int = 503, code: str = "storage_failed") -> None:
+        super().__init__(message, status=status, kind="server_error", code=code)
+
+
+class StorageFull(StorageFailed):
+    """The disk, or what the store may take of it, is full."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, status=507, kind="server_error", code="storage_failed")
+        super().__init__(message, 507, "storage_full")
+        self.headers.update(NO_RETRY)
+
+
+class SessionDamaged(StorageFailed):
+    """A state in the store is not what was put there."""
+
+    def __init__(self, session_id: str, turn: int, reason: str) -> None:
+        super().__init__(
+            f"the state of session {session_id} after turn {turn} cannot be read ({reason}); an "
+            "earlier turn may still be good: rewind to it",
+            503,
+            "session_damaged",
+        )
+        self.headers.update(NO_RETRY)
+
+
+class UnfitState(LatentdError):
+    """A blob that is not a state for this server; the message names what differs."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            message, status=422, kind="invalid_request_error", code="unfit_state", headers=NO_RETRY
+        )
 
 
 class InternalError(LatentdError):

@@ -65,11 +65,21 @@ class Metrics:
         self.session_evictions_total = self._counter(
             "session_evictions_total", "States forgotten by a tier.", "tier"
         )
+        self.sessions_expired_total = self._counter(
+            "sessions_expired_total", "Sessions erased because nobody had used them for long."
+        )
         self.requests_running = self._gauge("requests_running", "Sequences that read or decode.")
         self.requests_waiting = self._gauge("requests_waiting", "Sequences that wait for a row.")
         self.batch_size = self._gauge("batch_size", "Sequences of the last decoding step.")
         self.slots = self._gauge("slots", "Rows of the state pool.", "state")
-        self.sessions = self._gauge("sessions", "Sessions with a state in this tier.", "tier")
+        self.sessions = self._gauge(
+            "sessions",
+            "Sessions in this tier: warm on the device between turns, in host memory, all stored.",
+            "tier",
+        )
+        self.session_checkpoints = self._gauge(
+            "session_checkpoints", "States in the store, of all the turns that are kept."
+        )
         self.session_state_bytes = self._gauge(
             "session_state_bytes", "Size of one session's state, at any length."
         )

@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from types import FrameType
 
@@ -14,10 +15,12 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from server.api.app import create_app, drain
 from server.engine.device import choose_device, choose_threads
-from server.sessions.sqlite import SQLiteStore
+from server.sessions.sqlite.store import SQLiteStore
 from server.settings import Settings
 
 STORE_FILE = "sessions.sqlite3"
+LAST_BYTES_S = 10
+"""Time for answers that are complete to reach their clients."""
 
 
 class ServeError(Exception):
@@ -37,25 +40,32 @@ def serve(settings: Settings) -> None:
     print(f"loading    {settings.checkpoint}; a first start also compiles code", flush=True)
     loaded = checkpoint.load(settings.checkpoint, device, settings.dtype)
     device_reason += f", {choose_threads(settings.threads, loaded.network)}"
-    store = SQLiteStore(settings.data_dir / STORE_FILE)
+    store = SQLiteStore(settings.data_dir / STORE_FILE, settings.durability)
     print(_facts(settings, loaded, device_reason), flush=True)
     app = create_app(settings, loaded, store)
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=int(settings.drain_timeout_s) + 10,
+        timeout_graceful_shutdown=LAST_BYTES_S,
     )
     _Server(config, partial(drain, app)).run([listener])
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens; a signal begins the drain, a second one ends the process."""
+    """Says when it listens; a signal begins the drain, a second one ends the process at once.
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
+    While it drains it still answers, so that clients are told why no turn is taken.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, drain: Callable[[], Coroutine[None, None, None]]
+    ) -> None:
         super().__init__(config)
         self._drain = drain
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._num_signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -66,12 +76,23 @@ class _Server(uvicorn.Server):
             print(f"listening  http://{shown}:{port}", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        del sig, frame
-        if self.should_exit:
-            self.force_exit = True
-        self.should_exit = True
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._drain)
+        del frame
+        self._num_signals += 1
+        if self._num_signals > 1:  # what is acknowledged is in the store, which needs no closing
+            os._exit(128 + sig)
+        if self._loop is None:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._draining = asyncio.ensure_future(self._drain_and_exit())
+
+    async def _drain_and_exit(self) -> None:
+        try:
+            await self._drain()
+        finally:
+            self.should_exit = True
 
 
 def _bind(host: str, port: int) -> socket.socket:

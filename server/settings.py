@@ -3,11 +3,11 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from model import PRETRAINED, WeightDtype
 
@@ -92,6 +92,45 @@ class Settings(BaseSettings):
     host_cache_bytes: int = Field(
         256 << 20, ge=0, description="Host memory for parked states; 0: none."
     )
+    parking: Literal["exact", "compact"] = Field(
+        "exact",
+        description="How states are kept between turns: exact, or in less than a third of the "
+        "bytes and within a bound of it (see docs/sessions.md).",
+    )
+    durability: Literal["sync", "async"] = Field(
+        "sync",
+        description="sync: a turn is on the disk before its last event. async: it survives the end "
+        "of the process, but the last turns may be lost when the machine loses its power.",
+    )
+    keep_turns: int = Field(
+        8, ge=1, description="Turns of a session whose states are kept, to fork or rewind to."
+    )
+    session_ttl_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds without use after which a session is erased: the most that its ttl "
+        "may be, and what it gets without one; never if not given.",
+    )
+    sweep_interval_s: float = Field(
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds between looks for sessions to erase; clients do not see them before.",
+    )
+    max_sessions: int | None = Field(None, ge=0, description="Most sessions in all.")
+    max_store_bytes: int | None = Field(
+        None, ge=0, description="Most bytes of states and kept answers in the store."
+    )
+    max_sessions_per_key: int | None = Field(None, ge=0, description="Most sessions of a key.")
+    max_bytes_per_key: int | None = Field(
+        None, ge=0, description="Most bytes of states and kept answers of a key's sessions."
+    )
+    api_key: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Keys that clients must show, in the variable with commas between them; each "
+        "sees its own sessions only. Without any, everybody may do everything.",
+    )
     keepalive_s: float = Field(
         15.0,
         gt=0,
@@ -102,11 +141,25 @@ class Settings(BaseSettings):
         30.0,
         ge=0,
         allow_inf_nan=False,
-        description="Time for running turns to finish when the server stops.",
+        description="Time for running turns to finish when the server stops; what is left is "
+        "rolled back.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe messages to log."
     )
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(key for key in value.split(",") if key) if isinstance(value, str) else value
+
+    @field_validator("api_key")
+    @classmethod
+    def _check_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        for key in keys:
+            if not key.isascii() or not key.isprintable() or " " in key or not key:
+                raise ValueError("a key is made of printable ASCII characters without spaces")
+        return keys
 
     @property
     def served_name(self) -> str:

@@ -1,6 +1,7 @@
 """The application: its parts are built when it starts and taken down when it stops."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -14,12 +15,16 @@ from server.api.router import Router
 from server.api.service import Service
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import Event, Evicted
+from server.errors import StorageFailed
 from server.metrics import Metrics
 from server.sessions.cache import HostCache
 from server.sessions.codec import Codec
+from server.sessions.quota import Quotas
 from server.sessions.sessions import Sessions
 from server.sessions.store import SessionStore
 from server.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) -> FastAPI:
@@ -31,9 +36,12 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
         service = _build(settings, checkpoint, store, metrics)
         service.engine.start()
         app.state.service = service
+        sweeping = asyncio.create_task(_sweep(service.sessions, settings.sweep_interval_s))
         try:
             yield
         finally:
+            sweeping.cancel()
+            await asyncio.wait([sweeping])
             await asyncio.to_thread(service.engine.stop)
             await store.close()
 
@@ -46,15 +54,21 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
     for part in (completions, sessions, models, health):
         app.include_router(part.router)
     problems.install(app, metrics)
-    app.add_middleware(RequestMiddleware, metrics=metrics, max_body_bytes=settings.max_body_bytes)
+    codec = _codec(settings, checkpoint)
+    app.add_middleware(
+        RequestMiddleware,
+        metrics=metrics,
+        max_body_bytes=settings.max_body_bytes,
+        max_bytes_by_path={sessions.PREFIX + sessions.IMPORT: codec.most_blob_bytes},
+    )
     return app
 
 
-def drain(app: FastAPI) -> None:
-    """Take no new turns. Called in the thread of the app's event loop, also before it started."""
+async def drain(app: FastAPI) -> None:
+    """Let the turns that run come to their ends, or roll them back. Also before the app started."""
     service = getattr(app.state, "service", None)
     if isinstance(service, Service):
-        service.drain()
+        await service.drain()
 
 
 def engine_limits(settings: Settings) -> EngineLimits:
@@ -70,6 +84,23 @@ def engine_limits(settings: Settings) -> EngineLimits:
     )
 
 
+def _codec(settings: Settings, checkpoint: Checkpoint) -> Codec:
+    network = checkpoint.network
+    return Codec(checkpoint.fingerprint, network.state_spec.tensors, network.config.vocab_sz)
+
+
+async def _sweep(conversations: Sessions, every_s: float) -> None:
+    """Erase expired sessions, for ever."""
+    while True:
+        try:
+            swept = await conversations.sweep()
+        except StorageFailed as error:
+            log.warning("expired sessions stay for now: %s", error)
+            swept = 0
+        if not swept:
+            await asyncio.sleep(every_s)
+
+
 def _build(
     settings: Settings, checkpoint: Checkpoint, store: SessionStore, metrics: Metrics
 ) -> Service:
@@ -79,8 +110,20 @@ def _build(
         loop.call_soon_threadsafe(router.dispatch, events)
 
     engine = Engine(checkpoint, engine_limits(settings), deliver, metrics)
-    codec = Codec(checkpoint.fingerprint, checkpoint.network.state_spec.tensors)
-    conversations = Sessions(store, HostCache(settings.host_cache_bytes), codec, metrics)
+    conversations = Sessions(
+        store,
+        HostCache(settings.host_cache_bytes),
+        _codec(settings, checkpoint),
+        metrics,
+        forget_row=engine.release,
+        keep_turns=settings.keep_turns,
+        quotas=Quotas(
+            sessions_per_owner=settings.max_sessions_per_key,
+            bytes_per_owner=settings.max_bytes_per_key,
+            sessions=settings.max_sessions,
+            bytes=settings.max_store_bytes,
+        ),
+    )
     router = Router(engine, conversations.row_evicted)
     metrics.model_info.labels(
         model=settings.served_name,

@@ -12,19 +12,22 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api import prompts
+from server.api.auth import OwnerDep
 from server.api.schemas import (
     Completion,
     CompletionChoice,
     CompletionRequest,
     ErrorResponse,
     PromptTokensDetails,
+    StreamOptions,
     Usage,
 )
 from server.api.service import Service, ServiceDep
 from server.api.sse import EventStream
 from server.api.turns import ChoiceSpec, Turn
-from server.engine.messages import Finished
+from server.engine.messages import Finished, TextDelta
 from server.errors import InvalidRequest
+from server.sessions.turn import TurnCondition
 
 router = APIRouter(tags=["completions"])
 CLIENT_CLOSED_REQUEST = 499
@@ -44,29 +47,36 @@ async def create_completion(
     body: CompletionRequest,
     request: Request,
     service: ServiceDep,
+    owner: OwnerDep,
     x_session_id: Annotated[str | None, Header()] = None,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Response:
     """Continue a prompt. With a session, continue what it has read and written so far.
 
     A turn of a session is committed before its last event; a turn that ends in any other way
-    leaves the session as it was.
+    leaves the session as it was. With an `Idempotency-Key`, a turn that was committed is not taken
+    again: the same request gets the same answer, for as long as the turn's checkpoint is kept.
+    Without a session nothing could be done twice, and the key has no effect.
     """
     service.check_ready()
     prompts.check_model(service, body.model)
     prompts.check_limits(service, body)
     session_id = _session_id(body, x_session_id)
-    turn = Turn(service, prompts.timeout_s(service, body))
+    turn = Turn(service, owner, prompts.timeout_s(service, body))
+    headers = {} if session_id is None else {"X-Session-ID": session_id}
     try:
         if session_id is not None:
-            await turn.resume(session_id)
+            known = await turn.resume(session_id, _condition(body, idempotency_key))
+            if known is not None:
+                await turn.close()
+                return _again(Completion.model_validate_json(known), body, headers)
         tokens = await prompts.read_prompts(service, body, turn.start)
         choices = prompts.choices(service, body, tokens)
-        answer = _Answer(service, body, session_id, turn.start.position, tokens, choices)
-        turn.submit(choices)
+        answer = _Answer(service, body, session_id, turn, tokens, choices)
+        turn.submit(choices, answer)
     except BaseException:
-        await turn.close()
+        await asyncio.shield(turn.close())
         raise
-    headers = {} if session_id is None else {"X-Session-ID": session_id}
     if body.stream:
         messages = _messages(answer, turn, service.settings.keepalive_s)
         return EventStream(messages, turn.close, headers)
@@ -91,9 +101,13 @@ class _Choice:
 
     reason: Literal["stop", "length"] | None = None
 
-    def finish(self, event: Finished) -> None:
-        self.reason, self.num_generated = event.reason, event.num_generated
-        self.cached_tokens = event.cached_tokens
+    def take(self, event: TextDelta | Finished) -> None:
+        self.text.append(event.text)
+        if isinstance(event, Finished):
+            self.reason, self.num_generated = event.reason, event.num_generated
+            self.cached_tokens = event.cached_tokens
+        else:
+            self.num_generated += 1
 
 
 class _Answer:
@@ -104,7 +118,7 @@ class _Answer:
         service: Service,
         body: CompletionRequest,
         session_id: str | None,
-        resumed_tokens: int,
+        turn: Turn,
         tokens: Sequence[tuple[int, ...]],
         choices: Sequence[ChoiceSpec],
     ) -> None:
@@ -113,10 +127,21 @@ class _Answer:
         self._service = service
         self._body = body
         self._session_id = session_id
-        self._resumed_tokens = resumed_tokens
-        self._prompt_tokens = resumed_tokens + sum(map(len, tokens))
-        self.choices = [_Choice() for _ in choices]
+        self._session_turn = None if turn.session_turn is None else turn.session_turn + 1
+        self._resumed_tokens = turn.start.position
+        self._prompt_tokens = self._resumed_tokens + sum(map(len, tokens))
         self.echoes = [self._echo(choice) for choice in choices] if body.echo else []
+        self.choices = [_Choice() for _ in choices]
+        for choice, text in zip(self.choices, self.echoes, strict=False):
+            choice.text.append(text)
+
+    def take(self, index: int, event: TextDelta | Finished) -> None:
+        """The next event of a choice."""
+        self.choices[index].take(event)
+
+    def to_json(self) -> str:
+        """The whole completion."""
+        return self.whole().model_dump_json()
 
     @property
     def usage(self) -> Usage:
@@ -159,7 +184,12 @@ class _Answer:
             choices=choices,
             usage=usage,
             session_id=self._session_id,
+            session_turn=self._session_turn if self._is_finished else None,
         )
+
+    @property
+    def _is_finished(self) -> bool:
+        return all(choice.reason is not None for choice in self.choices)
 
     def piece(self, index: int, text: str, reason: Literal["stop", "length"] | None) -> Completion:
         """One event of a stream."""
@@ -197,28 +227,36 @@ async def _messages(
             continue
         index, event = happened
         if isinstance(event, Finished):
-            answer.choices[index].finish(event)
             yield answer.piece(index, event.text, event.reason)
-        else:
-            answer.choices[index].num_generated += 1
-            if event.text:
-                yield answer.piece(index, event.text, None)
+        elif event.text:
+            yield answer.piece(index, event.text, None)
     if answer.wants_usage:
         yield answer.completion([], answer.usage)
 
 
 async def _collect(answer: _Answer, turn: Turn) -> Completion:
-    for index, text in enumerate(answer.echoes):
-        answer.choices[index].text.append(text)
-    async for happened in turn.events():
-        if happened is None:
-            continue
-        index, event = happened
-        choice = answer.choices[index]
-        choice.text.append(event.text)
-        if isinstance(event, Finished):
-            choice.finish(event)
+    async for _ in turn.events():
+        pass
     return answer.whole()
+
+
+def _again(known: Completion, body: CompletionRequest, headers: dict[str, str]) -> Response:
+    """The answer of a turn that was taken before; its text comes in one piece."""
+    headers = headers | {"Idempotent-Replayed": "true"}
+    if not body.stream:
+        return JSONResponse(known.model_dump(mode="json"), headers=headers)
+    options = body.stream_options or StreamOptions()
+
+    async def pieces() -> AsyncIterator[Completion | None]:
+        usage = known.usage if options.continuous_usage_stats else None
+        yield known.model_copy(update={"usage": usage})
+        if options.include_usage:
+            yield known.model_copy(update={"choices": []})
+
+    async def nothing() -> None:
+        pass
+
+    return EventStream(pieces(), nothing, headers)
 
 
 async def _unless_disconnected(request: Request, answer: _Answer, turn: Turn) -> Completion | None:
@@ -240,11 +278,22 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+def _condition(body: CompletionRequest, key: str | None) -> TurnCondition:
+    """What the turn depends on. How an answer is delivered does not make it another one."""
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise InvalidRequest("it must be printable ASCII", "Idempotency-Key")
+    delivery = {"session_id", "stream", "stream_options", "timeout", "user"}
+    asked = body.model_dump_json(exclude=delivery, exclude_none=True)
+    return TurnCondition(body.expected_turn, key, asked)
+
+
 def _session_id(body: CompletionRequest, header: str | None) -> str | None:
     """The session that body or header name. Raises InvalidRequest."""
     if None not in (body.session_id, header) and body.session_id != header:
         raise InvalidRequest("session_id and the header X-Session-ID differ", "session_id")
     session_id = header if body.session_id is None else body.session_id
+    if session_id is None and body.expected_turn is not None:
+        raise InvalidRequest("expected_turn needs a session", "expected_turn")
     if session_id is not None and body.num_choices_per_prompt > 1:
         raise InvalidRequest("a session has one future: n must be 1", "n")
     if session_id is not None and len(body.prompts) > 1:

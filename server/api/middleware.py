@@ -8,6 +8,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -26,10 +27,18 @@ log = logging.getLogger(__name__)
 class RequestMiddleware:
     """Takes a request's id from its header or makes one, and sends it back; bounds its body."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        max_body_bytes: int,
+        max_bytes_by_path: Mapping[str, int],
+    ) -> None:
+        """Where `max_bytes_by_path` has a path, its number counts if it is larger."""
         self._app = app
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
+        self._max_bytes_by_path = max_bytes_by_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,10 +57,11 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            if _declared_length(headers) > self._max_body_bytes:
+            most = max(self._max_body_bytes, self._max_bytes_by_path.get(scope["path"], 0))
+            if _declared_length(headers) > most:
                 await render(problems.body_too_large())(scope, receive, send_with_id)
             else:
-                await self._app(scope, self._limited(receive), send_with_id)
+                await self._app(scope, _limited(receive, most), send_with_id)
         except Exception:  # the last place where a fault can still become an answer
             log.exception("request %s failed", request_id)
             if status == 0:
@@ -66,19 +76,20 @@ class RequestMiddleware:
                 *(time.monotonic() - started, request_id),
             )
 
-    def _limited(self, receive: Receive) -> Receive:
-        """Stops reading when more arrives than is allowed, whatever the headers declared."""
-        num_bytes = 0
 
-        async def limited() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
-                raise HTTPException(413)  # what the framework lets through while it reads a body
-            return message
+def _limited(receive: Receive, most: int) -> Receive:
+    """Stops reading when more arrives than is allowed, whatever the headers declared."""
+    num_bytes = 0
 
-        return limited
+    async def limited() -> Message:
+        nonlocal num_bytes
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        if num_bytes > most:
+            raise HTTPException(413)  # what the framework lets through while it reads a body
+        return message
+
+    return limited
 
 
 def _declared_length(headers: Headers) -> int:

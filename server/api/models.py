@@ -1,12 +1,13 @@
 """`/v1/models`: the one model of this server."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
 from server.api import prompts
+from server.api.auth import get_owner
 from server.api.schemas import ErrorResponse, Model, ModelList
 from server.api.service import Service, ServiceDep
 
-router = APIRouter(tags=["models"])
+router = APIRouter(dependencies=[Depends(get_owner)], tags=["models"])
 
 
 @router.get("/v1/models")

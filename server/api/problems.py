@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from server.errors import InvalidRequest, LatentdError
+from server.errors import InvalidRequest, LatentdError, Overloaded, QuotaExceeded, ShuttingDown
 from server.metrics import Metrics
 
 LONGEST_ECHO = 200
@@ -22,7 +22,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         if not isinstance(error, LatentdError):
             raise error
         request.scope["latentd.outcome"] = error.outcome
-        if error.status in (429, 503):
+        if isinstance(error, Overloaded | QuotaExceeded | ShuttingDown):
             reason = error.code or "unknown"
             metrics.admission_rejections_total.labels(reason=reason).inc()
         return render(error)

@@ -71,6 +71,9 @@ class CompletionRequest(RequestModel):
 
     model: Text | None = None
     session_id: Text | None = None
+    expected_turn: Annotated[int, Field(ge=0)] | None = None
+    """The turn that the session must be at; otherwise the answer is 409 `turn_mismatch`."""
+
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -121,19 +124,46 @@ class CompletionRequest(RequestModel):
         return several or [[item for item in prompt if isinstance(item, int)]]
 
 
+Metadata = Annotated[
+    dict[
+        Annotated[Text, Field(min_length=1, max_length=64)],
+        Annotated[Text, Field(max_length=512)],
+    ],
+    Field(max_length=16),
+]
+Ttl = Annotated[float, Field(gt=0, le=10**9)]
+TurnNumber = Annotated[int, Field(ge=0, le=2**53)]
+
+
 class CreateSessionRequest(RequestModel):
     """`POST /v1/sessions`; the body may be left out."""
 
-    metadata: (
-        Annotated[
-            dict[
-                Annotated[Text, Field(min_length=1, max_length=64)],
-                Annotated[Text, Field(max_length=512)],
-            ],
-            Field(max_length=16),
-        ]
-        | None
-    ) = None
+    metadata: Metadata | None = None
+    ttl: Ttl | None = None
+    """Seconds without use after which the session is erased."""
+
+    prompt: Prompt | None = None
+    """Text or token ids that the session begins with, read as its first turn."""
+
+
+class ForkRequest(RequestModel):
+    """`POST /v1/sessions/{id}/fork`; the body may be left out."""
+
+    turn: TurnNumber | None = None
+    """The checkpoint to begin with; the last one if not given. 0 is the empty beginning."""
+
+    metadata: Metadata | None = None
+    """Those of the session if not given."""
+
+    ttl: Ttl | None = None
+    """That of the session if not given."""
+
+
+class RewindRequest(RequestModel):
+    """`POST /v1/sessions/{id}/rewind`."""
+
+    turn: TurnNumber
+    """The checkpoint to go back to; later ones are erased. 0 is the empty beginning."""
 
 
 class PromptTokensDetails(BaseModel):
@@ -172,6 +202,15 @@ class Completion(BaseModel):
     choices: list[CompletionChoice]
     usage: Usage | None = None
     session_id: str | None = None
+    session_turn: int | None = None
+    """The session's turn that this is, once it is committed."""
+
+
+class Parent(BaseModel):
+    """A checkpoint of another session, which may not exist any more."""
+
+    session_id: str
+    turn: int
 
 
 class Session(BaseModel):
@@ -181,8 +220,17 @@ class Session(BaseModel):
     object: Literal["session"] = "session"
     created_at: float
     last_used_at: float
+    expires_at: float | None
+    """When it is erased if nobody uses it; null: never."""
+
+    ttl: float | None
+    """Seconds without use after which it expires."""
+
     turn: int
     """Turns committed."""
+
+    checkpoints: int
+    """How many of its last turns can be forked or rewound to."""
 
     tokens: int
     """Tokens that the session has read and written."""
@@ -192,7 +240,30 @@ class Session(BaseModel):
     """The fastest place that has its state; null before the first turn."""
 
     status: Literal["idle", "busy"]
+    parent: Parent | None
+    """Where it was forked from."""
+
     metadata: dict[str, str]
+
+
+class Checkpoint(BaseModel):
+    """A turn whose state is kept."""
+
+    object: Literal["session.turn"] = "session.turn"
+    turn: int
+    tokens: int
+    """Tokens of the session after it."""
+
+    created_at: float
+    bytes: int
+    """What it takes in the store."""
+
+
+class CheckpointList(BaseModel):
+    """A session's checkpoints, newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[Checkpoint]
 
 
 class SessionList(BaseModel):

@@ -14,6 +14,36 @@ from server.metrics import Metrics
 from server.sessions.sessions import Sessions
 from server.settings import Settings
 
+ROLLBACK_S = 5.0
+"""Time for turns that were told to end."""
+
+
+class OpenTurns:
+    """Turns that are not closed yet."""
+
+    def __init__(self) -> None:
+        self._turns = set[object]()
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def add(self, turn: object) -> None:
+        self._turns.add(turn)
+        self._none.clear()
+
+    def discard(self, turn: object) -> None:
+        self._turns.discard(turn)
+        if not self._turns:
+            self._none.set()
+
+    async def closed(self, timeout_s: float) -> bool:
+        """Wait until there is none. False if the time was too short."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._none.wait()
+        except TimeoutError:
+            return False
+        return True
+
 
 @dataclass(frozen=True)
 class Service:
@@ -29,6 +59,7 @@ class Service:
     sessions: Sessions
     engine: Engine
     router: Router
+    open_turns: OpenTurns = field(default_factory=OpenTurns)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the server is about to stop: no new turns."""
 
@@ -41,12 +72,12 @@ class Service:
         if not self.is_ready:
             raise ShuttingDown("the server is not taking requests")
 
-    def drain(self) -> None:
+    async def drain(self) -> None:
         """Take no new turns; those that still run when the drain timeout is over roll back."""
-        if not self.draining.is_set():
-            self.draining.set()
-            loop = asyncio.get_running_loop()
-            loop.call_later(self.settings.drain_timeout_s, self.router.abort)
+        self.draining.set()
+        if not await self.open_turns.closed(self.settings.drain_timeout_s):
+            self.router.abort()
+            await self.open_turns.closed(ROLLBACK_S)
 
 
 def get_service(request: Request) -> Service:

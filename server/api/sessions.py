@@ -1,42 +1,75 @@
 """`/v1/sessions`: conversations that the server keeps, each as one state of fixed size."""
 
+import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import TypeAdapter, ValidationError
 
+from server.api import prompts
+from server.api.auth import OwnerDep
 from server.api.schemas import (
+    Checkpoint,
+    CheckpointList,
+    CompletionRequest,
     CreateSessionRequest,
     ErrorResponse,
+    ForkRequest,
+    Metadata,
+    Parent,
+    Prompt,
+    RewindRequest,
     Session,
     SessionDeleted,
     SessionList,
+    Ttl,
+    TurnNumber,
 )
 from server.api.service import Service, ServiceDep
+from server.api.turns import Turn
+from server.errors import InvalidRequest
 from server.sessions.store import SessionRecord
 
+PREFIX = "/v1/sessions"
+IMPORT = "/import"
+BLOB = "application/octet-stream"
+METADATA: TypeAdapter[dict[str, str]] = TypeAdapter(Metadata)
 router = APIRouter(
-    prefix="/v1/sessions",
+    prefix=PREFIX,
     tags=["sessions"],
     responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
 )
 
 
 @router.post("", status_code=201)
-async def create_session(service: ServiceDep, body: CreateSessionRequest | None = None) -> Session:
-    """Create an empty session. Its id is the key to it: whoever knows it can continue it."""
+async def create_session(
+    service: ServiceDep, owner: OwnerDep, body: CreateSessionRequest | None = None
+) -> Session:
+    """Create a session, empty or with a first text."""
     service.check_ready()
-    metadata = (body.metadata if body is not None else None) or {}
-    return _render(service, await service.sessions.create(metadata))
+    body = body or CreateSessionRequest()
+    reading = None if body.prompt is None else _reading(service, body.prompt)
+    ttl_s = _ttl_s(service, body.ttl)
+    record = await service.sessions.create(owner, body.metadata or {}, ttl_s)
+    if reading is not None:
+        try:
+            await _read(service, owner, record.id, reading)
+            record = await service.sessions.get(owner, record.id)
+        except BaseException:
+            await asyncio.shield(service.sessions.delete(owner, record.id))
+            raise
+    return _render(service, record)
 
 
 @router.get("")
 async def list_sessions(
     service: ServiceDep,
+    owner: OwnerDep,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query()] = None,
 ) -> SessionList:
-    """Sessions, newest first; `after` is the id that the page before ended with."""
-    records = await service.sessions.list(limit + 1, after)
+    """Your sessions, newest first; `after` is the id that the page before ended with."""
+    records = await service.sessions.list(owner, limit + 1, after)
     page = [_render(service, record) for record in records[:limit]]
     return SessionList(
         data=page,
@@ -46,30 +79,162 @@ async def list_sessions(
     )
 
 
+@router.post(
+    IMPORT,
+    status_code=201,
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {BLOB: {"schema": {"type": "string", "format": "binary"}}},
+        }
+    },
+)
+async def import_session(
+    request: Request,
+    service: ServiceDep,
+    owner: OwnerDep,
+    metadata: Annotated[str | None, Query()] = None,
+    ttl: Annotated[Ttl | None, Query()] = None,
+) -> Session:
+    """Make a session from an exported state, which is the body.
+
+    It must be of this server's model: what differs is named with status 422. `metadata` is a JSON
+    object.
+    """
+    service.check_ready()
+    ttl_s = _ttl_s(service, ttl)
+    facts = _metadata(metadata)
+    record = await service.sessions.import_blob(owner, await request.body(), facts, ttl_s)
+    return _render(service, record)
+
+
 @router.get("/{session_id}")
-async def get_session(session_id: str, service: ServiceDep) -> Session:
+async def get_session(session_id: str, service: ServiceDep, owner: OwnerDep) -> Session:
     """One session: its tokens, its turn, and where its state is."""
-    return _render(service, await service.sessions.get(session_id))
+    return _render(service, await service.sessions.get(owner, session_id))
+
+
+@router.get("/{session_id}/turns")
+async def list_turns(session_id: str, service: ServiceDep, owner: OwnerDep) -> CheckpointList:
+    """The last turns, whose states are kept: these can be forked, rewound to and exported."""
+    kept = await service.sessions.checkpoints(owner, session_id)
+    return CheckpointList(
+        data=[
+            Checkpoint(turn=c.turn, tokens=c.num_tokens, created_at=c.created_at, bytes=c.num_bytes)
+            for c in kept
+        ]
+    )
+
+
+@router.post("/{session_id}/fork", status_code=201)
+async def fork_session(
+    session_id: str, service: ServiceDep, owner: OwnerDep, body: ForkRequest | None = None
+) -> Session:
+    """Make a session that begins where this one is, or was after an earlier turn.
+
+    The session itself stays as it is, and may be busy. The cost does not depend on its length.
+    """
+    service.check_ready()
+    body = body or ForkRequest()
+    ttl_s = None if body.ttl is None else _ttl_s(service, body.ttl)
+    record = await service.sessions.fork(owner, session_id, body.turn, body.metadata, ttl_s)
+    return _render(service, record)
+
+
+@router.post("/{session_id}/rewind")
+async def rewind_session(
+    session_id: str, body: RewindRequest, service: ServiceDep, owner: OwnerDep
+) -> Session:
+    """Go back to an earlier turn. Later turns are erased; fork first to keep them.
+
+    A latent state cannot be cut to a length: the ends of the last turns are all that there is to go
+    back to.
+    """
+    return _render(service, await service.sessions.rewind(owner, session_id, body.turn))
+
+
+@router.get(
+    "/{session_id}/state",
+    response_class=Response,
+    responses={200: {"content": {BLOB: {"schema": {"type": "string", "format": "binary"}}}}},
+)
+async def export_session(
+    session_id: str,
+    service: ServiceDep,
+    owner: OwnerDep,
+    turn: Annotated[TurnNumber | None, Query()] = None,
+) -> Response:
+    """The session's state, now or after an earlier turn, as one safetensors blob."""
+    record, turn, blob = await service.sessions.export(owner, session_id, turn)
+    name = f"{record.id}-{turn}.safetensors"
+    headers = {
+        "Content-Disposition": f'attachment; filename="{name}"',
+        "X-Session-Turn": str(turn),
+    }
+    return Response(blob, media_type=BLOB, headers=headers)
 
 
 @router.delete("/{session_id}")
-async def delete_session(session_id: str, service: ServiceDep) -> SessionDeleted:
-    """Erase a session and its state, in memory and on disk."""
-    row = await service.sessions.delete(session_id)
-    if row is not None:
-        service.engine.release(row)
+async def delete_session(session_id: str, service: ServiceDep, owner: OwnerDep) -> SessionDeleted:
+    """Erase a session with its checkpoints and kept answers, in memory and on disk."""
+    await service.sessions.delete(owner, session_id)
     return SessionDeleted(id=session_id)
 
 
+def _ttl_s(service: Service, ttl: float | None) -> float | None:
+    """Seconds without use that a session may live. Raises InvalidRequest."""
+    most = service.settings.session_ttl_s
+    if ttl is not None and most is not None and ttl > most:
+        raise InvalidRequest(f"ttl is {ttl:g}, the most is {most:g}", "ttl")
+    return most if ttl is None else ttl
+
+
+def _metadata(given: str | None) -> dict[str, str]:
+    """Metadata written as JSON. Raises InvalidRequest."""
+    try:
+        return {} if given is None else METADATA.validate_json(given, strict=True)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        raise InvalidRequest(f"metadata: {problem['msg']}", "metadata") from error
+
+
+def _reading(service: Service, prompt: Prompt) -> CompletionRequest:
+    """What to ask for so that the prompt is read. Raises InvalidRequest."""
+    reading = CompletionRequest(prompt=prompt, max_tokens=0)
+    if len(reading.prompts) != 1 or not reading.prompts[0]:
+        raise InvalidRequest("a session begins with one text, which is not empty", "prompt")
+    prompts.check_limits(service, reading)
+    return reading
+
+
+async def _read(service: Service, owner: str, session_id: str, reading: CompletionRequest) -> None:
+    turn = Turn(service, owner, prompts.timeout_s(service, reading))
+    try:
+        await turn.resume(session_id)
+        tokens = await prompts.read_prompts(service, reading, turn.start)
+        turn.submit(prompts.choices(service, reading, tokens))
+        async for _ in turn.events():
+            pass
+    finally:
+        await asyncio.shield(turn.close())
+
+
 def _render(service: Service, record: SessionRecord) -> Session:
+    parent = None
+    if record.parent_id is not None and record.parent_turn is not None:
+        parent = Parent(session_id=record.parent_id, turn=record.parent_turn)
     return Session(
         id=record.id,
         created_at=record.created_at,
         last_used_at=record.last_used_at,
+        expires_at=record.expires_at,
+        ttl=record.ttl_s,
         turn=record.turn,
+        checkpoints=record.num_checkpoints,
         tokens=record.num_tokens,
         state_bytes=service.sessions.state_bytes,
         tier=service.sessions.tier(record),
         status="busy" if service.sessions.is_busy(record.id) else "idle",
+        parent=parent,
         metadata=record.metadata,
     )

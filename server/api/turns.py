@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from model.sampling import SamplingParams
 from server.api.router import Aborted
@@ -30,7 +31,7 @@ from server.engine.messages import (
 )
 from server.errors import DeadlineExceeded, InternalError, Overloaded, ShuttingDown
 from server.sessions.codec import SessionState
-from server.sessions.sessions import SessionTurn
+from server.sessions.turn import SessionTurn, TurnCondition
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,25 @@ class ChoiceSpec:
     ignore_eos: bool
 
 
+class Answer(Protocol):
+    """What a turn's events are collected in."""
+
+    def take(self, index: int, event: TextDelta | Finished) -> None:
+        """The next event of a choice."""
+
+    def to_json(self) -> str:
+        """All of it, when every choice has finished."""
+
+
 class Turn:
     """The choices of one answer, in the engine; with a session, its next turn.
 
     `resume`, `submit`, `events` in this order, then `close` whatever happened.
     """
 
-    def __init__(self, service: Service, timeout_s: float | None) -> None:
+    def __init__(self, service: Service, owner: str, timeout_s: float | None) -> None:
         self._service = service
+        self._owner = owner
         self._started = time.monotonic()
         self._timeout_s = timeout_s
         self._stack = AsyncExitStack()
@@ -60,23 +72,37 @@ class Turn:
         self._requests: dict[str, tuple[int, EngineRequest]] = {}
         self._queue: asyncio.Queue[Event | Aborted] = asyncio.Queue()
         self._kept_row: str | None = None
+        self._answer: Answer | None = None
+        service.open_turns.add(self)
         self.start = Continuation()
         """What the turn continues from."""
 
-    async def resume(self, session_id: str) -> None:
+    async def resume(self, session_id: str, condition: TurnCondition | None = None) -> str | None:
         """Lock the session and find its state.
 
-        Raises NotFound, SessionBusy and StorageFailed.
+        If the turn was taken before, there is nothing to do but to give its answer, which is
+        returned. Raises what `Sessions.turn` raises.
         """
-        session = await self._stack.enter_async_context(self._service.sessions.turn(session_id))
+        session = await self._stack.enter_async_context(
+            self._service.sessions.turn(self._owner, session_id, condition)
+        )
+        if session.answer is not None:
+            return session.answer
         self._session = session
         if session.record.turn:
             state = await session.load()
             self._parked = Parked(state.state)
             self.start = Continuation(state.position, state.pending, state.undecoded, state.recent)
+        return None
 
-    def submit(self, choices: Sequence[ChoiceSpec]) -> None:
-        """Queue every choice, or none. Raises Overloaded."""
+    @property
+    def session_turn(self) -> int | None:
+        """The turn that the session is at, by its last commit."""
+        return None if self._session is None else self._session.record.turn
+
+    def submit(self, choices: Sequence[ChoiceSpec], answer: Answer | None = None) -> None:
+        """Queue every choice, or none; `answer` takes the events. Raises Overloaded."""
+        self._answer = answer
         warm = None if self._session is None else self._session.take_warm()
         source = self._source(warm)
         requests = [self._request(choice, source) for choice in choices]
@@ -95,9 +121,9 @@ class Turn:
     ) -> AsyncIterator[tuple[int, TextDelta | Finished] | None]:
         """What happens, by index of the choice, until every choice has finished.
 
-        None comes when nothing has happened for `silence_s`. A session is committed when its
-        `Finished` comes out. Raises InternalError, StorageFailed, Overloaded, ShuttingDown and
-        DeadlineExceeded.
+        None comes when nothing has happened for `silence_s`. The answer has taken each event before
+        it comes, and a session is committed when its `Finished` comes. Raises InternalError,
+        StorageFailed, Overloaded, ShuttingDown and DeadlineExceeded.
         """
         while self._requests:
             event = await self._next_event(silence_s)
@@ -105,10 +131,13 @@ class Turn:
                 case None:
                     yield None
                 case TextDelta(request_id):
-                    yield self._requests[request_id][0], event
+                    index, _ = self._requests[request_id]
+                    self._take(index, event)
+                    yield index, event
                 case Finished(request_id):
                     self._service.router.close([request_id])
                     index, _ = self._requests.pop(request_id)
+                    self._take(index, event)
                     await self._commit(event)
                     yield index, event
                 case Failed(_, message):
@@ -126,11 +155,14 @@ class Turn:
         for request_id in self._requests:
             self._service.engine.cancel(request_id)
         self._requests = {}
-        if self._session is not None and self._kept_row is not None:
-            await self._session.settle()
-            if self._session.warm != self._kept_row:
-                self._service.engine.release(self._kept_row)
-        await self._stack.aclose()
+        try:
+            if self._session is not None and self._kept_row is not None:
+                await self._session.settle()
+                if self._session.warm != self._kept_row:
+                    self._service.engine.release(self._kept_row)
+            await self._stack.aclose()
+        finally:
+            self._service.open_turns.discard(self)
         self._service.metrics.request_duration_seconds.observe(time.monotonic() - self._started)
 
     def _source(self, warm: str | None) -> Fresh | Parked | Warm:
@@ -168,6 +200,10 @@ class Turn:
         _, request = self._requests[request_id]
         self._service.engine.submit(replace(request, source=self._parked))
 
+    def _take(self, index: int, event: TextDelta | Finished) -> None:
+        if self._answer is not None:
+            self._answer.take(index, event)
+
     async def _commit(self, finished: Finished) -> None:
         if self._session is None:
             return
@@ -182,4 +218,7 @@ class Turn:
             recent=after.recent,
             state=finished.state,
         )
-        await self._session.commit(state, finished.warm)
+        answer = self._answer if self._session.keeps_answer else None
+        await self._session.commit(
+            state, finished.warm, None if answer is None else answer.to_json()
+        )

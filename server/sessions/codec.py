@@ -1,26 +1,46 @@
 """A session's state as one blob: a safetensors file that says what it belongs to.
 
 The tensors are the named tensors of the model's state and `recent`, the tokens that penalties look
-back on. The header's metadata tell the format, the model's fingerprint, the position, what is
-pending, and a checksum over all of it. Nothing in it is ever executed.
+back on. The header's metadata tell the format, the model's fingerprint, the dtype of its states,
+the turn, the position, what is pending, and a checksum over all of it. Nothing in it is ever
+executed.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from model.sampling import RecentTokens
 from model.state import TensorSpec
 
-FORMAT, VERSION = "latentd-session", "1"
+FORMAT, VERSION = "latentd-session", "2"
+OLDER = "1"
+"""Had neither dtype nor turn; stores may still hold some."""
+
 RECENT = "recent"
+EXACT, COMPACT = "exact", "compact"
+LARGEST = 1 << 53
 LONGEST_MESSAGE = 300
+
+
+class CompactForm(Protocol):
+    """A form of a model's states that takes fewer bytes and is not exact."""
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]: ...
+
+    def pack(self, state: bytes) -> bytes | None:
+        """None for a state that cannot be held within the form's bound."""
+
+    def unpack(self, packed: bytes) -> bytes: ...
 
 
 class BlobError(ValueError):
@@ -47,7 +67,12 @@ class SessionState:
     """What the penalties look back on."""
 
     state: bytes
-    """The model's state: the bytes of a row, its tensors one after another."""
+    """The model's state in this `form`: its tensors one after another."""
+
+    turn: int = 0
+    """The turn that it is the end of; 0 where a blob of version 1 does not tell."""
+
+    form: str = EXACT
 
     @property
     def num_bytes(self) -> int:
@@ -56,93 +81,181 @@ class SessionState:
 
 
 class Codec:
-    """Blobs of one model."""
+    """Blobs of one model. What it parks is exact, or compact where the model's form for it fits."""
 
-    def __init__(self, fingerprint: str, tensors: Sequence[TensorSpec]) -> None:
+    def __init__(
+        self,
+        fingerprint: str,
+        tensors: Sequence[TensorSpec],
+        vocab_sz: int,
+        compact: CompactForm | None = None,
+        *,
+        park_compact: bool = False,
+    ) -> None:
+        """Blobs in the `compact` form can be read, and with `park_compact` are written."""
         self.fingerprint = fingerprint
-        self._tensors = tuple(tensors)
+        self._vocab_sz = vocab_sz
+        self._compact = compact
+        self._park_compact = park_compact
+        self._forms = {EXACT: tuple(tensors)}
+        if compact is not None:
+            self._forms[COMPACT] = compact.tensors
 
     @property
     def state_bytes(self) -> int:
-        """Size of a model state."""
-        return sum(tensor.num_bytes for tensor in self._tensors)
+        """Size of a model state as it is computed with."""
+        return _num_bytes(self._forms[EXACT])
+
+    @property
+    def most_blob_bytes(self) -> int:
+        """No blob is larger, even if thousands of tokens are pending."""
+        return self.state_bytes + (1 << 16)
+
+    def park(self, session: SessionState) -> SessionState:
+        """The session as it is kept: its state in the compact form if that was asked for and fits.
+
+        What a session continues from is what was kept, wherever it is found again.
+        """
+        if not self._park_compact or self._compact is None or session.form == COMPACT:
+            return session
+        packed = self._compact.pack(session.state)
+        return session if packed is None else replace(session, state=packed, form=COMPACT)
+
+    def unpark(self, session: SessionState) -> SessionState:
+        """The session with its state in the exact form."""
+        if session.form == EXACT:
+            return session
+        if self._compact is None:
+            raise ValueError("this model has no compact form")
+        return replace(session, state=self._compact.unpack(session.state), form=EXACT)
 
     def encode(self, session: SessionState) -> bytes:
         """The blob; its size depends on the model only, but for a few digits in the header.
 
         Raises ValueError when the state does not have the size of this model's.
         """
-        if len(session.state) != self.state_bytes:
+        tensors = self._forms[session.form]
+        if len(session.state) != _num_bytes(tensors):
             raise ValueError(
-                f"a state of this model has {self.state_bytes} bytes, not {len(session.state)}"
+                f"a state of this model has {_num_bytes(tensors)} bytes, not {len(session.state)}"
             )
-        arrays: dict[str, NDArray[np.generic]] = {RECENT: np.frombuffer(session.recent, np.uint8)}
-        start = 0
-        for tensor in self._tensors:
-            count = math.prod(tensor.shape)
-            values = np.frombuffer(session.state, np.dtype(tensor.dtype), count, start)
-            arrays[tensor.name] = values.reshape(tensor.shape)
-            start += tensor.num_bytes
-        return safetensors.numpy.save(arrays, self._facts(session))
+        arrays = _arrays(tensors, session.state)
+        arrays[RECENT] = np.frombuffer(session.recent, np.uint8)
+        return safetensors.numpy.save(arrays, self._facts(session, VERSION))
 
     def decode(self, blob: bytes) -> SessionState:
         """Raises BlobError for anything but an undamaged blob of this model."""
-        try:
-            arrays = safetensors.numpy.load(blob)
-            facts = _metadata(blob)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise BlobError(f"not a whole safetensors blob: {error}") from error
+        facts, arrays = read(blob)
         self._check_header(facts)
-        self._check_tensors(arrays)
+        form = facts.get("form", EXACT)
+        self._check_tensors(form, arrays)
+        tensors = self._forms[form]
         try:
             session = SessionState(
                 position=int(facts["position"]),
                 pending=tuple(int(token_id) for token_id in json.loads(facts["pending"])),
                 undecoded=bytes.fromhex(facts["undecoded"]),
                 recent=arrays[RECENT].tobytes(),
-                state=b"".join(arrays[tensor.name].tobytes() for tensor in self._tensors),
+                state=b"".join(arrays[tensor.name].tobytes() for tensor in tensors),
+                turn=0 if facts["version"] == OLDER else int(facts["turn"]),
+                form=form,
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise BlobError(f"the header is damaged: {error}") from error
-        if len(session.pending) > session.position or min(session.pending, default=0) < 0:
-            raise BlobError(f"position {session.position} and its pending tokens cannot be")
-        if facts != self._facts(session):
+        if facts != self._facts(session, facts["version"]):
             raise BlobError("the checksum does not match: the blob is damaged")
+        self._check_values(session, arrays)
         return session
 
-    def _facts(self, session: SessionState) -> dict[str, str]:
+    def _facts(self, session: SessionState, version: str) -> dict[str, str]:
         """The header's metadata; there is one way to write it."""
         facts = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": version,
             "fingerprint": self.fingerprint,
             "position": str(session.position),
             "pending": json.dumps(session.pending),
             "undecoded": session.undecoded.hex(),
         }
+        if version != OLDER:
+            facts |= {"dtype": self._dtype, "form": session.form, "turn": str(session.turn)}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         digest.update(session.recent)
         digest.update(session.state)
         return facts | {"sha256": digest.hexdigest()}
 
+    @property
+    def _dtype(self) -> str:
+        """That of most of the state."""
+        return max(self._forms[EXACT], key=lambda tensor: tensor.num_bytes).dtype
+
     def _check_header(self, facts: Mapping[str, str]) -> None:
+        version = facts.get("version")
         if facts.get("format") != FORMAT:
             raise BlobError(f"format is {facts.get('format')!r}, not {FORMAT!r}")
-        if facts.get("version") != VERSION:
-            raise BlobError(f"version is {facts.get('version')!r}, this program reads {VERSION!r}")
+        if version not in (VERSION, OLDER):
+            raise BlobError(f"version is {version!r}, this program reads {OLDER} and {VERSION}")
         if facts.get("fingerprint") != self.fingerprint:
             theirs = str(facts.get("fingerprint"))[:12]
             raise BlobError(f"it belongs to model {theirs}, this is {self.fingerprint[:12]}")
+        if version == OLDER:
+            return
+        if facts.get("dtype") != self._dtype:
+            raise BlobError(f"dtype is {facts.get('dtype')!r}, this model has {self._dtype!r}")
+        if facts.get("form") not in self._forms:
+            raise BlobError(f"form is {facts.get('form')!r}, not {' or '.join(self._forms)}")
 
-    def _check_tensors(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    def _check_tensors(self, form: str, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         found = {name: (str(values.dtype), values.shape) for name, values in arrays.items()}
-        expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in self._tensors}
+        expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in self._forms[form]}
         expected[RECENT] = ("uint8", (arrays[RECENT].size if RECENT in arrays else 0,))
         for name in sorted(expected.keys() | found.keys()):
             if found.get(name) != expected.get(name):
                 raise BlobError(
                     f"tensor {name} is {found.get(name)}, the model has {expected.get(name)}"
                 )
+
+    def _check_values(
+        self, session: SessionState, arrays: Mapping[str, NDArray[np.generic]]
+    ) -> None:
+        """A checksum that fits does not say that a server of ours computed it."""
+        if not 0 <= session.turn < LARGEST or not 0 <= session.position < LARGEST:
+            raise BlobError(f"turn {session.turn} at position {session.position} cannot be")
+        if len(session.pending) > session.position or len(session.undecoded) > 3:
+            raise BlobError(f"position {session.position} and what is pending cannot be")
+        try:
+            largest_id = RecentTokens.from_bytes(session.recent).largest_id
+        except ValueError as error:
+            raise BlobError(f"tensor {RECENT}: {error}") from error
+        ids = (*session.pending, largest_id)
+        if min(session.pending, default=0) < 0 or max(ids) >= self._vocab_sz:
+            raise BlobError(f"a token id is not below {self._vocab_sz}")
+        for name, values in arrays.items():
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise BlobError(f"tensor {name} has values that are not finite")
+
+
+def read(blob: bytes) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
+    """Header and tensors of any safetensors blob. Raises BlobError."""
+    try:
+        return _metadata(blob), safetensors.numpy.load(blob)
+    except (SafetensorError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise BlobError(f"not a whole safetensors blob: {error}") from error
+
+
+def _num_bytes(tensors: Sequence[TensorSpec]) -> int:
+    return sum(tensor.num_bytes for tensor in tensors)
+
+
+def _arrays(tensors: Sequence[TensorSpec], state: bytes) -> dict[str, NDArray[np.generic]]:
+    """The tensors by name, as views of the bytes."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    start = 0
+    for tensor in tensors:
+        values = np.frombuffer(state, np.dtype(tensor.dtype), math.prod(tensor.shape), start)
+        arrays[tensor.name] = values.reshape(tensor.shape)
+        start += tensor.num_bytes
+    return arrays
 
 
 def _metadata(blob: bytes) -> dict[str, str]:

@@ -7,104 +7,272 @@ the device only make it faster to get, so forgetting there loses nothing.
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
-from typing import Literal
 
-from server.errors import InvalidRequest, NotFound, SessionBusy, StorageFailed
+from server.errors import (
+    InvalidRequest,
+    KeyReused,
+    NotFound,
+    SessionBusy,
+    TurnMismatch,
+    UnfitState,
+)
 from server.metrics import Metrics
 from server.sessions.cache import HostCache
-from server.sessions.codec import BlobError, Codec, SessionState
-from server.sessions.store import SessionRecord, SessionStore
+from server.sessions.codec import BlobError, Codec
+from server.sessions.places import Places, Tier
+from server.sessions.quota import Quota, Quotas
+from server.sessions.store import CheckpointRecord, KeptAnswer, SessionRecord, SessionStore
+from server.sessions.turn import SessionTurn, TurnCondition
 
-Tier = Literal["device", "host", "store"]
+SWEPT_TOGETHER = 256
 
 
 class Sessions:
-    """All sessions of a server. Belongs to the event loop."""
+    """All sessions of a server. Belongs to the event loop.
+
+    Whoever does not own a session gets NotFound, as for one that does not exist or has expired.
+    """
 
     def __init__(
-        self, store: SessionStore, cache: HostCache, codec: Codec, metrics: Metrics
+        self,
+        store: SessionStore,
+        cache: HostCache,
+        codec: Codec,
+        metrics: Metrics,
+        *,
+        forget_row: Callable[[str], None],
+        keep_turns: int = 8,
+        quotas: Quotas | None = None,
     ) -> None:
+        """`forget_row` is told the names of warm rows that nobody will ask for any more."""
         self._store = store
-        self._cache = cache
         self._codec = codec
         self._metrics = metrics
-        self._busy: set[str] = set()
-        self._warm: dict[str, str] = {}
-        """Names of the rows that are warm, by session."""
-
-        metrics.session_state_bytes.set(codec.state_bytes)
-        self._report()
+        self._keep_turns = keep_turns
+        self._quota = Quota(store, quotas or Quotas())
+        self._places = Places(cache, store, codec.state_bytes, metrics, forget_row)
+        self._busy = set[str]()
+        """Sessions that something happens to beside which nothing else may happen."""
 
     @property
     def state_bytes(self) -> int:
         """Bytes of one session's model state, at any length of the session."""
         return self._codec.state_bytes
 
-    async def create(self, metadata: dict[str, str]) -> SessionRecord:
-        """A new session, already durable, with an id that cannot be guessed."""
-        now = time.time()
-        record = SessionRecord(f"sess_{secrets.token_urlsafe(24)}", now, now, metadata=metadata)
-        await self._store.create(record)
+    @property
+    def most_blob_bytes(self) -> int:
+        """No exported session is larger."""
+        return self._codec.most_blob_bytes
+
+    async def create(
+        self, owner: str, metadata: dict[str, str], ttl_s: float | None = None
+    ) -> SessionRecord:
+        """A new session, already durable, with an id that cannot be guessed.
+
+        Raises QuotaExceeded and StorageFull.
+        """
+        record = _new(owner, metadata, ttl_s)
+        async with self._quota.room(owner, sessions=1):
+            await self._store.create(record)
+        self._places.report()
         return record
 
-    async def get(self, session_id: str) -> SessionRecord:
+    async def get(self, owner: str, session_id: str) -> SessionRecord:
         """Raises NotFound."""
         record = await self._store.get(session_id)
-        if record is None:
+        if record is None or record.owner != owner or self._is_over(record):
             raise _not_found(session_id)
         return record
 
-    async def list(self, limit: int, after: str | None) -> list[SessionRecord]:
+    async def list(self, owner: str, limit: int, after: str | None) -> list[SessionRecord]:
         """Newest first, beginning behind the session `after`. Raises InvalidRequest."""
-        if after is not None and await self._store.get(after) is None:
-            raise InvalidRequest(f"there is no session {after[:80]}", "after")
-        return await self._store.list(limit, after)
+        if after is not None:
+            last = await self._store.get(after)
+            if last is None or last.owner != owner:
+                raise InvalidRequest(f"there is no session {after[:80]}", "after")
+        return await self._store.list(owner, limit, after, time.time())
 
-    async def delete(self, session_id: str) -> str | None:
-        """Erase a session and its state everywhere. Raises NotFound and SessionBusy.
+    async def checkpoints(self, owner: str, session_id: str) -> Sequence[CheckpointRecord]:
+        """The turns whose states are kept, newest first. Raises NotFound."""
+        await self.get(owner, session_id)
+        return await self._store.checkpoints(session_id)
 
-        Returns the name of its warm row, if it has one, which the engine must forget.
+    async def fork(
+        self,
+        owner: str,
+        session_id: str,
+        turn: int | None,
+        metadata: dict[str, str] | None = None,
+        ttl_s: float | None = None,
+    ) -> SessionRecord:
+        """A new session that begins with a copy of a checkpoint, of the last turn if None is named.
+
+        The session itself may be busy. Metadata and ttl are those of the session if not given.
+        Raises NotFound, QuotaExceeded and StorageFull.
         """
+        source = await self.get(owner, session_id)
+        made = _new(
+            owner,
+            source.metadata if metadata is None else metadata,
+            source.ttl_s if ttl_s is None else ttl_s,
+        )
+        record = replace(
+            made,
+            turn=source.turn if turn is None else turn,
+            parent_id=session_id,
+            parent_turn=source.turn if turn is None else turn,
+        )
+        size = self._codec.most_blob_bytes if record.turn else 0
+        async with self._quota.room(owner, sessions=1, num_bytes=size):
+            forked = await self._store.fork(session_id, record)
+        if forked is None:
+            raise await self._no_turn(session_id, record.turn)
+        self._places.report()
+        return forked
+
+    async def rewind(self, owner: str, session_id: str, turn: int) -> SessionRecord:
+        """Go back to a checkpoint; those after it are erased.
+
+        Raises NotFound and SessionBusy.
+        """
+        await self.get(owner, session_id)
         with self._lock(session_id):
-            self._cache.remove(session_id)  # first: nothing stays here if the store fails halfway
-            if not await self._store.delete(session_id):
-                raise _not_found(session_id)
-            warm = self._warm.pop(session_id, None)
-        self._report()
-        return warm
+            self._places.forget(session_id)  # first: nothing stays that is later than the store
+            record = await self._store.rewind(session_id, turn, time.time())
+        if record is None:
+            raise await self._no_turn(session_id, turn)
+        self._places.report()
+        return record
+
+    async def export(
+        self, owner: str, session_id: str, turn: int | None
+    ) -> tuple[SessionRecord, int, bytes]:
+        """The session, and a checkpoint as a blob: its turn, of the last one if None is named.
+
+        Raises NotFound, also for the state before the first turn.
+        """
+        record = await self.get(owner, session_id)
+        turn = record.turn if turn is None else turn
+        blob = await self._store.load_blob(session_id, turn)
+        if blob is None:
+            raise await self._no_turn(session_id, turn)
+        return record, turn, blob
+
+    async def import_blob(
+        self, owner: str, blob: bytes, metadata: dict[str, str], ttl_s: float | None
+    ) -> SessionRecord:
+        """A new session that goes on from an exported blob.
+
+        Raises UnfitState, QuotaExceeded and StorageFull.
+        """
+        try:
+            state = await asyncio.to_thread(self._codec.decode, blob)
+        except BlobError as error:
+            raise UnfitState(f"this is no state for this server: {error}") from error
+        record = replace(
+            _new(owner, metadata, ttl_s),
+            turn=max(state.turn, 1),
+            num_tokens=state.position,
+            num_checkpoints=1,
+        )
+        async with self._quota.room(owner, sessions=1, num_bytes=len(blob)):
+            await self._store.create(record, blob)
+        self._places.report()
+        return record
+
+    async def delete(self, owner: str, session_id: str) -> None:
+        """Erase a session, its checkpoints and kept answers everywhere.
+
+        Raises NotFound and SessionBusy.
+        """
+        await self.get(owner, session_id)
+        with self._lock(session_id):
+            await self._erase(session_id)
+
+    async def sweep(self) -> int:
+        """Erase sessions that have expired. Returns how many; there may be more if there are any.
+
+        Raises StorageFailed.
+        """
+        swept = 0
+        for session_id in await self._store.expired(time.time(), SWEPT_TOGETHER):
+            if session_id in self._busy:
+                continue
+            with self._lock(session_id):
+                record = await self._store.get(session_id)
+                if record is not None and self._is_over(record):
+                    await self._erase(session_id)
+                    swept += 1
+        self._metrics.sessions_expired_total.inc(swept)
+        return swept
 
     def tier(self, record: SessionRecord) -> Tier | None:
         """The fastest place that holds the session's state; None before its first turn."""
-        if record.id in self._warm:
-            return "device"
-        if record.id in self._cache:
-            return "host"
-        return "store" if record.turn else None
+        return self._places.tier(record)
 
     def is_busy(self, session_id: str) -> bool:
         return session_id in self._busy
 
     def row_evicted(self, name: str) -> None:
         """The engine gave a warm row to another sequence."""
-        for session_id, warm in self._warm.items():
-            if warm == name:
-                del self._warm[session_id]
-                self._metrics.session_evictions_total.labels(tier="device").inc()
-                break
-        self._report()
+        self._places.row_evicted(name)
 
     @asynccontextmanager
-    async def turn(self, session_id: str) -> AsyncIterator["SessionTurn"]:
-        """The right to advance a session, for one turn. Raises NotFound and SessionBusy."""
+    async def turn(
+        self, owner: str, session_id: str, condition: TurnCondition | None = None
+    ) -> AsyncIterator[SessionTurn]:
+        """The right to advance a session, for one turn.
+
+        If the turn was taken already, `SessionTurn.answer` tells what came of it, and there is
+        nothing to commit. Raises NotFound, SessionBusy, TurnMismatch, KeyReused, QuotaExceeded and
+        StorageFailed.
+        """
+        condition = condition or TurnCondition()
+        if session_id in self._busy:
+            record = await self.get(owner, session_id)
+            kept = await self._kept_answer(session_id, condition)
+            if kept is None:
+                raise SessionBusy(session_id)
+            yield self._turn(record, condition, kept)
+            return
         with self._lock(session_id):
-            turn = SessionTurn(self, await self.get(session_id))
-            try:
-                yield turn
-            finally:
-                await turn.settle()
+            record = await self.get(owner, session_id)
+            kept = await self._kept_answer(session_id, condition)
+            if kept is not None:
+                yield self._turn(record, condition, kept)
+                return
+            if condition.expected_turn not in (None, record.turn):
+                raise TurnMismatch(session_id, record.turn, condition.expected_turn or 0)
+            is_full = record.num_checkpoints >= self._keep_turns
+            size = 0 if is_full else self._codec.most_blob_bytes
+            async with self._quota.room(owner, num_bytes=size):
+                turn = self._turn(record, condition)
+                self._places.enter(session_id)
+                try:
+                    yield turn
+                finally:
+                    try:
+                        await turn.settle()
+                    finally:
+                        self._places.leave(session_id)
+
+    def _turn(
+        self, record: SessionRecord, condition: TurnCondition, kept: KeptAnswer | None = None
+    ) -> SessionTurn:
+        turn = SessionTurn(
+            self._store,
+            self._codec,
+            self._places,
+            self._metrics,
+            self._keep_turns,
+            record,
+            condition,
+        )
+        turn.answer = None if kept is None else kept.answer
+        return turn
 
     @contextmanager
     def _lock(self, session_id: str) -> Iterator[None]:
@@ -116,94 +284,39 @@ class Sessions:
         finally:
             self._busy.remove(session_id)
 
-    def _report(self) -> None:
-        totals = self._store.totals
-        tiers = {
-            "device": (len(self._warm), len(self._warm) * self.state_bytes),
-            "host": (len(self._cache), self._cache.num_bytes),
-            "store": (totals.num_states, totals.state_bytes),
-        }
-        for tier, (count, num_bytes) in tiers.items():
-            self._metrics.sessions.labels(tier=tier).set(count)
-            self._metrics.session_bytes.labels(tier=tier).set(num_bytes)
+    def _is_over(self, record: SessionRecord) -> bool:
+        """Whether it has not been used for too long; a turn that runs is use."""
+        if record.expires_at is None or self._places.is_running(record.id):
+            return False
+        return record.expires_at <= time.time()
+
+    async def _kept_answer(self, session_id: str, condition: TurnCondition) -> KeptAnswer | None:
+        if condition.key_digest is None:
+            return None
+        kept = await self._store.find_answer(session_id, condition.key_digest)
+        if kept is not None and kept.request != condition.request_digest:
+            raise KeyReused
+        return kept
+
+    async def _erase(self, session_id: str) -> None:
+        self._places.forget(session_id)  # first: nothing stays here if the store fails halfway
+        if not await self._store.delete(session_id):
+            raise _not_found(session_id)
+        self._places.report()
+
+    async def _no_turn(self, session_id: str, turn: int) -> NotFound:
+        kept = ", ".join(str(c.turn) for c in await self._store.checkpoints(session_id))
+        return NotFound(
+            f"session {session_id} has no state after turn {turn}; those kept are after: "
+            f"{kept or 'none'}",
+            "turn",
+            "turn_not_found",
+        )
 
 
-class SessionTurn:
-    """One turn of a session that nobody else can advance meanwhile."""
-
-    def __init__(self, sessions: Sessions, record: SessionRecord) -> None:
-        self._sessions = sessions
-        self._committing: asyncio.Task[None] | None = None
-        self.record = record
-        """The session as the last commit left it."""
-
-    @property
-    def warm(self) -> str | None:
-        """The name of the row where the engine still has the state."""
-        return self._sessions._warm.get(self.record.id)
-
-    def take_warm(self) -> str | None:
-        """`warm`, for a turn that continues there: the row will hold that state no longer."""
-        warm = self._sessions._warm.pop(self.record.id, None)
-        self._sessions._report()
-        return warm
-
-    def put_back_warm(self, name: str) -> None:
-        """The row was not used after all."""
-        self._sessions._warm[self.record.id] = name
-        self._sessions._report()
-
-    async def load(self) -> SessionState:
-        """The state after the last turn, from host memory or the store. Raises StorageFailed."""
-        sessions, session_id = self._sessions, self.record.id
-        with sessions._metrics.session_load_seconds.time():
-            state = sessions._cache.get(session_id)
-            if state is None:
-                blob = await sessions._store.load_blob(session_id)
-                if blob is None:
-                    raise StorageFailed(f"the state of session {session_id} is missing")
-                try:
-                    state = await asyncio.to_thread(sessions._codec.decode, blob)
-                except BlobError as error:
-                    raise StorageFailed(f"the state of session {session_id}: {error}") from error
-                self._cache(state)
-        return state
-
-    async def commit(self, state: SessionState, warm: str | None) -> None:
-        """Make the turn durable; on return it survives a crash. Raises StorageFailed.
-
-        If the caller is cancelled meanwhile, the commit still takes place. `warm` is the row where
-        the engine has the state.
-        """
-        self._committing = asyncio.create_task(self._commit(state, warm))
-        await asyncio.shield(self._committing)
-
-    async def settle(self) -> None:
-        """Wait until no commit is under way, even if the caller is cancelled."""
-        cancelled = None
-        while self._committing is not None and not self._committing.done():
-            try:
-                await asyncio.wait([self._committing])
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            raise cancelled
-
-    async def _commit(self, state: SessionState, warm: str | None) -> None:
-        sessions, turn, now = self._sessions, self.record.turn + 1, time.time()
-        with sessions._metrics.session_commit_seconds.time():
-            blob = await asyncio.to_thread(sessions._codec.encode, state)
-            await sessions._store.commit_turn(self.record.id, turn, state.position, now, blob)
-        self.record = replace(self.record, turn=turn, num_tokens=state.position, last_used_at=now)
-        self._cache(state)
-        if warm is not None:
-            sessions._warm[self.record.id] = warm
-        sessions._report()
-
-    def _cache(self, state: SessionState) -> None:
-        evicted = self._sessions._cache.put(self.record.id, state)
-        self._sessions._metrics.session_evictions_total.labels(tier="host").inc(evicted)
-        self._sessions._report()
+def _new(owner: str, metadata: dict[str, str], ttl_s: float | None) -> SessionRecord:
+    now, session_id = time.time(), f"sess_{secrets.token_urlsafe(24)}"
+    return SessionRecord(session_id, now, now, owner, ttl_s=ttl_s, metadata=metadata)
 
 
 def _not_found(session_id: str) -> NotFound:

@@ -15,7 +15,7 @@ import uvicorn
 from model import checkpoint
 from server.api.app import create_app
 from server.api.service import Service
-from server.sessions.sqlite import SQLiteStore
+from server.sessions.sqlite.store import SQLiteStore
 from server.settings import Settings
 
 
@@ -43,7 +43,7 @@ class LiveServer:
 def live_server(settings: Settings) -> Iterator[LiveServer]:
     """Run a server for these settings until the block ends."""
     loaded = checkpoint.load(settings.checkpoint, torch.device("cpu"))
-    store = SQLiteStore(settings.data_dir / "sessions.sqlite3")
+    store = SQLiteStore(settings.data_dir / "sessions.sqlite3", settings.durability)
     app = create_app(settings, loaded, store)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
     with socket.create_server(("127.0.0.1", 0)) as listener:

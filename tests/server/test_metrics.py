@@ -32,6 +32,8 @@ DESIGN = {
     "batch_size": ("gauge", ()),
     "slots": ("gauge", ("state",)),
     "sessions": ("gauge", ("tier",)),
+    "sessions_expired_total": ("counter", ()),
+    "session_checkpoints": ("gauge", ()),
     "session_state_bytes": ("gauge", ()),
     "session_bytes": ("gauge", ("tier",)),
     "model_info": ("gauge", ("model", "fingerprint", "device")),

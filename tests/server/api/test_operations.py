@@ -43,14 +43,15 @@ def test_metrics_count_what_happened(client: httpx.Client, session_id: str) -> N
     names = ("prompt_tokens_total", "generation_tokens_total", "resumed_tokens_total")
     before = [sample(client, name) for name in names]
     commits = sample(client, "session_commit_seconds_count")
-    stored = sample(client, "sessions", tier="store")
+    stored = [sample(client, "sessions", tier="store"), sample(client, "session_checkpoints")]
     first = complete(client, prompt=[1, 2, 3], max_tokens=5, session_id=session_id)
     assert first["usage"]["total_tokens"] == 8
     stream(client, prompt=[4], max_tokens=6, session_id=session_id)
     after = [sample(client, name) for name in names]
     assert [b - a for a, b in zip(before, after, strict=True)] == [4, 11, 8]
     assert sample(client, "session_commit_seconds_count") == commits + 2
-    assert sample(client, "sessions", tier="store") == stored + 1
+    assert sample(client, "sessions", tier="store") == stored[0]
+    assert sample(client, "session_checkpoints") == stored[1] + 2
     held = sample(client, "session_bytes", tier="device")
     rows = sample(client, "slots", state="warm")
     assert held == rows * sample(client, "session_state_bytes")

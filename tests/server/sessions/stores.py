@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from server.sessions.sqlite import SQLiteStore
-from server.sessions.store import SessionRecord, StoreError
+from server.sessions.sqlite.store import SQLiteStore
+from server.sessions.store import KeptAnswer, SessionRecord, StoreError, Turn
 
 FILE = "sessions.sqlite3"
 
@@ -28,9 +28,28 @@ async def opened(folder: Path) -> AsyncIterator[SQLiteStore]:
         await store.close()
 
 
-async def commit(store: SQLiteStore, name: str, turn: int, blob: bytes) -> None:
+async def commit(
+    store: SQLiteStore,
+    name: str,
+    turn: int,
+    blob: bytes,
+    *,
+    keep: int = 1,
+    answer: KeptAnswer | None = None,
+) -> None:
     """A turn after which the session has ten tokens for each of its turns."""
-    await store.commit_turn(name, turn, 10 * turn, 100.0 + turn, blob)
+    await store.commit(name, Turn(turn, 10 * turn, 100.0 + turn, blob, answer), keep)
+
+
+async def blob_of(store: SQLiteStore, name: str) -> bytes | None:
+    """What the session's present state is kept as."""
+    found = await store.get(name)
+    return None if found is None else await store.load_blob(name, found.turn)
+
+
+async def listed(store: SQLiteStore) -> list[SessionRecord]:
+    """All sessions of the owner that `record` names."""
+    return await store.list("", 1000, None, 0.0)
 
 
 @asynccontextmanager
@@ -60,11 +79,11 @@ def forbidden(store: SQLiteStore, action: int, what: str) -> Iterator[None]:
         is_it = (asked, argument) == (action, what)
         return sqlite3.SQLITE_DENY if is_it else sqlite3.SQLITE_OK
 
-    store._db.set_authorizer(decide)
+    store._writer.db.set_authorizer(decide)
     try:
         yield
     finally:
-        store._db.set_authorizer(None)
+        store._writer.db.set_authorizer(None)
 
 
 def refusal(path: Path) -> str:

@@ -2,36 +2,53 @@
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.sampling import RecentTokens
 from model.state import TensorSpec
 from server.sessions.codec import LONGEST_MESSAGE, BlobError, Codec, SessionState
 
 SPEC = (
-    TensorSpec("m", (2, 3), "float32", float("-inf")),
+    TensorSpec("m", (2, 3), "float32", -1e30),
     TensorSpec("Z", (2, 3), "float32", 0.0),
     TensorSpec("h", (1, 4), "float64", 0.0),
 )
-CODEC = Codec("0123456789abcdef" * 4, SPEC)
-SESSION = SessionState(7, (5, 6), b"\xe2\x82", bytes(range(8)), bytes(range(80)))
+VOCAB = 1000
+CODEC = Codec("0123456789abcdef" * 4, SPEC, VOCAB)
+
+
+def recent(*token_ids: int) -> bytes:
+    tokens = RecentTokens()
+    for token_id in token_ids:
+        tokens.append(token_id, generated=token_id % 2 == 0)
+    return tokens.to_bytes()
+
+
+SESSION = SessionState(7, (5, 6), b"\xe2\x82", recent(3, 999, 6), bytes(range(80)), turn=3)
 BLOB = CODEC.encode(SESSION)
 HEADER_BYTES = int.from_bytes(BLOB[:8], "little")
 HEADER: dict[str, Any] = json.loads(BLOB[8 : 8 + HEADER_BYTES])
 DATA = BLOB[8 + HEADER_BYTES :]
 
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 SESSIONS = st.integers(0, 10**12).flatmap(
     lambda position: st.builds(
         SessionState,
         position=st.just(position),
-        pending=st.lists(st.integers(0, 2**31 - 1), max_size=min(position, 5)).map(tuple),
+        pending=st.lists(st.integers(0, VOCAB - 1), max_size=min(position, 5)).map(tuple),
         undecoded=st.binary(max_size=3),
-        recent=st.binary(max_size=40),
-        state=st.binary(min_size=CODEC.state_bytes, max_size=CODEC.state_bytes),
+        recent=st.just(b"") | st.lists(st.integers(0, VOCAB - 1)).map(lambda ids: recent(*ids)),
+        state=st.lists(FINITE, min_size=16, max_size=16).map(
+            lambda v: np.array(v[:12], np.float32).tobytes() + np.array(v[12:]).tobytes()
+        ),
+        turn=st.integers(0, 10**9),
     )
 )
 
@@ -70,9 +87,12 @@ def test_a_session_comes_out_as_it_went_in(session: SessionState) -> None:
 def test_the_size_is_the_models() -> None:
     assert CODEC.state_bytes == len(SESSION.state) == 2 * 24 + 32
     new = replace(SESSION, position=2)
-    old = replace(SESSION, position=10**9)
-    assert abs(len(CODEC.encode(old)) - len(CODEC.encode(new))) <= 16
-    assert len(BLOB) < CODEC.state_bytes + 600
+    old = replace(SESSION, position=10**9, turn=10**6)
+    assert abs(len(CODEC.encode(old)) - len(CODEC.encode(new))) <= 24
+    assert len(BLOB) < CODEC.state_bytes + len(SESSION.recent) + 700
+    assert len(CODEC.encode(replace(SESSION, position=9999, pending=(999,) * 9000))) < (
+        CODEC.most_blob_bytes
+    )
 
 
 @pytest.mark.parametrize("size", [0, CODEC.state_bytes - 1, CODEC.state_bytes + 1])
@@ -94,7 +114,8 @@ def test_a_cut_blob_is_refused() -> None:
 
 
 def test_every_flipped_bit_is_noticed() -> None:
-    for bit in range(8 * len(BLOB)):
+    header, data = range(8 * (8 + HEADER_BYTES)), range(8 * (8 + HEADER_BYTES), 8 * len(BLOB))
+    for bit in (*header, *data[::7]):
         flipped = bytearray(BLOB)
         flipped[bit // 8] ^= 1 << bit % 8
         refusal(bytes(flipped))
@@ -164,9 +185,11 @@ def test_forged_facts_are_refused(key: str, value: str) -> None:
 
 def test_the_message_names_what_differs() -> None:
     assert "belongs to model 999999999999, this is 0123456789ab" in refusal(
-        Codec("9" * 64, SPEC).encode(SESSION)
+        Codec("9" * 64, SPEC, VOCAB).encode(SESSION)
     )
-    assert "version is '2', this program reads '1'" in refusal(forged(version="2"))
+    assert "version is '3', this program reads 1 and 2" in refusal(forged(version="3"))
+    assert "dtype is 'float16', this model has 'float64'" in refusal(forged(dtype="float16"))
+    assert "form is 'folded', not exact" in refusal(forged(form="folded"))
     assert "format is 'gguf'" in refusal(forged(format="gguf"))
     no_checksum = HEADER["__metadata__"] | {"sha256": ""}
     assert "checksum" in refusal(built(HEADER | {"__metadata__": no_checksum}))
@@ -193,6 +216,67 @@ def test_the_message_names_what_differs() -> None:
 )
 def test_recent_tokens_of_another_kind_are_refused(changes: dict[str, object]) -> None:
     refusal(with_tensor("recent", **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"pending": (5, VOCAB)}, "token id"),
+        ({"recent": recent(5, VOCAB)}, "token id"),
+        ({"recent": recent(VOCAB, 5)}, "token id"),
+        ({"recent": bytes(4)}, "tensor recent"),
+        ({"undecoded": b"\xf0\x9f\x98\x80"}, "pending"),
+        ({"position": 1}, "position 1"),
+        ({"position": 2**53}, "position"),
+        ({"turn": -1}, "turn -1"),
+        ({"turn": 2**53}, "turn"),
+        ({"state": np.full(12, np.nan, np.float32).tobytes() + bytes(32)}, "tensor [mZ] .* finite"),
+        ({"state": bytes(48) + np.full(4, -np.inf).tobytes()}, "tensor h .* finite"),
+    ],
+)
+def test_what_no_server_would_have_written_is_refused(changes: dict[str, Any], named: str) -> None:
+    """Though its checksum is right."""
+    assert re.search(named, refusal(CODEC.encode(replace(SESSION, **changes))))
+
+
+def test_blobs_of_version_1_are_read() -> None:
+    older = forged(version="1", dtype=None, form=None, turn=None)
+    assert CODEC.decode(older) == replace(SESSION, turn=0)
+    refusal(forged(version="1"))
+
+
+class Bytes:
+    """States of small whole numbers have this form."""
+
+    tensors = (TensorSpec("numbers", (1, 16), "int8", 0.0),)
+
+    def pack(self, state: bytes) -> bytes | None:
+        wide = np.frombuffer(state, np.float32)
+        narrow = np.clip(wide, -128, 127).astype(np.int8)
+        return narrow.tobytes() if (narrow == wide).all() else None
+
+    def unpack(self, packed: bytes) -> bytes:
+        return np.frombuffer(packed, np.int8).astype(np.float32).tobytes()
+
+
+def test_a_compact_state_is_parked_and_unparked() -> None:
+    spec = (TensorSpec("m", (2, 8), "float32", 0.0),)
+    exact = Codec("f" * 64, spec, VOCAB, Bytes())
+    compact = Codec("f" * 64, spec, VOCAB, Bytes(), park_compact=True)
+    fits = replace(SESSION, state=np.arange(16, dtype=np.float32).tobytes())
+    parked = compact.park(fits)
+    assert (len(parked.state), parked.form) == (16, "compact")
+    assert exact.park(fits) == fits
+    assert compact.unpark(parked) == exact.unpark(parked) == fits
+    assert compact.park(parked) == parked
+    blob = compact.encode(parked)
+    assert len(blob) < len(exact.encode(fits))
+    assert exact.decode(blob) == compact.decode(blob) == parked
+    assert compact.decode(exact.encode(fits)) == fits
+    broad = replace(SESSION, state=np.full(16, 1e30, np.float32).tobytes())
+    assert compact.park(broad) == broad
+    with pytest.raises(BlobError, match="form is 'compact', not exact"):
+        Codec("f" * 64, spec, VOCAB).decode(blob)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F4", "C64", "F8_E5M2"])

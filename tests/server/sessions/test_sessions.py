@@ -2,6 +2,7 @@
 to be."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -9,28 +10,33 @@ from pathlib import Path
 
 import pytest
 
+from model.sampling import RecentTokens
 from model.state import TensorSpec
 from server.errors import InvalidRequest, NotFound, SessionBusy, StorageFailed
 from server.metrics import Metrics
 from server.sessions.cache import HostCache
 from server.sessions.codec import Codec, SessionState
 from server.sessions.sessions import Sessions
-from server.sessions.sqlite import SQLiteStore
+from server.sessions.sqlite.store import SQLiteStore
 from server.sessions.store import SessionRecord
-from tests.server.sessions.stores import FILE, commit, raw, writer_held
+from tests.server.sessions.stores import FILE, commit, forbidden, raw, writer_held
 
 SPEC = (TensorSpec("m", (2, 3), "float32", 0.0), TensorSpec("h", (1, 4), "float64", 0.0))
 STATE_BYTES = 24 + 32
-RECENT_BYTES = 8
+RECENT_BYTES = len(RecentTokens().to_bytes())
+VOCAB = 300
+ME = "me"
 CACHED_BYTES = STATE_BYTES + RECENT_BYTES
 
 
-def state(mark: bytes = b"-", position: int = 5) -> SessionState:
+def state(mark: bytes = b"-", position: int = 5, turn: int = 1) -> SessionState:
     """A state of its own for each one-byte mark."""
-    return SessionState(position, (3,), b"\xe2", mark * RECENT_BYTES, mark * STATE_BYTES)
+    recent = RecentTokens()
+    recent.append(mark[0], generated=True)
+    return SessionState(position, (3,), b"\xe2", recent.to_bytes(), mark * STATE_BYTES, turn)
 
 
-BLOB = Codec("f" * 64, SPEC).encode(state())
+BLOB = Codec("f" * 64, SPEC, VOCAB).encode(state())
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,9 @@ class World:
     """Sessions on a real store, and what they are made of."""
 
     sessions: Sessions
+    forgotten: list[str]
+    """Rows that the engine was told to forget."""
+
     store: SQLiteStore
     cache: HostCache
     metrics: Metrics
@@ -46,19 +55,25 @@ class World:
         self, session_id: str, after: SessionState, warm: str | None = None
     ) -> SessionRecord:
         """One whole turn."""
-        async with self.sessions.turn(session_id) as turn:
+        async with self.sessions.turn(ME, session_id) as turn:
             await turn.commit(after, warm)
             return turn.record
 
     async def load(self, session_id: str) -> SessionState:
-        async with self.sessions.turn(session_id) as turn:
+        async with self.sessions.turn(ME, session_id) as turn:
             return await turn.load()
 
     async def new(self) -> str:
-        return (await self.sessions.create({})).id
+        return (await self.sessions.create(ME, {})).id
+
+    async def get(self, session_id: str) -> SessionRecord:
+        return await self.sessions.get(ME, session_id)
+
+    async def delete(self, session_id: str) -> None:
+        await self.sessions.delete(ME, session_id)
 
     async def tier(self, session_id: str) -> str | None:
-        return self.sessions.tier(await self.sessions.get(session_id))
+        return self.sessions.tier(await self.sessions.get(ME, session_id))
 
     def held(self) -> dict[str, tuple[float | None, float | None]]:
         """Sessions and bytes by tier, as the metrics tell them."""
@@ -80,8 +95,10 @@ class World:
 async def world(folder: Path, cache_bytes: int = 1 << 20) -> AsyncIterator[World]:
     store, cache, metrics = SQLiteStore(folder / FILE), HostCache(cache_bytes), Metrics()
     try:
-        codec = Codec("f" * 64, SPEC)
-        yield World(Sessions(store, cache, codec, metrics), store, cache, metrics)
+        codec = Codec("f" * 64, SPEC, VOCAB)
+        forgotten = list[str]()
+        sessions = Sessions(store, cache, codec, metrics, forget_row=forgotten.append)
+        yield World(sessions, forgotten, store, cache, metrics)
     finally:
         await store.close()
 
@@ -99,12 +116,12 @@ def test_ids_are_long_and_never_the_same(tmp_path: Path) -> None:
 def test_a_new_session_survives_at_once(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
-            made = await w.sessions.create({"topic": "cats"})
-            assert made == await w.sessions.get(made.id)
+            made = await w.sessions.create(ME, {"topic": "cats"})
+            assert made == await w.sessions.get(ME, made.id)
             assert (made.turn, made.num_tokens, made.metadata) == (0, 0, {"topic": "cats"})
             assert made.created_at == made.last_used_at > 1.7e9
         async with world(tmp_path) as w:
-            assert await w.sessions.get(made.id) == made
+            assert await w.sessions.get(ME, made.id) == made
 
     asyncio.run(main())
 
@@ -112,14 +129,18 @@ def test_a_new_session_survives_at_once(tmp_path: Path) -> None:
 def test_a_turn_moves_the_session_on(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
-            made = await w.sessions.create({"k": "v"})
+            made = await w.sessions.create(ME, {"k": "v"})
             for number in (1, 2):
                 after = await w.advance(made.id, state(position=5 * number))
                 assert after == replace(
-                    made, turn=number, num_tokens=5 * number, last_used_at=after.last_used_at
+                    made,
+                    turn=number,
+                    num_tokens=5 * number,
+                    num_checkpoints=number,
+                    last_used_at=after.last_used_at,
                 )
                 assert after.last_used_at > made.last_used_at
-                assert after == await w.sessions.get(made.id)
+                assert after == await w.sessions.get(ME, made.id)
 
     asyncio.run(main())
 
@@ -136,11 +157,11 @@ def test_what_is_loaded_is_what_was_committed(
             await w.advance(second, state(b"b", 1))
             await w.advance(first, state(b"c", 10**9))
             if not reopened:
-                assert await w.load(first) == state(b"c", 10**9)
+                assert await w.load(first) == state(b"c", 10**9, turn=2)
                 assert await w.load(second) == state(b"b", 1)
         if reopened:
             async with world(tmp_path, cache_bytes) as w:
-                assert await w.load(first) == state(b"c", 10**9)
+                assert await w.load(first) == state(b"c", 10**9, turn=2)
                 assert await w.load(second) == state(b"b", 1)
 
     asyncio.run(main())
@@ -151,10 +172,10 @@ def test_a_cached_state_needs_no_store(tmp_path: Path) -> None:
         async with world(tmp_path) as w:
             session_id = await w.new()
             await w.advance(session_id, state(b"a"))
-            async with w.sessions.turn(session_id) as turn, writer_held(w.store):
+            async with w.sessions.turn(ME, session_id) as turn, writer_held(w.store):
                 assert await asyncio.wait_for(turn.load(), 5) == state(b"a")
         async with world(tmp_path) as w:
-            async with w.sessions.turn(session_id) as turn:
+            async with w.sessions.turn(ME, session_id) as turn:
                 async with writer_held(w.store):
                     loading = asyncio.create_task(turn.load())
                     await asyncio.sleep(0.05)
@@ -171,14 +192,14 @@ def test_a_session_has_one_writer(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
             session_id, other = await w.new(), await w.new()
-            async with w.sessions.turn(session_id):
+            async with w.sessions.turn(ME, session_id):
                 assert w.sessions.is_busy(session_id)
                 with pytest.raises(SessionBusy):
                     await w.load(session_id)
                 with pytest.raises(SessionBusy):
-                    await w.sessions.delete(session_id)
+                    await w.sessions.delete(ME, session_id)
                 assert w.sessions.is_busy(session_id)
-                assert (await w.sessions.get(session_id)).turn == 0
+                assert (await w.sessions.get(ME, session_id)).turn == 0
                 await w.advance(other, state())
             assert not w.sessions.is_busy(session_id)
             await w.advance(session_id, state())
@@ -191,13 +212,13 @@ def test_whoever_fails_gives_the_session_back(tmp_path: Path) -> None:
         async with world(tmp_path) as w:
             session_id = await w.new()
             with pytest.raises(KeyError):
-                async with w.sessions.turn(session_id):
+                async with w.sessions.turn(ME, session_id):
                     raise KeyError
             for _ in range(2):
                 with pytest.raises(NotFound):
                     await w.load("sess_nobody")
                 with pytest.raises(NotFound):
-                    await w.sessions.delete("sess_nobody")
+                    await w.sessions.delete(ME, "sess_nobody")
             assert not w.sessions.is_busy("sess_nobody")
             with pytest.raises(NotFound) as caught:
                 await w.load("x" * 100_000)
@@ -215,7 +236,7 @@ def test_exactly_one_of_many_gets_the_session(tmp_path: Path) -> None:
                 *(w.advance(session_id, state()) for _ in range(10)), return_exceptions=True
             )
             assert [type(answer) for answer in answers].count(SessionBusy) == 9
-            assert (await w.sessions.get(session_id)).turn == 1
+            assert (await w.sessions.get(ME, session_id)).turn == 1
 
     asyncio.run(main())
 
@@ -223,7 +244,7 @@ def test_exactly_one_of_many_gets_the_session(tmp_path: Path) -> None:
 async def begin_to_commit(
     w: World, session_id: str, begun: asyncio.Event, go: asyncio.Event
 ) -> None:
-    async with w.sessions.turn(session_id) as turn:
+    async with w.sessions.turn(ME, session_id) as turn:
         begun.set()
         await go.wait()
         await turn.commit(state(b"a"), "row")
@@ -247,7 +268,7 @@ def test_a_commit_outlives_its_caller_and_keeps_the_lock(tmp_path: Path, num_can
             with pytest.raises(asyncio.CancelledError):
                 await caller
             assert not w.sessions.is_busy(session_id)
-            assert (await w.sessions.get(session_id)).turn == 1
+            assert (await w.sessions.get(ME, session_id)).turn == 1
             assert await w.tier(session_id) == "device"
             assert await w.load(session_id) == state(b"a")
 
@@ -261,7 +282,7 @@ def test_whoever_is_cancelled_while_a_commit_settles_learns_of_it(tmp_path: Path
             went_on = list[str]()
 
             async def stubborn() -> None:
-                async with w.sessions.turn(session_id) as turn:
+                async with w.sessions.turn(ME, session_id) as turn:
                     begun.set()
                     await go.wait()
                     with suppress(asyncio.CancelledError):
@@ -280,7 +301,7 @@ def test_whoever_is_cancelled_while_a_commit_settles_learns_of_it(tmp_path: Path
             with pytest.raises(asyncio.CancelledError):
                 await caller
             assert not went_on
-            assert (await w.sessions.get(session_id)).turn == 1
+            assert (await w.sessions.get(ME, session_id)).turn == 1
 
     asyncio.run(main())
 
@@ -295,7 +316,7 @@ def test_a_turn_cancelled_before_its_commit_never_happened(tmp_path: Path) -> No
             with pytest.raises(asyncio.CancelledError):
                 await caller
             assert not w.sessions.is_busy(session_id)
-            assert (await w.sessions.get(session_id)).turn == 0
+            assert (await w.sessions.get(ME, session_id)).turn == 0
             assert await w.tier(session_id) is None
 
     asyncio.run(main())
@@ -307,18 +328,18 @@ def test_a_failed_commit_leaves_the_session_as_it_was(tmp_path: Path) -> None:
             session_id = await w.new()
             before = await w.advance(session_id, state(b"a"))
             held = w.held()
-            [num_pages] = w.store._db.execute("PRAGMA page_count").fetchone()
-            w.store._db.execute(f"PRAGMA max_page_count = {num_pages}")
-            async with w.sessions.turn(session_id) as turn:
+            [num_pages] = w.store._writer.db.execute("PRAGMA page_count").fetchone()
+            w.store._writer.db.execute(f"PRAGMA max_page_count = {num_pages}")
+            async with w.sessions.turn(ME, session_id) as turn:
                 for _ in range(2):
                     with pytest.raises(StorageFailed, match="full"):
                         await turn.commit(replace(state(b"b"), recent=bytes(300_000)), "row")
                     assert turn.record == before
                     assert turn.warm is None
                     assert await turn.load() == state(b"a")
-            assert await w.sessions.get(session_id) == before
+            assert await w.sessions.get(ME, session_id) == before
             assert w.held() == held
-            w.store._db.execute("PRAGMA max_page_count = 10000")
+            w.store._writer.db.execute("PRAGMA max_page_count = 10000")
             assert (await w.advance(session_id, state(b"b"))).turn == 2
 
     asyncio.run(main())
@@ -329,10 +350,10 @@ def test_a_state_of_another_size_is_not_committed(tmp_path: Path) -> None:
         async with world(tmp_path) as w:
             session_id = await w.new()
             before = await w.advance(session_id, state(b"a"))
-            async with w.sessions.turn(session_id) as turn:
+            async with w.sessions.turn(ME, session_id) as turn:
                 with pytest.raises(ValueError, match="bytes"):
                     await turn.commit(replace(state(b"b"), state=bytes(STATE_BYTES + 1)), None)
-            assert await w.sessions.get(session_id) == before
+            assert await w.sessions.get(ME, session_id) == before
             assert await w.load(session_id) == state(b"a")
 
     asyncio.run(main())
@@ -340,7 +361,7 @@ def test_a_state_of_another_size_is_not_committed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "blob",
-    [b"", b"noise", Codec("0" * 64, SPEC).encode(state()), BLOB[:-1], BLOB[:-1] + b"x"],
+    [b"", b"noise", Codec("0" * 64, SPEC, VOCAB).encode(state()), BLOB[:-1], BLOB[:-1] + b"x"],
 )
 def test_a_stored_state_that_cannot_be_read_is_named(tmp_path: Path, blob: bytes) -> None:
     async def main() -> None:
@@ -351,7 +372,7 @@ def test_a_stored_state_that_cannot_be_read_is_named(tmp_path: Path, blob: bytes
                 with pytest.raises(StorageFailed, match=session_id):
                     await w.load(session_id)
             assert await w.tier(session_id) == "store"
-            await w.sessions.delete(session_id)
+            await w.sessions.delete(ME, session_id)
 
     asyncio.run(main())
 
@@ -360,7 +381,7 @@ def test_a_session_without_a_state_has_nothing_to_load(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
             session_id = await w.new()
-            with pytest.raises(StorageFailed, match=f"{session_id} is missing"):
+            with pytest.raises(StorageFailed, match=f"{session_id} after turn 0 .*missing"):
                 await w.load(session_id)
 
     asyncio.run(main())
@@ -371,13 +392,13 @@ def test_the_fastest_tier_is_reported(tmp_path: Path) -> None:
         async with world(tmp_path, cache_bytes=2 * CACHED_BYTES) as w:
             names = [await w.new() for _ in range(3)]
             assert [await w.tier(name) for name in names] == [None] * 3
-            assert w.held() == {"device": (0, 0), "host": (0, 0), "store": (0, 0)}
+            assert w.held() == {"device": (0, 0), "host": (0, 0), "store": (3, 0)}
             await w.advance(names[0], state(b"a"), warm="row a")
             await w.advance(names[1], state(b"b"))
             await w.advance(names[2], state(b"c"))
             assert [await w.tier(name) for name in names] == ["device", "host", "host"]
             assert w.evictions("host") == 1
-            stored = w.store.totals.state_bytes
+            stored = w.store.total.num_bytes
             assert stored > 3 * CACHED_BYTES
             assert w.held() == {
                 "device": (1, STATE_BYTES),
@@ -403,7 +424,7 @@ def test_a_warm_row_is_taken_once(tmp_path: Path) -> None:
         async with world(tmp_path) as w:
             session_id = await w.new()
             await w.advance(session_id, state(b"a"), warm="row 1")
-            async with w.sessions.turn(session_id) as turn:
+            async with w.sessions.turn(ME, session_id) as turn:
                 assert [turn.warm, turn.take_warm()] == ["row 1", "row 1"]
                 assert [turn.warm, turn.take_warm()] == [None, None]
                 assert w.held()["device"] == (0, 0)
@@ -424,8 +445,9 @@ def test_deletion_erases_everywhere(tmp_path: Path) -> None:
             gone, stays = await w.new(), await w.new()
             await w.advance(gone, state(b"A"), warm="row")
             await w.advance(stays, state(b"B"))
-            assert await w.sessions.delete(gone) == "row"
-            for call in (w.sessions.get, w.sessions.delete, w.load):
+            await w.sessions.delete(ME, gone)
+            assert w.forgotten == ["row"]
+            for call in (w.get, w.delete, w.load):
                 with pytest.raises(NotFound) as caught:
                     await call(gone)
                 assert (caught.value.status, caught.value.code) == (404, "session_not_found")
@@ -434,7 +456,8 @@ def test_deletion_erases_everywhere(tmp_path: Path) -> None:
             assert b"B" * STATE_BYTES in raw(tmp_path)
             held = w.held()
             assert [held[tier][0] for tier in ("device", "host", "store")] == [0, 1, 1]
-            assert await w.sessions.delete(stays) is None
+            await w.sessions.delete(ME, stays)
+            assert w.forgotten == ["row"]
             assert w.held() == {"device": (0, 0), "host": (0, 0), "store": (0, 0)}
 
     asyncio.run(main())
@@ -445,10 +468,14 @@ def test_a_deletion_that_fails_keeps_no_state_in_memory(tmp_path: Path) -> None:
         async with world(tmp_path) as w:
             session_id = await w.new()
             await w.advance(session_id, state(b"a"))
-            await w.store.close()
-            with pytest.raises(StorageFailed):
-                await asyncio.wait_for(w.sessions.delete(session_id), 5)
+            await w.advance(session_id, state(b"a"), warm="row")
+            forbid = forbidden(w.store, sqlite3.SQLITE_DELETE, "sessions")
+            with forbid, pytest.raises(StorageFailed):
+                await asyncio.wait_for(w.delete(session_id), 5)
             assert session_id not in w.cache
+            assert w.forgotten == ["row"]
+            assert await w.tier(session_id) == "store"
+            assert await w.load(session_id) == state(b"a", turn=2)
             assert not w.sessions.is_busy(session_id)
 
     asyncio.run(main())
@@ -459,10 +486,10 @@ def test_sessions_are_listed_newest_first(tmp_path: Path) -> None:
         async with world(tmp_path) as w:
             made = [await w.new() for _ in range(5)]
             await w.advance(made[0], state())
-            first = [found.id for found in await w.sessions.list(3, None)]
-            rest = [found.id for found in await w.sessions.list(3, first[-1])]
+            first = [found.id for found in await w.sessions.list(ME, 3, None)]
+            rest = [found.id for found in await w.sessions.list(ME, 3, first[-1])]
             assert first + rest == made[::-1]
-            assert await w.sessions.list(3, made[0]) == []
+            assert await w.sessions.list(ME, 3, made[0]) == []
 
     asyncio.run(main())
 
@@ -473,7 +500,7 @@ def test_a_page_after_nobody_is_refused(tmp_path: Path, after: str) -> None:
         async with world(tmp_path) as w:
             await w.new()
             with pytest.raises(InvalidRequest) as caught:
-                await w.sessions.list(3, after)
+                await w.sessions.list(ME, 3, after)
             assert (caught.value.status, caught.value.param) == (400, "after")
             assert len(caught.value.message) < 200
 

@@ -7,15 +7,28 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from server.errors import StorageFailed
-from server.sessions.sqlite import APPLICATION_ID, MOST_TOGETHER, SCHEMA_VERSION, SQLiteStore
-from server.sessions.store import SessionRecord, StoreError, StoreTotals
-from tests.server.sessions.stores import FILE, commit, opened, raw, record, refusal, writer_held
+from server.sessions.sqlite.schema import APPLICATION_ID, SCHEMA_VERSION
+from server.sessions.sqlite.store import SQLiteStore
+from server.sessions.sqlite.writer import MOST_TOGETHER
+from server.sessions.store import StoreError, Turn, Usage
+from tests.server.sessions.stores import (
+    FILE,
+    blob_of,
+    commit,
+    listed,
+    opened,
+    raw,
+    record,
+    refusal,
+    writer_held,
+)
 
 
 def test_a_session_from_its_creation_to_its_deletion(tmp_path: Path) -> None:
@@ -24,15 +37,17 @@ def test_a_session_from_its_creation_to_its_deletion(tmp_path: Path) -> None:
             made = record("a", topic="cats\n\0é")
             await store.create(made)
             assert await store.get("a") == made
-            assert await store.load_blob("a") is None
-            await store.commit_turn("a", 1, 12, 3.5, b"first")
-            await store.commit_turn("a", 2, 30, 4.5, b"second")
-            assert await store.get("a") == SessionRecord("a", 1.0, 4.5, 2, 30, made.metadata)
-            assert await store.load_blob("a") == b"second"
+            assert await blob_of(store, "a") is None
+            await store.commit("a", Turn(1, 12, 3.5, b"first"), keep=1)
+            await store.commit("a", Turn(2, 30, 4.5, b"second"), keep=1)
+            assert await store.get("a") == replace(
+                made, last_used_at=4.5, turn=2, num_tokens=30, num_checkpoints=1
+            )
+            assert await blob_of(store, "a") == b"second"
             assert await store.delete("a")
             assert not await store.delete("a")
             assert await store.get("a") is None
-            assert await store.load_blob("a") is None
+            assert await blob_of(store, "a") is None
 
     asyncio.run(main())
 
@@ -44,14 +59,14 @@ def test_reopening_finds_everything(tmp_path: Path) -> None:
                 await store.create(record(name, topic=name))
             await commit(store, "a", 1, b"A" * 100_000)
             await commit(store, "b", 1, b"")
-            before = await store.list(10, None)
-            totals = store.totals
+            before = await listed(store)
+            totals = store.total
         async with opened(tmp_path) as store:
-            assert await store.list(10, None) == before
-            assert [len(before), store.totals] == [3, totals]
-            assert await store.load_blob("a") == b"A" * 100_000
-            assert await store.load_blob("b") == b""
-            assert await store.load_blob("c") is None
+            assert await listed(store) == before
+            assert [len(before), store.total] == [3, totals]
+            assert await blob_of(store, "a") == b"A" * 100_000
+            assert await blob_of(store, "b") == b""
+            assert await blob_of(store, "c") is None
 
     asyncio.run(main())
 
@@ -66,12 +81,12 @@ def test_pages_are_newest_first_whatever_was_used_or_deleted(tmp_path: Path) -> 
             await store.delete("c")
             await store.create(record("h"))
             seen, after = "", None
-            while page := await store.list(2, after):
+            while page := await store.list("", 2, after, 0.0):
                 assert len(page) <= 2
                 seen += "".join(found.id for found in page)
                 after = page[-1].id
             assert seen == "hfedba"
-            assert await store.list(10, "nobody") == []
+            assert await store.list("", 10, "nobody", 0.0) == []
 
     asyncio.run(main())
 
@@ -97,10 +112,10 @@ def test_totals_are_exact(tmp_path: Path) -> None:
                     with pytest.raises(StorageFailed):
                         await commit(store, name, 1000, bytes(5))
                 sizes = [len(blob) for blob in blobs.values()]
-                assert store.totals == StoreTotals(len(sizes), sum(sizes))
-            totals = store.totals
+                assert store.total == Usage(len(turns), len(sizes), sum(sizes))
+            totals = store.total
         async with opened(tmp_path) as store:
-            assert store.totals == totals
+            assert store.total == totals
 
     asyncio.run(main())
 
@@ -111,12 +126,12 @@ def test_only_the_next_turn_can_be_committed(tmp_path: Path, turn: int) -> None:
         async with opened(tmp_path) as store:
             await store.create(record("a"))
             await commit(store, "a", 1, b"one")
-            before = (await store.get("a"), await store.load_blob("a"), store.totals)
+            before = (await store.get("a"), await blob_of(store, "a"), store.total)
             with pytest.raises(StorageFailed, match="session a is not at turn"):
                 await commit(store, "a", turn, b"wrong")
-            assert (await store.get("a"), await store.load_blob("a"), store.totals) == before
+            assert (await store.get("a"), await blob_of(store, "a"), store.total) == before
             await commit(store, "a", 2, b"two")
-            assert await store.load_blob("a") == b"two"
+            assert await blob_of(store, "a") == b"two"
 
     asyncio.run(main())
 
@@ -126,8 +141,8 @@ def test_a_turn_of_a_session_that_is_not_there(tmp_path: Path) -> None:
         async with opened(tmp_path) as store:
             with pytest.raises(StorageFailed, match="session ghost"):
                 await commit(store, "ghost", 1, b"boo")
-            assert store.totals == StoreTotals(0, 0)
-            assert await store.list(10, None) == []
+            assert store.total == Usage()
+            assert await listed(store) == []
 
     asyncio.run(main())
 
@@ -152,13 +167,13 @@ def test_what_waits_shares_transactions_and_is_answered_after_them(tmp_path: Pat
                     asyncio.create_task(commit(store, name, 1, name.encode())) for name in names
                 ]
                 await asyncio.sleep(0)
-                store._db.set_trace_callback(trace)
+                store._writer.db.set_trace_callback(trace)
             await asyncio.gather(*commits)
-            store._db.set_trace_callback(None)
+            store._writer.db.set_trace_callback(None)
             assert len(begun) == math.ceil(len(names) / MOST_TOGETHER)
             assert not too_early
             for name in names:
-                assert await store.load_blob(name) == name.encode()
+                assert await blob_of(store, name) == name.encode()
 
     asyncio.run(main())
 
@@ -183,10 +198,10 @@ def test_who_fails_in_a_shared_transaction_fails_alone(tmp_path: Path) -> None:
             answers = await asked
             assert [type(answer) for answer in answers[1:5]] == [StorageFailed] * 4
             assert [answers[0], *answers[5:]] == [None, True, None]
-            assert await store.load_blob("a") == b"AA"
-            assert [found.id for found in await store.list(10, None)] == ["b", "a"]
+            assert await blob_of(store, "a") == b"AA"
+            assert [found.id for found in await listed(store)] == ["b", "a"]
             assert await store.get("b") == record("b")
-            assert store.totals == StoreTotals(1, 2)
+            assert store.total == Usage(2, 1, 2)
 
     asyncio.run(main())
 
@@ -202,7 +217,7 @@ def test_a_caller_who_left_changes_nothing_for_the_others(tmp_path: Path) -> Non
                 await asyncio.sleep(0)
                 leaving.cancel()
             await staying
-            assert [found.id for found in await store.list(10, None)] == ["b", "a"]
+            assert [found.id for found in await listed(store)] == ["b", "a"]
         assert not faults
 
     asyncio.run(main())
@@ -212,7 +227,7 @@ def test_a_commit_is_flushed_to_the_disk(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
             settings = [
-                store._db.execute(f"PRAGMA {name}").fetchone()[0]
+                store._writer.db.execute(f"PRAGMA {name}").fetchone()[0]
                 for name in ("journal_mode", "synchronous", "secure_delete", "foreign_keys")
             ]
             assert settings == ["wal", 2, 1, 1]
@@ -235,7 +250,7 @@ def test_closing_finishes_what_was_asked_for_and_refuses_the_rest(tmp_path: Path
             await asyncio.wait_for(store.get("a"), 5)
         await store.close()
         async with opened(tmp_path) as again:
-            assert [found.id for found in await again.list(10, None)] == ["c", "b", "a"]
+            assert [found.id for found in await listed(again)] == ["c", "b", "a"]
 
     asyncio.run(main())
 
@@ -309,11 +324,11 @@ def test_a_store_belongs_to_one_server(tmp_path: Path) -> None:
             async with opened(tmp_path) as store:
                 assert refusal(tmp_path / FILE) == "in use by another latentd server"
                 ours, theirs = processes.Pipe()
-                process = processes.Process(target=try_to_open, args=(str(store._path), theirs))
+                process = processes.Process(target=try_to_open, args=(str(tmp_path / FILE), theirs))
                 process.start()
                 assert "in use by another latentd server" in ours.recv()
                 process.join()
-                await store.list(1, None)
+                await listed(store)
 
     asyncio.run(main())
 

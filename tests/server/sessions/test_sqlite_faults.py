@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from server.errors import StorageFailed
-from server.sessions.sqlite import PAGE_BYTES, SQLiteStore
-from server.sessions.store import SessionRecord, StoreError, StoreTotals
+from server.errors import StorageFailed, StorageFull
+from server.sessions.sqlite.schema import PAGE_BYTES
+from server.sessions.sqlite.store import SQLiteStore
+from server.sessions.store import SessionRecord, StoreError, Usage
 from tests.server.sessions.stores import (
     FILE,
+    blob_of,
     commit,
     forbidden,
+    listed,
     opened,
     raw,
     record,
@@ -33,14 +36,14 @@ def test_a_full_disk_fails_one_turn_and_nothing_else(tmp_path: Path) -> None:
             for name in "ab":
                 await store.create(record(name))
                 await commit(store, name, 1, b"one")
-            before = (await store.list(10, None), store.totals)
-            [num_pages] = store._db.execute("PRAGMA page_count").fetchone()
-            store._db.execute(f"PRAGMA max_page_count = {num_pages + 4}")
+            before = (await listed(store), store.total)
+            [num_pages] = store._writer.db.execute("PRAGMA page_count").fetchone()
+            store._writer.db.execute(f"PRAGMA max_page_count = {num_pages + 4}")
             for _ in range(3):
                 with pytest.raises(StorageFailed, match="full"):
                     await commit(store, "a", 2, bytes(50 * PAGE_BYTES))
-                assert (await store.list(10, None), store.totals) == before
-                assert await store.load_blob("a") == b"one"
+                assert (await listed(store), store.total) == before
+                assert await blob_of(store, "a") == b"one"
             async with writer_held(store):
                 asked = asyncio.gather(
                     commit(store, "a", 2, bytes(50 * PAGE_BYTES)),
@@ -49,12 +52,12 @@ def test_a_full_disk_fails_one_turn_and_nothing_else(tmp_path: Path) -> None:
                 )
                 await asyncio.sleep(0)
             failed, done = await asked
-            assert (type(failed), done) == (StorageFailed, None)
-            assert [await store.load_blob(name) for name in "ab"] == [b"one", b"small"]
+            assert (type(failed), done) == (StorageFull, None)
+            assert [await blob_of(store, name) for name in "ab"] == [b"one", b"small"]
             assert await store.delete("b")
-            store._db.execute("PRAGMA max_page_count = 10000")
+            store._writer.db.execute("PRAGMA max_page_count = 10000")
             await commit(store, "a", 2, bytes(50 * PAGE_BYTES))
-            assert store.totals == StoreTotals(1, 50 * PAGE_BYTES)
+            assert store.total == Usage(1, 1, 50 * PAGE_BYTES)
 
     asyncio.run(main())
 
@@ -64,7 +67,7 @@ def test_a_transaction_that_cannot_commit_fails_for_everyone(tmp_path: Path) -> 
         async with opened(tmp_path) as store:
             for name in "ab":
                 await store.create(record(name))
-            before = (await store.list(10, None), store.totals)
+            before = (await listed(store), store.total)
             with forbidden(store, sqlite3.SQLITE_TRANSACTION, "COMMIT"):
                 answers = await asyncio.wait_for(
                     asyncio.gather(
@@ -73,9 +76,9 @@ def test_a_transaction_that_cannot_commit_fails_for_everyone(tmp_path: Path) -> 
                     5,
                 )
             assert [type(answer) for answer in answers] == [StorageFailed] * 2
-            assert (await store.list(10, None), store.totals) == before
+            assert (await listed(store), store.total) == before
             await commit(store, "a", 1, b"again")
-            assert store.totals == StoreTotals(1, 5)
+            assert store.total == Usage(2, 1, 5)
 
     asyncio.run(main())
 
@@ -96,7 +99,7 @@ def test_a_transaction_that_cannot_even_roll_back_does_not_stop_the_store(tmp_pa
                 await asyncio.wait_for(store._run(forbid_the_end), 5)
             with pytest.raises(StorageFailed):
                 await asyncio.wait_for(store.get("a"), 5)
-            store._db.set_authorizer(None)
+            store._writer.db.set_authorizer(None)
             with suppress(StorageFailed):
                 await asyncio.wait_for(store.get("a"), 5)
             assert await store.get("a") == record("a")
@@ -117,9 +120,9 @@ def test_when_erasing_fails_the_deletion_says_so_and_is_completed_later(tmp_path
                     await asyncio.sleep(0)
                 deleted, done = await asked
                 assert (type(deleted), done) == (StorageFailed, None)
-                assert store.totals == StoreTotals(1, 3)
+                assert store.total == Usage(1, 1, 3)
                 assert b"<secret of a>" in raw(tmp_path)
-            assert await store.load_blob("b") == b"one"
+            assert await blob_of(store, "b") == b"one"
             assert b"<secret of a>" not in raw(tmp_path)
             assert b"<secret of b>" in raw(tmp_path)
 
@@ -156,11 +159,11 @@ async def use(folder: Path, made: dict[str, tuple[SessionRecord, bytes]]) -> boo
         with suppress(StorageFailed):
             assert await asyncio.wait_for(store.get(name), 5) == expected
         with suppress(StorageFailed):
-            loaded = await asyncio.wait_for(store.load_blob(name), 5)
+            loaded = await asyncio.wait_for(blob_of(store, name), 5)
             assert loaded is not None
             assert loaded not in [other for _, other in made.values() if other != blob]
     for call in (
-        store.list(100, None),
+        listed(store),
         commit(store, "session-3", 2, bytes(5000)),
         store.create(record("new")),
         store.delete("session-5"),
@@ -208,15 +211,15 @@ async def read_everything(folder: Path, names: list[str]) -> None:
     with suppress(StoreError):
         async with opened(folder) as store:
             for name in names:
-                for call in (store.get(name), store.load_blob(name), store.list(3, name)):
+                for call in (store.get(name), blob_of(store, name), store.list("", 3, name, 0.0)):
                     with suppress(StorageFailed):
                         await asyncio.wait_for(call, 5)
 
 
-def test_a_store_without_its_totals_is_refused(tmp_path: Path) -> None:
+def test_a_store_without_its_accounts_is_refused(tmp_path: Path) -> None:
     asyncio.run(fill(tmp_path))
     db = sqlite3.connect(tmp_path / FILE)
-    db.execute("DELETE FROM totals")
+    db.execute("DELETE FROM owners")
     db.commit()
     db.close()
     assert "damaged" in refusal(tmp_path / FILE)
@@ -284,18 +287,19 @@ def kill_while_committing(path: Path, chance: random.Random) -> dict[str, int]:
 def test_no_acknowledged_turn_is_lost_by_kill_9(tmp_path: Path) -> None:
     async def check(acknowledged: dict[str, int]) -> None:
         async with opened(tmp_path) as store:
-            sizes = []
+            sizes, num_sessions = [], 0
             for name in NAMES:
                 found = await store.get(name)
+                num_sessions += found is not None
                 if found is None or found.turn == 0:
                     assert name not in acknowledged
                     continue
                 assert found.turn - acknowledged.get(name, found.turn) in (0, 1)
                 assert found.num_tokens == 10 * found.turn
                 blob = content(name, found.turn)
-                assert await store.load_blob(name) == blob
+                assert await blob_of(store, name) == blob
                 sizes.append(len(blob))
-            assert store.totals == StoreTotals(len(sizes), sum(sizes))
+            assert store.total == Usage(num_sessions, len(sizes), sum(sizes))
 
     chance = random.Random(0)
     for _ in range(8):

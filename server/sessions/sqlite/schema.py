@@ -1,0 +1,188 @@
+"""The tables of the embedded store, and how a file comes to have them."""
+
+import sqlite3
+from pathlib import Path
+from typing import Literal
+
+from server.sessions.store import StoreError
+
+Durability = Literal["sync", "async"]
+
+APPLICATION_ID = 0x6C746E64
+SCHEMA_VERSION = 2
+PAGE_BYTES = 4096
+"""SQLite moves the first bytes of a row about when it balances its trees, and leaves copies that no
+delete finds. Behind padding of a page, metadata, blob and answer lie in overflow pages, which stay
+where they are until secure_delete zeroes them."""
+
+PADDING = f"padding BLOB NOT NULL DEFAULT (zeroblob({PAGE_BYTES}))"
+
+TABLES = f"""
+CREATE TABLE sessions (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    owner TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    last_used_at REAL NOT NULL,
+    ttl_s REAL,
+    turn INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    parent_id TEXT,
+    parent_turn INTEGER,
+    {PADDING},
+    metadata TEXT NOT NULL
+) STRICT;
+CREATE INDEX sessions_by_owner ON sessions (owner, number);
+CREATE INDEX sessions_by_expiry ON sessions (last_used_at + ttl_s) WHERE ttl_s IS NOT NULL;
+
+CREATE TABLE checkpoints (
+    session_number INTEGER NOT NULL REFERENCES sessions (number),
+    turn INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    created_at REAL NOT NULL,
+    num_bytes INTEGER NOT NULL,
+    {PADDING},
+    blob BLOB NOT NULL,
+    PRIMARY KEY (session_number, turn)
+) STRICT;
+
+CREATE TABLE answers (
+    session_number INTEGER NOT NULL,
+    turn INTEGER NOT NULL,
+    key TEXT NOT NULL,
+    request TEXT NOT NULL,
+    num_bytes INTEGER NOT NULL,
+    {PADDING},
+    answer TEXT NOT NULL,
+    PRIMARY KEY (session_number, turn),
+    UNIQUE (session_number, key),
+    FOREIGN KEY (session_number, turn) REFERENCES checkpoints (session_number, turn)
+) STRICT;
+
+CREATE TABLE owners (
+    owner TEXT PRIMARY KEY,
+    num_sessions INTEGER NOT NULL,
+    num_states INTEGER NOT NULL,
+    num_bytes INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
+
+ACCOUNTING = """
+CREATE TRIGGER session_added AFTER INSERT ON sessions BEGIN
+    INSERT INTO owners VALUES (NEW.owner, 1, 0, 0)
+    ON CONFLICT DO UPDATE SET num_sessions = num_sessions + 1;
+END;
+CREATE TRIGGER session_removed BEFORE DELETE ON sessions BEGIN
+    DELETE FROM checkpoints WHERE session_number = OLD.number;
+    UPDATE owners SET num_sessions = num_sessions - 1 WHERE owner = OLD.owner;
+END;
+CREATE TRIGGER checkpoint_added AFTER INSERT ON checkpoints BEGIN
+    UPDATE owners SET num_states = num_states + 1, num_bytes = num_bytes + NEW.num_bytes
+    WHERE owner = (SELECT owner FROM sessions WHERE number = NEW.session_number);
+END;
+CREATE TRIGGER checkpoint_removed BEFORE DELETE ON checkpoints BEGIN
+    DELETE FROM answers WHERE session_number = OLD.session_number AND turn = OLD.turn;
+    UPDATE owners SET num_states = num_states - 1, num_bytes = num_bytes - OLD.num_bytes
+    WHERE owner = (SELECT owner FROM sessions WHERE number = OLD.session_number);
+END;
+CREATE TRIGGER answer_added AFTER INSERT ON answers BEGIN
+    UPDATE owners SET num_bytes = num_bytes + NEW.num_bytes
+    WHERE owner = (SELECT owner FROM sessions WHERE number = NEW.session_number);
+END;
+CREATE TRIGGER answer_removed BEFORE DELETE ON answers BEGIN
+    UPDATE owners SET num_bytes = num_bytes - OLD.num_bytes
+    WHERE owner = (SELECT owner FROM sessions WHERE number = OLD.session_number);
+END;
+"""
+
+FROM_1 = f"""
+DROP TRIGGER added;
+DROP TRIGGER removed;
+DROP TABLE totals;
+ALTER TABLE sessions RENAME TO old_sessions;
+ALTER TABLE checkpoints RENAME TO old_checkpoints;
+{TABLES}
+{ACCOUNTING}
+INSERT INTO sessions (number, id, owner, created_at, last_used_at, turn, num_tokens, metadata)
+    SELECT number, id, '', created_at, last_used_at, turn, num_tokens, metadata FROM old_sessions;
+INSERT INTO checkpoints (session_number, turn, num_tokens, created_at, num_bytes, blob)
+    SELECT session_number, old_checkpoints.turn, old_checkpoints.num_tokens, last_used_at,
+    num_bytes, blob FROM old_checkpoints JOIN sessions ON number = session_number;
+DROP TABLE old_checkpoints;
+DROP TABLE old_sessions;
+"""
+
+MIGRATIONS = {0: TABLES + ACCOUNTING, 1: FROM_1}
+"""What makes the present tables of each version's; 0 is an empty file."""
+
+
+def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
+    """The database with its present schema, locked for this process. Raises StoreError."""
+    db = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        version = _version(db, path)
+        db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute(f"PRAGMA synchronous = {'FULL' if durability == 'sync' else 'NORMAL'}")
+        db.execute("PRAGMA secure_delete = ON")
+        if version != SCHEMA_VERSION:
+            db.executescript(
+                f"""BEGIN IMMEDIATE;
+                {MIGRATIONS[version]}
+                PRAGMA application_id = {APPLICATION_ID};
+                PRAGMA user_version = {SCHEMA_VERSION};
+                COMMIT;
+                PRAGMA wal_checkpoint(TRUNCATE);"""
+            )
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("COMMIT")
+        _check_accounts(db)
+    except (sqlite3.Error, OSError, StoreError, TypeError, ValueError) as error:
+        if db is not None:
+            db.close()
+        raise StoreError(_reason(path, error)) from error
+    return db
+
+
+def one_line(error: Exception) -> str:
+    """What it says, in one line: SQLite quotes what it cannot read."""
+    return " ".join(str(error).split())[:200]
+
+
+def _version(db: sqlite3.Connection, path: Path) -> int:
+    application_id = db.execute("PRAGMA application_id").fetchone()[0]
+    version = int(db.execute("PRAGMA user_version").fetchone()[0])
+    if application_id == APPLICATION_ID and version > SCHEMA_VERSION:
+        raise StoreError(f"{path}: written by a newer latentd (store version {version})")
+    is_empty = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
+    if application_id != APPLICATION_ID and not (is_empty and application_id == 0):
+        raise StoreError(f"{path}: not a latentd session store")
+    if version < 0:
+        raise StoreError(f"{path}: damaged (store version {version})")
+    return version
+
+
+def _check_accounts(db: sqlite3.Connection) -> None:
+    """Raises ValueError when the owners' accounts are not those of the sessions."""
+    for table, column in (("sessions", "num_sessions"), ("checkpoints", "num_states")):
+        [counted] = db.execute(f"SELECT count(*) FROM {table}").fetchone()
+        [noted] = db.execute(f"SELECT coalesce(sum({column}), 0) FROM owners").fetchone()
+        if counted != noted:
+            raise ValueError(f"it has {counted} {table} and accounts for {noted}")
+
+
+def _reason(path: Path, error: Exception) -> str:
+    code = getattr(error, "sqlite_errorcode", None)
+    match code:
+        case sqlite3.SQLITE_BUSY:
+            return f"{path}: in use by another latentd server"
+        case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
+            return f"{path}: damaged, or not a latentd session store ({one_line(error)})"
+        case _ if isinstance(error, TypeError | ValueError):  # a value of a kind we never write
+            return f"{path}: damaged ({one_line(error)})"
+        case _:
+            return str(error) if isinstance(error, StoreError) else f"{path}: {one_line(error)}"

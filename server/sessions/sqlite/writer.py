@@ -1,0 +1,152 @@
+"""The one thread that uses the database.
+
+Whatever waits when the thread gets to it shares one transaction and one fsync. A request that fails
+undoes only its own part. The answers leave after the commit.
+"""
+
+import asyncio
+import contextlib
+import logging
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from server.errors import StorageFailed, StorageFull
+from server.sessions.sqlite.schema import one_line
+from server.sessions.store import Usage
+
+log = logging.getLogger(__name__)
+
+MOST_TOGETHER = 256
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Job:
+    work: Callable[[sqlite3.Connection], Any]
+    erases: bool
+    """What it deletes must not stay in the write-ahead log."""
+
+    loop: asyncio.AbstractEventLoop
+    answer: "asyncio.Future[Any]"
+
+
+class Writer:
+    """Runs what is asked for, in order, in transactions."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.db = db
+        self.total = _total(db)
+        """What the store holds since the last commit."""
+
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._closing = False
+        self._must_erase = False
+        """What was deleted is still in the write-ahead log."""
+
+        self._thread = threading.Thread(target=self._main, name="session-store", daemon=True)
+        self._thread.start()
+
+    async def run(self, work: Callable[[sqlite3.Connection], T], *, erases: bool = False) -> T:
+        """What `work` returns, once it is durable. Raises StorageFailed."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+        if self._closing:
+            raise StorageFailed("the session store is closed")
+        self._jobs.put(_Job(work, erases, loop, answer))
+        return await answer
+
+    async def close(self) -> None:
+        """Finish what was asked for and close the database."""
+        self._closing = True
+        self._jobs.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _main(self) -> None:
+        closing = False
+        while not closing:
+            jobs = [self._jobs.get()]
+            while len(jobs) < MOST_TOGETHER and not self._jobs.empty():
+                jobs.append(self._jobs.get())
+            closing = None in jobs
+            self._run_together([job for job in jobs if job is not None])
+        self.db.close()
+
+    def _run_together(self, jobs: Sequence[_Job]) -> None:
+        """One transaction for all of them; then the answers."""
+        try:
+            self.db.execute("BEGIN IMMEDIATE")
+            results = [self._run_one(job) for job in jobs]
+            total = _total(self.db)
+            self.db.execute("COMMIT")
+        except Exception as error:  # whatever it was, all get an answer and this thread goes on
+            results = [_failed(error)] * len(jobs)
+            with contextlib.suppress(sqlite3.Error):
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+        else:
+            self.total = total
+            failed = self._erase(any(job.erases for job in jobs))
+            if failed is not None:
+                results = [
+                    failed if job.erases else result
+                    for job, result in zip(jobs, results, strict=True)
+                ]
+        for job, result in zip(jobs, results, strict=True):
+            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
+                job.loop.call_soon_threadsafe(_answer, job.answer, result)
+
+    def _erase(self, something_deleted: bool) -> StorageFailed | None:
+        """Empty the write-ahead log if it holds what was deleted, now or when this failed before.
+
+        Returns why it failed; it is tried again after the next transaction.
+        """
+        self._must_erase = self._must_erase or something_deleted
+        try:
+            if self._must_erase:
+                self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error as error:
+            return _failed(error)
+        self._must_erase = False
+        return None
+
+    def _run_one(self, job: _Job) -> Any:
+        """The job's result, or the error that undid it and nothing else."""
+        self.db.execute("SAVEPOINT one")
+        try:
+            result = job.work(self.db)
+        except Exception as error:  # whatever it was, the others' work and this thread go on
+            self.db.execute("ROLLBACK TO one")
+            result = error if isinstance(error, StorageFailed) else _failed(error)
+        self.db.execute("RELEASE one")
+        return result
+
+
+def _answer(answer: "asyncio.Future[Any]", result: Any) -> None:
+    if answer.cancelled():
+        return
+    if isinstance(result, Exception):
+        answer.set_exception(result)
+    else:
+        answer.set_result(result)
+
+
+def _failed(error: Exception) -> StorageFailed:
+    message = f"the session store failed: {one_line(error)}"
+    log.error(message)
+    is_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    failed = StorageFull(message) if is_full else StorageFailed(message)
+    failed.__cause__ = error
+    return failed
+
+
+def _total(db: sqlite3.Connection) -> Usage:
+    return Usage(
+        *db.execute(
+            """SELECT coalesce(sum(num_sessions), 0), coalesce(sum(num_states), 0),
+            coalesce(sum(num_bytes), 0) FROM owners"""
+        ).fetchone()
+    )
