@@ -30,10 +30,11 @@ log = logging.getLogger(__name__)
 def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) -> FastAPI:
     """An app that serves one checkpoint; it closes the store when it ends."""
     metrics = Metrics()
+    codec = _codec(checkpoint)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service = _build(settings, checkpoint, store, metrics)
+        service = _build(settings, checkpoint, store, codec, metrics)
         service.engine.start()
         app.state.service = service
         sweeping = asyncio.create_task(_sweep(service.sessions, settings.sweep_interval_s))
@@ -54,7 +55,6 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
     for part in (completions, sessions, models, health):
         app.include_router(part.router)
     problems.install(app, metrics)
-    codec = _codec(settings, checkpoint)
     app.add_middleware(
         RequestMiddleware,
         metrics=metrics,
@@ -84,7 +84,7 @@ def engine_limits(settings: Settings) -> EngineLimits:
     )
 
 
-def _codec(settings: Settings, checkpoint: Checkpoint) -> Codec:
+def _codec(checkpoint: Checkpoint) -> Codec:
     network = checkpoint.network
     return Codec(checkpoint.fingerprint, network.state_spec.tensors, network.config.vocab_sz)
 
@@ -102,7 +102,11 @@ async def _sweep(conversations: Sessions, every_s: float) -> None:
 
 
 def _build(
-    settings: Settings, checkpoint: Checkpoint, store: SessionStore, metrics: Metrics
+    settings: Settings,
+    checkpoint: Checkpoint,
+    store: SessionStore,
+    codec: Codec,
+    metrics: Metrics,
 ) -> Service:
     loop = asyncio.get_running_loop()
 
@@ -113,7 +117,7 @@ def _build(
     conversations = Sessions(
         store,
         HostCache(settings.host_cache_bytes),
-        _codec(settings, checkpoint),
+        codec,
         metrics,
         forget_row=engine.release,
         keep_turns=settings.keep_turns,

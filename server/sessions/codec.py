@@ -107,6 +107,11 @@ class Codec:
         return _num_bytes(self._forms[EXACT])
 
     @property
+    def usual_blob_bytes(self) -> int:
+        """No blob is larger, unless more than a thousand tokens are pending."""
+        return self.state_bytes + (1 << 13)
+
+    @property
     def most_blob_bytes(self) -> int:
         """No blob is larger, even if thousands of tokens are pending."""
         return self.state_bytes + (1 << 16)

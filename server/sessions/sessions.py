@@ -62,11 +62,6 @@ class Sessions:
         """Bytes of one session's model state, at any length of the session."""
         return self._codec.state_bytes
 
-    @property
-    def most_blob_bytes(self) -> int:
-        """No exported session is larger."""
-        return self._codec.most_blob_bytes
-
     async def create(
         self, owner: str, metadata: dict[str, str], ttl_s: float | None = None
     ) -> SessionRecord:
@@ -125,7 +120,7 @@ class Sessions:
             parent_id=session_id,
             parent_turn=source.turn if turn is None else turn,
         )
-        size = self._codec.most_blob_bytes if record.turn else 0
+        size = self._codec.usual_blob_bytes if record.turn else 0
         async with self._quota.room(owner, sessions=1, num_bytes=size):
             forked = await self._store.fork(session_id, record)
         if forked is None:
@@ -247,7 +242,7 @@ class Sessions:
             if condition.expected_turn not in (None, record.turn):
                 raise TurnMismatch(session_id, record.turn, condition.expected_turn or 0)
             is_full = record.num_checkpoints >= self._keep_turns
-            size = 0 if is_full else self._codec.most_blob_bytes
+            size = 0 if is_full else self._codec.usual_blob_bytes
             async with self._quota.room(owner, num_bytes=size):
                 turn = self._turn(record, condition)
                 self._places.enter(session_id)

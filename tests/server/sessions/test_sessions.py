@@ -3,104 +3,28 @@ to be."""
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from model.sampling import RecentTokens
-from model.state import TensorSpec
 from server.errors import InvalidRequest, NotFound, SessionBusy, StorageFailed
-from server.metrics import Metrics
-from server.sessions.cache import HostCache
-from server.sessions.codec import Codec, SessionState
-from server.sessions.sessions import Sessions
-from server.sessions.sqlite.store import SQLiteStore
-from server.sessions.store import SessionRecord
-from tests.server.sessions.stores import FILE, commit, forbidden, raw, writer_held
+from server.sessions.codec import Codec
+from tests.server.sessions.stores import commit, forbidden, raw, writer_held
+from tests.server.sessions.worlds import (
+    CACHED_BYTES,
+    CODEC,
+    ME,
+    SPEC,
+    STATE_BYTES,
+    VOCAB,
+    World,
+    state,
+    world,
+)
 
-SPEC = (TensorSpec("m", (2, 3), "float32", 0.0), TensorSpec("h", (1, 4), "float64", 0.0))
-STATE_BYTES = 24 + 32
-RECENT_BYTES = len(RecentTokens().to_bytes())
-VOCAB = 300
-ME = "me"
-CACHED_BYTES = STATE_BYTES + RECENT_BYTES
-
-
-def state(mark: bytes = b"-", position: int = 5, turn: int = 1) -> SessionState:
-    """A state of its own for each one-byte mark."""
-    recent = RecentTokens()
-    recent.append(mark[0], generated=True)
-    return SessionState(position, (3,), b"\xe2", recent.to_bytes(), mark * STATE_BYTES, turn)
-
-
-BLOB = Codec("f" * 64, SPEC, VOCAB).encode(state())
-
-
-@dataclass(frozen=True)
-class World:
-    """Sessions on a real store, and what they are made of."""
-
-    sessions: Sessions
-    forgotten: list[str]
-    """Rows that the engine was told to forget."""
-
-    store: SQLiteStore
-    cache: HostCache
-    metrics: Metrics
-
-    async def advance(
-        self, session_id: str, after: SessionState, warm: str | None = None
-    ) -> SessionRecord:
-        """One whole turn."""
-        async with self.sessions.turn(ME, session_id) as turn:
-            await turn.commit(after, warm)
-            return turn.record
-
-    async def load(self, session_id: str) -> SessionState:
-        async with self.sessions.turn(ME, session_id) as turn:
-            return await turn.load()
-
-    async def new(self) -> str:
-        return (await self.sessions.create(ME, {})).id
-
-    async def get(self, session_id: str) -> SessionRecord:
-        return await self.sessions.get(ME, session_id)
-
-    async def delete(self, session_id: str) -> None:
-        await self.sessions.delete(ME, session_id)
-
-    async def tier(self, session_id: str) -> str | None:
-        return self.sessions.tier(await self.sessions.get(ME, session_id))
-
-    def held(self) -> dict[str, tuple[float | None, float | None]]:
-        """Sessions and bytes by tier, as the metrics tell them."""
-        value = self.metrics.registry.get_sample_value
-        return {
-            tier: (
-                value("latentd_sessions", {"tier": tier}),
-                value("latentd_session_bytes", {"tier": tier}),
-            )
-            for tier in ("device", "host", "store")
-        }
-
-    def evictions(self, tier: str) -> float:
-        name = "latentd_session_evictions_total"
-        return self.metrics.registry.get_sample_value(name, {"tier": tier}) or 0.0
-
-
-@asynccontextmanager
-async def world(folder: Path, cache_bytes: int = 1 << 20) -> AsyncIterator[World]:
-    store, cache, metrics = SQLiteStore(folder / FILE), HostCache(cache_bytes), Metrics()
-    try:
-        codec = Codec("f" * 64, SPEC, VOCAB)
-        forgotten = list[str]()
-        sessions = Sessions(store, cache, codec, metrics, forget_row=forgotten.append)
-        yield World(sessions, forgotten, store, cache, metrics)
-    finally:
-        await store.close()
+BLOB = CODEC.encode(state())
 
 
 def test_ids_are_long_and_never_the_same(tmp_path: Path) -> None:
