@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -86,6 +87,58 @@ def test_a_stopping_server_finishes_what_runs(tiny_checkpoint: Path, tmp_path: P
     assert answers[0].json()["usage"]["completion_tokens"] == 1000
     with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
         assert client.get(f"/v1/sessions/{session_id}").json()["turn"] == 1
+
+
+def test_while_it_drains_it_tells_why_it_takes_nothing(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+        session_id = client.post("/v1/sessions").json()["id"]
+        body = {"prompt": "a", "max_tokens": 20_000, "ignore_eos": True, "session_id": session_id}
+        turn = client.stream("POST", "/v1/completions", json=body | {"stream": True})
+        with turn as response, server.client() as other:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            while (ready := other.get("/health/ready")).status_code == 200:
+                pass
+            assert ready.status_code == 503
+            with server.client() as newcomer:
+                for path in ("/v1/completions", "/v1/sessions"):
+                    refused = newcomer.post(path, json={"prompt": "a"})
+                    assert refused.status_code == 503
+                    assert refused.json()["error"]["code"] == "shutting_down"
+                    assert int(refused.headers["Retry-After"]) > 0
+                assert newcomer.get(f"/v1/sessions/{session_id}").json()["status"] == "busy"
+                assert newcomer.get("/health/live").status_code == 200
+            assert "data: [DONE]" in list(lines)
+        assert server.wait() == 0
+    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+        assert client.get(f"/v1/sessions/{session_id}").json()["turn"] == 1
+
+
+def test_a_second_signal_ends_it_at_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+        session_id = client.post("/v1/sessions").json()["id"]
+        complete(client, session_id=session_id)
+        before = client.get(f"/v1/sessions/{session_id}").json()
+        body = {"prompt": "a", "max_tokens": 60_000, "ignore_eos": True, "session_id": session_id}
+        turn = client.stream("POST", "/v1/completions", json=body | {"stream": True})
+        with turn as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            with server.client() as other:
+                while other.get("/health/ready").status_code == 200:
+                    pass
+            started = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            assert server.wait() == 128 + signal.SIGTERM
+            assert time.monotonic() - started < 5
+    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+        after = client.get(f"/v1/sessions/{session_id}").json()
+        assert after | {"tier": "device"} == before
+        assert text_of(client, session_id=session_id)
 
 
 def test_a_turn_that_outlasts_the_drain_is_told_and_rolled_back(
