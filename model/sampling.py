@@ -5,6 +5,7 @@ same tokens, whatever runs beside it.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -121,13 +122,20 @@ class SampledRow:
     recent: RecentTokens
 
 
+Choose = Callable[[Tensor, Sequence[SampledRow]], list[int | None]]
+"""Tokens of rows that are chosen in one way."""
+
+
 @torch.inference_mode()
-def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
-    """A token id for each row: logits `[batch, vocab]`, which may be overwritten."""
+def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
+    """A token id for each row: logits `[batch, vocab]`, which may be overwritten.
+
+    None for a row that is no distribution: one that has NaN or inf in it, or only -inf.
+    """
     for i, row in enumerate(rows):
         _adjust(logits[i], row)
-    chosen = [0] * len(rows)
-    kinds: dict[Callable[..., list[int]], list[int]] = {}
+    chosen: list[int | None] = [None] * len(rows)
+    kinds: dict[Choose, list[int]] = {}
     for i, row in enumerate(rows):
         kinds.setdefault(_way_to_choose(row.params, logits.device), []).append(i)
     for choose, group in kinds.items():
@@ -156,7 +164,7 @@ def _adjust(logits: Tensor, row: SampledRow) -> None:
             values = logits[ids]
             factor = params.repetition_penalty
             scaled = torch.where(values > 0, values / factor, values * factor)
-            logits[ids] = scaled.clamp(-LARGEST, LARGEST)
+            logits[ids] = torch.where(values.isinf(), values, scaled.clamp(-LARGEST, LARGEST))
         found, counts = row.recent.generated()
         ids = torch.from_numpy(found).to(logits.device)
         penalty = params.frequency_penalty * counts + params.presence_penalty
@@ -167,7 +175,7 @@ def _adjust(logits: Tensor, row: SampledRow) -> None:
         logits.index_add_(0, ids, bias)
 
 
-def _way_to_choose(params: SamplingParams, device: torch.device) -> Callable[..., list[int]]:
+def _way_to_choose(params: SamplingParams, device: torch.device) -> Choose:
     if params.temperature == 0:
         return _greedy
     if params.has_filters or device.type != "cpu" or _compiled_draw() is None:
@@ -175,9 +183,11 @@ def _way_to_choose(params: SamplingParams, device: torch.device) -> Callable[...
     return _draw_compiled
 
 
-def _greedy(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
+def _greedy(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
     del rows
-    return list(logits.argmax(-1).tolist())
+    largest, ids = logits.max(-1)  # NaN counts as the largest
+    pairs = zip(largest.tolist(), ids.tolist(), strict=True)
+    return [token_id if math.isfinite(value) else None for value, token_id in pairs]
 
 
 @functools.cache
@@ -190,7 +200,7 @@ def _compiled_draw() -> Callable[..., None] | None:
     return draw
 
 
-def _draw_compiled(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
+def _draw_compiled(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
     """`_draw` without filters, on a CPU."""
     draw, chosen = _compiled_draw(), np.empty(len(rows), np.int64)
     if draw is None:
@@ -198,10 +208,10 @@ def _draw_compiled(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
     heat = np.array([row.params.temperature for row in rows])
     points = np.array([_uniform(row.params.seed, row.position) for row in rows])
     draw(logits.float().contiguous().numpy(), heat, points, chosen)
-    return list(chosen.tolist())
+    return [token_id if token_id >= 0 else None for token_id in chosen.tolist()]
 
 
-def _draw(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
+def _draw(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
     """Inverse of the cumulative distribution, in the order of the vocabulary, in float64."""
     heat = torch.tensor([row.params.temperature for row in rows], dtype=torch.float64)
     below = logits.double() - logits.amax(-1, keepdim=True)
@@ -217,7 +227,8 @@ def _draw(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
     total = cumulative[:, -1:]
     targets = torch.minimum(points.to(logits.device).unsqueeze(-1) * total, total * (1 - 2**-52))
     chosen = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
-    return list(chosen.tolist())
+    pairs = zip(total.squeeze(-1).tolist(), chosen.tolist(), strict=True)
+    return [token_id if 0 < weight < math.inf else None for weight, token_id in pairs]
 
 
 def _filter(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:

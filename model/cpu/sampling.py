@@ -19,6 +19,9 @@ def _draw(logits: Any, heat: Any, points: Any, chosen: Any) -> None:
         total = 0.0
         for j in range(len(row)):
             total += float64(weights[j])
+        if not 0.0 < total < np.inf:
+            chosen[r] = -1
+            continue
         target = min(points[r] * total, total * (1.0 - 2.0**-52))
         below, j = float64(weights[0]), 0
         while below <= target:
@@ -32,7 +35,8 @@ def draw_function() -> Any:
     """`draw(logits, heat, points, chosen)`: the inverse of the distribution softmax(logits / heat).
 
     logits `[rows, vocab]` float32, heat above 0 and points from 0 to 1 `[rows]` float64; a token id
-    for each row is written to chosen `[rows]` int64. Sums are float64.
+    for each row is written to chosen `[rows]` int64. Sums are float64. It is -1 where no token has
+    a weight, which is so beside NaN and inf, too: exp(NaN) is 0 here.
     """
     source = SOURCE
 

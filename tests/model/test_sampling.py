@@ -45,12 +45,19 @@ def row(params: SamplingParams, position: int = 0, seen: RecentTokens | None = N
     return SampledRow(params, position, seen or RecentTokens())
 
 
+def certain(chosen: list[int | None]) -> list[int]:
+    """The tokens of rows that can all be sampled."""
+    found = [token_id for token_id in chosen if token_id is not None]
+    assert len(found) == len(chosen)
+    return found
+
+
 def draws(
     logits: Tensor, params: SamplingParams, seen: RecentTokens | None = None, count: int = DRAWS
 ) -> NDArray[np.int64]:
     """How often each token is chosen at the first positions."""
     rows = [row(params, position, seen) for position in range(count)]
-    chosen = sample(logits.expand(count, -1).clone(), rows)
+    chosen = certain(sample(logits.expand(count, -1).clone(), rows))
     return np.bincount(chosen, minlength=len(logits))
 
 
@@ -236,7 +243,7 @@ def test_seed_and_position_decide_the_token() -> None:
 
     def tokens(seed: int, start: int) -> list[int]:
         rows = [row(SamplingParams(seed=seed), start + i) for i in range(50)]
-        return sample(logits.expand(50, -1).clone(), rows)
+        return certain(sample(logits.expand(50, -1).clone(), rows))
 
     assert tokens(7, 0) == tokens(7, 0)
     assert tokens(7, 0)[20:] == tokens(7, 20)[:30]
@@ -262,7 +269,7 @@ def test_seed_and_position_decide_the_token() -> None:
 def test_extreme_settings_still_choose_a_token(params: SamplingParams) -> None:
     logits = logits_of(3)
     rows = [row(params, i, recent(1, 2, 3)) for i in range(3)]
-    chosen = sample(logits.clone(), rows)
+    chosen = certain(sample(logits.clone(), rows))
     assert all(0 <= token_id < VOCAB for token_id in chosen)
     if min(params.temperature, params.top_p) < 1e-9 and not params.has_penalties:
         assert chosen == logits.argmax(-1).tolist()
@@ -323,6 +330,47 @@ def test_answers_to_one_request_have_seeds_of_their_own() -> None:
     assert derive_seed(1, 2) != derive_seed(2, 1)
     rows = [row(SamplingParams(seed=derive_seed(9, index)), 4) for index in range(400)]
     assert len(set(sample(torch.zeros(400, VOCAB), rows))) > VOCAB // 2
+
+
+NO_DISTRIBUTION = {
+    "one nan": ([17], torch.nan),
+    "first nan": ([0], torch.nan),
+    "only nan": (range(VOCAB), torch.nan),
+    "one inf": ([VOCAB - 1], torch.inf),
+    "two inf": ([3, 4], torch.inf),
+    "only -inf": (range(VOCAB), -torch.inf),
+}
+WAYS = {
+    "greedy": SamplingParams(temperature=0.0),
+    "drawn": SamplingParams(),
+    "filtered": SamplingParams(top_k=5, top_p=0.9, min_p=0.01),
+    "penalised": SamplingParams(repetition_penalty=1.5, presence_penalty=0.5),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", NO_DISTRIBUTION)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_row_that_is_no_distribution_has_no_token_and_the_others_have_theirs(
+    way: str, kind: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(sampling, "_compiled_draw", lambda: None)
+    logits = logits_of(4)
+    everything = recent(*range(VOCAB))
+    rows = [row(WAYS[way], i, everything) for i in range(4)]
+    expected = sample(logits.clone(), rows)
+    columns, value = NO_DISTRIBUTION[kind]
+    logits[2, list(columns)] = value
+    assert sample(logits.clone(), rows) == [*expected[:2], None, expected[3]]
+    assert None not in expected
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_token_may_be_impossible(way: str) -> None:
+    logits = torch.full((1, VOCAB), -torch.inf)
+    logits[0, 9] = -3.0
+    assert sample(logits, [row(WAYS[way], seen=recent(8, 9))]) == [9]
 
 
 def test_the_compiled_draw_is_the_one_in_torch() -> None:
