@@ -67,6 +67,11 @@ class StatePool:
         for tensor in self.spec.tensors:
             self.tensors[tensor.name][:, row] = tensor.initial
 
+    def poison(self, row: int) -> None:
+        """Erase the row: NaN and -128, so that a state that is read by mistake shows at once."""
+        for values in self.tensors.values():
+            values[:, row] = math.nan if values.is_floating_point() else -128
+
     def swap(self, a: int, b: int) -> None:
         """Exchange two rows."""
         if a != b:

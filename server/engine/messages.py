@@ -161,7 +161,7 @@ class StateMissing:
 
 @dataclass(frozen=True)
 class Evicted:
-    """A warm row was given to another sequence; its name means nothing any more."""
+    """A warm row was needed for another sequence, or lost in an error; its name means nothing."""
 
     name: str
 

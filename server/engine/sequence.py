@@ -97,6 +97,16 @@ class Sequence:
     def is_read(self) -> bool:
         return self.num_unread == 0
 
+    def check_ids(self, vocab_sz: int) -> None:
+        """Raises ValueError when a token id is none of the model's: it would fail a whole step.
+
+        Pending and recent tokens come with a session, and that from wherever it was imported.
+        """
+        biased = [token_id for token_id, _ in self.request.sampling.logit_bias]
+        ids = [*self._tokens, *self.recent.seen().tolist(), *biased]
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_sz:
+            raise ValueError(f"token ids must be from 0 to {vocab_sz - 1}")
+
     @property
     def sampled_row(self) -> SampledRow:
         return SampledRow(self.request.sampling, self.position, self.recent)

@@ -3,7 +3,8 @@
 Rows 1 to `num_decoding` belong to the sequences that decode together, so that a step works on one
 contiguous block in place. The other rows hold sequences that are still reading their prompt, warm
 states of finished turns, or nothing. Row 0 is never owned. Where a change of owners needs states to
-move, the method answers with the two rows that the caller must swap.
+move, the method answers with the two rows that the caller must swap; where a row becomes free, with
+the row whose state the caller must erase.
 """
 
 from collections import OrderedDict
@@ -47,7 +48,10 @@ class Slots:
         return self.num_active < self.num_rows
 
     def acquire(self, owner: str) -> int:
-        """A row for a new sequence: the last free one, else that of the oldest warm state."""
+        """A row for a new sequence: the last free one, else that of the oldest warm state.
+
+        It may hold another's state: the caller overwrites all of it.
+        """
         free = [row for row, name in self._owner.items() if name is None]
         if not free:
             oldest = next(iter(self._warm))
@@ -58,7 +62,7 @@ class Slots:
         return free[-1]
 
     def take_evicted(self) -> list[str]:
-        """Names of the warm states that `acquire` has forgotten since the last call."""
+        """Names of the warm states that were forgotten for want of a row or after an error."""
         evicted, self._evicted = self._evicted, []
         return evicted
 
@@ -76,15 +80,19 @@ class Slots:
         self._set(self._row.pop(owner), name)
         self._warm[name] = None
 
-    def release(self, owner: str) -> None:
+    def release(self, owner: str) -> int:
         """Free the row of a sequence that does not decode, or of a warm state."""
-        self._owner[self._row.pop(owner)] = None
+        row = self._row.pop(owner)
+        self._owner[row] = None
         self._warm.pop(owner, None)
+        return row
 
-    def release_active(self) -> None:
-        """Free the rows of all sequences; warm states stay."""
-        for owner in [owner for owner in self._row if owner not in self._warm]:
-            self.release(owner)
+    def release_all(self) -> None:
+        """Free every row; the warm states count as evicted."""
+        self._evicted.extend(self._warm)
+        self._warm.clear()
+        self._row.clear()
+        self._owner = dict.fromkeys(self._owner)
         self.num_decoding = 0
 
     def is_warm(self, name: str) -> bool:

@@ -34,6 +34,11 @@ from server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
+DAMAGED = "the model gave no probabilities for the next token: the state is damaged"
+FAILED = "the engine failed while computing; see the server's log"
+
+End = Literal["stop", "length"]
+
 Deliver = Callable[[list[Event | Evicted]], None]
 """Takes one step's events."""
 
@@ -58,6 +63,7 @@ class Worker:
         self._scheduler = Scheduler(limits, self._network.chunk)
         self._slots = self._scheduler.slots
         self._pool = self._network.new_pool(1 + self._slots.num_rows)
+        self._erase_all()
         self._reader = PromptReader(
             self._network, self._pool, self._slots, limits.prefix_cache_bytes, metrics
         )
@@ -73,18 +79,22 @@ class Worker:
         prepare()
         self._report_slots()
         while not self._stopping:
-            if self._scheduler.idle:
-                self._slots.check()
-            try:
-                self._receive()
-                self._expire()
-                self._admit()
-                self._finish_reading()
-                self._run(self._scheduler.plan())
-            except Exception:  # whatever failed, no client may wait for ever
-                log.exception("an engine step failed")
-                self._fail_all("the engine failed while computing; see the server's log")
-            self._flush()
+            self.step()
+
+    def step(self) -> None:
+        """Do what there is to do now; wait for a message first if that is nothing."""
+        if self._scheduler.idle:
+            self._slots.check()
+        try:
+            self._receive()
+            self._expire()
+            self._admit()
+            self._finish_reading()
+            self._run(self._scheduler.plan())
+        except Exception:  # whatever failed, no client may wait for ever
+            log.exception("an engine step failed")
+            self._fail_all()
+        self._flush()
 
     def _run(self, plan: Plan) -> None:
         if plan.prefill:
@@ -105,18 +115,21 @@ class Worker:
             case Submit(request, at):
                 self._open[request.request_id] = None
                 try:
-                    self._scheduler.add(Sequence(request, self._tokenizer, at))
-                except ValueError as error:
+                    sequence = Sequence(request, self._tokenizer, at)
+                    sequence.check_ids(self._network.config.vocab_sz)
+                except (ValueError, OverflowError) as error:
                     self._inbox.waits_no_more(request)
                     self._end(Failed(request.request_id, str(error)))
+                else:
+                    self._scheduler.add(sequence)
             case Cancel(request_id):
                 self._open.pop(request_id, None)
-                sequence = self._scheduler.find(request_id)
-                if sequence is not None:
-                    self._drop(sequence)
+                found = self._scheduler.find(request_id)
+                if found is not None:
+                    self._drop(found)
             case Release(name):
                 if self._slots.is_warm(name):
-                    self._slots.release(name)
+                    self._free(name)
             case Stop():
                 self._stopping = True
 
@@ -135,8 +148,7 @@ class Worker:
             try:
                 placed = self._place(sequence)
             except ValueError as error:
-                self._drop(sequence)
-                self._end(Failed(request.request_id, str(error)))
+                self._fail(sequence, str(error))
                 continue
             if not placed:
                 self._scheduler.reading.remove(sequence)
@@ -168,8 +180,7 @@ class Worker:
             if request.max_tokens == 0:
                 self._finish(sequence, "length")
             elif not sequence.unread:
-                self._end(Failed(request.request_id, "there is no token to read"))
-                self._slots.release(request.request_id)
+                self._fail(sequence, "there is no token to read")
             else:
                 self._pool.swap(*self._slots.begin_decoding(request.request_id))
                 self._scheduler.decoding[self._row(sequence)] = sequence
@@ -188,12 +199,25 @@ class Worker:
         now = time.monotonic()
         self._metrics.step_duration_seconds.observe(now - started)
         self._metrics.batch_size.set(len(rows))
-        self._metrics.generation_tokens_total.inc(len(rows))
+        self._metrics.generation_tokens_total.inc(len(rows) - sampled.count(None))
         for sequence, token_id in zip(plan.decode, sampled, strict=True):
-            self._advance(sequence, token_id, now)
+            if token_id is None:
+                self._fail(sequence, DAMAGED)
+                continue
+            try:
+                end = self._advance(sequence, token_id, now)
+            except Exception:  # of this sequence's text: the others are as they should be
+                log.exception("a token could not be added to its text")
+                self._fail(sequence, FAILED)
+                continue
+            if end is not None:
+                self._finish(sequence, end)
 
-    def _advance(self, sequence: Sequence, token_id: int, now: float) -> None:
-        """One sampled token of one sequence."""
+    def _advance(self, sequence: Sequence, token_id: int, now: float) -> End | None:
+        """One sampled token of one sequence, of which alone it touches text and state.
+
+        Returns why the turn ends, if it does.
+        """
         if sequence.first_token_at is None:
             sequence.first_token_at = now
             self._metrics.time_to_first_token_seconds.observe(now - sequence.submitted_at)
@@ -203,8 +227,7 @@ class Worker:
         sequence.num_generated += 1
         request = sequence.request
         if token_id in self._network.config.eos_token_ids and not request.ignore_eos:
-            self._finish(sequence, "stop")
-            return
+            return "stop"
         step = sequence.push_text(token_id)
         row = self._row(sequence)
         if step.wants_anchor:
@@ -217,11 +240,10 @@ class Worker:
             sequence.append(token_id)
         self._events.append(TextDelta(request.request_id, step.text))
         if step.stopped:
-            self._finish(sequence, "stop")
-        elif sequence.num_generated >= request.max_tokens:
-            self._finish(sequence, "length")
+            return "stop"
+        return "length" if sequence.num_generated >= request.max_tokens else None
 
-    def _finish(self, sequence: Sequence, reason: Literal["stop", "length"]) -> None:
+    def _finish(self, sequence: Sequence, reason: End) -> None:
         """End a turn: hand its state out, keep or free its row."""
         request, slots = sequence.request, self._slots
         owner, state, continuation, warm = request.request_id, None, None, None
@@ -234,7 +256,7 @@ class Worker:
             warm = f"warm-{self._num_warm_names}"
             slots.keep_warm(owner, warm)
         else:
-            slots.release(owner)
+            self._free(owner)
         self._end(
             Finished(
                 request_id=owner,
@@ -249,6 +271,11 @@ class Worker:
             )
         )
 
+    def _fail(self, sequence: Sequence, message: str) -> None:
+        """End one sequence with an error; the others go on."""
+        self._drop(sequence)
+        self._end(Failed(sequence.request.request_id, message))
+
     def _drop(self, sequence: Sequence) -> None:
         """End a sequence in whatever phase it is and free its row, also one that waits for it."""
         request = sequence.request
@@ -256,12 +283,20 @@ class Worker:
             self._scheduler.waiting.remove(sequence)
             self._inbox.waits_no_more(request)
             if isinstance(request.source, Warm) and self._slots.is_warm(request.source.name):
-                self._slots.release(request.source.name)
+                self._free(request.source.name)
             return
         if sequence in self._scheduler.reading:
             self._stop_reading(sequence)
         self._stop_decoding(sequence)
-        self._slots.release(request.request_id)
+        self._free(request.request_id)
+
+    def _free(self, owner: str) -> None:
+        """Free a row and erase the state in it: free rows hold nobody's."""
+        self._pool.poison(self._slots.release(owner))
+
+    def _erase_all(self) -> None:
+        for row in range(self._pool.num_rows):
+            self._pool.poison(row)
 
     def _stop_decoding(self, sequence: Sequence) -> None:
         """Take the sequence out of the decoding block; the block's last one takes its row."""
@@ -275,20 +310,25 @@ class Worker:
         if a != b:
             decoding[a] = decoding.pop(b)
 
-    def _fail_all(self, message: str) -> None:
+    def _fail_all(self) -> None:
         """After an error in a step nobody knows which states are whole: end every request.
 
-        Touches no state, since the device may be what failed.
+        Warm states are forgotten, too: one may have been on its way to another row.
         """
         scheduler = self._scheduler
         for sequence in scheduler.waiting:
             self._inbox.waits_no_more(sequence.request)
         for phase in (scheduler.waiting, scheduler.reading, scheduler.decoding):
             phase.clear()
-        self._slots.release_active()
+        self._slots.release_all()
+        self._events.extend(map(Evicted, self._slots.take_evicted()))
         self._reader.forget()
         for request_id in list(self._open):
-            self._end(Failed(request_id, message))
+            self._end(Failed(request_id, FAILED))
+        try:
+            self._erase_all()
+        except Exception:  # the device may be what failed; who gets a row overwrites it
+            log.exception("free rows could not be erased")
 
     def _end(self, event: Finished | Failed | DeadlinePassed | StateMissing) -> None:
         """Tell a request's last event."""

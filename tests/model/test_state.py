@@ -5,6 +5,8 @@ import struct
 import pytest
 import torch
 
+from model.config import ModelConfig
+from model.network import LanguageModel
 from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
 
 SPEC = StateSpec(
@@ -53,6 +55,36 @@ def test_reset_makes_one_row_new() -> None:
     before = rows(made)
     made.reset(2)
     assert rows(made) == [*before[:2], rows(fresh)[0], before[3]]
+
+
+NARROW = StateSpec((*SPEC.tensors, TensorSpec("low", (2, 3), "int8", 0.0)))
+
+
+def test_poison_leaves_nothing_of_one_row_and_all_of_the_others() -> None:
+    made, before = pool(spec=NARROW), pool(spec=NARROW)
+    made.poison(2)
+    for name, values in made.tensors.items():
+        poisoned = values[:, 2]
+        assert (poisoned == -128).all() if name == "low" else poisoned.isnan().all()
+    assert [made.export_row(i) for i in (0, 1, 3)] == [before.export_row(i) for i in (0, 1, 3)]
+
+
+@pytest.mark.parametrize("way", ["reset", "import", "write"])
+def test_a_new_owner_overwrites_all_of_a_poisoned_row(way: str) -> None:
+    made, other = pool(spec=NARROW), pool(spec=NARROW)
+    expected = {
+        "reset": StatePool(NARROW, 1, torch.device("cpu")).export_row(0),
+        "import": other.export_row(0),
+        "write": other.export_row(0),
+    }[way]
+    made.poison(3)
+    if way == "reset":
+        made.reset(3)
+    elif way == "import":
+        made.import_row(3, other.export_row(0))
+    else:
+        made.write_row(3, other.read_row(0))
+    assert made.export_row(3) == expected
 
 
 @pytest.mark.parametrize(("a", "b"), [(1, 3), (3, 1), (0, 2), (2, 2)])
@@ -114,3 +146,25 @@ def test_bytes_of_another_length_are_refused(length: int) -> None:
 )
 def test_rows_that_follow_each_other_are_a_slice(chosen: list[int], run: slice | None) -> None:
     assert contiguous_run(chosen) == run
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("chosen", [[1, 2, 3], [4, 1, 6]])
+def test_no_row_is_read_but_those_that_are_named(compiled: bool, chosen: list[int]) -> None:
+    """Prefill and step leave the same bits beside poisoned rows as beside new ones."""
+    torch.manual_seed(2)
+    config = ModelConfig(vocab_sz=50, d_emb=16, n_layers=2, n_heads=2, d_key=4, d_val=4)
+    network = LanguageModel(config).requires_grad_(False).eval()
+    if compiled:
+        network.pack()
+    clean, poisoned = network.new_pool(8), network.new_pool(8)
+    for row in set(range(8)) - set(chosen):
+        poisoned.poison(row)
+    before = poisoned.export_row(5)
+    seen = []
+    for made in (clean, poisoned):
+        network.prefill(torch.arange(27).view(3, 9), [9, 1, 4], made, chosen)
+        logits = network.step(torch.tensor([7, 8, 9]), made, chosen)
+        seen.append((logits.tolist(), [made.export_row(row) for row in chosen]))
+    assert seen[0] == seen[1]
+    assert poisoned.export_row(5) == before

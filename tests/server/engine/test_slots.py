@@ -20,18 +20,29 @@ def test_warm_rows_are_given_up_oldest_first() -> None:
     assert not slots.can_acquire()
 
 
-def test_all_sequences_leave_at_once_and_warm_states_stay() -> None:
+def test_all_rows_are_free_at_once_and_warm_states_are_told() -> None:
     slots = Slots(4)
     for name in ("a", "b", "c"):
         slots.acquire(name)
         slots.begin_decoding(name)
     slots.end_decoding("b")
     slots.keep_warm("b", "warm")
-    row = slots.row("warm")
-    slots.release_active()
+    slots.release_all()
     slots.check()
-    assert (slots.num_free, slots.num_active, slots.num_decoding) == (3, 0, 0)
-    assert slots.row("warm") == row
+    assert (slots.num_free, slots.num_active, slots.num_warm, slots.num_decoding) == (4, 0, 0, 0)
+    assert not slots.is_warm("warm")
+    assert slots.take_evicted() == ["warm"]
+    assert slots.acquire("d") == 4
+
+
+def test_a_row_that_becomes_free_is_named() -> None:
+    slots = Slots(3)
+    row = slots.acquire("a")
+    assert slots.release("a") == row
+    slots.acquire("b")
+    slots.keep_warm("b", "warm")
+    assert slots.release("warm") == row
+    assert slots.num_free == 3
 
 
 def test_check_finds_a_row_that_is_not_accounted_for() -> None:
