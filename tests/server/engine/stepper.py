@@ -1,0 +1,120 @@
+"""The engine's worker without its thread: a test says when a step is, and looks at every row."""
+
+from torch import Tensor
+
+from model.checkpoint import Checkpoint
+from server.engine.inbox import Inbox
+from server.engine.messages import (
+    Cancel,
+    EngineRequest,
+    Event,
+    Evicted,
+    Finished,
+    Release,
+    Submit,
+    TextDelta,
+)
+from server.engine.scheduler import EngineLimits
+from server.engine.worker import Worker
+from server.metrics import Metrics
+from tests.server.engine.driver import LIMITS, is_last
+
+MOST_STEPS = 1000
+"""More than any test needs."""
+
+
+class Clock:
+    """Stands for the module `time` in the worker's; the test says how late it is."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Stepper:
+    """A worker, its inbox, and all that it delivered."""
+
+    def __init__(self, checkpoint: Checkpoint, limits: EngineLimits = LIMITS) -> None:
+        self.inbox = Inbox(limits.max_waiting, limits.max_waiting_tokens)
+        self.delivered: list[Event | Evicted] = []
+        self.worker = Worker(checkpoint, limits, self.inbox, self.delivered.extend, Metrics())
+        self.pool = self.worker._pool
+        self.slots = self.worker._slots
+        self.scheduler = self.worker._scheduler
+
+    def submit(self, *requests: EngineRequest) -> None:
+        self.inbox.submit(*(Submit(request, 0.0) for request in requests))
+
+    def cancel(self, request_id: str) -> None:
+        self.inbox.put(Cancel(request_id))
+
+    def release(self, name: str) -> None:
+        self.inbox.put(Release(name))
+
+    @property
+    def has_work(self) -> bool:
+        return not (self.scheduler.idle and self.inbox.empty)
+
+    def step(self, count: int = 1) -> None:
+        """Steps, as long as there is something to do; free rows hold nothing after each."""
+        for _ in range(count):
+            if self.has_work:
+                self.worker.step()
+                self.check()
+
+    def run(self) -> None:
+        """Until all has ended."""
+        self.step(MOST_STEPS)
+        assert not self.has_work
+
+    def turn(self, request: EngineRequest) -> tuple[str, Finished]:
+        """One turn until its end: the whole text and the last event."""
+        self.submit(request)
+        self.run()
+        return self.text(request.request_id), self.finished(request.request_id)
+
+    def last(self, request_id: str) -> Event | None:
+        """How the request ended."""
+        ends = [event for event in self.events() if is_last(event, request_id)]
+        assert len(ends) <= 1, ends
+        return ends[0] if ends else None
+
+    def finished(self, request_id: str) -> Finished:
+        last = self.last(request_id)
+        assert isinstance(last, Finished), last
+        return last
+
+    def text(self, request_id: str) -> str:
+        own = [event for event in self.events() if event.request_id == request_id]
+        return "".join(event.text for event in own if isinstance(event, TextDelta | Finished))
+
+    def events(self) -> list[Event]:
+        return [event for event in self.delivered if not isinstance(event, Evicted)]
+
+    def owners(self) -> dict[str, int]:
+        """Rows by the names of sequences and warm states."""
+        return dict(self.slots._row)
+
+    def check(self) -> None:
+        """Every row has an owner or holds nothing."""
+        self.slots.check()
+        free = sorted(set(range(self.pool.num_rows)) - set(self.owners().values()))
+        for name, values in self.pool.tensors.items():
+            assert is_poison(values[:, free]), (name, free)
+
+    def holds(self, position: Tensor) -> bool:
+        """Whether any of these numbers of a former state is anywhere in the pool.
+
+        Positions are compared, since they are float64: no two sequences agree in one by chance.
+        """
+        return any((self.pool.tensors["h"] == value).any() for value in position if value != 0)
+
+    def position(self, owner: str) -> Tensor:
+        return self.pool.tensors["h"][0, self.owners()[owner]].clone()
+
+
+def is_poison(values: Tensor) -> bool:
+    wrong = ~values.isnan() if values.is_floating_point() else values != -128
+    return not wrong.any()
