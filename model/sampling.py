@@ -99,11 +99,6 @@ class RecentTokens:
         known = self._ring[self._ring >= 0]
         return np.unique(known & ~_GENERATED).astype(np.int64)
 
-    @property
-    def largest_id(self) -> int:
-        """-1 when there is no token."""
-        return int(np.where(self._ring >= 0, self._ring & ~_GENERATED, -1).max())
-
     def generated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Different token ids that were generated, and how often."""
         known = self._ring[self._ring >= _GENERATED] & ~_GENERATED

@@ -229,11 +229,11 @@ class Codec:
         if len(session.pending) > session.position or len(session.undecoded) > 3:
             raise BlobError(f"position {session.position} and what is pending cannot be")
         try:
-            largest_id = RecentTokens.from_bytes(session.recent).largest_id
+            recent = RecentTokens.from_bytes(session.recent).seen()
         except ValueError as error:
             raise BlobError(f"tensor {RECENT}: {error}") from error
-        ids = (*session.pending, largest_id)
-        if min(session.pending, default=0) < 0 or max(ids) >= self._vocab_sz:
+        ids = (*session.pending, *recent.tolist())
+        if ids and not 0 <= min(ids) <= max(ids) < self._vocab_sz:
             raise BlobError(f"a token id is not below {self._vocab_sz}")
         for name, values in arrays.items():
             if values.dtype.kind == "f" and not np.isfinite(values).all():

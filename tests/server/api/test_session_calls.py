@@ -333,7 +333,7 @@ def test_without_a_session_a_key_changes_nothing(client: httpx.Client) -> None:
 
 def test_pages_go_through_all(client: httpx.Client) -> None:
     made = [new(client) for _ in range(7)]
-    seen, after = list[str](), {}
+    seen, after = list[str](), dict[str, str]()
     for _ in range(3):
         page = client.get("/v1/sessions", params={"limit": 3} | after).json()
         seen += [session["id"] for session in page["data"]]

@@ -1,0 +1,233 @@
+"""Whatever sessions do side by side, each has the tokens, and the bits, that it has alone.
+
+Few rows, a small host cache and few checkpoints, so that states go through all tiers.
+"""
+
+import asyncio
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from server.sessions.codec import read
+from tests.server.live import LiveServer, live_server, tiny_settings
+
+KEPT = 3
+History = tuple[int, ...]
+"""The seeds of a session's turns: they tell everything about them."""
+
+
+def request(seed: int) -> dict[str, Any]:
+    """What a turn asks for, of many kinds."""
+    chance = random.Random(seed)
+    body: dict[str, Any] = {
+        "prompt": [chance.randrange(4, 300) for _ in range(chance.choice([1, 3, 40, 150]))],
+        "max_tokens": chance.choice([0, 1, 7, 30]),
+        "temperature": chance.choice([0.0, 1.0]),
+        "seed": seed,
+        "presence_penalty": chance.choice([0.0, 0.7]),
+        "ignore_eos": True,
+    }
+    if chance.random() < 0.3:
+        body["stop"] = [chance.choice("etaoin")]
+    return body
+
+
+@dataclass
+class Twins:
+    """Every history alone: one session for all, never anything beside it."""
+
+    server: LiveServer
+    known: dict[History, tuple[str, dict[str, bytes]]] = field(default_factory=dict)
+
+    def after(self, history: History) -> tuple[str, dict[str, bytes]]:
+        """The text of the last turn, and the state after it."""
+        if history not in self.known:
+            with self.server.client() as client:
+                session_id = client.post("/v1/sessions").json()["id"]
+                for number, seed in enumerate(history, 1):
+                    body = request(seed) | {"session_id": session_id}
+                    answer = client.post("/v1/completions", json=body).json()
+                    blob = client.get(f"/v1/sessions/{session_id}/state").content
+                    done = (answer["choices"][0]["text"], tensors(blob))
+                    self.known[history[:number]] = done
+                client.delete(f"/v1/sessions/{session_id}")
+        return self.known[history]
+
+
+def tensors(blob: bytes) -> dict[str, bytes]:
+    """All that makes the session, but for how often it was counted."""
+    facts, arrays = read(blob)
+    kept = {name: values.tobytes() for name, values in arrays.items()}
+    return kept | {name: facts[name].encode() for name in ("position", "pending", "undecoded")}
+
+
+@pytest.fixture(scope="module")
+def crowded(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
+    """A server with room for hardly anything."""
+    folder = tmp_path_factory.mktemp("crowded")
+    limits = {"max_running": 3, "warm_sessions": 2, "host_cache_bytes": 40_000}
+    few = tiny_settings(tiny_checkpoint, folder, keep_turns=KEPT, prefix_cache_bytes=0, **limits)
+    with live_server(few) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def twins(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twins]:
+    folder = tmp_path_factory.mktemp("alone")
+    with live_server(tiny_settings(tiny_checkpoint, folder)) as running:
+        yield Twins(running)
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["turn"] * 5 + ["stream", "abort", "abort", "rewind", "fork", "move"]),
+        st.integers(0, 30),
+    ),
+    min_size=1,
+    max_size=7,
+)
+
+
+class Session:
+    """One session, and what it must be."""
+
+    def __init__(self, client: httpx.AsyncClient, twins: Twins) -> None:
+        self._client = client
+        self._twins = twins
+        self._id = ""
+        self._history: History = ()
+        self._kept = 0
+
+    async def live(self, steps: list[tuple[str, int]]) -> None:
+        """Everything that happens to it, checked after each step."""
+        self._id = (await self._client.post("/v1/sessions")).json()["id"]
+        for step, number in steps:
+            await getattr(self, f"_{step}")(number)
+            await self._check()
+        assert (await self._client.delete(f"/v1/sessions/{self._id}")).status_code == 200
+
+    async def _turn(self, seed: int, *, streamed: bool = False) -> None:
+        body = request(seed) | {"session_id": self._id, "stream": streamed}
+        response = await self._client.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        self._history += (seed,)
+        self._kept = min(self._kept + 1, KEPT)
+        if not streamed:
+            text = response.json()["choices"][0]["text"]
+            assert text == self._twins.known[self._history][0]
+
+    async def _stream(self, seed: int) -> None:
+        await self._turn(seed, streamed=True)
+
+    async def _abort(self, number: int) -> None:
+        """Leave in the middle of a turn, or before its first token."""
+        body = request(number) | {"session_id": self._id, "max_tokens": 5000, "stream": True}
+        body.pop("stop", None)
+        async with self._client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.aiter_lines()
+            for _ in range(number % 5 * 4):
+                await anext(lines)
+        while (await self._get())["status"] == "busy":
+            await asyncio.sleep(0.002)
+
+    async def _rewind(self, number: int) -> None:
+        back = number % (self._kept or 1)
+        turn = len(self._history) - back if self._kept else 0
+        path = f"/v1/sessions/{self._id}/rewind"
+        response = await self._client.post(path, json={"turn": turn})
+        assert response.status_code == 200, response.text
+        self._history = self._history[:turn]
+        self._kept -= back if self._kept else 0
+
+    async def _fork(self, number: int) -> None:
+        """Go on with a fork of an earlier turn, and delete the original."""
+        back = number % (self._kept or 1)
+        turn = len(self._history) - back if self._kept else 0
+        path = f"/v1/sessions/{self._id}"
+        forked = (await self._client.post(f"{path}/fork", json={"turn": turn})).json()
+        assert (await self._client.delete(path)).status_code == 200
+        self._id = forked["id"]
+        self._history = self._history[:turn]
+        self._kept = min(self._kept, 1)
+
+    async def _move(self, _: int) -> None:
+        """Go on with what was exported and imported again."""
+        if not self._history:
+            return
+        path = f"/v1/sessions/{self._id}"
+        blob = (await self._client.get(f"{path}/state")).content
+        assert (await self._client.delete(path)).status_code == 200
+        imported = await self._client.post("/v1/sessions/import", content=blob)
+        assert imported.status_code == 201, imported.text
+        self._id = imported.json()["id"]
+        self._kept = 1
+
+    async def _get(self) -> dict[str, Any]:
+        return dict((await self._client.get(f"/v1/sessions/{self._id}")).json())
+
+    async def _check(self) -> None:
+        session = await self._get()
+        assert (session["turn"], session["checkpoints"]) == (len(self._history), self._kept)
+        if self._history:
+            blob = (await self._client.get(f"/v1/sessions/{self._id}/state")).content
+            assert tensors(blob) == self._twins.known[self._history][1]
+
+
+def histories(steps: list[tuple[str, int]]) -> Iterator[History]:
+    """Every history that the steps can lead to."""
+    history: History = ()
+    kept = 0
+    for step, number in steps:
+        if step in ("turn", "stream"):
+            history += (number,)
+            kept = min(kept + 1, KEPT)
+        elif step in ("rewind", "fork") and kept:
+            back = number % kept
+            history = history[: len(history) - back]
+            kept = 1 if step == "fork" else kept - back
+        elif step == "move":
+            kept = min(kept, 1)
+        yield history
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(lives=st.lists(STEPS, min_size=2, max_size=8))
+@pytest.mark.long
+def test_each_session_is_as_if_it_were_alone(
+    crowded: LiveServer, twins: Twins, lives: list[list[tuple[str, int]]]
+) -> None:
+    for steps in lives:
+        for history in histories(steps):
+            if history:
+                twins.after(history)
+
+    async def together() -> None:
+        async with httpx.AsyncClient(base_url=crowded.url, timeout=60) as client:
+            async with asyncio.TaskGroup() as group:
+                for steps in lives:
+                    group.create_task(Session(client, twins).live(steps))
+
+    asyncio.run(together())
+
+
+def test_the_crowd_went_through_all_tiers(crowded: LiveServer) -> None:
+    """Runs after the plays above, or by itself proves little."""
+    value = crowded.service.metrics.registry.get_sample_value
+    for tier in ("device", "host"):
+        assert (value("latentd_session_evictions_total", {"tier": tier}) or 0) > 10
+    assert (value("latentd_session_load_seconds_count") or 0) > 10
+    assert value("latentd_sessions", {"tier": "store"}) == 0
+    assert value("latentd_session_bytes", {"tier": "store"}) == 0
