@@ -11,7 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "int8": torch.int8}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+}
 
 
 @dataclass(frozen=True)
