@@ -106,13 +106,13 @@ class CompactForm:
         for z, s, points in zip(values["z"], values["s"], layers, strict=True):
             if not _to_lattice(z, s, points):
                 return None
-        coarse, fine = (part.astype(np.uint8) for part in (codes // FINE, codes % FINE))
-        pairs = fine[::2] | fine[1::2] << 4
+        coarse = (codes // FINE).astype(np.uint8)
+        one, other = np.split((codes & (FINE - 1)).astype(np.uint8), 2)
         deflated = _deflate(coarse, maxima.view(np.uint8).reshape(-1, 2).T)
         room = self.tensors[-1].num_bytes
         if len(deflated) > room:
             return None
-        kept = (h, values["z"], pairs)
+        kept = (h, values["z"], one | other << 4)
         return b"".join(part.tobytes() for part in kept) + deflated.ljust(room, b"\0")
 
     def unpack(self, packed: bytes) -> bytes:
@@ -120,8 +120,9 @@ class CompactForm:
         values = _split(self.tensors, packed)
         inflated = _inflate(values["deflated"], self._num_codes + 2 * self._num_maxima)
         codes = inflated[: self._num_codes].astype(np.uint16) * FINE
-        codes[::2] |= values["fine"][0] & (FINE - 1)
-        codes[1::2] |= values["fine"][0] >> 4
+        one, other = np.split(codes, 2)
+        one |= values["fine"][0] & (FINE - 1)
+        other |= values["fine"][0] >> 4
         layers = codes[: self._num_sums].reshape(self._sums)
         sums = [_from_lattice(*layer) for layer in zip(values["z"], layers, strict=True)]
         maxima = inflated[self._num_codes :].reshape(2, -1).T.copy().view("<i2").astype("<f4")
