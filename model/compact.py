@@ -46,6 +46,9 @@ FINE = 16
 NOTHING = 255 * FINE
 """The code of a sum that is zero; all others are below."""
 
+ROUNDING = 1e-3
+"""Steps by which rounding may have put a sum above Z, which it never is otherwise."""
+
 SMALLEST = 2.0**-125
 """Smaller sums are not packed: float32 has fewer digits for them."""
 
@@ -158,10 +161,10 @@ def _split(tensors: Sequence[TensorSpec], data: bytes) -> Arrays:
 
 def _whole(maxima: NDArray[np.float32]) -> NDArray[np.int16] | None:
     """Running maxima as int16, or None if one is none."""
-    maxima = np.where(maxima == np.float32(EMPTY), np.float32(UNSET), maxima)
-    if not ((maxima == np.rint(maxima)) & (np.abs(maxima) <= -UNSET) & (maxima < -UNSET)).all():
+    unset = maxima == np.float32(EMPTY)
+    if not (unset | (maxima == np.rint(maxima)) & (np.abs(maxima) < -UNSET)).all():
         return None
-    return maxima.astype("<i2")
+    return np.where(unset, UNSET, maxima).astype("<i2")
 
 
 def _to_lattice(z: NDArray[np.float32], s: NDArray[np.float32], points: NDArray[np.uint16]) -> bool:
@@ -176,20 +179,21 @@ def _to_lattice(z: NDArray[np.float32], s: NDArray[np.float32], points: NDArray[
     with np.errstate(divide="ignore", invalid="ignore"):
         found = np.log(z)[..., None] - np.log(s)
     found *= np.float32(1 / STEP)
+    found[nothing] = 0
+    if not (found.min() > -ROUNDING and found.max() < NOTHING - 1):
+        return False
     found += _shift(z, s.shape[-1])
     np.rint(found, out=found)
-    found[nothing] = 0
-    if not (found.min() >= 0 and found.max() < NOTHING):
-        return False
     found[nothing] = NOTHING
     points[:] = found
     return True
 
 
 def _from_lattice(z: NDArray[np.float32], points: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """A layer's sums, each within a factor of exp(±`BOUND`) of what it was."""
+    """A layer's sums, each within a factor of exp(±`BOUND`) of what it was, and at most Z."""
     s = _shift(z, points.shape[-1])
     s -= points
+    np.minimum(s, 0, out=s)
     s *= np.float32(STEP)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         s += np.log(z)[..., None]
@@ -199,13 +203,13 @@ def _from_lattice(z: NDArray[np.float32], points: NDArray[np.uint16]) -> NDArray
 
 
 def _shift(z: NDArray[np.float32], d_val: int) -> NDArray[np.float32]:
-    """Where each sum's lattice lies, in steps from 1 to 2: a hash of Z's bits and the channel.
+    """Where each sum's lattice lies, in steps from 0 to 1: a hash of Z's bits and the channel.
 
-    As S_jv is at most Z_j, no point is negative. z `[heads, d_k]` -> `[heads, d_k, d_v]`.
+    z `[heads, d_k]` -> `[heads, d_k, d_v]`.
     """
     odd = np.arange(1, 2 * d_val, 2, dtype=np.uint32)
     bits: NDArray[np.uint32] = z.view("<u4")[..., None] * (odd * np.uint32(GOLDEN))
-    return (bits >> 16).astype(np.float32) * np.float32(2.0**-16) + np.float32(1)
+    return (bits >> 16).astype(np.float32) * np.float32(2.0**-16)
 
 
 def _deflate(*parts: NDArray[Any]) -> bytes:
