@@ -205,11 +205,12 @@ def _from_lattice(z: NDArray[np.float32], points: NDArray[np.uint16]) -> NDArray
 def _shift(z: NDArray[np.float32], d_val: int) -> NDArray[np.float32]:
     """Where each sum's lattice lies, in steps from 0 to 1: a hash of Z's bits and the channel.
 
+    It is an odd number of 512ths: a sum equal to Z is never halfway between two points.
     z `[heads, d_k]` -> `[heads, d_k, d_v]`.
     """
     odd = np.arange(1, 2 * d_val, 2, dtype=np.uint32)
     bits: NDArray[np.uint32] = z.view("<u4")[..., None] * (odd * np.uint32(GOLDEN))
-    return (bits >> 16).astype(np.float32) * np.float32(2.0**-16)
+    return ((bits >> 24).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-8)
 
 
 def _deflate(*parts: NDArray[Any]) -> bytes:

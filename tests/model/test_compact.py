@@ -167,6 +167,7 @@ def test_log_y_moves_by_no_more_than_the_bound(
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**32), depth=st.floats(0, 85), zeros=st.sampled_from([0.0, 0.1]))
+@example(seed=0, depth=0.0, zeros=0.0)
 def test_packing_again_changes_nothing(seed: int, depth: float, zeros: float) -> None:
     for config in (TINY, ODD):
         spec = spec_of(config)
