@@ -48,7 +48,7 @@ def write(network: LanguageModel, texts: int, num_tokens: int) -> Tensor:
         logits = network.step(torch.tensor(written[-1]), pool, rows)
         settings = (SamplingParams(seed=row) for row in rows)
         chances = [SampledRow(params, len(written), RecentTokens()) for params in settings]
-        written.append(sample(logits, chances))
+        written.append([token_id for token_id in sample(logits, chances) if token_id is not None])
     return torch.tensor(written).T
 
 

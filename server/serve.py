@@ -42,7 +42,10 @@ def serve(settings: Settings) -> None:
     device_reason += f", {choose_threads(settings.threads, loaded.network)}"
     store = SQLiteStore(settings.data_dir / STORE_FILE, settings.durability)
     print(_facts(settings, loaded, device_reason), flush=True)
-    app = create_app(settings, loaded, store)
+    try:
+        app = create_app(settings, loaded, store)
+    except ValueError as error:
+        raise ServeError(f"--parking {settings.parking}: {error}") from error
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -118,7 +121,7 @@ def _facts(settings: Settings, loaded: Checkpoint, device: str) -> str:
             f"model      {settings.served_name}: {network.num_parameters:,} parameters, "
             f"{settings.checkpoint}",
             f"device     {device}",
-            f"session    {state_bytes:,} bytes, at any length",
+            f"session    {state_bytes:,} bytes, at any length; parked {settings.parking}",
             f"fits       {rows:,} on the device, {settings.host_cache_bytes // state_bytes:,} in "
             f"host memory, about {free // state_bytes:,} on disk",
             f"store      {settings.data_dir / STORE_FILE}",

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from model.checkpoint import Checkpoint
+from model.compact import CompactForm
 from server import __version__
 from server.api import completions, health, models, problems, sessions
 from server.api.middleware import RequestMiddleware
@@ -28,9 +29,12 @@ log = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) -> FastAPI:
-    """An app that serves one checkpoint; it closes the store when it ends."""
+    """An app that serves one checkpoint; it closes the store when it ends.
+
+    Raises ValueError when it is to park states compactly and this model has no such form.
+    """
     metrics = Metrics()
-    codec = _codec(checkpoint)
+    codec = _codec(settings, checkpoint)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -84,9 +88,19 @@ def engine_limits(settings: Settings) -> EngineLimits:
     )
 
 
-def _codec(checkpoint: Checkpoint) -> Codec:
-    network = checkpoint.network
-    return Codec(checkpoint.fingerprint, network.state_spec.tensors, network.config.vocab_sz)
+def _codec(settings: Settings, checkpoint: Checkpoint) -> Codec:
+    """Raises ValueError when states are to be compact and this model's cannot."""
+    network, park_compact = checkpoint.network, settings.parking == "compact"
+    form = None
+    if park_compact or network.config.log_values:
+        form = CompactForm(network.state_spec)
+    return Codec(
+        checkpoint.fingerprint,
+        network.state_spec.tensors,
+        network.config.vocab_sz,
+        form,
+        park_compact=park_compact,
+    )
 
 
 async def _sweep(conversations: Sessions, every_s: float) -> None:

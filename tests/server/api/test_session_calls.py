@@ -335,7 +335,7 @@ def test_pages_go_through_all(client: httpx.Client) -> None:
     made = [new(client) for _ in range(7)]
     seen, after = list[str](), dict[str, str]()
     for _ in range(3):
-        page = client.get("/v1/sessions", params={"limit": 3} | after).json()
+        page = client.get("/v1/sessions", params={"limit": "3"} | after).json()
         seen += [session["id"] for session in page["data"]]
         after = {"after": page["last_id"]}
     assert seen[:7] == made[::-1]
