@@ -35,7 +35,11 @@ def serve(settings: Settings) -> None:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    listener = _bind(settings.host, settings.port)
+    with _bind(settings.host, settings.port) as listener:
+        _serve_on(listener, settings)
+
+
+def _serve_on(listener: socket.socket, settings: Settings) -> None:
     device, device_reason = choose_device(settings.device)
     print(f"loading    {settings.checkpoint}; a first start also compiles code", flush=True)
     loaded = checkpoint.load(settings.checkpoint, device, settings.dtype)
@@ -45,6 +49,7 @@ def serve(settings: Settings) -> None:
     try:
         app = create_app(settings, loaded, store)
     except ValueError as error:
+        asyncio.run(store.close())
         raise ServeError(f"--parking {settings.parking}: {error}") from error
     config = uvicorn.Config(
         app,

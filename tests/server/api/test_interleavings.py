@@ -73,7 +73,7 @@ def crowded(
 ) -> Iterator[LiveServer]:
     """A server with room for hardly anything."""
     folder = tmp_path_factory.mktemp("crowded")
-    limits = {"max_running": 3, "warm_sessions": 2, "host_cache_bytes": 40_000}
+    limits = {"max_running": 2, "warm_sessions": 1, "host_cache_bytes": 30_000}
     few = tiny_settings(tiny_checkpoint, folder, keep_turns=KEPT, prefix_cache_bytes=0, **limits)
     with live_server(few) as running:
         yield running
@@ -91,9 +91,10 @@ STEPS = st.lists(
         st.sampled_from(["turn"] * 5 + ["stream", "abort", "abort", "rewind", "fork", "move"]),
         st.integers(0, 30),
     ),
-    min_size=1,
+    min_size=4,
     max_size=7,
 )
+LIVES = st.integers(2, 8).flatmap(lambda n: st.lists(STEPS, min_size=n, max_size=n))
 
 
 class Session:
@@ -199,12 +200,12 @@ def histories(steps: list[tuple[str, int]]) -> Iterator[History]:
 
 
 @settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     phases=[Phase.generate],  # what two servers do together cannot be made smaller
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(lives=st.lists(STEPS, min_size=2, max_size=8))
+@given(lives=LIVES)
 @pytest.mark.long
 def test_each_session_is_as_if_it_were_alone(
     crowded: LiveServer, twins: Twins, lives: list[list[tuple[str, int]]]

@@ -3,8 +3,10 @@
 import asyncio
 import math
 import multiprocessing
+import os
 import random
 import sqlite3
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -306,6 +308,33 @@ def test_a_store_without_its_tables_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").write_bytes(b"")
     assert str(tmp_path / "file") in refusal(tmp_path / folder / FILE)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused() -> None:
+    """Also one with a store of ours in it. Root may write everywhere: be nobody for a moment."""
+    user, reasons = os.geteuid(), list[str]()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for path in (folder / "new", folder / "old"):
+            path.mkdir()
+        asyncio.run(close_a_new_store(folder / "old" / FILE))
+        (folder / "old" / FILE).chmod(0o444)
+        for path in (folder / "new", folder / "old"):
+            path.chmod(0o555)
+        folder.chmod(0o755)
+        try:
+            if user == 0:
+                os.seteuid(65534)
+            reasons = [refusal(folder / name / FILE) for name in ("new", "old")]
+        finally:
+            os.seteuid(user)
+            (folder / "new").chmod(0o755)
+            (folder / "old").chmod(0o755)
+    assert reasons == ["unable to open database file", "attempt to write a readonly database"]
+
+
+async def close_a_new_store(path: Path) -> None:
+    await SQLiteStore(path).close()
 
 
 def try_to_open(path: str, told: Connection) -> None:

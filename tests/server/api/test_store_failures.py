@@ -1,0 +1,138 @@
+"""A store that fails costs the request that met it, says so, and nothing else."""
+
+import asyncio
+import json
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from server.sessions.sqlite.store import SQLiteStore
+from server.sessions.store import Turn
+from tests.server.api.calls import BODY, complete, stream, text_of
+from tests.server.api.test_session_calls import content, error
+from tests.server.api.test_sessions import get
+from tests.server.live import LiveServer, live_server, tiny_settings
+from tests.server.sessions.stores import forbidden
+
+
+@pytest.fixture
+def alone(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[LiveServer]:
+    """A server whose store may fail; nothing is cached."""
+    few = tiny_settings(tiny_checkpoint, tmp_path, host_cache_bytes=0, warm_sessions=0)
+    with live_server(few) as running:
+        yield running
+
+
+def store_of(server: LiveServer) -> SQLiteStore:
+    store = server.service.sessions._store
+    assert isinstance(store, SQLiteStore)
+    return store
+
+
+@contextmanager
+def full_disk(server: LiveServer) -> Iterator[None]:
+    db = store_of(server)._writer.db
+    [num_pages] = db.execute("PRAGMA page_count").fetchone()
+    [most] = db.execute("PRAGMA max_page_count").fetchone()
+    db.execute(f"PRAGMA max_page_count = {num_pages}")
+    try:
+        yield
+    finally:
+        db.execute(f"PRAGMA max_page_count = {most}")
+
+
+@contextmanager
+def broken_disk(server: LiveServer) -> Iterator[None]:
+    with forbidden(store_of(server), sqlite3.SQLITE_TRANSACTION, "COMMIT"):
+        yield
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(alone: LiveServer) -> None:
+    with alone.client() as client:
+        session_id = client.post("/v1/sessions").json()["id"]
+        complete(client, session_id=session_id)
+        before, state = get(client, session_id), content(client, session_id)
+        with full_disk(alone):
+            for _ in range(2):
+                answer = client.post("/v1/completions", json=BODY | {"session_id": session_id})
+                assert error(answer) == (507, None, "storage_full")
+                assert answer.headers["x-should-retry"] == "false"
+            events = stream(client, session_id=session_id)
+            assert events[-1][1] == "[DONE]"
+            assert events[-2][1]["error"]["code"] == "storage_full"
+            assert all(e["choices"][0]["finish_reason"] is None for _, e in events[:-2])
+            assert error(client.post(f"/v1/sessions/{session_id}/fork"))[0] == 507
+            blob = client.get(f"/v1/sessions/{session_id}/state").content
+            assert error(client.post("/v1/sessions/import", content=blob))[0] == 507
+            assert text_of(client)  # what needs no store goes on
+            assert client.get("/health/ready").status_code == 200
+        assert get(client, session_id) == before
+        assert content(client, session_id) == state
+        twin = client.post("/v1/sessions").json()["id"]
+        complete(client, session_id=twin)
+        assert text_of(client, session_id=session_id) == text_of(client, session_id=twin)
+
+
+def test_a_broken_disk_is_told_and_nothing_is_lost(alone: LiveServer) -> None:
+    with alone.client() as client:
+        session_id = client.post("/v1/sessions").json()["id"]
+        complete(client, session_id=session_id)
+        before = get(client, session_id)
+        with broken_disk(alone):
+            for method, path in (
+                ("POST", "/v1/sessions"),
+                ("GET", "/v1/sessions"),
+                ("GET", f"/v1/sessions/{session_id}"),
+                ("DELETE", f"/v1/sessions/{session_id}"),
+            ):
+                assert error(client.request(method, path)) == (503, None, "storage_failed")
+            answer = client.post("/v1/completions", json=BODY | {"session_id": session_id})
+            assert error(answer) == (503, None, "storage_failed")
+            assert text_of(client)
+        assert get(client, session_id) == before
+        assert text_of(client, session_id=session_id)
+
+
+def test_a_damaged_state_is_named_and_an_earlier_one_can_be_used(alone: LiveServer) -> None:
+    with alone.client() as client:
+        session_id = client.post("/v1/sessions").json()["id"]
+        complete(client, session_id=session_id)
+        good = client.get(f"/v1/sessions/{session_id}/state").content
+        damaged = Turn(2, 99, 1.0, good[:-1] + bytes([good[-1] ^ 1]))
+        service = store_of(alone)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(service.commit(session_id, damaged, keep=8))
+        loop.close()
+        answer = client.post("/v1/completions", json=BODY | {"session_id": session_id})
+        assert error(answer) == (503, None, "session_damaged")
+        assert answer.headers["x-should-retry"] == "false"
+        message = json.loads(answer.text)["error"]["message"]
+        assert session_id in message
+        assert "rewind" in message
+        client.post(f"/v1/sessions/{session_id}/rewind", json={"turn": 1})
+        assert text_of(client, session_id=session_id)
+        assert get(client, session_id)["turn"] == 2
+
+
+def test_expired_sessions_are_erased_when_the_disk_works_again(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    often = tiny_settings(tiny_checkpoint, tmp_path, sweep_interval_s=0.05)
+    with live_server(often) as server, server.client() as client:
+
+        def stored() -> int:
+            return store_of(server).total.num_sessions
+
+        client.post("/v1/sessions", json={"ttl": 0.2, "prompt": "the cat"})
+        with broken_disk(server):
+            time.sleep(0.5)
+            assert stored() == 1
+        deadline = time.monotonic() + 10
+        while stored() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert stored() == 0
+        assert client.get("/v1/sessions").json()["data"] == []
