@@ -50,7 +50,7 @@ def test_the_two_commands_come_first() -> None:
 
 def test_the_tour_works_on_the_default_model(tools: Path, tmp_path: Path) -> None:
     tour = [block for block in BLOCKS if "127.0.0.1:8000" in block]
-    assert len(tour) == 4
+    assert len(tour) == 5
     first, rest = tour[:2], tour[2:]
     with server_process(PRETRAINED, tmp_path / "data") as server:
         told = run("\n".join([*first, "echo id $session"]).replace(LOCAL, server.url), tools)
@@ -60,8 +60,11 @@ def test_the_tour_works_on_the_default_model(tools: Path, tmp_path: Path) -> Non
         server.kill()
     with server_process(PRETRAINED, tmp_path / "data") as server:
         script = "\n".join([f"session={session}", *rest])
+        script = script.replace("fox.safetensors", str(tmp_path / "fox.safetensors"))
         told = run(script.replace(LOCAL, server.url), tools)
     assert '"turn":2' in told
+    assert f'"parent":{{"session_id":"{session}","turn":1}}' in told
+    assert (tmp_path / "fox.safetensors").stat().st_size > 200_000
     assert "latentd_session_state_bytes" in told
 
 
