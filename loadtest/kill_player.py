@@ -68,6 +68,9 @@ class Moment:
     last_token: asyncio.Event = field(default_factory=asyncio.Event)
     """Some stream has shown its last token, so that its turn is being committed."""
 
+    steps: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+    """Has one more for each step that was acknowledged."""
+
     hits: list[str] = field(default_factory=list)
     """Phases of the steps in flight when the server was killed."""
 
@@ -84,17 +87,16 @@ def judge(before: World, after: World, seen: World) -> Verdict:
     return "half applied"
 
 
-async def rehearse(url: str, number: int, steps: Sequence[Step]) -> list[Scene]:
+async def rehearse(http: httpx.AsyncClient, number: int, steps: Sequence[Step]) -> list[Scene]:
     """Take the steps of a client on a server that nobody kills."""
     client, scenes, before = Client(number), list[Scene](), World()
-    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
-        for index, step in enumerate(steps):
-            answer = await client.take(http, step, f"{index}")
-            listed = [session for session in await list_sessions(http) if session.client == number]
-            after = await look(http, listed, client.life)
-            digests = {session.name: await state_digest(http, session.id) for session in listed}
-            scenes.append(Scene(step, before, after, answer, digests))
-            before = after
+    for index, step in enumerate(steps):
+        answer = await client.take(http, step, f"{index}")
+        listed = [session for session in await list_sessions(http) if session.client == number]
+        after = await look(http, listed, client.life)
+        digests = {session.name: await state_digest(http, session.id) for session in listed}
+        scenes.append(Scene(step, before, after, answer, digests))
+        before = after
     return scenes
 
 
@@ -129,6 +131,7 @@ class Player:
                 self._problem("refused", str(error))
             else:
                 self._in_flight = False
+                moment.steps.release()
                 self._note_answer(answer)
 
     async def check(

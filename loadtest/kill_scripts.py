@@ -120,9 +120,9 @@ def _turn(chance: random.Random, name: str, session: _Outline) -> Take:
     kind = chance.random()
     if kind < 0.25 and session.kept[session.turn]:
         body["prompt"] = ""
+    elif kind < 0.3:
+        body["prompt"] = " ".join(chance.choices(WORDS, k=chance.randint(100, 1000)))
     elif kind < 0.35:
-        body["prompt"] = " ".join(chance.choices(WORDS, k=chance.randint(300, 3000)))
-    elif kind < 0.4:
         body["max_tokens"] = 0
     if chance.random() < 0.4:
         body |= {"presence_penalty": 0.6, "frequency_penalty": 0.3, "repetition_penalty": 1.2}

@@ -4,7 +4,7 @@
 
 Every client follows a script of turns, rewinds, forks and deletions, again and again. A server that
 nobody kills tells first what must come of each step. Then servers on one data folder are killed at
-seeded moments: some time after the load began, or when a stream shows its last token, so that its
+seeded moments: after some number of steps, or when then a stream shows its last token, so that its
 turn is being committed. After each restart a client's sessions must be what the last acknowledged
 step left, or what the step in flight makes of them, and nothing else. The step in flight is then
 taken again. All texts must be those of the first server, and so must exported states, bit for bit.
@@ -23,7 +23,7 @@ import httpx
 import typer
 
 from loadtest.kill_client import list_sessions, look
-from loadtest.kill_player import Moment, Player, Tally, rehearse
+from loadtest.kill_player import Moment, Player, Scene, Tally, rehearse
 from loadtest.kill_scripts import FORK, KEEP_TURNS, MAIN, script
 from model import PRETRAINED
 from server.serve import STORE_FILE
@@ -33,11 +33,16 @@ KEEP = ("--keep-turns", str(KEEP_TURNS))
 FEW_ROWS = ("--warm-sessions", "5")
 """So that turns begin from warm rows, from host memory and from the store."""
 
-MOST_LOAD_S = 0.5
-AT_A_TURNS_END = 0.4
+MOST_STEPS = 6
+"""Of a client, on average, before its server is killed."""
+
+STEP_S = 0.1
+"""A kill comes at most so long after a step's end."""
+
+AT_LAST_TOKENS = 0.4
 """Share of the kills that wait for the last token of a stream."""
 
-COMMIT_S = 0.006
+COMMIT_S = 0.008
 """They come at most so long after it."""
 
 COMPARED = 0.25
@@ -48,10 +53,7 @@ def run(checkpoint: Path, folder: Path, *, kills: int, sessions: int, seed: int)
     """Kill servers of this checkpoint; the folder gets their data."""
     tally, chance, data = Tally(), random.Random(seed), folder / "data"
     with server_process(checkpoint, folder / "twin", *KEEP) as server:
-        stories = [
-            asyncio.run(rehearse(server.url, number, script(seed, number)))
-            for number in range(sessions)
-        ]
+        stories = asyncio.run(_rehearse_all(server.url, sessions, seed))
     players = [Player(number, scenes, tally) for number, scenes in enumerate(stories)]
     for _ in range(kills):
         with server_process(checkpoint, data, *KEEP, *FEW_ROWS) as server:
@@ -63,23 +65,43 @@ def run(checkpoint: Path, folder: Path, *, kills: int, sessions: int, seed: int)
     return tally
 
 
+async def _rehearse_all(url: str, sessions: int, seed: int) -> list[list[Scene]]:
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        scripts = [script(seed, number) for number in range(sessions)]
+        return await asyncio.gather(
+            *(rehearse(http, number, steps) for number, steps in enumerate(scripts))
+        )
+
+
 async def _check_and_kill(
     server: ServerProcess, players: list[Player], tally: Tally, chance: random.Random
 ) -> None:
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
         await _check(http, players, COMPARED, chance)
         moment = Moment()
-        playing = [asyncio.create_task(player.play(http, moment)) for player in players]
-        await asyncio.sleep(chance.uniform(0, MOST_LOAD_S))
-        is_aimed, further_s = chance.random() < AT_A_TURNS_END, chance.uniform(0, COMMIT_S)
-        if is_aimed:
-            moment.last_token.clear()
-            await asyncio.wait_for(moment.last_token.wait(), 60)
-            await asyncio.sleep(further_s)
+        waiting = asyncio.create_task(_wait(moment, MOST_STEPS * len(players), chance))
+        playing = asyncio.create_task(_play(http, players, moment))
+        await asyncio.wait([waiting, playing], return_when=asyncio.FIRST_COMPLETED)
         moment.killed.set()
         server.process.kill()
-        await asyncio.gather(*playing)
+        waiting.cancel()
+        await playing
     tally.kills.update(set(moment.hits) or {"idle"})
+
+
+async def _play(http: httpx.AsyncClient, players: list[Player], moment: Moment) -> None:
+    await asyncio.gather(*(player.play(http, moment) for player in players))
+
+
+async def _wait(moment: Moment, most_steps: int, chance: random.Random) -> None:
+    """Until it is time for a kill."""
+    at_last_token = chance.random() < AT_LAST_TOKENS
+    for _ in range(chance.randint(0, most_steps)):
+        await moment.steps.acquire()
+    if at_last_token:
+        moment.last_token.clear()
+        await moment.last_token.wait()
+    await asyncio.sleep(chance.uniform(0, COMMIT_S if at_last_token else STEP_S))
 
 
 async def _check(
