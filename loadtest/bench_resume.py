@@ -1,9 +1,10 @@
 """Time to first token of a session that a restarted server resumes, by the length of its history.
 
-    python -m loadtest.bench_resume
+    python -m loadtest.bench_resume [--long 1000000]
 
 Starts `latentd serve` on a free port of the loopback and a data folder of its own. Each round
-starts the server anew and times every session's first token; the order alternates.
+starts the server anew and times every session's first token; the order alternates. A long history
+of a million tokens takes some minutes to read.
 """
 
 import random

@@ -34,7 +34,7 @@ FEW_ROWS = ("--warm-sessions", "5")
 """So that turns begin from warm rows, from host memory and from the store."""
 
 MOST_STEPS = 6
-"""Of a client, on average, before its server is killed."""
+"""Of a client, on average, before its server is killed; most kills come sooner."""
 
 STEP_S = 0.1
 """A kill comes at most so long after a step's end."""
@@ -96,7 +96,7 @@ async def _play(http: httpx.AsyncClient, players: list[Player], moment: Moment) 
 async def _wait(moment: Moment, most_steps: int, chance: random.Random) -> None:
     """Until it is time for a kill."""
     at_last_token = chance.random() < AT_LAST_TOKENS
-    for _ in range(chance.randint(0, most_steps)):
+    for _ in range(round(most_steps * chance.random() ** 2)):
         await moment.steps.acquire()
     if at_last_token:
         moment.last_token.clear()
