@@ -28,6 +28,7 @@ from server.api.schemas import (
 from server.api.service import Service, ServiceDep
 from server.api.turns import Turn
 from server.errors import InvalidRequest
+from server.sessions.codec import SessionState
 from server.sessions.store import SessionRecord
 
 PREFIX = "/v1/sessions"
@@ -48,16 +49,9 @@ async def create_session(
     """Create a session, empty or with a first text."""
     service.check_ready()
     body = body or CreateSessionRequest()
-    reading = None if body.prompt is None else _reading(service, body.prompt)
     ttl_s = _ttl_s(service, body.ttl)
-    record = await service.sessions.create(owner, body.metadata or {}, ttl_s)
-    if reading is not None:
-        try:
-            await _read(service, owner, record.id, reading)
-            record = await service.sessions.get(owner, record.id)
-        except BaseException:
-            await asyncio.shield(service.sessions.delete(owner, record.id))
-            raise
+    first = None if body.prompt is None else await _read(service, owner, body.prompt)
+    record = await service.sessions.create(owner, body.metadata or {}, ttl_s, first)
     return _render(service, record)
 
 
@@ -198,23 +192,17 @@ def _metadata(given: str | None) -> dict[str, str]:
         raise InvalidRequest(f"metadata: {problem['msg']}", "metadata") from error
 
 
-def _reading(service: Service, prompt: Prompt) -> CompletionRequest:
-    """What to ask for so that the prompt is read. Raises InvalidRequest."""
-    reading = CompletionRequest(prompt=prompt, max_tokens=0)
-    if len(reading.prompts) != 1 or not reading.prompts[0]:
+async def _read(service: Service, owner: str, prompt: Prompt) -> SessionState:
+    """What the prompt makes of a new session. Raises InvalidRequest and what a turn does."""
+    asked = CompletionRequest(prompt=prompt, max_tokens=0)
+    if len(asked.prompts) != 1 or not asked.prompts[0]:
         raise InvalidRequest("a session begins with one text, which is not empty", "prompt")
-    prompts.check_limits(service, reading)
-    return reading
-
-
-async def _read(service: Service, owner: str, session_id: str, reading: CompletionRequest) -> None:
-    turn = Turn(service, owner, prompts.timeout_s(service, reading))
+    prompts.check_limits(service, asked)
+    turn = Turn(service, owner, prompts.timeout_s(service, asked))
     try:
-        await turn.resume(session_id)
-        tokens = await prompts.read_prompts(service, reading, turn.start)
-        turn.submit(prompts.choices(service, reading, tokens))
-        async for _ in turn.events():
-            pass
+        tokens = await prompts.read_prompts(service, asked, turn.start)
+        [choice] = prompts.choices(service, asked, tokens)
+        return await turn.read(choice)
     finally:
         await asyncio.shield(turn.close())
 

@@ -102,10 +102,26 @@ class Turn:
 
     def submit(self, choices: Sequence[ChoiceSpec], answer: Answer | None = None) -> None:
         """Queue every choice, or none; `answer` takes the events. Raises Overloaded."""
+        self._submit(choices, answer, keep_state=self._session is not None)
+
+    async def read(self, choice: ChoiceSpec) -> SessionState:
+        """The state at the end, for a session that does not exist yet. Raises what `events` does.
+
+        Instead of `resume`, `submit` and `events`.
+        """
+        self._submit([choice], None, keep_state=True)
+        async for happened in self.events():
+            if happened is not None and isinstance(happened[1], Finished):
+                return _state_after(happened[1])
+        raise InternalError("the engine did not end a turn")
+
+    def _submit(
+        self, choices: Sequence[ChoiceSpec], answer: Answer | None, *, keep_state: bool
+    ) -> None:
         self._answer = answer
         warm = None if self._session is None else self._session.take_warm()
         source = self._source(warm)
-        requests = [self._request(choice, source) for choice in choices]
+        requests = [self._request(choice, source, keep_state) for choice in choices]
         try:
             self._service.engine.submit(*requests)
         except Overloaded:
@@ -156,10 +172,11 @@ class Turn:
             self._service.engine.cancel(request_id)
         self._requests = {}
         try:
-            if self._session is not None and self._kept_row is not None:
+            if self._session is not None:
                 await self._session.settle()
-                if self._session.warm != self._kept_row:
-                    self._service.engine.release(self._kept_row)
+            warm = None if self._session is None else self._session.warm
+            if self._kept_row is not None and self._kept_row != warm:
+                self._service.engine.release(self._kept_row)
             await self._stack.aclose()
         finally:
             self._service.open_turns.discard(self)
@@ -170,7 +187,9 @@ class Turn:
             return Warm(warm)
         return self._parked if self._parked.state else Fresh()
 
-    def _request(self, choice: ChoiceSpec, source: Fresh | Parked | Warm) -> EngineRequest:
+    def _request(
+        self, choice: ChoiceSpec, source: Fresh | Parked | Warm, keep_state: bool
+    ) -> EngineRequest:
         # The bytes of half a character only matter when the text goes on where it ended.
         start = replace(self.start, undecoded=b"") if choice.token_ids else self.start
         return EngineRequest(
@@ -182,7 +201,7 @@ class Turn:
             sampling=choice.sampling,
             stop=choice.stop,
             ignore_eos=choice.ignore_eos,
-            keep_state=self._session is not None,
+            keep_state=keep_state,
             deadline=None if self._timeout_s is None else self._started + self._timeout_s,
         )
 
@@ -205,20 +224,24 @@ class Turn:
             self._answer.take(index, event)
 
     async def _commit(self, finished: Finished) -> None:
+        self._kept_row = finished.warm
         if self._session is None:
             return
-        self._kept_row = finished.warm
-        if finished.state is None or finished.continuation is None:
-            raise InternalError("the engine ended a turn without its state")
-        after = finished.continuation
-        state = SessionState(
-            position=after.position,
-            pending=after.pending,
-            undecoded=after.undecoded,
-            recent=after.recent,
-            state=finished.state,
-        )
+        state = _state_after(finished)
         answer = self._answer if self._session.keeps_answer else None
         await self._session.commit(
             state, finished.warm, None if answer is None else answer.to_json()
         )
+
+
+def _state_after(finished: Finished) -> SessionState:
+    after = finished.continuation
+    if finished.state is None or after is None:
+        raise InternalError("the engine ended a turn without its state")
+    return SessionState(
+        position=after.position,
+        pending=after.pending,
+        undecoded=after.undecoded,
+        recent=after.recent,
+        state=finished.state,
+    )

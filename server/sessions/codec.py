@@ -134,6 +134,11 @@ class Codec:
             raise ValueError("this model has no compact form")
         return replace(session, state=self._compact.unpack(session.state), form=EXACT)
 
+    def park_and_encode(self, session: SessionState) -> tuple[SessionState, bytes]:
+        """The session as it is kept, and its blob."""
+        parked = self.park(session)
+        return parked, self.encode(parked)
+
     def encode(self, session: SessionState) -> bytes:
         """The blob; its size depends on the model only, but for a few digits in the header.
 

@@ -21,7 +21,7 @@ from server.errors import (
 )
 from server.metrics import Metrics
 from server.sessions.cache import HostCache
-from server.sessions.codec import BlobError, Codec
+from server.sessions.codec import BlobError, Codec, SessionState
 from server.sessions.places import Places, Tier
 from server.sessions.quota import Quota, Quotas
 from server.sessions.store import CheckpointRecord, KeptAnswer, SessionRecord, SessionStore
@@ -63,17 +63,22 @@ class Sessions:
         return self._codec.state_bytes
 
     async def create(
-        self, owner: str, metadata: dict[str, str], ttl_s: float | None = None
+        self,
+        owner: str,
+        metadata: dict[str, str],
+        ttl_s: float | None = None,
+        first: SessionState | None = None,
     ) -> SessionRecord:
         """A new session, already durable, with an id that cannot be guessed.
 
-        Raises QuotaExceeded and StorageFull.
+        With `first`, that is the state after its first turn. Raises QuotaExceeded and StorageFull.
         """
         record = _new(owner, metadata, ttl_s)
-        async with self._quota.room(owner, sessions=1):
-            await self._store.create(record)
-        self._places.report()
-        return record
+        if first is None:
+            return await self._add(record, None)
+        return await self._add(
+            record, await asyncio.to_thread(self._codec.park_and_encode, replace(first, turn=1))
+        )
 
     async def get(self, owner: str, session_id: str) -> SessionRecord:
         """Raises NotFound."""
@@ -167,16 +172,8 @@ class Sessions:
             state = await asyncio.to_thread(self._codec.decode, blob)
         except BlobError as error:
             raise UnfitState(f"this is no state for this server: {error}") from error
-        record = replace(
-            _new(owner, metadata, ttl_s),
-            turn=max(state.turn, 1),
-            num_tokens=state.position,
-            num_checkpoints=1,
-        )
-        async with self._quota.room(owner, sessions=1, num_bytes=len(blob)):
-            await self._store.create(record, blob)
-        self._places.report()
-        return record
+        state = replace(state, turn=max(state.turn, 1))
+        return await self._add(_new(owner, metadata, ttl_s), (state, blob))
 
     async def delete(self, owner: str, session_id: str) -> None:
         """Erase a session, its checkpoints and kept answers everywhere.
@@ -253,6 +250,19 @@ class Sessions:
                         await turn.settle()
                     finally:
                         self._places.leave(session_id)
+
+    async def _add(
+        self, record: SessionRecord, first: tuple[SessionState, bytes] | None
+    ) -> SessionRecord:
+        """Store a new session, with a state and its blob if it has one."""
+        blob = None
+        if first is not None:
+            state, blob = first
+            record = replace(record, turn=state.turn, num_tokens=state.position, num_checkpoints=1)
+        async with self._quota.room(record.owner, sessions=1, num_bytes=len(blob or b"")):
+            await self._store.create(record, blob)
+        self._places.report()
+        return record
 
     def _turn(
         self, record: SessionRecord, condition: TurnCondition, kept: KeptAnswer | None = None

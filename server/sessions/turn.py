@@ -124,7 +124,8 @@ class SessionTurn:
         record, now = self.record, time.time()
         number = record.turn + 1
         with self._metrics.session_commit_seconds.time():
-            parked, blob = await asyncio.to_thread(self._encode, replace(state, turn=number))
+            after = replace(state, turn=number)
+            parked, blob = await asyncio.to_thread(self._codec.park_and_encode, after)
             turn = Turn(number, state.position, now, blob, self._kept(answer))
             await self._store.commit(record.id, turn, self._keep_turns)
         self.record = replace(
@@ -137,10 +138,6 @@ class SessionTurn:
         self._places.cache(record.id, parked)
         if warm is not None and parked.form == EXACT:
             self._places.set_warm(record.id, number, warm)
-
-    def _encode(self, state: SessionState) -> tuple[SessionState, bytes]:
-        parked = self._codec.park(state)
-        return parked, self._codec.encode(parked)
 
     def _kept(self, answer: str | None) -> KeptAnswer | None:
         key = self._condition.key_digest
