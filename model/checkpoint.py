@@ -21,6 +21,7 @@ from torch import Tensor
 from model import WeightDtype, tokenizer
 from model.config import ModelConfig, describe
 from model.network import LanguageModel
+from model.state import StateSpec
 from model.tokenizer import Tokenizer, TokenizerError
 
 CONFIG, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = (
@@ -75,6 +76,24 @@ def load(
         raise CheckpointError(f"{error.filename}: missing from the checkpoint") from error
     except (OSError, TokenizerError) as error:
         raise CheckpointError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What decides which states are a checkpoint's."""
+
+    vocab_sz: int
+    state_spec: StateSpec
+    fingerprint: str
+
+
+def read_outline(folder: Path) -> Outline:
+    """Read a checkpoint's outline without making its network. Raises CheckpointError."""
+    try:
+        config = read_config(folder / CONFIG)
+        return Outline(config.vocab_sz, _weightless(config).state_spec, _fingerprint(folder))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}") from error
 
 
 def save(
@@ -186,8 +205,7 @@ def _check_weights(
     config: ModelConfig, weights: Mapping[str, Tensor], source: Path
 ) -> LanguageModel:
     """The network without memory for its weights, if these are its weights."""
-    with torch.device("meta"):
-        network = LanguageModel(config)
+    network = _weightless(config)
     expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}
     if missing := [name for name in expected if name not in weights]:
         raise CheckpointError(f"{source}: {_some(missing)} missing")
@@ -202,6 +220,12 @@ def _check_weights(
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
             raise CheckpointError(f"{source}: {name} is not all finite numbers")
     return network
+
+
+def _weightless(config: ModelConfig) -> LanguageModel:
+    """The network without memory for its weights."""
+    with torch.device("meta"):
+        return LanguageModel(config)
 
 
 def check_tokenizer(words: Tokenizer, config: ModelConfig, source: Path) -> Tokenizer:

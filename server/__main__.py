@@ -2,7 +2,6 @@
 
 import inspect
 import secrets
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from model import PRETRAINED, WeightDtype
+from server.cli import session
+from server.cli.failure import fail
 from server.settings import Settings, SettingsError, read_settings
 
 app = typer.Typer(
@@ -20,17 +21,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(session.app, name="session")
 
 
 def main() -> None:
     """Entry point of `latentd`."""
     app()
-
-
-def _fail(message: object) -> typer.Exit:
-    """One line on stderr, and the exit that goes with it."""
-    print(f"latentd: {message}", file=sys.stderr)
-    return typer.Exit(2)
 
 
 def _flags_from_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -63,7 +59,7 @@ def serve(**flags: Any) -> None:
     try:
         settings = read_settings({k: v for k, v in flags.items() if v is not None})
     except SettingsError as error:
-        raise _fail(error) from error
+        raise fail(error) from error
     from model.checkpoint import CheckpointError
     from server.engine.device import DeviceError
     from server.serve import ServeError
@@ -73,7 +69,7 @@ def serve(**flags: Any) -> None:
     try:
         run(settings)
     except (CheckpointError, DeviceError, ServeError, StoreError) as error:
-        raise _fail(error) from error
+        raise fail(error) from error
 
 
 @app.command()
@@ -107,7 +103,7 @@ def generate(
     try:
         run(checkpoint, prompt, max_tokens, sampling, device, dtype, threads)
     except (CheckpointError, DeviceError, GenerateError) as error:
-        raise _fail(error) from error
+        raise fail(error) from error
 
 
 @app.command()
@@ -135,13 +131,34 @@ def verify(
                     "ok" if report.ok else "FAILED",
                 )
     except VerifyError as error:
-        raise _fail(error) from error
+        raise fail(error) from error
     console = Console()
     console.print(table)
     console.print(
         f"worst errors; tolerance {LOGITS_TOLERANCE:g} for logits, {STATE_TOLERANCE:g} relative "
         "for the state"
     )
+    raise typer.Exit(0 if ok else 1)
+
+
+@app.command("inspect")
+def inspect_state(
+    file: Annotated[Path, typer.Argument(help="Exported state of a session.")],
+    checkpoint: Annotated[Path, typer.Option(help="Folder of the model.")] = PRETRAINED,
+) -> None:
+    """Tell what is in an exported state, and whether a server of the model would import it.
+
+    Exit status 1 if it would not.
+    """
+    from model.checkpoint import CheckpointError
+    from server.cli.inspect import inspect as run
+
+    try:
+        ok = run(file, checkpoint)
+    except CheckpointError as error:
+        raise fail(error) from error
+    except OSError as error:
+        raise fail(f"{file}: {error.strerror}") from error
     raise typer.Exit(0 if ok else 1)
 
 
@@ -186,9 +203,9 @@ def import_checkpoint(
         )
         import_state_dict(file, out, config, tokenizer, chat_template)
     except ValidationError as error:
-        raise _fail(describe(error)) from error
+        raise fail(describe(error)) from error
     except CheckpointError as error:
-        raise _fail(error) from error
+        raise fail(error) from error
     print(f"wrote {out}")
 
 

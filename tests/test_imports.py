@@ -23,6 +23,10 @@ MAY_IMPORT = {
     "server.api": ("model", VERSION, "server.api", "server.sessions", "server.engine", *LEAVES),
     "server.generate": ("model", "server.engine", *LEAVES),
     "server.serve": ("model", VERSION, "server.api", "server.sessions", "server.engine", *LEAVES),
+    "server.cli": ("server.cli",),
+    "server.cli.client": ("server.api.schemas",),
+    "server.cli.tables": ("server.api.schemas",),
+    "server.cli.inspect": ("model.checkpoint", "server.cli", "server.sessions.codec"),
     "server.__main__": ("model", "server"),
 }
 """What each part of the program may import of the program; the longest name that fits counts."""
@@ -34,6 +38,7 @@ ONLY_IN = {
     "llvmlite": ("model.cpu",),
     "fastapi": ("server.api",),
     "starlette": ("server.api",),
+    "httpx": ("server.cli.client",),
     "redis": ("server.sessions.redis",),
     "valkey": ("server.sessions.redis",),
     "sqlite3": ("server.sessions.sqlite",),
@@ -115,6 +120,13 @@ def late():
         ("server.api.app", "server.__version__", True),
         ("server.engine.engine", "server.__version__", False),
         ("server.generate", "server.api.app", False),
+        ("server.cli.session", "server.cli.client.Client", True),
+        ("server.cli.session", "server.api.sessions.router", False),
+        ("server.cli.client", "server.api.schemas.Session", True),
+        ("server.cli.client", "server.sessions.codec.Codec", False),
+        ("server.cli.inspect", "server.sessions.codec.Codec", True),
+        ("server.cli.inspect", "server.engine.engine.Engine", False),
+        ("server.api.app", "server.cli.client.Client", False),
         ("server.__main__", "server.serve.serve", True),
     ],
 )
@@ -148,4 +160,5 @@ def test_the_command_line_comes_without_what_is_slow() -> None:
     )
     loaded = set(shown.stdout.split())
     assert "server.settings" in loaded
-    assert loaded.isdisjoint({"torch", "numpy", "fastapi", "uvicorn", "tokenizers", "safetensors"})
+    slow = {"torch", "numpy", "fastapi", "uvicorn", "tokenizers", "safetensors", "httpx"}
+    assert loaded.isdisjoint(slow)

@@ -177,6 +177,20 @@ class Codec:
         self._check_values(session, arrays)
         return session
 
+    def checksum_fits(
+        self, facts: Mapping[str, str], arrays: Mapping[str, NDArray[np.generic]]
+    ) -> bool | None:
+        """Whether a blob, perhaps of another model, is as it was written.
+
+        None if it has other tensors than this model: it does not say in which order to sum them up.
+        """
+        names = [tensor.name for tensor in self._forms.get(facts.get("form", EXACT), ())]
+        if not arrays.keys() <= {*names, RECENT} or RECENT not in arrays:
+            return None
+        state = b"".join(arrays[name].tobytes() for name in names if name in arrays)
+        kept = {name: value for name, value in facts.items() if name != "sha256"}
+        return facts.get("sha256") == _checksum(kept, arrays[RECENT].tobytes(), state)
+
     def _facts(self, session: SessionState, version: str) -> dict[str, str]:
         """The header's metadata; there is one way to write it."""
         facts = {
@@ -189,10 +203,7 @@ class Codec:
         }
         if version != OLDER:
             facts |= {"dtype": self._dtype, "form": session.form, "turn": str(session.turn)}
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        digest.update(session.recent)
-        digest.update(session.state)
-        return facts | {"sha256": digest.hexdigest()}
+        return facts | {"sha256": _checksum(facts, session.recent, session.state)}
 
     @property
     def _dtype(self) -> str:
@@ -251,6 +262,13 @@ def read(blob: bytes) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
         return _metadata(blob), safetensors.numpy.load(blob)
     except (SafetensorError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise BlobError(f"not a whole safetensors blob: {error}") from error
+
+
+def _checksum(facts: Mapping[str, str], recent: bytes, state: bytes) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    digest.update(recent)
+    digest.update(state)
+    return digest.hexdigest()
 
 
 def _num_bytes(tensors: Sequence[TensorSpec]) -> int:

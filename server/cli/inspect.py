@@ -1,0 +1,101 @@
+"""`latentd inspect`: what is in an exported state, without a server."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from model.checkpoint import Outline, read_outline
+from server.cli.tables import plain, print_facts, print_table
+from server.sessions.codec import FORMAT, RECENT, BlobError, Codec, read
+
+FACTS = ("format", "version", "form", "dtype", "turn", "position", "pending", "undecoded")
+LONGEST_FACT = 100
+CHECKSUM = {True: "ok", False: "WRONG", None: "not known: this model has other tensors"}
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def inspect(file: Path, folder: Path) -> bool:
+    """Print what is in the file; whether a server of this checkpoint would import it.
+
+    Raises OSError for a file that cannot be read, and CheckpointError.
+    """
+    blob = file.read_bytes()
+    model = read_outline(folder)
+    codec = Codec(model.fingerprint, model.state_spec.tensors, model.vocab_sz)
+    try:
+        facts, arrays = read(blob)
+        _print_header(len(blob), facts, codec.checksum_fits(facts, arrays), model)
+        print_table(_tensors(arrays))
+        if facts.get("format") == FORMAT:
+            print()
+            print_table(_layers(arrays))
+        print()
+        codec.decode(blob)
+        if len(blob) > codec.most_blob_bytes:
+            raise BlobError(f"it is larger than {codec.most_blob_bytes} bytes")
+    except BlobError as error:
+        print(f"not importable: {plain(str(error))}")
+        return False
+    print("ok: a server of this model would import it")
+    return True
+
+
+def _print_header(
+    num_bytes: int, facts: Mapping[str, str], checksum_fits: bool | None, model: Outline
+) -> None:
+    shown = {name: _shown(facts.get(name)) for name in (*FACTS, "fingerprint")}
+    if facts.get("fingerprint") == model.fingerprint:
+        shown["model"] = "this one"
+    else:
+        shown["model"] = f"not this one, which is {model.fingerprint}"
+    shown["checksum"] = CHECKSUM[checksum_fits]
+    shown["size"] = f"{num_bytes} bytes"
+    print_facts(shown)
+    print()
+
+
+def _shown(fact: str | None) -> str:
+    if fact is None:
+        return "-"
+    return plain(fact if len(fact) <= LONGEST_FACT else fact[:LONGEST_FACT] + "…")
+
+
+def _tensors(arrays: Arrays) -> Table:
+    """Every tensor: its kind and the range of its values."""
+    table = Table("tensor", "dtype", "shape", "min", "max", "finite")
+    for name, values in arrays.items():
+        shape = " ".join(map(str, values.shape))
+        ends = (_number(values.min()), _number(values.max())) if values.size else ("-", "-")
+        finite = "yes" if np.isfinite(values).all() else "NO"
+        table.add_row(plain(name), str(values.dtype), shape, *ends, finite)
+    return table
+
+
+def _layers(arrays: Arrays) -> Table:
+    """The mean magnitude of what each tensor has for each layer, along its first axis."""
+    layered = {
+        name: values
+        for name, values in arrays.items()
+        if name != RECENT and values.ndim > 1 and values.size
+    }
+    table = Table("layer", *map(plain, layered), title="mean of |x|", title_justify="left")
+    for layer in range(max(map(len, layered.values()), default=0)):
+        cells = (_mean_of_layer(values, layer) for values in layered.values())
+        table.add_row(str(layer), *cells)
+    return table
+
+
+def _mean_of_layer(values: NDArray[Any], layer: int) -> str:
+    if layer >= len(values):
+        return ""
+    with np.errstate(all="ignore"):
+        return _number(np.abs(values[layer] * 1.0).mean())
+
+
+def _number(value: Any) -> str:
+    return f"{value * 1.0:.3g}"  # truth values have no digits of their own

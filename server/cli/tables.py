@@ -1,0 +1,100 @@
+"""How sessions look on a terminal."""
+
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from rich.console import Console
+from rich.table import Table
+
+from server.api.schemas import Checkpoint, Session
+
+WIDE = 1000
+"""Columns where no terminal says how many it has: nothing is cut then."""
+
+
+def print_sessions(sessions: Iterable[Session]) -> None:
+    table = _table("id", "turn", "tokens", "checkpoints", "tier", "status", "last used", "metadata")
+    for session in sessions:
+        table.add_row(
+            session.id,
+            str(session.turn),
+            str(session.tokens),
+            str(session.checkpoints),
+            session.tier or "-",
+            session.status,
+            _age(time.time() - session.last_used_at),
+            _metadata(session),
+        )
+    print_table(table)
+
+
+def print_session(session: Session) -> None:
+    parent = session.parent
+    facts = {
+        "id": session.id,
+        "turn": str(session.turn),
+        "tokens": str(session.tokens),
+        "checkpoints": str(session.checkpoints),
+        "state": f"{session.state_bytes} bytes",
+        "tier": session.tier or "-",
+        "status": session.status,
+        "created": _time(session.created_at),
+        "last used": _time(session.last_used_at),
+        "expires": "never" if session.expires_at is None else _time(session.expires_at),
+        "parent": "-" if parent is None else f"{parent.session_id} after turn {parent.turn}",
+        "metadata": _metadata(session) or "-",
+    }
+    print_facts(facts)
+
+
+def print_turns(turns: Iterable[Checkpoint]) -> None:
+    table = _table("turn", "tokens", "created", "bytes")
+    for turn in turns:
+        table.add_row(str(turn.turn), str(turn.tokens), _time(turn.created_at), str(turn.bytes))
+    print_table(table)
+
+
+def print_facts(facts: dict[str, str]) -> None:
+    """Names and values, one a line."""
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}".rstrip())
+
+
+def print_table(table: Table) -> None:
+    """As it is: what others wrote into it is no markup."""
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)
+    console.print(table)
+
+
+def plain(text: str) -> str:
+    """The text on one line, and without orders to the terminal."""
+    return text if text.isprintable() else repr(text)
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _metadata(session: Session) -> str:
+    return ", ".join(f"{plain(key)}={plain(value)}" for key, value in session.metadata.items())
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(" ", "seconds")
+
+
+def _age(seconds: float) -> str:
+    """Whole ones of the largest unit that fits; clocks may disagree."""
+    whole = max(int(seconds), 0)
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if whole >= length:
+            return f"{whole // length} {unit} ago"
+    return f"{whole} s ago"

@@ -1,0 +1,239 @@
+"""`latentd inspect`: what a file holds, and the same verdict that a server would come to."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from click.testing import Result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from model import PRETRAINED
+from model.checkpoint import Outline, read_outline
+from model.sampling import RecentTokens
+from server.sessions.codec import BlobError, Codec, SessionState, read
+from tests.server.cli.commands import latentd, refused
+
+quick = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(scope="module")
+def outline(tiny_checkpoint: Path) -> Outline:
+    return read_outline(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def codec(outline: Outline) -> Codec:
+    return Codec(outline.fingerprint, outline.state_spec.tensors, outline.vocab_sz)
+
+
+@pytest.fixture(scope="module")
+def session(outline: Outline) -> SessionState:
+    """Each tensor is filled with 3 in layer 0 and -5 in layer 1."""
+    parts = []
+    for tensor in outline.state_spec.tensors:
+        values = np.full(tensor.shape, 3, tensor.dtype)
+        values[1:] = -5
+        parts.append(values.tobytes())
+    return SessionState(70, (5,), b"\xe2", RecentTokens().to_bytes(), b"".join(parts), turn=4)
+
+
+@pytest.fixture(scope="module")
+def blob(codec: Codec, session: SessionState) -> bytes:
+    return codec.encode(session)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+def inspect(file: Path, blob: bytes, checkpoint: Path) -> Result:
+    file.write_bytes(blob)
+    return latentd("inspect", file, "--checkpoint", checkpoint)
+
+
+def fields(report: str) -> dict[str, str]:
+    return dict(re.findall(r"^(\w+) +(.*)$", report.partition("\n\n")[0], re.MULTILINE))
+
+
+def cells(report: str) -> list[list[str]]:
+    """The rows of all tables."""
+    lines = [line for line in report.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+def verdict(report: str) -> str:
+    return report.splitlines()[-1]
+
+
+def rewritten(blob: bytes, padding: int = 0, **facts: str) -> bytes:
+    """The blob with other facts in its header."""
+    size = int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8 : 8 + size])
+    header["__metadata__"] |= facts
+    raw = json.dumps(header).encode() + b" " * padding
+    return len(raw).to_bytes(8, "little") + raw + blob[8 + size :]
+
+
+def test_a_whole_state_is_shown(
+    file: Path, blob: bytes, outline: Outline, tiny_checkpoint: Path
+) -> None:
+    done = inspect(file, blob, tiny_checkpoint)
+    assert done.exit_code == 0
+    assert verdict(done.stdout).startswith("ok: ")
+    shown = fields(done.stdout)
+    assert shown == {
+        **{"format": "latentd-session", "version": "2", "form": "exact", "dtype": "float32"},
+        **{"turn": "4", "position": "70", "pending": "[5]", "undecoded": "e2"},
+        **{"fingerprint": outline.fingerprint, "model": "this one", "checksum": "ok"},
+        "size": f"{len(blob)} bytes",
+    }
+    rows = cells(done.stdout)
+    tensors = outline.state_spec.tensors
+    for tensor in tensors:
+        least = "3" if tensor.shape[0] == 1 else "-5"
+        shape = " ".join(map(str, tensor.shape))
+        assert [tensor.name, tensor.dtype, shape, least, "3", "yes"] in rows
+    first, second = (row for row in rows if row[0] in ("0", "1"))
+    assert first[1:] == ["3"] * len(tensors)
+    assert sorted(second[1:]) == sorted("" if t.shape[0] == 1 else "5" for t in tensors)
+
+
+def test_the_default_checkpoint_and_a_foreign_state(
+    file: Path, blob: bytes, outline: Outline
+) -> None:
+    for content, checksum in ((blob, "ok"), (rewritten(blob, position="71"), "WRONG")):
+        file.write_bytes(content)
+        done = latentd("inspect", file)
+        assert done.exit_code == 1
+        shown = fields(done.stdout)
+        assert shown["fingerprint"] == outline.fingerprint
+        assert shown["model"] == f"not this one, which is {read_outline(PRETRAINED).fingerprint}"
+        assert shown["checksum"] == checksum
+        assert ["m", "float32"] in [row[:2] for row in cells(done.stdout)]
+        theirs = outline.fingerprint[:12]
+        assert verdict(done.stdout).startswith(f"not importable: it belongs to model {theirs}")
+
+
+def test_a_foreign_state_of_unknown_tensors(file: Path, blob: bytes, tiny_checkpoint: Path) -> None:
+    facts, arrays = read(blob)
+    other = safetensors.numpy.save({**arrays, "x": np.ones((3, 2))}, facts | {"fingerprint": "f"})
+    done = inspect(file, other, tiny_checkpoint)
+    assert done.exit_code == 1
+    assert fields(done.stdout)["checksum"].startswith("not known")
+    assert ["x", "float64", "3 2", "1", "1", "yes"] in cells(done.stdout)
+
+
+def test_damage_is_named(
+    file: Path, blob: bytes, session: SessionState, codec: Codec, tiny_checkpoint: Path
+) -> None:
+    def report(content: bytes) -> str:
+        done = inspect(file, content, tiny_checkpoint)
+        assert done.exit_code == 1
+        assert verdict(done.stdout).startswith("not importable: ")
+        return done.stdout
+
+    assert "not a whole safetensors blob" in verdict(report(blob[:-1]))
+    flipped = report(blob[:-1] + bytes([blob[-1] ^ 1]))
+    assert fields(flipped)["checksum"] == "WRONG"
+    assert "checksum does not match" in verdict(flipped)
+    bare = report(safetensors.numpy.save({"x": np.array([True, False])}))
+    assert fields(bare)["format"] == fields(bare)["fingerprint"] == "-"
+    assert ["x", "bool", "2", "0", "1", "yes"] in cells(bare)
+    assert "format is None" in verdict(bare)
+    holes = np.full(len(session.state) // 4, np.nan, np.float32).tobytes()
+    infinite = report(codec.encode(replace(session, state=holes)))
+    assert fields(infinite)["checksum"] == "ok"
+    assert ["m", "NO"] in [[row[0], row[-1]] for row in cells(infinite)]
+    assert "not finite" in verdict(infinite)
+    spaces = report(rewritten(blob, padding=1 << 17))
+    assert fields(spaces)["checksum"] == "ok"
+    assert "larger than" in verdict(spaces)
+
+
+def test_what_is_missing_is_named(tmp_path: Path, tiny_checkpoint: Path, file: Path) -> None:
+    missing = tmp_path / "missing"
+    assert f"{missing}: No such file" in refused(
+        "inspect", missing, "--checkpoint", tiny_checkpoint
+    )
+    assert "Is a directory" in refused("inspect", tmp_path, "--checkpoint", tiny_checkpoint)
+    file.write_bytes(b"")
+    assert "config.json: No such file" in refused("inspect", file, "--checkpoint", tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert "model.safetensors: No such" in refused("inspect", file, "--checkpoint", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {},
+        {"a": np.ones((2, 0, 3)), "b": np.array(3.0), "c": np.zeros(0, np.int8)},
+        {"big": np.ones((2**40, 0))},
+        {
+            name: np.ones((2, 2), name)
+            for name in ("bool", "uint64", "int8", "complex64", "float16")
+        },
+        {
+            "h": np.full((1, 2), 1.7e308),
+            "m": np.full((2, 2), np.nan),
+            "n": np.full((2, 1), -np.inf),
+        },
+        {"int8": np.full((1, 3), -128, np.int8)},
+        {f"tensor {number}": np.ones((3, 3)) for number in range(300)},
+        {"[/red]": np.ones((1, 1)), "\x1b[31m\n": np.ones((1, 1))},
+    ],
+)
+def test_any_tensors_can_be_shown(
+    file: Path, tiny_checkpoint: Path, arrays: dict[str, Any]
+) -> None:
+    facts = {"format": "latentd-session", "[/red]": "x", "form": "[/red]\x1b", "pending": "é" * 999}
+    done = inspect(file, safetensors.numpy.save(arrays, facts), tiny_checkpoint)
+    assert done.exit_code == 1
+    assert "\x1b" not in done.stdout
+    assert {plain(name) for name in arrays} <= {row[0] for row in cells(done.stdout)}
+
+
+def plain(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
+def check(file: Path, damaged: bytes, codec: Codec, checkpoint: Path) -> None:
+    """The command does not fail, and says what the codec says."""
+    done = inspect(file, damaged, checkpoint)
+    try:
+        codec.decode(damaged)
+    except BlobError:
+        assert done.exit_code == 1
+        assert verdict(done.stdout).startswith("not importable: ")
+    else:
+        assert done.exit_code == 0
+
+
+@given(noise=st.binary(max_size=300))
+@quick
+def test_noise(noise: bytes, file: Path, codec: Codec, tiny_checkpoint: Path) -> None:
+    check(file, noise, codec, tiny_checkpoint)
+    check(file, len(noise).to_bytes(8, "little") + noise, codec, tiny_checkpoint)
+
+
+@given(data=st.data())
+@quick
+def test_cut_and_flipped(
+    data: st.DataObject, file: Path, blob: bytes, codec: Codec, tiny_checkpoint: Path
+) -> None:
+    size = data.draw(st.just(len(blob)) | st.integers(0, len(blob)))
+    damaged = bytearray(blob[:size])
+    header = 8 + int.from_bytes(blob[:8], "little")
+    positions = st.integers(0, header - 1) | st.integers(0, len(blob) - 1)
+    for position, bit in data.draw(st.lists(st.tuples(positions, st.integers(0, 7)), max_size=3)):
+        if position < size:
+            damaged[position] ^= 1 << bit
+    check(file, bytes(damaged), codec, tiny_checkpoint)

@@ -1,0 +1,348 @@
+"""`latentd session`, each command as a user would call it, against a live server."""
+
+import json
+import os
+import pty
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.cli import client as client_module
+from server.settings import Settings, read_settings
+from tests.server.api.calls import complete, text_of
+from tests.server.cli import commands
+from tests.server.cli.conftest import KEY, OTHER
+from tests.server.live import LiveServer
+
+
+def told(server: LiveServer, *arguments: object, stdin: bytes = b"") -> str:
+    return commands.told("session", *arguments, stdin=stdin, LATENT_URL=server.url, LATENT_KEY=KEY)
+
+
+def refused(server: LiveServer, *arguments: object, stdin: bytes = b"") -> str:
+    return commands.refused(
+        "session", *arguments, stdin=stdin, LATENT_URL=server.url, LATENT_KEY=KEY
+    )
+
+
+@pytest.fixture
+def session_id(client: httpx.Client) -> str:
+    """A session of two turns."""
+    session = client.post("/v1/sessions", json={"metadata": {"topic": "cats", "user": "7"}}).json()
+    for _ in range(2):
+        complete(client, session_id=session["id"])
+    return str(session["id"])
+
+
+def get(client: httpx.Client, path: str) -> dict[str, Any]:
+    response = client.get(f"/v1/sessions/{path}")
+    assert response.status_code == 200
+    return dict(response.json())
+
+
+def state(client: httpx.Client, session_id: str) -> bytes:
+    return client.get(f"/v1/sessions/{session_id}/state").content
+
+
+def objects(lines: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+def fields(shown: str) -> dict[str, str]:
+    return {line[:13].rstrip(): line[13:] for line in shown.splitlines()}
+
+
+def test_list_shows_a_line_of_each_session(
+    server: LiveServer, client: httpx.Client, session_id: str
+) -> None:
+    empty = client.post("/v1/sessions").json()["id"]
+    head, first, second = told(server, "list").splitlines()
+    assert head.split("  ")[0].strip() == "id"
+    assert first.split()[:6] == [empty, "0", "0", "0", "-", "idle"]
+    tokens = str(get(client, session_id)["tokens"])
+    assert second.split()[:6] == [session_id, "2", tokens, "2", "device", "idle"]
+    assert " s ago " in second
+    assert second.rstrip().endswith("topic=cats, user=7")
+
+
+def test_list_asks_for_all_pages(
+    server: LiveServer, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "PAGE", 2)
+    assert told(server, "list", "--json") == ""
+    made = [client.post("/v1/sessions").json()["id"] for _ in range(5)][::-1]
+    for limit, expected in ((1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 5)):
+        listed = objects(told(server, "list", "--json", "--limit", limit))
+        assert [session["id"] for session in listed] == made[:expected]
+    listed = objects(told(server, "list", "--json"))
+    assert listed == client.get("/v1/sessions").json()["data"]
+
+
+def test_what_others_wrote_gives_the_terminal_no_orders(
+    server: LiveServer, client: httpx.Client
+) -> None:
+    metadata = {"a": "[/b] :cat: [red]x", "b": "one\n\x1b[31mtwo"}
+    session_id = client.post("/v1/sessions", json={"metadata": metadata}).json()["id"]
+    for command in (["list"], ["show", session_id]):
+        shown = told(server, *command)
+        assert r"a=[/b] :cat: [red]x, b='one\n\x1b[31mtwo'" in shown
+        assert "\x1b" not in shown
+
+
+def test_show_and_turns(server: LiveServer, client: httpx.Client, session_id: str) -> None:
+    session = get(client, session_id)
+    shown = fields(told(server, "show", session_id))
+    assert (shown["id"], shown["turn"], shown["tier"]) == (session_id, "2", "device")
+    assert shown["state"] == f"{session['state_bytes']} bytes"
+    assert (shown["expires"], shown["parent"]) == ("never", "-")
+    assert json.loads(told(server, "show", session_id, "--json")) == session
+    kept = get(client, f"{session_id}/turns")["data"]
+    assert objects(told(server, "turns", session_id, "--json")) == kept
+    head, *lines = told(server, "turns", session_id).splitlines()
+    assert head.split() == ["turn", "tokens", "created", "bytes"]
+    ends = [(line.split()[0], line.split()[1], line.split()[-1]) for line in lines]
+    assert ends == [(str(t["turn"]), str(t["tokens"]), str(t["bytes"])) for t in kept]
+
+
+def test_export_names_the_file_and_overwrites_none(
+    server: LiveServer,
+    client: httpx.Client,
+    session_id: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = told(server, "export", session_id).strip()
+    assert name == f"{session_id}-2.safetensors"
+    assert Path(name).read_bytes() == state(client, session_id)
+    earlier = told(server, "export", session_id, "--turn", 1).strip()
+    assert earlier == f"{session_id}-1.safetensors"
+    assert Path(earlier).read_bytes() != state(client, session_id)
+    Path("out").write_text("precious")
+    assert "out: exists; --force" in refused(server, "export", session_id, "--out", "out")
+    assert Path("out").read_text() == "precious"
+    told(server, "export", session_id, "--out", "out", "--force")
+    assert Path("out").read_bytes() == state(client, session_id)
+    assert "no/out: No such file" in refused(server, "export", session_id, "--out", "no/out")
+    assert {file.name for file in tmp_path.iterdir()} == {name, earlier, "out"}
+
+
+def test_a_failed_export_leaves_what_was_there(
+    server: LiveServer, session_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "out").write_text("precious")
+    monkeypatch.setattr(os, "fsync", full)
+    arguments = ("export", session_id, "--force", "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("server.cli.session.os.fsync", full)
+        assert "No space left" in refused(server, *arguments)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["precious"]
+
+
+def test_export_to_a_pipe_and_not_to_a_terminal(server: LiveServer, session_id: str) -> None:
+    done = commands.latentd(
+        *("session", "export", session_id, "--out", "-", "--key", KEY), LATENT_URL=server.url
+    )
+    assert done.exit_code == 0
+    imported = told(server, "import", "-", stdin=done.stdout_bytes).strip()
+    assert told(server, "export", imported, "--out", "-")
+    ours, terminal = pty.openpty()
+    shown = subprocess.run(
+        [sys.executable, "-m", "server", "session", "export", session_id, "--out", "-"],
+        stdout=terminal,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(terminal)
+    os.close(ours)
+    assert shown.returncode == 2
+    assert shown.stderr.startswith("latentd: a state is not for a terminal")
+
+
+def test_exported_inspected_imported_both_go_on_alike(
+    server: LiveServer,
+    client: httpx.Client,
+    session_id: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "state"
+    told(server, "export", session_id, "--out", file)
+    report = commands.told("inspect", file, "--checkpoint", tiny_checkpoint)
+    assert report.splitlines()[-1].startswith("ok: ")
+    options = ("--metadata", "a=b=c", "--metadata", "d=", "--ttl", 99)
+    imported = told(server, "import", file, *options).strip()
+    session = get(client, imported)
+    assert (session["metadata"], session["ttl"]) == ({"a": "b=c", "d": ""}, 99)
+    turn = {"prompt": " sat", "temperature": 1.0}
+    assert text_of(client, session_id=imported, **turn) == text_of(
+        client, session_id=session_id, **turn
+    )
+
+
+def test_import_refuses(
+    server: LiveServer, client: httpx.Client, session_id: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "state"
+    assert f"{file}: No such file" in refused(server, "import", file)
+    blob = state(client, session_id)
+    assert "'x' is not KEY=VALUE" in refused(server, "import", "-", "--metadata", "x", stdin=blob)
+    assert "ttl" in refused(server, "import", "-", "--ttl", -1, stdin=blob)
+    assert "metadata" in refused(server, "import", "-", "--metadata", "=x", stdin=blob)
+    fingerprint = server.service.checkpoint.fingerprint.encode()
+    file.write_bytes(blob.replace(fingerprint, b"0" * 64))
+    assert "it belongs to model 000000000000, this is" in refused(server, "import", file)
+    assert len(get(client, "")["data"]) == 1
+
+
+def test_fork_and_rewind(server: LiveServer, client: httpx.Client, session_id: str) -> None:
+    fork = told(server, "fork", session_id).strip()
+    earlier = told(server, "fork", session_id, "--turn", 1).strip()
+    assert [get(client, each)["turn"] for each in (fork, earlier)] == [2, 1]
+    assert fields(told(server, "show", earlier))["parent"] == f"{session_id} after turn 1"
+    tokens = get(client, earlier)["tokens"]
+    done = told(server, "rewind", session_id, 1)
+    assert done == f"{session_id}: turn 1, {tokens} tokens\n"
+    assert get(client, session_id)["turn"] == 1
+    assert "turn 2" in refused(server, "rewind", session_id, 2)
+
+
+def test_delete_erases_all_that_it_can(server: LiveServer, client: httpx.Client) -> None:
+    ids = [client.post("/v1/sessions").json()["id"] for _ in range(3)]
+    done = commands.latentd(
+        *("session", "delete", ids[0], "nobody", ids[1], "--url", server.url, "--key", KEY)
+    )
+    assert done.exit_code == 2
+    assert done.stdout.split() == ids[:2]
+    assert done.stderr.startswith("latentd: ")
+    assert done.stderr.count("\n") == 1
+    assert [session["id"] for session in get(client, "")["data"]] == ids[2:]
+    assert told(server, "delete", ids[2]).split() == [ids[2]]
+
+
+@pytest.mark.parametrize("strange", ["nobody", "no/body", "..", "?limit=1", "#", "é", " "])
+@pytest.mark.parametrize(
+    "command", [["show"], ["turns"], ["export"], ["fork"], ["rewind", 1], ["delete"]]
+)
+def test_an_unknown_session_is_refused(
+    server: LiveServer, session_id: str, strange: str, command: list[object]
+) -> None:
+    refused(server, command[0], strange, *command[1:])
+    assert fields(told(server, "show", session_id))["turn"] == "2"
+
+
+def test_the_servers_own_words_are_shown(server: LiveServer, session_id: str) -> None:
+    assert "nobody" in refused(server, "show", "nobody")
+    assert "-1" in refused(server, "export", session_id, "--turn", -1)
+
+
+def test_the_key_decides_whose_sessions_they_are(server: LiveServer, session_id: str) -> None:
+    own = ("session", "list", "--json", "--url", server.url)
+    assert session_id in commands.told(*own, "--key", KEY)
+    assert session_id in commands.told(*own, LATENT_KEY=KEY)
+    assert commands.told(*own, "--key", OTHER, LATENT_KEY=KEY) == ""
+    assert "does not know" in commands.refused(*own, "--key", "wrong")
+    assert "wants an API key" in commands.refused(*own)
+    for impossible in ("é", "a\nb", "\ud800"):
+        assert "printable ASCII" in commands.refused(*own, "--key", impossible)
+
+
+def test_the_servers_settings_do_not_mind_the_clients_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`latentd serve` refuses variables of its own prefix that it does not know."""
+    for name in [name for name in os.environ if name.upper().startswith("LATENTD_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LATENT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("LATENT_KEY", "mine")
+    assert read_settings({}) == Settings()
+    assert "127.0.0.1:1: " in commands.refused("session", "list", LATENT_URL="http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "",
+            "x",
+            "localhost:8000",
+            "ftp://localhost",
+            "http://",
+            "http://[",
+            "http://127.0.0.1:1",
+        ),
+        *("http://127.0.0.1:99999", "http://127.0.0.1:port", "http://\n", "http://a b"),
+        *("http://no.such.host.invalid", "http://-", "http://" + "x" * 300, "http://..", "é"),
+    ],
+)
+def test_a_server_that_cannot_be_reached(url: str) -> None:
+    assert refused_by(url).startswith(f"latentd: {url.strip()}")
+
+
+def refused_by(url: str) -> str:
+    return commands.refused("session", "show", "x", "--url", url)
+
+
+def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert refused_by(url) == f"latentd: {url}: no answer within 0.2 seconds\n"
+
+
+@contextmanager
+def another_server(status: int, body: bytes, headers: dict[str, str]) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("status", [200, 204, 307, 404, 500])
+@pytest.mark.parametrize("body", [b"", b"<html>", b"{}", b"[1]", b"null", b"\xff", b'{"error": 1}'])
+def test_a_server_of_another_kind(status: int, body: bytes) -> None:
+    body = b"" if status == 204 else body
+    with another_server(status, body, {}) as url:
+        for command in (["show", "x"], ["list"], ["turns", "x"], ["export", "x"]):
+            line = commands.refused("session", *command, "--url", url)
+            assert line == (
+                f"latentd: {url}: the answer, of status {status}, is not one of latentd\n"
+            )
+
+
+def test_an_error_of_many_lines_becomes_one() -> None:
+    error = {"message": "one\n\ttwo", "type": "x", "param": None, "code": None}
+    with another_server(418, json.dumps({"error": error}).encode(), {}) as url:
+        assert refused_by(url) == "latentd: one two\n"
+
+
+@pytest.mark.parametrize("headers", [{"Content-Encoding": "gzip"}, {"Content-Length": "50"}])
+def test_a_damaged_answer(headers: dict[str, str]) -> None:
+    with another_server(200, b"{}", headers) as url:
+        assert refused_by(url).startswith(f"latentd: {url}: ")
