@@ -30,6 +30,9 @@ Answer = TypeVar("Answer", bound=BaseModel)
 class ClientError(Exception):
     """There is no answer; one line says why."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
 
 class RefusedError(ClientError):
     """The server's answer is an error; the message is the server's."""
@@ -135,11 +138,11 @@ class Client:
             )
         except httpx.TimeoutException as error:
             raise ClientError(f"{self._url}: no answer within {TIMEOUT_S:g} seconds") from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ClientError(f"{self._url}: {error or type(error).__name__}") from error
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+            reason = str(error) or type(error).__name__
+            raise ClientError(f"{self._url}: {reason}") from error
         if not response.is_success:
-            problem = self._parse(ErrorResponse, response).error
-            raise RefusedError(" ".join(problem.message.split()))
+            raise RefusedError(self._parse(ErrorResponse, response).error.message)
         return response
 
     def _parse(self, kind: type[Answer], response: httpx.Response) -> Answer:

@@ -43,8 +43,8 @@ def session_id(client: httpx.Client) -> str:
     return str(session["id"])
 
 
-def get(client: httpx.Client, path: str) -> dict[str, Any]:
-    response = client.get(f"/v1/sessions/{path}")
+def get(client: httpx.Client, path: str = "") -> dict[str, Any]:
+    response = client.get(f"/v1/sessions{path and f'/{path}'}")
     assert response.status_code == 200
     return dict(response.json())
 
@@ -205,7 +205,7 @@ def test_import_refuses(
     fingerprint = server.service.checkpoint.fingerprint.encode()
     file.write_bytes(blob.replace(fingerprint, b"0" * 64))
     assert "it belongs to model 000000000000, this is" in refused(server, "import", file)
-    assert len(get(client, "")["data"]) == 1
+    assert len(get(client)["data"]) == 1
 
 
 def test_fork_and_rewind(server: LiveServer, client: httpx.Client, session_id: str) -> None:
@@ -229,7 +229,7 @@ def test_delete_erases_all_that_it_can(server: LiveServer, client: httpx.Client)
     assert done.stdout.split() == ids[:2]
     assert done.stderr.startswith("latentd: ")
     assert done.stderr.count("\n") == 1
-    assert [session["id"] for session in get(client, "")["data"]] == ids[2:]
+    assert [session["id"] for session in get(client)["data"]] == ids[2:]
     assert told(server, "delete", ids[2]).split() == [ids[2]]
 
 
@@ -317,7 +317,7 @@ def another_server(status: int, body: bytes, headers: dict[str, str]) -> Iterato
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
