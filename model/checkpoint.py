@@ -92,8 +92,10 @@ def read_outline(folder: Path) -> Outline:
     try:
         config = read_config(folder / CONFIG)
         return Outline(config.vocab_sz, _weightless(config).state_spec, _fingerprint(folder))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename}: missing from the checkpoint") from error
     except OSError as error:
-        raise CheckpointError(f"{error.filename}: {error.strerror}") from error
+        raise CheckpointError(str(error)) from error
 
 
 def save(

@@ -54,7 +54,7 @@ def _print_header(
     else:
         shown["model"] = f"not this one, which is {model.fingerprint}"
     shown["checksum"] = CHECKSUM[checksum_fits]
-    shown["size"] = f"{num_bytes} bytes"
+    shown["size"] = f"{num_bytes:,} bytes"
     print_facts(shown)
     print()
 
@@ -68,7 +68,7 @@ def _shown(fact: str | None) -> str:
 def _tensors(arrays: Arrays) -> Table:
     """Every tensor: its kind and the range of its values."""
     table = Table("tensor", "dtype", "shape", "min", "max", "finite")
-    for name, values in arrays.items():
+    for name, values in sorted(arrays.items()):
         shape = " ".join(map(str, values.shape))
         ends = (_number(values.min()), _number(values.max())) if values.size else ("-", "-")
         finite = "yes" if np.isfinite(values).all() else "NO"
@@ -80,7 +80,7 @@ def _layers(arrays: Arrays) -> Table:
     """The mean magnitude of what each tensor has for each layer, along its first axis."""
     layered = {
         name: values
-        for name, values in arrays.items()
+        for name, values in sorted(arrays.items())
         if name != RECENT and values.ndim > 1 and values.size
     }
     table = Table("layer", *map(plain, layered), title="mean of |x|", title_justify="left")
@@ -94,8 +94,8 @@ def _mean_of_layer(values: NDArray[Any], layer: int) -> str:
     if layer >= len(values):
         return ""
     with np.errstate(all="ignore"):
-        return _number(np.abs(values[layer] * 1.0).mean())
+        return _number(np.abs(values[layer] + 0.0).mean())
 
 
 def _number(value: Any) -> str:
-    return f"{value * 1.0:.3g}"  # truth values have no digits of their own
+    return f"{value + 0.0:.3g}"  # so that truth values have digits, and zeros no sign

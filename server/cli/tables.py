@@ -4,22 +4,24 @@ import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.table import Table
 
 from server.api.schemas import Checkpoint, Session
 
-WIDE = 1000
-"""Columns where no terminal says how many it has: nothing is cut then."""
+NARROWEST, WIDE = 110, 1000
+"""Columns that a table may have: on a terminal that has fewer, and where there is no terminal. An
+id that is cut is of no use."""
 
 
 def print_sessions(sessions: Iterable[Session]) -> None:
-    table = _table("id", "turn", "tokens", "checkpoints", "tier", "status", "last used", "metadata")
+    table = _table("id", "turn", "tokens", "checkpoints", "tier", "status", "last used")
+    table.add_column("metadata", overflow="fold")
     for session in sessions:
         table.add_row(
             session.id,
             str(session.turn),
-            str(session.tokens),
+            f"{session.tokens:,}",
             str(session.checkpoints),
             session.tier or "-",
             session.status,
@@ -34,9 +36,9 @@ def print_session(session: Session) -> None:
     facts = {
         "id": session.id,
         "turn": str(session.turn),
-        "tokens": str(session.tokens),
+        "tokens": f"{session.tokens:,}",
         "checkpoints": str(session.checkpoints),
-        "state": f"{session.state_bytes} bytes",
+        "state": f"{session.state_bytes:,} bytes",
         "tier": session.tier or "-",
         "status": session.status,
         "created": _time(session.created_at),
@@ -51,7 +53,7 @@ def print_session(session: Session) -> None:
 def print_turns(turns: Iterable[Checkpoint]) -> None:
     table = _table("turn", "tokens", "created", "bytes")
     for turn in turns:
-        table.add_row(str(turn.turn), str(turn.tokens), _time(turn.created_at), str(turn.bytes))
+        table.add_row(str(turn.turn), f"{turn.tokens:,}", _time(turn.created_at), f"{turn.bytes:,}")
     print_table(table)
 
 
@@ -65,8 +67,8 @@ def print_facts(facts: dict[str, str]) -> None:
 def print_table(table: Table) -> None:
     """As it is: what others wrote into it is no markup."""
     console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, WIDE)
+    width = max(console.width, NARROWEST if console.is_terminal else WIDE)
+    console.size = ConsoleDimensions(width, console.height)
     console.print(table)
 
 
@@ -75,11 +77,10 @@ def plain(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def _table(first: str, *others: str) -> Table:
+def _table(*names: str) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    for name in others:
-        table.add_column(name, overflow="fold")
+    for name in names:
+        table.add_column(name, no_wrap=True)
     return table
 
 

@@ -183,6 +183,17 @@ def test_a_tokenizer_larger_than_the_network_is_refused(folder: Path) -> None:
     assert refusal(folder).endswith("tokenizer.json: 310 tokens, but the network has vocab_sz 300")
 
 
+def test_the_outline_is_that_of_the_network(folder: Path) -> None:
+    loaded = checkpoint.load(folder, torch.device("cpu"), "int8")
+    outline = checkpoint.read_outline(folder)
+    assert outline.fingerprint == loaded.fingerprint
+    assert outline.state_spec == loaded.network.state_spec
+    assert outline.vocab_sz == loaded.network.config.vocab_sz
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: missing"):
+        checkpoint.read_outline(folder)
+
+
 def test_the_fingerprint_is_of_config_weights_and_tokenizer(folder: Path) -> None:
     def fingerprint() -> str:
         return checkpoint.load(folder, CPU).fingerprint

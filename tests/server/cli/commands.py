@@ -1,7 +1,6 @@
 """The command line in the process of the test, as a user would call it."""
 
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from server.__main__ import app
 

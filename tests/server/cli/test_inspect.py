@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from click.testing import Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import Result
 
 from model import PRETRAINED
 from model.checkpoint import Outline, read_outline
@@ -94,7 +94,7 @@ def test_a_whole_state_is_shown(
         **{"format": "latentd-session", "version": "2", "form": "exact", "dtype": "float32"},
         **{"turn": "4", "position": "70", "pending": "[5]", "undecoded": "e2"},
         **{"fingerprint": outline.fingerprint, "model": "this one", "checksum": "ok"},
-        "size": f"{len(blob)} bytes",
+        "size": f"{len(blob):,} bytes",
     }
     rows = cells(done.stdout)
     tensors = outline.state_spec.tensors
@@ -104,7 +104,8 @@ def test_a_whole_state_is_shown(
         assert [tensor.name, tensor.dtype, shape, least, "3", "yes"] in rows
     first, second = (row for row in rows if row[0] in ("0", "1"))
     assert first[1:] == ["3"] * len(tensors)
-    assert sorted(second[1:]) == sorted("" if t.shape[0] == 1 else "5" for t in tensors)
+    by_name = sorted(tensors, key=lambda tensor: tensor.name)
+    assert second[1:] == ["" if tensor.shape[0] == 1 else "5" for tensor in by_name]
 
 
 def test_the_default_checkpoint_and_a_foreign_state(
@@ -166,9 +167,9 @@ def test_what_is_missing_is_named(tmp_path: Path, tiny_checkpoint: Path, file: P
     )
     assert "Is a directory" in refused("inspect", tmp_path, "--checkpoint", tiny_checkpoint)
     file.write_bytes(b"")
-    assert "config.json: No such file" in refused("inspect", file, "--checkpoint", tmp_path)
+    assert "config.json: missing" in refused("inspect", file, "--checkpoint", tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    assert "model.safetensors: No such" in refused("inspect", file, "--checkpoint", tmp_path)
+    assert "model.safetensors: missing" in refused("inspect", file, "--checkpoint", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_show_and_turns(server: LiveServer, client: httpx.Client, session_id: st
     session = get(client, session_id)
     shown = fields(told(server, "show", session_id))
     assert (shown["id"], shown["turn"], shown["tier"]) == (session_id, "2", "device")
-    assert shown["state"] == f"{session['state_bytes']} bytes"
+    assert shown["state"] == f"{session['state_bytes']:,} bytes"
     assert (shown["expires"], shown["parent"]) == ("never", "-")
     assert json.loads(told(server, "show", session_id, "--json")) == session
     kept = get(client, f"{session_id}/turns")["data"]
@@ -110,7 +110,7 @@ def test_show_and_turns(server: LiveServer, client: httpx.Client, session_id: st
     head, *lines = told(server, "turns", session_id).splitlines()
     assert head.split() == ["turn", "tokens", "created", "bytes"]
     ends = [(line.split()[0], line.split()[1], line.split()[-1]) for line in lines]
-    assert ends == [(str(t["turn"]), str(t["tokens"]), str(t["bytes"])) for t in kept]
+    assert ends == [(str(t["turn"]), str(t["tokens"]), f"{t['bytes']:,}") for t in kept]
 
 
 def test_export_names_the_file_and_overwrites_none(
@@ -145,9 +145,7 @@ def test_a_failed_export_leaves_what_was_there(
     (tmp_path / "out").write_text("precious")
     monkeypatch.setattr(os, "fsync", full)
     arguments = ("export", session_id, "--force", "--out", tmp_path / "out")
-    with monkeypatch.context() as patch:
-        patch.setattr("server.cli.session.os.fsync", full)
-        assert "No space left" in refused(server, *arguments)
+    assert "No space left" in refused(server, *arguments)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["precious"]
 
 

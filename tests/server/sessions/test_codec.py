@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from model.sampling import RecentTokens
 from model.state import TensorSpec
-from server.sessions.codec import LONGEST_MESSAGE, BlobError, Codec, SessionState
+from server.sessions.codec import LONGEST_MESSAGE, BlobError, Codec, SessionState, read
 
 SPEC = (
     TensorSpec("m", (2, 3), "float32", -1e30),
@@ -277,6 +277,18 @@ def test_a_compact_state_is_parked_and_unparked() -> None:
     assert compact.park(broad) == broad
     with pytest.raises(BlobError, match="form is 'compact', not exact"):
         Codec("f" * 64, spec, VOCAB).decode(blob)
+
+
+def test_the_checksum_of_another_models_blob_can_be_told() -> None:
+    fewer = Codec("f" * 64, SPEC[1:], VOCAB)
+    without_m = fewer.encode(replace(SESSION, state=SESSION.state[24:]))
+    for blob in (BLOB, forged(fingerprint="x"), forged(extra="x"), without_m):
+        assert CODEC.checksum_fits(*read(blob)) is True
+    bare = built(HEADER | {"__metadata__": {}})
+    for blob in (BLOB[:-1] + b"x", bare, BLOB.replace(b'"position":"7"', b'"position":"8"')):
+        assert CODEC.checksum_fits(*read(blob)) is False
+    assert fewer.checksum_fits(*read(BLOB)) is None
+    assert CODEC.checksum_fits(*read(forged(form="folded"))) is None
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F4", "C64", "F8_E5M2"])
