@@ -10,7 +10,7 @@ from rich.table import Table
 
 from model.checkpoint import Outline, read_outline
 from server.cli.tables import plain, print_facts, print_table
-from server.sessions.codec import FORMAT, RECENT, BlobError, Codec, read
+from server.sessions.codec import FORMAT, BlobError, Codec, read
 
 FACTS = ("format", "version", "form", "dtype", "turn", "position", "pending", "undecoded")
 LONGEST_FACT = 100
@@ -79,9 +79,7 @@ def _tensors(arrays: Arrays) -> Table:
 def _layers(arrays: Arrays) -> Table:
     """The mean magnitude of what each tensor has for each layer, along its first axis."""
     layered = {
-        name: values
-        for name, values in sorted(arrays.items())
-        if name != RECENT and values.ndim > 1 and values.size
+        name: values for name, values in sorted(arrays.items()) if values.ndim > 1 and values.size
     }
     table = Table("layer", *map(plain, layered), title="mean of |x|", title_justify="left")
     for layer in range(max(map(len, layered.values()), default=0)):
@@ -98,4 +96,4 @@ def _mean_of_layer(values: NDArray[Any], layer: int) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value + 0.0:.3g}"  # so that truth values have digits, and zeros no sign
+    return f"{value + 0.0:.3g}"  # no zero is -0

@@ -231,14 +231,14 @@ def test_delete_erases_all_that_it_can(server: LiveServer, client: httpx.Client)
     assert told(server, "delete", ids[2]).split() == [ids[2]]
 
 
-@pytest.mark.parametrize("strange", ["nobody", "no/body", "..", "?limit=1", "#", "é", " "])
+@pytest.mark.parametrize("strange", ["nobody", "no/body", "..", "{}?x", "{}#", "é", " "])
 @pytest.mark.parametrize(
     "command", [["show"], ["turns"], ["export"], ["fork"], ["rewind", 1], ["delete"]]
 )
 def test_an_unknown_session_is_refused(
     server: LiveServer, session_id: str, strange: str, command: list[object]
 ) -> None:
-    refused(server, command[0], strange, *command[1:])
+    refused(server, command[0], strange.format(session_id), *command[1:])
     assert fields(told(server, "show", session_id))["turn"] == "2"
 
 
@@ -332,6 +332,12 @@ def test_a_server_of_another_kind(status: int, body: bytes) -> None:
             assert line == (
                 f"latentd: {url}: the answer, of status {status}, is not one of latentd\n"
             )
+
+
+def test_an_empty_page_is_the_last() -> None:
+    page = {"data": [], "first_id": None, "last_id": None, "has_more": True}
+    with another_server(200, json.dumps(page).encode(), {}) as url:
+        assert commands.told("session", "list", "--json", "--url", url) == ""
 
 
 def test_an_error_of_many_lines_becomes_one() -> None:
