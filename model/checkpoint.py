@@ -82,7 +82,7 @@ def load(
 class Outline:
     """What decides which states are a checkpoint's."""
 
-    vocab_sz: int
+    config: ModelConfig
     state_spec: StateSpec
     fingerprint: str
 
@@ -91,7 +91,7 @@ def read_outline(folder: Path) -> Outline:
     """Read a checkpoint's outline without making its network. Raises CheckpointError."""
     try:
         config = read_config(folder / CONFIG)
-        return Outline(config.vocab_sz, _weightless(config).state_spec, _fingerprint(folder))
+        return Outline(config, _weightless(config).state_spec, _fingerprint(folder))
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename}: missing from the checkpoint") from error
     except OSError as error:

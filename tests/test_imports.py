@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "server.cli": ("server.cli",),
     "server.cli.client": ("server.api.schemas",),
     "server.cli.tables": ("server.api.schemas",),
-    "server.cli.inspect": ("model.checkpoint", "server.cli", "server.sessions.codec"),
+    "server.cli.inspect": ("model", "server.cli", "server.sessions.codec"),
     "server.__main__": ("model", "server"),
 }
 """What each part of the program may import of the program; the longest name that fits counts."""

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from model.checkpoint import Outline, read_outline
+from model.compact import CompactForm
 from server.cli.tables import plain, print_facts, print_table
 from server.sessions.codec import FORMAT, BlobError, Codec, read
 
@@ -26,7 +27,9 @@ def inspect(file: Path, folder: Path) -> bool:
     """
     blob = file.read_bytes()
     model = read_outline(folder)
-    codec = Codec(model.fingerprint, model.state_spec.tensors, model.vocab_sz)
+    spec = model.state_spec
+    compact = CompactForm(spec) if model.config.log_values else None
+    codec = Codec(model.fingerprint, spec.tensors, model.config.vocab_sz, compact)
     try:
         facts, arrays = read(blob)
         _print_header(len(blob), facts, codec.checksum_fits(facts, arrays), model)

@@ -188,7 +188,7 @@ def test_the_outline_is_that_of_the_network(folder: Path) -> None:
     outline = checkpoint.read_outline(folder)
     assert outline.fingerprint == loaded.fingerprint
     assert outline.state_spec == loaded.network.state_spec
-    assert outline.vocab_sz == loaded.network.config.vocab_sz
+    assert outline.config == loaded.network.config
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: missing"):
         checkpoint.read_outline(folder)

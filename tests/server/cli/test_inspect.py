@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typer.testing import Result
 
 from model import PRETRAINED
 from model.checkpoint import Outline, read_outline
+from model.compact import CompactForm
 from model.sampling import RecentTokens
 from server.sessions.codec import BlobError, Codec, SessionState, read
 from tests.server.cli.commands import latentd, refused
@@ -31,7 +33,7 @@ def outline(tiny_checkpoint: Path) -> Outline:
 
 @pytest.fixture(scope="module")
 def codec(outline: Outline) -> Codec:
-    return Codec(outline.fingerprint, outline.state_spec.tensors, outline.vocab_sz)
+    return Codec(outline.fingerprint, outline.state_spec.tensors, outline.config.vocab_sz)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,36 @@ def test_the_default_checkpoint_and_a_foreign_state(
         assert ["m", "float32"] in [row[:2] for row in cells(done.stdout)]
         theirs = outline.fingerprint[:12]
         assert verdict(done.stdout).startswith(f"not importable: it belongs to model {theirs}")
+
+
+def test_a_compact_state_is_importable_too(
+    file: Path, session: SessionState, outline: Outline, tiny_checkpoint: Path
+) -> None:
+    spec = outline.state_spec
+    empty = b"".join(np.full(t.shape, t.initial, t.dtype).tobytes() for t in spec.tensors)
+    codec = Codec(
+        *(outline.fingerprint, spec.tensors, outline.config.vocab_sz, CompactForm(spec)),
+        park_compact=True,
+    )
+    blob = codec.encode(codec.park(replace(session, state=empty)))
+    done = inspect(file, blob, tiny_checkpoint)
+    assert verdict(done.stdout).startswith("ok: ")
+    shown = fields(done.stdout)
+    assert (shown["form"], shown["checksum"]) == ("compact", "ok")
+    flipped = inspect(file, blob[:-1] + bytes([blob[-1] ^ 1]), tiny_checkpoint)
+    assert (flipped.exit_code, fields(flipped.stdout)["checksum"]) == (1, "WRONG")
+
+
+def test_a_model_of_linear_values_has_other_tensors(
+    file: Path, blob: bytes, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    linear = shutil.copytree(tiny_checkpoint, tmp_path / "linear")
+    config = linear / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"values": "linear"}))
+    done = inspect(file, blob, linear)
+    assert done.exit_code == 1
+    assert fields(done.stdout)["checksum"].startswith("not known")
+    assert "it belongs to model" in verdict(done.stdout)
 
 
 def test_a_foreign_state_of_unknown_tensors(file: Path, blob: bytes, tiny_checkpoint: Path) -> None:

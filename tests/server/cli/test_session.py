@@ -335,7 +335,7 @@ def test_a_server_of_another_kind(status: int, body: bytes) -> None:
 
 
 def test_an_empty_page_is_the_last() -> None:
-    page = {"data": [], "first_id": None, "last_id": None, "has_more": True}
+    page: dict[str, Any] = {"data": [], "first_id": None, "last_id": None, "has_more": True}
     with another_server(200, json.dumps(page).encode(), {}) as url:
         assert commands.told("session", "list", "--json", "--url", url) == ""
 
