@@ -61,6 +61,14 @@ GOLDEN = 2654435769
 Arrays = dict[str, NDArray[Any]]
 
 
+def compact_form(spec: StateSpec) -> "CompactForm | None":
+    """The compact form of these states; None if they have none."""
+    try:
+        return CompactForm(spec)
+    except ValueError:
+        return None
+
+
 class CompactForm:
     """Packs and unpacks the states of one network."""
 

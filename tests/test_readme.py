@@ -63,7 +63,7 @@ def test_the_tour_works_on_the_default_model(tools: Path, tmp_path: Path) -> Non
         script = script.replace("fox.safetensors", str(tmp_path / "fox.safetensors"))
         told = run(script.replace(LOCAL, server.url), tools)
     assert '"turn":2' in told
-    assert f'"parent":{{"session_id":"{session}","turn":1}}' in told
+    assert "ok: a server of this model would import it" in told
     assert (tmp_path / "fox.safetensors").stat().st_size > 200_000
     assert "latentd_session_state_bytes" in told
 

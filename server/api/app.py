@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from model.checkpoint import Checkpoint
-from model.compact import CompactForm
+from model.compact import CompactForm, compact_form
 from server import __version__
 from server.api import completions, health, models, problems, sessions
 from server.api.middleware import RequestMiddleware
@@ -90,15 +90,12 @@ def engine_limits(settings: Settings) -> EngineLimits:
 
 def _codec(settings: Settings, checkpoint: Checkpoint) -> Codec:
     """Raises ValueError when states are to be compact and this model's cannot."""
-    network, park_compact = checkpoint.network, settings.parking == "compact"
-    form = None
-    if park_compact or network.config.log_values:
-        form = CompactForm(network.state_spec)
+    spec, park_compact = checkpoint.network.state_spec, settings.parking == "compact"
     return Codec(
         checkpoint.fingerprint,
-        network.state_spec.tensors,
-        network.config.vocab_sz,
-        form,
+        spec.tensors,
+        checkpoint.network.config.vocab_sz,
+        CompactForm(spec) if park_compact else compact_form(spec),
         park_compact=park_compact,
     )
 

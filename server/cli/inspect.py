@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from model.checkpoint import Outline, read_outline
-from model.compact import CompactForm
+from model.compact import compact_form
 from server.cli.tables import plain, print_facts, print_table
 from server.sessions.codec import FORMAT, BlobError, Codec, read
 
@@ -28,8 +28,7 @@ def inspect(file: Path, folder: Path) -> bool:
     blob = file.read_bytes()
     model = read_outline(folder)
     spec = model.state_spec
-    compact = CompactForm(spec) if model.config.log_values else None
-    codec = Codec(model.fingerprint, spec.tensors, model.config.vocab_sz, compact)
+    codec = Codec(model.fingerprint, spec.tensors, model.config.vocab_sz, compact_form(spec))
     try:
         facts, arrays = read(blob)
         _print_header(len(blob), facts, codec.checksum_fits(facts, arrays), model)
