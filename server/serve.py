@@ -120,6 +120,7 @@ def _facts(settings: Settings, loaded: Checkpoint, device: str) -> str:
     network = loaded.network
     state_bytes = network.state_spec.num_bytes
     rows = settings.max_running + settings.warm_sessions
+    turns = settings.keep_turns
     free = shutil.disk_usage(settings.data_dir).free
     return "\n".join(
         [
@@ -128,7 +129,7 @@ def _facts(settings: Settings, loaded: Checkpoint, device: str) -> str:
             f"device     {device}",
             f"session    {state_bytes:,} bytes, at any length; parked {settings.parking}",
             f"fits       {rows:,} on the device, {settings.host_cache_bytes // state_bytes:,} in "
-            f"host memory, about {free // state_bytes:,} on disk",
+            f"host memory, about {free // (state_bytes * turns):,} on disk with {turns} turns each",
             f"store      {settings.data_dir / STORE_FILE}",
         ]
     )
