@@ -40,7 +40,8 @@ class CompactForm(Protocol):
     def pack(self, state: bytes) -> bytes | None:
         """None for a state that cannot be held within the form's bound."""
 
-    def unpack(self, packed: bytes) -> bytes: ...
+    def unpack(self, packed: bytes) -> bytes:
+        """Raises ValueError for bytes that `pack` does not make."""
 
 
 class BlobError(ValueError):
@@ -254,6 +255,10 @@ class Codec:
         for name, values in arrays.items():
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 raise BlobError(f"tensor {name} has values that are not finite")
+        try:
+            self.unpark(session)
+        except ValueError as error:
+            raise BlobError(str(error)) from error
 
 
 def read(blob: bytes) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:

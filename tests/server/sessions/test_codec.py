@@ -252,10 +252,12 @@ class Bytes:
 
     def pack(self, state: bytes) -> bytes | None:
         wide = np.frombuffer(state, np.float32)
-        narrow = np.clip(wide, -128, 127).astype(np.int8)
+        narrow = np.clip(wide, -127, 127).astype(np.int8)
         return narrow.tobytes() if (narrow == wide).all() else None
 
     def unpack(self, packed: bytes) -> bytes:
+        if b"\x80" in packed:
+            raise ValueError("nothing is packed as -128")
         return np.frombuffer(packed, np.int8).astype(np.float32).tobytes()
 
 
@@ -275,6 +277,8 @@ def test_a_compact_state_is_parked_and_unparked() -> None:
     assert compact.decode(exact.encode(fits)) == fits
     broad = replace(SESSION, state=np.full(16, 1e30, np.float32).tobytes())
     assert compact.park(broad) == broad
+    with pytest.raises(BlobError, match="nothing is packed as -128"):
+        exact.decode(compact.encode(replace(parked, state=b"\x80" * 16)))
     with pytest.raises(BlobError, match="form is 'compact', not exact"):
         Codec("f" * 64, spec, VOCAB).decode(blob)
 
