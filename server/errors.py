@@ -181,7 +181,7 @@ class SessionDamaged(StorageFailed):
 
     def __init__(self, session_id: str, turn: int, reason: str) -> None:
         super().__init__(
-            f"the state of session {session_id} after turn {turn} cannot be read ({reason}); an "
+            f"the state of session {session_id} after turn {turn} cannot be used ({reason}); an "
             "earlier turn may still be good: rewind to it",
             503,
             "session_damaged",

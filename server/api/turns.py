@@ -24,12 +24,20 @@ from server.engine.messages import (
     Failed,
     Finished,
     Fresh,
+    NoProbabilities,
     Parked,
     StateMissing,
     TextDelta,
     Warm,
 )
-from server.errors import DeadlineExceeded, InternalError, Overloaded, ShuttingDown
+from server.errors import (
+    DeadlineExceeded,
+    InternalError,
+    LatentdError,
+    Overloaded,
+    SessionDamaged,
+    ShuttingDown,
+)
 from server.sessions.codec import SessionState
 from server.sessions.turn import SessionTurn, TurnCondition
 
@@ -139,7 +147,7 @@ class Turn:
 
         None comes when nothing has happened for `silence_s`. The answer has taken each event before
         it comes, and a session is committed when its `Finished` comes. Raises InternalError,
-        StorageFailed, Overloaded, ShuttingDown and DeadlineExceeded.
+        StorageFailed, SessionDamaged, Overloaded, ShuttingDown and DeadlineExceeded.
         """
         while self._requests:
             event = await self._next_event(silence_s)
@@ -158,6 +166,8 @@ class Turn:
                     yield index, event
                 case Failed(_, message):
                     raise InternalError(message)
+                case NoProbabilities():
+                    raise self._no_probabilities()
                 case DeadlinePassed():
                     raise DeadlineExceeded(self._timeout_s or 0)
                 case StateMissing(request_id):
@@ -218,6 +228,13 @@ class Turn:
         """The warm row went to another sequence before the turn began: use the parked state."""
         _, request = self._requests[request_id]
         self._service.engine.submit(replace(request, source=self._parked))
+
+    def _no_probabilities(self) -> LatentdError:
+        """What is wrong: the session's state, which may have been imported, or else the model."""
+        reason = "the model gives no probabilities for the next token"
+        if self._session is None or not self._session.record.turn:
+            return InternalError(reason)
+        return SessionDamaged(self._session.record.id, self._session.record.turn, reason)
 
     def _take(self, index: int, event: TextDelta | Finished) -> None:
         if self._answer is not None:

@@ -146,6 +146,13 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class NoProbabilities:
+    """The model's output was no numbers: the state is damaged, or the model. Nothing is kept."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
 class DeadlinePassed:
     """The turn did not end before its deadline; nothing is kept."""
 
@@ -166,5 +173,5 @@ class Evicted:
     name: str
 
 
-Event = TextDelta | Finished | Failed | DeadlinePassed | StateMissing
+Event = TextDelta | Finished | Failed | NoProbabilities | DeadlinePassed | StateMissing
 """What happens to a request."""

@@ -19,6 +19,7 @@ from server.engine.messages import (
     Finished,
     Fresh,
     Message,
+    NoProbabilities,
     Parked,
     Release,
     StateMissing,
@@ -34,10 +35,10 @@ from server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-DAMAGED = "the model gave no probabilities for the next token: the state is damaged"
 FAILED = "the engine failed while computing; see the server's log"
 
 End = Literal["stop", "length"]
+Ending = Finished | Failed | NoProbabilities | DeadlinePassed | StateMissing
 
 Deliver = Callable[[list[Event | Evicted]], None]
 """Takes one step's events."""
@@ -202,7 +203,8 @@ class Worker:
         self._metrics.generation_tokens_total.inc(len(rows) - sampled.count(None))
         for sequence, token_id in zip(plan.decode, sampled, strict=True):
             if token_id is None:
-                self._fail(sequence, DAMAGED)
+                self._drop(sequence)
+                self._end(NoProbabilities(sequence.request.request_id))
                 continue
             try:
                 end = self._advance(sequence, token_id, now)
@@ -330,7 +332,7 @@ class Worker:
         except Exception:  # the device may be what failed; who gets a row overwrites it
             log.exception("free rows could not be erased")
 
-    def _end(self, event: Finished | Failed | DeadlinePassed | StateMissing) -> None:
+    def _end(self, event: Ending) -> None:
         """Tell a request's last event."""
         self._open.pop(event.request_id, None)
         self._events.append(event)

@@ -6,8 +6,10 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from server.sessions.sqlite.store import SQLiteStore
@@ -116,6 +118,22 @@ def test_a_damaged_state_is_named_and_an_earlier_one_can_be_used(alone: LiveServ
         client.post(f"/v1/sessions/{session_id}/rewind", json={"turn": 1})
         assert text_of(client, session_id=session_id)
         assert get(client, session_id)["turn"] == 2
+
+
+def test_a_forged_state_fails_alone_and_is_told(alone: LiveServer) -> None:
+    """Its checksum is right and its numbers are finite, but the model can make nothing of them."""
+    with alone.client() as client:
+        session_id = client.post("/v1/sessions", json={"prompt": "the cat"}).json()["id"]
+        codec = alone.service.sessions._codec
+        whole = codec.decode(client.get(f"/v1/sessions/{session_id}/state").content)
+        large = np.full(8, 1e308).tobytes()
+        forged = codec.encode(replace(whole, state=large + whole.state[len(large) :]))
+        imported = client.post("/v1/sessions/import", content=forged).json()
+        answer = client.post("/v1/completions", json=BODY | {"session_id": imported["id"]})
+        assert error(answer) == (503, None, "session_damaged")
+        assert "no probabilities" in answer.json()["error"]["message"]
+        assert get(client, imported["id"])["turn"] == imported["turn"]
+        assert text_of(client, session_id=session_id)
 
 
 def test_expired_sessions_are_erased_when_the_disk_works_again(

@@ -23,6 +23,7 @@ from server.engine.messages import (
     Failed,
     Finished,
     Fresh,
+    NoProbabilities,
     Parked,
     StateMissing,
     Warm,
@@ -229,7 +230,7 @@ def test_a_damaged_state_fails_alone(
     bad = asked("bad", 9, 5, source=source, sampling=WAYS[way], keep_state=True)
     stepper.submit(others[0], bad, *others[1:])
     stepper.run()
-    assert stepper.last("bad") == Failed("bad", worker.DAMAGED)
+    assert stepper.last("bad") == NoProbabilities("bad")
     assert stepper.text("bad") == ""
     assert [stepper.text(each.request_id) for each in others] == expected
     assert stepper.owners() == {}
@@ -243,7 +244,7 @@ def test_a_state_that_is_damaged_on_the_way_fails_alone(stepper: Stepper) -> Non
     said = stepper.text("bad")
     stepper.pool.tensors["h"][0, stepper.owners()["bad"]] = torch.nan
     stepper.run()
-    assert stepper.last("bad") == Failed("bad", worker.DAMAGED)
+    assert stepper.last("bad") == NoProbabilities("bad")
     assert stepper.text("bad") == said
     assert stepper.text("beside") == expected
     assert stepper.owners() == {}
