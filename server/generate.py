@@ -16,6 +16,7 @@ from server.engine.messages import (
     Failed,
     Finished,
     Fresh,
+    NoProbabilities,
     TextDelta,
 )
 from server.metrics import Metrics
@@ -87,3 +88,5 @@ def _stream(events: "queue.SimpleQueue[list[Event | Evicted]]") -> Finished:
                     return event
                 case Failed(_, message):
                     raise GenerateError(message)
+                case NoProbabilities():
+                    raise GenerateError("the model gives no probabilities for the next token")

@@ -44,6 +44,18 @@ def test_serve_help_names_every_setting() -> None:
     assert "LATENTD_DATA_DIR" in shown
 
 
+def test_generate_tells_when_the_model_makes_no_sense(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_checkpoint, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lnorm.weight"].fill_(1e38)
+    weights["lnorm.bias"].fill_(1e38)
+    save_file(weights, folder / "model.safetensors")
+    assert "no probabilities" in refused("generate", "the cat", "--checkpoint", folder)
+
+
 def test_generate_writes_the_prompt_and_a_text_that_the_seed_decides(
     tiny_checkpoint: Path,
 ) -> None:
