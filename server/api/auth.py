@@ -13,7 +13,7 @@ EVERYBODY = ""
 """The owner of all sessions where no keys are asked for."""
 
 
-def get_owner(request: Request, service: ServiceDep) -> str:
+async def get_owner(request: Request, service: ServiceDep) -> str:
     """The owner that the request's key stands for. Raises Unauthorized."""
     known = service.settings.api_key
     if not known:

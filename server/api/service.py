@@ -80,7 +80,7 @@ class Service:
             await self.open_turns.closed(ROLLBACK_S)
 
 
-def get_service(request: Request) -> Service:
+async def get_service(request: Request) -> Service:
     """The service of the app that got the request."""
     service = request.app.state.service
     if not isinstance(service, Service):
