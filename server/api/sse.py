@@ -21,7 +21,8 @@ class EventStream(EventSourceResponse):
     """Sends messages as events with ids from 0 on, then `[DONE]`; None is a sign of life.
 
     A LatentdError among the messages becomes an event, since the status was sent long ago. `close`
-    is awaited when the response ends, in whatever way, also if it never began.
+    is awaited before that event, and when the response ends in whatever way, also if it never
+    began.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class EventStream(EventSourceResponse):
             self.outcome = "ok"
         except LatentdError as error:
             self.outcome = error.outcome
+            await asyncio.shield(self._close())  # a client may try again as soon as it sees this
             yield format_sse_event(data_str=json.dumps(error.body()), id=str(number))
             number += 1
         yield format_sse_event(data_str="[DONE]", id=str(number))

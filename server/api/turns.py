@@ -80,6 +80,7 @@ class Turn:
         self._requests: dict[str, tuple[int, EngineRequest]] = {}
         self._queue: asyncio.Queue[Event | Aborted] = asyncio.Queue()
         self._kept_row: str | None = None
+        self._closed = False
         self._answer: Answer | None = None
         service.open_turns.add(self)
         self.start = Continuation()
@@ -163,6 +164,8 @@ class Turn:
                     index, _ = self._requests.pop(request_id)
                     self._take(index, event)
                     await self._commit(event)
+                    if not self._requests:
+                        await self._let_go()  # a client may go on as soon as it sees the end
                     yield index, event
                 case Failed(_, message):
                     raise InternalError(message)
@@ -177,20 +180,29 @@ class Turn:
 
     async def close(self) -> None:
         """Stop what still runs and unlock the session, which is as its last commit left it."""
+        if self._closed:
+            return
+        self._closed = True
         self._service.router.close(self._requests)
         for request_id in self._requests:
             self._service.engine.cancel(request_id)
         self._requests = {}
         try:
-            if self._session is not None:
-                await self._session.settle()
-            warm = None if self._session is None else self._session.warm
-            if self._kept_row is not None and self._kept_row != warm:
-                self._service.engine.release(self._kept_row)
-            await self._stack.aclose()
+            await self._let_go()
         finally:
             self._service.open_turns.discard(self)
         self._service.metrics.request_duration_seconds.observe(time.monotonic() - self._started)
+
+    async def _let_go(self) -> None:
+        """Unlock the session, and give back a row that it does not use."""
+        warm = None
+        if self._session is not None:
+            await self._session.settle()
+            warm = self._session.warm
+        kept, self._kept_row = self._kept_row, None
+        if kept is not None and kept != warm:
+            self._service.engine.release(kept)
+        await self._stack.aclose()
 
     def _source(self, warm: str | None) -> Fresh | Parked | Warm:
         if warm is not None:
