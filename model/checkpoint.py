@@ -7,7 +7,6 @@ chat_template.jinja   messages to prompt text; optional
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from model import WeightDtype, tokenizer
 from model.config import ModelConfig, describe
+from model.files import write_file
 from model.network import LanguageModel
 from model.state import StateSpec
 from model.tokenizer import Tokenizer, TokenizerError
@@ -135,24 +135,6 @@ def import_state_dict(
         save(out, config, network.state_dict(), words, template)
     except (OSError, TokenizerError) as error:
         raise CheckpointError(str(error)) from error
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write under a temporary name, flush to the disk, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def read_config(path: Path) -> ModelConfig:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "server.api": ("model", VERSION, "server.api", "server.sessions", "server.engine", *LEAVES),
     "server.generate": ("model", "server.engine", *LEAVES),
     "server.serve": ("model", VERSION, "server.api", "server.sessions", "server.engine", *LEAVES),
-    "server.cli": ("server.cli",),
+    "server.cli": ("server.cli", "model.files"),
     "server.cli.client": ("server.api.schemas",),
     "server.cli.tables": ("server.api.schemas",),
     "server.cli.inspect": ("model", "server.cli", "server.sessions.codec"),

@@ -1,6 +1,5 @@
 """`latentd session`: the sessions of a running server."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from model.files import write_file
 from server.cli.failure import fail
 
 if TYPE_CHECKING:
@@ -101,10 +101,10 @@ def export(
         sys.stdout.flush()
         return
     file = out or Path(f"{session_id}-{exported.turn}.safetensors")
+    if file.exists() and not force:
+        raise fail(f"{file}: exists; --force overwrites it")
     try:
-        _write(file, exported.blob, force)
-    except FileExistsError as error:
-        raise fail(f"{file}: exists; --force overwrites it") from error
+        write_file(file, exported.blob)
     except OSError as error:
         raise fail(f"{file}: {error.strerror}") from error
     print(file)
@@ -189,18 +189,3 @@ def _connect(url: str, key: str) -> Iterator["Client"]:
             yield client
     except ClientError as error:
         raise fail(error) from error
-
-
-def _write(file: Path, blob: bytes, force: bool) -> None:
-    """Write under a temporary name, flush to the disk, rename. Raises OSError."""
-    if file.exists() and not force:
-        raise FileExistsError(file)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as opened:
-            opened.write(blob)
-            opened.flush()
-            os.fsync(opened.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """A checkpoint is written wholly, read back as it was, and refused with a reason otherwise."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -252,43 +251,6 @@ def test_a_truncated_pickle_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(CheckpointError, match="not a file of plain tensors"):
         checkpoint.read_weights(path)
-
-
-def test_a_file_is_written_wholly_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    checkpoint.write_file(path, b"old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "no space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="no space"):
-            checkpoint.write_file(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-    with path.open("rb") as reader:
-        checkpoint.write_file(path, b"new")
-        assert reader.read() == b"old"
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_content_is_on_the_disk_before_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, seen = tmp_path / "file", list[bool]()
-    flush = os.fsync
-
-    def watch(descriptor: int) -> None:
-        seen.append(path.exists())
-        flush(descriptor)
-
-    monkeypatch.setattr(os, "fsync", watch)
-    checkpoint.write_file(path, b"content")
-    assert seen == [False, True]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
