@@ -22,14 +22,13 @@ at most half of the last place of each sum, become zero.
 
 import math
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.attention import EMPTY
-from model.state import StateSpec, TensorSpec
+from model.state import StateSpec, TensorSpec, split_state
 
 BOUND = 0.02
 """log y of every head moves by at most this, in each layer, for any query.
@@ -106,7 +105,7 @@ class CompactForm:
         network out of the ordinary makes: maxima beyond 32,767, sums below `SMALLEST`, infinities.
         Raises ValueError when the length is not that of this network's states.
         """
-        values = _split(self._spec.tensors, state)
+        values = split_state(self._spec.tensors, state)
         with np.errstate(over="ignore"):
             h = values["h"].astype("<f4")
         maxima = _whole(np.concatenate([values["m"].ravel(), values["n"].ravel()]))
@@ -128,7 +127,7 @@ class CompactForm:
 
     def unpack(self, packed: bytes) -> bytes:
         """The bytes of a row again. Raises ValueError for bytes that `pack` does not make."""
-        values = _split(self.tensors, packed)
+        values = split_state(self.tensors, packed)
         inflated = _inflate(values["deflated"], self._num_codes + 2 * self._num_maxima)
         codes = inflated[: self._num_codes].astype(np.uint16) * FINE
         one, other = np.split(codes, 2)
@@ -151,20 +150,6 @@ class CompactForm:
             found[tensor.name].tobytes() if tensor.name in found else bytes(tensor.num_bytes)
             for tensor in self._spec.tensors
         )
-
-
-def _split(tensors: Sequence[TensorSpec], data: bytes) -> Arrays:
-    """The tensors that follow each other in the bytes, by name."""
-    expected = sum(tensor.num_bytes for tensor in tensors)
-    if len(data) != expected:
-        raise ValueError(f"these states have {expected} bytes, not {len(data)}")
-    arrays, start = {}, 0
-    for tensor in tensors:
-        dtype = np.dtype(tensor.dtype).newbyteorder("<")
-        values = np.frombuffer(data, dtype, math.prod(tensor.shape), start)
-        arrays[tensor.name] = values.reshape(tensor.shape)
-        start += tensor.num_bytes
-    return arrays
 
 
 def _whole(maxima: NDArray[np.float32]) -> NDArray[np.int16] | None:

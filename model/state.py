@@ -7,8 +7,11 @@ A network names the tensors that make up one sequence's state in a `StateSpec`. 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 DTYPES = {
@@ -103,17 +106,25 @@ class StatePool:
 
         Raises ValueError when the length is not that of this pool's rows.
         """
-        if len(data) != self.spec.num_bytes:
-            raise ValueError(
-                f"a state of this model has {self.spec.num_bytes} bytes, not {len(data)}"
-            )
-        start, buffer = 0, bytearray(data)
-        for tensor in self.spec.tensors:
-            dtype = DTYPES[tensor.dtype]
-            count = math.prod(tensor.shape)
-            values = torch.frombuffer(buffer, dtype=dtype, count=count, offset=start)
-            self.tensors[tensor.name][:, row] = values.view(tensor.shape).to(self.device)
-            start += tensor.num_bytes
+        for name, values in split_state(self.spec.tensors, bytearray(data)).items():
+            self.tensors[name][:, row] = torch.from_numpy(values).to(self.device)
+
+
+def split_state(tensors: Sequence[TensorSpec], data: bytes | bytearray) -> dict[str, NDArray[Any]]:
+    """The tensors that follow each other in a state's little-endian bytes, by name; no copies.
+
+    Raises ValueError when the length is not that of these tensors.
+    """
+    expected = sum(tensor.num_bytes for tensor in tensors)
+    if len(data) != expected:
+        raise ValueError(f"a state of this model has {expected} bytes, not {len(data)}")
+    arrays, start = dict[str, NDArray[Any]](), 0
+    for tensor in tensors:
+        dtype = np.dtype(tensor.dtype).newbyteorder("<")
+        values = np.frombuffer(data, dtype, math.prod(tensor.shape), start)
+        arrays[tensor.name] = values.reshape(tensor.shape)
+        start += tensor.num_bytes
+    return arrays
 
 
 def contiguous_run(rows: Sequence[int]) -> slice | None:

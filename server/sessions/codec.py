@@ -8,7 +8,6 @@ executed.
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from model.sampling import RecentTokens
-from model.state import TensorSpec
+from model.state import TensorSpec, split_state
 
 FORMAT, VERSION = "latentd-session", "2"
 OLDER = "1"
@@ -105,7 +104,7 @@ class Codec:
     @property
     def state_bytes(self) -> int:
         """Size of a model state as it is computed with."""
-        return _num_bytes(self._forms[EXACT])
+        return sum(tensor.num_bytes for tensor in self._forms[EXACT])
 
     @property
     def usual_blob_bytes(self) -> int:
@@ -145,12 +144,7 @@ class Codec:
 
         Raises ValueError when the state does not have the size of this model's.
         """
-        tensors = self._forms[session.form]
-        if len(session.state) != _num_bytes(tensors):
-            raise ValueError(
-                f"a state of this model has {_num_bytes(tensors)} bytes, not {len(session.state)}"
-            )
-        arrays = _arrays(tensors, session.state)
+        arrays = split_state(self._forms[session.form], session.state)
         arrays[RECENT] = np.frombuffer(session.recent, np.uint8)
         return safetensors.numpy.save(arrays, self._facts(session, VERSION))
 
@@ -274,21 +268,6 @@ def _checksum(facts: Mapping[str, str], recent: bytes, state: bytes) -> str:
     digest.update(recent)
     digest.update(state)
     return digest.hexdigest()
-
-
-def _num_bytes(tensors: Sequence[TensorSpec]) -> int:
-    return sum(tensor.num_bytes for tensor in tensors)
-
-
-def _arrays(tensors: Sequence[TensorSpec], state: bytes) -> dict[str, NDArray[np.generic]]:
-    """The tensors by name, as views of the bytes."""
-    arrays: dict[str, NDArray[np.generic]] = {}
-    start = 0
-    for tensor in tensors:
-        values = np.frombuffer(state, np.dtype(tensor.dtype), math.prod(tensor.shape), start)
-        arrays[tensor.name] = values.reshape(tensor.shape)
-        start += tensor.num_bytes
-    return arrays
 
 
 def _metadata(blob: bytes) -> dict[str, str]:
