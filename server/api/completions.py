@@ -280,7 +280,9 @@ async def _disconnected(request: Request) -> None:
 
 def _condition(body: CompletionRequest, key: str | None) -> TurnCondition:
     """What the turn depends on. How an answer is delivered does not make it another one."""
-    if key is not None and not (key.isascii() and key.isprintable()):
+    if key is None:
+        return TurnCondition(body.expected_turn)
+    if not (key.isascii() and key.isprintable()):
         raise InvalidRequest("it must be printable ASCII", "Idempotency-Key")
     delivery = {"session_id", "stream", "stream_options", "timeout", "user"}
     asked = body.model_dump_json(exclude=delivery, exclude_none=True)
