@@ -13,15 +13,15 @@ from fastapi.responses import JSONResponse
 
 from server.api import prompts
 from server.api.auth import OwnerDep
-from server.api.schemas import (
+from server.api.schemas.completions import (
     Completion,
     CompletionChoice,
     CompletionRequest,
-    ErrorResponse,
     PromptTokensDetails,
     StreamOptions,
     Usage,
 )
+from server.api.schemas.problems import ErrorResponse
 from server.api.service import Service, ServiceDep
 from server.api.sse import EventStream
 from server.api.turns import ChoiceSpec, Turn

@@ -3,7 +3,8 @@
 from fastapi import APIRouter, Response
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from server.api.schemas import ErrorResponse, Health
+from server.api.schemas.models import Health
+from server.api.schemas.problems import ErrorResponse
 from server.api.service import ServiceDep
 
 router = APIRouter(tags=["operations"])

@@ -4,7 +4,8 @@ from fastapi import APIRouter, Depends
 
 from server.api import prompts
 from server.api.auth import get_owner
-from server.api.schemas import ErrorResponse, Model, ModelList
+from server.api.schemas.models import Model, ModelList
+from server.api.schemas.problems import ErrorResponse
 from server.api.service import Service, ServiceDep
 
 router = APIRouter(dependencies=[Depends(get_owner)], tags=["models"])

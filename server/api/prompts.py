@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from model.sampling import SamplingParams, derive_seed
-from server.api.schemas import CompletionRequest
+from server.api.schemas.completions import CompletionRequest
 from server.api.service import Service
 from server.api.turns import ChoiceSpec
 from server.engine.messages import Continuation

@@ -8,16 +8,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from server.api import prompts
 from server.api.auth import OwnerDep
-from server.api.schemas import (
+from server.api.schemas.base import Prompt
+from server.api.schemas.completions import CompletionRequest
+from server.api.schemas.problems import ErrorResponse
+from server.api.schemas.sessions import (
     Checkpoint,
     CheckpointList,
-    CompletionRequest,
     CreateSessionRequest,
-    ErrorResponse,
     ForkRequest,
     Metadata,
     Parent,
-    Prompt,
     RewindRequest,
     Session,
     SessionDeleted,

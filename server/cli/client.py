@@ -10,10 +10,10 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from server.api.schemas import (
+from server.api.schemas.problems import ErrorResponse
+from server.api.schemas.sessions import (
     Checkpoint,
     CheckpointList,
-    ErrorResponse,
     Session,
     SessionDeleted,
     SessionList,

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from rich.console import Console, ConsoleDimensions
 from rich.table import Table
 
-from server.api.schemas import Checkpoint, Session
+from server.api.schemas.sessions import Checkpoint, Session
 
 NARROWEST, WIDE = 110, 1000
 """Columns that a table may have: on a terminal that has fewer, and where there is no terminal. An

@@ -56,6 +56,29 @@ class EngineRequest:
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the text as the model's end tokens do, also with `ignore_eos`."""
+
+    include_stop: bool = False
+    """The stop string, or the stop token, is part of the text and of the state."""
+
+    min_tokens: int = 0
+    """Before so many tokens nothing ends the text: neither end token, stop token nor string."""
+
+    num_logprobs: int | None = None
+    """None: tokens come without their probabilities. Else so many of the most probable tokens come
+    with each token of the answer. Probabilities are the model's: before penalties, biases,
+    temperature, filters and grammar."""
+
+    return_tokens: bool = False
+    """Events have the tokens of their text; they also do when probabilities are asked for."""
+
+    score_prompt: bool = False
+    """The prompt's tokens come with probabilities as `num_logprobs` says, in one `PromptScored`."""
+
+    prefix_salt: bytes = b""
+    """Only prompts with the same salt share what was read of their common beginning."""
+
     keep_state: bool = False
     """Return the state at the end, and keep its row on the device while there is room."""
 
@@ -105,6 +128,27 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class Token:
+    """A token, and what the model thought of it before it came."""
+
+    token_id: int
+    logprob: float | None = None
+    """Natural logarithm of its probability; None if it was not asked for, or nothing came before
+    the token."""
+
+    top: tuple[tuple[int, float], ...] = ()
+    """The most probable tokens with their log-probabilities, the most probable first."""
+
+
+@dataclass(frozen=True)
+class PromptScored:
+    """The prompt's tokens with their probabilities; comes before any text."""
+
+    request_id: str
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True)
 class TextDelta:
     """A generated token and the text that is certain to be part of the answer because of it.
 
@@ -113,6 +157,9 @@ class TextDelta:
 
     request_id: str
     text: str
+    tokens: tuple[Token, ...] = ()
+    """If asked for: the tokens whose text begins in what is certain now and was not before. What a
+    stop string cuts away is in no event."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +175,12 @@ class Finished:
     """Tokens sampled, those cut by a stop string and the end token included."""
 
     timings: Timings
+    tokens: tuple[Token, ...] = ()
+    """Tokens held back until now, as in `TextDelta`."""
+
+    stopped_by: str | int | None = None
+    """The stop string or stop token that ended the text; None for the model's end token."""
+
     cached_tokens: int = 0
     """Tokens of the prompt that were not read, since the state after them was known."""
 
@@ -173,5 +226,8 @@ class Evicted:
     name: str
 
 
-Event = TextDelta | Finished | Failed | NoProbabilities | DeadlinePassed | StateMissing
+Ending = Finished | Failed | NoProbabilities | DeadlinePassed | StateMissing
+"""What a request ends with."""
+
+Event = PromptScored | TextDelta | Ending
 """What happens to a request."""

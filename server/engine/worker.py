@@ -13,6 +13,7 @@ from server.engine.inbox import Inbox
 from server.engine.messages import (
     Cancel,
     DeadlinePassed,
+    Ending,
     Event,
     Evicted,
     Failed,
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 FAILED = "the engine failed while computing; see the server's log"
 
 End = Literal["stop", "length"]
-Ending = Finished | Failed | NoProbabilities | DeadlinePassed | StateMissing
 
 Deliver = Callable[[list[Event | Evicted]], None]
 """Takes one step's events."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from server.api.schemas import Completion
+from server.api.schemas.completions import Completion
 
 BODY: dict[str, Any] = {"prompt": "the cat", "max_tokens": 24, "seed": 7, "ignore_eos": True}
 

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.schemas import Session
+from server.api.schemas.sessions import Session
 from server.sessions.codec import read
 from tests.server.api.calls import BODY, complete, stream, streamed_text, text_of
 from tests.server.api.test_sessions import ENDLESS, get, wait_until_free

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from server.api.schemas import Session
+from server.api.schemas.sessions import Session
 from server.cli.tables import print_sessions
 
 NOW = 2e9

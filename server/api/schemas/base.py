@@ -1,0 +1,52 @@
+"""What requests of all kinds are made of."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+
+def _kind_of_prompt(value: Any) -> str:
+    """Which form of a prompt the first element shows, so that only that form is checked."""
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else 0
+    if isinstance(first, list):
+        return "token_lists"
+    return "tokens" if isinstance(first, int) else "texts"
+
+
+def _check_unicode(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which no encoding of text has a place for."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise PydanticCustomError("text", "Text must not contain an unpaired surrogate")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+Prompt = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("texts")]
+    | Annotated[TokenIds, Tag("tokens")]
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("token_lists")],
+    Discriminator(_kind_of_prompt),
+]
+StopString = Annotated[Text, Field(min_length=1, max_length=1024)]
+Stop = Annotated[
+    Annotated[StopString, Tag("text")]
+    | Annotated[list[StopString], Field(fail_fast=True), Tag("texts")],
+    Discriminator(lambda value: "texts" if isinstance(value, list) else "text"),
+]
+
+
+class RequestModel(BaseModel):
+    """Strict about types and names; an explicit null means the default."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )

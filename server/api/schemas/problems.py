@@ -1,0 +1,16 @@
+"""The shape of every error."""
+
+from pydantic import BaseModel
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The shape of every error."""
+
+    error: ErrorDetail

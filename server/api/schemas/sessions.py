@@ -1,0 +1,124 @@
+"""`/v1/sessions`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from server.api.schemas.base import Prompt, RequestModel, Text
+
+Metadata = Annotated[
+    dict[
+        Annotated[Text, Field(min_length=1, max_length=64)],
+        Annotated[Text, Field(max_length=512)],
+    ],
+    Field(max_length=16),
+]
+Ttl = Annotated[float, Field(gt=0, le=10**9)]
+TurnNumber = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class CreateSessionRequest(RequestModel):
+    """`POST /v1/sessions`; the body may be left out."""
+
+    metadata: Metadata | None = None
+    ttl: Ttl | None = None
+    """Seconds without use after which the session is erased."""
+
+    prompt: Prompt | None = None
+    """Text or token ids that the session begins with, read as its first turn."""
+
+
+class ForkRequest(RequestModel):
+    """`POST /v1/sessions/{id}/fork`; the body may be left out."""
+
+    turn: TurnNumber | None = None
+    """The checkpoint to begin with; the last one if not given. 0 is the empty beginning."""
+
+    metadata: Metadata | None = None
+    """Those of the session if not given."""
+
+    ttl: Ttl | None = None
+    """That of the session if not given."""
+
+
+class RewindRequest(RequestModel):
+    """`POST /v1/sessions/{id}/rewind`."""
+
+    turn: TurnNumber
+    """The checkpoint to go back to; later ones are erased. 0 is the empty beginning."""
+
+
+class Parent(BaseModel):
+    """A checkpoint of another session, which may not exist any more."""
+
+    session_id: str
+    turn: int
+
+
+class Session(BaseModel):
+    """A conversation that the server keeps as one state of fixed size. Times are Unix seconds."""
+
+    id: str
+    object: Literal["session"] = "session"
+    created_at: float
+    last_used_at: float
+    expires_at: float | None
+    """When it is erased if nobody uses it; null: never."""
+
+    ttl: float | None
+    """Seconds without use after which it expires."""
+
+    turn: int
+    """Turns committed."""
+
+    checkpoints: int
+    """How many of its last turns can be forked or rewound to."""
+
+    tokens: int
+    """Tokens that the session has read and written."""
+
+    state_bytes: int
+    tier: Literal["device", "host", "store"] | None
+    """The fastest place that has its state; null before the first turn."""
+
+    status: Literal["idle", "busy"]
+    parent: Parent | None
+    """Where it was forked from."""
+
+    metadata: dict[str, str]
+
+
+class Checkpoint(BaseModel):
+    """A turn whose state is kept."""
+
+    object: Literal["session.turn"] = "session.turn"
+    turn: int
+    tokens: int
+    """Tokens of the session after it."""
+
+    created_at: float
+    bytes: int
+    """What it takes in the store."""
+
+
+class CheckpointList(BaseModel):
+    """A session's checkpoints, newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[Checkpoint]
+
+
+class SessionList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Session]
+    first_id: str | None
+    last_id: str | None
+    """Pass as `after` for the next page."""
+
+    has_more: bool
+
+
+class SessionDeleted(BaseModel):
+    id: str
+    object: Literal["session.deleted"] = "session.deleted"
+    deleted: Literal[True] = True
