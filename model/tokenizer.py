@@ -72,6 +72,10 @@ class Tokenizer:
         """Text of a whole sequence; special tokens have none."""
         return b"".join(map(self.bytes_of, token_ids)).decode("utf-8", "replace")
 
+    def name_of(self, token_id: int) -> str:
+        """What the vocabulary calls a token, special ones included; nothing for other ids."""
+        return self._inner.id_to_token(token_id) or ""
+
     def bytes_of(self, token_id: int) -> bytes:
         """What a token adds to the text; nothing for special tokens and ids without a token."""
         return self.token_bytes[token_id] if token_id < len(self.token_bytes) else b""

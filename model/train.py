@@ -37,14 +37,10 @@ from model.tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = """\
+{#- Stories, not a dialogue, are what this model has read: messages follow each other as lines. -#}
 {%- for message in messages -%}
-{%- if message.role == "assistant" -%}
-<|assistant|>{{ message.content }}<|end|>
-{%- else -%}
-<|user|>{{ message.content }}<|end|>
-{%- endif -%}
+{{ message.content + "\\n" }}
 {%- endfor -%}
-{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
 """
 TRAIN_STATE = "train_state.pt"
 

@@ -130,6 +130,33 @@ class Overloaded(LatentdError):
         )
 
 
+class Cancelled(LatentdError):
+    """Somebody ended the turn on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the turn was cancelled", status=409, kind="conflict_error", code="cancelled"
+        )
+
+    @property
+    def outcome(self) -> str:
+        return "cancelled"
+
+
+class EventsGone(LatentdError):
+    """A stream has told more than is kept of it."""
+
+    def __init__(self, stream_id: str, first: int) -> None:
+        super().__init__(
+            f"of stream {stream_id} only the events from {first} on are kept",
+            status=410,
+            kind="invalid_request_error",
+            param="Last-Event-ID",
+            code="events_gone",
+            headers=NO_RETRY,
+        )
+
+
 class DeadlineExceeded(LatentdError):
     """The request did not end in time; repeating it would do the same work in vain."""
 

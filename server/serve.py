@@ -14,6 +14,7 @@ import uvicorn
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from server.api.app import create_app, drain
+from server.api.conversation import TemplateFault
 from server.engine.device import choose_device, choose_threads
 from server.sessions.sqlite.store import SQLiteStore
 from server.settings import Settings
@@ -48,6 +49,9 @@ def _serve_on(listener: socket.socket, settings: Settings) -> None:
     print(_facts(settings, loaded, device_reason), flush=True)
     try:
         app = create_app(settings, loaded, store)
+    except TemplateFault as error:
+        asyncio.run(store.close())
+        raise ServeError(f"{settings.checkpoint}/{checkpoint.CHAT_TEMPLATE}: {error}") from error
     except ValueError as error:
         asyncio.run(store.close())
         raise ServeError(f"--parking {settings.parking}: {error}") from error

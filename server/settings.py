@@ -85,7 +85,13 @@ class Settings(BaseSettings):
     )
     max_prompt_tokens: int = Field(131_072, ge=1, description="Longest prompt of one request.")
     max_tokens_limit: int = Field(65_536, ge=1, description="Largest max_tokens of a request.")
-    default_max_tokens: int = Field(16, ge=0, description="max_tokens of a request without it.")
+    default_max_tokens: int = Field(16, ge=0, description="max_tokens of a completion without it.")
+    default_chat_max_tokens: int = Field(
+        1024, ge=0, description="max_completion_tokens of a chat without it."
+    )
+    max_logprobs: int = Field(
+        20, ge=0, description="Most probable tokens that can be asked for beside each token."
+    )
     max_n: int = Field(16, ge=1, description="Most choices per prompt.")
     max_stop: int = Field(16, ge=1, description="Most stop strings of a request.")
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body.")
@@ -136,6 +142,18 @@ class Settings(BaseSettings):
         gt=0,
         allow_inf_nan=False,
         description="Silence on a stream after which a comment is sent.",
+    )
+    max_resumable_streams: int = Field(
+        64, ge=0, description="Streams that can be resumed; the oldest ended ones make room."
+    )
+    stream_buffer_bytes: int = Field(
+        4 << 20, ge=1024, description="Most bytes kept of a resumable stream; its oldest events go."
+    )
+    stream_ttl_s: float = Field(
+        300.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds that a resumable stream can be read after its end.",
     )
     drain_timeout_s: float = Field(
         30.0,

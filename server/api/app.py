@@ -10,10 +10,12 @@ from fastapi import FastAPI
 from model.checkpoint import Checkpoint
 from model.compact import CompactForm, compact_form
 from server import __version__
-from server.api import completions, health, models, problems, sessions
+from server.api import chat, completions, health, models, problems, resumption, sessions
+from server.api.conversation import Conversation
 from server.api.middleware import RequestMiddleware
 from server.api.router import Router
 from server.api.service import Service
+from server.api.streams import StreamLimits, Streams
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import Event, Evicted
 from server.errors import StorageFailed
@@ -31,14 +33,16 @@ log = logging.getLogger(__name__)
 def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) -> FastAPI:
     """An app that serves one checkpoint; it closes the store when it ends.
 
-    Raises ValueError when it is to park states compactly and this model has no such form.
+    Raises ValueError when it is to park states compactly and this model has no such form, and
+    TemplateFault when the model's chat template is none.
     """
     metrics = Metrics()
     codec = _codec(settings, checkpoint)
+    conversation = _conversation(checkpoint)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service = _build(settings, checkpoint, store, codec, metrics)
+        service = _build(settings, checkpoint, store, codec, conversation, metrics)
         service.engine.start()
         app.state.service = service
         sweeping = asyncio.create_task(_sweep(service.sessions, settings.sweep_interval_s))
@@ -47,6 +51,7 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
         finally:
             sweeping.cancel()
             await asyncio.wait([sweeping])
+            await service.streams.close()
             await asyncio.to_thread(service.engine.stop)
             await store.close()
 
@@ -56,7 +61,7 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
         version=__version__,
         lifespan=lifespan,
     )
-    for part in (completions, sessions, models, health):
+    for part in (completions, chat, sessions, resumption, models, health):
         app.include_router(part.router)
     problems.install(app, metrics)
     app.add_middleware(
@@ -100,6 +105,20 @@ def _codec(settings: Settings, checkpoint: Checkpoint) -> Codec:
     )
 
 
+def _conversation(checkpoint: Checkpoint) -> Conversation | None:
+    """Raises TemplateFault."""
+    if checkpoint.chat_template is None:
+        return None
+    config = checkpoint.network.config
+    ends = config.eos_token_ids
+    return Conversation(
+        checkpoint.chat_template,
+        checkpoint.tokenizer,
+        config.bos_token_id,
+        ends[-1] if ends else None,
+    )
+
+
 async def _sweep(conversations: Sessions, every_s: float) -> None:
     """Erase expired sessions, for ever."""
     while True:
@@ -117,6 +136,7 @@ def _build(
     checkpoint: Checkpoint,
     store: SessionStore,
     codec: Codec,
+    conversation: Conversation | None,
     metrics: Metrics,
 ) -> Service:
     loop = asyncio.get_running_loop()
@@ -154,4 +174,12 @@ def _build(
         sessions=conversations,
         engine=engine,
         router=router,
+        conversation=conversation,
+        streams=Streams(
+            StreamLimits(
+                settings.max_resumable_streams,
+                settings.stream_buffer_bytes,
+                settings.stream_ttl_s,
+            )
+        ),
     )

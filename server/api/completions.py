@@ -1,36 +1,26 @@
 """`POST /v1/completions`: text that continues a prompt, whole or as a stream."""
 
-import asyncio
-import secrets
-import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Request, Response
-from fastapi.responses import JSONResponse
 
 from server.api import prompts
+from server.api.answers import Answer, Choice, PlacedTokens
 from server.api.auth import OwnerDep
+from server.api.exchange import Exchange, Prepared, SessionHeaders
 from server.api.schemas.completions import (
     Completion,
     CompletionChoice,
+    CompletionLogprobs,
     CompletionRequest,
-    PromptTokensDetails,
-    StreamOptions,
-    Usage,
 )
 from server.api.schemas.problems import ErrorResponse
 from server.api.service import Service, ServiceDep
-from server.api.sse import EventStream
-from server.api.turns import ChoiceSpec, Turn
-from server.engine.messages import Finished, TextDelta
-from server.errors import InvalidRequest
-from server.sessions.turn import TurnCondition
+from server.api.turns import ChoiceSpec, Told, Turn
+from server.engine.messages import Finished, PromptScored, Token
 
 router = APIRouter(tags=["completions"])
-CLIENT_CLOSED_REQUEST = 499
 
 
 @router.post(
@@ -58,246 +48,179 @@ async def create_completion(
     again: the same request gets the same answer, for as long as the turn's checkpoint is kept.
     Without a session nothing could be done twice, and the key has no effect.
     """
-    service.check_ready()
-    prompts.check_model(service, body.model)
-    prompts.check_limits(service, body)
-    session_id = _session_id(body, x_session_id)
-    turn = Turn(service, owner, prompts.timeout_s(service, body))
-    headers = {} if session_id is None else {"X-Session-ID": session_id}
-    try:
-        if session_id is not None:
-            known = await turn.resume(session_id, _condition(body, idempotency_key))
-            if known is not None:
-                await turn.close()
-                return _again(Completion.model_validate_json(known), body, headers)
+
+    async def prepare(turn: Turn) -> Prepared:
         tokens = await prompts.read_prompts(service, body, turn.start)
-        choices = prompts.choices(service, body, tokens)
-        answer = _Answer(service, body, session_id, turn, tokens, choices)
-        turn.submit(choices, answer)
-    except BaseException:
-        await asyncio.shield(turn.close())
-        raise
-    if body.stream:
-        messages = _messages(answer, turn, service.settings.keepalive_s)
-        return EventStream(messages, turn.close, headers)
-    try:
-        completion = await _unless_disconnected(request, answer, turn)
-    finally:
-        await asyncio.shield(turn.close())
-    if completion is None:
-        request.scope["latentd.outcome"] = "cancelled"
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return JSONResponse(completion.model_dump(mode="json"), headers=headers)
+        specs = prompts.choices(service, body, tokens)
+        return Prepared(specs, CompletionAnswer(service, body, turn, specs))
+
+    given = SessionHeaders(x_session_id, idempotency_key)
+    return await Exchange(request, service, owner, body, given).answer(
+        prepare, lambda known: _again(known, body)
+    )
 
 
-@dataclass
-class _Choice:
-    """What has come so far of one choice."""
-
-    text: list[str] = field(default_factory=list)
-    num_generated: int = 0
-    cached_tokens: int = 0
-    """Tokens of the prompt that this choice did not need to read."""
-
-    reason: Literal["stop", "length"] | None = None
-
-    def take(self, event: TextDelta | Finished) -> None:
-        self.text.append(event.text)
-        if isinstance(event, Finished):
-            self.reason, self.num_generated = event.reason, event.num_generated
-            self.cached_tokens = event.cached_tokens
-        else:
-            self.num_generated += 1
-
-
-class _Answer:
-    """Collects a completion, or renders it piece by piece."""
+class CompletionAnswer(Answer):
+    """A completion in OpenAI's shape."""
 
     def __init__(
-        self,
-        service: Service,
-        body: CompletionRequest,
-        session_id: str | None,
-        turn: Turn,
-        tokens: Sequence[tuple[int, ...]],
-        choices: Sequence[ChoiceSpec],
+        self, service: Service, body: CompletionRequest, turn: Turn, specs: Sequence[ChoiceSpec]
     ) -> None:
-        self._id = f"cmpl-{secrets.token_hex(12)}"
-        self._created = int(time.time())
-        self._service = service
-        self._body = body
-        self._session_id = session_id
-        self._session_turn = None if turn.session_turn is None else turn.session_turn + 1
-        self._resumed_tokens = turn.start.position
-        self._prompt_tokens = self._resumed_tokens + sum(map(len, tokens))
-        self.echoes = [self._echo(choice) for choice in choices] if body.echo else []
-        self.choices = [_Choice() for _ in choices]
-        for choice, text in zip(self.choices, self.echoes, strict=False):
-            choice.text.append(text)
+        decode = service.checkpoint.tokenizer.decode
+        self._echoes = [decode(spec.token_ids) if body.echo else "" for spec in specs]
+        super().__init__(service, body, turn, specs, prefix="cmpl", echoes=self._echoes)
+        self._asked = body
 
-    def take(self, index: int, event: TextDelta | Finished) -> None:
-        """The next event of a choice."""
-        self.choices[index].take(event)
+    def opening(self) -> Iterator[Completion]:
+        """The prompts, unless their probabilities are to come with them."""
+        if self._asked.echo and not self._scores_prompt:
+            for index, text in enumerate(self._echoes):
+                yield self._piece(index, text, self._prompt_ids(index))
+        elif self._asked.return_token_ids:
+            for index in range(len(self.choices)):
+                yield self._piece(index, "", self._prompt_ids(index))
 
-    def to_json(self) -> str:
-        """The whole completion."""
-        return self.whole().model_dump_json()
+    def pieces(self, index: int, event: Told) -> Iterator[Completion]:
+        """At most one event."""
+        choice = self.choices[index]
+        if isinstance(event, PromptScored):
+            logprobs = self._logprobs(choice.prompt, len(event.tokens))
+            yield self._piece(index, self._echoes[index], {"logprobs": logprobs})
+            return
+        facts = self._told(choice, len(event.tokens))
+        if isinstance(event, Finished):
+            yield self._piece(
+                index, event.text, facts | {"stop_reason": event.stopped_by}, event.reason
+            )
+        elif event.text or event.tokens:
+            yield self._piece(index, event.text, facts)
 
-    @property
-    def usage(self) -> Usage:
-        generated = sum(choice.num_generated for choice in self.choices)
-        return Usage(
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=generated,
-            total_tokens=self._prompt_tokens + generated,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._cached_tokens),
-        )
-
-    @property
-    def _cached_tokens(self) -> int:
-        """Of each prompt what none of its choices needed to read, and what the session held."""
-        n = self._body.num_choices_per_prompt
-        of_prompts = (self.choices[start : start + n] for start in range(0, len(self.choices), n))
-        return self._resumed_tokens + sum(
-            min(choice.cached_tokens for choice in choices) for choices in of_prompts
-        )
-
-    @property
-    def wants_usage(self) -> bool:
-        """Whether the stream ends with an event for the usage."""
-        options = self._body.stream_options
-        return options is not None and bool(options.include_usage)
-
-    @property
-    def _usage_in_events(self) -> bool:
-        options = self._body.stream_options
-        return options is not None and bool(options.continuous_usage_stats)
-
-    def completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
-        """A completion object with these choices."""
-        return Completion(
-            id=self._id,
-            object="text_completion",
-            created=self._created,
-            model=self._service.model_name,
-            system_fingerprint=f"fp_{self._service.checkpoint.fingerprint[:12]}",
-            choices=choices,
-            usage=usage,
-            session_id=self._session_id,
-            session_turn=self._session_turn if self._is_finished else None,
-        )
-
-    @property
-    def _is_finished(self) -> bool:
-        return all(choice.reason is not None for choice in self.choices)
-
-    def piece(self, index: int, text: str, reason: Literal["stop", "length"] | None) -> Completion:
-        """One event of a stream."""
-        choice = CompletionChoice(index=index, text=text, logprobs=None, finish_reason=reason)
-        return self.completion([choice], self.usage if self._usage_in_events else None)
+    def usage_event(self) -> Completion:
+        return self._completion([], usage=self.usage)
 
     def whole(self) -> Completion:
-        """The completion when all choices have finished."""
-        return self.completion(
-            [
-                CompletionChoice(
-                    index=index,
-                    text="".join(choice.text),
-                    logprobs=None,
-                    finish_reason=choice.reason,
-                )
-                for index, choice in enumerate(self.choices)
-            ],
-            self.usage,
+        return self._completion(
+            [self._whole_choice(index, at) for index, at in enumerate(self._chosen())],
+            usage=self.usage,
+            session_id=self.session_id,
+            session_turn=self.session_turn,
         )
 
-    def _echo(self, choice: ChoiceSpec) -> str:
-        return self._service.checkpoint.tokenizer.decode(choice.token_ids)
+    @property
+    def _scores_prompt(self) -> bool:
+        return bool(self._asked.echo) and self._asked.logprobs is not None
+
+    def _chosen(self) -> Iterator[int]:
+        """The choices that are answered with: of each prompt the best, as many as were asked for.
+
+        Where all are, in their order.
+        """
+        made, kept = self._asked.num_generated_per_prompt, self._asked.num_choices_per_prompt
+        for start in range(0, len(self.choices), made):
+            of_prompt = range(start, start + made)
+            if kept == made:
+                yield from of_prompt
+            else:
+                best_first = sorted(of_prompt, key=lambda at: -self.choices[at].mean_logprob)
+                yield from best_first[:kept]
+
+    def _whole_choice(self, index: int, at: int) -> CompletionChoice:
+        choice = self.choices[at]
+        facts = self._told(choice, len(choice.generated.tokens)) | self._prompt_ids(at)
+        if self._scores_prompt:
+            prompt = self._logprobs(choice.prompt, len(choice.prompt.tokens))
+            facts["logprobs"] = _joined(prompt, facts.get("logprobs"))
+        return CompletionChoice(
+            index=index,
+            text=self._echoes[at] + "".join(choice.text),
+            finish_reason=choice.reason,
+            stop_reason=choice.stopped_by,
+            **({"logprobs": None} | facts),
+        )
+
+    def _piece(
+        self,
+        index: int,
+        text: str,
+        facts: dict[str, object],
+        reason: Literal["stop", "length"] | None = None,
+    ) -> Completion:
+        """One event of a stream."""
+        choice = CompletionChoice.model_validate(
+            {"index": index, "text": text, "logprobs": None, "finish_reason": reason} | facts
+        )
+        return self._completion([choice], **self.usage_in_event)
+
+    def _completion(self, choices: list[CompletionChoice], **facts: object) -> Completion:
+        """A completion object with these choices."""
+        return Completion.model_validate(
+            self.facts | {"object": "text_completion", "choices": choices} | facts
+        )
+
+    def _prompt_ids(self, index: int) -> dict[str, object]:
+        if not self._asked.return_token_ids:
+            return {}
+        return {"prompt_token_ids": list(self.choices[index].prompt_ids)}
+
+    def _told(self, choice: Choice, num_new: int) -> dict[str, object]:
+        """What was asked for about the last `num_new` tokens of a choice."""
+        facts: dict[str, object] = {}
+        if self._asked.logprobs is not None:
+            facts["logprobs"] = self._logprobs(choice.generated, num_new)
+        if self._asked.return_token_ids:
+            facts["token_ids"] = choice.ids[len(choice.ids) - num_new :]
+        return facts
+
+    def _logprobs(self, placed: PlacedTokens, num_new: int) -> CompletionLogprobs:
+        """Of the last `num_new` tokens."""
+        first = len(placed.tokens) - num_new
+        tokens = placed.tokens[first:]
+        return CompletionLogprobs(
+            tokens=[self._name(token.token_id) for token in tokens],
+            token_logprobs=[token.logprob for token in tokens],
+            top_logprobs=[self._top(token) for token in tokens] if self._asked.logprobs else None,
+            text_offset=placed.offsets[first:],
+        )
+
+    def _top(self, token: Token) -> dict[str, float] | None:
+        """The most probable tokens and the token itself, by name."""
+        if token.logprob is None:
+            return None
+        named = dict[str, float]()
+        for token_id, logprob in (*token.top, (token.token_id, token.logprob)):
+            name = self._name(token_id)
+            named[name] = max(logprob, named.get(name, logprob))
+        return named
+
+    def _name(self, token_id: int) -> str:
+        """A token in the older API: its text, or else its bytes."""
+        text = self.tokenizer.bytes_of(token_id)
+        try:
+            return text.decode() if text else self.tokenizer.name_of(token_id)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
 
 
-async def _messages(
-    answer: _Answer, turn: Turn, keepalive_s: float
-) -> AsyncIterator[Completion | None]:
-    """The events of a stream; None after a silence."""
-    for index, text in enumerate(answer.echoes):
-        yield answer.piece(index, text, None)
-    async for happened in turn.events(keepalive_s):
-        if happened is None:
-            yield None
-            continue
-        index, event = happened
-        if isinstance(event, Finished):
-            yield answer.piece(index, event.text, event.reason)
-        elif event.text:
-            yield answer.piece(index, event.text, None)
-    if answer.wants_usage:
-        yield answer.completion([], answer.usage)
+def _joined(first: CompletionLogprobs, second: object) -> CompletionLogprobs:
+    if not isinstance(second, CompletionLogprobs):
+        return first
+    tops = None
+    if first.top_logprobs is not None and second.top_logprobs is not None:
+        tops = first.top_logprobs + second.top_logprobs
+    return CompletionLogprobs(
+        tokens=first.tokens + second.tokens,
+        token_logprobs=first.token_logprobs + second.token_logprobs,
+        top_logprobs=tops,
+        text_offset=first.text_offset + second.text_offset,
+    )
 
 
-async def _collect(answer: _Answer, turn: Turn) -> Completion:
-    async for _ in turn.events():
-        pass
-    return answer.whole()
-
-
-def _again(known: Completion, body: CompletionRequest, headers: dict[str, str]) -> Response:
-    """The answer of a turn that was taken before; its text comes in one piece."""
-    headers = headers | {"Idempotent-Replayed": "true"}
-    if not body.stream:
-        return JSONResponse(known.model_dump(mode="json"), headers=headers)
-    options = body.stream_options or StreamOptions()
-
-    async def pieces() -> AsyncIterator[Completion | None]:
-        usage = known.usage if options.continuous_usage_stats else None
-        yield known.model_copy(update={"usage": usage})
-        if options.include_usage:
-            yield known.model_copy(update={"choices": []})
-
-    async def nothing() -> None:
-        pass
-
-    return EventStream(pieces(), nothing, headers)
-
-
-async def _unless_disconnected(request: Request, answer: _Answer, turn: Turn) -> Completion | None:
-    """The completion, or None as soon as the client has gone."""
-    collecting = asyncio.create_task(_collect(answer, turn))
-    watching = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait([collecting, watching], return_when=asyncio.FIRST_COMPLETED)
-        return await collecting if collecting.done() else None
-    finally:
-        for task in (collecting, watching):
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _condition(body: CompletionRequest, key: str | None) -> TurnCondition:
-    """What the turn depends on. How an answer is delivered does not make it another one."""
-    if key is None:
-        return TurnCondition(body.expected_turn)
-    if not (key.isascii() and key.isprintable()):
-        raise InvalidRequest("it must be printable ASCII", "Idempotency-Key")
-    delivery = {"session_id", "stream", "stream_options", "timeout", "user"}
-    asked = body.model_dump_json(exclude=delivery, exclude_none=True)
-    return TurnCondition(body.expected_turn, key, asked)
-
-
-def _session_id(body: CompletionRequest, header: str | None) -> str | None:
-    """The session that body or header name. Raises InvalidRequest."""
-    if None not in (body.session_id, header) and body.session_id != header:
-        raise InvalidRequest("session_id and the header X-Session-ID differ", "session_id")
-    session_id = header if body.session_id is None else body.session_id
-    if session_id is None and body.expected_turn is not None:
-        raise InvalidRequest("expected_turn needs a session", "expected_turn")
-    if session_id is not None and body.num_choices_per_prompt > 1:
-        raise InvalidRequest("a session has one future: n must be 1", "n")
-    if session_id is not None and len(body.prompts) > 1:
-        raise InvalidRequest("a turn of a session has one prompt", "prompt")
-    return session_id
+def _again(answer: str, body: CompletionRequest) -> Iterator[Completion]:
+    """A known answer as a stream."""
+    known = Completion.model_validate_json(answer)
+    usage = known.usage if body.wants_usage_in_events else None
+    told = {"usage": usage} if body.wants_usage_in_events or body.wants_usage_event else {}
+    facts = known.model_dump(exclude={"usage"}, exclude_unset=True)
+    yield Completion.model_validate(facts | told)
+    if body.wants_usage_event:
+        yield known.model_copy(update={"choices": []})

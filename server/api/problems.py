@@ -79,13 +79,15 @@ def _describe(request: Request, problems: Sequence[Any]) -> InvalidRequest:
         return InvalidRequest(named, param, "missing_required_parameter")
     if kind == "extra_forbidden":
         return InvalidRequest(f"{param}: there is no such parameter", param, "unknown_parameter")
+    if kind == "unsupported":
+        return InvalidRequest(f"{param}: {problem['msg']}", param, "unsupported_parameter")
     given = repr(problem.get("input"))
     if len(given) > LONGEST_ECHO:
         given = given[:LONGEST_ECHO] + "…"
     return InvalidRequest(f"{param}: {problem['msg']}, not {given}", param, "invalid_value")
 
 
-UNION_TAGS = {"text", "texts", "tokens", "token_lists"}
+UNION_TAGS = {"text", "texts", "tokens", "token_lists", "parts"}
 """What pydantic adds to the path of a field that takes several forms."""
 
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from model.sampling import SamplingParams, derive_seed
+from server.api.schemas.chat import ChatRequest
 from server.api.schemas.completions import CompletionRequest
+from server.api.schemas.generation import GenerationRequest
 from server.api.service import Service
 from server.api.turns import ChoiceSpec
 from server.engine.messages import Continuation
@@ -26,41 +28,66 @@ def check_model(service: Service, name: str | None) -> None:
         )
 
 
-def check_limits(service: Service, body: CompletionRequest) -> None:
-    """Raises InvalidRequest for what exceeds this server's settings."""
+def check_limits(service: Service, body: GenerationRequest) -> None:
+    """Raises InvalidRequest for what exceeds this server's settings or goes ill together."""
     settings = service.settings
-    if max_tokens(service, body) > settings.max_tokens_limit:
+    most = max_tokens(service, body)
+    if most > settings.max_tokens_limit:
         raise InvalidRequest(
-            f"max_tokens is {body.max_tokens}, the most is {settings.max_tokens_limit}",
-            "max_tokens",
+            f"max_tokens is {most}, the most is {settings.max_tokens_limit}", "max_tokens"
         )
-    if body.num_choices_per_prompt > settings.max_n:
-        raise InvalidRequest(f"n is {body.n}, the most is {settings.max_n}", "n")
+    if body.min_tokens is not None and body.min_tokens > most:
+        raise InvalidRequest(
+            f"min_tokens is {body.min_tokens}, which is more than max_tokens, {most}", "min_tokens"
+        )
+    num_made, n = body.num_generated_per_prompt, body.num_choices_per_prompt
+    if num_made > settings.max_n:
+        wrong = "n" if num_made == n else "best_of"
+        raise InvalidRequest(f"{wrong} is {num_made}, the most is {settings.max_n}", wrong)
     if len(body.stops) > settings.max_stop:
         raise InvalidRequest(
             f"{len(body.stops)} stop strings, the most is {settings.max_stop}", "stop"
         )
-    num_choices = body.num_choices_per_prompt * len(body.prompts)
-    if num_choices > settings.max_waiting:
+    if num_made * body.num_prompts > settings.max_waiting:
         raise InvalidRequest(
-            f"n times the number of prompts is {num_choices}, the most is {settings.max_waiting}",
+            f"n times the number of prompts is {num_made * body.num_prompts}, the most is "
+            f"{settings.max_waiting}",
             "prompt",
         )
     most_s = settings.request_timeout_s
     if body.timeout is not None and most_s is not None and body.timeout > most_s:
         raise InvalidRequest(f"timeout is {body.timeout:g}, the most is {most_s:g}", "timeout")
+    if (body.num_logprobs or 0) > settings.max_logprobs:
+        raise InvalidRequest(
+            f"{body.num_logprobs} most probable tokens, the most is {settings.max_logprobs}",
+            body.logprobs_name,
+        )
+    _check_stream(body)
+
+
+def _check_stream(body: GenerationRequest) -> None:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream: true", "stream_options")
+    if body.resumable and not body.stream:
+        raise InvalidRequest("resumable needs stream: true", "resumable")
+    if body.stream and body.num_generated_per_prompt > body.num_choices_per_prompt:
+        raise InvalidRequest(
+            "which choices are best is known at the end only: best_of cannot be streamed", "best_of"
+        )
 
 
-def timeout_s(service: Service, body: CompletionRequest) -> float | None:
+def timeout_s(service: Service, body: GenerationRequest) -> float | None:
     """Seconds in which the request must end."""
     return service.settings.request_timeout_s if body.timeout is None else body.timeout
 
 
-def max_tokens(service: Service, body: CompletionRequest) -> int:
+def max_tokens(service: Service, body: GenerationRequest) -> int:
     """Tokens to generate at most."""
-    return service.settings.default_max_tokens if body.max_tokens is None else body.max_tokens
+    if body.token_limit is not None:
+        return body.token_limit
+    settings = service.settings
+    is_chat = isinstance(body, ChatRequest)
+    return settings.default_chat_max_tokens if is_chat else settings.default_max_tokens
 
 
 async def read_prompts(
@@ -74,9 +101,20 @@ async def read_prompts(
         prompts = [
             (bos, *ids) if is_text else ids for ids, is_text in zip(prompts, texts, strict=True)
         ]
+    check_lengths(service, body, prompts, start)
+    return prompts
+
+
+def check_lengths(
+    service: Service,
+    body: GenerationRequest,
+    prompts: Sequence[tuple[int, ...]],
+    start: Continuation,
+) -> None:
+    """Raises InvalidRequest for prompts that are empty or too long, each or together."""
     for ids in prompts:
         _check_length(service, body, ids, start)
-    num_tokens = body.num_choices_per_prompt * sum(map(len, prompts))
+    num_tokens = body.num_generated_per_prompt * sum(map(len, prompts))
     if num_tokens > service.settings.max_waiting_tokens:
         raise InvalidRequest(
             f"n times the tokens of the prompts is {num_tokens}, the most is "
@@ -84,33 +122,48 @@ async def read_prompts(
             "prompt",
             "context_length_exceeded",
         )
-    return prompts
 
 
 def choices(
-    service: Service, body: CompletionRequest, prompts: Sequence[tuple[int, ...]]
+    service: Service, body: GenerationRequest, prompts: Sequence[tuple[int, ...]]
 ) -> list[ChoiceSpec]:
-    """All choices of an answer, in order: `n` for each prompt. Raises InvalidRequest."""
+    """All choices of an answer, prompt by prompt. Raises InvalidRequest."""
     sampling = _sampling(service, body)
+    vocab_sz = service.checkpoint.network.config.vocab_sz
+    for token_id in body.stop_token_ids or ():
+        if token_id >= vocab_sz:
+            raise InvalidRequest(f"token id {token_id} is not below {vocab_sz}", "stop_token_ids")
+    scores = isinstance(body, CompletionRequest) and body.echo and body.logprobs is not None
     return [
         ChoiceSpec(
             token_ids=ids,
             max_tokens=max_tokens(service, body),
             sampling=replace(sampling, seed=derive_seed(sampling.seed, index)),
             stop=body.stops,
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            include_stop=bool(body.include_stop_str_in_output),
             ignore_eos=bool(body.ignore_eos),
+            min_tokens=body.min_tokens or 0,
+            num_logprobs=body.num_logprobs,
+            return_tokens=bool(body.return_token_ids),
+            score_prompt=bool(scores),
         )
         for ids in prompts
-        for index in range(body.num_choices_per_prompt)
+        for index in range(body.num_generated_per_prompt)
     ]
+
+
+async def encode(service: Service, text: str) -> tuple[int, ...]:
+    """Tokens of a text; a long one does not hold up the event loop."""
+    words = service.checkpoint.tokenizer
+    if len(text) <= SHORT_TEXT:
+        return tuple(words.encode(text))
+    return tuple(await asyncio.to_thread(words.encode, text))
 
 
 async def _tokens(service: Service, prompt: str | list[int]) -> tuple[int, ...]:
     if isinstance(prompt, str):
-        encode = service.checkpoint.tokenizer.encode
-        if len(prompt) <= SHORT_TEXT:
-            return tuple(encode(prompt))
-        return tuple(await asyncio.to_thread(encode, prompt))
+        return await encode(service, prompt)
     vocab_sz = service.checkpoint.network.config.vocab_sz
     outside = next((token_id for token_id in prompt if token_id >= vocab_sz), None)
     if outside is not None:
@@ -119,7 +172,7 @@ async def _tokens(service: Service, prompt: str | list[int]) -> tuple[int, ...]:
 
 
 def _check_length(
-    service: Service, body: CompletionRequest, ids: tuple[int, ...], start: Continuation
+    service: Service, body: GenerationRequest, ids: tuple[int, ...], start: Continuation
 ) -> None:
     limit = service.settings.max_prompt_tokens
     if len(ids) > limit:
@@ -136,7 +189,7 @@ def _check_length(
         )
 
 
-def _sampling(service: Service, body: CompletionRequest) -> SamplingParams:
+def _sampling(service: Service, body: GenerationRequest) -> SamplingParams:
     default = SamplingParams()
     top_k = default.top_k if body.top_k is None else max(0, body.top_k)
     seed = secrets.randbits(64) if body.seed is None else body.seed

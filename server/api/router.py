@@ -1,16 +1,83 @@
 """From the engine's thread to the tasks that wait: every request's events go into its queue."""
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from server.engine.engine import Engine
-from server.engine.messages import Event, Evicted, Finished
+from server.engine.messages import Event, Evicted, Finished, TextDelta, Token
+
+MOST_APART = 64
+"""Events of a queue that stay as they are; text beyond them is put together."""
 
 
 @dataclass(frozen=True)
 class Aborted:
     """The server stops: the turn that waits for this queue has to end."""
+
+
+class _Heap:
+    """Text of one request that nobody has read yet, in one piece."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._texts: list[str] = []
+        self._tokens: list[Token] = []
+        self._num_generated = 0
+
+    def add(self, event: TextDelta) -> None:
+        self._texts.append(event.text)
+        self._tokens.extend(event.tokens)
+        self._num_generated += event.num_generated
+
+    def event(self) -> TextDelta:
+        text, tokens = "".join(self._texts), tuple(self._tokens)
+        return TextDelta(self.request_id, text, tokens, self._num_generated)
+
+
+class EventQueue:
+    """Events of one answer, for the one task that reads them.
+
+    Who reads slowly gets fewer and larger pieces: the queue has no more events than `MOST_APART`
+    and a few for each request.
+    """
+
+    def __init__(self) -> None:
+        self._events: deque[Event | Aborted | _Heap] = deque()
+        self._heaps: dict[str, _Heap] = {}
+        self._reader: asyncio.Future[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def put(self, event: Event | Aborted) -> None:
+        """Add an event."""
+        if isinstance(event, TextDelta) and len(self._events) >= MOST_APART:
+            heap = self._heaps.get(event.request_id)
+            if heap is None:
+                heap = self._heaps[event.request_id] = _Heap(event.request_id)
+                self._events.append(heap)
+            heap.add(event)
+        else:
+            self._events.append(event)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def get_nowait(self) -> Event | Aborted:
+        """The next event. Raises IndexError if there is none."""
+        event = self._events.popleft()
+        if isinstance(event, _Heap):
+            del self._heaps[event.request_id]
+            return event.event()
+        return event
+
+    async def get(self) -> Event | Aborted:
+        """The next event, when there is one."""
+        while not self._events:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        return self.get_nowait()
 
 
 class Router:
@@ -19,11 +86,11 @@ class Router:
     def __init__(self, engine: Engine, row_evicted: Callable[[str], None]) -> None:
         self._engine = engine
         self._row_evicted = row_evicted
-        self._queues: dict[str, asyncio.Queue[Event | Aborted]] = {}
+        self._queues: dict[str, EventQueue] = {}
 
-    def open(self, request_ids: Iterable[str]) -> asyncio.Queue[Event | Aborted]:
+    def open(self, request_ids: Iterable[str]) -> EventQueue:
         """One queue for the events of all these requests."""
-        queue: asyncio.Queue[Event | Aborted] = asyncio.Queue()
+        queue = EventQueue()
         self._queues.update(dict.fromkeys(request_ids, queue))
         return queue
 
@@ -31,7 +98,7 @@ class Router:
         """Deliver no more events of these requests; drop those that nobody has taken."""
         for request_id in request_ids:
             queue = self._queues.pop(request_id, None)
-            while queue is not None and queue not in self._queues.values() and not queue.empty():
+            while queue is not None and queue not in self._queues.values() and len(queue):
                 self._drop(queue.get_nowait())
 
     def dispatch(self, events: list[Event | Evicted]) -> None:
@@ -40,14 +107,14 @@ class Router:
             if isinstance(event, Evicted):
                 self._row_evicted(event.name)
             elif (queue := self._queues.get(event.request_id)) is not None:
-                queue.put_nowait(event)
+                queue.put(event)
             else:
                 self._drop(event)
 
     def abort(self) -> None:
         """End every turn that runs."""
         for queue in self._queues.values():
-            queue.put_nowait(Aborted())
+            queue.put(Aborted())
 
     def _drop(self, event: Event | Aborted) -> None:
         if isinstance(event, Finished) and event.warm is not None:

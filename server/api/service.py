@@ -7,7 +7,9 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from model.checkpoint import Checkpoint
+from server.api.conversation import Conversation
 from server.api.router import Router
+from server.api.streams import Streams
 from server.engine.engine import Engine
 from server.errors import ShuttingDown
 from server.metrics import Metrics
@@ -59,6 +61,10 @@ class Service:
     sessions: Sessions
     engine: Engine
     router: Router
+    streams: Streams
+    conversation: Conversation | None
+    """How messages become a prompt; None for a model without a chat template."""
+
     open_turns: OpenTurns = field(default_factory=OpenTurns)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the server is about to stop: no new turns."""

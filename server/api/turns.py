@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from model.sampling import SamplingParams
-from server.api.router import Aborted
+from server.api.router import Aborted, EventQueue
 from server.api.service import Service
 from server.engine.messages import (
     Continuation,
@@ -26,6 +26,7 @@ from server.engine.messages import (
     Fresh,
     NoProbabilities,
     Parked,
+    PromptScored,
     StateMissing,
     TextDelta,
     Warm,
@@ -49,14 +50,24 @@ class ChoiceSpec:
     token_ids: tuple[int, ...]
     max_tokens: int
     sampling: SamplingParams
-    stop: tuple[str, ...]
-    ignore_eos: bool
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    num_logprobs: int | None = None
+    return_tokens: bool = False
+    score_prompt: bool = False
+
+
+Told = PromptScored | TextDelta | Finished
+"""What a client hears of."""
 
 
 class Answer(Protocol):
     """What a turn's events are collected in."""
 
-    def take(self, index: int, event: TextDelta | Finished) -> None:
+    def take(self, index: int, event: Told) -> None:
         """The next event of a choice."""
 
     def to_json(self) -> str:
@@ -78,7 +89,7 @@ class Turn:
         self._session: SessionTurn | None = None
         self._parked = Parked(b"")
         self._requests: dict[str, tuple[int, EngineRequest]] = {}
-        self._queue: asyncio.Queue[Event | Aborted] = asyncio.Queue()
+        self._queue = EventQueue()
         self._kept_row: str | None = None
         self._closed = False
         self._answer: Answer | None = None
@@ -103,6 +114,11 @@ class Turn:
             self._parked = Parked(state.state)
             self.start = Continuation(state.position, state.pending, state.undecoded, state.recent)
         return None
+
+    @property
+    def session_id(self) -> str | None:
+        """The session of which this is a turn."""
+        return None if self._session is None else self._session.record.id
 
     @property
     def session_turn(self) -> int | None:
@@ -143,7 +159,7 @@ class Turn:
 
     async def events(
         self, silence_s: float | None = None
-    ) -> AsyncIterator[tuple[int, TextDelta | Finished] | None]:
+    ) -> AsyncIterator[tuple[int, Told] | None]:
         """What happens, by index of the choice, until every choice has finished.
 
         None comes when nothing has happened for `silence_s`. The answer has taken each event before
@@ -155,7 +171,7 @@ class Turn:
             match event:
                 case None:
                     yield None
-                case TextDelta(request_id):
+                case TextDelta(request_id) | PromptScored(request_id):
                     index, _ = self._requests[request_id]
                     self._take(index, event)
                     yield index, event
@@ -222,13 +238,20 @@ class Turn:
             max_tokens=choice.max_tokens,
             sampling=choice.sampling,
             stop=choice.stop,
+            stop_token_ids=choice.stop_token_ids,
+            include_stop=choice.include_stop,
             ignore_eos=choice.ignore_eos,
+            min_tokens=choice.min_tokens,
+            num_logprobs=choice.num_logprobs,
+            return_tokens=choice.return_tokens,
+            score_prompt=choice.score_prompt,
+            prefix_salt=self._owner.encode(),
             keep_state=keep_state,
             deadline=None if self._timeout_s is None else self._started + self._timeout_s,
         )
 
     async def _next_event(self, silence_s: float | None) -> Event | Aborted | None:
-        if not self._queue.empty():
+        if len(self._queue):
             return self._queue.get_nowait()
         try:
             async with asyncio.timeout(silence_s):
@@ -248,7 +271,7 @@ class Turn:
             return InternalError(reason)
         return SessionDamaged(self._session.record.id, self._session.record.turn, reason)
 
-    def _take(self, index: int, event: TextDelta | Finished) -> None:
+    def _take(self, index: int, event: Told) -> None:
         if self._answer is not None:
             self._answer.take(index, event)
 

@@ -161,6 +161,10 @@ class TextDelta:
     """If asked for: the tokens whose text begins in what is certain now and was not before. What a
     stop string cuts away is in no event."""
 
+    num_generated: int = 1
+    """Tokens sampled, of which the text came to be; more than one where events were put together
+    for somebody who reads slowly."""
+
 
 @dataclass(frozen=True)
 class Finished:

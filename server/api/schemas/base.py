@@ -2,8 +2,16 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_plain_validator_function
 
 
 def _kind_of_prompt(value: Any) -> str:
@@ -21,6 +29,29 @@ def _check_unicode(text: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise PydanticCustomError("text", "Text must not contain an unpaired surrogate")
     return text
+
+
+class Refused:
+    """Annotates a parameter of OpenAI's that this server cannot honour.
+
+    null and the `harmless` values ask for nothing and are taken; all others are refused by name.
+    """
+
+    def __init__(self, why: str, *harmless: Any) -> None:
+        self._why = why
+        self._harmless = (None, *harmless)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        del source, handler
+        return no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        del schema, handler
+        return {"enum": list(self._harmless), "description": f"Not supported: {self._why}."}
+
+    def _check(self, value: Any) -> None:
+        if not any(type(value) is type(v) and value == v for v in self._harmless):
+            raise PydanticCustomError("unsupported", "{why}", {"why": self._why})
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]

@@ -4,70 +4,41 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.api.schemas.base import Prompt, RequestModel, Stop, Text
-
-SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
-Penalty = Annotated[float, Field(ge=-2, le=2)]
+from server.api.schemas.base import Prompt, Refused
+from server.api.schemas.generation import GenerationRequest, Timings, Usage
 
 
-class StreamOptions(RequestModel):
-    include_usage: bool | None = None
-    """End the stream with an event that has no choices but the usage."""
-
-    continuous_usage_stats: bool | None = None
-    """Put the usage so far into every event."""
-
-
-class CompletionRequest(RequestModel):
+class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
     prompt: Prompt | None
     """Text, token ids, or a list of either. null: nothing, to go on with a session."""
 
-    model: Text | None = None
-    session_id: Text | None = None
-    expected_turn: Annotated[int, Field(ge=0)] | None = None
-    """The turn that the session must be at; otherwise the answer is 409 `turn_mismatch`."""
-
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=10)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    """0 and -1: no limit."""
-
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    """By token id, which JSON writes as a string."""
-
-    seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)] | None = None
-    stop: Stop | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
     echo: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    ignore_eos: bool | None = None
-    timeout: Annotated[float, Field(gt=0)] | None = None
-    """Seconds from the request's arrival in which it must end. One that does not is dropped where
-    it is, a session's turn rolled back: status 504, or an error event in a stream, with the code
-    `deadline_exceeded`."""
+    """Begin the text with the prompt; with `logprobs`, tell the prompt's probabilities, too."""
 
-    user: Text | None = None
-    logprobs: None = None
-    best_of: Literal[1] | None = None
-    suffix: Literal[""] | None = None
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+    """Tell the log-probability of each token and of so many of the most probable ones. They are
+    the model's, before penalties, temperature and filters."""
+
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    """Generate so many choices and answer with the `n` of the highest log-probability a token."""
+
+    suffix: Annotated[None, Refused("this model cannot write what comes before a text", "")] = None
 
     @property
-    def num_choices_per_prompt(self) -> int:
-        return 1 if self.n is None else self.n
+    def num_generated_per_prompt(self) -> int:
+        return max(self.num_choices_per_prompt, self.best_of or 0)
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+    def num_prompts(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if self.logprobs is None and self.num_generated_per_prompt > self.num_choices_per_prompt:
+            return 0
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -79,41 +50,81 @@ class CompletionRequest(RequestModel):
         return several or [[item for item in prompt if isinstance(item, int)]]
 
 
-class PromptTokensDetails(BaseModel):
+class CompletionLogprobs(BaseModel):
+    """Four lists of one length: an entry a token."""
+
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    cached_tokens: int
-    """Prompt tokens that did not need to be read: those that the session held already, or the
-    beginning of a prompt that the server has read before. In a stream a prompt's beginning counts
-    from the end of its choices."""
+    tokens: list[str]
+    """A token's text; `bytes:\\x..` where it is not whole characters."""
 
+    token_logprobs: list[float | None]
+    """null for a prompt's first token, before which there is nothing."""
 
-class Usage(BaseModel):
-    """Tokens of a request. Those that a session held already count as prompt tokens, too."""
+    top_logprobs: list[dict[str, float] | None] | None
+    """The most probable tokens, and the token itself; null if none were asked for."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    text_offset: list[int]
+    """Where in the choice's text the token begins, in characters."""
 
 
 class CompletionChoice(BaseModel):
+    """One text that continues a prompt, or a piece of it."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     index: int
+    """Its number among all choices: those of the first prompt first."""
+
     text: str
-    logprobs: None = None
+    """The text."""
+
+    logprobs: CompletionLogprobs | None = None
+    """If asked for."""
+
     finish_reason: Literal["stop", "length"] | None = None
+    """stop: the model, a stop string or a stop token ended it; length: max_tokens did; null: more
+    is to come."""
+
+    stop_reason: str | int | None = None
+    """The stop string or stop token that ended it."""
+
+    token_ids: list[int] | None = None
+    """The text's tokens, if asked for."""
+
+    prompt_token_ids: list[int] | None = None
+    """The prompt's tokens, if asked for."""
 
 
 class Completion(BaseModel):
     """The answer of `POST /v1/completions`, and each event of a stream."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     id: str
+    """The answer's id, which is also that of a resumable stream."""
+
     object: Literal["text_completion"] = "text_completion"
     created: int
+    """Unix seconds."""
+
     model: str
+    """The model's name."""
+
     system_fingerprint: str
+    """Which weights and tokenizer they were."""
+
     choices: list[CompletionChoice]
+    """All choices; in a stream, what is new of one."""
+
     usage: Usage | None = None
+    """Tokens; in a stream only where asked for."""
+
     session_id: str | None = None
+    """The session of which this is a turn."""
+
     session_turn: int | None = None
     """The session's turn that this is, once it is committed."""
+
+    timings: Timings | None = None
+    """If asked for, with the end of the last choice."""

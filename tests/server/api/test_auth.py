@@ -1,5 +1,6 @@
 """Keys: who has none gets nothing, and nobody sees another's sessions."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,10 @@ def client_with(server: LiveServer, key: str | None) -> Iterator[httpx.Client]:
 
 CALLS = [
     ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/v1/streams/x"),
+    ("POST", "/v1/streams/x/cancel"),
+    ("DELETE", "/v1/streams/x"),
     ("POST", "/v1/sessions"),
     ("GET", "/v1/sessions"),
     ("GET", "/v1/sessions/x"),
@@ -71,7 +76,7 @@ def test_every_call_is_guarded(guarded: LiveServer) -> None:
         for path in ("/health/live", "/health/ready", "/metrics"):
             assert client.get(path).status_code == 200
     described = {
-        (method.upper(), path.replace("{session_id}", "x").replace("{model}", "x"))
+        (method.upper(), re.sub("{[a-z_]+}", "x", path))
         for path, methods in paths.items()
         for method in methods
         if path.startswith("/v1")

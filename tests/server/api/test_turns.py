@@ -11,14 +11,14 @@ from model import checkpoint
 from model.sampling import SamplingParams
 from server.api.app import create_app
 from server.api.service import Service
-from server.api.sse import EventStream
+from server.api.sse import EventSource
 from server.api.turns import ChoiceSpec, Turn
 from server.engine.messages import Finished
 from server.errors import DeadlineExceeded
 from server.sessions.sqlite.store import SQLiteStore
 from tests.server.live import tiny_settings
 
-CHOICE = ChoiceSpec((5, 6), 3, SamplingParams(seed=1), (), ignore_eos=True)
+CHOICE = ChoiceSpec((5, 6), 3, SamplingParams(seed=1), ignore_eos=True)
 
 
 async def take(service: Service, session_id: str) -> list[tuple[bool, bool]]:
@@ -70,7 +70,7 @@ def test_a_turn_that_failed_is_closed_before_its_client_hears_of_it() -> None:
         happened.append("closed")
 
     async def main() -> None:
-        async for event in EventStream(messages(), close, {})._events(messages()):
+        async for event in EventSource(messages(), close).events():
             happened.append("error" if b"deadline_exceeded" in event else "other")
 
     asyncio.run(main())

@@ -1,0 +1,209 @@
+"""`POST /v1/chat/completions`: an answer to a conversation, whole or as a stream."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Header, Request, Response
+
+from server.api import prompts
+from server.api.answers import Answer, Choice
+from server.api.auth import OwnerDep
+from server.api.exchange import Exchange, Prepared, SessionHeaders
+from server.api.schemas.chat import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatRequest,
+    Delta,
+    Message,
+    TokenLogprob,
+    TopLogprob,
+)
+from server.api.schemas.problems import ErrorResponse
+from server.api.service import Service, ServiceDep
+from server.api.turns import ChoiceSpec, Told, Turn
+from server.engine.messages import Continuation, Finished, PromptScored, Token
+from server.errors import InvalidRequest
+
+router = APIRouter(tags=["chat"])
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    responses={
+        200: {"content": {"text/event-stream": {}}},
+        "4XX": {"model": ErrorResponse},
+        504: {"model": ErrorResponse, "description": "`timeout` has passed; nothing is kept."},
+        "5XX": {"model": ErrorResponse},
+    },
+)
+async def create_chat_completion(
+    body: ChatRequest,
+    request: Request,
+    service: ServiceDep,
+    owner: OwnerDep,
+    x_session_id: Annotated[str | None, Header()] = None,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> Response:
+    """Answer a conversation. With a session, send only the messages since its last turn.
+
+    The session goes on as if the whole conversation had been sent again. What holds for turns of
+    `/v1/completions` holds here: atomic, conditional, repeatable with an `Idempotency-Key`.
+    """
+
+    async def prepare(turn: Turn) -> Prepared:
+        tokens = await read_messages(service, body.messages, turn.start)
+        prompts.check_lengths(service, body, [tokens], turn.start)
+        specs = prompts.choices(service, body, [tokens])
+        return Prepared(specs, ChatAnswer(service, body, turn, specs))
+
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+    given = SessionHeaders(x_session_id, idempotency_key)
+    return await Exchange(request, service, owner, body, given).answer(
+        prepare, lambda known: _again(known, body)
+    )
+
+
+async def read_messages(
+    service: Service, messages: Sequence[Message], start: Continuation
+) -> tuple[int, ...]:
+    """Tokens of the messages, to be read after `start`. Raises InvalidRequest."""
+    conversation = service.conversation
+    if conversation is None:
+        raise InvalidRequest(
+            "this model has no chat template: use /v1/completions", "messages", "no_chat_template"
+        )
+    if start.position:
+        return tuple(await asyncio.to_thread(conversation.go_on, messages))
+    if not messages:
+        raise InvalidRequest("a conversation begins with at least one message", "messages")
+    ids = await asyncio.to_thread(conversation.begin, messages)
+    bos = service.checkpoint.network.config.bos_token_id
+    return tuple(ids) if bos is None or ids[:1] == [bos] else (bos, *ids)
+
+
+class ChatAnswer(Answer):
+    """A chat completion in OpenAI's shape."""
+
+    def __init__(
+        self, service: Service, body: ChatRequest, turn: Turn, specs: Sequence[ChoiceSpec]
+    ) -> None:
+        super().__init__(service, body, turn, specs, prefix="chatcmpl")
+        self._asked = body
+
+    def opening(self) -> Iterator[ChatChunk]:
+        """The role of each choice."""
+        for index in range(len(self.choices)):
+            yield self._chunk(index, Delta(role="assistant", content=""), {}, first=not index)
+
+    def pieces(self, index: int, event: Told) -> Iterator[ChatChunk]:
+        """At most one event for a text, and one for its end."""
+        if isinstance(event, PromptScored):
+            return
+        if event.text or event.tokens:
+            told = self._told(self.choices[index], len(event.tokens))
+            yield self._chunk(index, Delta(content=event.text), told)
+        if isinstance(event, Finished):
+            yield self._chunk(index, Delta(), {"stop_reason": event.stopped_by}, event.reason)
+
+    def usage_event(self) -> ChatChunk:
+        return ChatChunk(**self.facts, object="chat.completion.chunk", choices=[], usage=self.usage)
+
+    def whole(self) -> ChatCompletion:
+        choices = [self._whole_choice(*numbered) for numbered in enumerate(self.choices)]
+        return ChatCompletion.model_validate(
+            self.facts
+            | self._prompt_ids()
+            | {
+                "object": "chat.completion",
+                "choices": choices,
+                "service_tier": "default",
+                "usage": self.usage,
+                "session_id": self.session_id,
+                "session_turn": self.session_turn,
+            }
+        )
+
+    def _whole_choice(self, index: int, choice: Choice) -> ChatChoice:
+        return ChatChoice.model_validate(
+            {
+                "index": index,
+                "message": AssistantMessage(
+                    role="assistant", content="".join(choice.text), refusal=None
+                ),
+                "logprobs": None,
+                "finish_reason": choice.reason,
+                "stop_reason": choice.stopped_by,
+            }
+            | self._told(choice, len(choice.generated.tokens))
+        )
+
+    def _chunk(
+        self,
+        index: int,
+        delta: Delta,
+        told: dict[str, object],
+        reason: Literal["stop", "length"] | None = None,
+        *,
+        first: bool = False,
+    ) -> ChatChunk:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason} | told
+        facts = self.facts | self.usage_in_event | (self._prompt_ids() if first else {})
+        return ChatChunk.model_validate(
+            facts | {"object": "chat.completion.chunk", "choices": [choice]}
+        )
+
+    def _prompt_ids(self) -> dict[str, object]:
+        if not self._asked.return_token_ids:
+            return {}
+        return {"prompt_token_ids": list(self.choices[0].prompt_ids)}
+
+    def _told(self, choice: Choice, num_new: int) -> dict[str, object]:
+        """What was asked for about the last `num_new` tokens of a choice."""
+        facts: dict[str, object] = {}
+        tokens = choice.generated.tokens
+        new = tokens[len(tokens) - num_new :]
+        if self._asked.logprobs:
+            facts["logprobs"] = ChatLogprobs(content=[self._render(t) for t in new], refusal=None)
+        if self._asked.return_token_ids:
+            facts["token_ids"] = [token.token_id for token in new]
+        return facts
+
+    def _render(self, token: Token) -> TokenLogprob:
+        top = [self._named(*pair) for pair in token.top]
+        named = self._named(token.token_id, token.logprob or 0.0)
+        return TokenLogprob(**named.model_dump(), top_logprobs=top)
+
+    def _named(self, token_id: int, logprob: float) -> TopLogprob:
+        text = self.tokenizer.bytes_of(token_id)
+        if not text:
+            return TopLogprob(token=self.tokenizer.name_of(token_id), logprob=logprob, bytes=None)
+        return TopLogprob(token=text.decode("utf-8", "replace"), logprob=logprob, bytes=list(text))
+
+
+def _again(answer: str, body: ChatRequest) -> Iterator[ChatChunk]:
+    """A known answer as a stream."""
+    known = ChatCompletion.model_validate_json(answer)
+    facts = known.model_dump(exclude={"choices", "usage", "object"}, exclude_unset=True)
+    usage: dict[str, object] = {}
+    if body.wants_usage_in_events or body.wants_usage_event:
+        usage = {"usage": known.usage if body.wants_usage_in_events else None}
+    for choice in known.choices:
+        told = choice.model_dump(exclude={"message"}, exclude_unset=True)
+        delta = Delta(role="assistant", content=choice.message.content)
+        yield ChatChunk.model_validate(
+            facts
+            | usage
+            | {
+                "object": "chat.completion.chunk",
+                "choices": [ChatChunkChoice(**told, delta=delta)],
+            }
+        )
+    if body.wants_usage_event:
+        yield ChatChunk(**facts, object="chat.completion.chunk", choices=[], usage=known.usage)

@@ -1,0 +1,109 @@
+"""Messages to prompt text, by the checkpoint's chat template, in a sandbox.
+
+A session holds the end of its last answer, which no end of message was written to. So its next turn
+begins with what the template writes between an answer and the messages that follow it.
+"""
+
+import datetime
+import secrets
+from collections.abc import Sequence
+from typing import NoReturn
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from model.tokenizer import Tokenizer
+from server.api.schemas.chat import Message
+from server.errors import InvalidRequest
+
+
+class TemplateFault(ValueError):
+    """The checkpoint's template cannot be used."""
+
+
+class Conversation:
+    """The chat template of a checkpoint."""
+
+    def __init__(
+        self, template: str, tokenizer: Tokenizer, bos: int | None, eos: int | None
+    ) -> None:
+        """Raises TemplateFault when it is not a template."""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(template)
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateFault(f"line {error.lineno}: {error.message}") from error
+        self._tokenizer = tokenizer
+        self._names = {
+            "bos_token": "" if bos is None else tokenizer.name_of(bos),
+            "eos_token": "" if eos is None else tokenizer.name_of(eos),
+        }
+
+    def begin(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a whole conversation, up to where the answer begins. Raises InvalidRequest."""
+        return self._encode([_facts(message) for message in messages])
+
+    def go_on(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens between the last answer and the next one. Raises InvalidRequest.
+
+        No messages: nothing, so that the last answer itself goes on.
+        """
+        if not messages:
+            return []
+        answer = secrets.token_hex(16)
+        before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        return self._encode(before + [_facts(message) for message in messages], behind=answer)
+
+    def _encode(self, messages: list[dict[str, str]], behind: str = "") -> list[int]:
+        """Special tokens are those of the template only: in a message their names are text."""
+        mark = f"\ue000{secrets.token_hex(8)}\ue001"
+        for message in messages:
+            for name in self._tokenizer.special_tokens:
+                message["content"] = message["content"].replace(name, name[0] + mark + name[1:])
+        text = self._render(messages)
+        if behind:
+            _, found, text = text.partition(behind)
+            if not found:
+                raise InvalidRequest(
+                    "this model's chat template does not show earlier answers: it cannot go on "
+                    "with a session",
+                    "session_id",
+                )
+        ids = list[int]()
+        for part in text.split(mark):
+            ids += self._tokenizer.encode(part)
+        return ids
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=True, tools=None, **self._names
+            )
+        except InvalidRequest:
+            raise
+        except Exception as error:  # the template is a program of the checkpoint's
+            reason = str(error)[:200] or type(error).__name__
+            raise InvalidRequest(
+                f"this model's chat template does not take these messages: {reason}", "messages"
+            ) from error
+
+
+def _facts(message: Message) -> dict[str, str]:
+    role = "system" if message.role == "developer" else message.role
+    named = {} if message.name is None else {"name": message.name}
+    return {"role": role, "content": message.text} | named
+
+
+def _refuse(message: str) -> NoReturn:
+    raise InvalidRequest(
+        f"this model's chat template does not take these messages: {message[:200]}", "messages"
+    )
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)

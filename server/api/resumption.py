@@ -1,0 +1,82 @@
+"""`/v1/streams`: go on with a stream whose connection was lost."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Response
+
+from server.api.auth import OwnerDep
+from server.api.schemas.problems import ErrorResponse
+from server.api.schemas.streams import StreamDeleted, StreamInfo
+from server.api.service import Service, ServiceDep
+from server.api.streams import Stream
+from server.errors import InvalidRequest
+
+router = APIRouter(
+    prefix="/v1/streams",
+    tags=["streams"],
+    responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+)
+
+
+@router.get(
+    "/{stream_id}",
+    response_class=Response,
+    responses={
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        410: {"model": ErrorResponse, "description": "Those events are kept no longer."},
+    },
+)
+async def resume_stream(
+    stream_id: str,
+    service: ServiceDep,
+    owner: OwnerDep,
+    last_event_id: Annotated[str | None, Header()] = None,
+    after: Annotated[str | None, Query()] = None,
+) -> Response:
+    """The events of a `resumable` stream, those to come included.
+
+    With `Last-Event-ID`, or `after` where headers cannot be set, those behind that event; without
+    either, all that are kept. Any number of readers may follow, and leave, at any time.
+    """
+    stream = service.streams.get(owner, stream_id)
+    given = after if last_event_id is None else last_event_id
+    start = 0 if given is None else _number(given, stream) + 1
+    return stream.response(service.settings.keepalive_s, start=start, headers={})
+
+
+@router.post("/{stream_id}/cancel")
+async def cancel_stream(stream_id: str, service: ServiceDep, owner: OwnerDep) -> StreamInfo:
+    """End the turn behind a stream; a session's turn is rolled back. One that has ended stays as
+    it is."""
+    stream = service.streams.get(owner, stream_id)
+    await stream.cancel()
+    return _render(service, stream)
+
+
+@router.delete("/{stream_id}")
+async def delete_stream(stream_id: str, service: ServiceDep, owner: OwnerDep) -> StreamDeleted:
+    """Cancel a stream and forget what it told."""
+    await service.streams.delete(owner, stream_id)
+    return StreamDeleted(id=stream_id)
+
+
+def _number(given: str, stream: Stream) -> int:
+    """The number of an event of this stream. Raises InvalidRequest."""
+    number = int(given) if given.isascii() and given.isdecimal() and len(given) < 16 else -1
+    if not 0 <= number < stream.log.num_events:
+        raise InvalidRequest(
+            f"{given[:40]!r} is not the id of an event of this stream: those so far are 0 to "
+            f"{stream.log.num_events - 1}",
+            "Last-Event-ID",
+        )
+    return number
+
+
+def _render(service: Service, stream: Stream) -> StreamInfo:
+    return StreamInfo(
+        id=stream.id,
+        created_at=stream.created_at,
+        status=stream.status,
+        events=stream.log.num_events,
+        expires_at=service.streams.expires_at(stream),
+    )

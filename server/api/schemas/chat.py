@@ -1,0 +1,271 @@
+"""`/v1/chat/completions` in OpenAI's shapes."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from server.api.schemas.base import Refused, RequestModel, Text
+from server.api.schemas.generation import GenerationRequest, Timings, Usage
+
+NO_TOOLS = "this server's models call no tools"
+TEXT_ONLY = "this server's models read and write text only"
+
+
+class TextPart(RequestModel):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    """Other kinds of content are not supported."""
+
+    text: Text
+    """What it says."""
+
+
+def _kind_of_content(value: Any) -> str:
+    return "parts" if isinstance(value, list) else "text"
+
+
+Content = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("parts")],
+    Discriminator(_kind_of_content),
+]
+
+
+class Message(RequestModel):
+    """What somebody said."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    """developer means the same as system."""
+
+    content: Content
+    """A text, or a list of text parts, which are joined."""
+
+    name: Text | None = None
+    """Who speaks, for models whose template has a place for it."""
+
+    refusal: Annotated[None, Refused("messages have no refusals here")] = None
+    tool_calls: Annotated[None, Refused(NO_TOOLS, [])] = None
+    function_call: Annotated[None, Refused(NO_TOOLS)] = None
+    audio: Annotated[None, Refused(TEXT_ONLY)] = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ChatRequest(GenerationRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(fail_fast=True)]
+    """The conversation; with a session, only what was said since its last turn, and nothing at all
+    to let the model go on with its last message."""
+
+    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Tokens to generate at most; the newer name of max_tokens."""
+
+    logprobs: bool | None = None
+    """Tell the log-probability of each token: the model's, before penalties, temperature and
+    filters."""
+
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    """So many of the most probable tokens beside each; needs `logprobs`."""
+
+    metadata: dict[Text, Text] | None = None
+    """Your notes on the request; they change nothing."""
+
+    safety_identifier: Text | None = None
+    """Your name for who asks; it changes nothing."""
+
+    prompt_cache_key: Text | None = None
+    """A hint that this server does not need: common beginnings are found without it."""
+
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    """A hint that this server does not need."""
+
+    service_tier: Literal["auto", "default"] | None = None
+    """There is one tier."""
+
+    store: Annotated[None, Refused("chats are kept in sessions: send a session_id", False)] = None
+    modalities: Annotated[None, Refused(TEXT_ONLY, ["text"])] = None
+    audio: Annotated[None, Refused(TEXT_ONLY)] = None
+    tools: Annotated[None, Refused(NO_TOOLS, [])] = None
+    tool_choice: Annotated[None, Refused(NO_TOOLS, "none", "auto")] = None
+    parallel_tool_calls: Annotated[None, Refused(NO_TOOLS, False, True)] = None
+    functions: Annotated[None, Refused(NO_TOOLS, [])] = None
+    function_call: Annotated[None, Refused(NO_TOOLS, "none", "auto")] = None
+    prediction: Annotated[None, Refused("this server predicts no outputs")] = None
+    reasoning_effort: Annotated[None, Refused("this server's models do not reason", "none")] = None
+    verbosity: Annotated[None, Refused("this server's models know no verbosity", "medium")] = None
+    web_search_options: Annotated[None, Refused("this server searches nothing")] = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def logprobs_name(self) -> str:
+        return "top_logprobs"
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class TopLogprob(BaseModel):
+    """A token that could have come, and how probable it was."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    token: str
+    """Its text, with replacement characters where it is not whole characters."""
+
+    logprob: float
+    """Natural logarithm of its probability."""
+
+    bytes: list[int] | None
+    """Its text in UTF-8; null for tokens without text."""
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer, and how probable it was."""
+
+    top_logprobs: list[TopLogprob]
+    """The most probable tokens in its place."""
+
+
+class ChatLogprobs(BaseModel):
+    """Probabilities of an answer's tokens."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    content: list[TokenLogprob] | None
+    """An entry a token."""
+
+    refusal: None = None
+    """Always null."""
+
+
+class AssistantMessage(BaseModel):
+    """What the model said."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    """The text."""
+
+    refusal: None = None
+    """Always null."""
+
+
+class ChatChoice(BaseModel):
+    """One answer to the conversation."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    index: int
+    """Its number."""
+
+    message: AssistantMessage
+    """What the model said."""
+
+    logprobs: ChatLogprobs | None = None
+    """If asked for."""
+
+    finish_reason: Literal["stop", "length"]
+    """stop: the model, a stop string or a stop token ended it; length: the token limit did."""
+
+    stop_reason: str | int | None = None
+    """The stop string or stop token that ended it."""
+
+    token_ids: list[int] | None = None
+    """The text's tokens, if asked for."""
+
+
+class ChatAnswer(BaseModel):
+    """What a chat's answer and each of its events have in common."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    """The answer's id, which is also that of a resumable stream."""
+
+    created: int
+    """Unix seconds."""
+
+    model: str
+    """The model's name."""
+
+    system_fingerprint: str
+    """Which weights and tokenizer they were."""
+
+    service_tier: Literal["default"] = "default"
+    usage: Usage | None = None
+    """Tokens; in a stream only where asked for."""
+
+    session_id: str | None = None
+    """The session of which this is a turn."""
+
+    session_turn: int | None = None
+    """The session's turn that this is, once it is committed."""
+
+    timings: Timings | None = None
+    """If asked for, with the end of the last choice."""
+
+    prompt_token_ids: list[int] | None = None
+    """The prompt's tokens, if asked for; in a stream, in the first event."""
+
+
+class ChatCompletion(ChatAnswer):
+    """The answer of `POST /v1/chat/completions`."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+    """All choices."""
+
+
+class Delta(BaseModel):
+    """What is new of a message."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    role: Literal["assistant"] | None = None
+    """In a choice's first event."""
+
+    content: str | None = None
+    """Text that follows the text so far."""
+
+
+class ChatChunkChoice(BaseModel):
+    """What is new of a choice."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    index: int
+    """The choice's number."""
+
+    delta: Delta
+    """What is new."""
+
+    logprobs: ChatLogprobs | None = None
+    """If asked for, of the tokens whose text begins here."""
+
+    finish_reason: Literal["stop", "length"] | None = None
+    """null until the choice ends."""
+
+    stop_reason: str | int | None = None
+    """The stop string or stop token that ended it."""
+
+    token_ids: list[int] | None = None
+    """The tokens whose text begins here, if asked for."""
+
+
+class ChatChunk(ChatAnswer):
+    """An event of a chat's stream."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+    """What is new of one choice; none in the event for the usage."""

@@ -1,0 +1,209 @@
+"""What completions and chats have in common: how to choose tokens, how to deliver them."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.api.schemas.base import RequestModel, Stop, Text
+
+SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class StreamOptions(RequestModel):
+    """How a stream tells more than text."""
+
+    include_usage: bool | None = None
+    """End the stream with an event that has no choices but the usage."""
+
+    continuous_usage_stats: bool | None = None
+    """Put the usage so far into every event."""
+
+
+class GenerationRequest(RequestModel):
+    """Parameters of every request that generates text."""
+
+    model: Text | None = None
+    """The model's name; without it, the one that is served."""
+
+    session_id: Text | None = None
+    """Take the session's next turn: send only what is new."""
+
+    expected_turn: Annotated[int, Field(ge=0)] | None = None
+    """The turn that the session must be at; otherwise the answer is 409 `turn_mismatch`."""
+
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Tokens to generate at most. 0 only reads the prompt."""
+
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Before so many tokens nothing ends the text: no end token, no stop token, no stop string."""
+
+    temperature: Annotated[float, Field(ge=0, le=10)] | None = None
+    """0: always the most probable token. Default 1."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Choose among the most probable tokens that together have this probability."""
+
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    """Choose among so many of the most probable tokens. 0 and -1: no limit."""
+
+    min_p: Probability | None = None
+    """Choose among tokens with at least this fraction of the largest probability."""
+
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Divides the positive logits of the last 1,024 tokens and multiplies negative ones."""
+
+    frequency_penalty: Penalty | None = None
+    """Subtracted from a logit for each time that its token was generated lately."""
+
+    presence_penalty: Penalty | None = None
+    """Subtracted once from the logit of a token that was generated lately."""
+
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    """Added to logits, by token id, which JSON writes as a string."""
+
+    seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)] | None = None
+    """The same seed gives the same text for the same request."""
+
+    stop: Stop | None = None
+    """Strings that end the text; they are not part of it."""
+
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=256)] | None = (
+        None
+    )
+    """Tokens that end the text, also with `ignore_eos`; they are not part of it."""
+
+    include_stop_str_in_output: bool | None = None
+    """What ends the text, a stop string or a stop token, is part of it."""
+
+    ignore_eos: bool | None = None
+    """Go on behind the model's end token."""
+
+    n: Annotated[int, Field(ge=1)] | None = None
+    """Choices to generate for each prompt."""
+
+    stream: bool | None = None
+    """Send server-sent events as the text comes to be."""
+
+    stream_options: StreamOptions | None = None
+    """Needs `stream`."""
+
+    resumable: bool | None = None
+    """With `stream`: a client that loses its connection does not end the turn.
+    `GET /v1/streams/{id}` goes on, where the id is that of the answer."""
+
+    return_token_ids: bool | None = None
+    """Put token ids beside the text."""
+
+    timings: bool | None = None
+    """Tell how long the parts of the work took."""
+
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    """Seconds from the request's arrival in which it must end. One that does not is dropped where
+    it is, a session's turn rolled back: status 504, or an error event in a stream, with the code
+    `deadline_exceeded`."""
+
+    user: Text | None = None
+    """Your name for who asks; it changes nothing."""
+
+    @property
+    def num_choices_per_prompt(self) -> int:
+        """Choices that an answer has for each prompt."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def num_generated_per_prompt(self) -> int:
+        """Choices that are generated for each prompt, those that no answer has included."""
+        return self.num_choices_per_prompt
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The most probable tokens to tell beside each token; None: no probabilities at all."""
+        return None
+
+    @property
+    def logprobs_name(self) -> str:
+        """The parameter that `num_logprobs` comes from."""
+        return "logprobs"
+
+    @property
+    def token_limit(self) -> int | None:
+        """Tokens to generate at most, if the request says it."""
+        return self.max_tokens
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def wants_usage_event(self) -> bool:
+        """Whether the stream ends with an event for the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def wants_usage_in_events(self) -> bool:
+        options = self.stream_options
+        return options is not None and bool(options.continuous_usage_stats)
+
+
+class PromptTokensDetails(BaseModel):
+    """Of the prompt's tokens."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    cached_tokens: int
+    """Prompt tokens that did not need to be read: those that the session held already, or the
+    beginning of a prompt that the server has read before. In a stream a prompt's beginning counts
+    from the end of its choices."""
+
+
+class Usage(BaseModel):
+    """Tokens of a request. Those that a session held already count as prompt tokens, too."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    prompt_tokens: int
+    """Tokens before the answer, those of the session's past included."""
+
+    completion_tokens: int
+    """Tokens generated, those of choices that are not in the answer included."""
+
+    total_tokens: int
+    """Both together."""
+
+    prompt_tokens_details: PromptTokensDetails
+    """Which of the prompt's tokens cost nothing."""
+
+
+class Timings(BaseModel):
+    """Where the time went, in seconds; of several choices, that of the slowest."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    queue_s: float
+    """Until the request had a row of the engine."""
+
+    prefill_s: float
+    """Reading the prompt, from then on."""
+
+    first_token_s: float | None
+    """From the request's submission to its first token; null if none was generated."""
+
+    per_token_s: float | None
+    """Between two tokens, on average; null with fewer than two."""
+
+    total_s: float
+    """From the submission to the last token."""
+
+    cached_tokens: int
+    """Prompt tokens that were not read, since the server had read them before."""
+
+    resumed_tokens: int
+    """Tokens of the session's past, which did not need to be read."""

@@ -1,0 +1,214 @@
+"""Streams that outlive their connection: what was sent is kept for a while, within bounds."""
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from fastapi.sse import EventSourceResponse
+
+from server.api.sse import (
+    KEEP_ALIVE,
+    NO_BUFFERING,
+    Close,
+    EventSource,
+    Messages,
+    done_event,
+    error_event,
+)
+from server.errors import Cancelled, EventsGone, NotFound, Overloaded
+
+Status = Literal["in_progress", "completed", "failed", "cancelled"]
+
+
+class EventLog:
+    """The last events of a stream, no more bytes than are allowed, for any number of readers."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._events: deque[bytes] = deque()
+        self._num_bytes = 0
+        self._first = 0
+        self._ended = False
+        self._grown = asyncio.Event()
+
+    @property
+    def num_events(self) -> int:
+        """Events so far, those included that are kept no longer."""
+        return self._first + len(self._events)
+
+    @property
+    def first(self) -> int:
+        """The number of the oldest event that is kept."""
+        return self._first
+
+    def append(self, event: bytes) -> None:
+        """Add an event; the oldest ones make room for it."""
+        self._events.append(event)
+        self._num_bytes += len(event)
+        while self._num_bytes > self._max_bytes and len(self._events) > 1:
+            self._num_bytes -= len(self._events.popleft())
+            self._first += 1
+        self._wake()
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        self._ended = True
+        self._wake()
+
+    async def follow(self, start: int, silence_s: float) -> AsyncIterator[bytes]:
+        """The events from number `start` on, and those to come; a comment after a silence.
+
+        Ends early for a reader who is so slow that what it needs next is kept no longer.
+        """
+        number = start
+        while number >= self._first:
+            if number < self.num_events:
+                yield self._events[number - self._first]
+                number += 1
+            elif self._ended:
+                return
+            elif not await self._grow(silence_s):
+                yield KEEP_ALIVE
+
+    async def _grow(self, silence_s: float) -> bool:
+        """Wait for another event. False if none came in time."""
+        grown = self._grown
+        try:
+            async with asyncio.timeout(silence_s):
+                await grown.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _wake(self) -> None:
+        self._grown.set()
+        self._grown = asyncio.Event()
+
+
+class Stream:
+    """A turn that runs without a connection, and what it has told so far."""
+
+    def __init__(self, stream_id: str, owner: str, max_bytes: int) -> None:
+        self.id = stream_id
+        self.owner = owner
+        self.created_at = time.time()
+        self.ended_at: float | None = None
+        self.status: Status = "in_progress"
+        self.log = EventLog(max_bytes)
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, messages: Messages, close: Close) -> None:
+        """Run until the messages end."""
+        self._task = asyncio.create_task(self._run(EventSource(messages, close), close))
+
+    async def cancel(self) -> None:
+        """End the turn, which rolls back; one that has ended stays as it is."""
+        if self._task is not None and not self._task.done():
+            await asyncio.sleep(0)  # a task that has not begun would end without closing the turn
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    def response(
+        self, keepalive_s: float, *, start: int = 0, headers: dict[str, str]
+    ) -> EventSourceResponse:
+        """Its events from number `start` on. Raises EventsGone if they are not kept any more."""
+        if start < self.log.first:
+            raise EventsGone(self.id, self.log.first)
+        events = self.log.follow(start, keepalive_s)
+        return EventSourceResponse(events, headers=headers | NO_BUFFERING)
+
+    async def _run(self, source: EventSource, close: Close) -> None:
+        status: Status = "failed"
+        try:
+            async for event in source.events():
+                if event != KEEP_ALIVE:
+                    self.log.append(event)
+            status = "completed" if source.outcome == "ok" else "failed"
+        except asyncio.CancelledError:
+            status = "cancelled"
+        finally:
+            await asyncio.shield(close())
+            if status == "cancelled":
+                self.log.append(error_event(Cancelled(), self.log.num_events))
+                self.log.append(done_event(self.log.num_events))
+            self.status, self.ended_at = status, time.time()
+            self.log.end()
+
+
+@dataclass(frozen=True)
+class StreamLimits:
+    """What the streams of a server may take."""
+
+    max_streams: int
+    max_bytes: int
+    """Of the events that are kept of a stream."""
+
+    ttl_s: float
+    """How long an ended stream can be read."""
+
+
+class Streams:
+    """All resumable streams of a server. Belongs to the event loop.
+
+    Whoever does not own a stream gets NotFound, as for one that does not exist or has expired.
+    """
+
+    def __init__(self, limits: StreamLimits, clock: Callable[[], float] = time.time) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._streams: OrderedDict[str, Stream] = OrderedDict()
+
+    def check_room(self) -> None:
+        """Raises Overloaded when as many streams run as may."""
+        self._forget_expired()
+        running = sum(stream.ended_at is None for stream in self._streams.values())
+        if running >= self._limits.max_streams:
+            raise Overloaded(f"{running} resumable streams are running already", "too_many_streams")
+
+    def start(self, owner: str, stream_id: str, messages: Messages, close: Close) -> Stream:
+        """Run a turn whose stream can be resumed. The oldest ended streams make room for it."""
+        stream = Stream(stream_id, owner, self._limits.max_bytes)
+        ended = [s for s in self._streams.values() if s.ended_at is not None]
+        for old in ended[: max(0, len(self._streams) + 1 - self._limits.max_streams)]:
+            del self._streams[old.id]
+        self._streams[stream_id] = stream
+        stream.start(messages, close)
+        return stream
+
+    def get(self, owner: str, stream_id: str) -> Stream:
+        """Raises NotFound."""
+        self._forget_expired()
+        stream = self._streams.get(stream_id)
+        if stream is None or stream.owner != owner:
+            raise NotFound(
+                f"there is no stream {stream_id[:80]}; one that has ended is kept for "
+                f"{self._limits.ttl_s:g} seconds",
+                "stream_id",
+                "stream_not_found",
+            )
+        return stream
+
+    async def delete(self, owner: str, stream_id: str) -> None:
+        """Cancel and forget. Raises NotFound."""
+        stream = self.get(owner, stream_id)
+        await stream.cancel()
+        self._streams.pop(stream_id, None)
+
+    async def close(self) -> None:
+        """Cancel all."""
+        for stream in list(self._streams.values()):
+            await stream.cancel()
+
+    def expires_at(self, stream: Stream) -> float | None:
+        """When it is forgotten; None while it runs."""
+        return None if stream.ended_at is None else stream.ended_at + self._limits.ttl_s
+
+    def _forget_expired(self) -> None:
+        now = self._clock()
+        for stream in list(self._streams.values()):
+            expires_at = self.expires_at(stream)
+            if expires_at is not None and expires_at <= now:
+                del self._streams[stream.id]

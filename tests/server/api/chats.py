@@ -1,0 +1,35 @@
+"""A checkpoint that chats, and what its template makes of messages."""
+
+from pathlib import Path
+
+import torch
+
+from model import checkpoint, tokenizer
+from model.config import ModelConfig
+from model.network import LanguageModel
+
+TEMPLATE = """\
+{%- for message in messages -%}
+<|{{ message.role }}|>{{ message.content }}<|end|>
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
+"""
+SPECIAL = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+
+
+def make_checkpoint(folder: Path, template: str | None = TEMPLATE) -> Path:
+    """A network of 2 layers that has learned nothing, with tokens for roles."""
+    words = tokenizer.train(["the cat sat on the mat and then"], 310, SPECIAL)
+    config = ModelConfig(
+        vocab_sz=310,
+        d_emb=32,
+        n_layers=2,
+        n_heads=2,
+        d_key=8,
+        d_val=8,
+        bos_token_id=words.special_tokens["<|endoftext|>"],
+        eos_token_ids=(words.special_tokens["<|endoftext|>"], words.special_tokens["<|end|>"]),
+    )
+    torch.manual_seed(0)
+    checkpoint.save(folder, config, LanguageModel(config).state_dict(), words, template)
+    return folder

@@ -1,0 +1,108 @@
+"""The chat template: a session's turns together are the conversation rendered whole."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model import tokenizer
+from model.tokenizer import Tokenizer
+from server.api.conversation import Conversation, TemplateFault
+from server.api.schemas.chat import Message
+from server.errors import InvalidRequest
+from tests.server.api.chats import SPECIAL, TEMPLATE
+
+WORDS = tokenizer.train(["the cat sat on the mat and then"], 310, SPECIAL)
+NAMES = {token_id: name for name, token_id in WORDS.special_tokens.items()}
+
+
+def conversation(template: str = TEMPLATE, words: Tokenizer = WORDS) -> Conversation:
+    return Conversation(template, words, 0, 4)
+
+
+def said(*texts: str) -> list[Message]:
+    """Messages of a user and an assistant in turn."""
+    roles = ("user", "assistant")
+    return [
+        Message.model_validate({"role": roles[i % 2], "content": text})
+        for i, text in enumerate(texts)
+    ]
+
+
+def shown(ids: list[int]) -> str:
+    """The text of tokens, special ones by their names."""
+    return b"".join(NAMES[i].encode() if i in NAMES else WORDS.bytes_of(i) for i in ids).decode()
+
+
+contents = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(
+    [*SPECIAL, "a<|end|>b", "<|<|end|>|>", " trailing ", "\n"]
+)
+
+
+@given(contents, contents, contents)
+def test_turns_together_are_the_conversation_rendered_whole(
+    first: str, answer: str, second: str
+) -> None:
+    chat = conversation()
+    turns = chat.begin(said(first)), chat.go_on(said(second))
+    whole = chat.begin(said(first, answer, second))
+    assert shown(turns[0]) + answer + shown(turns[1]) == shown(whole)
+
+
+@given(contents)
+def test_special_tokens_come_from_the_template_only(content: str) -> None:
+    chat, words = conversation(), WORDS.special_tokens
+    ids = chat.begin(said(content))
+    assert [i for i in ids if i in NAMES] == [
+        words["<|user|>"],
+        words["<|end|>"],
+        words["<|assistant|>"],
+    ]
+    assert shown(ids) == f"<|user|>{content}<|end|><|assistant|>"
+    first = chat.go_on(said(content))
+    assert next(i for i in first if i in NAMES) == words["<|end|>"]
+
+
+def test_nothing_new_adds_nothing() -> None:
+    assert conversation().go_on([]) == []
+
+
+def test_a_message_of_parts_is_their_text() -> None:
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]
+    message = Message.model_validate({"role": "user", "content": parts})
+    assert conversation().begin([message]) == conversation().begin(said("the cat"))
+
+
+def test_a_developer_is_the_system() -> None:
+    message = Message.model_validate({"role": "developer", "content": "be kind"})
+    assert "<|system|>be kind<|end|>" in shown(conversation().begin([message]))
+
+
+def test_templates_know_the_names_of_the_first_and_last_token() -> None:
+    ids = conversation("{{ bos_token }}a{{ eos_token }}").begin(said("x"))
+    assert (ids[0], ids[-1]) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[5].content }}", "has no attribute|no element"),
+        ("{{ messages.append(1) }}", "not callable|unsafe|safely"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ 1 / 0 }}", "division"),
+    ],
+)
+def test_what_a_template_refuses_is_the_clients_to_know(template: str, reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=reason) as caught:
+        conversation(template).begin(said("x"))
+    assert caught.value.param == "messages"
+
+
+def test_a_template_that_hides_answers_cannot_go_on_with_a_session() -> None:
+    with pytest.raises(InvalidRequest, match="does not show earlier answers"):
+        conversation("{{ messages[-1].content }}").go_on(said("x"))
+
+
+def test_what_is_no_template_is_found_at_the_start() -> None:
+    with pytest.raises(TemplateFault, match="line 2"):
+        conversation("a\n{% for %}")

@@ -1,0 +1,293 @@
+"""Streams that outlive their connection: replay, bounds, ownership, cancelling."""
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import BaseModel
+
+from server.api.sse import KEEP_ALIVE
+from server.api.streams import EventLog, StreamLimits, Streams
+from server.errors import EventsGone, NotFound, Overloaded
+from tests.server.api.calls import BODY, text_of
+from tests.server.live import LiveServer, live_server, tiny_settings
+
+LONG = {"stream": True, "resumable": True, "max_tokens": 60_000}
+SHORT = {"stream": True, "resumable": True}
+
+
+class Said(BaseModel):
+    number: int
+
+
+async def nothing() -> None:
+    pass
+
+
+async def read(log: EventLog, start: int = 0) -> list[bytes]:
+    return [event async for event in log.follow(start, 0.01)]
+
+
+def test_a_log_keeps_its_last_events_within_its_bytes() -> None:
+    async def main() -> None:
+        log = EventLog(max_bytes=50)
+        for number in range(100):
+            log.append(b"%09d" % number)
+        log.append(b"x" * 200)  # larger than all: it alone is kept
+        assert (log.first, log.num_events) == (100, 101)
+        log.append(b"last")
+        log.end()
+        assert await read(log, 101) == [b"last"]
+
+    asyncio.run(main())
+
+
+def test_readers_follow_what_comes_and_leave_a_sign_when_nothing_does() -> None:
+    async def main() -> None:
+        log, seen = EventLog(1000), list[bytes]()
+        log.append(b"0")
+
+        async def follow() -> None:
+            async for event in log.follow(0, 0.02):
+                seen.append(event)
+
+        reader = asyncio.create_task(follow())
+        await asyncio.sleep(0.1)
+        log.append(b"1")
+        log.append(b"2")
+        log.end()
+        await reader
+        assert [event for event in seen if event != KEEP_ALIVE] == [b"0", b"1", b"2"]
+        assert KEEP_ALIVE in seen
+
+    asyncio.run(main())
+
+
+def test_a_reader_who_falls_behind_what_is_kept_is_let_go() -> None:
+    async def main() -> None:
+        log = EventLog(max_bytes=10)
+        log.append(b"0" * 8)
+        follower = log.follow(0, 1)
+        assert await anext(follower) == b"0" * 8
+        log.append(b"1" * 8)
+        log.append(b"2" * 8)
+        with pytest.raises(StopAsyncIteration):
+            await anext(follower)
+
+    asyncio.run(main())
+
+
+def test_ended_streams_make_room_and_are_forgotten_in_time() -> None:
+    now = 1000.0
+
+    async def messages(count: float) -> AsyncIterator[BaseModel | None]:
+        for number in itertools.takewhile(lambda n: n < count, itertools.count()):
+            yield Said(number=number)
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        nonlocal now
+        streams = Streams(StreamLimits(2, 1000, ttl_s=10), clock=lambda: now)
+        for name in ("a", "b", "c"):
+            streams.check_room()
+            stream = streams.start("me", name, messages(1), nothing)
+            await read(stream.log)
+            stream.ended_at = now
+        with pytest.raises(NotFound):
+            streams.get("me", "a")
+        with pytest.raises(NotFound):
+            streams.get("you", "b")
+        assert streams.get("me", "c").status == "completed"
+        now += 10
+        with pytest.raises(NotFound):
+            streams.get("me", "c")
+        endless = [streams.start("me", name, messages(float("inf")), nothing) for name in "de"]
+        with pytest.raises(Overloaded):
+            streams.check_room()
+        await streams.close()
+        assert [stream.status for stream in endless] == ["cancelled", "cancelled"]
+
+    asyncio.run(main())
+
+
+def test_a_turn_that_is_cancelled_is_closed_and_says_so() -> None:
+    closed = list[bool]()
+
+    async def messages() -> AsyncIterator[BaseModel | None]:
+        yield Said(number=0)
+        await asyncio.sleep(60)
+
+    async def close() -> None:
+        closed.append(True)
+
+    async def main() -> None:
+        streams = Streams(StreamLimits(2, 1000, ttl_s=10))
+        stream = streams.start("me", "a", messages(), close)
+        await asyncio.sleep(0.01)
+        await stream.cancel()
+        await stream.cancel()
+        assert closed
+        first, error, done = await read(stream.log)
+        assert b'"number":0' in first
+        assert b'"code": "cancelled"' in error
+        assert b"[DONE]" in done
+        stream.log.append(b"x" * 1000)
+        with pytest.raises(EventsGone, match="from 3 on"):
+            stream.response(1, start=0, headers={})
+
+    asyncio.run(main())
+
+
+@pytest.fixture(scope="module")
+def keyed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    settings = tiny_settings(
+        tiny_checkpoint,
+        tmp_path_factory.mktemp("data"),
+        api_key=("alpha", "beta"),
+        max_resumable_streams=3,
+        stream_buffer_bytes=200_000,
+        keepalive_s=0.2,
+    )
+    with live_server(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def client(keyed: LiveServer) -> Iterator[httpx.Client]:
+    with keyed.client() as client:
+        client.headers["Authorization"] = "Bearer alpha"
+        yield client
+
+
+def events_of(lines: Iterator[str]) -> Iterator[tuple[int, str]]:
+    """Ids and data as they come."""
+    data = ""
+    for line in lines:
+        if line.startswith("data: "):
+            data = line[6:]
+        elif line.startswith("id: "):
+            yield int(line[4:]), data
+
+
+def text(events: list[tuple[int, str]]) -> str:
+    answers = [json.loads(data) for _, data in events if data != "[DONE]"]
+    return "".join(choice["text"] for answer in answers for choice in answer["choices"])
+
+
+def resume(client: httpx.Client, stream_id: str, last: int | None) -> list[tuple[int, str]]:
+    headers = {} if last is None else {"Last-Event-ID": str(last)}
+    response = client.get(f"/v1/streams/{stream_id}", headers=headers)
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return list(events_of(iter(response.text.splitlines())))
+
+
+def begin(client: httpx.Client, count: int, **changes: object) -> tuple[str, list[tuple[int, str]]]:
+    """Begin a stream and lose the connection after so many events."""
+    with client.stream("POST", "/v1/completions", json=BODY | changes) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()
+        return response.headers["X-Stream-ID"], list(itertools.islice(events_of(lines), count))
+
+
+@pytest.mark.parametrize("count", [1, 5, 12])
+def test_a_lost_connection_loses_nothing(client: httpx.Client, count: int) -> None:
+    session_id = client.post("/v1/sessions").json()["id"]
+    stream_id, seen = begin(client, count, **SHORT, session_id=session_id)
+    rest = resume(client, stream_id, seen[-1][0])
+    assert [number for number, _ in seen + rest] == list(range(len(seen + rest)))
+    assert rest[-1][1] == "[DONE]"
+    assert text(seen + rest) == text_of(client)
+    assert resume(client, stream_id, None) == seen + rest
+    assert client.get(f"/v1/sessions/{session_id}").json()["turn"] == 1
+    assert {json.loads(data)["id"] for _, data in rest[:-1]} == {stream_id}
+
+
+def test_two_readers_get_the_same(client: httpx.Client) -> None:
+    stream_id, _ = begin(client, 1, **SHORT)
+    assert resume(client, stream_id, None) == resume(client, stream_id, None)
+
+
+def test_without_resumable_a_lost_connection_ends_the_turn(
+    client: httpx.Client, keyed: LiveServer
+) -> None:
+    session_id = client.post("/v1/sessions").json()["id"]
+    body = BODY | {"stream": True, "max_tokens": 60_000, "session_id": session_id}
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        assert "X-Stream-ID" not in response.headers
+        lines = response.iter_lines()
+        stream_id = json.loads(next(events_of(lines))[1])["id"]
+    keyed.wait_until_idle()
+    assert client.get(f"/v1/sessions/{session_id}").json()["turn"] == 0
+    assert client.get(f"/v1/streams/{stream_id}").status_code == 404
+
+
+def test_cancelling_rolls_the_turn_back(client: httpx.Client, keyed: LiveServer) -> None:
+    session_id = client.post("/v1/sessions").json()["id"]
+    stream_id, _ = begin(client, 2, **LONG, session_id=session_id)
+    busy = client.post("/v1/completions", json=BODY | {"session_id": session_id})
+    assert busy.json()["error"]["code"] == "session_busy"
+    answer = client.post(f"/v1/streams/{stream_id}/cancel").json()
+    assert (answer["id"], answer["status"]) == (stream_id, "cancelled")
+    keyed.wait_until_idle()
+    last = resume(client, stream_id, answer["events"] - 3)
+    assert json.loads(last[-2][1])["error"]["code"] == "cancelled"
+    assert client.get(f"/v1/sessions/{session_id}").json()["turn"] == 0
+    assert text_of(client, session_id=session_id) == text_of(client)
+    assert client.post(f"/v1/streams/{stream_id}/cancel").json()["status"] == "cancelled"
+    assert client.delete(f"/v1/streams/{stream_id}").json()["deleted"] is True
+    assert client.get(f"/v1/streams/{stream_id}").status_code == 404
+
+
+def test_the_buffer_is_bounded(client: httpx.Client) -> None:
+    stream_id, _ = begin(client, 1, **LONG)
+    old, deadline = {"Last-Event-ID": "0"}, time.monotonic() + 30
+    status = 200
+    while status == 200 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        with client.stream("GET", f"/v1/streams/{stream_id}", headers=old) as response:
+            status = response.status_code
+    error = client.get(f"/v1/streams/{stream_id}", headers=old).json()["error"]
+    assert (error["code"], error["param"]) == ("events_gone", "Last-Event-ID")
+    kept = int(error["message"].split("from ")[1].split(" ")[0])
+    assert kept > 1
+    client.delete(f"/v1/streams/{stream_id}")
+
+
+def test_streams_are_their_owners(client: httpx.Client, keyed: LiveServer) -> None:
+    stream_id, _ = begin(client, 1, **LONG)
+    with keyed.client() as other:
+        other.headers["Authorization"] = "Bearer beta"
+        answers = [
+            other.get(f"/v1/streams/{stream_id}"),
+            other.post(f"/v1/streams/{stream_id}/cancel"),
+            other.delete(f"/v1/streams/{stream_id}"),
+        ]
+    assert {answer.status_code for answer in answers} == {404}
+    assert {answer.json()["error"]["code"] for answer in answers} == {"stream_not_found"}
+    assert client.delete(f"/v1/streams/{stream_id}").status_code == 200
+
+
+def test_so_many_streams_and_no_more(client: httpx.Client) -> None:
+    running = [begin(client, 1, **LONG)[0] for _ in range(3)]
+    refused = client.post("/v1/completions", json=BODY | SHORT)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_streams")
+    assert int(refused.headers["Retry-After"]) >= 1
+    for stream_id in running:
+        client.delete(f"/v1/streams/{stream_id}")
+    assert client.post("/v1/completions", json=BODY | SHORT).status_code == 200
+
+
+@pytest.mark.parametrize("last", ["-1", "x", "100", "9" * 30, ""])
+def test_an_id_of_no_event_is_refused(client: httpx.Client, last: str) -> None:
+    stream_id, _ = begin(client, 1, **SHORT)
+    resume(client, stream_id, None)
+    response: Any = client.get(f"/v1/streams/{stream_id}", params={"after": last})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "Last-Event-ID"
