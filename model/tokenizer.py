@@ -68,9 +68,11 @@ class Tokenizer:
         encodings = self._inner.encode_batch(list(texts), add_special_tokens=False)
         return [list(encoding.ids) for encoding in encodings]
 
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """Text of a whole sequence; special tokens have none."""
-        return b"".join(map(self.bytes_of, token_ids)).decode("utf-8", "replace")
+    def decode(self, token_ids: Iterable[int], *, names: bool = False) -> str:
+        """Text of a whole sequence; special tokens have none, or are there by their names."""
+        special = {i: name.encode() for name, i in self.special_tokens.items()} if names else {}
+        parts = (special.get(token_id) or self.bytes_of(token_id) for token_id in token_ids)
+        return b"".join(parts).decode("utf-8", "replace")
 
     def name_of(self, token_id: int) -> str:
         """What the vocabulary calls a token, special ones included; nothing for other ids."""

@@ -10,7 +10,16 @@ from fastapi import FastAPI
 from model.checkpoint import Checkpoint
 from model.compact import CompactForm, compact_form
 from server import __version__
-from server.api import chat, completions, health, models, problems, resumption, sessions
+from server.api import (
+    chat,
+    completions,
+    health,
+    models,
+    problems,
+    resumption,
+    sessions,
+    tokens,
+)
 from server.api.conversation import Conversation
 from server.api.middleware import RequestMiddleware
 from server.api.router import Router
@@ -61,7 +70,7 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
         version=__version__,
         lifespan=lifespan,
     )
-    for part in (completions, chat, sessions, resumption, models, health):
+    for part in (completions, chat, sessions, resumption, tokens, models, health):
         app.include_router(part.router)
     problems.install(app, metrics)
     app.add_middleware(

@@ -25,9 +25,14 @@ async def get_model(model: str, service: ServiceDep) -> Model:
 
 
 def _render(service: Service) -> Model:
+    network, settings = service.checkpoint.network, service.settings
     return Model(
         id=service.model_name,
         created=service.created,
-        parameters=service.checkpoint.network.num_parameters,
+        parameters=network.num_parameters,
+        vocab_size=network.config.vocab_sz,
         state_bytes=service.sessions.state_bytes,
+        max_prompt_tokens=settings.max_prompt_tokens,
+        max_tokens=settings.max_tokens_limit,
+        chat=service.conversation is not None,
     )

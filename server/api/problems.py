@@ -87,17 +87,16 @@ def _describe(request: Request, problems: Sequence[Any]) -> InvalidRequest:
     return InvalidRequest(f"{param}: {problem['msg']}, not {given}", param, "invalid_value")
 
 
-UNION_TAGS = {"text", "texts", "tokens", "token_lists", "parts"}
-"""What pydantic adds to the path of a field that takes several forms."""
-
-
 def _field(path: Sequence[str]) -> str | None:
-    """`a.b[0]` for the parts of a path."""
+    """`a.b[0]` for the parts of a path.
+
+    Parts in parentheses are not of the path: they say which of several forms a field has.
+    """
     shown = ""
     for part in path:
         if part.isdigit():
             shown += f"[{part}]"
-        elif part not in UNION_TAGS:
+        elif not part.startswith("("):
             shown += f".{part}" if shown else part
     return shown[:LONGEST_ECHO] or None
 

@@ -129,10 +129,7 @@ def choices(
 ) -> list[ChoiceSpec]:
     """All choices of an answer, prompt by prompt. Raises InvalidRequest."""
     sampling = _sampling(service, body)
-    vocab_sz = service.checkpoint.network.config.vocab_sz
-    for token_id in body.stop_token_ids or ():
-        if token_id >= vocab_sz:
-            raise InvalidRequest(f"token id {token_id} is not below {vocab_sz}", "stop_token_ids")
+    check_ids(service, body.stop_token_ids or (), "stop_token_ids")
     scores = isinstance(body, CompletionRequest) and body.echo and body.logprobs is not None
     return [
         ChoiceSpec(
@@ -153,6 +150,14 @@ def choices(
     ]
 
 
+def check_ids(service: Service, token_ids: Sequence[int], param: str) -> None:
+    """Raises InvalidRequest for a token that the model does not have."""
+    vocab_sz = service.checkpoint.network.config.vocab_sz
+    outside = next((token_id for token_id in token_ids if token_id >= vocab_sz), None)
+    if outside is not None:
+        raise InvalidRequest(f"token id {outside} is not below {vocab_sz}", param)
+
+
 async def encode(service: Service, text: str) -> tuple[int, ...]:
     """Tokens of a text; a long one does not hold up the event loop."""
     words = service.checkpoint.tokenizer
@@ -164,10 +169,7 @@ async def encode(service: Service, text: str) -> tuple[int, ...]:
 async def _tokens(service: Service, prompt: str | list[int]) -> tuple[int, ...]:
     if isinstance(prompt, str):
         return await encode(service, prompt)
-    vocab_sz = service.checkpoint.network.config.vocab_sz
-    outside = next((token_id for token_id in prompt if token_id >= vocab_sz), None)
-    if outside is not None:
-        raise InvalidRequest(f"token id {outside} is not below {vocab_sz}", "prompt")
+    check_ids(service, prompt, "prompt")
     return tuple(prompt)
 
 

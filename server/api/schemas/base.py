@@ -17,11 +17,11 @@ from pydantic_core.core_schema import no_info_plain_validator_function
 def _kind_of_prompt(value: Any) -> str:
     """Which form of a prompt the first element shows, so that only that form is checked."""
     if not isinstance(value, list):
-        return "text"
+        return "(text)"
     first = value[0] if value else 0
     if isinstance(first, list):
-        return "token_lists"
-    return "tokens" if isinstance(first, int) else "texts"
+        return "(token_lists)"
+    return "(tokens)" if isinstance(first, int) else "(texts)"
 
 
 def _check_unicode(text: str) -> str:
@@ -57,17 +57,17 @@ class Refused:
 Text = Annotated[str, AfterValidator(_check_unicode)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 Prompt = Annotated[
-    Annotated[Text, Tag("text")]
-    | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("texts")]
-    | Annotated[TokenIds, Tag("tokens")]
-    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("token_lists")],
+    Annotated[Text, Tag("(text)")]
+    | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("(texts)")]
+    | Annotated[TokenIds, Tag("(tokens)")]
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("(token_lists)")],
     Discriminator(_kind_of_prompt),
 ]
 StopString = Annotated[Text, Field(min_length=1, max_length=1024)]
 Stop = Annotated[
-    Annotated[StopString, Tag("text")]
-    | Annotated[list[StopString], Field(fail_fast=True), Tag("texts")],
-    Discriminator(lambda value: "texts" if isinstance(value, list) else "text"),
+    Annotated[StopString, Tag("(text)")]
+    | Annotated[list[StopString], Field(fail_fast=True), Tag("(texts)")],
+    Discriminator(lambda value: "(texts)" if isinstance(value, list) else "(text)"),
 ]
 
 

@@ -22,12 +22,12 @@ class TextPart(RequestModel):
 
 
 def _kind_of_content(value: Any) -> str:
-    return "parts" if isinstance(value, list) else "text"
+    return "(parts)" if isinstance(value, list) else "(text)"
 
 
 Content = Annotated[
-    Annotated[Text, Tag("text")]
-    | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("parts")],
+    Annotated[Text, Tag("(text)")]
+    | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("(parts)")],
     Discriminator(_kind_of_content),
 ]
 

@@ -2,23 +2,59 @@
 
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Model(BaseModel):
+    """The model that is served, and what its sessions cost."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     id: str
+    """Its name in requests."""
+
     object: Literal["model"] = "model"
     created: int
+    """Unix seconds when its checkpoint was written."""
+
     owned_by: str = "latentd"
+    """Who serves it."""
+
     parameters: int
+    """Numbers in its weights."""
+
+    vocab_size: int
+    """Token ids are below this."""
+
+    context: Literal["unbounded"] = "unbounded"
+    """A session can have any number of tokens, each at the same cost."""
+
     state_bytes: int
     """Memory of one session, at any length of its context."""
 
+    max_prompt_tokens: int
+    """Most tokens that one request may add; a session can have any number of requests."""
+
+    max_tokens: int
+    """Most tokens that one request may generate."""
+
+    chat: bool
+    """Whether it has a chat template, which `/v1/chat/completions` needs."""
+
 
 class ModelList(BaseModel):
+    """All models of the server: one."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     object: Literal["list"] = "list"
     data: list[Model]
+    """The models."""
 
 
 class Health(BaseModel):
+    """The server is well."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     status: Literal["ok"] = "ok"

@@ -39,6 +39,8 @@ def client_with(server: LiveServer, key: str | None) -> Iterator[httpx.Client]:
 CALLS = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
     ("GET", "/v1/streams/x"),
     ("POST", "/v1/streams/x/cancel"),
     ("DELETE", "/v1/streams/x"),
@@ -79,7 +81,7 @@ def test_every_call_is_guarded(guarded: LiveServer) -> None:
         (method.upper(), re.sub("{[a-z_]+}", "x", path))
         for path, methods in paths.items()
         for method in methods
-        if path.startswith("/v1")
+        if path.startswith(("/v1", "/tokenize", "/detokenize"))
     }
     assert described == set(CALLS)
 

@@ -22,6 +22,11 @@ def test_the_model_tells_its_facts(client: httpx.Client, server: LiveServer) -> 
     assert (model["id"], model["object"]) == ("tiny", "model")
     assert model["parameters"] == network.num_parameters
     assert model["state_bytes"] == network.state_spec.num_bytes
+    assert model["context"] == "unbounded"
+    assert (model["vocab_size"], model["chat"]) == (300, False)
+    settings = server.service.settings
+    limits = (settings.max_prompt_tokens, settings.max_tokens_limit)
+    assert (model["max_prompt_tokens"], model["max_tokens"]) == limits
     assert client.get("/v1/models/tiny").json() == model
 
 

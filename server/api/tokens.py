@@ -1,0 +1,52 @@
+"""`/tokenize` and `/detokenize`: what the model reads of a text."""
+
+from fastapi import APIRouter, Depends
+
+from server.api import prompts
+from server.api.auth import get_owner
+from server.api.chat import read_messages
+from server.api.schemas.problems import ErrorResponse
+from server.api.schemas.tokens import (
+    Detokenized,
+    DetokenizeRequest,
+    Tokenized,
+    TokenizeRequest,
+)
+from server.api.service import ServiceDep
+from server.engine.messages import Continuation
+from server.errors import InvalidRequest
+
+router = APIRouter(
+    dependencies=[Depends(get_owner)],
+    tags=["tokens"],
+    responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+)
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Tokenized:
+    """The tokens of a text, or of a conversation by the model's chat template."""
+    prompts.check_model(service, body.model)
+    adds = body.add_special_tokens is None or body.add_special_tokens
+    bos = service.checkpoint.network.config.bos_token_id
+    match body.prompt, body.messages:
+        case str(text), None:
+            ids = await prompts.encode(service, text)
+            ids = (bos, *ids) if adds and bos is not None else ids
+        case None, list(messages):
+            ids = await read_messages(service, messages, Continuation())
+            ids = ids if adds or ids[:1] != (bos,) else ids[1:]
+        case _:
+            raise InvalidRequest("give a prompt or messages, one of them", "prompt")
+    names = None
+    if body.return_token_strs:
+        names = [service.checkpoint.tokenizer.name_of(token_id) for token_id in ids]
+    return Tokenized(count=len(ids), tokens=list(ids), token_strs=names, max_model_len=None)
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Detokenized:
+    """The text of tokens. What was tokenised without `add_special_tokens` comes back as it was."""
+    prompts.check_model(service, body.model)
+    prompts.check_ids(service, body.tokens, "tokens")
+    return Detokenized(prompt=service.checkpoint.tokenizer.decode(body.tokens, names=True))
