@@ -65,6 +65,7 @@ class Exchange:
         self.service.check_ready()
         prompts.check_model(self.service, self.body.model)
         prompts.check_limits(self.service, self.body)
+        self._check_delivery()
         session_id = self._session_id()
         turn = Turn(self.service, self.owner, prompts.timeout_s(self.service, self.body))
         try:
@@ -115,6 +116,19 @@ class Exchange:
             pass
 
         return EventStream(pieces(), nothing, headers)
+
+    def _check_delivery(self) -> None:
+        """Raises InvalidRequest for ways of delivery that go ill together."""
+        body = self.body
+        if body.stream_options is not None and not body.stream:
+            raise InvalidRequest("stream_options needs stream: true", "stream_options")
+        if body.resumable and not body.stream:
+            raise InvalidRequest("resumable needs stream: true", "resumable")
+        if body.stream and body.num_generated_per_prompt > body.num_choices_per_prompt:
+            raise InvalidRequest(
+                "which choices are best is known at the end only: best_of cannot be streamed",
+                "best_of",
+            )
 
     def _condition(self) -> TurnCondition:
         """What the turn depends on. How an answer is delivered does not make it another one."""

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from model.sampling import SamplingParams, derive_seed
-from server.api.schemas.chat import ChatRequest
 from server.api.schemas.completions import CompletionRequest
-from server.api.schemas.generation import GenerationRequest
+from server.api.schemas.generation import SamplingRequest
 from server.api.service import Service
 from server.api.turns import ChoiceSpec
 from server.engine.messages import Continuation
@@ -28,7 +27,7 @@ def check_model(service: Service, name: str | None) -> None:
         )
 
 
-def check_limits(service: Service, body: GenerationRequest) -> None:
+def check_limits(service: Service, body: SamplingRequest) -> None:
     """Raises InvalidRequest for what exceeds this server's settings or goes ill together."""
     settings = service.settings
     most = max_tokens(service, body)
@@ -62,32 +61,20 @@ def check_limits(service: Service, body: GenerationRequest) -> None:
             f"{body.num_logprobs} most probable tokens, the most is {settings.max_logprobs}",
             body.logprobs_name,
         )
-    _check_stream(body)
 
 
-def _check_stream(body: GenerationRequest) -> None:
-    if body.stream_options is not None and not body.stream:
-        raise InvalidRequest("stream_options needs stream: true", "stream_options")
-    if body.resumable and not body.stream:
-        raise InvalidRequest("resumable needs stream: true", "resumable")
-    if body.stream and body.num_generated_per_prompt > body.num_choices_per_prompt:
-        raise InvalidRequest(
-            "which choices are best is known at the end only: best_of cannot be streamed", "best_of"
-        )
-
-
-def timeout_s(service: Service, body: GenerationRequest) -> float | None:
+def timeout_s(service: Service, body: SamplingRequest) -> float | None:
     """Seconds in which the request must end."""
     return service.settings.request_timeout_s if body.timeout is None else body.timeout
 
 
-def max_tokens(service: Service, body: GenerationRequest) -> int:
+def max_tokens(service: Service, body: SamplingRequest) -> int:
     """Tokens to generate at most."""
     if body.token_limit is not None:
         return body.token_limit
     settings = service.settings
-    is_chat = isinstance(body, ChatRequest)
-    return settings.default_chat_max_tokens if is_chat else settings.default_max_tokens
+    is_completion = isinstance(body, CompletionRequest)
+    return settings.default_max_tokens if is_completion else settings.default_chat_max_tokens
 
 
 async def read_prompts(
@@ -107,7 +94,7 @@ async def read_prompts(
 
 def check_lengths(
     service: Service,
-    body: GenerationRequest,
+    body: SamplingRequest,
     prompts: Sequence[tuple[int, ...]],
     start: Continuation,
 ) -> None:
@@ -125,12 +112,11 @@ def check_lengths(
 
 
 def choices(
-    service: Service, body: GenerationRequest, prompts: Sequence[tuple[int, ...]]
+    service: Service, body: SamplingRequest, prompts: Sequence[tuple[int, ...]]
 ) -> list[ChoiceSpec]:
     """All choices of an answer, prompt by prompt. Raises InvalidRequest."""
     sampling = _sampling(service, body)
     check_ids(service, body.stop_token_ids or (), "stop_token_ids")
-    scores = isinstance(body, CompletionRequest) and body.echo and body.logprobs is not None
     return [
         ChoiceSpec(
             token_ids=ids,
@@ -142,8 +128,8 @@ def choices(
             ignore_eos=bool(body.ignore_eos),
             min_tokens=body.min_tokens or 0,
             num_logprobs=body.num_logprobs,
-            return_tokens=bool(body.return_token_ids),
-            score_prompt=bool(scores),
+            return_tokens=body.returns_tokens,
+            score_prompt=body.scores_prompt,
         )
         for ids in prompts
         for index in range(body.num_generated_per_prompt)
@@ -174,7 +160,7 @@ async def _tokens(service: Service, prompt: str | list[int]) -> tuple[int, ...]:
 
 
 def _check_length(
-    service: Service, body: GenerationRequest, ids: tuple[int, ...], start: Continuation
+    service: Service, body: SamplingRequest, ids: tuple[int, ...], start: Continuation
 ) -> None:
     limit = service.settings.max_prompt_tokens
     if len(ids) > limit:
@@ -191,7 +177,7 @@ def _check_length(
         )
 
 
-def _sampling(service: Service, body: GenerationRequest) -> SamplingParams:
+def _sampling(service: Service, body: SamplingRequest) -> SamplingParams:
     default = SamplingParams()
     top_k = default.top_k if body.top_k is None else max(0, body.top_k)
     seed = secrets.randbits(64) if body.seed is None else body.seed

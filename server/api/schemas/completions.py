@@ -41,6 +41,10 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
     @property
+    def scores_prompt(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
     def prompts(self) -> list[str | list[int]]:
         """Every prompt of the request, each a text or token ids."""
         prompt = self.prompt

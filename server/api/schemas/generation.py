@@ -21,20 +21,11 @@ class StreamOptions(RequestModel):
     """Put the usage so far into every event."""
 
 
-class GenerationRequest(RequestModel):
+class SamplingRequest(RequestModel):
     """Parameters of every request that generates text."""
 
     model: Text | None = None
     """The model's name; without it, the one that is served."""
-
-    session_id: Text | None = None
-    """Take the session's next turn: send only what is new."""
-
-    expected_turn: Annotated[int, Field(ge=0)] | None = None
-    """The turn that the session must be at; otherwise the answer is 409 `turn_mismatch`."""
-
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    """Tokens to generate at most. 0 only reads the prompt."""
 
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     """Before so many tokens nothing ends the text: no end token, no stop token, no stop string."""
@@ -80,21 +71,8 @@ class GenerationRequest(RequestModel):
     ignore_eos: bool | None = None
     """Go on behind the model's end token."""
 
-    n: Annotated[int, Field(ge=1)] | None = None
-    """Choices to generate for each prompt."""
-
     stream: bool | None = None
     """Send server-sent events as the text comes to be."""
-
-    stream_options: StreamOptions | None = None
-    """Needs `stream`."""
-
-    resumable: bool | None = None
-    """With `stream`: a client that loses its connection does not end the turn.
-    `GET /v1/streams/{id}` goes on, where the id is that of the answer."""
-
-    return_token_ids: bool | None = None
-    """Put token ids beside the text."""
 
     timings: bool | None = None
     """Tell how long the parts of the work took."""
@@ -110,7 +88,7 @@ class GenerationRequest(RequestModel):
     @property
     def num_choices_per_prompt(self) -> int:
         """Choices that an answer has for each prompt."""
-        return 1 if self.n is None else self.n
+        return 1
 
     @property
     def num_generated_per_prompt(self) -> int:
@@ -134,13 +112,61 @@ class GenerationRequest(RequestModel):
     @property
     def token_limit(self) -> int | None:
         """Tokens to generate at most, if the request says it."""
-        return self.max_tokens
+        return None
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's tokens are to be told with their probabilities."""
+        return False
+
+    @property
+    def returns_tokens(self) -> bool:
+        """Whether token ids are to be told without probabilities."""
+        return False
 
     @property
     def stops(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class GenerationRequest(SamplingRequest):
+    """Parameters of completions and chats."""
+
+    session_id: Text | None = None
+    """Take the session's next turn: send only what is new."""
+
+    expected_turn: Annotated[int, Field(ge=0)] | None = None
+    """The turn that the session must be at; otherwise the answer is 409 `turn_mismatch`."""
+
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Tokens to generate at most. 0 only reads the prompt."""
+
+    n: Annotated[int, Field(ge=1)] | None = None
+    """Choices to generate for each prompt."""
+
+    stream_options: StreamOptions | None = None
+    """Needs `stream`."""
+
+    resumable: bool | None = None
+    """With `stream`: a client that loses its connection does not end the turn.
+    `GET /v1/streams/{id}` goes on, where the id is that of the answer."""
+
+    return_token_ids: bool | None = None
+    """Put token ids beside the text."""
+
+    @property
+    def num_choices_per_prompt(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def returns_tokens(self) -> bool:
+        return bool(self.return_token_ids)
 
     @property
     def wants_usage_event(self) -> bool:
