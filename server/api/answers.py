@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from model.tokenizer import Detokenizer, Tokenizer
 from server.api.schemas.generation import (
-    GenerationRequest,
     PromptTokensDetails,
+    SamplingRequest,
     Timings,
     Usage,
 )
@@ -97,15 +97,15 @@ class Answer(ABC):
     def __init__(
         self,
         service: Service,
-        body: GenerationRequest,
+        body: SamplingRequest,
         turn: Turn,
         specs: Sequence[ChoiceSpec],
         *,
-        prefix: str,
+        answer_id: str,
         echoes: Sequence[str] = (),
     ) -> None:
-        """`prefix` begins the answer's id; `echoes` are texts that the choices begin with."""
-        self.id = f"{prefix}-{secrets.token_hex(16)}"
+        """`echoes` are texts that the choices begin with."""
+        self.id = answer_id
         self.created = int(time.time())
         self.model = service.model_name
         self.fingerprint = f"fp_{service.checkpoint.fingerprint[:12]}"
@@ -133,17 +133,12 @@ class Answer(ABC):
         """Events of a stream for what happened to a choice."""
 
     @abstractmethod
-    def usage_event(self) -> BaseModel:
-        """The last event of a stream that asked for the usage."""
-
-    @abstractmethod
     def whole(self) -> BaseModel:
         """The answer when all choices have finished."""
 
+    @abstractmethod
     def closing(self) -> Iterator[BaseModel]:
         """Events of a stream after everything has happened."""
-        if self._body.wants_usage_event:
-            yield self.usage_event()
 
     def to_json(self) -> str:
         """`whole`, as text."""
@@ -207,21 +202,16 @@ class Answer(ABC):
         } | {name: fact for name, fact in known.items() if fact is not None}
 
     @property
-    def usage_in_event(self) -> dict[str, Usage | None]:
-        """The usage in an event of a stream that has something else to tell, if it belongs there.
-
-        Where it is to come at the end, the others have null.
-        """
-        if self._body.wants_usage_in_events:
-            return {"usage": self.usage}
-        return {"usage": None} if self._body.wants_usage_event else {}
-
-    @property
     def _cached_tokens(self) -> int:
         """Of each prompt what none of its choices needed to read."""
         n = self._body.num_generated_per_prompt
         of_prompts = (self.choices[start : start + n] for start in range(0, len(self.choices), n))
         return sum(min(choice.cached_tokens for choice in choices) for choices in of_prompts)
+
+
+def new_id(prefix: str) -> str:
+    """An answer's id, which cannot be guessed."""
+    return f"{prefix}-{secrets.token_hex(16)}"
 
 
 def timing_headers(timings: Timings | None) -> dict[str, str]:

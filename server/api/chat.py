@@ -1,13 +1,12 @@
 """`POST /v1/chat/completions`: an answer to a conversation, whole or as a stream."""
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Request, Response
 
 from server.api import prompts
-from server.api.answers import Answer, Choice
+from server.api.answers import Answer, Choice, new_id
 from server.api.auth import OwnerDep
 from server.api.exchange import Exchange, Prepared, SessionHeaders
 from server.api.schemas.chat import (
@@ -19,14 +18,13 @@ from server.api.schemas.chat import (
     ChatLogprobs,
     ChatRequest,
     Delta,
-    Message,
     TokenLogprob,
     TopLogprob,
 )
 from server.api.schemas.problems import ErrorResponse
 from server.api.service import Service, ServiceDep
 from server.api.turns import ChoiceSpec, Told, Turn
-from server.engine.messages import Continuation, Finished, PromptScored, Token
+from server.engine.messages import Finished, PromptScored, Token
 from server.errors import InvalidRequest
 
 router = APIRouter(tags=["chat"])
@@ -57,7 +55,7 @@ async def create_chat_completion(
     """
 
     async def prepare(turn: Turn) -> Prepared:
-        tokens = await read_messages(service, body.messages, turn.start)
+        tokens = await prompts.read_messages(service, prompts.said(body.messages), turn.start)
         prompts.check_lengths(service, body, [tokens], turn.start)
         specs = prompts.choices(service, body, [tokens])
         return Prepared(specs, ChatAnswer(service, body, turn, specs))
@@ -70,31 +68,13 @@ async def create_chat_completion(
     )
 
 
-async def read_messages(
-    service: Service, messages: Sequence[Message], start: Continuation
-) -> tuple[int, ...]:
-    """Tokens of the messages, to be read after `start`. Raises InvalidRequest."""
-    conversation = service.conversation
-    if conversation is None:
-        raise InvalidRequest(
-            "this model has no chat template: use /v1/completions", "messages", "no_chat_template"
-        )
-    if start.position:
-        return tuple(await asyncio.to_thread(conversation.go_on, messages))
-    if not messages:
-        raise InvalidRequest("a conversation begins with at least one message", "messages")
-    ids = await asyncio.to_thread(conversation.begin, messages)
-    bos = service.checkpoint.network.config.bos_token_id
-    return tuple(ids) if bos is None or ids[:1] == [bos] else (bos, *ids)
-
-
 class ChatAnswer(Answer):
     """A chat completion in OpenAI's shape."""
 
     def __init__(
         self, service: Service, body: ChatRequest, turn: Turn, specs: Sequence[ChoiceSpec]
     ) -> None:
-        super().__init__(service, body, turn, specs, prefix="chatcmpl")
+        super().__init__(service, body, turn, specs, answer_id=new_id("chatcmpl"))
         self._asked = body
 
     def opening(self) -> Iterator[ChatChunk]:
@@ -112,8 +92,12 @@ class ChatAnswer(Answer):
         if isinstance(event, Finished):
             yield self._chunk(index, Delta(), {"stop_reason": event.stopped_by}, event.reason)
 
-    def usage_event(self) -> ChatChunk:
-        return ChatChunk(**self.facts, object="chat.completion.chunk", choices=[], usage=self.usage)
+    def closing(self) -> Iterator[ChatChunk]:
+        """The usage, if asked for."""
+        if self._asked.wants_usage_event:
+            yield ChatChunk.model_validate(
+                self.facts | {"object": "chat.completion.chunk", "choices": [], "usage": self.usage}
+            )
 
     def whole(self) -> ChatCompletion:
         choices = [self._whole_choice(*numbered) for numbered in enumerate(self.choices)]
@@ -154,9 +138,11 @@ class ChatAnswer(Answer):
         first: bool = False,
     ) -> ChatChunk:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason} | told
-        facts = self.facts | self.usage_in_event | (self._prompt_ids() if first else {})
         return ChatChunk.model_validate(
-            facts | {"object": "chat.completion.chunk", "choices": [choice]}
+            self.facts
+            | self._asked.usage_in_event(self.usage)
+            | (self._prompt_ids() if first else {})
+            | {"object": "chat.completion.chunk", "choices": [choice]}
         )
 
     def _prompt_ids(self) -> dict[str, object]:
@@ -191,9 +177,7 @@ def _again(answer: str, body: ChatRequest) -> Iterator[ChatChunk]:
     """A known answer as a stream."""
     known = ChatCompletion.model_validate_json(answer)
     facts = known.model_dump(exclude={"choices", "usage", "object"}, exclude_unset=True)
-    usage: dict[str, object] = {}
-    if body.wants_usage_in_events or body.wants_usage_event:
-        usage = {"usage": known.usage if body.wants_usage_in_events else None}
+    usage = body.usage_in_event(known.usage)
     for choice in known.choices:
         told = choice.model_dump(exclude={"message"}, exclude_unset=True)
         delta = Delta(role="assistant", content=choice.message.content)

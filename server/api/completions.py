@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Header, Request, Response
 
 from server.api import prompts
-from server.api.answers import Answer, Choice, PlacedTokens
+from server.api.answers import Answer, Choice, PlacedTokens, new_id
 from server.api.auth import OwnerDep
 from server.api.exchange import Exchange, Prepared, SessionHeaders
 from server.api.schemas.completions import (
@@ -68,7 +68,7 @@ class CompletionAnswer(Answer):
     ) -> None:
         decode = service.checkpoint.tokenizer.decode
         self._echoes = [decode(spec.token_ids) if body.echo else "" for spec in specs]
-        super().__init__(service, body, turn, specs, prefix="cmpl", echoes=self._echoes)
+        super().__init__(service, body, turn, specs, answer_id=new_id("cmpl"), echoes=self._echoes)
         self._asked = body
 
     def opening(self) -> Iterator[Completion]:
@@ -95,8 +95,10 @@ class CompletionAnswer(Answer):
         elif event.text or event.tokens:
             yield self._piece(index, event.text, facts)
 
-    def usage_event(self) -> Completion:
-        return self._completion([], usage=self.usage)
+    def closing(self) -> Iterator[Completion]:
+        """The usage, if asked for."""
+        if self._asked.wants_usage_event:
+            yield self._completion([], usage=self.usage)
 
     def whole(self) -> Completion:
         return self._completion(
@@ -149,7 +151,7 @@ class CompletionAnswer(Answer):
         choice = CompletionChoice.model_validate(
             {"index": index, "text": text, "logprobs": None, "finish_reason": reason} | facts
         )
-        return self._completion([choice], **self.usage_in_event)
+        return self._completion([choice], **self._asked.usage_in_event(self.usage))
 
     def _completion(self, choices: list[CompletionChoice], **facts: object) -> Completion:
         """A completion object with these choices."""
@@ -218,9 +220,7 @@ def _joined(first: CompletionLogprobs, second: object) -> CompletionLogprobs:
 def _again(answer: str, body: CompletionRequest) -> Iterator[Completion]:
     """A known answer as a stream."""
     known = Completion.model_validate_json(answer)
-    usage = known.usage if body.wants_usage_in_events else None
-    told = {"usage": usage} if body.wants_usage_in_events or body.wants_usage_event else {}
     facts = known.model_dump(exclude={"usage"}, exclude_unset=True)
-    yield Completion.model_validate(facts | told)
+    yield Completion.model_validate(facts | body.usage_in_event(known.usage))
     if body.wants_usage_event:
         yield known.model_copy(update={"choices": []})

@@ -7,6 +7,7 @@ begins with what the template writes between an answer and the messages that fol
 import datetime
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 import jinja2
@@ -14,8 +15,17 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.tokenizer import Tokenizer
-from server.api.schemas.chat import Message
 from server.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class Said:
+    """A message."""
+
+    role: str
+    text: str
+    name: str | None = None
+    """Who spoke, for templates that have a place for it."""
 
 
 class TemplateFault(ValueError):
@@ -44,11 +54,11 @@ class Conversation:
             "eos_token": "" if eos is None else tokenizer.name_of(eos),
         }
 
-    def begin(self, messages: Sequence[Message]) -> list[int]:
+    def begin(self, messages: Sequence[Said]) -> list[int]:
         """Tokens of a whole conversation, up to where the answer begins. Raises InvalidRequest."""
         return self._encode([_facts(message) for message in messages])
 
-    def go_on(self, messages: Sequence[Message]) -> list[int]:
+    def go_on(self, messages: Sequence[Said]) -> list[int]:
         """Tokens between the last answer and the next one. Raises InvalidRequest.
 
         No messages: nothing, so that the last answer itself goes on.
@@ -93,7 +103,7 @@ class Conversation:
             ) from error
 
 
-def _facts(message: Message) -> dict[str, str]:
+def _facts(message: Said) -> dict[str, str]:
     role = "system" if message.role == "developer" else message.role
     named = {} if message.name is None else {"name": message.name}
     return {"role": role, "content": message.text} | named

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from model.sampling import SamplingParams, derive_seed
+from server.api.conversation import Said
+from server.api.schemas.chat import Message
 from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.generation import SamplingRequest
 from server.api.service import Service
@@ -90,6 +92,29 @@ async def read_prompts(
         ]
     check_lengths(service, body, prompts, start)
     return prompts
+
+
+def said(messages: Sequence[Message]) -> list[Said]:
+    """A chat's messages, for the template."""
+    return [Said(message.role, message.text, message.name) for message in messages]
+
+
+async def read_messages(
+    service: Service, messages: Sequence[Said], start: Continuation
+) -> tuple[int, ...]:
+    """Tokens of the messages, to be read after `start`. Raises InvalidRequest."""
+    conversation = service.conversation
+    if conversation is None:
+        raise InvalidRequest(
+            "this model has no chat template: use /v1/completions", None, "no_chat_template"
+        )
+    if start.position:
+        return tuple(await asyncio.to_thread(conversation.go_on, messages))
+    if not messages:
+        raise InvalidRequest("a conversation begins with at least one message", "messages")
+    ids = await asyncio.to_thread(conversation.begin, messages)
+    bos = service.checkpoint.network.config.bos_token_id
+    return tuple(ids) if bos is None or ids[:1] == [bos] else (bos, *ids)
 
 
 def check_lengths(

@@ -1,13 +1,14 @@
 """Server-sent events: what is put on the wire, and a response that always ends its turn."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
+from server.api.schemas.problems import ErrorResponse
 from server.errors import LatentdError
 
 KEEP_ALIVE = b": keep-alive\n"
@@ -23,46 +24,82 @@ Close = Callable[[], Awaitable[None]]
 """Ends the turn behind a stream; may be called more than once."""
 
 
-class EventSource:
-    """Messages as events with ids from 0 on, then `[DONE]`.
+def error_message(error: LatentdError) -> BaseModel:
+    """An error as the message of a stream."""
+    return ErrorResponse.model_validate(error.body())
 
-    A LatentdError among the messages becomes an event, since the status was sent long ago; the turn
-    is closed before that.
+
+@dataclass(frozen=True)
+class Manner:
+    """How a kind of stream is written."""
+
+    tell_error: Callable[[LatentdError], BaseModel] = error_message
+    """The last message of a stream that fails."""
+
+    kind_of: Callable[[BaseModel], str] | None = None
+    """The name of a message's event, where events have names."""
+
+    ends_with_done: bool = True
+    """Whether `[DONE]` is the last event."""
+
+
+PLAIN = Manner()
+"""Events without names, and `[DONE]` at the end."""
+
+
+class EventSource:
+    """Messages as events with ids from 0 on.
+
+    A LatentdError among the messages becomes one, since the status was sent long ago; the turn is
+    closed before that.
     """
 
-    def __init__(self, messages: Messages, close: Close) -> None:
+    def __init__(self, messages: Messages, close: Close, manner: Manner = PLAIN) -> None:
         self._messages = messages
         self._close = close
+        self._manner = manner
+        self._number = 0
         self.outcome = "cancelled"
         """How it ended, for the metrics."""
 
     async def events(self) -> AsyncIterator[bytes]:
         """The events as bytes, and `KEEP_ALIVE` for a sign of life."""
-        number = 0
         try:
             async for message in self._messages:
-                if message is None:
-                    yield KEEP_ALIVE
-                    continue
-                yield format_sse_event(
-                    data_str=message.model_dump_json(exclude_unset=True), id=str(number)
-                )
-                number += 1
+                yield KEEP_ALIVE if message is None else self._event(message)
             self.outcome = "ok"
         except LatentdError as error:
-            self.outcome = error.outcome
             await asyncio.shield(self._close())  # a client may try again as soon as it sees this
-            yield error_event(error, number)
-            number += 1
-        yield done_event(number)
+            yield self.failure(error)
+        if self._manner.ends_with_done:
+            yield self.done()
+
+    def failure(self, error: LatentdError) -> bytes:
+        """The event that tells an error."""
+        self.outcome = error.outcome
+        return self._event(self._manner.tell_error(error))
+
+    def done(self) -> bytes:
+        """The event that ends a stream."""
+        return self._numbered("[DONE]")
+
+    def _event(self, message: BaseModel) -> bytes:
+        name = None if self._manner.kind_of is None else self._manner.kind_of(message)
+        return self._numbered(message.model_dump_json(exclude_unset=True), name)
+
+    def _numbered(self, data: str, name: str | None = None) -> bytes:
+        number, self._number = self._number, self._number + 1
+        return format_sse_event(data_str=data, id=str(number), event=name)
 
 
 class EventStream(EventSourceResponse):
     """Sends a source's events. The turn is closed when the response ends, in whatever way, also if
     it never began."""
 
-    def __init__(self, messages: Messages, close: Close, headers: dict[str, str]) -> None:
-        self._source = EventSource(messages, close)
+    def __init__(
+        self, messages: Messages, close: Close, headers: dict[str, str], manner: Manner = PLAIN
+    ) -> None:
+        self._source = EventSource(messages, close, manner)
         self._close = close
         super().__init__(self._source.events(), headers=headers | NO_BUFFERING)
 
@@ -72,13 +109,3 @@ class EventStream(EventSourceResponse):
         finally:
             scope["latentd.outcome"] = self._source.outcome
             await asyncio.shield(self._close())
-
-
-def error_event(error: LatentdError, number: int) -> bytes:
-    """An error in the middle of a stream."""
-    return format_sse_event(data_str=json.dumps(error.body()), id=str(number))
-
-
-def done_event(number: int) -> bytes:
-    """The last event of every stream."""
-    return format_sse_event(data_str="[DONE]", id=str(number))

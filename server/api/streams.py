@@ -12,11 +12,11 @@ from fastapi.sse import EventSourceResponse
 from server.api.sse import (
     KEEP_ALIVE,
     NO_BUFFERING,
+    PLAIN,
     Close,
     EventSource,
+    Manner,
     Messages,
-    done_event,
-    error_event,
 )
 from server.errors import Cancelled, EventsGone, NotFound, Overloaded
 
@@ -100,9 +100,10 @@ class Stream:
         self.log = EventLog(max_bytes)
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, messages: Messages, close: Close) -> None:
+    def start(self, messages: Messages, close: Close, manner: Manner) -> None:
         """Run until the messages end."""
-        self._task = asyncio.create_task(self._run(EventSource(messages, close), close))
+        source = EventSource(messages, close, manner)
+        self._task = asyncio.create_task(self._run(source, close, manner))
 
     async def cancel(self) -> None:
         """End the turn, which rolls back; one that has ended stays as it is."""
@@ -120,7 +121,7 @@ class Stream:
         events = self.log.follow(start, keepalive_s)
         return EventSourceResponse(events, headers=headers | NO_BUFFERING)
 
-    async def _run(self, source: EventSource, close: Close) -> None:
+    async def _run(self, source: EventSource, close: Close, manner: Manner) -> None:
         status: Status = "failed"
         try:
             async for event in source.events():
@@ -132,8 +133,9 @@ class Stream:
         finally:
             await asyncio.shield(close())
             if status == "cancelled":
-                self.log.append(error_event(Cancelled(), self.log.num_events))
-                self.log.append(done_event(self.log.num_events))
+                self.log.append(source.failure(Cancelled()))
+                if manner.ends_with_done:
+                    self.log.append(source.done())
             self.status, self.ended_at = status, time.time()
             self.log.end()
 
@@ -168,14 +170,21 @@ class Streams:
         if running >= self._limits.max_streams:
             raise Overloaded(f"{running} resumable streams are running already", "too_many_streams")
 
-    def start(self, owner: str, stream_id: str, messages: Messages, close: Close) -> Stream:
+    def start(
+        self,
+        owner: str,
+        stream_id: str,
+        messages: Messages,
+        close: Close,
+        manner: Manner = PLAIN,
+    ) -> Stream:
         """Run a turn whose stream can be resumed. The oldest ended streams make room for it."""
         stream = Stream(stream_id, owner, self._limits.max_bytes)
         ended = [s for s in self._streams.values() if s.ended_at is not None]
         for old in ended[: max(0, len(self._streams) + 1 - self._limits.max_streams)]:
             del self._streams[old.id]
         self._streams[stream_id] = stream
-        stream.start(messages, close)
+        stream.start(messages, close, manner)
         return stream
 
     def get(self, owner: str, stream_id: str) -> Stream:

@@ -4,7 +4,6 @@ from fastapi import APIRouter, Depends
 
 from server.api import prompts
 from server.api.auth import get_owner
-from server.api.chat import read_messages
 from server.api.schemas.problems import ErrorResponse
 from server.api.schemas.tokens import (
     Detokenized,
@@ -34,7 +33,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Tokenized:
             ids = await prompts.encode(service, text)
             ids = (bos, *ids) if adds and bos is not None else ids
         case None, list(messages):
-            ids = await read_messages(service, messages, Continuation())
+            ids = await prompts.read_messages(service, prompts.said(messages), Continuation())
             ids = ids if adds or ids[:1] != (bos,) else ids[1:]
         case _:
             raise InvalidRequest("give a prompt or messages, one of them", "prompt")

@@ -178,6 +178,15 @@ class GenerationRequest(SamplingRequest):
         options = self.stream_options
         return options is not None and bool(options.continuous_usage_stats)
 
+    def usage_in_event(self, usage: "Usage | None") -> "dict[str, Usage | None]":
+        """The usage in an event of a stream that has something else to tell, if it belongs there.
+
+        Where it is to come at the end, the others have null.
+        """
+        if self.wants_usage_in_events:
+            return {"usage": usage}
+        return {"usage": None} if self.wants_usage_event else {}
+
 
 class PromptTokensDetails(BaseModel):
     """Of the prompt's tokens."""

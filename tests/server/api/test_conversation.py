@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from model import tokenizer
 from model.tokenizer import Tokenizer
-from server.api.conversation import Conversation, TemplateFault
+from server.api.conversation import Conversation, Said, TemplateFault
 from server.api.schemas.chat import Message
 from server.errors import InvalidRequest
 from tests.server.api.chats import SPECIAL, TEMPLATE
@@ -19,13 +19,10 @@ def conversation(template: str = TEMPLATE, words: Tokenizer = WORDS) -> Conversa
     return Conversation(template, words, 0, 4)
 
 
-def said(*texts: str) -> list[Message]:
+def said(*texts: str) -> list[Said]:
     """Messages of a user and an assistant in turn."""
     roles = ("user", "assistant")
-    return [
-        Message.model_validate({"role": roles[i % 2], "content": text})
-        for i, text in enumerate(texts)
-    ]
+    return [Said(roles[i % 2], text) for i, text in enumerate(texts)]
 
 
 def shown(ids: list[int]) -> str:
@@ -69,11 +66,11 @@ def test_nothing_new_adds_nothing() -> None:
 def test_a_message_of_parts_is_their_text() -> None:
     parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]
     message = Message.model_validate({"role": "user", "content": parts})
-    assert conversation().begin([message]) == conversation().begin(said("the cat"))
+    assert message.text == "the cat"
 
 
 def test_a_developer_is_the_system() -> None:
-    message = Message.model_validate({"role": "developer", "content": "be kind"})
+    message = Said("developer", "be kind")
     assert "<|system|>be kind<|end|>" in shown(conversation().begin([message]))
 
 

@@ -135,7 +135,7 @@ def test_a_turn_that_is_cancelled_is_closed_and_says_so() -> None:
         assert closed
         first, error, done = await read(stream.log)
         assert b'"number":0' in first
-        assert b'"code": "cancelled"' in error
+        assert b'"code":"cancelled"' in error
         assert b"[DONE]" in done
         stream.log.append(b"x" * 1000)
         with pytest.raises(EventsGone, match="from 3 on"):

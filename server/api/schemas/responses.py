@@ -1,0 +1,433 @@
+"""`/v1/responses` in OpenAI's shapes."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from server.api.schemas.base import Refused, RequestModel, Text
+from server.api.schemas.chat import NO_TOOLS, TEXT_ONLY, TokenLogprob
+from server.api.schemas.generation import SamplingRequest, Timings
+from server.api.schemas.sessions import Metadata, Ttl
+
+Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+
+
+class InputPart(RequestModel):
+    """A piece of an input message."""
+
+    type: Literal["input_text", "output_text"]
+    """Other kinds of content are not supported."""
+
+    text: Text
+    """What it says."""
+
+    annotations: Annotated[None, Refused(TEXT_ONLY, [])] = None
+    logprobs: list[Any] | None = None
+    """As it came with an earlier answer; it changes nothing."""
+
+
+def _kind_of_content(value: Any) -> str:
+    return "(parts)" if isinstance(value, list) else "(text)"
+
+
+class InputMessage(RequestModel):
+    """A message; an earlier response's output item is one, too."""
+
+    type: Literal["message"] | None = None
+    """Other kinds of items are not supported."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    """developer means the same as system."""
+
+    content: Annotated[
+        Annotated[Text, Tag("(text)")]
+        | Annotated[list[InputPart], Field(min_length=1, fail_fast=True), Tag("(parts)")],
+        Discriminator(_kind_of_content),
+    ]
+    """A text, or a list of text parts, which are joined."""
+
+    id: Text | None = None
+    """As it came with an earlier answer; it changes nothing."""
+
+    status: Literal["completed", "incomplete"] | None = None
+    """As it came with an earlier answer; it changes nothing."""
+
+    phase: Text | None = None
+    """As it came with an earlier answer; it changes nothing."""
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+def _kind_of_input(value: Any) -> str:
+    return "(items)" if isinstance(value, list) else "(text)"
+
+
+Input = Annotated[
+    Annotated[Text, Tag("(text)")]
+    | Annotated[list[InputMessage], Field(fail_fast=True), Tag("(items)")],
+    Discriminator(_kind_of_input),
+]
+
+
+class TextFormat(RequestModel):
+    """Text as it comes."""
+
+    type: Literal["text"]
+    """No structure is asked for."""
+
+
+class TextOptions(RequestModel):
+    """What the text is to be like."""
+
+    format: TextFormat | None = None
+    """Its structure."""
+
+    verbosity: Annotated[None, Refused("this server's models know no verbosity", "medium")] = None
+
+
+class ResponseStreamOptions(RequestModel):
+    """How a stream tells."""
+
+    include_obfuscation: Annotated[None, Refused("events are not padded", False)] = None
+
+
+class ResponseRequest(SamplingRequest):
+    """`POST /v1/responses`."""
+
+    input: Input | None = None
+    """A user's text, or messages. Only what is new, with `previous_response_id`."""
+
+    instructions: Text | None = None
+    """A system message before the input. The state of a response includes the instructions that
+    came before it: they cannot be taken back, only added to."""
+
+    previous_response_id: Text | None = None
+    """Go on from the end of this response, whatever has gone on from there already."""
+
+    store: bool | None = None
+    """Keep the response and the state after it; true unless it is said otherwise."""
+
+    background: bool | None = None
+    """Answer at once and go on without the connection; needs `store`."""
+
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens to generate at most."""
+
+    metadata: Metadata | None = None
+    """Your notes, kept with the response."""
+
+    ttl: Ttl | None = None
+    """Seconds after which a stored response is erased."""
+
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    """So many of the most probable tokens beside each; needs the include below."""
+
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    """What else to tell: the log-probability of each token."""
+
+    text: TextOptions | None = None
+    """What the text is to be like."""
+
+    stream_options: ResponseStreamOptions | None = None
+    """Needs `stream`."""
+
+    truncation: Literal["auto", "disabled"] | None = None
+    """Nothing needs to be cut off: a context has no longest length here."""
+
+    service_tier: Literal["auto", "default"] | None = None
+    """There is one tier."""
+
+    safety_identifier: Text | None = None
+    """Your name for who asks; it changes nothing."""
+
+    prompt_cache_key: Text | None = None
+    """A hint that this server does not need: common beginnings are found without it."""
+
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    """A hint that this server does not need."""
+
+    tools: Annotated[None, Refused(NO_TOOLS, [])] = None
+    tool_choice: Annotated[None, Refused(NO_TOOLS, "none", "auto")] = None
+    parallel_tool_calls: Annotated[None, Refused(NO_TOOLS, False, True)] = None
+    max_tool_calls: Annotated[None, Refused(NO_TOOLS)] = None
+    reasoning: Annotated[None, Refused("this server's models do not reason")] = None
+    prompt: Annotated[None, Refused("this server keeps no prompt templates")] = None
+    conversation: Annotated[
+        None, Refused("go on with previous_response_id, or chat with a session_id")
+    ] = None
+    context_management: Annotated[None, Refused("a context has no longest length here")] = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.include else None
+
+    @property
+    def logprobs_name(self) -> str:
+        return "top_logprobs"
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_output_tokens
+
+    @property
+    def stores(self) -> bool:
+        return self.store is None or self.store
+
+    @property
+    def messages(self) -> list[tuple[str, str]]:
+        """Roles and texts of what is new, the instructions first."""
+        given = self.input
+        told = [] if self.instructions is None else [("system", self.instructions)]
+        if isinstance(given, str):
+            return [*told, ("user", given)]
+        return told + [(message.role, message.text) for message in given or []]
+
+
+class OutputText(BaseModel):
+    """A text that the model wrote."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    type: Literal["output_text"] = "output_text"
+    text: str
+    """The text."""
+
+    annotations: list[Any] = []
+    """Always empty."""
+
+    logprobs: list[TokenLogprob] = []
+    """Its tokens, if asked for."""
+
+
+class OutputMessage(BaseModel):
+    """A message that the model wrote."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    """Its id."""
+
+    type: Literal["message"] = "message"
+    status: Literal["in_progress", "completed", "incomplete"]
+    """incomplete: the token limit ended it."""
+
+    role: Literal["assistant"] = "assistant"
+    content: list[OutputText]
+    """One text."""
+
+
+class InputTokensDetails(BaseModel):
+    """Of the input's tokens."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    cached_tokens: int
+    """Tokens that did not need to be read: those of earlier responses, or a beginning that the
+    server has read before."""
+
+
+class OutputTokensDetails(BaseModel):
+    """Of the output's tokens."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    reasoning_tokens: int = 0
+    """Always 0."""
+
+
+class ResponseUsage(BaseModel):
+    """Tokens of a response. Those of earlier responses count as input, too."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    input_tokens: int
+    """Tokens before the output, those of earlier responses included."""
+
+    input_tokens_details: InputTokensDetails
+    """Which of them cost nothing."""
+
+    output_tokens: int
+    """Tokens generated."""
+
+    output_tokens_details: OutputTokensDetails
+    """Of those generated."""
+
+    total_tokens: int
+    """All together."""
+
+
+class ResponseError(BaseModel):
+    """Why a response failed."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    code: str
+    """The kind of fault."""
+
+    message: str
+    """What happened."""
+
+
+class IncompleteDetails(BaseModel):
+    """Why a response is incomplete."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    reason: Literal["max_output_tokens"]
+    """The token limit ended it."""
+
+
+class ToldFormat(BaseModel):
+    """What the text was to be like."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    format: dict[str, Any]
+    """As it was asked for."""
+
+
+class ResponseObject(BaseModel):
+    """A response. Once stored it does not change, and any number of others can go on from it."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    """Its id, for `previous_response_id` and all calls under `/v1/responses`."""
+
+    object: Literal["response"] = "response"
+    created_at: int
+    """Unix seconds."""
+
+    completed_at: int | None
+    """Unix seconds of its end; null before."""
+
+    status: Status
+    """How it stands."""
+
+    background: bool
+    """Whether it goes on without a connection."""
+
+    error: ResponseError | None
+    """Why it failed."""
+
+    incomplete_details: IncompleteDetails | None
+    """Why it is incomplete."""
+
+    instructions: str | None
+    """As they were given."""
+
+    max_output_tokens: int | None
+    """As it was given."""
+
+    model: str
+    """The model's name."""
+
+    output: list[OutputMessage]
+    """One message; none before the end."""
+
+    parallel_tool_calls: bool = True
+    """No model here calls tools."""
+
+    previous_response_id: str | None
+    """The response that it went on from."""
+
+    service_tier: Literal["default"] = "default"
+    store: bool
+    """Whether it is kept."""
+
+    temperature: float
+    """The temperature."""
+
+    text: ToldFormat
+    """What the text was to be like."""
+
+    tool_choice: Literal["auto"] = "auto"
+    tools: list[Any] = []
+    """No model here calls tools."""
+
+    top_logprobs: int
+    """Most probable tokens beside each."""
+
+    top_p: float
+    """The top_p."""
+
+    truncation: Literal["disabled"] = "disabled"
+    usage: ResponseUsage | None
+    """Tokens; null before the end."""
+
+    user: str | None
+    """As it was given."""
+
+    metadata: dict[str, str]
+    """Your notes."""
+
+    timings: Timings | None = None
+    """If asked for."""
+
+
+class ResponseDeleted(BaseModel):
+    """A response that is no more."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    """What it was called."""
+
+    object: Literal["response"] = "response"
+    deleted: Literal[True] = True
+
+
+class ResponseEvent(BaseModel):
+    """An event of a response's stream. Which fields it has depends on its type."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    type: Literal[
+        "response.created",
+        "response.queued",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.delta",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+        "response.incomplete",
+        "response.failed",
+    ]
+    """What happened."""
+
+    sequence_number: int
+    """Its place in the stream, from 0 on."""
+
+    response: ResponseObject | None = None
+    """The response as it is now."""
+
+    output_index: int | None = None
+    """Always 0: there is one message."""
+
+    item: OutputMessage | None = None
+    """The message as it is now."""
+
+    item_id: str | None = None
+    """The message's id."""
+
+    content_index: int | None = None
+    """Always 0: a message has one text."""
+
+    part: OutputText | None = None
+    """The text as it is now."""
+
+    delta: str | None = None
+    """Text that follows the text so far."""
+
+    text: str | None = None
+    """The whole text."""
+
+    logprobs: list[TokenLogprob] | None = None
+    """The tokens whose text begins here, if asked for."""
