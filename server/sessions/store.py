@@ -1,8 +1,12 @@
-"""What a durable store of sessions must do. Every method is awaited from the event loop."""
+"""What a durable store of sessions and responses must do. Every method is awaited from the event
+loop."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
+
+ResponseStatus = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+UNFINISHED: tuple[ResponseStatus, ...] = ("queued", "in_progress")
 
 
 class StoreError(Exception):
@@ -78,13 +82,94 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class ResponseRecord:
+    """What is known of a response besides its state. Times are Unix seconds."""
+
+    id: str
+    owner: str
+    """Who asked for it; nobody else can see it."""
+
+    created_at: float
+    expires_at: float | None
+    """When it is erased; None: never."""
+
+    status: ResponseStatus
+    """The one that the body tells."""
+
+    body: str
+    """The response object as JSON."""
+
+    num_tokens: int = 0
+    """Tokens of the conversation after it, if it has a state."""
+
+    has_state: bool = False
+    """Whether the state after it is kept, from which others can go on."""
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status not in UNFINISHED
+
+
+@dataclass(frozen=True)
 class Usage:
     """What the store holds, of one owner or of all."""
 
     num_sessions: int = 0
     num_states: int = 0
+    """After turns of sessions and after responses."""
+
     num_bytes: int = 0
-    """Of states and kept answers."""
+    """Of states, kept answers and bodies of responses."""
+
+    num_responses: int = 0
+
+
+class ResponseStore(Protocol):
+    """When a call that writes returns, what it wrote survives the process and the machine.
+
+    Every call raises StorageFailed when the disk does; the store is then as before the call. What
+    responses hold is in the same accounts as what sessions hold. Calls take effect in the order in
+    which they were made.
+    """
+
+    async def insert(self, record: ResponseRecord, blob: bytes | None = None) -> None:
+        """Add a response, with the blob of the state after it if it has one."""
+
+    async def finish(self, record: ResponseRecord, blob: bytes | None = None) -> bool:
+        """Give an unfinished response its status, body, tokens and state.
+
+        False, and nothing changes, if there is no such response or it is finished.
+        """
+
+    async def rewrite_unfinished(
+        self, rewrite: Callable[[ResponseRecord], ResponseRecord], but: frozenset[str]
+    ) -> int:
+        """Give all unfinished ones a new status and body, but for these ids; all or none.
+
+        `rewrite` runs outside of the event loop. Returns how many there were.
+        """
+
+    async def get(self, response_id: str) -> ResponseRecord | None: ...
+
+    async def load_blob(self, response_id: str) -> bytes | None: ...
+
+    async def copy_to_session(
+        self, response_id: str, record: SessionRecord
+    ) -> SessionRecord | None:
+        """Add `record` as a session whose checkpoint of `record.turn` is a copy of the state.
+
+        Returns it with its number of tokens; None if there is no such state.
+        """
+
+    async def expired(self, now: float, limit: int) -> Sequence[str]:
+        """Ids of responses whose time is over."""
+
+    async def delete(self, response_id: str) -> bool:
+        """Erase the response and its state. False if there is no such response.
+
+        As with sessions it may have done half of its work when it raises: the response is gone
+        then, and its bytes are erased as soon as the disk permits.
+        """
 
 
 class SessionStore(Protocol):
@@ -97,7 +182,11 @@ class SessionStore(Protocol):
 
     @property
     def total(self) -> Usage:
-        """All that it holds."""
+        """All that it holds, responses included."""
+
+    @property
+    def responses(self) -> ResponseStore:
+        """The stored responses, in the same place."""
 
     async def create(self, record: SessionRecord, blob: bytes | None = None) -> None:
         """Add a session; with a blob, it has a checkpoint of its present turn."""

@@ -9,17 +9,17 @@ from server.sessions.store import StoreError
 Durability = Literal["sync", "async"]
 
 APPLICATION_ID = 0x6C746E64
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PAGE_BYTES = 16384
 """Large, for blobs are: that halves the time of a commit.
 
 SQLite moves the first bytes of a row about when it balances its trees, and leaves copies that no
-delete finds. Behind padding of a page, metadata, blob and answer lie in overflow pages, which stay
-where they are until secure_delete zeroes them."""
+delete finds. Behind padding of a page, metadata, blob, answer and body lie in overflow pages, which
+stay where they are until secure_delete zeroes them."""
 
 PADDING = f"padding BLOB NOT NULL DEFAULT (zeroblob({PAGE_BYTES}))"
 
-TABLES = f"""
+SESSIONS = f"""
 CREATE TABLE sessions (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
@@ -60,18 +60,40 @@ CREATE TABLE answers (
     UNIQUE (session_number, key),
     FOREIGN KEY (session_number, turn) REFERENCES checkpoints (session_number, turn)
 ) STRICT;
+"""
 
+RESPONSES = f"""
+CREATE TABLE responses (
+    number INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    owner TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    expires_at REAL,
+    status TEXT NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    num_bytes INTEGER NOT NULL,
+    {PADDING},
+    body TEXT NOT NULL,
+    blob BLOB
+) STRICT;
+CREATE INDEX responses_by_expiry ON responses (expires_at) WHERE expires_at IS NOT NULL;
+CREATE INDEX unfinished_responses ON responses (status) WHERE status IN ('queued', 'in_progress');
+CREATE INDEX responses_with_state ON responses (number) WHERE blob IS NOT NULL;
+"""
+
+OWNERS = """
 CREATE TABLE owners (
     owner TEXT PRIMARY KEY,
     num_sessions INTEGER NOT NULL,
     num_states INTEGER NOT NULL,
-    num_bytes INTEGER NOT NULL
+    num_bytes INTEGER NOT NULL,
+    num_responses INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 """
 
 ACCOUNTING = """
 CREATE TRIGGER session_added AFTER INSERT ON sessions BEGIN
-    INSERT INTO owners VALUES (NEW.owner, 1, 0, 0)
+    INSERT INTO owners VALUES (NEW.owner, 1, 0, 0, 0)
     ON CONFLICT DO UPDATE SET num_sessions = num_sessions + 1;
 END;
 CREATE TRIGGER session_removed BEFORE DELETE ON sessions BEGIN
@@ -95,7 +117,24 @@ CREATE TRIGGER answer_removed BEFORE DELETE ON answers BEGIN
     UPDATE owners SET num_bytes = num_bytes - OLD.num_bytes
     WHERE owner = (SELECT owner FROM sessions WHERE number = OLD.session_number);
 END;
+CREATE TRIGGER response_added AFTER INSERT ON responses BEGIN
+    INSERT INTO owners VALUES (NEW.owner, 0, NEW.blob IS NOT NULL, NEW.num_bytes, 1)
+    ON CONFLICT DO UPDATE SET num_states = num_states + excluded.num_states,
+    num_bytes = num_bytes + excluded.num_bytes, num_responses = num_responses + 1;
+END;
+CREATE TRIGGER response_changed AFTER UPDATE ON responses BEGIN
+    UPDATE owners SET num_bytes = num_bytes - OLD.num_bytes + NEW.num_bytes,
+    num_states = num_states - (OLD.blob IS NOT NULL) + (NEW.blob IS NOT NULL)
+    WHERE owner = NEW.owner;
+END;
+CREATE TRIGGER response_removed AFTER DELETE ON responses BEGIN
+    UPDATE owners SET num_states = num_states - (OLD.blob IS NOT NULL),
+    num_bytes = num_bytes - OLD.num_bytes, num_responses = num_responses - 1
+    WHERE owner = OLD.owner;
+END;
 """
+
+TABLES = SESSIONS + RESPONSES + OWNERS + ACCOUNTING
 
 FROM_1 = f"""
 DROP TRIGGER added;
@@ -104,7 +143,6 @@ DROP TABLE totals;
 ALTER TABLE sessions RENAME TO old_sessions;
 ALTER TABLE checkpoints RENAME TO old_checkpoints;
 {TABLES}
-{ACCOUNTING}
 INSERT INTO sessions (number, id, owner, created_at, last_used_at, turn, num_tokens, metadata)
     SELECT number, id, '', created_at, last_used_at, turn, num_tokens, metadata FROM old_sessions;
 INSERT INTO checkpoints (session_number, turn, num_tokens, created_at, num_bytes, blob)
@@ -114,7 +152,22 @@ DROP TABLE old_checkpoints;
 DROP TABLE old_sessions;
 """
 
-MIGRATIONS = {0: TABLES + ACCOUNTING, 1: FROM_1}
+FROM_2 = f"""
+DROP TRIGGER session_added;
+DROP TRIGGER session_removed;
+DROP TRIGGER checkpoint_added;
+DROP TRIGGER checkpoint_removed;
+DROP TRIGGER answer_added;
+DROP TRIGGER answer_removed;
+ALTER TABLE owners RENAME TO old_owners;
+{RESPONSES}
+{OWNERS}
+{ACCOUNTING}
+INSERT INTO owners SELECT owner, num_sessions, num_states, num_bytes, 0 FROM old_owners;
+DROP TABLE old_owners;
+"""
+
+MIGRATIONS = {0: TABLES, 1: FROM_1, 2: FROM_2}
 """What makes the present tables of each version's; 0 is an empty file."""
 
 
@@ -169,12 +222,18 @@ def _version(db: sqlite3.Connection, path: Path) -> int:
 
 
 def _check_accounts(db: sqlite3.Connection) -> None:
-    """Raises ValueError when the owners' accounts are not those of the sessions."""
-    for table, column in (("sessions", "num_sessions"), ("checkpoints", "num_states")):
-        [counted] = db.execute(f"SELECT count(*) FROM {table}").fetchone()
-        [noted] = db.execute(f"SELECT coalesce(sum({column}), 0) FROM owners").fetchone()
+    """Raises ValueError when the owners' accounts are not those of the tables."""
+    counts = {
+        "sessions": "SELECT count(*) FROM sessions",
+        "responses": "SELECT count(*) FROM responses",
+        "states": """SELECT (SELECT count(*) FROM checkpoints)
+            + (SELECT count(*) FROM responses WHERE blob IS NOT NULL)""",
+    }
+    for what, count in counts.items():
+        [counted] = db.execute(count).fetchone()
+        [noted] = db.execute(f"SELECT coalesce(sum(num_{what}), 0) FROM owners").fetchone()
         if counted != noted:
-            raise ValueError(f"it has {counted} {table} and accounts for {noted}")
+            raise ValueError(f"it has {counted} {what} and accounts for {noted}")
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -1,21 +1,15 @@
 """The embedded session store: one SQLite file, written by one thread."""
 
-import json
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from server.errors import StorageFailed
+from server.sessions.sqlite.responses import SQLiteResponses
+from server.sessions.sqlite.rows import SESSION, find_session, insert_session, session_of
 from server.sessions.sqlite.schema import Durability, open_store
 from server.sessions.sqlite.writer import Writer
 from server.sessions.store import CheckpointRecord, KeptAnswer, SessionRecord, Turn, Usage
-
-COLUMNS = (
-    "id, created_at, last_used_at, owner, turn, num_tokens, ttl_s, parent_id, parent_turn, metadata"
-)
-RECORD = f"""{COLUMNS},
-    (SELECT count(*) FROM checkpoints WHERE session_number = number) AS num_checkpoints"""
 
 
 class SQLiteStore:
@@ -29,6 +23,7 @@ class SQLiteStore:
         """Open or create. Raises StoreError: damaged, foreign, newer, in use or not writable."""
         self._writer = Writer(open_store(path, durability))
         self._run = self._writer.run
+        self.responses = SQLiteResponses(self._writer)
 
     @property
     def total(self) -> Usage:
@@ -36,7 +31,7 @@ class SQLiteStore:
 
     async def create(self, record: SessionRecord, blob: bytes | None = None) -> None:
         def work(db: sqlite3.Connection) -> None:
-            number = _insert(db, record)
+            number = insert_session(db, record)
             if blob is not None:
                 turn = Turn(record.turn, record.num_tokens, record.created_at, blob)
                 _add_checkpoint(db, number, turn)
@@ -44,27 +39,29 @@ class SQLiteStore:
         await self._run(work)
 
     async def get(self, session_id: str) -> SessionRecord | None:
-        return await self._run(lambda db: _find(db, session_id))
+        return await self._run(lambda db: find_session(db, session_id))
 
     async def list(
         self, owner: str, limit: int, after: str | None, now: float
     ) -> list[SessionRecord]:
         def work(db: sqlite3.Connection) -> list[SessionRecord]:
             rows = db.execute(
-                f"""SELECT {RECORD} FROM sessions WHERE owner = ?1
+                f"""SELECT {SESSION} FROM sessions WHERE owner = ?1
                 AND (?2 IS NULL OR number < (SELECT number FROM sessions WHERE id = ?2))
                 AND (ttl_s IS NULL OR last_used_at + ttl_s > ?3)
                 ORDER BY number DESC LIMIT ?4""",
                 [owner, after, now, limit],
             )
-            return [_record(row) for row in rows]
+            return [session_of(row) for row in rows]
 
         return await self._run(work)
 
     async def usage(self, owner: str) -> Usage:
         def work(db: sqlite3.Connection) -> Usage:
             row = db.execute(
-                "SELECT num_sessions, num_states, num_bytes FROM owners WHERE owner = ?", [owner]
+                """SELECT num_sessions, num_states, num_bytes, num_responses FROM owners
+                WHERE owner = ?""",
+                [owner],
             ).fetchone()
             return Usage() if row is None else Usage(*row)
 
@@ -128,7 +125,7 @@ class SQLiteStore:
             if source is None:
                 return None
             number, num_tokens = source
-            copy = _insert(db, record, num_tokens)
+            copy = insert_session(db, record, num_tokens)
             db.execute(
                 """INSERT INTO checkpoints
                 (session_number, turn, num_tokens, created_at, num_bytes, blob)
@@ -136,7 +133,7 @@ class SQLiteStore:
                 WHERE session_number = ? AND turn = ?""",
                 [copy, record.created_at, number, record.turn],
             )
-            return _find(db, record.id)
+            return find_session(db, record.id)
 
         return await self._run(work)
 
@@ -153,7 +150,7 @@ class SQLiteStore:
             db.execute(
                 "DELETE FROM checkpoints WHERE session_number = ? AND turn > ?", [number, turn]
             )
-            return _find(db, session_id)
+            return find_session(db, session_id)
 
         return await self._run(work)
 
@@ -179,20 +176,6 @@ class SQLiteStore:
         await self._writer.close()
 
 
-def _insert(db: sqlite3.Connection, record: SessionRecord, num_tokens: int | None = None) -> int:
-    """Add a session, without a checkpoint. Returns its number."""
-    values = (
-        *(record.id, record.created_at, record.last_used_at, record.owner, record.turn),
-        *(record.num_tokens if num_tokens is None else num_tokens, record.ttl_s),
-        *(record.parent_id, record.parent_turn, json.dumps(record.metadata)),
-    )
-    places = ", ".join("?" * len(values))
-    [number] = db.execute(
-        f"INSERT INTO sessions ({COLUMNS}) VALUES ({places}) RETURNING number", values
-    ).fetchone()
-    return int(number)
-
-
 def _add_checkpoint(db: sqlite3.Connection, number: int, turn: Turn) -> None:
     db.execute(
         """INSERT INTO checkpoints (session_number, turn, num_tokens, created_at, num_bytes, blob)
@@ -216,26 +199,3 @@ def _checkpoint(db: sqlite3.Connection, session_id: str, turn: int) -> tuple[int
         [session_id, turn],
     ).fetchone()
     return None if row is None or row[1] is None else (int(row[0]), int(row[1]))
-
-
-def _find(db: sqlite3.Connection, session_id: str) -> SessionRecord | None:
-    row = db.execute(f"SELECT {RECORD} FROM sessions WHERE id = ?", [session_id]).fetchone()
-    return None if row is None else _record(row)
-
-
-def _record(row: tuple[Any, ...]) -> SessionRecord:
-    session_id, created_at, last_used_at, owner, turn, num_tokens, *rest = row
-    ttl_s, parent_id, parent_turn, metadata, num_checkpoints = rest
-    return SessionRecord(
-        id=session_id,
-        created_at=created_at,
-        last_used_at=last_used_at,
-        owner=owner,
-        turn=turn,
-        num_tokens=num_tokens,
-        num_checkpoints=num_checkpoints,
-        ttl_s=ttl_s,
-        parent_id=parent_id,
-        parent_turn=parent_turn,
-        metadata=json.loads(metadata),
-    )

@@ -147,6 +147,6 @@ def _total(db: sqlite3.Connection) -> Usage:
     return Usage(
         *db.execute(
             """SELECT coalesce(sum(num_sessions), 0), coalesce(sum(num_states), 0),
-            coalesce(sum(num_bytes), 0) FROM owners"""
+            coalesce(sum(num_bytes), 0), coalesce(sum(num_responses), 0) FROM owners"""
         ).fetchone()
     )

@@ -302,7 +302,7 @@ def test_the_accounts_are_those_of_the_tables(tmp_path: Path) -> None:
         async with opened(tmp_path) as store:
             await with_turns(store, "a", 5, keep=2)
         db = sqlite3.connect(tmp_path / "sessions.sqlite3")
-        assert db.execute("SELECT * FROM owners").fetchall() == [("", 1, 2, 2)]
+        assert db.execute("SELECT * FROM owners").fetchall() == [("", 1, 2, 2, 0)]
         db.close()
 
     asyncio.run(main())
