@@ -56,7 +56,7 @@ class NotFound(InvalidRequest):
 
 
 class Conflict(LatentdError):
-    """The session is not in the state that the request needs; repeating it would not help."""
+    """What the request names is not in the state that it needs; repeating it would not help."""
 
     def __init__(self, message: str, param: str, code: str) -> None:
         super().__init__(
@@ -95,6 +95,17 @@ class KeyReused(Conflict):
         )
 
 
+class ResponseGone(Conflict):
+    """A response was deleted or cancelled while it was being made; nothing of it was stored."""
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(
+            f"response {response_id} was deleted or cancelled before it was complete",
+            "response_id",
+            "response_gone",
+        )
+
+
 class Unauthorized(LatentdError):
     """The request has no key, or none that this server knows."""
 
@@ -109,7 +120,7 @@ class Unauthorized(LatentdError):
 
 
 class QuotaExceeded(LatentdError):
-    """An owner has as many sessions, or bytes of them, as one may have."""
+    """An owner has as many sessions, responses, or bytes of them, as one may have."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(
@@ -212,6 +223,19 @@ class SessionDamaged(StorageFailed):
             "earlier turn may still be good: rewind to it",
             503,
             "session_damaged",
+        )
+        self.headers.update(NO_RETRY)
+
+
+class ResponseDamaged(StorageFailed):
+    """The state after a stored response is not what was put there."""
+
+    def __init__(self, response_id: str, reason: str) -> None:
+        super().__init__(
+            f"the state after response {response_id} cannot be used ({reason}); an earlier "
+            "response may still be good: continue from it",
+            503,
+            "response_damaged",
         )
         self.headers.update(NO_RETRY)
 

@@ -74,16 +74,21 @@ class Metrics:
         self.slots = self._gauge("slots", "Rows of the state pool.", "state")
         self.sessions = self._gauge(
             "sessions",
-            "Sessions in this tier: warm on the device between turns, in host memory, all stored.",
+            "Sessions in this tier: warm on the device between turns, in host memory (both with "
+            "stored responses), all stored.",
             "tier",
         )
+        self.responses = self._gauge("responses", "Responses in the store.")
         self.session_checkpoints = self._gauge(
-            "session_checkpoints", "States in the store, of all the turns that are kept."
+            "session_checkpoints",
+            "States in the store, after all the turns and responses that are kept.",
         )
         self.session_state_bytes = self._gauge(
             "session_state_bytes", "Size of one session's state, at any length."
         )
-        self.session_bytes = self._gauge("session_bytes", "Bytes held for sessions.", "tier")
+        self.session_bytes = self._gauge(
+            "session_bytes", "Bytes held for sessions and stored responses.", "tier"
+        )
         self.model_info = self._gauge(
             "model_info", "The model being served.", "model", "fingerprint", "device"
         )

@@ -1,5 +1,6 @@
 """Everything that can be set, in one place: flags and `LATENTD_*` variables come from here."""
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,19 +119,29 @@ class Settings(BaseSettings):
         description="Seconds without use after which a session is erased: the most that its ttl "
         "may be, and what it gets without one; never if not given.",
     )
+    response_ttl_s: float | None = Field(
+        30 * 86400.0,
+        gt=0,
+        description="Seconds after which a stored response is erased: the most that its ttl may "
+        "be, and what it gets without one; inf: never.",
+    )
     sweep_interval_s: float = Field(
         30.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds between looks for sessions to erase; clients do not see them before.",
+        description="Seconds between looks for expired sessions and responses to erase, which "
+        "clients do not see meanwhile.",
     )
     max_sessions: int | None = Field(None, ge=0, description="Most sessions in all.")
     max_store_bytes: int | None = Field(
-        None, ge=0, description="Most bytes of states and kept answers in the store."
+        None, ge=0, description="Most bytes in the store: states, kept answers and responses."
     )
     max_sessions_per_key: int | None = Field(None, ge=0, description="Most sessions of a key.")
+    max_responses_per_key: int | None = Field(
+        None, ge=0, description="Most stored responses of a key."
+    )
     max_bytes_per_key: int | None = Field(
-        None, ge=0, description="Most bytes of states and kept answers of a key's sessions."
+        None, ge=0, description="Most bytes of a key's states, kept answers and responses."
     )
     api_key: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
@@ -165,6 +176,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe messages to log."
     )
+
+    @field_validator("response_ttl_s")
+    @classmethod
+    def _never(cls, ttl_s: float | None) -> float | None:
+        return None if ttl_s == math.inf else ttl_s
 
     @field_validator("api_key", mode="before")
     @classmethod

@@ -31,7 +31,9 @@ from server.errors import StorageFailed
 from server.metrics import Metrics
 from server.sessions.cache import HostCache
 from server.sessions.codec import Codec
-from server.sessions.quota import Quotas
+from server.sessions.places import Places
+from server.sessions.quota import Quota, Quotas
+from server.sessions.responses import Responses
 from server.sessions.sessions import Sessions
 from server.sessions.store import SessionStore
 from server.settings import Settings
@@ -52,9 +54,12 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service = _build(settings, checkpoint, store, codec, conversation, metrics)
+        await _recover(service.responses)
         service.engine.start()
         app.state.service = service
-        sweeping = asyncio.create_task(_sweep(service.sessions, settings.sweep_interval_s))
+        sweeping = asyncio.create_task(
+            _sweep(service.sessions, service.responses, settings.sweep_interval_s)
+        )
         try:
             yield
         finally:
@@ -102,6 +107,16 @@ def engine_limits(settings: Settings) -> EngineLimits:
     )
 
 
+def _quotas(settings: Settings) -> Quotas:
+    return Quotas(
+        sessions_per_owner=settings.max_sessions_per_key,
+        responses_per_owner=settings.max_responses_per_key,
+        bytes_per_owner=settings.max_bytes_per_key,
+        sessions=settings.max_sessions,
+        bytes=settings.max_store_bytes,
+    )
+
+
 def _codec(settings: Settings, checkpoint: Checkpoint) -> Codec:
     """Raises ValueError when states are to be compact and this model's cannot."""
     spec, park_compact = checkpoint.network.state_spec, settings.parking == "compact"
@@ -128,13 +143,24 @@ def _conversation(checkpoint: Checkpoint) -> Conversation | None:
     )
 
 
-async def _sweep(conversations: Sessions, every_s: float) -> None:
-    """Erase expired sessions, for ever."""
+async def _recover(responses: Responses) -> None:
+    """Tell of responses that the last process left unfinished that they failed."""
+    try:
+        interrupted = await responses.recover()
+    except StorageFailed as error:
+        log.warning("interrupted responses stay unfinished for now: %s", error)
+    else:
+        if interrupted:
+            log.warning("%d responses in the background were interrupted", interrupted)
+
+
+async def _sweep(conversations: Sessions, responses: Responses, every_s: float) -> None:
+    """Erase expired sessions and responses, for ever."""
     while True:
         try:
-            swept = await conversations.sweep()
+            swept = await conversations.sweep() + await responses.sweep()
         except StorageFailed as error:
-            log.warning("expired sessions stay for now: %s", error)
+            log.warning("expired sessions and responses stay for now: %s", error)
             swept = 0
         if not swept:
             await asyncio.sleep(every_s)
@@ -154,21 +180,11 @@ def _build(
         loop.call_soon_threadsafe(router.dispatch, events)
 
     engine = Engine(checkpoint, engine_limits(settings), deliver, metrics)
-    conversations = Sessions(
-        store,
-        HostCache(settings.host_cache_bytes),
-        codec,
-        metrics,
-        forget_row=engine.release,
-        keep_turns=settings.keep_turns,
-        quotas=Quotas(
-            sessions_per_owner=settings.max_sessions_per_key,
-            bytes_per_owner=settings.max_bytes_per_key,
-            sessions=settings.max_sessions,
-            bytes=settings.max_store_bytes,
-        ),
+    places = Places(
+        HostCache(settings.host_cache_bytes), store, codec.state_bytes, metrics, engine.release
     )
-    router = Router(engine, conversations.row_evicted)
+    quota = Quota(store, _quotas(settings))
+    router = Router(engine, places.row_evicted)
     metrics.model_info.labels(
         model=settings.served_name,
         fingerprint=checkpoint.fingerprint[:12],
@@ -180,7 +196,15 @@ def _build(
         model_name=settings.served_name,
         created=int((settings.checkpoint / "config.json").stat().st_mtime),
         metrics=metrics,
-        sessions=conversations,
+        sessions=Sessions(store, places, quota, codec, metrics, keep_turns=settings.keep_turns),
+        responses=Responses(
+            store.responses,
+            places,
+            quota,
+            codec,
+            metrics,
+            most_ttl_s=settings.response_ttl_s,
+        ),
         engine=engine,
         router=router,
         conversation=conversation,

@@ -13,6 +13,7 @@ from server.api.streams import Streams
 from server.engine.engine import Engine
 from server.errors import ShuttingDown
 from server.metrics import Metrics
+from server.sessions.responses import Responses
 from server.sessions.sessions import Sessions
 from server.settings import Settings
 
@@ -59,6 +60,7 @@ class Service:
 
     metrics: Metrics
     sessions: Sessions
+    responses: Responses
     engine: Engine
     router: Router
     streams: Streams

@@ -1,4 +1,4 @@
-"""Where the states of sessions are besides the store, and how much each place holds."""
+"""Where states of sessions and responses are besides the store, and how much each place holds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ class _Warm:
 
 
 class Places:
-    """Rows on the device and states in host memory, by session. Forgetting there loses nothing.
+    """Rows on the device and states in host memory, by session or response. Forgetting there loses
+    nothing.
 
     What is asked for names its turn, so that no place can answer with a state of another one.
     """
@@ -42,6 +43,10 @@ class Places:
         self._forget_row = forget_row
         self._warm: dict[str, _Warm] = {}
         self._running = set[str]()
+        self.num_forgotten = 0
+        """How often anything was forgotten on demand: who reads a state from the store may only
+        put it here if this has not changed meanwhile."""
+
         metrics.session_state_bytes.set(state_bytes)
         self.report()
 
@@ -103,6 +108,7 @@ class Places:
 
     def forget(self, session_id: str) -> None:
         """Hold nothing of the session any more."""
+        self.num_forgotten += 1
         self._cache.remove(session_id)
         warm = self._warm.pop(session_id, None)
         if warm is not None:
@@ -118,6 +124,7 @@ class Places:
             "store": (total.num_sessions, total.num_bytes),
         }
         self._metrics.session_checkpoints.set(total.num_states)
+        self._metrics.responses.set(total.num_responses)
         for tier, (count, num_bytes) in tiers.items():
             self._metrics.sessions.labels(tier=tier).set(count)
             self._metrics.session_bytes.labels(tier=tier).set(num_bytes)

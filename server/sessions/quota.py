@@ -1,4 +1,4 @@
-"""How many sessions, and how many bytes of them, an owner and the whole store may hold.
+"""How many sessions and responses, and bytes of them, an owner and the whole store may hold.
 
 Room is reserved before the work that needs it, so that no turn fails at its end for want of it. A
 reservation is counted before the store is asked what it holds: what is committed in between counts
@@ -16,12 +16,19 @@ from server.sessions.store import SessionStore
 
 @dataclass(frozen=True)
 class Quotas:
-    """The most of each; None: no limit. Bytes are those of states and kept answers."""
+    """The most of each; None: no limit. Bytes are those that Usage counts."""
 
     sessions_per_owner: int | None = None
+    responses_per_owner: int | None = None
     bytes_per_owner: int | None = None
     sessions: int | None = None
     bytes: int | None = None
+
+    @property
+    def limit_owners(self) -> bool:
+        """Whether there is any limit for an owner."""
+        limits = (self.sessions_per_owner, self.responses_per_owner, self.bytes_per_owner)
+        return any(limit is not None for limit in limits)
 
 
 class Quota:
@@ -31,21 +38,27 @@ class Quota:
         self._store = store
         self._quotas = quotas
         self._reserved_sessions = Counter[str]()
+        self._reserved_responses = Counter[str]()
         self._reserved_bytes = Counter[str]()
 
     @asynccontextmanager
     async def room(
-        self, owner: str, *, sessions: int = 0, num_bytes: int = 0
+        self, owner: str, *, sessions: int = 0, responses: int = 0, num_bytes: int = 0
     ) -> AsyncIterator[None]:
-        """Hold room for an owner's new sessions and bytes, while they are being written.
+        """Hold room for an owner's new sessions, responses and bytes, while they are being written.
 
         Raises QuotaExceeded and StorageFull.
         """
-        reserved = ((self._reserved_sessions, sessions), (self._reserved_bytes, num_bytes))
+        reserved = (
+            (self._reserved_sessions, sessions),
+            (self._reserved_responses, responses),
+            (self._reserved_bytes, num_bytes),
+        )
         for counter, count in reserved:
             counter[owner] += count
         try:
-            await self._check(owner, sessions, num_bytes)
+            self._check_total(sessions, num_bytes)
+            await self._check_owner(owner, sessions, responses, num_bytes)
             yield
         finally:
             for counter, count in reserved:
@@ -53,7 +66,7 @@ class Quota:
                 if not counter[owner]:
                     del counter[owner]
 
-    async def _check(self, owner: str, sessions: int, num_bytes: int) -> None:
+    def _check_total(self, sessions: int, num_bytes: int) -> None:
         quotas, total = self._quotas, self._store.total
         if sessions and _exceeds(
             total.num_sessions + self._reserved_sessions.total(), quotas.sessions
@@ -61,9 +74,14 @@ class Quota:
             raise StorageFull(f"this server holds {total.num_sessions} sessions already")
         if num_bytes and _exceeds(total.num_bytes + self._reserved_bytes.total(), quotas.bytes):
             raise StorageFull(f"this server holds {total.num_bytes} bytes of sessions already")
-        if quotas.sessions_per_owner is None and quotas.bytes_per_owner is None:
+
+    async def _check_owner(self, owner: str, sessions: int, responses: int, num_bytes: int) -> None:
+        quotas = self._quotas
+        if not quotas.limit_owners:
             return
-        all_sessions, all_bytes = self._reserved_sessions[owner], self._reserved_bytes[owner]
+        all_sessions = self._reserved_sessions[owner]
+        all_responses = self._reserved_responses[owner]
+        all_bytes = self._reserved_bytes[owner]
         used = await self._store.usage(owner)
         if sessions and _exceeds(used.num_sessions + all_sessions, quotas.sessions_per_owner):
             raise QuotaExceeded(
@@ -71,10 +89,16 @@ class Quota:
                 "delete some",
                 "session_quota_exceeded",
             )
+        if responses and _exceeds(used.num_responses + all_responses, quotas.responses_per_owner):
+            raise QuotaExceeded(
+                f"you have {used.num_responses} stored responses, the most is "
+                f"{quotas.responses_per_owner}; delete some",
+                "response_quota_exceeded",
+            )
         if num_bytes and _exceeds(used.num_bytes + all_bytes, quotas.bytes_per_owner):
             raise QuotaExceeded(
-                f"your sessions hold {used.num_bytes} bytes and need {num_bytes} more, the most is "
-                f"{quotas.bytes_per_owner}; delete some",
+                f"your sessions and responses hold {used.num_bytes} bytes and need {num_bytes} "
+                f"more, the most is {quotas.bytes_per_owner}; delete some",
                 "session_bytes_quota_exceeded",
             )
 

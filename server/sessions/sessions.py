@@ -7,7 +7,7 @@ the device only make it faster to get, so forgetting there loses nothing.
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
@@ -20,10 +20,9 @@ from server.errors import (
     UnfitState,
 )
 from server.metrics import Metrics
-from server.sessions.cache import HostCache
 from server.sessions.codec import BlobError, Codec, SessionState
 from server.sessions.places import Places, Tier
-from server.sessions.quota import Quota, Quotas
+from server.sessions.quota import Quota
 from server.sessions.store import CheckpointRecord, KeptAnswer, SessionRecord, SessionStore
 from server.sessions.turn import SessionTurn, TurnCondition
 
@@ -39,21 +38,19 @@ class Sessions:
     def __init__(
         self,
         store: SessionStore,
-        cache: HostCache,
+        places: Places,
+        quota: Quota,
         codec: Codec,
         metrics: Metrics,
         *,
-        forget_row: Callable[[str], None],
         keep_turns: int = 8,
-        quotas: Quotas | None = None,
     ) -> None:
-        """`forget_row` is told the names of warm rows that nobody will ask for any more."""
         self._store = store
         self._codec = codec
         self._metrics = metrics
         self._keep_turns = keep_turns
-        self._quota = Quota(store, quotas or Quotas())
-        self._places = Places(cache, store, codec.state_bytes, metrics, forget_row)
+        self._quota = quota
+        self._places = places
         self._busy = set[str]()
         """Sessions that something happens to beside which nothing else may happen."""
 
@@ -73,7 +70,7 @@ class Sessions:
 
         With `first`, that is the state after its first turn. Raises QuotaExceeded and StorageFull.
         """
-        record = _new(owner, metadata, ttl_s)
+        record = new_session(owner, metadata, ttl_s)
         if first is None:
             return await self._add(record, None)
         return await self._add(
@@ -114,7 +111,7 @@ class Sessions:
         Raises NotFound, QuotaExceeded and StorageFull.
         """
         source = await self.get(owner, session_id)
-        made = _new(
+        made = new_session(
             owner,
             source.metadata if metadata is None else metadata,
             source.ttl_s if ttl_s is None else ttl_s,
@@ -173,7 +170,7 @@ class Sessions:
         except BlobError as error:
             raise UnfitState(f"this is no state for this server: {error}") from error
         state = replace(state, turn=max(state.turn, 1))
-        return await self._add(_new(owner, metadata, ttl_s), (state, blob))
+        return await self._add(new_session(owner, metadata, ttl_s), (state, blob))
 
     async def delete(self, owner: str, session_id: str) -> None:
         """Erase a session, its checkpoints and kept answers everywhere.
@@ -207,10 +204,6 @@ class Sessions:
 
     def is_busy(self, session_id: str) -> bool:
         return session_id in self._busy
-
-    def row_evicted(self, name: str) -> None:
-        """The engine gave a warm row to another sequence."""
-        self._places.row_evicted(name)
 
     @asynccontextmanager
     async def turn(
@@ -319,7 +312,8 @@ class Sessions:
         )
 
 
-def _new(owner: str, metadata: dict[str, str], ttl_s: float | None) -> SessionRecord:
+def new_session(owner: str, metadata: dict[str, str], ttl_s: float | None) -> SessionRecord:
+    """The record of a session that begins now, with an id that cannot be guessed."""
     now, session_id = time.time(), f"sess_{secrets.token_urlsafe(24)}"
     return SessionRecord(session_id, now, now, owner, ttl_s=ttl_s, metadata=metadata)
 

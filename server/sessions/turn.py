@@ -1,11 +1,13 @@
-"""One turn of a session: its state out of the fastest place, and the next one into all of them."""
+"""One turn: its state out of the fastest place, and the next one into all of them."""
 
 import asyncio
 import hashlib
 import time
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-from server.errors import SessionDamaged
+from server.errors import SessionDamaged, StorageFailed
 from server.metrics import Metrics
 from server.sessions.codec import EXACT, BlobError, Codec, SessionState
 from server.sessions.places import Places
@@ -32,8 +34,75 @@ class TurnCondition:
         return _digest(self.request)
 
 
+class Ledger(Protocol):
+    """Where a turn begins and where its end is written down: a session, or a stored response."""
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the turn begins at the empty beginning, so that there is nothing to load."""
+
+    @property
+    def keeps_answer(self) -> bool:
+        """Whether the commit needs the answer."""
+
+    @property
+    def warm(self) -> str | None:
+        """The name of the row where the engine has the state: what the turn continues from, or,
+        once it is committed, the one after it."""
+
+    def take_warm(self) -> str | None:
+        """`warm`, for a turn that continues there: the row will hold that state no longer."""
+
+    def put_back_warm(self, name: str) -> None:
+        """The row was not used after all."""
+
+    async def load(self) -> SessionState:
+        """The state that the turn continues from, in its exact form; only if it is not fresh.
+
+        Raises StorageFailed, and what `damaged` returns.
+        """
+
+    async def commit(
+        self, state: SessionState, warm: str | None, answer: str | None = None
+    ) -> None:
+        """Make the turn durable; on return it survives a crash. Raises StorageFailed.
+
+        If the caller is cancelled meanwhile, the commit still takes place. `warm` is the row where
+        the engine has the state.
+        """
+
+    async def settle(self) -> None:
+        """Wait until no commit is under way, even if the caller is cancelled."""
+
+    def damaged(self, reason: str) -> StorageFailed:
+        """What to raise when the state that the turn continues from cannot be used."""
+
+
+class Commits:
+    """Work that goes on when its caller is cancelled."""
+
+    def __init__(self) -> None:
+        self._running: asyncio.Task[None] | None = None
+
+    async def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Raises what the work raises."""
+        self._running = asyncio.create_task(work)
+        await asyncio.shield(self._running)
+
+    async def settle(self) -> None:
+        """Wait until no work is under way, even if the caller is cancelled."""
+        cancelled = None
+        while self._running is not None and not self._running.done():
+            try:
+                await asyncio.wait([self._running])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+
+
 class SessionTurn:
-    """One turn of a session that nobody else can advance meanwhile."""
+    """A Ledger: one turn of a session that nobody else can advance meanwhile."""
 
     def __init__(
         self,
@@ -51,12 +120,17 @@ class SessionTurn:
         self._metrics = metrics
         self._keep_turns = keep_turns
         self._condition = condition
-        self._committing: asyncio.Task[None] | None = None
+        self._commits = Commits()
         self.record = record
         """The session as the last commit left it."""
 
         self.answer: str | None = None
         """What came of this turn when it was taken before: there is nothing to do then."""
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the session is at its empty beginning, which has no state to load."""
+        return not self.record.turn
 
     @property
     def keeps_answer(self) -> bool:
@@ -81,22 +155,17 @@ class SessionTurn:
 
         Raises StorageFailed and SessionDamaged.
         """
-        session_id, turn = self.record.id, self.record.turn
-        with self._metrics.session_load_seconds.time():
-            state = self._places.cached(session_id, turn)
-            if state is None:
-                blob = await self._store.load_blob(session_id, turn)
-                if blob is None:
-                    raise SessionDamaged(session_id, turn, "it is missing")
-                try:
-                    state = await asyncio.to_thread(self._codec.decode, blob)
-                except BlobError as error:
-                    raise SessionDamaged(session_id, turn, str(error)) from error
-                state = replace(state, turn=turn)
-                self._places.cache(session_id, state)
-            if state.form != EXACT:
-                state = await asyncio.to_thread(self._codec.unpark, state)
-        return state
+        try:
+            return await load_state(
+                self._places,
+                self._codec,
+                self._metrics,
+                self.record.id,
+                self.record.turn,
+                self._blob,
+            )
+        except BlobError as error:
+            raise self.damaged(str(error)) from error
 
     async def commit(
         self, state: SessionState, warm: str | None, answer: str | None = None
@@ -106,19 +175,15 @@ class SessionTurn:
         If the caller is cancelled meanwhile, the commit still takes place. `warm` is the row where
         the engine has the state, `answer` what a client gets that asks for this turn again.
         """
-        self._committing = asyncio.create_task(self._commit(state, warm, answer))
-        await asyncio.shield(self._committing)
+        await self._commits.run(self._commit(state, warm, answer))
 
     async def settle(self) -> None:
         """Wait until no commit is under way, even if the caller is cancelled."""
-        cancelled = None
-        while self._committing is not None and not self._committing.done():
-            try:
-                await asyncio.wait([self._committing])
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            raise cancelled
+        await self._commits.settle()
+
+    def damaged(self, reason: str) -> SessionDamaged:
+        """What to raise when the state after the last turn cannot be used."""
+        return SessionDamaged(self.record.id, self.record.turn, reason)
 
     async def _commit(self, state: SessionState, warm: str | None, answer: str | None) -> None:
         record, now = self.record, time.time()
@@ -139,11 +204,42 @@ class SessionTurn:
         if warm is not None and parked.form == EXACT:
             self._places.set_warm(record.id, number, warm)
 
+    async def _blob(self) -> bytes:
+        blob = await self._store.load_blob(self.record.id, self.record.turn)
+        if blob is None:
+            raise self.damaged("it is missing")
+        return blob
+
     def _kept(self, answer: str | None) -> KeptAnswer | None:
         key = self._condition.key_digest
         if key is None or answer is None:
             return None
         return KeptAnswer(key, self._condition.request_digest, answer)
+
+
+async def load_state(
+    places: Places,
+    codec: Codec,
+    metrics: Metrics,
+    name: str,
+    turn: int,
+    fetch: Callable[[], Awaitable[bytes]],
+) -> SessionState:
+    """A state from host memory, or else of the blob that `fetch` gets, in its exact form.
+
+    Raises BlobError and what `fetch` raises.
+    """
+    with metrics.session_load_seconds.time():
+        state = places.cached(name, turn)
+        if state is None:
+            num_forgotten = places.num_forgotten
+            decoded = await asyncio.to_thread(codec.decode, await fetch())
+            state = replace(decoded, turn=turn)
+            if places.num_forgotten == num_forgotten:
+                places.cache(name, state)
+        if state.form != EXACT:
+            state = await asyncio.to_thread(codec.unpark, state)
+    return state
 
 
 def _digest(text: str) -> str:

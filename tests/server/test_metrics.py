@@ -33,6 +33,7 @@ DESIGN = {
     "slots": ("gauge", ("state",)),
     "sessions": ("gauge", ("tier",)),
     "sessions_expired_total": ("counter", ()),
+    "responses": ("gauge", ()),
     "session_checkpoints": ("gauge", ()),
     "session_state_bytes": ("gauge", ()),
     "session_bytes": ("gauge", ("tier",)),

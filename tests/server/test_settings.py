@@ -42,6 +42,8 @@ def test_nothing_has_to_be_set() -> None:
         ("device", "cpu", "cpu"),
         ("host_cache_bytes", "0", 0),
         ("model_name", "5", "5"),
+        ("response_ttl_s", "60", 60.0),
+        ("response_ttl_s", "inf", None),
     ],
 )
 def test_the_environment_sets_and_a_flag_wins(
@@ -98,6 +100,9 @@ WRONG: list[tuple[str, Any]] = [
     ("prefill_tokens_while_decoding", "0"),
     ("prefix_cache_bytes", "-1"),
     ("drain_timeout_s", "-1"),
+    ("response_ttl_s", "0"),
+    ("response_ttl_s", "nan"),
+    ("response_ttl_s", "never"),
 ]
 
 

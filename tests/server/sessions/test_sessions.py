@@ -329,9 +329,9 @@ def test_the_fastest_tier_is_reported(tmp_path: Path) -> None:
                 "host": (2, 2 * CACHED_BYTES),
                 "store": (3, stored),
             }
-            w.sessions.row_evicted("row of nobody")
+            w.places.row_evicted("row of nobody")
             assert [w.evictions("device"), await w.tier(names[0])] == [0, "device"]
-            w.sessions.row_evicted("row a")
+            w.places.row_evicted("row a")
             assert [w.evictions("device"), await w.tier(names[0])] == [1, "store"]
             assert w.held()["device"] == (0, 0)
             await w.load(names[0])
@@ -357,7 +357,7 @@ def test_a_warm_row_is_taken_once(tmp_path: Path) -> None:
                 assert [turn.warm, turn.take_warm()] == ["row 1", "row 1"]
             assert await w.tier(session_id) == "host"
             await w.advance(session_id, state(b"b"), warm="row 2")
-            w.sessions.row_evicted("row 1")
+            w.places.row_evicted("row 1")
             assert await w.tier(session_id) == "device"
 
     asyncio.run(main())

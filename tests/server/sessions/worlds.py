@@ -1,4 +1,4 @@
-"""Sessions on a real store, with a tiny state, for tests."""
+"""Sessions and responses on a real store, with a tiny state, for tests."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,7 +10,9 @@ from model.state import TensorSpec
 from server.metrics import Metrics
 from server.sessions.cache import HostCache
 from server.sessions.codec import Codec, SessionState
-from server.sessions.quota import Quotas
+from server.sessions.places import Places
+from server.sessions.quota import Quota, Quotas
+from server.sessions.responses import Responses
 from server.sessions.sessions import Sessions
 from server.sessions.sqlite.store import SQLiteStore
 from server.sessions.store import SessionRecord
@@ -35,9 +37,11 @@ def state(mark: bytes = b"-", position: int = 5, turn: int = 1) -> SessionState:
 
 @dataclass(frozen=True)
 class World:
-    """Sessions on a real store, and what they are made of."""
+    """Sessions and responses on a real store, and what they are made of."""
 
     sessions: Sessions
+    responses: Responses
+    places: Places
     forgotten: list[str]
     """Rows that the engine was told to forget."""
 
@@ -98,19 +102,15 @@ async def world(
     keep_turns: int = 8,
     quotas: Quotas | None = None,
     codec: Codec = CODEC,
+    most_ttl_s: float | None = None,
 ) -> AsyncIterator[World]:
     store, cache, metrics = SQLiteStore(folder / FILE), HostCache(cache_bytes), Metrics()
     forgotten = list[str]()
     try:
-        sessions = Sessions(
-            store,
-            cache,
-            codec,
-            metrics,
-            forget_row=forgotten.append,
-            keep_turns=keep_turns,
-            quotas=quotas,
-        )
-        yield World(sessions, forgotten, store, cache, metrics)
+        places = Places(cache, store, codec.state_bytes, metrics, forgotten.append)
+        quota = Quota(store, quotas or Quotas())
+        sessions = Sessions(store, places, quota, codec, metrics, keep_turns=keep_turns)
+        responses = Responses(store.responses, places, quota, codec, metrics, most_ttl_s=most_ttl_s)
+        yield World(sessions, responses, places, forgotten, store, cache, metrics)
     finally:
         await store.close()
