@@ -16,6 +16,7 @@ from server.api import (
     health,
     models,
     problems,
+    responses,
     resumption,
     sessions,
     tokens,
@@ -75,7 +76,7 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
         version=__version__,
         lifespan=lifespan,
     )
-    for part in (completions, chat, sessions, resumption, tokens, models, health):
+    for part in (completions, chat, responses, sessions, resumption, tokens, models, health):
         app.include_router(part.router)
     problems.install(app, metrics)
     app.add_middleware(

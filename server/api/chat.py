@@ -9,6 +9,7 @@ from server.api import prompts
 from server.api.answers import Answer, Choice, new_id
 from server.api.auth import OwnerDep
 from server.api.exchange import Exchange, Prepared, SessionHeaders
+from server.api.probabilities import told_tokens
 from server.api.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -18,13 +19,11 @@ from server.api.schemas.chat import (
     ChatLogprobs,
     ChatRequest,
     Delta,
-    TokenLogprob,
-    TopLogprob,
 )
 from server.api.schemas.problems import ErrorResponse
 from server.api.service import Service, ServiceDep
 from server.api.turns import ChoiceSpec, Told, Turn
-from server.engine.messages import Finished, PromptScored, Token
+from server.engine.messages import Finished, PromptScored
 from server.errors import InvalidRequest
 
 router = APIRouter(tags=["chat"])
@@ -156,21 +155,10 @@ class ChatAnswer(Answer):
         tokens = choice.generated.tokens
         new = tokens[len(tokens) - num_new :]
         if self._asked.logprobs:
-            facts["logprobs"] = ChatLogprobs(content=[self._render(t) for t in new], refusal=None)
+            facts["logprobs"] = ChatLogprobs(content=told_tokens(self.tokenizer, new), refusal=None)
         if self._asked.return_token_ids:
             facts["token_ids"] = [token.token_id for token in new]
         return facts
-
-    def _render(self, token: Token) -> TokenLogprob:
-        top = [self._named(*pair) for pair in token.top]
-        named = self._named(token.token_id, token.logprob or 0.0)
-        return TokenLogprob(**named.model_dump(), top_logprobs=top)
-
-    def _named(self, token_id: int, logprob: float) -> TopLogprob:
-        text = self.tokenizer.bytes_of(token_id)
-        if not text:
-            return TopLogprob(token=self.tokenizer.name_of(token_id), logprob=logprob, bytes=None)
-        return TopLogprob(token=text.decode("utf-8", "replace"), logprob=logprob, bytes=list(text))
 
 
 def _again(answer: str, body: ChatRequest) -> Iterator[ChatChunk]:

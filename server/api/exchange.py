@@ -93,7 +93,7 @@ class Exchange:
                 return stream.response(self.service.settings.keepalive_s, headers=headers)
             return EventStream(messages, turn.close, headers)
         try:
-            collected = await _unless_disconnected(self.request, turn)
+            collected = await unless_disconnected(self.request, turn)
         finally:
             await asyncio.shield(turn.close())
         if not collected:
@@ -175,7 +175,7 @@ async def _messages(answer: Answer, turn: Turn, keepalive_s: float) -> Messages:
         yield piece
 
 
-async def _unless_disconnected(request: Request, turn: Turn) -> bool:
+async def unless_disconnected(request: Request, turn: Turn) -> bool:
     """Whether the turn came to its end; False as soon as the client has gone."""
     collecting = asyncio.create_task(_collect(turn))
     watching = asyncio.create_task(_disconnected(request))

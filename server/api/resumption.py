@@ -46,8 +46,10 @@ async def resume_stream(
 
 @router.post("/{stream_id}/cancel")
 async def cancel_stream(stream_id: str, service: ServiceDep, owner: OwnerDep) -> StreamInfo:
-    """End the turn behind a stream; a session's turn is rolled back. One that has ended stays as
-    it is."""
+    """End the turn behind a stream; a session's turn is rolled back.
+
+    One that has ended stays as it is.
+    """
     stream = service.streams.get(owner, stream_id)
     await stream.cancel()
     return _render(service, stream)

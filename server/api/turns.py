@@ -36,11 +36,10 @@ from server.errors import (
     InternalError,
     LatentdError,
     Overloaded,
-    SessionDamaged,
     ShuttingDown,
 )
 from server.sessions.codec import SessionState
-from server.sessions.turn import SessionTurn, TurnCondition
+from server.sessions.turn import Ledger, SessionTurn, TurnCondition
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Answer(Protocol):
 class Turn:
     """The choices of one answer, in the engine; with a session, its next turn.
 
-    `resume`, `submit`, `events` in this order, then `close` whatever happened.
+    `resume` or what stands for it, `submit`, `events` in this order; `close` whatever happened.
     """
 
     def __init__(self, service: Service, owner: str, timeout_s: float | None) -> None:
@@ -87,6 +86,7 @@ class Turn:
         self._timeout_s = timeout_s
         self._stack = AsyncExitStack()
         self._session: SessionTurn | None = None
+        self._ledger: Ledger | None = None
         self._parked = Parked(b"")
         self._requests: dict[str, tuple[int, EngineRequest]] = {}
         self._queue = EventQueue()
@@ -109,11 +109,27 @@ class Turn:
         if session.answer is not None:
             return session.answer
         self._session = session
-        if session.record.turn:
-            state = await session.load()
-            self._parked = Parked(state.state)
-            self.start = Continuation(state.position, state.pending, state.undecoded, state.recent)
+        await self._begin(session)
         return None
+
+    async def branch(self, previous_id: str | None, response_id: str, ttl_s: float | None) -> None:
+        """Make a response to be stored, from the state after the previous one.
+
+        Instead of `resume`. Raises what `Responses.begin` raises.
+        """
+        responses = self._service.responses
+        making = responses.begin(self._owner, previous_id, response_id, ttl_s)
+        await self._begin(await self._stack.enter_async_context(making))
+
+    def start_from(self, state: SessionState) -> None:
+        """Continue from a state, and keep nothing of what follows. Instead of `resume`."""
+        self._parked = Parked(state.state)
+        self.start = Continuation(state.position, state.pending, state.undecoded, state.recent)
+
+    async def _begin(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        if not ledger.is_fresh:
+            self.start_from(await ledger.load())
 
     @property
     def session_id(self) -> str | None:
@@ -127,7 +143,7 @@ class Turn:
 
     def submit(self, choices: Sequence[ChoiceSpec], answer: Answer | None = None) -> None:
         """Queue every choice, or none; `answer` takes the events. Raises Overloaded."""
-        self._submit(choices, answer, keep_state=self._session is not None)
+        self._submit(choices, answer, keep_state=self._ledger is not None)
 
     async def read(self, choice: ChoiceSpec) -> SessionState:
         """The state at the end, for a session that does not exist yet. Raises what `events` does.
@@ -144,14 +160,14 @@ class Turn:
         self, choices: Sequence[ChoiceSpec], answer: Answer | None, *, keep_state: bool
     ) -> None:
         self._answer = answer
-        warm = None if self._session is None else self._session.take_warm()
+        warm = None if self._ledger is None else self._ledger.take_warm()
         source = self._source(warm)
         requests = [self._request(choice, source, keep_state) for choice in choices]
         try:
             self._service.engine.submit(*requests)
         except Overloaded:
-            if self._session is not None and warm is not None:
-                self._session.put_back_warm(warm)
+            if self._ledger is not None and warm is not None:
+                self._ledger.put_back_warm(warm)
             raise
         self._requests = {r.request_id: (index, r) for index, r in enumerate(requests)}
         self._queue = self._service.router.open(self._requests)
@@ -212,9 +228,9 @@ class Turn:
     async def _let_go(self) -> None:
         """Unlock the session, and give back a row that it does not use."""
         warm = None
-        if self._session is not None:
-            await self._session.settle()
-            warm = self._session.warm
+        if self._ledger is not None:
+            await self._ledger.settle()
+            warm = self._ledger.warm
         kept, self._kept_row = self._kept_row, None
         if kept is not None and kept != warm:
             self._service.engine.release(kept)
@@ -265,11 +281,11 @@ class Turn:
         self._service.engine.submit(replace(request, source=self._parked))
 
     def _no_probabilities(self) -> LatentdError:
-        """What is wrong: the session's state, which may have been imported, or else the model."""
+        """What is wrong: the state before the turn, which may have been imported, or the model."""
         reason = "the model gives no probabilities for the next token"
-        if self._session is None or not self._session.record.turn:
+        if self._ledger is None or self._ledger.is_fresh:
             return InternalError(reason)
-        return SessionDamaged(self._session.record.id, self._session.record.turn, reason)
+        return self._ledger.damaged(reason)
 
     def _take(self, index: int, event: Told) -> None:
         if self._answer is not None:
@@ -277,12 +293,11 @@ class Turn:
 
     async def _commit(self, finished: Finished) -> None:
         self._kept_row = finished.warm
-        if self._session is None:
+        if self._ledger is None:
             return
-        state = _state_after(finished)
-        answer = self._answer if self._session.keeps_answer else None
-        await self._session.commit(
-            state, finished.warm, None if answer is None else answer.to_json()
+        answer = self._answer if self._ledger.keeps_answer else None
+        await self._ledger.commit(
+            _state_after(finished), finished.warm, None if answer is None else answer.to_json()
         )
 
 

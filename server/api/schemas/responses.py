@@ -178,6 +178,11 @@ class ResponseRequest(SamplingRequest):
         return self.store is None or self.store
 
     @property
+    def told_format(self) -> dict[str, Any]:
+        """The structure of the text, as the response tells it."""
+        return {"type": "text"}
+
+    @property
     def messages(self) -> list[tuple[str, str]]:
         """Roles and texts of what is new, the instructions first."""
         given = self.input

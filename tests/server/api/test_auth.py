@@ -39,6 +39,10 @@ def client_with(server: LiveServer, key: str | None) -> Iterator[httpx.Client]:
 CALLS = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/responses"),
+    ("GET", "/v1/responses/x"),
+    ("POST", "/v1/responses/x/cancel"),
+    ("DELETE", "/v1/responses/x"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/v1/streams/x"),

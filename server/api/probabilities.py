@@ -1,0 +1,25 @@
+"""Tokens and their probabilities in the shape that chats and responses share."""
+
+from collections.abc import Sequence
+
+from model.tokenizer import Tokenizer
+from server.api.schemas.chat import TokenLogprob, TopLogprob
+from server.engine.messages import Token
+
+
+def told_tokens(tokenizer: Tokenizer, tokens: Sequence[Token]) -> list[TokenLogprob]:
+    """An entry a token, with the most probable ones in its place."""
+    return [_told(tokenizer, token) for token in tokens]
+
+
+def _told(tokenizer: Tokenizer, token: Token) -> TokenLogprob:
+    top = [_named(tokenizer, *pair) for pair in token.top]
+    named = _named(tokenizer, token.token_id, token.logprob or 0.0)
+    return TokenLogprob(**named.model_dump(), top_logprobs=top)
+
+
+def _named(tokenizer: Tokenizer, token_id: int, logprob: float) -> TopLogprob:
+    text = tokenizer.bytes_of(token_id)
+    if not text:
+        return TopLogprob(token=tokenizer.name_of(token_id), logprob=logprob, bytes=None)
+    return TopLogprob(token=text.decode("utf-8", "replace"), logprob=logprob, bytes=list(text))
