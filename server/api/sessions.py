@@ -46,10 +46,17 @@ router = APIRouter(
 async def create_session(
     service: ServiceDep, owner: OwnerDep, body: CreateSessionRequest | None = None
 ) -> Session:
-    """Create a session, empty or with a first text."""
+    """Create a session: empty, with a first text, or where a stored response ended."""
     service.check_ready()
     body = body or CreateSessionRequest()
     ttl_s = _ttl_s(service, body.ttl)
+    if body.response_id is not None:
+        if body.prompt is not None:
+            raise InvalidRequest("a session begins with a prompt or a response", "response_id")
+        record = await service.responses.as_session(
+            owner, body.response_id, body.metadata or {}, ttl_s
+        )
+        return _render(service, record)
     first = None if body.prompt is None else await _read(service, owner, body.prompt)
     record = await service.sessions.create(owner, body.metadata or {}, ttl_s, first)
     return _render(service, record)

@@ -27,6 +27,9 @@ class CreateSessionRequest(RequestModel):
     prompt: Prompt | None = None
     """Text or token ids that the session begins with, read as its first turn."""
 
+    response_id: Text | None = None
+    """Begin with a copy of the state after this stored response, instead of a prompt."""
+
 
 class ForkRequest(RequestModel):
     """`POST /v1/sessions/{id}/fork`; the body may be left out."""
