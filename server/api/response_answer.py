@@ -145,7 +145,7 @@ class ResponseAnswer(Answer):
         cached = usage.prompt_tokens_details.cached_tokens
         return ResponseUsage(
             input_tokens=usage.prompt_tokens,
-            input_tokens_details=InputTokensDetails(cached_tokens=cached),
+            input_tokens_details=InputTokensDetails(cached_tokens=cached, cache_write_tokens=0),
             output_tokens=usage.completion_tokens,
             output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
             total_tokens=usage.total_tokens,

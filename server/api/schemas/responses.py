@@ -234,6 +234,9 @@ class InputTokensDetails(BaseModel):
     """Tokens that did not need to be read: those of earlier responses, or a beginning that the
     server has read before."""
 
+    cache_write_tokens: int = 0
+    """Always 0: what is kept for others is not counted."""
+
 
 class OutputTokensDetails(BaseModel):
     """Of the output's tokens."""

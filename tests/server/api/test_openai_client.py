@@ -2,11 +2,14 @@
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
+from tests.server.api.chats import make_checkpoint
 from tests.server.live import LiveServer, live_server, tiny_settings
 
 
@@ -98,3 +101,132 @@ def test_many_asynchronous_streams(server: LiveServer) -> None:
     together = asyncio.run(several(list(range(12))))
     assert len(set(together)) == 12
     assert asyncio.run(several([7])) == [together[7]]
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    folder = make_checkpoint(tmp_path_factory.mktemp("chat") / "model")
+    settings = tiny_settings(
+        folder,
+        tmp_path_factory.mktemp("data"),
+        api_key=("alpha", "beta"),
+        model_name="latentd",
+    )
+    with live_server(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def alpha(talker: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{talker.url}/v1", api_key="alpha") as client:
+        yield client
+
+
+def test_chats(alpha: openai.OpenAI) -> None:
+    said: list[ChatCompletionMessageParam] = [{"role": "user", "content": "the cat"}]
+    create = alpha.chat.completions.create
+    whole = create(model="latentd", messages=said, max_completion_tokens=16, seed=1, logprobs=True)
+    content, logprobs = whole.choices[0].message.content, whole.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content
+    chunks = create(model="latentd", messages=said, max_completion_tokens=16, seed=1, stream=True)
+    told = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(told) == content
+    with alpha.chat.completions.stream(
+        model="latentd", messages=said, max_completion_tokens=16, seed=1
+    ) as helped:
+        assert helped.get_final_completion().choices[0].message.content == content
+
+
+def test_responses_go_on_from_one_another(alpha: openai.OpenAI) -> None:
+    first = alpha.responses.create(model="latentd", input="the cat", max_output_tokens=8)
+    second = alpha.responses.create(
+        model="latentd", input="sat", previous_response_id=first.id, max_output_tokens=8
+    )
+    assert second.usage is not None
+    assert first.usage is not None
+    assert second.usage.input_tokens_details.cached_tokens == first.usage.total_tokens
+    assert alpha.responses.retrieve(second.id).output_text == second.output_text
+    with alpha.responses.stream(
+        model="latentd", input="sat", previous_response_id=first.id, max_output_tokens=8
+    ) as events:
+        kinds = [event.type for event in events]
+        assert events.get_final_response().previous_response_id == first.id
+    assert kinds[0] == "response.created"
+    alpha.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        alpha.responses.retrieve(first.id)
+
+
+def test_a_background_response_is_followed_and_cancelled(alpha: openai.OpenAI) -> None:
+    made = alpha.responses.create(
+        model="latentd",
+        input="the cat",
+        max_output_tokens=60_000,
+        background=True,
+        extra_body={"ignore_eos": True},
+    )
+    events = alpha.responses.retrieve(made.id, stream=True, starting_after=3)
+    assert next(iter(events)).sequence_number == 4
+    events.close()
+    assert alpha.responses.cancel(made.id).status == "cancelled"
+
+
+def test_a_wrong_key_is_an_authentication_error(talker: LiveServer) -> None:
+    with (
+        openai.OpenAI(base_url=f"{talker.url}/v1", api_key="gamma") as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        client.models.list()
+
+
+def test_repeating_never_advances_a_session_twice(talker: LiveServer) -> None:
+    """The client gives up, and asks again while the first turn runs, and after it ended."""
+    with talker.client() as plain:
+        plain.headers["Authorization"] = "Bearer alpha"
+        session_id = plain.post("/v1/sessions").json()["id"]
+        with (
+            openai.OpenAI(
+                base_url=f"{talker.url}/v1", api_key="alpha", timeout=0.05, max_retries=3
+            ) as hasty,
+            suppress(openai.APITimeoutError, openai.ConflictError),
+        ):
+            hasty.chat.completions.create(
+                model="latentd",
+                messages=[{"role": "user", "content": "the cat"}],
+                max_completion_tokens=3000,
+                extra_body={"session_id": session_id, "ignore_eos": True},
+                extra_headers={"Idempotency-Key": "once"},
+            )
+        talker.wait_until_idle()
+        assert plain.get(f"/v1/sessions/{session_id}").json()["turn"] <= 1
+
+
+def test_asynchronous_chats_and_responses(talker: LiveServer) -> None:
+    async def one(client: openai.AsyncOpenAI, seed: int) -> tuple[str, str]:
+        chunks = await client.chat.completions.create(
+            model="latentd",
+            messages=[{"role": "user", "content": "the cat"}],
+            max_completion_tokens=20,
+            seed=seed,
+            stream=True,
+        )
+        chat = "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+        events = await client.responses.create(
+            model="latentd",
+            input="the cat",
+            max_output_tokens=20,
+            stream=True,
+            extra_body={"seed": seed},
+        )
+        deltas = [e.delta async for e in events if e.type == "response.output_text.delta"]
+        return chat, "".join(deltas)
+
+    async def several() -> list[tuple[str, str]]:
+        url = f"{talker.url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="alpha") as client:
+            return list(await asyncio.gather(*(one(client, seed) for seed in range(8))))
+
+    pairs = asyncio.run(several())
+    assert len(set(pairs)) == 8
+    assert all(chat == response for chat, response in pairs)
