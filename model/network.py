@@ -5,7 +5,7 @@ sequence's state is the position state h, one vector, and one attention state (m
 layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +21,9 @@ from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
 
 if TYPE_CHECKING:
     from model.cpu.serving import CompiledNetwork
+
+TakeLogits = Callable[[Tensor], None]
+"""Takes logits `[tokens, vocab_sz]` after the next tokens of a sequence, which it may keep."""
 
 
 @dataclass(frozen=True)
@@ -284,14 +287,22 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def prefill(
-        self, token_ids: Tensor, lengths: Sequence[int], pool: StatePool, rows: Sequence[int]
+        self,
+        token_ids: Tensor,
+        lengths: Sequence[int],
+        pool: StatePool,
+        rows: Sequence[int],
+        scored: Mapping[int, TakeLogits] | None = None,
     ) -> None:
-        """Advance `rows` by the first `lengths[i]` tokens of each sequence; no logits are computed.
+        """Advance `rows` by the first `lengths[i]` tokens of each sequence.
 
-        token_ids `[batch, tokens]`; what is beyond a sequence's length is ignored.
+        token_ids `[batch, tokens]`; what is beyond a sequence's length is ignored. Logits are
+        computed for the sequences in `scored` alone, by their place in the batch: after each of
+        their tokens, from the first to the last, a few tokens to a call, so that logits of a whole
+        prompt are never in memory. Compiled, they are those of `step` to the bit.
         """
         if self._compiled is not None:
-            self._compiled.prefill(token_ids, lengths, pool, rows)
+            self._compiled.prefill(token_ids, lengths, pool, rows, scored or {})
             return
         padding = None
         if min(lengths) < token_ids.shape[1]:
@@ -307,6 +318,13 @@ class LanguageModel(nn.Module):
             x, after = layer(x, states.select(index), chunked, padding)
             _assign(states, index, after)
         layer, states = last
+        if scored:
+            x, after = layer(x, states.select(index), chunked, padding)
+            _assign(states, index, after)
+            for place, take in scored.items():
+                for start in range(0, lengths[place], CHUNK):
+                    take(self._logits(x[place, start : min(start + CHUNK, lengths[place])]))
+            return
         _, k, v = layer.project(x)
         if padding is not None:
             k, v = mask_padding(k, v, padding, log_values=self.config.log_values)

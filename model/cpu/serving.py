@@ -1,6 +1,6 @@
 """A network's `prefill` and `step`, compiled for the CPU."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,10 +14,14 @@ from model.linear import PackedLinear
 from model.state import StatePool
 
 if TYPE_CHECKING:
-    from model.network import LanguageModel
+    from model.network import LanguageModel, TakeLogits
 
 MOST_TOKENS = 512
 """Tokens that go through the network at once: bounds the memory, fills the processor."""
+
+MOST_SCORED = 128
+"""The same where logits of prompts are asked for, which take far more memory. As many rows share
+one reading of the weights, so that less at once is no slower."""
 
 
 class CompiledNetwork:
@@ -36,11 +40,12 @@ class CompiledNetwork:
 
     def forward(
         self, token_ids: NDArray[np.int64], lengths: Sequence[int], pool: StatePool,
-        rows: Sequence[int], *, logits: bool,
-    ) -> Tensor | None:  # fmt: skip
+        rows: Sequence[int], *, read: Sequence[int],
+    ) -> Tensor:  # fmt: skip
         """Advance the rows in place by so many tokens each, those of the first sequence first.
 
-        token_ids `[sum of lengths]` -> logits of each sequence's last token `[rows, vocab_sz]`.
+        token_ids `[sum of lengths]` -> logits of all tokens of the sequences whose places are in
+        `read`, one sequence after another `[their tokens, vocab_sz]`.
         Raises IndexError for a token or row that there is not, ValueError for a foreign pool.
         """
         if pool.spec != self._spec or pool.device.type != "cpu":
@@ -55,46 +60,52 @@ class CompiledNetwork:
         if token_ids.min() < 0 or token_ids.max() >= self._vocab_sz:
             raise IndexError(f"token ids must be from 0 to {self._vocab_sz - 1}")
         starts = np.concatenate([[0], counts.cumsum()])
-        found = torch.empty(len(rows), self._vocab_sz) if logits else None
+        places = _places(starts, read)
+        logits = torch.empty(len(places), self._vocab_sz)
         a = self._fixed.copy()
         room = _room_for(len(token_ids), a)
         a[step.TOKENS], a[step.SEQUENCES] = len(token_ids), len(rows)
         a[step.POOL_ROWS] = pool.num_rows
         a[step.IDS], a[step.STARTS] = token_ids.ctypes.data, starts.ctypes.data
         a[step.INDEX] = index.ctypes.data
-        a[step.LOGITS] = 0 if found is None else found.data_ptr()
+        a[step.NUM_READ], a[step.READ] = len(places), places.ctypes.data
+        a[step.LOGITS] = logits.data_ptr()
         names = ("h", "m", "z", "s", "z_low", "s_low", "n")
         for place, name in zip(range(step.H, step.N + 1), names, strict=True):
             tensor = pool.tensors.get(name)
             a[place] = 0 if tensor is None else tensor.data_ptr()
         run_team(self._function, a)
         del room  # until here compiled code writes to it
-        return found
+        return logits
 
     def prefill(
-        self, token_ids: Tensor, lengths: Sequence[int], pool: StatePool, rows: Sequence[int]
-    ) -> None:
+        self, token_ids: Tensor, lengths: Sequence[int], pool: StatePool, rows: Sequence[int],
+        scored: "Mapping[int, TakeLogits]",
+    ) -> None:  # fmt: skip
         """`LanguageModel.prefill`: token_ids `[batch, tokens]`, of which `lengths[i]` count."""
-        share = max(1, MOST_TOKENS // len(rows))
+        share = max(1, (MOST_SCORED if scored else MOST_TOKENS) // len(rows))
         ids = token_ids.numpy()
         for start in range(0, max(lengths), share):
             counts = [min(length - start, share) for length in lengths]
             now = [i for i, count in enumerate(counts) if count > 0]
             parts = [ids[i, start : start + counts[i]] for i in now]
-            self.forward(
+            read = [place for place, i in enumerate(now) if i in scored]
+            logits = self.forward(
                 np.concatenate(parts, dtype=np.int64),
                 [counts[i] for i in now],
                 pool,
                 [rows[i] for i in now],
-                logits=False,
+                read=read,
             )
+            asked = [now[place] for place in read]
+            own = torch.split(logits, [counts[i] for i in asked])
+            for i, each in zip(asked, own, strict=True):
+                scored[i](each)
 
     def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
         """`LanguageModel.step`: token_ids `[batch]` -> logits `[batch, vocab_sz]`."""
         ids = np.ascontiguousarray(token_ids.numpy(), np.int64)
-        logits = self.forward(ids, [1] * len(rows), pool, rows, logits=True)
-        assert logits is not None
-        return logits
+        return self.forward(ids, [1] * len(rows), pool, rows, read=range(len(rows)))
 
     def _fixed_arguments(
         self, network: "LanguageModel", unembed: PackedLinear
@@ -139,6 +150,14 @@ class CompiledNetwork:
         table = np.array(addresses, np.int64)
         self._kept.append(table)
         return table.ctypes.data
+
+
+def _places(starts: NDArray[np.int64], sequences: Sequence[int]) -> NDArray[np.int64]:
+    """Where the tokens of some sequences stand: those of i from starts[i] to starts[i + 1]."""
+    if len(sequences) == len(starts) - 1:
+        return np.arange(starts[-1])
+    ranges = [np.arange(starts[i], starts[i + 1]) for i in sequences]
+    return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
 
 
 def _room_for(tokens: int, a: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -17,11 +17,11 @@ from model.cpu.products import BLOCK, number, product
 # The call reads its arguments, numbers and addresses, from one array of int64 in this order.
 (
     TOKENS, SEQUENCES, D_EMB, HEADS, D_KEY, D_VAL, LAYERS, VOCAB, LOG_VALUES, POOL_ROWS,
-    IDS, STARTS, INDEX, LOGITS, H, M, Z, S, Z_LOW, S_LOW, N,
+    IDS, STARTS, INDEX, NUM_READ, READ, LOGITS, H, M, Z, S, Z_LOW, S_LOW, N,
     X, NORMED, PROJECTED, Y, GATES, GLU,
     EMBED, POSITION, NORM, UNEMBED, LAYER_TABLE,
     THREAD, THREADS, BARRIER, NUM_FORWARD,
-) = range(36)  # fmt: skip
+) = range(38)  # fmt: skip
 
 # A product's.
 (
@@ -61,20 +61,22 @@ def _wait(barrier: Any) -> None:
 
 @jit
 def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
-    """Read tokens into states; logits of each sequence's last one. Every thread of a team runs it.
+    """Read tokens into states; logits after some of them. Every thread of a team runs it.
 
     The tokens of all sequences stand one after another, those of i from starts[i] to starts[i + 1].
     Each goes through attention as in a decoding step, so it does not matter how many come at once.
+    NUM_READ tokens, whose places are in READ, get logits: in the order of the places.
     """
     tid, n, barrier = int64(0), int64(1), a[BARRIER]
     if barrier:
         tid, n = int64(call(a[THREAD])), int64(call(a[THREADS]))
     tokens, sequences, pool = a[TOKENS], a[SEQUENCES], a[POOL_ROWS]
     d, heads, d_key, d_val = a[D_EMB], a[HEADS], a[D_KEY], a[D_VAL]
-    num_layers, vocab = a[LAYERS], a[VOCAB]
+    num_layers, vocab, num_read = a[LAYERS], a[VOCAB], a[NUM_READ]
     log_values, per_head = a[LOG_VALUES] != 0, 2 * d_key + d_val
     ids, index = _array(a[IDS], (tokens,), int64), _array(a[INDEX], (sequences,), int64)
     starts = _array(a[STARTS], (sequences + 1,), int64)
+    read = _array(a[READ], (num_read,), int64)
     x, normed = _array(a[X], (tokens, d), float32), _array(a[NORMED], (tokens, d), float32)
     projected = _array(a[PROJECTED], (tokens, heads * per_head), float32)
     y = _array(a[Y], (tokens, heads * d_val), float32)
@@ -120,7 +122,7 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
                     n_max[layer, row, head] if log_values else no_maximum,
                     log_values, y[t, head * d_val : (head + 1) * d_val], keys, vals,
                 )  # fmt: skip
-        if layer == num_layers - 1 and not a[LOGITS]:
+        if layer == num_layers - 1 and not num_read:
             return
         _wait(barrier)
         w, scale, bias = _weight(at, 5, heads * d_val, 2 * d, weight_dtype)
@@ -133,13 +135,13 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
         _wait(barrier)
     at = _array(a[NORM], (2,), int64)
     gain, offset = _array(at[0], (d,), float32), _array(at[1], (d,), float32)
-    for i in range(tid, sequences, n):
-        last = starts[i + 1] - 1
-        layer_norm(x[last : last + 1], gain, offset, normed[i : i + 1], 0, 1)
+    for i in range(tid, num_read, n):
+        t = read[i]
+        layer_norm(x[t : t + 1], gain, offset, normed[i : i + 1], 0, 1)
     _wait(barrier)
     w, scale, bias = _weight(_array(a[UNEMBED], (3,), int64), 0, d, vocab, weight_dtype)
-    logits = _array(a[LOGITS], (sequences, vocab), float32)
-    product(normed[:sequences], w, scale, bias, logits, False, tid, n)
+    logits = _array(a[LOGITS], (num_read, vocab), float32)
+    product(normed[:num_read], w, scale, bias, logits, False, tid, n)
 
 
 @jit

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.cpu import serving
 from model.network import LanguageModel
 from model.state import StatePool
 
@@ -41,6 +42,12 @@ def alone(network: LanguageModel, ids: Tensor, cuts: Sequence[int] = ()) -> Stat
     for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
         network.prefill(ids[None, start:end], [end - start], pool, [0])
     return pool
+
+
+def by_steps(network: LanguageModel, ids: Tensor) -> Tensor:
+    """Logits after each token of one prompt `[tokens, vocab]`."""
+    pool = network.new_pool(1)
+    return torch.cat([network.step(token_id[None], pool, [0]) for token_id in ids])
 
 
 @each_network
@@ -104,3 +111,48 @@ def test_steps_together_are_as_if_alone(name: str, count: int) -> None:
             expected = network.step(IDS[row : row + 1, 9], singles[row], [0])
             assert torch.equal(logits[place], expected[0])
             assert together.export_row(row) == singles[row].export_row(0)
+
+
+@each_network
+@settings(max_examples=12, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=4),
+    chosen=st.sets(st.integers(0, 3), min_size=1),
+    cuts=st.sets(st.integers(1, 149), max_size=3),
+    threads=st.integers(1, 3),
+)
+def test_logits_of_a_prompt_are_those_of_its_steps(
+    name: str, lengths: list[int], chosen: set[int], cuts: set[int], threads: int
+) -> None:
+    """Of all its tokens in their order, whatever is read beside it, scored or not."""
+    network, rows = NETWORKS[name], range(len(lengths))
+    pool, found = network.new_pool(len(lengths)), [list[Tensor]() for _ in rows]
+    torch.set_num_threads(threads)
+    for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), 150], strict=True):
+        now = [row for row in rows if lengths[row] > start]
+        if not now:
+            break
+        counts = [min(lengths[row], end) - start for row in now]
+        scored = {place: found[row].append for place, row in enumerate(now) if row in chosen}
+        network.prefill(IDS[now, start:end], counts, pool, now, scored)
+    torch.set_num_threads(1)
+    for row in rows:
+        ids = IDS[row, : lengths[row]]
+        assert pool.export_row(row) == alone(network, ids).export_row(0)
+        if row in chosen:
+            assert torch.equal(torch.cat(found[row]), by_steps(network, ids))
+        else:
+            assert found[row] == []
+
+
+@each_network
+def test_logits_of_a_long_prompt_are_never_in_memory_at_once(name: str) -> None:
+    sizes = list[int]()
+    for count in (1, 3):
+        pool = NETWORKS[name].new_pool(count)
+        lengths, rows = [400] * count, range(count)
+        takers = {row: lambda logits: sizes.append(len(logits)) for row in rows}
+        NETWORKS[name].prefill(IDS[:count], lengths, pool, rows, takers)
+        assert max(sizes) * count <= serving.MOST_SCORED
+        assert sum(sizes) == 400 * count
+        sizes.clear()

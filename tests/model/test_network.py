@@ -178,6 +178,39 @@ def test_packed_weights_compute_the_reference_too(name: str) -> None:
 
 
 @each_file
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("scored", [(0,), (1, 3), (0, 1, 2, 3)])
+def test_prompts_that_are_scored_have_the_references_logits_and_the_same_states(
+    name: str, packed: bool, scored: tuple[int, ...]
+) -> None:
+    found = reference(name)
+    network = make(found.network.config, found.network.state_dict())
+    if packed:
+        network.pack()
+    ids, rows = found.token_ids[[0, 1, 0, 1]], [3, 0, 4, 2]
+    lengths = [found.length, found.length // 2, 3, 65 % found.length]
+    plain, pool = network.new_pool(5), network.new_pool(5)
+    network.prefill(ids, lengths, plain, rows)
+    logits = [list[Tensor]() for _ in rows]
+    network.prefill(ids, lengths, pool, rows, {place: logits[place].append for place in scored})
+    for row in rows:
+        assert pool.export_row(row) == plain.export_row(row)
+    for place, (sequence, length) in enumerate(zip((0, 1, 0, 1), lengths, strict=True)):
+        if place in scored:
+            expected = found.tensors["logits"][sequence, :length]
+            assert_logits(torch.cat(logits[place]), expected)
+        else:
+            assert logits[place] == []
+
+
+def test_without_compiled_code_logits_come_in_slices_too() -> None:
+    network, sizes = linear_network(), list[int]()
+    ids = (torch.arange(150) * 7 % 60).view(1, 150)
+    network.prefill(ids, [150], network.new_pool(1), [0], {0: lambda x: sizes.append(len(x))})
+    assert sizes == [64, 64, 22]
+
+
+@each_file
 def test_a_batch_of_both_sequences_ends_in_the_references_state(name: str) -> None:
     found = reference(name)
     pool = found.network.new_pool(2)
