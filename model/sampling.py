@@ -115,6 +115,12 @@ class SampledRow:
     """Of the token to choose, in its sequence."""
 
     recent: RecentTokens
+    banned: tuple[int, ...] = ()
+    """Tokens that must not be chosen, whatever their bias."""
+
+    allowed: NDArray[np.int32] | None = None
+    """The only tokens that may be chosen, if it is given: one bit for each, 32 to a word, the
+    lowest first `[at least vocab / 32]`. Tokens beyond its end are not allowed."""
 
 
 Choose = Callable[[Tensor, Sequence[SampledRow]], list[int | None]]
@@ -125,7 +131,8 @@ Choose = Callable[[Tensor, Sequence[SampledRow]], list[int | None]]
 def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
     """A token id for each row: logits `[batch, vocab]`, which may be overwritten.
 
-    None for a row that is no distribution: one that has NaN or inf in it, or only -inf.
+    None for a row that is no distribution: one that has NaN or inf in it, or only -inf, also where
+    every other token is banned or not allowed.
     """
     for i, row in enumerate(rows):
         _adjust(logits[i], row)
@@ -151,7 +158,7 @@ def derive_seed(seed: int, index: int) -> int:
 
 
 def _adjust(logits: Tensor, row: SampledRow) -> None:
-    """Penalties and biases, in place."""
+    """Penalties, biases and what is forbidden, in place."""
     params = row.params
     if params.has_penalties:
         if params.repetition_penalty != 1.0:
@@ -168,6 +175,27 @@ def _adjust(logits: Tensor, row: SampledRow) -> None:
         ids = torch.tensor([token_id for token_id, _ in params.logit_bias], device=logits.device)
         bias = torch.tensor([value for _, value in params.logit_bias]).to(logits)
         logits.index_add_(0, ids, bias)
+    if row.banned:
+        logits[torch.tensor(row.banned, device=logits.device)] += -torch.inf
+    if row.allowed is not None:
+        logits += torch.from_numpy(_penalties(row.allowed, len(logits))).to(logits.device)
+
+
+@functools.cache
+def _penalties_of_byte() -> NDArray[np.float32]:
+    """0 for each bit of a byte that is set, from the lowest up, and -inf for the others."""
+    bytes_ = np.arange(256, dtype=np.uint8)[:, None]
+    bits = np.unpackbits(bytes_, axis=1, bitorder="little").astype(bool)
+    return np.where(bits, np.float32(0), np.float32(-np.inf))
+
+
+def _penalties(allowed: NDArray[np.int32], vocab: int) -> NDArray[np.float32]:
+    """What is added to the logits `[vocab]`: where one is NaN or inf, the sum shows it, too."""
+    words = allowed.astype("<i4", copy=False)
+    found = np.take(_penalties_of_byte(), words.view(np.uint8), axis=0).ravel()[:vocab]
+    if len(found) == vocab:
+        return found
+    return np.concatenate([found, np.full(vocab - len(found), -np.inf, np.float32)])
 
 
 def _way_to_choose(params: SamplingParams, device: torch.device) -> Choose:

@@ -226,6 +226,8 @@ ROWS = st.builds(
     params=PARAMS,
     position=st.integers(0, 10**9),
     recent=st.lists(st.integers(0, VOCAB - 1), max_size=20).map(lambda ids: recent(*ids)),
+    banned=st.sampled_from([(), (5,), (1, 2, 39)]),
+    allowed=st.sampled_from([None, np.array([0x7FFF00FF, 3], np.int32), np.zeros(2, np.int32)]),
 )
 
 
@@ -399,3 +401,73 @@ def test_a_row_is_drawn_the_same_whatever_stands_beside_it() -> None:
     alone = [sample(logits[i : i + 1].clone(), [row])[0] for i, row in enumerate(rows)]
     assert together == alone
     assert together[4] == int(logits[4].argmax())
+
+
+def words(*allowed: int, vocab: int = VOCAB) -> NDArray[np.int32]:
+    """A bit for each token that is allowed, by hand."""
+    made = [0] * -(-vocab // 32)
+    for token_id in allowed:
+        made[token_id // 32] |= 1 << token_id % 32
+    return np.array(made, np.uint32).view(np.int32)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("forbidden_by", ["banned", "allowed", "both"])
+def test_a_token_that_is_forbidden_is_never_chosen(way: str, forbidden_by: str) -> None:
+    """The rest is what the same logits without those tokens give, however large the bias."""
+    logits, seen = logits_of(400, size=1.0), recent(3, 4, prompt=(5,))
+    banned = set(range(0, VOCAB, 3)) if forbidden_by != "allowed" else set()
+    allowed = set(range(VOCAB)) - ({31, *range(1, 32, 5)} if forbidden_by != "banned" else set())
+    forbidden = sorted(banned | set(range(VOCAB)) - allowed)
+    params = replace(WAYS[way], logit_bias=tuple((i, 50.0) for i in forbidden))
+    own = SampledRow(
+        params,
+        0,
+        seen,
+        tuple(banned) if banned else (),
+        words(*allowed) if forbidden_by != "banned" else None,
+    )
+    rows = [replace(own, position=i) for i in range(400)]
+    expected = logits.clone()
+    expected[:, forbidden] = -torch.inf
+    plain = [replace(each, banned=(), allowed=None) for each in rows]
+    chosen = certain(sample(logits, rows))
+    assert chosen == certain(sample(expected, plain))
+    assert set(chosen).isdisjoint(forbidden)
+    assert len(set(chosen)) > 5
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 40, 4096])
+def test_each_bit_of_a_mask_is_one_token(vocab: int) -> None:
+    params = SamplingParams(temperature=0.0)
+    for token_id in {0, 1, 7, 8, 30, 31, 32, vocab - 1} & set(range(vocab)):
+        mask = words(token_id, vocab=vocab)
+        for allowed in (mask, np.append(mask, np.int32(-1)), mask[: token_id // 32 + 1]):
+            own = SampledRow(params, 0, RecentTokens(), allowed=allowed)
+            assert sample(torch.zeros(1, vocab), [own]) == [token_id]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_where_nothing_is_allowed_there_is_no_token(way: str) -> None:
+    nothing = (
+        row(WAYS[way]),
+        replace(row(WAYS[way]), allowed=words()),
+        replace(row(WAYS[way]), banned=tuple(range(VOCAB))),
+        replace(row(WAYS[way]), banned=(3, 33), allowed=words(3, 33)),
+        replace(row(WAYS[way]), allowed=np.empty(0, np.int32)),
+    )
+    chosen = sample(logits_of(5), nothing)
+    assert chosen[0] is not None
+    assert chosen[1:] == [None] * 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_mask_does_not_hide_that_a_row_is_no_distribution(way: str, value: float) -> None:
+    logits = logits_of(2)
+    logits[:, 17] = value
+    forbidden = (
+        replace(row(WAYS[way]), banned=(17, 17)),
+        replace(row(WAYS[way]), allowed=words(1, 2, 3)),
+    )
+    assert sample(logits, forbidden) == [None, None]
