@@ -25,12 +25,14 @@ MOST_SEEN = 1 << 16
 State = TypeVar("State")
 
 
-def chain(token_ids: Row[int], chunk: int) -> tuple[bytes, ...]:
-    """A digest of all tokens so far after each whole chunk of them.
+def chain(token_ids: Row[int], chunk: int, salt: bytes = b"") -> tuple[bytes, ...]:
+    """A digest of the salt and all tokens so far after each whole chunk of them.
 
     256 bits of BLAKE2b: nobody finds two prompts of one name, with which to get another's state.
+    The first digest is of another kind, so that no salt does the work of tokens.
     """
-    digests, digest = list[bytes](), b""
+    digests = list[bytes]()
+    digest = hashlib.blake2b(salt, digest_size=32, person=b"prefix salt").digest()
     for end in range(chunk, len(token_ids) + 1, chunk):
         tokens = array("q", token_ids[end - chunk : end]).tobytes()
         digest = hashlib.blake2b(digest + tokens, digest_size=32).digest()
@@ -58,26 +60,32 @@ class SharedPrefixes(Generic[State]):
     def begin(self, sequence: Sequence) -> State | None:
         """Decide what a fresh sequence reads, and for whom it waits before.
 
-        Returns the state that it goes on from, if one is kept that is ahead of it. May be called
-        again for a sequence that `leave` returned.
+        Returns the state that it goes on from, if one is kept that is ahead of it. A sequence whose
+        prompt is scored goes on from none, since it needs what comes out at every token; others go
+        on from its states. May be called again for a sequence that `leave` returned.
         """
         if not self._most_kept:
             return None
         if not sequence.digests:
-            sequence.digests = chain(sequence.unread[:-1], self._chunk)
+            salt = sequence.request.prefix_salt
+            sequence.digests = chain(sequence.unread[:-1], self._chunk, salt)
         digests, depth = sequence.digests, len(sequence.digests)
         have = sequence.num_read // self._chunk
-        kept = next((i for i in range(depth, have, -1) if digests[i - 1] in self._kept), have)
-        coming = next((i for i in range(depth, kept, -1) if self._is_coming(sequence, i)), kept)
+        kept = coming = have
+        if not sequence.request.score_prompt:
+            kept = next((i for i in range(depth, have, -1) if digests[i - 1] in self._kept), have)
+            coming = next((i for i in range(depth, kept, -1) if self._is_coming(sequence, i)), kept)
         parting = self._see(digests)
-        stops = {i * self._chunk for i in (parting, depth) if i > coming}
-        sequence.keep_at |= stops
+        news = (i for i in (parting, depth) if i > coming and digests[i - 1] not in self._kept)
+        sequence.keep_at |= {i * self._chunk for i in news}
         if coming > kept:
             reader = self._readers[digests[coming - 1]]
             sequence.waits_for, sequence.waits_until = reader, coming * self._chunk
             reader.keep_at.add(sequence.waits_until)
             self._followers.append(sequence)
-        self._readers.update(dict.fromkeys(digests[coming:], sequence))
+        for i in range(coming, depth):
+            if not self._is_coming(sequence, i + 1):
+                self._readers[digests[i]] = sequence
         if kept == have:
             return None
         sequence.skip_to(kept * self._chunk)

@@ -1,5 +1,6 @@
 """Which states are kept, who waits for whom, and that what is remembered is bounded."""
 
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -18,10 +19,11 @@ WORDS = train(["words"], 260, ["<|endoftext|>"])
 REQUEST = EngineRequest("", Fresh(), Continuation(), (), 5, SamplingParams())
 
 
-def sequence(*chunks: int, tail: int = 1) -> Sequence:
+def sequence(*chunks: int, tail: int = 1, scored: bool = False, salt: bytes = b"") -> Sequence:
     """A prompt of whole chunks, each of one token, and a tail that is not a whole one."""
     ids = (*(token for token in chunks for _ in range(CHUNK)), *(0,) * tail)
-    return Sequence(replace(REQUEST, token_ids=ids), WORDS, 0.0)
+    request = replace(REQUEST, token_ids=ids, score_prompt=scored, prefix_salt=salt)
+    return Sequence(request, WORDS, 0.0)
 
 
 def shared(num_states: int = 10) -> SharedPrefixes[str]:
@@ -49,6 +51,67 @@ def test_a_digest_names_all_tokens_before_it() -> None:
     assert chain(ids[4:], CHUNK)[0] != whole[1]
     assert chain([256 * 256], 1) != chain([1], 1) != chain([256], 1)
     assert chain(ids[:3], CHUNK) == ()
+
+
+def test_a_salt_gives_every_beginning_another_name() -> None:
+    ids = [1, 2, 3, 4] * 3
+    first = array("q", ids[:CHUNK]).tobytes()
+    found = [chain(ids, CHUNK, salt) for salt in (b"", b"a", b"b", bytes(32), first)]
+    assert chain(ids, CHUNK) == found[0]
+    assert len({digest for digests in found for digest in digests}) == 3 * len(found)
+
+
+def test_prompts_of_different_salts_share_nothing() -> None:
+    states = shared()
+    first = sequence(1, 2, salt=b"a")
+    states.begin(first)
+    for salt in (b"", b"b"):
+        other = sequence(1, 2, salt=salt)
+        assert states.begin(other) is None
+        assert other.waits_for is None
+        states.leave(other)
+    read_all(states, first)
+    for salt in (b"", b"b"):
+        assert states.begin(sequence(1, 2, salt=salt)) is None
+    assert states.begin(sequence(1, 2, salt=b"a")) == "state 8"
+
+
+def test_a_prompt_that_is_scored_is_read_from_its_beginning() -> None:
+    states = shared()
+    first, beside = sequence(1, 2, 3), sequence(1, 2, 3, scored=True)
+    states.begin(first)
+    assert states.begin(beside) is None
+    assert beside.waits_for is None
+    read_all(states, first)
+    for scored in (beside, sequence(1, 2, 3, scored=True)):
+        assert states.begin(scored) is None
+        assert (scored.num_read, scored.cached_tokens) == (0, 0)
+        assert read_all(states, scored) == []
+
+
+def test_others_go_on_from_the_states_of_a_prompt_that_is_scored() -> None:
+    states = shared()
+    scored, follower = sequence(1, 2, 3, scored=True), sequence(1, 2, 9)
+    states.begin(scored)
+    assert scored.keep_at == {12}
+    states.begin(follower)
+    assert (follower.waits_for, follower.waits_until) == (scored, 8)
+    assert read_all(states, scored) == [follower]
+    later = sequence(1, 2, 3)
+    assert states.begin(later) == "state 12"
+
+
+def test_who_is_further_ahead_is_waited_for_not_a_prompt_that_is_scored() -> None:
+    states = shared()
+    ahead, scored, late = sequence(1, 2, 3), sequence(1, 2, 3, 4, scored=True), sequence(1, 2, 3)
+    states.begin(ahead)
+    ahead.take(4)
+    states.begin(scored)
+    states.begin(late)
+    assert (late.waits_for, late.waits_until) == (ahead, 12)
+    longer = sequence(1, 2, 3, 4)
+    states.begin(longer)
+    assert (longer.waits_for, longer.waits_until) == (scored, 16)
 
 
 def test_a_prompt_goes_on_from_the_last_chunk_of_an_earlier_one() -> None:
@@ -179,7 +242,9 @@ def test_those_who_waited_for_one_that_left_begin_again() -> None:
 
 
 @given(
-    prompts=st.lists(st.lists(st.integers(0, 1), max_size=5), min_size=1, max_size=12),
+    prompts=st.lists(
+        st.tuples(st.lists(st.integers(0, 1), max_size=5), st.booleans()), min_size=1, max_size=12
+    ),
     moves=st.lists(
         st.tuples(st.sampled_from(["begin", "read", "chunk", "leave"]), st.integers(0, 7)),
         max_size=60,
@@ -187,10 +252,11 @@ def test_those_who_waited_for_one_that_left_begin_again() -> None:
     num_states=st.integers(1, 3),
 )
 def test_whatever_happens_there_is_always_one_that_reads(
-    prompts: list[list[int]], moves: list[tuple[str, int]], num_states: int
+    prompts: list[tuple[list[int], bool]], moves: list[tuple[str, int]], num_states: int
 ) -> None:
     states = shared(num_states)
-    coming, running = [sequence(*chunks) for chunks in prompts], list[Sequence]()
+    coming = [sequence(*chunks, scored=scored) for chunks, scored in prompts]
+    running = list[Sequence]()
 
     def leave(prompt: Sequence) -> None:
         running.remove(prompt)
