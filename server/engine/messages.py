@@ -60,10 +60,12 @@ class EngineRequest:
     """Tokens that end the text as the model's end tokens do, also with `ignore_eos`."""
 
     include_stop: bool = False
-    """The stop string, or the stop token, is part of the text and of the state."""
+    """The stop string, or the token that ends the text, is part of the text and of the state."""
 
     min_tokens: int = 0
-    """Before so many tokens nothing ends the text: neither end token, stop token nor string."""
+    """Before so many tokens nothing ends the text. End and stop tokens cannot be sampled; a stop
+    string counts if the token that completes it is the last of so many or a later one, wherever the
+    string begins, and is ordinary text otherwise."""
 
     num_logprobs: int | None = None
     """None: tokens come without their probabilities. Else so many of the most probable tokens come
@@ -74,7 +76,8 @@ class EngineRequest:
     """Events have the tokens of their text; they also do when probabilities are asked for."""
 
     score_prompt: bool = False
-    """The prompt's tokens come with probabilities as `num_logprobs` says, in one `PromptScored`."""
+    """The prompt's tokens come with probabilities, in one `PromptScored`: with as many of the most
+    probable tokens as `num_logprobs` says, and none where it says None."""
 
     prefix_salt: bytes = b""
     """Only prompts with the same salt share what was read of their common beginning."""
@@ -158,8 +161,9 @@ class TextDelta:
     request_id: str
     text: str
     tokens: tuple[Token, ...] = ()
-    """If asked for: the tokens whose text begins in what is certain now and was not before. What a
-    stop string cuts away is in no event."""
+    """If asked for: the tokens whose text begins in what is certain now and was not before, half
+    characters when the rest of them is. What a stop string cuts away is in no event, nor is the
+    token that ends the text unless it is to be included."""
 
     num_generated: int = 1
     """Tokens sampled, of which the text came to be; more than one where events were put together

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from model.sampling import WINDOW, RecentTokens, SampledRow
 from model.state import RowState
 from model.tokenizer import Detokenizer, Tokenizer
-from server.engine.messages import Continuation, EngineRequest, Timings
+from server.engine.messages import Continuation, EngineRequest, Timings, Token
+from server.engine.scoring import PromptScores
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,14 @@ class TextStep:
     text: str
     """Text that is certain now."""
 
-    stopped: bool
-    """A stop string is complete; the text ends before it."""
+    tokens: tuple[Token, ...]
+    """The tokens that begin in it, if they are asked for."""
+
+    stop: str | None
+    """A stop string is complete: the text ends before it, or with it if it is to be included."""
+
+    cuts_token: bool
+    """The text ends before the token's own does: the sequence must be `cut`."""
 
     wants_anchor: bool
     """The state as it is, without this token, must be given to `set_anchor`."""
@@ -35,9 +42,19 @@ class TextStep:
 class Sequence:
     """Tokens and text of one turn. The state itself is in a row of the pool."""
 
-    def __init__(self, request: EngineRequest, tokenizer: Tokenizer, submitted_at: float) -> None:
+    def __init__(
+        self,
+        request: EngineRequest,
+        tokenizer: Tokenizer,
+        submitted_at: float,
+        eos_token_ids: tuple[int, ...] = (),
+    ) -> None:
         start = request.continuation
         self.request = request
+        ends = () if request.ignore_eos else eos_token_ids
+        self.end_token_ids = frozenset((*ends, *request.stop_token_ids))
+        """Tokens that end the text."""
+
         self.num_read = 0
         """Tokens of the turn in the state, while the prompt is being read."""
 
@@ -60,6 +77,12 @@ class Sequence:
         """The scheduler's step in which it read last, or began."""
 
         self._tokens = [*start.pending, *request.token_ids]
+        self.prompt_scores: PromptScores | None = None
+        """Takes the logits of the prompt, if they are asked for."""
+
+        if request.score_prompt:
+            num_top = request.num_logprobs or 0
+            self.prompt_scores = PromptScores(self._tokens, len(start.pending), num_top)
         self.position = start.position + len(request.token_ids)
         """Tokens of the sequence, those unread included."""
 
@@ -74,6 +97,15 @@ class Sequence:
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, start.undecoded)
         self._held = ""
+        """The end of the text that may be the beginning of a stop string."""
+
+        self._length = 0
+        """Characters of the text so far."""
+
+        self._held_tokens = list[tuple[int, Token]]()
+        """Tokens that are in no event yet, and where in the text each begins: where it begins
+        within a character, that is where this one does."""
+
         self._anchor: Anchor | None = None
         self._since_anchor = ""
 
@@ -103,13 +135,16 @@ class Sequence:
         Pending and recent tokens come with a session, and that from wherever it was imported.
         """
         biased = [token_id for token_id, _ in self.request.sampling.logit_bias]
-        ids = [*self._tokens, *self.recent.seen().tolist(), *biased]
+        stops = self.request.stop_token_ids
+        ids = [*self._tokens, *self.recent.seen().tolist(), *biased, *stops]
         if ids and not 0 <= min(ids) <= max(ids) < vocab_sz:
             raise ValueError(f"token ids must be from 0 to {vocab_sz - 1}")
 
     @property
     def sampled_row(self) -> SampledRow:
-        return SampledRow(self.request.sampling, self.position, self.recent)
+        early = self.num_generated < self.request.min_tokens
+        banned = tuple(self.end_token_ids) if early else ()
+        return SampledRow(self.request.sampling, self.position, self.recent, banned)
 
     def take(self, count: int) -> list[int]:
         """The next unread tokens, which the caller puts into the state."""
@@ -127,29 +162,66 @@ class Sequence:
         self.position += 1
         self.recent.append(token_id, generated=True)
 
-    def push_text(self, token_id: int) -> TextStep:
-        """Add the text of a sampled token; called before `append`.
+    def push_text(self, token: Token) -> TextStep:
+        """Add the text of a sampled token, which counts as generated; called before `append`.
 
-        Text that may be the beginning of a stop string is held back. Where such text begins, the
-        state that does not include it yet may have to come back: the result asks for an anchor.
+        Text that may be the beginning of a stop string is held back, unless the string would be
+        part of the text. Where such text begins, the state that does not include it yet may have to
+        come back: the result asks for an anchor.
         """
-        stops, held_before = self.request.stop, len(self._held)
+        num_held, start = len(self._held), self._length
         whole_before = self._anchor is None or not self._detokenizer.undecoded
-        added = self._detokenizer.push(token_id)
-        text = self._held + added
-        matches = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
-        if matches:  # the string that is complete first counts, wherever tokens begin
-            cut, self._held = min(matches)[1], ""
-        else:
-            cut = len(text) - max((_overlap(text, stop) for stop in stops), default=0)
-            self._held = text[cut:]
-        begins_here = whole_before and cut >= held_before
+        text = self._held + self._detokenizer.push(token.token_id)
+        self._length += len(text) - num_held
+        stop, cut = self._find_stop(text, num_held)
+        told = num_held if self.request.include_stop else 0
+        delivered = text[told:cut]
+        begins_here = whole_before and cut >= num_held
         if begins_here:
-            self._anchor, self._since_anchor = None, text[held_before:cut]
+            self._anchor, self._since_anchor = None, text[num_held:cut]
         else:
-            self._since_anchor += text[:cut]
-        uncertain = bool(self._held or self._detokenizer.undecoded) and not matches
-        return TextStep(text[:cut], bool(matches), begins_here and uncertain and self._can_rewind)
+            self._since_anchor += delivered
+        uncertain = cut < len(text) or bool(self._detokenizer.undecoded)
+        if self._gives_tokens:
+            self._held_tokens.append((start, token))
+        return TextStep(
+            text=delivered,
+            tokens=self._take_tokens(start - num_held + cut, all_of_them=not uncertain),
+            stop=stop,
+            cuts_token=stop is not None and uncertain,
+            wants_anchor=begins_here and uncertain and stop is None and self._can_rewind,
+        )
+
+    def _find_stop(self, text: str, num_held: int) -> tuple[str | None, int]:
+        """The stop string that ends the text, if any, and up to where the text is certain.
+
+        `text` begins with what was held: a string counts if it ends behind that.
+        """
+        stops, include = self.request.stop, self.request.include_stop
+        found = []
+        if self.num_generated >= self.request.min_tokens:
+            for stop in stops:
+                at = text.find(stop, max(0, num_held - len(stop) + 1))
+                if at >= 0:
+                    found.append((at + len(stop), at, stop))
+        if found:  # the string that is complete first counts, wherever tokens begin
+            self._held = ""
+            end, begin, stop = min(found)
+            return stop, end if include else begin
+        certain = len(text) - max((_overlap(text, stop) for stop in stops), default=0)
+        self._held = text[certain:]
+        return None, len(text) if include else certain
+
+    @property
+    def _gives_tokens(self) -> bool:
+        return self.request.return_tokens or self.request.num_logprobs is not None
+
+    def _take_tokens(self, certain: int, *, all_of_them: bool) -> tuple[Token, ...]:
+        """The held tokens that begin in so many characters of the text."""
+        held = self._held_tokens
+        count = sum(all_of_them or place < certain for place, _ in held)
+        self._held_tokens = held[count:]
+        return tuple(token for _, token in held[:count])
 
     @property
     def _can_rewind(self) -> bool:
@@ -174,12 +246,14 @@ class Sequence:
         for token_id in self._tokens:
             self.recent.append(token_id, generated=True)
         self._detokenizer = Detokenizer(self._tokenizer)
+        self._held_tokens.clear()
         return None if anchor is None else anchor.state
 
-    def flush(self) -> str:
-        """The text held back, now that nothing can complete a stop string."""
-        text, self._held = self._held, ""
-        return text
+    def flush(self) -> tuple[str, tuple[Token, ...]]:
+        """The text held back, now that nothing can complete a stop string, and its tokens."""
+        text = "" if self.request.include_stop else self._held
+        self._held = ""
+        return text, self._take_tokens(self._length, all_of_them=True)
 
     def continuation(self) -> Continuation:
         """What the next turn continues from."""

@@ -3,9 +3,12 @@
 import logging
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Row
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from model.checkpoint import Checkpoint
 from model.sampling import prepare, sample
@@ -22,15 +25,18 @@ from server.engine.messages import (
     Message,
     NoProbabilities,
     Parked,
+    PromptScored,
     Release,
     StateMissing,
     Stop,
     Submit,
     TextDelta,
+    Token,
     Warm,
 )
 from server.engine.reading import PromptReader
 from server.engine.scheduler import EngineLimits, Plan, Scheduler
+from server.engine.scoring import score_tokens
 from server.engine.sequence import Sequence
 from server.metrics import Metrics
 
@@ -38,7 +44,15 @@ log = logging.getLogger(__name__)
 
 FAILED = "the engine failed while computing; see the server's log"
 
-End = Literal["stop", "length"]
+
+@dataclass(frozen=True)
+class End:
+    """Why a turn ends."""
+
+    reason: Literal["stop", "length"]
+    stopped_by: str | int | None = None
+    """As in `Finished`."""
+
 
 Deliver = Callable[[list[Event | Evicted]], None]
 """Takes one step's events."""
@@ -116,8 +130,9 @@ class Worker:
             case Submit(request, at):
                 self._open[request.request_id] = None
                 try:
-                    sequence = Sequence(request, self._tokenizer, at)
-                    sequence.check_ids(self._network.config.vocab_sz)
+                    config = self._network.config
+                    sequence = Sequence(request, self._tokenizer, at, config.eos_token_ids)
+                    sequence.check_ids(config.vocab_sz)
                 except (ValueError, OverflowError) as error:
                     self._inbox.waits_no_more(request)
                     self._end(Failed(request.request_id, str(error)))
@@ -178,10 +193,18 @@ class Worker:
             sequence.read_at = time.monotonic()
             self._metrics.prefill_time_seconds.observe(sequence.read_at - sequence.admitted_at)
             self._reader.count(sequence)
-            if request.max_tokens == 0:
-                self._finish(sequence, "length")
-            elif not sequence.unread:
+            scores = sequence.prompt_scores
+            if scores is not None and scores.is_damaged:
+                self._drop(sequence)
+                self._end(NoProbabilities(request.request_id))
+                continue
+            if request.max_tokens and not sequence.unread:
                 self._fail(sequence, "there is no token to read")
+                continue
+            if scores is not None:
+                self._events.append(PromptScored(request.request_id, tuple(scores.tokens)))
+            if request.max_tokens == 0:
+                self._finish(sequence, End("length"))
             else:
                 self._pool.swap(*self._slots.begin_decoding(request.request_id))
                 self._scheduler.decoding[self._row(sequence)] = sequence
@@ -195,19 +218,18 @@ class Worker:
         rows = [self._row(sequence) for sequence in plan.decode]
         inputs = [sequence.take(1)[0] for sequence in plan.decode]
         ids = torch.tensor(inputs, device=self._pool.device)
-        logits = self._network.step(ids, self._pool, rows)
-        sampled = sample(logits, [sequence.sampled_row for sequence in plan.decode])
+        tokens = self._sample(self._network.step(ids, self._pool, rows), plan.decode)
         now = time.monotonic()
         self._metrics.step_duration_seconds.observe(now - started)
         self._metrics.batch_size.set(len(rows))
-        self._metrics.generation_tokens_total.inc(len(rows) - sampled.count(None))
-        for sequence, token_id in zip(plan.decode, sampled, strict=True):
-            if token_id is None:
+        self._metrics.generation_tokens_total.inc(len(rows) - tokens.count(None))
+        for sequence, token in zip(plan.decode, tokens, strict=True):
+            if token is None:
                 self._drop(sequence)
                 self._end(NoProbabilities(sequence.request.request_id))
                 continue
             try:
-                end = self._advance(sequence, token_id, now)
+                end = self._advance(sequence, token, now)
             except Exception:  # of this sequence's text: the others are as they should be
                 log.exception("a token could not be added to its text")
                 self._fail(sequence, FAILED)
@@ -215,7 +237,23 @@ class Worker:
             if end is not None:
                 self._finish(sequence, end)
 
-    def _advance(self, sequence: Sequence, token_id: int, now: float) -> End | None:
+    def _sample(self, logits: Tensor, sequences: Row[Sequence]) -> list[Token | None]:
+        """The next token of each sequence, with its probabilities where they are asked for.
+
+        None where there is none that may come. logits `[sequences, vocab]` are overwritten.
+        """
+        asked = [i for i, s in enumerate(sequences) if s.request.num_logprobs is not None]
+        model_logits = logits[asked] if asked else None  # a copy, before penalties
+        sampled = sample(logits, [sequence.sampled_row for sequence in sequences])
+        tokens = [None if token_id is None else Token(token_id) for token_id in sampled]
+        if model_logits is not None:
+            num_top = [sequences[i].request.num_logprobs or 0 for i in asked]
+            scored = score_tokens(model_logits, [tokens[i] for i in asked], num_top)
+            for i, token in zip(asked, scored, strict=True):
+                tokens[i] = token
+        return tokens
+
+    def _advance(self, sequence: Sequence, token: Token, now: float) -> End | None:
         """One sampled token of one sequence, of which alone it touches text and state.
 
         Returns why the turn ends, if it does.
@@ -228,24 +266,29 @@ class Worker:
         sequence.last_token_at = now
         sequence.num_generated += 1
         request = sequence.request
-        if token_id in self._network.config.eos_token_ids and not request.ignore_eos:
-            return "stop"
-        step = sequence.push_text(token_id)
+        token_id = token.token_id
+        ends = token_id in sequence.end_token_ids
+        stopped = End("stop", token_id if token_id in request.stop_token_ids else None)
+        if ends and not request.include_stop:
+            return stopped
+        step = sequence.push_text(token)
         row = self._row(sequence)
         if step.wants_anchor:
             sequence.set_anchor(self._pool.read_row(row))
-        if step.stopped:
+        if step.cuts_token:
             state = sequence.cut()
             if state is not None:
                 self._pool.write_row(row, state)
         else:
             sequence.append(token_id)
-        self._events.append(TextDelta(request.request_id, step.text))
-        if step.stopped:
-            return "stop"
-        return "length" if sequence.num_generated >= request.max_tokens else None
+        self._events.append(TextDelta(request.request_id, step.text, step.tokens))
+        if step.stop is not None:
+            return End("stop", step.stop)
+        if ends:
+            return stopped
+        return End("length") if sequence.num_generated >= request.max_tokens else None
 
-    def _finish(self, sequence: Sequence, reason: End) -> None:
+    def _finish(self, sequence: Sequence, end: End) -> None:
         """End a turn: hand its state out, keep or free its row."""
         request, slots = sequence.request, self._slots
         owner, state, continuation, warm = request.request_id, None, None, None
@@ -259,13 +302,16 @@ class Worker:
             slots.keep_warm(owner, warm)
         else:
             self._free(owner)
+        text, tokens = sequence.flush()
         self._end(
             Finished(
                 request_id=owner,
-                text=sequence.flush(),
-                reason=reason,
+                text=text,
+                reason=end.reason,
                 num_generated=sequence.num_generated,
                 timings=sequence.timings(),
+                tokens=tokens,
+                stopped_by=end.stopped_by,
                 cached_tokens=sequence.cached_tokens,
                 state=state,
                 continuation=continuation,

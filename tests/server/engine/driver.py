@@ -15,6 +15,7 @@ from server.engine.messages import (
     Evicted,
     Finished,
     Fresh,
+    PromptScored,
     TextDelta,
 )
 from server.metrics import Metrics
@@ -79,7 +80,7 @@ class Driver:
 
 
 def is_last(event: Event, request_id: str) -> bool:
-    return event.request_id == request_id and not isinstance(event, TextDelta)
+    return event.request_id == request_id and not isinstance(event, TextDelta | PromptScored)
 
 
 def request(name: str, num_prompt: int = 7, **changes: Any) -> EngineRequest:

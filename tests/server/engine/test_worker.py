@@ -104,6 +104,40 @@ def test_a_turn_that_is_ended_leaves_nothing_of_its_state(
     assert stepper.owners() == {}
 
 
+def test_all_that_is_cancelled_at_once_is_gone_before_the_next_step(
+    checkpoint: Checkpoint, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every phase: 4 decode, 4 read, 192 wait."""
+    del clock
+    stepper = Stepper(checkpoint, replace(SMALL, max_running=8, max_waiting=256))
+    first = [asked(f"r{i}", i + 1, 5, max_tokens=500) for i in range(4)]
+    stepper.submit(*first)
+    stepper.step(3)
+    others = [asked(f"r{i}", i % 250 + 1, 500, max_tokens=500) for i in range(4, 200)]
+    stepper.submit(*others)
+    stepper.step()
+    phases = (stepper.scheduler.decoding, stepper.scheduler.reading, stepper.scheduler.waiting)
+    assert [len(phase) for phase in phases] == [4, 4, 192]
+    for each in [*others, *first]:
+        stepper.cancel(each.request_id)
+    stepper.submit(asked("after", 77, 1, max_tokens=2))
+    decoded, step = list[int](), checkpoint.network.step
+
+    def watched(ids: Tensor, pool: StatePool, rows: list[int]) -> Tensor:
+        decoded.append(len(rows))
+        return step(ids, pool, rows)
+
+    monkeypatch.setattr(checkpoint.network, "step", watched)
+    before = len(stepper.delivered)
+    stepper.step()
+    assert decoded == [1]
+    assert list(stepper.owners()) == ["after"]
+    assert {event.request_id for event in stepper.events()[before:]} == {"after"}
+    assert stepper.inbox._num_waiting == stepper.inbox._num_tokens == 0
+    stepper.run()
+    assert all(map(is_poison, stepper.pool.tensors.values()))
+
+
 @pytest.mark.parametrize("end", ["cancel", "deadline"])
 def test_a_turn_that_ends_while_it_waits_leaves_nothing_of_its_warm_state(
     stepper: Stepper, clock: Clock, end: str
