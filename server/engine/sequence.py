@@ -102,6 +102,7 @@ class Sequence:
         self._length = 0
         """Characters of the text so far."""
 
+        self._gives_tokens = request.return_tokens or request.num_logprobs is not None
         self._held_tokens = list[tuple[int, Token]]()
         """Tokens that are in no event yet, and where in the text each begins: where it begins
         within a character, that is where this one does."""
@@ -198,6 +199,8 @@ class Sequence:
         `text` begins with what was held: a string counts if it ends behind that.
         """
         stops, include = self.request.stop, self.request.include_stop
+        if not stops:
+            return None, len(text)
         found = []
         if self.num_generated >= self.request.min_tokens:
             for stop in stops:
@@ -212,13 +215,11 @@ class Sequence:
         self._held = text[certain:]
         return None, len(text) if include else certain
 
-    @property
-    def _gives_tokens(self) -> bool:
-        return self.request.return_tokens or self.request.num_logprobs is not None
-
     def _take_tokens(self, certain: int, *, all_of_them: bool) -> tuple[Token, ...]:
         """The held tokens that begin in so many characters of the text."""
         held = self._held_tokens
+        if not held:
+            return ()
         count = sum(all_of_them or place < certain for place, _ in held)
         self._held_tokens = held[count:]
         return tuple(token for _, token in held[:count])

@@ -17,6 +17,7 @@ from server.engine.messages import (
     Cancel,
     DeadlinePassed,
     Ending,
+    EngineRequest,
     Event,
     Evicted,
     Failed,
@@ -203,6 +204,7 @@ class Worker:
                 continue
             if scores is not None:
                 self._events.append(PromptScored(request.request_id, tuple(scores.tokens)))
+                sequence.prompt_scores = None  # they are told, and may be large
             if request.max_tokens == 0:
                 self._finish(sequence, End("length"))
             else:
@@ -268,9 +270,8 @@ class Worker:
         request = sequence.request
         token_id = token.token_id
         ends = token_id in sequence.end_token_ids
-        stopped = End("stop", token_id if token_id in request.stop_token_ids else None)
         if ends and not request.include_stop:
-            return stopped
+            return _end_by(token_id, request)
         step = sequence.push_text(token)
         row = self._row(sequence)
         if step.wants_anchor:
@@ -285,7 +286,7 @@ class Worker:
         if step.stop is not None:
             return End("stop", step.stop)
         if ends:
-            return stopped
+            return _end_by(token_id, request)
         return End("length") if sequence.num_generated >= request.max_tokens else None
 
     def _finish(self, sequence: Sequence, end: End) -> None:
@@ -399,3 +400,8 @@ class Worker:
         counts = {"free": slots.num_free, "running": slots.num_active, "warm": slots.num_warm}
         for state, count in counts.items():
             self._metrics.slots.labels(state=state).set(count)
+
+
+def _end_by(token_id: int, request: EngineRequest) -> End:
+    """The end by a token: the client's own, or the model's."""
+    return End("stop", token_id if token_id in request.stop_token_ids else None)
