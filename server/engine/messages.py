@@ -60,7 +60,8 @@ class EngineRequest:
     """Tokens that end the text as the model's end tokens do, also with `ignore_eos`."""
 
     include_stop: bool = False
-    """The stop string, or the token that ends the text, is part of the text and of the state."""
+    """The stop string, or the stop token, is part of the text and of the state. The model's own end
+    token is not."""
 
     min_tokens: int = 0
     """Before so many tokens nothing ends the text. End and stop tokens cannot be sampled; a stop

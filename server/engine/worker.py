@@ -270,7 +270,8 @@ class Worker:
         request = sequence.request
         token_id = token.token_id
         ends = token_id in sequence.end_token_ids
-        if ends and not request.include_stop:
+        kept = request.include_stop and token_id in request.stop_token_ids
+        if ends and not kept:
             return _end_by(token_id, request)
         step = sequence.push_text(token)
         row = self._row(sequence)
