@@ -20,6 +20,5 @@ def _told(tokenizer: Tokenizer, token: Token) -> TokenLogprob:
 
 def _named(tokenizer: Tokenizer, token_id: int, logprob: float) -> TopLogprob:
     text = tokenizer.bytes_of(token_id)
-    if not text:
-        return TopLogprob(token=tokenizer.name_of(token_id), logprob=logprob, bytes=None)
-    return TopLogprob(token=text.decode("utf-8", "replace"), logprob=logprob, bytes=list(text))
+    name = text.decode("utf-8", "replace") or tokenizer.name_of(token_id)
+    return TopLogprob(token=name, logprob=logprob, bytes=list(text))

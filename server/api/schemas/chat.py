@@ -120,13 +120,14 @@ class TopLogprob(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     token: str
-    """Its text, with replacement characters where it is not whole characters."""
+    """Its text, with replacement characters where it is not whole characters; the name of a token
+    without text."""
 
     logprob: float
     """Natural logarithm of its probability."""
 
-    bytes: list[int] | None
-    """Its text in UTF-8; null for tokens without text."""
+    bytes: list[int]
+    """Its text in UTF-8; nothing for tokens without text."""
 
 
 class TokenLogprob(TopLogprob):

@@ -135,7 +135,8 @@ def test_chats(alpha: openai.OpenAI) -> None:
     with alpha.chat.completions.stream(
         model="latentd", messages=said, max_completion_tokens=16, seed=1
     ) as helped:
-        assert helped.get_final_completion().choices[0].message.content == content
+        deltas = [event.delta for event in helped if event.type == "content.delta"]
+    assert "".join(deltas) == content
 
 
 def test_responses_go_on_from_one_another(alpha: openai.OpenAI) -> None:

@@ -50,7 +50,7 @@ def events(client: httpx.Client, path: str, body: dict[str, Any]) -> list[dict[s
     ("path", "body", "shape"),
     [
         ("/v1/completions", COMPLETION, Completion),
-        ("/v1/completions", COMPLETION | {"logprobs": 2, "echo": True}, Completion),
+        ("/v1/completions", COMPLETION | {"logprobs": 2}, Completion),
         ("/v1/completions", COMPLETION | {"n": 2, "best_of": 3}, Completion),
         ("/v1/chat/completions", CHAT, ChatCompletion),
         ("/v1/chat/completions", CHAT | {"n": 2} | LOGPROBS, ChatCompletion),
@@ -76,7 +76,7 @@ def test_answers(
     ("path", "body", "shape"),
     [
         ("/v1/completions", COMPLETION | USAGE, Completion),
-        ("/v1/completions", COMPLETION | {"logprobs": 2, "echo": True}, Completion),
+        ("/v1/completions", COMPLETION | {"logprobs": 2}, Completion),
         ("/v1/chat/completions", CHAT | USAGE, ChatCompletionChunk),
         ("/v1/chat/completions", CHAT | {"n": 2} | LOGPROBS, ChatCompletionChunk),
     ],
