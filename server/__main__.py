@@ -73,6 +73,51 @@ def serve(**flags: Any) -> None:
 
 
 @app.command()
+def chat(
+    session_id: Annotated[
+        str | None, typer.Option("--session", metavar="ID", help="Go on with this session.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="What a fresh session begins with, as its system message.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer at most.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=10, help="0: always the likeliest.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Only this much probability.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Only the k likeliest; 0: all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Send text as it is, for models without a template.")
+    ] = False,
+    url: session.Url = session.LOCAL,
+    key: session.Key = "",
+) -> None:
+    """Talk with a running server, in a session that it keeps.
+
+    Lines can also come from a pipe; the first that fails ends the chat with exit status 1.
+    """
+    if raw and system is not None:
+        raise fail("--system needs a chat template, which --raw does without")
+    from server.cli.chat import Options
+    from server.cli.chat import chat as run
+
+    given = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+    }
+    sampling = {name: value for name, value in given.items() if value is not None}
+    raise typer.Exit(run(Options(url, key, session_id, system, raw, sampling)))
+
+
+@app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     checkpoint: Annotated[Path, typer.Option(help="Folder of the model.")] = PRETRAINED,

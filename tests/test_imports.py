@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "server.serve": ("model", VERSION, "server.api", "server.sessions", "server.engine", *LEAVES),
     "server.cli": ("server.cli", "model.files"),
     "server.cli.client": ("server.api.schemas",),
+    "server.cli.dialogue": ("server.cli", "server.api.schemas"),
     "server.cli.tables": ("server.api.schemas",),
     "server.cli.inspect": ("model", "server.cli", "server.sessions.codec"),
     "server.__main__": ("model", "server"),

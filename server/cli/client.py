@@ -1,15 +1,18 @@
 """The sessions of a running server, over HTTP."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from server.api.schemas.chat import ChatChunk
+from server.api.schemas.completions import Completion, CompletionChoice
+from server.api.schemas.generation import Timings, Usage
 from server.api.schemas.problems import ErrorResponse
 from server.api.schemas.sessions import (
     Checkpoint,
@@ -23,7 +26,21 @@ SESSIONS = "/v1/sessions"
 PAGE = 100
 """Sessions that a server tells at once."""
 
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+DONE = b"[DONE]"
+
 TIMEOUT_S = 60.0
+NOT_SENT = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.UnsupportedProtocol,
+    httpx.InvalidURL,
+    UnicodeError,
+)
+"""After these the server has not seen the request."""
+
+Event = ChatChunk | Completion
+EVENTS: TypeAdapter[Event | ErrorResponse] = TypeAdapter(Event | ErrorResponse)
 Answer = TypeVar("Answer", bound=BaseModel)
 
 
@@ -37,6 +54,19 @@ class ClientError(Exception):
 class RefusedError(ClientError):
     """The server's answer is an error; the message is the server's."""
 
+    def __init__(self, message: str, code: str | None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class StrangeError(ClientError):
+    """Whatever answered is no latentd."""
+
+
+class UnfinishedError(ClientError):
+    """The answer broke off, with the server's word for it or without one: whether the turn was
+    taken is not known."""
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -44,6 +74,30 @@ class Exported:
 
     turn: int
     blob: bytes
+
+
+@dataclass(frozen=True)
+class TurnRequest:
+    """A turn of a session to take, once, however often it is asked for."""
+
+    path: str
+    """CHAT or COMPLETIONS."""
+
+    body: Mapping[str, Any]
+    key: str
+    """The Idempotency-Key."""
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """A turn that was committed."""
+
+    turn: int
+    """Its number."""
+
+    usage: Usage
+    reason: Literal["stop", "length"] | None
+    timings: Timings | None
 
 
 class Client:
@@ -85,6 +139,10 @@ class Client:
             after = page.data[-1].id
             left = None if left is None else left - len(page.data)
 
+    def create(self) -> Session:
+        """A new session, which is empty."""
+        return self._parse(Session, self._ask("POST", SESSIONS))
+
     def session(self, session_id: str) -> Session:
         return self._parse(Session, self._ask("GET", _path(session_id)))
 
@@ -121,6 +179,58 @@ class Client:
     def delete(self, session_id: str) -> None:
         self._parse(SessionDeleted, self._ask("DELETE", _path(session_id)))
 
+    def take_turn(self, asked: TurnRequest) -> Generator[str | TurnEnd, None, None]:
+        """Pieces of text as they come, and the end of the turn.
+
+        A turn that was taken before is told again. Closing the iterator closes the connection, and
+        the server rolls back a turn that is not at its end. Raises UnfinishedError, RefusedError
+        and, if the server has not seen the request, ClientError.
+        """
+        headers = {"Idempotency-Key": asked.key}
+        try:
+            with self._http.stream(
+                "POST", asked.path, json=asked.body, headers=headers
+            ) as response:
+                if not response.is_success:
+                    response.read()
+                    raise self._refusal(response)
+                yield from self._pieces(response)
+        except NOT_SENT as error:
+            raise ClientError(self._reason(error)) from error
+        except (httpx.HTTPError, StrangeError) as error:
+            raise UnfinishedError(self._reason(error)) from error
+
+    def _pieces(self, response: httpx.Response) -> Iterator[str | TurnEnd]:
+        """The text of a stream's events, and what they tell about the turn."""
+        turn, usage, reason, timings = None, None, None, None
+        ended = False
+        for data in event_data(response.iter_bytes()):
+            if ended or data == DONE:
+                ended = True  # what is left is read, so that the connection can be used again
+                continue
+            event = self._event(data, response)
+            turn = turn if event.session_turn is None else event.session_turn
+            usage, timings = event.usage or usage, event.timings or timings
+            for choice in event.choices:
+                reason = choice.finish_reason or reason
+                text = choice.text if isinstance(choice, CompletionChoice) else choice.delta.content
+                if text:
+                    yield text
+        if not ended:
+            raise UnfinishedError(f"{self._url}: the answer broke off")
+        if turn is None or usage is None:
+            raise self._strange(response)
+        yield TurnEnd(turn, usage, reason, timings)
+
+    def _event(self, data: bytes, response: httpx.Response) -> Event:
+        try:
+            event = EVENTS.validate_json(data)
+        except ValidationError as error:
+            raise self._strange(response) from error
+        if isinstance(event, ErrorResponse):
+            raise UnfinishedError(event.error.message)
+        return event
+
     def _ask(
         self,
         method: str,
@@ -136,14 +246,23 @@ class Client:
             response = self._http.request(
                 method, path, params=params, json=body, content=blob, headers=headers
             )
-        except httpx.TimeoutException as error:
-            raise ClientError(f"{self._url}: no answer within {TIMEOUT_S:g} seconds") from error
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-            reason = str(error) or type(error).__name__
-            raise ClientError(f"{self._url}: {reason}") from error
+            raise ClientError(self._reason(error)) from error
         if not response.is_success:
-            raise RefusedError(self._parse(ErrorResponse, response).error.message)
+            raise self._refusal(response)
         return response
+
+    def _reason(self, error: Exception) -> str:
+        """Why there is no answer."""
+        if isinstance(error, StrangeError):
+            return str(error)
+        if isinstance(error, httpx.TimeoutException):
+            return f"{self._url}: no answer within {TIMEOUT_S:g} seconds"
+        return f"{self._url}: {str(error) or type(error).__name__}"
+
+    def _refusal(self, response: httpx.Response) -> RefusedError:
+        error = self._parse(ErrorResponse, response).error
+        return RefusedError(error.message, error.code)
 
     def _parse(self, kind: type[Answer], response: httpx.Response) -> Answer:
         try:
@@ -151,10 +270,23 @@ class Client:
         except ValidationError as error:
             raise self._strange(response) from error
 
-    def _strange(self, response: httpx.Response) -> ClientError:
-        return ClientError(
+    def _strange(self, response: httpx.Response) -> StrangeError:
+        return StrangeError(
             f"{self._url}: the answer, of status {response.status_code}, is not one of latentd"
         )
+
+
+def event_data(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The data of server-sent events, each of which has it on one line.
+
+    Only a line feed ends a line: the data may have other separators in it, as text.
+    """
+    begun = b""
+    for chunk in chunks:
+        *lines, begun = (begun + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line.removeprefix(b"data:").strip()
 
 
 def _path(session_id: str, *rest: str) -> str:

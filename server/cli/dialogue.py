@@ -1,0 +1,234 @@
+"""The turns of one session after another: send a text, show the answer, know what became of it.
+
+send -> show what comes -> committed, or else: wait until the session is idle -> look at its turn
+"""
+
+import secrets
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from enum import Enum
+
+from server.api.schemas.sessions import Session
+from server.cli.client import (
+    CHAT,
+    COMPLETIONS,
+    Client,
+    ClientError,
+    RefusedError,
+    TurnEnd,
+    TurnRequest,
+    UnfinishedError,
+)
+from server.cli.terminal import Terminal
+
+POLL_S = 0.05
+SETTLE_S = 10.0
+"""How long a session may take to become idle after its turn has ended here."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A turn that was asked for."""
+
+    text: str
+    expected_turn: int
+    """The turn that the session was at."""
+
+    request: TurnRequest
+
+
+class Fate(Enum):
+    """What became of a turn whose end was not seen."""
+
+    ROLLED_BACK = "the turn was rolled back, the session is as it was before"
+    COMMITTED = "the turn was committed, and is part of the session"
+    SUPERSEDED = "the turn was not taken: the session has gone on without it"
+
+
+class Dialogue:
+    """A session, and who talks with it. Methods raise ClientError."""
+
+    def __init__(
+        self,
+        client: Client,
+        terminal: Terminal,
+        session: Session,
+        sampling: Mapping[str, float],
+        *,
+        raw: bool,
+    ) -> None:
+        """`sampling` goes into every request."""
+        self._client = client
+        self._terminal = terminal
+        self._sampling = sampling
+        self._open: Asked | None = None
+        self._num_shown = 0
+        self.raw = raw
+        """Whether texts are sent as they are, without a chat template."""
+
+        self.system: str | None = None
+        """What the first turn of a session begins with."""
+
+        self.session_id = session.id
+        self.turn = session.turn
+        """The session's, as far as is known here."""
+
+        self.last: TurnEnd | None = None
+        """The last turn taken here."""
+
+    def go_on(self, session: Session) -> None:
+        """Talk with this session, as it is now."""
+        self.session_id, self.turn = session.id, session.turn
+        self._open = self.last = None
+
+    def session(self) -> Session:
+        """The session as the server has it."""
+        return self._client.session(self.session_id)
+
+    def say(self, text: str) -> bool:
+        """Take a turn; whether it was taken.
+
+        KeyboardInterrupt stops it. If the fate of the turn before is not known, that comes first,
+        and the same text again asks for no more than its answer.
+        """
+        before = self._open
+        if before is not None:
+            fate = self._learn_fate(before)
+            if fate is Fate.COMMITTED and before.text == text:
+                return True
+        asked = self._asked(text)
+        self._open, self._num_shown = asked, 0
+        try:
+            self._receive(asked)
+        except UnfinishedError as error:
+            self._terminal.error(error)
+            self._terminal.remark("whether the turn was taken is not known: looking at the session")
+            return self._learn_fate(asked) is Fate.COMMITTED
+        except KeyboardInterrupt:
+            self._terminal.remark("stopped")
+            self._learn_fate(asked)
+            return False
+        except RefusedError as error:
+            self._open = None
+            return self._go_on_after(error, text)
+        except ClientError:
+            self._open = None
+            raise
+        self._sum_up()
+        return True
+
+    def _asked(self, text: str) -> Asked:
+        body = {
+            **self._sampling,
+            "session_id": self.session_id,
+            "expected_turn": self.turn,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "timings": True,
+        }
+        if self.raw:
+            request = TurnRequest(COMPLETIONS, body | {"prompt": text}, secrets.token_hex(16))
+            return Asked(text, self.turn, request)
+        messages = [{"role": "user", "content": text}]
+        if self.system is not None and self.turn == 0:
+            messages.insert(0, {"role": "system", "content": self.system})
+        request = TurnRequest(CHAT, body | {"messages": messages}, secrets.token_hex(16))
+        return Asked(text, self.turn, request)
+
+    def _receive(self, asked: Asked) -> None:
+        """Show what was not shown yet of the answer, to its end."""
+        skip, end = self._num_shown, None
+        try:
+            with closing(self._client.take_turn(asked.request)) as pieces:
+                for piece in pieces:
+                    if isinstance(piece, TurnEnd):
+                        end = piece
+                        continue
+                    new, skip = piece[skip:], max(0, skip - len(piece))
+                    self._num_shown += len(new)
+                    self._terminal.write(new)
+        finally:
+            self._terminal.end_line()
+        if end is not None:
+            self._open, self.turn, self.last = None, end.turn, end
+
+    def _sum_up(self) -> None:
+        """One line about the last turn."""
+        if self.last is not None:
+            self._terminal.remark(_summary(self.last, self.session()))
+
+    def _go_on_after(self, error: RefusedError, text: str) -> bool:
+        """The server did not begin the turn."""
+        if error.code == "turn_mismatch":
+            self.turn = self.session().turn
+            raise ClientError(
+                f"somebody else has changed the session, which is at turn {self.turn} now: this "
+                "was not sent; what you send next goes on from there"
+            ) from error
+        if error.code == "no_chat_template" and not self.raw:
+            self.raw = True
+            lost = "" if self.system is None else ", and the system text is not sent"
+            self._terminal.remark(
+                f"this model has no chat template: text goes to it as it is from now on, as with "
+                f"--raw{lost}"
+            )
+            return self.say(text)
+        raise error
+
+    def _learn_fate(self, asked: Asked) -> Fate:
+        """Look, and say what was seen."""
+        fate = self._fate(asked)
+        session = self.session()
+        self._terminal.remark(
+            f"{fate.value}: at turn {session.turn}, with {session.tokens:,} tokens"
+        )
+        return fate
+
+    def _fate(self, asked: Asked) -> Fate:
+        session = self._wait_until_idle()
+        if session.turn == asked.expected_turn:
+            self._open = None
+            return Fate.ROLLED_BACK
+        try:
+            self._receive(asked)  # the turn expected is past: this gives its answer or is refused
+        except RefusedError:
+            self.go_on(session)
+            return Fate.SUPERSEDED
+        self._sum_up()
+        return Fate.COMMITTED
+
+    def _wait_until_idle(self) -> Session:
+        deadline = time.monotonic() + SETTLE_S
+        while time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            session = self.session()
+            if session.status == "idle":
+                return session
+        raise ClientError(f"session {self.session_id} is busy still after {SETTLE_S:g} seconds")
+
+
+def speeds(end: TurnEnd) -> dict[str, str]:
+    """How fast a turn was, by name; nothing if it has generated nothing."""
+    timings = end.timings
+    if timings is None or timings.first_token_s is None:
+        return {}
+    facts = {"first token": f"{timings.first_token_s * 1000:,.0f} ms"}
+    if timings.per_token_s:
+        facts["speed"] = f"{1 / timings.per_token_s:,.0f} tokens/s"
+    return facts
+
+
+def _summary(end: TurnEnd, session: Session) -> str:
+    """A turn in one line."""
+    resumed = 0 if end.timings is None else end.timings.resumed_tokens
+    parts = [
+        f"turn {end.turn}: {end.usage.prompt_tokens - resumed:,} + "
+        f"{end.usage.completion_tokens:,} tokens",
+        f"session: {session.tokens:,} tokens in {session.state_bytes:,} bytes",
+        *(f"{name}: {value}" for name, value in speeds(end).items()),
+    ]
+    if end.reason == "length":
+        parts.append("cut at the limit of tokens")
+    return "; ".join(parts)

@@ -1,0 +1,82 @@
+"""Somebody who talks with `latentd chat` at a terminal."""
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+START = """\
+import fcntl, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C reaches whom the terminal controls
+from server.__main__ import main
+main()
+"""
+CTRL_C, CTRL_D = "\x03", "\x04"
+PATIENCE_S = 60.0
+
+
+class Person:
+    """Types, and reads what comes."""
+
+    def __init__(self, process: subprocess.Popen[bytes], terminal: int) -> None:
+        self.process = process
+        self._terminal = terminal
+        self._unread = ""
+        self.all = ""
+        """All that was ever shown."""
+
+    def type(self, keys: str) -> None:
+        os.write(self._terminal, keys.encode())
+
+    def read(self, pattern: str) -> re.Match[str]:
+        """What is shown up to this pattern; raises AssertionError if it does not come."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not (found := re.search(pattern, self._unread)):
+            ready, _, _ = select.select([self._terminal], [], [], deadline - time.monotonic())
+            more = bool(ready) and self._take()
+            assert more, f"no {pattern!r} in {self.all!r}"
+        self._unread = self._unread[found.end() :]
+        return found
+
+    def leave(self) -> int:
+        """The exit status, once the process has ended."""
+        while self._take():
+            pass
+        return self.process.wait(PATIENCE_S)
+
+    def _take(self) -> bool:
+        """Whether there may be more: a terminal that nobody has open gives an error, or nothing."""
+        try:
+            text = os.read(self._terminal, 65536).decode(errors="replace")
+        except OSError:
+            return False
+        self._unread += text
+        self.all += text
+        return bool(text)
+
+
+@contextmanager
+def person(url: str, *arguments: object) -> Iterator[Person]:
+    """Sits at a `latentd chat` with the server at `url`."""
+    ours, theirs = pty.openpty()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LATENT")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, "chat", "--url", url, *map(str, arguments)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env=kept | {"TERM": "xterm", "COLUMNS": "200"},
+    )
+    os.close(theirs)
+    try:
+        yield Person(process, ours)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
