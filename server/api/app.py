@@ -140,7 +140,7 @@ def _conversation(checkpoint: Checkpoint) -> Conversation | None:
         checkpoint.chat_template,
         checkpoint.tokenizer,
         config.bos_token_id,
-        ends[-1] if ends else None,
+        ends[0] if ends else None,
     )
 
 

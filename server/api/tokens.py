@@ -10,8 +10,9 @@ from server.api.schemas.tokens import (
     DetokenizeRequest,
     Tokenized,
     TokenizeRequest,
+    TokenizerInfo,
 )
-from server.api.service import ServiceDep
+from server.api.service import Service, ServiceDep
 from server.engine.messages import Continuation
 from server.errors import InvalidRequest
 
@@ -49,3 +50,21 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Detokenize
     prompts.check_model(service, body.model)
     prompts.check_ids(service, body.tokens, "tokens")
     return Detokenized(prompt=service.checkpoint.tokenizer.decode(body.tokens, names=True))
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(service: ServiceDep) -> TokenizerInfo:
+    """The tokenizer's special tokens and the chat template."""
+    config = service.checkpoint.network.config
+    ends = config.eos_token_ids
+    return TokenizerInfo(
+        bos_token=_name(service, config.bos_token_id),
+        eos_token=_name(service, ends[0] if ends else None),
+        pad_token=None,
+        vocab_size=config.vocab_sz,
+        chat_template=service.checkpoint.chat_template,
+    )
+
+
+def _name(service: Service, token_id: int | None) -> str | None:
+    return None if token_id is None else service.checkpoint.tokenizer.name_of(token_id)

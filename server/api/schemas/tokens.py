@@ -62,3 +62,24 @@ class Detokenized(BaseModel):
 
     prompt: str
     """The text; special tokens are there by their names."""
+
+
+class TokenizerInfo(BaseModel):
+    """What clients need to know that prepare prompts themselves."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    bos_token: str | None
+    """The token that a fresh text begins with."""
+
+    eos_token: str | None
+    """The token that the model ends a text with; the first of several."""
+
+    pad_token: str | None = None
+    """Always null: nothing is padded."""
+
+    vocab_size: int
+    """Token ids are below this."""
+
+    chat_template: str | None
+    """The template that messages become a prompt by."""

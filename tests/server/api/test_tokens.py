@@ -45,6 +45,16 @@ def test_messages_need_a_template(client: httpx.Client) -> None:
     assert response.json()["error"]["code"] == "no_chat_template"
 
 
+def test_the_tokenizer_tells_its_special_tokens(client: httpx.Client) -> None:
+    assert client.get("/tokenizer_info").json() == {
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": None,
+        "vocab_size": 300,
+        "chat_template": None,
+    }
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
