@@ -16,6 +16,7 @@ async def live() -> Health:
     return Health()
 
 
+@router.get("/health", include_in_schema=False)
 @router.get("/health/ready", responses={503: {"model": ErrorResponse}})
 async def ready(service: ServiceDep) -> Health:
     """The server takes turns."""

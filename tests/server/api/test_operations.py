@@ -33,6 +33,7 @@ def test_the_model_tells_its_facts(client: httpx.Client, server: LiveServer) -> 
 def test_health(client: httpx.Client) -> None:
     assert client.get("/health/live").status_code == 200
     assert client.get("/health/ready").json() == {"status": "ok"}
+    assert client.get("/health").json() == {"status": "ok"}  # where many clients look
 
 
 def test_every_metric_of_the_design_is_there(client: httpx.Client) -> None:

@@ -1,0 +1,129 @@
+"""Programs that others wrote, against a real server of the default model.
+
+    pip install '.[dev,external]' && pytest -m external
+
+They pull many packages, so they are not part of the usual tests.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from model import PRETRAINED
+from tests.server.live import LiveServer, live_server, tiny_settings
+
+pytestmark = pytest.mark.external
+
+DOCUMENTS = [
+    {"start": "Once upon a time there was a little", "choices": [" girl.", " xqzt of"], "gold": 0},
+    {"start": "The cat sat on the", "choices": [" of of of", " mat."], "gold": 1},
+    {"start": "He was very happy and", "choices": [" went to play.", " zzz 42 %"], "gold": 0},
+]
+TASK = """\
+task: endings
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{start}}}}"
+doc_to_choice: "{{{{choices}}}}"
+target_delimiter: ""
+doc_to_target: gold
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    settings = tiny_settings(PRETRAINED, tmp_path_factory.mktemp("data"), model_name="latentd")
+    with live_server(settings) as running:
+        yield running
+
+
+def run(*command: str) -> None:
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=offline)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def program(name: str) -> str:
+    """A program of this environment."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent))
+    assert found is not None, f"{name} is missing: pip install '.[external]'"
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_lm_eval_scores_the_model(server: LiveServer, tmp_path: Path, batch: int) -> None:
+    """Log-likelihoods by echo and logprobs, with the tokenizer from the server."""
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("\n".join(map(json.dumps, DOCUMENTS * 5)))
+    (tmp_path / "endings.yaml").write_text(TASK.format(file=documents))
+    where = f"base_url={server.url}/v1/completions,model=latentd,tokenizer_backend=remote"
+    run(
+        *(program("lm_eval"), "--model", "local-completions", "--tasks", "endings"),
+        *("--include_path", str(tmp_path), "--batch_size", str(batch)),
+        *("--model_args", f"{where},num_concurrent=2", "--output_path", str(tmp_path / "out")),
+    )
+    [results] = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(results.read_text())["results"]["endings"]["acc,none"] == 1.0
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+def test_guidellm_completes_a_run(server: LiveServer, tmp_path: Path, path: str) -> None:
+    words = tmp_path / "words"
+    words.mkdir()
+    shutil.copy(PRETRAINED / "tokenizer.json", words)
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (words / "tokenizer_config.json").write_text(json.dumps(kind))
+    report = tmp_path / "report.json"
+    backend = f"kind=openai_http,target={server.url},model=latentd,request_format={path}"
+    run(
+        *(program("guidellm"), "run", "--disable-progress", "--backend", backend),
+        *("--profile", "kind=concurrent,streams=4"),
+        *("--constraint", "kind=max_requests,count=40"),
+        *("--tokenizer", f"kind=hf_auto,model={words}"),
+        *("--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=24"),
+        *("--output", f"kind=json,path={report}"),
+    )
+    [benchmark] = json.loads(report.read_text())["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
+    assert totals == {"successful": 40, "errored": 0, "incomplete": 0, "total": 40}
+
+
+LANGCHAIN = """
+import sys
+from langchain_openai import ChatOpenAI
+
+for responses in (False, True):
+    chat = ChatOpenAI(
+        base_url=sys.argv[1] + "/v1",
+        api_key="none",
+        model="latentd",
+        max_tokens=24,
+        stream_usage=True,
+        use_responses_api=responses,
+    )
+    messages = [("system", "Tell a story."), ("human", "Once there was a fox.")]
+    chunks = list(chat.stream(messages))
+    assert len(chunks) > 5, chunks
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    assert whole.text, whole
+    assert whole.usage_metadata["output_tokens"] > 5, whole
+    assert chat.invoke(messages).text
+"""
+
+
+def test_langchain_streams_a_chat(server: LiveServer) -> None:
+    run(sys.executable, "-c", LANGCHAIN, server.url)
