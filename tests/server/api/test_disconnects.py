@@ -1,0 +1,135 @@
+"""Clients that go away at any moment leave nothing behind, and hold nobody up."""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.api.calls import BODY, complete
+from tests.server.live import LiveServer, live_server, tiny_settings
+
+NUM_CLIENTS = 200
+ENDLESS = BODY | {"max_tokens": 60_000}
+
+
+@pytest.fixture
+def server(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[LiveServer]:
+    settings = tiny_settings(
+        tiny_checkpoint, tmp_path, max_running=8, warm_sessions=4, max_waiting=256
+    )
+    with live_server(settings) as running:
+        yield running
+
+
+def raw_request(body: dict[str, Any]) -> bytes:
+    content = json.dumps(body).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+async def leave_at_some_moment(port: int, body: dict[str, Any], chance: random.Random) -> None:
+    """Send a request, or some of it, read for a while, or not at all, and go away."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    request = raw_request(body)
+    whole = chance.random() < 0.9
+    writer.write(request if whole else request[: chance.randrange(len(request))])
+    await writer.drain()
+    try:
+        async with asyncio.timeout(chance.choice([0, 0.01, 0.1, 0.5, 1.0])):
+            while await reader.read(1000):
+                pass
+    except TimeoutError:
+        pass
+    if chance.random() < 0.5:
+        writer.transport.abort()
+    else:
+        writer.close()
+
+
+def port_of(server: LiveServer) -> int:
+    return int(server.url.rpartition(":")[2])
+
+
+def test_two_hundred_clients_leave_at_any_moment(server: LiveServer) -> None:
+    with server.client() as client:
+        sessions = [client.post("/v1/sessions").json()["id"] for _ in range(20)]
+
+        async def all_of_them() -> None:
+            chance = random.Random(7)
+            bodies = [
+                ENDLESS
+                | {"stream": number % 2 == 0, "seed": number}
+                | ({"session_id": sessions[number // 10]} if number % 10 == 0 else {})
+                for number in range(NUM_CLIENTS)
+            ]
+            await asyncio.gather(
+                *(leave_at_some_moment(port_of(server), body, chance) for body in bodies)
+            )
+
+        asyncio.run(all_of_them())
+        started = time.monotonic()
+        complete(client)
+        assert time.monotonic() - started < 5
+        server.wait_until_idle()
+        assert not server.service.open_turns._turns
+        for session_id in sessions:
+            session = client.get(f"/v1/sessions/{session_id}").json()
+            assert (session["status"], session["turn"]) == ("idle", 0)
+        slots = {
+            state: server.service.metrics.slots.labels(state=state)._value.get()
+            for state in ("free", "running", "warm")
+        }
+        assert slots == {"free": 12, "running": 0, "warm": 0}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_row_is_free_at_once(server: LiveServer, stream: bool) -> None:
+    """All rows belong to clients that leave; one that waits for a row is answered promptly."""
+
+    async def fill_and_leave() -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            body = ENDLESS | {"stream": stream}
+            running = [
+                asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(8)
+            ]
+            while server.service.metrics.slots.labels(state="running")._value.get() < 8:
+                await asyncio.sleep(0.01)
+            waiting = asyncio.create_task(client.post("/v1/completions", json=BODY))
+            await asyncio.sleep(0.3)
+            assert not waiting.done()
+            for task in running:
+                task.cancel()
+            async with asyncio.timeout(5):
+                assert (await waiting).status_code == 200
+
+    asyncio.run(fill_and_leave())
+    server.wait_until_idle()
+
+
+def test_readers_that_stand_still_do_not_hold_up_others(server: LiveServer) -> None:
+    """They take no more than the buffers of a connection, and their rows are free in the end."""
+
+    async def stand_still() -> None:
+        body = raw_request(BODY | {"max_tokens": 20_000, "stream": True})
+        held = []
+        for _ in range(8):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server), limit=1)
+            writer.write(body)
+            held.append((reader, writer))
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            answer = await client.post("/v1/completions", json=BODY)
+            assert answer.status_code == 200
+        for _, writer in held:
+            writer.transport.abort()
+
+    asyncio.run(stand_still())
+    server.wait_until_idle()
