@@ -29,14 +29,18 @@ class LiveServer:
 
     def wait_until_idle(self) -> None:
         """Until nothing runs or waits in the engine."""
+        self.wait_until_running(0)
+
+    def wait_until_running(self, count: int) -> None:
+        """Until so many sequences run in the engine, and none waits."""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             metrics = self.service.metrics
             running = metrics.slots.labels(state="running")._value.get()
-            if running == 0 and metrics.requests_waiting._value.get() == 0:
+            if running == count and metrics.requests_waiting._value.get() == 0:
                 return
             time.sleep(0.01)
-        raise TimeoutError("the engine is still busy")
+        raise TimeoutError(f"{running:g} sequences run in the engine, not {count}")
 
 
 @contextmanager

@@ -101,8 +101,7 @@ def test_a_row_is_free_at_once(server: LiveServer, stream: bool) -> None:
             running = [
                 asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(8)
             ]
-            while server.service.metrics.slots.labels(state="running")._value.get() < 8:
-                await asyncio.sleep(0.01)
+            await asyncio.to_thread(server.wait_until_running, 8)
             waiting = asyncio.create_task(client.post("/v1/completions", json=BODY))
             await asyncio.sleep(0.3)
             assert not waiting.done()
