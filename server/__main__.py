@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model import PRETRAINED, WeightDtype
-from server.cli import session
+from server.cli import keys, session
 from server.cli.failure import fail
 from server.settings import Settings, SettingsError, read_settings
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(session.app, name="session")
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:
@@ -62,13 +63,14 @@ def serve(**flags: Any) -> None:
         raise fail(error) from error
     from model.checkpoint import CheckpointError
     from server.engine.device import DeviceError
+    from server.keys import KeyFileError
     from server.serve import ServeError
     from server.serve import serve as run
     from server.sessions.store import StoreError
 
     try:
         run(settings)
-    except (CheckpointError, DeviceError, ServeError, StoreError) as error:
+    except (CheckpointError, DeviceError, KeyFileError, ServeError, StoreError) as error:
         raise fail(error) from error
 
 

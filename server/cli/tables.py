@@ -1,4 +1,4 @@
-"""How sessions look on a terminal."""
+"""How sessions and keys look on a terminal."""
 
 import time
 from collections.abc import Iterable
@@ -8,6 +8,7 @@ from rich.console import Console, ConsoleDimensions
 from rich.table import Table
 
 from server.api.schemas.sessions import Checkpoint, Session
+from server.keys import Key
 
 NARROWEST, WIDE = 110, 1000
 """Columns that a table may have: on a terminal that has fewer, and where there is no terminal. An
@@ -54,6 +55,16 @@ def print_turns(turns: Iterable[Checkpoint]) -> None:
     table = _table("turn", "tokens", "created", "bytes")
     for turn in turns:
         table.add_row(str(turn.turn), f"{turn.tokens:,}", _time(turn.created_at), f"{turn.bytes:,}")
+    print_table(table)
+
+
+def print_keys(keys: Iterable[Key]) -> None:
+    table = _table("name", "id", "created", "requests/min", "tokens/min", "concurrent")
+    for key in keys:
+        limits = key.limits
+        counts = (limits.requests_per_minute, limits.tokens_per_minute, limits.concurrent_requests)
+        shown = ("-" if count is None else f"{count:,}" for count in counts)
+        table.add_row(key.name, key.id, _time(key.created_at), *shown)
     print_table(table)
 
 

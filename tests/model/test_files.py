@@ -43,3 +43,11 @@ def test_the_content_is_on_the_disk_before_its_name(
     monkeypatch.setattr(os, "fsync", watch)
     files.write_file(path, b"content")
     assert seen == [False, True]
+
+
+def test_a_mode_is_there_before_the_content(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    files.write_file(path, b"open")
+    assert path.stat().st_mode & 0o044
+    files.write_file(path, b"secret", 0o600)
+    assert path.stat().st_mode & 0o777 == 0o600

@@ -1,0 +1,158 @@
+"""The key file: who may use the server, and how much.
+
+The command line writes it, the server reads it.
+
+A key is 256 random bits and is shown once; the file has its SHA-256. A slow hash, as passwords need
+it, would only cost time: nobody guesses 256 bits, however fast the hash.
+"""
+
+import fcntl
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model.files import write_file
+
+PREFIX = "lk_"
+"""What a key begins with, so that people and scanners for secrets know it when they see it."""
+
+Count = Annotated[int, Field(ge=1)] | None
+
+
+class KeyFileError(Exception):
+    """The key file cannot be used or changed; one line names it and says why."""
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Limits(_Stored):
+    """What a key may use; None: what the server's settings say."""
+
+    requests_per_minute: Count = None
+    tokens_per_minute: Count = None
+    concurrent_requests: Count = None
+
+
+class Key(_Stored):
+    """A key, without its secret."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """SHA-256 of the key, in hexadecimal."""
+
+    created_at: int
+    """Unix seconds."""
+
+    limits: Limits = Limits()
+
+    @property
+    def id(self) -> str:
+        """Also the owner of the key's sessions."""
+        return owner_of(self.hash)
+
+
+class _KeyFile(_Stored):
+    version: Literal[1] = 1
+    keys: list[Key] = []
+
+    @model_validator(mode="after")
+    def _check_unique(self) -> "_KeyFile":
+        for what in ("name", "hash"):
+            if len({getattr(key, what) for key in self.keys}) < len(self.keys):
+                raise ValueError(f"two keys have the same {what}")
+        return self
+
+
+def digest(key: str) -> str:
+    """What the server keeps of a key."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def owner_of(key_digest: str) -> str:
+    """The name under which a key's sessions are kept; it tells nothing of the key."""
+    return f"key_{key_digest[:32]}"
+
+
+def read_keys(path: Path) -> list[Key]:
+    """Raises KeyFileError."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise KeyFileError(f"{path}: {error.strerror}") from error
+    return _parse(path, content)
+
+
+def add_key(path: Path, name: str, limits: Limits) -> tuple[Key, str]:
+    """A new key in the file, which is made if it does not exist; and its secret.
+
+    Raises KeyFileError.
+    """
+    secret = PREFIX + secrets.token_urlsafe(32)
+    try:
+        key = Key(name=name, hash=digest(secret), created_at=int(time.time()), limits=limits)
+    except ValidationError as error:
+        raise KeyFileError(
+            f"{name!r} is no name for a key: that has 1 to 64 letters, digits, '.', '_' and '-', "
+            "and begins with a letter or digit"
+        ) from error
+
+    def added(keys: list[Key]) -> list[Key]:
+        if any(name in (known.name, known.id) for known in keys):
+            raise KeyFileError(f"{path}: there is a key {name!r} already")
+        return [*keys, key]
+
+    _change(path, added)
+    return key, secret
+
+
+def revoke_key(path: Path, name_or_id: str) -> Key:
+    """Take a key out of the file. Raises KeyFileError."""
+    revoked = list[Key]()
+
+    def rest(keys: list[Key]) -> list[Key]:
+        revoked.extend(key for key in keys if name_or_id in (key.name, key.id))
+        if not revoked:
+            raise KeyFileError(f"{path}: there is no key {name_or_id!r}")
+        return [key for key in keys if key not in revoked]
+
+    read_keys(path)  # a file that is not there has no keys, and is not made for this
+    _change(path, rest)
+    return revoked[0]
+
+
+def _change(path: Path, change: Callable[[list[Key]], list[Key]]) -> None:
+    """Read, change and write the file while no other process does."""
+    path = path.resolve()  # a link stays a link
+    try:
+        with _locked(path):
+            keys = read_keys(path) if path.exists() else []
+            changed = _KeyFile(keys=change(keys)).model_dump_json(indent=2, exclude_none=True)
+            write_file(path, changed.encode() + b"\n", 0o600)
+    except OSError as error:
+        raise KeyFileError(f"{path}: {error.strerror}") from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The lock is a file of its own: the key file itself is replaced while it is held."""
+    with path.with_name(f".{path.name}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _parse(path: Path, content: bytes) -> list[Key]:
+    try:
+        return _KeyFile.model_validate_json(content).keys
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        said = " ".join(f"{where}: {problem['msg']}".lstrip(": ").split())
+        raise KeyFileError(f"{path}: {said}") from error
