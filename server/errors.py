@@ -128,16 +128,29 @@ class QuotaExceeded(LatentdError):
         )
 
 
-class Overloaded(LatentdError):
-    """Too many requests, or too many tokens, wait already; the code tells which."""
+class RateLimited(LatentdError):
+    """A caller, or all together, would use more than the limit that the code names."""
 
-    def __init__(self, message: str, code: str = "queue_full") -> None:
+    def __init__(self, message: str, code: str, retry_after_s: int) -> None:
         super().__init__(
             message,
             status=429,
             kind="rate_limit_error",
             code=code,
-            headers={"Retry-After": "1"},
+            headers={"Retry-After": str(retry_after_s)},
+        )
+
+
+class Overloaded(LatentdError):
+    """Too many requests, or too many tokens, wait already; the code tells which."""
+
+    def __init__(self, message: str, code: str, retry_after_s: int = 1) -> None:
+        super().__init__(
+            message,
+            status=429,
+            kind="rate_limit_error",
+            code=code,
+            headers={"Retry-After": str(retry_after_s)},
         )
 
 

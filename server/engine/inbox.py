@@ -1,12 +1,20 @@
 """The way into the engine's thread: a queue of messages, in which few enough requests wait."""
 
+import math
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from server.engine.messages import EngineRequest, Message, Submit
 from server.errors import Overloaded
+
+RECENT = 64
+"""Requests whose leaving tells how fast the queue moves."""
+
+LONGEST_RETRY_S = 60
 
 
 class Inbox:
@@ -15,10 +23,19 @@ class Inbox:
     A request counts as waiting from its submission until the engine says that it does not.
     """
 
-    def __init__(self, max_waiting: int, max_waiting_tokens: int) -> None:
+    def __init__(
+        self,
+        max_waiting: int,
+        max_waiting_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._max_waiting = max_waiting
         self._max_waiting_tokens = max_waiting_tokens
         self._num_waiting = self._num_tokens = 0
+        self._clock = clock
+        self._left = deque[float](maxlen=RECENT + 1)
+        """When the queue last began to fill, and when requests left it since then."""
+
         self._lock = threading.Lock()
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
 
@@ -27,11 +44,16 @@ class Inbox:
         num_tokens = sum(len(message.request.token_ids) for message in messages)
         with self._lock:
             if self._num_waiting + len(messages) > self._max_waiting:
-                raise Overloaded(f"{self._num_waiting} requests are waiting already")
+                raise self._overloaded(
+                    f"{self._num_waiting} requests are waiting already", "queue_full"
+                )
             if self._num_tokens + num_tokens > self._max_waiting_tokens:
-                raise Overloaded(
+                raise self._overloaded(
                     f"{self._num_tokens} prompt tokens are waiting already", "queue_tokens_full"
                 )
+            if not self._num_waiting:
+                self._left.clear()
+                self._left.append(self._clock())
             self._num_waiting += len(messages)
             self._num_tokens += num_tokens
         for message in messages:
@@ -58,3 +80,12 @@ class Inbox:
         with self._lock:
             self._num_waiting -= 1
             self._num_tokens -= len(request.token_ids)
+            self._left.append(self._clock())
+
+    def _overloaded(self, message: str, code: str) -> Overloaded:
+        """Tells when those that wait now will have left, at the speed at which others did."""
+        wait_s = 0.0
+        if self._left:
+            elapsed_s = self._clock() - self._left[0]
+            wait_s = self._num_waiting * elapsed_s / max(1, len(self._left) - 1)
+        return Overloaded(message, code, min(max(1, math.ceil(wait_s)), LONGEST_RETRY_S))

@@ -54,3 +54,37 @@ def test_requests_are_queued_all_or_none(first: list[int], second: list[int], co
         inbox.waits_no_more(message.request)
     inbox.submit(*refused)
     assert list(inbox.take(wait=False)) == refused
+
+
+def test_a_refusal_tells_when_the_queue_will_have_moved_on() -> None:
+    now = 100.0
+    inbox = Inbox(10, 1000, lambda: now)
+    late, new = submit("late", 1), [submit(f"a{i}", 1) for i in range(10)]
+
+    def retry_after() -> int:
+        with pytest.raises(Overloaded) as caught:
+            inbox.submit(late)
+        return int(caught.value.headers["Retry-After"])
+
+    inbox.submit(*new)
+    assert retry_after() == 1
+    now += 0.5
+    assert retry_after() == 5  # ten wait, and none has left in half a second
+    for _ in range(4):
+        now += 1
+        inbox.waits_no_more(new[0].request)
+        inbox.submit(new[0])
+    assert retry_after() == 12  # 4.5 s for 4: 11.25 s for 10
+    now += 1000
+    assert retry_after() == 60
+    for _ in range(100):
+        now += 0.01
+        inbox.waits_no_more(new[0].request)
+        inbox.submit(new[0])
+    assert retry_after() == 1  # only the last ones tell how fast it is
+    for message in new:
+        inbox.waits_no_more(message.request)
+    now += 1000
+    inbox.submit(*new)
+    now += 0.1
+    assert retry_after() == 1  # the time without a queue does not count
