@@ -15,7 +15,9 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from server.api.app import create_app, drain
 from server.api.conversation import TemplateFault
+from server.connections import uvicorn_config
 from server.engine.device import choose_device, choose_threads
+from server.keys import KeyFileError, read_keys
 from server.sessions.sqlite.store import SQLiteStore
 from server.settings import Settings
 
@@ -31,11 +33,14 @@ class ServeError(Exception):
 def serve(settings: Settings) -> None:
     """Run a server until SIGTERM or SIGINT.
 
-    Raises ServeError, CheckpointError, DeviceError and StoreError before it has started.
+    Raises ServeError, CheckpointError, DeviceError, StoreError and KeyFileError before it
+    has started.
     """
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    if settings.key_file is not None:
+        read_keys(settings.key_file)  # what is wrong with it is told before the slow part
     with _bind(settings.host, settings.port) as listener:
         _serve_on(listener, settings)
 
@@ -52,15 +57,13 @@ def _serve_on(listener: socket.socket, settings: Settings) -> None:
     except TemplateFault as error:
         asyncio.run(store.close())
         raise ServeError(f"{settings.checkpoint}/{checkpoint.CHAT_TEMPLATE}: {error}") from error
+    except KeyFileError:
+        asyncio.run(store.close())
+        raise
     except ValueError as error:
         asyncio.run(store.close())
         raise ServeError(f"--parking {settings.parking}: {error}") from error
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=LAST_BYTES_S,
-    )
+    config = uvicorn_config(app, settings, LAST_BYTES_S)
     _Server(config, partial(drain, app)).run([listener])
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import platformdirs
 from pydantic import Field, ValidationError, field_validator
@@ -95,7 +96,27 @@ class Settings(BaseSettings):
     )
     max_n: int = Field(16, ge=1, description="Most choices per prompt.")
     max_stop: int = Field(16, ge=1, description="Most stop strings of a request.")
+    max_logit_bias: int = Field(300, ge=0, description="Most tokens of a request's logit_bias.")
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body.")
+    max_header_bytes: int = Field(
+        32 << 10, ge=1024, description="Bytes of a request's path and headers."
+    )
+    max_headers: int = Field(100, ge=1, description="Headers of a request.")
+    header_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds in which a client must have told a request's headers.",
+    )
+    body_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds in which a request's body must have arrived.",
+    )
+    keep_alive_timeout_s: int = Field(
+        5, ge=1, description="Seconds that a connection may stay without a request."
+    )
     host_cache_bytes: int = Field(
         256 << 20, ge=0, description="Host memory for parked states; 0: none."
     )
@@ -146,7 +167,41 @@ class Settings(BaseSettings):
     api_key: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Keys that clients must show, in the variable with commas between them; each "
-        "sees its own sessions only. Without any, everybody may do everything.",
+        "sees its own sessions only. Without any key, everybody may do everything.",
+    )
+    key_file: Path | None = Field(
+        None,
+        description="File of further keys, which latentd keys makes and revokes while the server "
+        "runs (see docs/keys.md).",
+    )
+    guard_metrics: bool = Field(
+        True, description="Whether /metrics needs a key, where anything does."
+    )
+    key_requests_per_minute: int | None = Field(
+        None,
+        ge=1,
+        description="Requests that read or write text which a key may make in a minute, if its "
+        "entry in the key file says nothing else; no limit if not given. Without keys, all clients "
+        "together count as one key.",
+    )
+    key_tokens_per_minute: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens that a key may have read and generated in a minute, likewise.",
+    )
+    key_concurrent_requests: int | None = Field(
+        None, ge=1, description="Requests of a key that may wait or run together, likewise."
+    )
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="Requests in a minute of all keys together; no limit if not given."
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="Tokens in a minute of all keys together; no limit if not given."
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins of web pages that may use the server, such as https://example.com, in "
+        "the variable with commas between them; *: any.",
     )
     keepalive_s: float = Field(
         15.0,
@@ -182,10 +237,10 @@ class Settings(BaseSettings):
     def _never(cls, ttl_s: float | None) -> float | None:
         return None if ttl_s == math.inf else ttl_s
 
-    @field_validator("api_key", mode="before")
+    @field_validator("api_key", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return tuple(key for key in value.split(",") if key) if isinstance(value, str) else value
+        return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
 
     @field_validator("api_key")
     @classmethod
@@ -194,6 +249,16 @@ class Settings(BaseSettings):
             if not key.isascii() or not key.isprintable() or " " in key or not key:
                 raise ValueError("a key is made of printable ASCII characters without spaces")
         return keys
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            parts = urlsplit(origin)
+            has_both = bool(parts.scheme and parts.netloc)
+            if origin != "*" and not (has_both and origin == f"{parts.scheme}://{parts.netloc}"):
+                raise ValueError("an origin is a scheme and a host, without a path, or *")
+        return origins
 
     @property
     def served_name(self) -> str:

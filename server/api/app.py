@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from model.checkpoint import Checkpoint
 from model.compact import CompactForm, compact_form
@@ -21,8 +22,10 @@ from server.api import (
     sessions,
     tokens,
 )
+from server.api.auth import Guard, KeyRing
 from server.api.conversation import Conversation
-from server.api.middleware import RequestMiddleware
+from server.api.limits import KINDS, Limiter
+from server.api.middleware import REQUEST_ID, RequestMiddleware
 from server.api.router import Router
 from server.api.service import Service
 from server.api.streams import StreamLimits, Streams
@@ -39,33 +42,45 @@ from server.sessions.sessions import Sessions
 from server.sessions.store import SessionStore
 from server.settings import Settings
 
+KEY_FILE_INTERVAL_S = 1.0
+"""Between two looks at the key file, which are a stat each while nothing changes."""
+
+CORS_ALLOWED = ("Authorization", "Content-Type", "Idempotency-Key", "X-Session-ID", "Last-Event-ID")
+CORS_EXPOSED = (
+    *(REQUEST_ID, "X-Session-ID", "X-Session-Turn", "X-Stream-ID", "Idempotent-Replayed"),
+    *("X-Queue-Time", "X-Prefill-Time", "X-Time-To-First-Token", "X-Time-Per-Token"),
+    *("X-Total-Time", "Retry-After"),
+    *(f"x-ratelimit-{what}-{kind}" for kind in KINDS for what in ("limit", "remaining", "reset")),
+)
 log = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) -> FastAPI:
     """An app that serves one checkpoint; it closes the store when it ends.
 
-    Raises ValueError when it is to park states compactly and this model has no such form, and
-    TemplateFault when the model's chat template is none.
+    Raises ValueError when it is to park states compactly and this model has no such form,
+    TemplateFault when the model's chat template is none, and KeyFileError.
     """
-    metrics = Metrics()
+    metrics, keys, limiter = Metrics(), KeyRing(settings), Limiter(settings)
     codec = _codec(settings, checkpoint)
     conversation = _conversation(checkpoint)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service = _build(settings, checkpoint, store, codec, conversation, metrics)
+        service = _build(settings, checkpoint, store, codec, conversation, metrics, limiter)
         await _recover(service.responses)
         service.engine.start()
         app.state.service = service
-        sweeping = asyncio.create_task(
-            _sweep(service.sessions, service.responses, settings.sweep_interval_s)
-        )
+        sweeping = _sweep(service.sessions, service.responses, settings.sweep_interval_s)
+        chores = [asyncio.create_task(sweeping)]
+        if settings.key_file is not None:
+            chores.append(asyncio.create_task(_watch(keys)))
         try:
             yield
         finally:
-            sweeping.cancel()
-            await asyncio.wait([sweeping])
+            for chore in chores:
+                chore.cancel()
+            await asyncio.wait(chores)
             await service.streams.close()
             await asyncio.to_thread(service.engine.stop)
             await store.close()
@@ -75,16 +90,28 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
         description="Language models whose memory does not grow.",
         version=__version__,
         lifespan=lifespan,
+        redirect_slashes=False,
     )
     for part in (completions, chat, responses, sessions, resumption, tokens, models, health):
         app.include_router(part.router)
     problems.install(app, metrics)
+    app.add_middleware(Guard, keys=keys, guard_metrics=settings.guard_metrics)
     app.add_middleware(
         RequestMiddleware,
         metrics=metrics,
+        limiter=limiter,
+        body_timeout_s=settings.body_timeout_s,
         max_body_bytes=settings.max_body_bytes,
         max_bytes_by_path={sessions.PREFIX + sessions.IMPORT: codec.most_blob_bytes},
     )
+    if settings.cors_origins:  # around the others, so that web pages can read their errors
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=CORS_ALLOWED,
+            expose_headers=CORS_EXPOSED,
+        )
     return app
 
 
@@ -144,6 +171,13 @@ def _conversation(checkpoint: Checkpoint) -> Conversation | None:
     )
 
 
+async def _watch(keys: KeyRing) -> None:
+    """Take up what changes in the key file, for ever."""
+    while True:
+        await asyncio.sleep(KEY_FILE_INTERVAL_S)
+        await asyncio.to_thread(keys.refresh)
+
+
 async def _recover(responses: Responses) -> None:
     """Tell of responses that the last process left unfinished that they failed."""
     try:
@@ -174,6 +208,7 @@ def _build(
     codec: Codec,
     conversation: Conversation | None,
     metrics: Metrics,
+    limiter: Limiter,
 ) -> Service:
     loop = asyncio.get_running_loop()
 
@@ -216,4 +251,5 @@ def _build(
                 settings.stream_ttl_s,
             )
         ),
+        limiter=limiter,
     )

@@ -7,9 +7,10 @@ from fastapi import APIRouter, Header, Request, Response
 
 from server.api import prompts
 from server.api.answers import Answer, Choice, new_id
-from server.api.auth import OwnerDep
+from server.api.auth import CallerDep
 from server.api.exchange import Exchange, Prepared, SessionHeaders
 from server.api.probabilities import told_tokens
+from server.api.problems import REFUSALS
 from server.api.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -26,7 +27,7 @@ from server.api.turns import ChoiceSpec, Told, Turn
 from server.engine.messages import Finished, PromptScored
 from server.errors import InvalidRequest
 
-router = APIRouter(tags=["chat"])
+router = APIRouter(tags=["chat"], responses=REFUSALS)
 
 
 @router.post(
@@ -43,7 +44,7 @@ async def create_chat_completion(
     body: ChatRequest,
     request: Request,
     service: ServiceDep,
-    owner: OwnerDep,
+    caller: CallerDep,
     x_session_id: Annotated[str | None, Header()] = None,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Response:
@@ -62,7 +63,7 @@ async def create_chat_completion(
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
     given = SessionHeaders(x_session_id, idempotency_key)
-    return await Exchange(request, service, owner, body, given).answer(
+    return await Exchange(request, service, caller, body, given).answer(
         prepare, lambda known: _again(known, body)
     )
 

@@ -7,8 +7,9 @@ from fastapi import APIRouter, Header, Request, Response
 
 from server.api import prompts
 from server.api.answers import Answer, Choice, PlacedTokens, new_id
-from server.api.auth import OwnerDep
+from server.api.auth import CallerDep
 from server.api.exchange import Exchange, Prepared, SessionHeaders
+from server.api.problems import REFUSALS
 from server.api.schemas.completions import (
     Completion,
     CompletionChoice,
@@ -20,7 +21,7 @@ from server.api.service import Service, ServiceDep
 from server.api.turns import ChoiceSpec, Told, Turn
 from server.engine.messages import Finished, PromptScored, Token
 
-router = APIRouter(tags=["completions"])
+router = APIRouter(tags=["completions"], responses=REFUSALS)
 
 
 @router.post(
@@ -37,7 +38,7 @@ async def create_completion(
     body: CompletionRequest,
     request: Request,
     service: ServiceDep,
-    owner: OwnerDep,
+    caller: CallerDep,
     x_session_id: Annotated[str | None, Header()] = None,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Response:
@@ -55,7 +56,7 @@ async def create_completion(
         return Prepared(specs, CompletionAnswer(service, body, turn, specs))
 
     given = SessionHeaders(x_session_id, idempotency_key)
-    return await Exchange(request, service, owner, body, given).answer(
+    return await Exchange(request, service, caller, body, given).answer(
         prepare, lambda known: _again(known, body)
     )
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from server.api import prompts
 from server.api.answers import Answer, timing_headers
+from server.api.auth import Caller
 from server.api.schemas.generation import GenerationRequest
 from server.api.service import Service
 from server.api.sse import EventStream, Messages
@@ -52,7 +53,7 @@ class Exchange:
 
     request: Request
     service: Service
-    owner: str
+    caller: Caller
     body: GenerationRequest
     given: SessionHeaders = field(default_factory=SessionHeaders)
 
@@ -67,7 +68,7 @@ class Exchange:
         prompts.check_limits(self.service, self.body)
         self._check_delivery()
         session_id = self._session_id()
-        turn = Turn(self.service, self.owner, prompts.timeout_s(self.service, self.body))
+        turn = Turn(self.service, self.caller, prompts.timeout_s(self.service, self.body))
         try:
             if session_id is not None:
                 known = await turn.resume(session_id, self._condition())
@@ -77,7 +78,7 @@ class Exchange:
             prepared = await prepare(turn)
             if self.body.resumable:
                 self.service.streams.check_room()
-            turn.submit(prepared.specs, prepared.answer)
+            await turn.submit(prepared.specs, prepared.answer)
         except BaseException:
             await asyncio.shield(turn.close())
             raise
@@ -88,7 +89,9 @@ class Exchange:
         if self.body.stream:
             messages = _messages(answer, turn, self.service.settings.keepalive_s)
             if self.body.resumable:
-                stream = self.service.streams.start(self.owner, answer.id, messages, turn.close)
+                stream = self.service.streams.start(
+                    self.caller.owner, answer.id, messages, turn.close
+                )
                 headers |= {"X-Stream-ID": answer.id}
                 return stream.response(self.service.settings.keepalive_s, headers=headers)
             return EventStream(messages, turn.close, headers)

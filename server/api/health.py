@@ -1,8 +1,10 @@
 """For orchestrators and Prometheus."""
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Response, Security
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from server.api.auth import BEARER, METRICS
+from server.api.problems import REFUSALS
 from server.api.schemas.models import Health
 from server.api.schemas.problems import ErrorResponse
 from server.api.service import ServiceDep
@@ -24,7 +26,12 @@ async def ready(service: ServiceDep) -> Health:
     return Health()
 
 
-@router.get("/metrics", response_class=Response)
+@router.get(
+    METRICS,
+    response_class=Response,
+    dependencies=[Security(BEARER)],
+    responses={401: REFUSALS[401]},
+)
 async def metrics(service: ServiceDep) -> Response:
     """Prometheus metrics."""
     return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -1,9 +1,10 @@
-"""What happens to every request: an id, a bound, a count, a line in the log.
+"""What happens to every request: an id, bounds, what it may still use, a count, a line in the log.
 
 Pure ASGI, so that streams flow through it. The log names the endpoint, not the path: whoever reads
 it must not learn the ids of sessions.
 """
 
+import asyncio
 import logging
 import re
 import secrets
@@ -15,6 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import problems
+from server.api.auth import CALLER
+from server.api.limits import Limiter
 from server.api.problems import render
 from server.errors import InternalError
 from server.metrics import Metrics
@@ -25,18 +28,26 @@ log = logging.getLogger(__name__)
 
 
 class RequestMiddleware:
-    """Takes a request's id from its header or makes one, and sends it back; bounds its body."""
+    """Takes a request's id from its header or makes one, and sends it back; bounds its body.
+
+    Tells in the answer's headers what the caller may still use. HEAD is GET without the body, which
+    the server below leaves away.
+    """
 
     def __init__(
         self,
         app: ASGIApp,
         metrics: Metrics,
+        limiter: Limiter,
+        body_timeout_s: float,
         max_body_bytes: int,
         max_bytes_by_path: Mapping[str, int],
     ) -> None:
         """Where `max_bytes_by_path` has a path, its number counts if it is larger."""
         self._app = app
         self._metrics = metrics
+        self._limiter = limiter
+        self._body_timeout_s = body_timeout_s
         self._max_body_bytes = max_body_bytes
         self._max_bytes_by_path = max_bytes_by_path
 
@@ -44,6 +55,9 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        method = scope["method"]
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}
         headers = Headers(scope=scope)
         given = headers.get(REQUEST_ID, "")
         request_id = given if _GOOD_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
@@ -53,7 +67,10 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                told = MutableHeaders(scope=message)
+                told[REQUEST_ID] = request_id
+                if CALLER in scope:
+                    told.update(await self._limiter.headers(scope[CALLER]))
             await send(message)
 
         try:
@@ -61,7 +78,8 @@ class RequestMiddleware:
             if _declared_length(headers) > most:
                 await render(problems.body_too_large())(scope, receive, send_with_id)
             else:
-                await self._app(scope, _limited(receive, most), send_with_id)
+                in_time = _in_time(receive, self._body_timeout_s)
+                await self._app(scope, _limited(in_time, most), send_with_id)
         except Exception:  # the last place where a fault can still become an answer
             log.exception("request %s failed", request_id)
             if status == 0:
@@ -72,9 +90,29 @@ class RequestMiddleware:
             self._metrics.requests_total.labels(endpoint=endpoint, outcome=outcome).inc()
             log.info(
                 "%s %s %d %s %.3fs %s",
-                *(scope["method"], endpoint, status, outcome),
+                *(method, endpoint, status, outcome),
                 *(time.monotonic() - started, request_id),
             )
+
+
+def _in_time(receive: Receive, timeout_s: float) -> Receive:
+    """Stops reading a body that has not come in time; what comes after it may take any time."""
+    deadline = time.monotonic() + timeout_s
+    is_complete = False
+
+    async def in_time() -> Message:
+        nonlocal is_complete
+        if is_complete:
+            return await receive()
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                message = await receive()
+        except TimeoutError:
+            raise HTTPException(408, headers={"Connection": "close"}) from None
+        is_complete = not message.get("more_body", False)
+        return message
+
+    return in_time
 
 
 def _limited(receive: Receive, most: int) -> Receive:

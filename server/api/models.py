@@ -3,12 +3,13 @@
 from fastapi import APIRouter, Depends
 
 from server.api import prompts
-from server.api.auth import get_owner
+from server.api.auth import get_caller
+from server.api.problems import REFUSALS
 from server.api.schemas.models import Model, ModelList
 from server.api.schemas.problems import ErrorResponse
 from server.api.service import Service, ServiceDep
 
-router = APIRouter(dependencies=[Depends(get_owner)], tags=["models"])
+router = APIRouter(dependencies=[Depends(get_caller)], tags=["models"], responses=REFUSALS)
 
 
 @router.get("/v1/models")

@@ -8,8 +8,17 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
-from server.errors import InvalidRequest, LatentdError, Overloaded, QuotaExceeded, ShuttingDown
+from server.api.schemas.problems import ErrorResponse
+from server.errors import (
+    InvalidRequest,
+    LatentdError,
+    Overloaded,
+    QuotaExceeded,
+    RateLimited,
+    ShuttingDown,
+)
 from server.metrics import Metrics
 
 LONGEST_ECHO = 200
@@ -22,7 +31,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         if not isinstance(error, LatentdError):
             raise error
         request.scope["latentd.outcome"] = error.outcome
-        if isinstance(error, Overloaded | QuotaExceeded | ShuttingDown):
+        if isinstance(error, Overloaded | QuotaExceeded | RateLimited | ShuttingDown):
             reason = error.code or "unknown"
             metrics.admission_rejections_total.labels(reason=reason).inc()
         return render(error)
@@ -40,6 +49,20 @@ def install(app: FastAPI, metrics: Metrics) -> None:
     app.add_exception_handler(LatentdError, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http_error)
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    401: {
+        "model": ErrorResponse,
+        "description": "The server asks for a key, and the request has none that it knows.",
+    },
+    429: {
+        "model": ErrorResponse,
+        "description": "More than a limit or the queue allows, for `Retry-After` seconds; or more "
+        "than a quota allows, for which waiting does not help.",
+    },
+}
+"""How every guarded call may end, for the documentation."""
 
 
 def render(error: LatentdError) -> JSONResponse:
@@ -109,6 +132,8 @@ def _from_http(request: Request, error: HTTPException) -> LatentdError:
             message, code = f"there is no {method} {path}", "not_found"
         case 405:
             message, code = f"{path} cannot be asked to {method}", "method_not_allowed"
+        case 408:
+            message, code = "the body did not arrive in time", "request_timeout"
         case 413:
             return body_too_large()
         case 400:
@@ -118,4 +143,19 @@ def _from_http(request: Request, error: HTTPException) -> LatentdError:
             code = "http_error"
     problem = InvalidRequest(message, None, code, error.status_code)
     problem.headers.update(error.headers or {})
+    if error.status_code == 405:
+        problem.headers["Allow"] = ", ".join(_methods(request))
     return problem
+
+
+def _methods(request: Request) -> list[str]:
+    """What the path can be asked to, by all of its routes: the framework tells the first one's."""
+    known = [
+        method
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.routes
+        )
+    ]
+    return ["HEAD", *known] if "GET" in known else known

@@ -49,6 +49,12 @@ def check_limits(service: Service, body: SamplingRequest) -> None:
         raise InvalidRequest(
             f"{len(body.stops)} stop strings, the most is {settings.max_stop}", "stop"
         )
+    if len(body.logit_bias or {}) > settings.max_logit_bias:
+        raise InvalidRequest(
+            f"{len(body.logit_bias or {})} tokens have a bias, the most is "
+            f"{settings.max_logit_bias}",
+            "logit_bias",
+        )
     if num_made * body.num_prompts > settings.max_waiting:
         raise InvalidRequest(
             f"n times the number of prompts is {num_made * body.num_prompts}, the most is "

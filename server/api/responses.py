@@ -9,9 +9,10 @@ from fastapi import APIRouter, Query, Request, Response
 
 from server.api import prompts
 from server.api.answers import timing_headers
-from server.api.auth import OwnerDep
+from server.api.auth import Caller, CallerDep, OwnerDep
 from server.api.conversation import Said
 from server.api.exchange import CLIENT_CLOSED_REQUEST, unless_disconnected
+from server.api.problems import REFUSALS
 from server.api.response_answer import ResponseAnswer, first_object, kind_of
 from server.api.schemas.problems import ErrorResponse
 from server.api.schemas.responses import (
@@ -28,25 +29,25 @@ log = logging.getLogger(__name__)
 router = APIRouter(
     prefix="/v1/responses",
     tags=["responses"],
-    responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+    responses=REFUSALS | {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
 )
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 @router.post("", response_model=ResponseObject, responses=STREAM)
 async def create_response(
-    body: ResponseRequest, request: Request, service: ServiceDep, owner: OwnerDep
+    body: ResponseRequest, request: Request, service: ServiceDep, caller: CallerDep
 ) -> Response:
     """Answer an input, or go on from an earlier response, whatever has gone on from there already.
 
     A stored response is durable before its last event, with the state after it: going on from it
     costs the copy of one state of fixed size, and reads nothing of the past again.
     """
-    making = _Making(service, owner, body)
+    making = _Making(service, caller, body)
     await making.begin()
     if body.background:
         stream = service.streams.start(
-            owner, making.id, making.messages(), making.close, making.manner
+            caller.owner, making.id, making.messages(), making.close, making.manner
         )
         if body.stream:
             return stream.response(service.settings.keepalive_s, headers={})
@@ -126,18 +127,18 @@ async def delete_response(
 class _Making:
     """The making of one response."""
 
-    def __init__(self, service: Service, owner: str, body: ResponseRequest) -> None:
-        """Raises InvalidRequest for what is wrong with the request alone."""
+    def __init__(self, service: Service, caller: Caller, body: ResponseRequest) -> None:
+        """Raises InvalidRequest for what is wrong with the request alone, and RateLimited."""
         service.check_ready()
         prompts.check_model(service, body.model)
         prompts.check_limits(service, body)
         _check(body)
         self.id = service.responses.new_id()
         self.first = first_object(service, body, self.id, int(time.time()))
-        self.turn = Turn(service, owner, prompts.timeout_s(service, body))
+        self.turn = Turn(service, caller, prompts.timeout_s(service, body))
         self.answer: ResponseAnswer
         self._service = service
-        self._owner = owner
+        self._owner = caller.owner
         self._body = body
         self._is_pending = False
         self._error: LatentdError = Cancelled()
@@ -200,7 +201,7 @@ class _Making:
         prompts.check_lengths(service, body, [tokens], turn.start)
         specs = prompts.choices(service, body, [tokens])
         self.answer = ResponseAnswer(service, body, turn, specs, self.first)
-        turn.submit(specs, self.answer)
+        await turn.submit(specs, self.answer)
 
     async def _abandon(self) -> None:
         """It has not begun: nobody knows its id."""

@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 
 from server.api.auth import OwnerDep
+from server.api.problems import REFUSALS
 from server.api.schemas.problems import ErrorResponse
 from server.api.schemas.streams import StreamDeleted, StreamInfo
 from server.api.service import Service, ServiceDep
@@ -14,7 +15,7 @@ from server.errors import InvalidRequest
 router = APIRouter(
     prefix="/v1/streams",
     tags=["streams"],
-    responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+    responses=REFUSALS | {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
 )
 
 

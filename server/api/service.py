@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 
 from model.checkpoint import Checkpoint
 from server.api.conversation import Conversation
+from server.api.limits import Limiter
 from server.api.router import Router
 from server.api.streams import Streams
 from server.engine.engine import Engine
@@ -67,6 +68,7 @@ class Service:
     conversation: Conversation | None
     """How messages become a prompt; None for a model without a chat template."""
 
+    limiter: Limiter
     open_turns: OpenTurns = field(default_factory=OpenTurns)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the server is about to stop: no new turns."""

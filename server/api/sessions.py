@@ -7,7 +7,8 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import TypeAdapter, ValidationError
 
 from server.api import prompts
-from server.api.auth import OwnerDep
+from server.api.auth import Caller, CallerDep, OwnerDep
+from server.api.problems import REFUSALS
 from server.api.schemas.base import Prompt
 from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.problems import ErrorResponse
@@ -38,13 +39,13 @@ METADATA: TypeAdapter[dict[str, str]] = TypeAdapter(Metadata)
 router = APIRouter(
     prefix=PREFIX,
     tags=["sessions"],
-    responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+    responses=REFUSALS | {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
 )
 
 
 @router.post("", status_code=201)
 async def create_session(
-    service: ServiceDep, owner: OwnerDep, body: CreateSessionRequest | None = None
+    service: ServiceDep, caller: CallerDep, body: CreateSessionRequest | None = None
 ) -> Session:
     """Create a session: empty, with a first text, or where a stored response ended."""
     service.check_ready()
@@ -54,11 +55,11 @@ async def create_session(
         if body.prompt is not None:
             raise InvalidRequest("a session begins with a prompt or a response", "response_id")
         record = await service.responses.as_session(
-            owner, body.response_id, body.metadata or {}, ttl_s
+            caller.owner, body.response_id, body.metadata or {}, ttl_s
         )
         return _render(service, record)
-    first = None if body.prompt is None else await _read(service, owner, body.prompt)
-    record = await service.sessions.create(owner, body.metadata or {}, ttl_s, first)
+    first = None if body.prompt is None else await _read(service, caller, body.prompt)
+    record = await service.sessions.create(caller.owner, body.metadata or {}, ttl_s, first)
     return _render(service, record)
 
 
@@ -199,13 +200,13 @@ def _metadata(given: str | None) -> dict[str, str]:
         raise InvalidRequest(f"metadata: {problem['msg']}", "metadata") from error
 
 
-async def _read(service: Service, owner: str, prompt: Prompt) -> SessionState:
+async def _read(service: Service, caller: Caller, prompt: Prompt) -> SessionState:
     """What the prompt makes of a new session. Raises InvalidRequest and what a turn does."""
     asked = CompletionRequest(prompt=prompt, max_tokens=0)
     if len(asked.prompts) != 1 or not asked.prompts[0]:
         raise InvalidRequest("a session begins with one text, which is not empty", "prompt")
     prompts.check_limits(service, asked)
-    turn = Turn(service, owner, prompts.timeout_s(service, asked))
+    turn = Turn(service, caller, prompts.timeout_s(service, asked))
     try:
         tokens = await prompts.read_prompts(service, asked, turn.start)
         [choice] = prompts.choices(service, asked, tokens)

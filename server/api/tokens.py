@@ -4,6 +4,7 @@ from fastapi import APIRouter, Depends
 
 from server.api import prompts
 from server.api.auth import get_owner
+from server.api.problems import REFUSALS
 from server.api.schemas.problems import ErrorResponse
 from server.api.schemas.tokens import (
     Detokenized,
@@ -19,7 +20,11 @@ from server.errors import InvalidRequest
 router = APIRouter(
     dependencies=[Depends(get_owner)],
     tags=["tokens"],
-    responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+    responses={
+        401: REFUSALS[401],
+        "4XX": {"model": ErrorResponse},
+        "5XX": {"model": ErrorResponse},
+    },
 )
 
 

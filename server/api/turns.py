@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from model.sampling import SamplingParams
+from server.api.auth import Caller
 from server.api.router import Aborted, EventQueue
 from server.api.service import Service
 from server.engine.messages import (
@@ -79,9 +80,11 @@ class Turn:
     `resume` or what stands for it, `submit`, `events` in this order; `close` whatever happened.
     """
 
-    def __init__(self, service: Service, owner: str, timeout_s: float | None) -> None:
+    def __init__(self, service: Service, caller: Caller, timeout_s: float | None) -> None:
+        """Raises RateLimited when the caller has as many requests as may run together."""
+        self._allowance = service.limiter.enter(caller)
         self._service = service
-        self._owner = owner
+        self._owner = caller.owner
         self._started = time.monotonic()
         self._timeout_s = timeout_s
         self._stack = AsyncExitStack()
@@ -141,24 +144,29 @@ class Turn:
         """The turn that the session is at, by its last commit."""
         return None if self._session is None else self._session.record.turn
 
-    def submit(self, choices: Sequence[ChoiceSpec], answer: Answer | None = None) -> None:
-        """Queue every choice, or none; `answer` takes the events. Raises Overloaded."""
-        self._submit(choices, answer, keep_state=self._ledger is not None)
+    async def submit(self, choices: Sequence[ChoiceSpec], answer: Answer | None = None) -> None:
+        """Queue every choice, or none; `answer` takes the events.
+
+        Raises Overloaded and RateLimited, and InvalidRequest for a prompt above the limit.
+        """
+        await self._submit(choices, answer, keep_state=self._ledger is not None)
 
     async def read(self, choice: ChoiceSpec) -> SessionState:
         """The state at the end, for a session that does not exist yet. Raises what `events` does.
 
         Instead of `resume`, `submit` and `events`.
         """
-        self._submit([choice], None, keep_state=True)
+        await self._submit([choice], None, keep_state=True)
         async for happened in self.events():
             if happened is not None and isinstance(happened[1], Finished):
                 return _state_after(happened[1])
         raise InternalError("the engine did not end a turn")
 
-    def _submit(
+    async def _submit(
         self, choices: Sequence[ChoiceSpec], answer: Answer | None, *, keep_state: bool
     ) -> None:
+        num_tokens = sum(len(choice.token_ids) for choice in choices)
+        await self._allowance.check(num_tokens)
         self._answer = answer
         warm = None if self._ledger is None else self._ledger.take_warm()
         source = self._source(warm)
@@ -172,6 +180,7 @@ class Turn:
         self._requests = {r.request_id: (index, r) for index, r in enumerate(requests)}
         self._queue = self._service.router.open(self._requests)
         self._service.metrics.resumed_tokens_total.inc(self.start.position)
+        await self._allowance.charge(num_tokens)
 
     async def events(
         self, silence_s: float | None = None
@@ -227,6 +236,7 @@ class Turn:
 
     async def _let_go(self) -> None:
         """Unlock the session, and give back a row that it does not use."""
+        await self._allowance.leave()
         warm = None
         if self._ledger is not None:
             await self._ledger.settle()
@@ -288,6 +298,9 @@ class Turn:
         return self._ledger.damaged(reason)
 
     def _take(self, index: int, event: Told) -> None:
+        if not isinstance(event, PromptScored):
+            is_whole = isinstance(event, Finished)
+            self._allowance.saw(index, event.num_generated, is_whole=is_whole)
         if self._answer is not None:
             self._answer.take(index, event)
 

@@ -15,6 +15,7 @@ import uvicorn
 from model import checkpoint
 from server.api.app import create_app
 from server.api.service import Service
+from server.connections import uvicorn_config
 from server.sessions.sqlite.store import SQLiteStore
 from server.settings import Settings
 
@@ -49,7 +50,7 @@ def live_server(settings: Settings) -> Iterator[LiveServer]:
     loaded = checkpoint.load(settings.checkpoint, torch.device("cpu"))
     store = SQLiteStore(settings.data_dir / "sessions.sqlite3", settings.durability)
     app = create_app(settings, loaded, store)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn_config(app, settings, 5))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()

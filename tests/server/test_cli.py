@@ -158,3 +158,13 @@ def test_serve_refuses_a_foreign_store_and_a_damaged_checkpoint(
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "model.safetensors: not a safetensors file" in refused(*common, "--checkpoint", copy)
+
+
+def test_a_key_file_that_cannot_be_used_is_named_before_the_model_is_loaded(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "keys.json"
+    arguments = ("serve", "--key-file", file, "--checkpoint", tmp_path / "none")
+    assert refused(*arguments) == f"latentd: {file}: No such file or directory\n"
+    file.write_text('{"keys": [{}]}')
+    assert "keys.0.name: Field required" in refused(*arguments)

@@ -44,6 +44,9 @@ def test_nothing_has_to_be_set() -> None:
         ("model_name", "5", "5"),
         ("response_ttl_s", "60", 60.0),
         ("response_ttl_s", "inf", None),
+        ("key_file", "keys.json", Path("keys.json")),
+        ("cors_origins", "https://a.example,http://b:80", ("https://a.example", "http://b:80")),
+        ("key_tokens_per_minute", "5", 5),
     ],
 )
 def test_the_environment_sets_and_a_flag_wins(
@@ -103,6 +106,10 @@ WRONG: list[tuple[str, Any]] = [
     ("response_ttl_s", "0"),
     ("response_ttl_s", "nan"),
     ("response_ttl_s", "never"),
+    ("key_requests_per_minute", "0"),
+    ("tokens_per_minute", "-5"),
+    ("header_timeout_s", "0"),
+    ("body_timeout_s", "nan"),
 ]
 
 
@@ -113,6 +120,12 @@ def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, valu
     variable = f"LATENTD_{name.upper()}"
     monkeypatch.setenv(variable, value)
     assert refusal().startswith(f"{variable}: {value!r}: ")
+
+
+@pytest.mark.parametrize("origin", ["a.example", "https://a.example/", "https://", "", "null"])
+def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
+    assert "an origin is" in refusal(cors_origins=("https://good.example", origin))
+    assert read_settings({"cors_origins": ["*"]}).cors_origins == ("*",)
 
 
 def test_an_unknown_flag_is_named() -> None:

@@ -1,6 +1,7 @@
 """Keys: who has none gets nothing, and nobody sees another's sessions."""
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,11 @@ import httpx
 import openai
 import pytest
 
+from model.files import write_file
+from server.api.auth import KeyRing
+from server.errors import Unauthorized
+from server.keys import Limits, add_key, revoke_key
+from server.settings import Settings
 from tests.server.api.calls import BODY, complete
 from tests.server.live import LiveServer, live_server, tiny_settings
 
@@ -78,17 +84,42 @@ def test_without_a_known_key_nothing_is_done(
 
 
 def test_every_call_is_guarded(guarded: LiveServer) -> None:
-    with guarded.client() as client:
-        paths = client.get("/openapi.json").json()["paths"]
-        for path in ("/health/live", "/health/ready", "/metrics"):
-            assert client.get(path).status_code == 200
-    described = {
+    with client_with(guarded, "alpha") as client:
+        described = client.get("/openapi.json").json()
+        paths = described["paths"]
+    [scheme] = described["components"]["securitySchemes"].items()
+    assert (scheme[0], scheme[1]["type"], scheme[1]["scheme"]) == ("APIKey", "http", "bearer")
+    for path, methods in paths.items():
+        for call in methods.values():
+            is_open = path.startswith("/health/")
+            assert call.get("security") == (None if is_open else [{"APIKey": []}]), path
+            assert ("401" in call["responses"]) is not is_open
+            assert ("429" in call["responses"]) is path.startswith("/v1")
+    calls = {
         (method.upper(), re.sub("{[a-z_]+}", "x", path))
         for path, methods in paths.items()
         for method in methods
         if path.startswith(("/v1", "/token", "/detokenize"))
     }
-    assert described == set(CALLS)
+    assert calls == set(CALLS)
+
+
+OTHER_PATHS = ["/docs", "/redoc", "/openapi.json", "/metrics", "/v1/none", "/health", "/"]
+
+
+@pytest.mark.parametrize("path", OTHER_PATHS)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+def test_what_is_no_call_is_guarded_too(guarded: LiveServer, method: str, path: str) -> None:
+    with guarded.client() as client:
+        assert client.request(method, path).status_code == 401
+    with client_with(guarded, "alpha") as client:
+        assert client.request(method, path).status_code in (200, 404, 405)
+
+
+def test_orchestrators_need_no_key(guarded: LiveServer) -> None:
+    with guarded.client() as client:
+        for path in ("/health/live", "/health/ready"):
+            assert client.get(path).status_code == 200
 
 
 def test_nobody_sees_anothers_sessions(guarded: LiveServer) -> None:
@@ -157,3 +188,120 @@ def test_the_official_client_shows_its_key(guarded: LiveServer) -> None:
         pytest.raises(openai.AuthenticationError),
     ):
         client.models.list()
+
+
+def settings_with(
+    tiny_checkpoint: Path, tmp_path: Path, keys: dict[str, Limits], **changes: object
+) -> tuple[Settings, dict[str, str]]:
+    """Settings with a key file, and the secrets by name."""
+    file = tmp_path / "keys.json"
+    secrets = {name: add_key(file, name, limits)[1] for name, limits in keys.items()}
+    return tiny_settings(tiny_checkpoint, tmp_path, key_file=file, **changes), secrets
+
+
+def status(server: LiveServer, key: str, path: str = "/v1/sessions") -> int:
+    with client_with(server, key) as client:
+        return client.get(path).status_code
+
+
+def wait_for(server: LiveServer, key: str, expected: int) -> None:
+    deadline = time.monotonic() + 10
+    while status(server, key) != expected:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_keys_of_file_and_settings_work_together_until_revoked(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    settings, secrets = settings_with(
+        tiny_checkpoint, tmp_path, {"a": Limits(), "b": Limits()}, api_key=("alpha",)
+    )
+    file = tmp_path / "keys.json"
+    with live_server(settings) as server:
+        with client_with(server, secrets["a"]) as client:
+            session_id = client.post("/v1/sessions").json()["id"]
+        assert [status(server, key) for key in (*secrets.values(), "alpha")] == [200] * 3
+        assert status(server, "gamma") == 401
+        revoke_key(file, "a")
+        wait_for(server, secrets["a"], 401)
+        _, late = add_key(file, "late", Limits())
+        wait_for(server, late, 200)
+        assert [status(server, key) for key in (secrets["b"], "alpha")] == [200] * 2
+        assert status(server, secrets["b"], f"/v1/sessions/{session_id}") == 404
+
+
+def test_a_keys_sessions_stay_with_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    settings, secrets = settings_with(tiny_checkpoint, tmp_path, {"a": Limits()})
+    with live_server(settings) as server, client_with(server, secrets["a"]) as client:
+        session_id = client.post("/v1/sessions").json()["id"]
+    add_key(tmp_path / "keys.json", "b", Limits())
+    by_flag = tiny_settings(tiny_checkpoint, tmp_path, api_key=(secrets["a"],))
+    for again in (settings, by_flag):
+        with live_server(again) as server:
+            assert status(server, secrets["a"], f"/v1/sessions/{session_id}") == 200
+
+
+def test_a_file_that_became_malformed_leaves_the_keys(
+    tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, secrets = settings_with(tiny_checkpoint, tmp_path, {"a": Limits()})
+    file = tmp_path / "keys.json"
+    good = file.read_bytes()
+    ring = KeyRing(settings)
+    header = f"Bearer {secrets['a']}"
+    for spoil in (lambda: file.write_text('{"keys": 1}'), file.unlink):
+        spoil()
+        for _ in range(3):
+            ring.refresh()
+        assert ring.find(header).name == "a"
+        [record] = caplog.records
+        assert record.levelname == "ERROR"
+        assert str(file) in record.message
+        caplog.clear()
+    write_file(file, good)
+    revoke_key(file, "a")
+    ring.refresh()
+    with pytest.raises(Unauthorized):  # also without any key left
+        ring.find(header)
+    with pytest.raises(Unauthorized):
+        ring.find("")
+
+
+def test_a_key_has_its_own_limits_or_those_of_the_settings(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    settings, secrets = settings_with(
+        tiny_checkpoint,
+        tmp_path,
+        {"a": Limits(requests_per_minute=5), "b": Limits()},
+        api_key=("alpha",),
+        key_requests_per_minute=2,
+        key_concurrent_requests=3,
+    )
+    ring = KeyRing(settings)
+    found = {name: ring.find(f"Bearer {secret}") for name, secret in secrets.items()}
+    assert found["a"].limits == Limits(requests_per_minute=5, concurrent_requests=3)
+    assert found["b"].limits == Limits(requests_per_minute=2, concurrent_requests=3)
+    assert ring.find("bearer  alpha ").limits == found["b"].limits
+    assert len({caller.owner for caller in found.values()}) == 2
+
+
+def test_a_file_without_keys_guards(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    settings, _ = settings_with(tiny_checkpoint, tmp_path, {"a": Limits()})
+    revoke_key(tmp_path / "keys.json", "a")
+    with live_server(settings) as server, server.client() as client:
+        assert client.get("/v1/models").status_code == 401
+
+
+def test_metrics_may_be_open(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(tiny_checkpoint, tmp_path, api_key=("alpha",), guard_metrics=False)
+    with live_server(settings) as server, server.client() as client:
+        assert client.get("/metrics").status_code == 200
+        assert client.get("/docs").status_code == 401
+
+
+def test_without_keys_everything_is_open(client: httpx.Client) -> None:
+    for path in ("/docs", "/redoc", "/openapi.json", "/metrics", "/v1/sessions", "/v1/models"):
+        assert client.get(path).status_code == 200
+        assert client.get(path, headers={"Authorization": "Bearer any"}).status_code == 200

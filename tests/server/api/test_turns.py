@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from model import checkpoint
 from model.sampling import SamplingParams
 from server.api.app import create_app
+from server.api.auth import Caller
 from server.api.service import Service
 from server.api.sse import EventSource
 from server.api.turns import ChoiceSpec, Turn
@@ -23,10 +24,10 @@ CHOICE = ChoiceSpec((5, 6), 3, SamplingParams(seed=1), ignore_eos=True)
 
 async def take(service: Service, session_id: str) -> list[tuple[bool, bool]]:
     """One turn: at each event, whether it is the last, and whether the session is busy."""
-    turn, seen = Turn(service, "", None), list[tuple[bool, bool]]()
+    turn, seen = Turn(service, Caller(), None), list[tuple[bool, bool]]()
     try:
         await turn.resume(session_id)
-        turn.submit([CHOICE])
+        await turn.submit([CHOICE])
         async for happened in turn.events():
             assert happened is not None
             last = isinstance(happened[1], Finished)

@@ -1,0 +1,195 @@
+"""How much a caller may use: requests and tokens a minute, and requests at the same time.
+
+A turn takes an allowance: `Limiter.enter`, then `check` and `charge` when its prompt is known, and
+`leave` at its end. The windows are those of the library `limits`, as sliding window counters: the
+present minute, and of the minute before the part that is still less than a minute ago as if that
+minute's use had been even. Two numbers are kept for each limit, whatever is counted; the library's
+exact windows would keep one entry for each token.
+"""
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from limits import RateLimitItem, RateLimitItemPerMinute
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
+
+from server.api.auth import Caller
+from server.errors import InvalidRequest, RateLimited
+from server.keys import Limits
+from server.settings import Settings
+
+EVERY_CALLER = "all"
+"""Whose use counts for the server's own limits; no owner is called so."""
+
+Kind = Literal["requests", "tokens"]
+KINDS: tuple[Kind, ...] = ("requests", "tokens")
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """So many requests or tokens a minute, of one caller or of all."""
+
+    whose: str
+    kind: Kind
+    item: RateLimitItem
+
+    @property
+    def key(self) -> str:
+        """Where the library keeps the count."""
+        return self.item.key_for(self.whose, self.kind)
+
+    @property
+    def told(self) -> str:
+        """For messages."""
+        whose = "the server's limit" if self.whose == EVERY_CALLER else "your limit"
+        return f"{whose} of {self.item.amount} {self.kind} a minute"
+
+
+class Limiter:
+    """Counts what callers use. For one event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._storage = MemoryStorage()
+        self._windows = SlidingWindowCounterRateLimiter(self._storage)
+        self._running = Counter[str]()
+        self._overall = Limits(
+            requests_per_minute=settings.requests_per_minute,
+            tokens_per_minute=settings.tokens_per_minute,
+        )
+
+    def enter(self, caller: Caller) -> "Allowance":
+        """Begin a request. Raises RateLimited when as many run as may at the same time."""
+        most = caller.limits.concurrent_requests
+        if most is not None and self._running[caller.owner] >= most:
+            raise RateLimited(
+                f"{most} of your requests are running, which is your limit; try again when one of "
+                "them has ended",
+                "concurrent_requests",
+                1,
+            )
+        self._running[caller.owner] += 1
+        return Allowance(self, caller)
+
+    def leave(self, caller: Caller) -> None:
+        """A request of the caller has ended."""
+        self._running[caller.owner] -= 1
+        if not self._running[caller.owner]:
+            del self._running[caller.owner]
+
+    async def check(self, caller: Caller, num_tokens: int) -> None:
+        """Raises RateLimited when no request with so many prompt tokens may begin now.
+
+        Raises InvalidRequest when it never may.
+        """
+        waits = list[tuple[float, _Limit]]()
+        for limit in self._limits(caller):
+            cost = 1 if limit.kind == "requests" else max(1, num_tokens)
+            if cost > limit.item.amount:
+                raise InvalidRequest(
+                    f"the prompt has {num_tokens} tokens, counted once for each choice, and can "
+                    f"never fit into {limit.told}",
+                    code=_code(limit.kind),
+                )
+            if not await self._windows.test(limit.item, limit.whose, limit.kind, cost=cost):
+                waits.append((await self._wait_s(limit, cost), limit))
+        if waits:
+            wait_s, limit = max(waits, key=lambda wait: wait[0])
+            seconds = math.floor(wait_s) + 1
+            raise RateLimited(
+                f"this request would exceed {limit.told}; try again in {seconds} s",
+                _code(limit.kind),
+                seconds,
+            )
+
+    async def record(self, caller: Caller, kind: Kind, count: int) -> None:
+        """Count what was used, also beyond the limits."""
+        for limit in self._limits(caller):
+            if limit.kind == kind and count:
+                await self._storage.acquire_sliding_window_entry(
+                    limit.key, sys.maxsize, limit.item.get_expiry(), count
+                )
+
+    async def headers(self, caller: Caller) -> dict[str, str]:
+        """What an answer tells of the limits: of each kind, the one that leaves least."""
+        found = dict[Kind, tuple[int, _Limit]]()
+        for limit in self._limits(caller):
+            stats = await self._windows.get_window_stats(limit.item, limit.whose, limit.kind)
+            if limit.kind not in found or stats.remaining < found[limit.kind][0]:
+                found[limit.kind] = stats.remaining, limit
+        headers = {}
+        for kind, (remaining, limit) in found.items():
+            reset_s = await self._wait_s(limit, limit.item.amount)
+            headers[f"x-ratelimit-limit-{kind}"] = str(limit.item.amount)
+            headers[f"x-ratelimit-remaining-{kind}"] = str(remaining)
+            headers[f"x-ratelimit-reset-{kind}"] = _duration(reset_s)
+        return headers
+
+    def _limits(self, caller: Caller) -> Iterator[_Limit]:
+        for whose, limits in ((caller.owner, caller.limits), (EVERY_CALLER, self._overall)):
+            if limits.requests_per_minute is not None:
+                yield _Limit(whose, "requests", RateLimitItemPerMinute(limits.requests_per_minute))
+            if limits.tokens_per_minute is not None:
+                yield _Limit(whose, "tokens", RateLimitItemPerMinute(limits.tokens_per_minute))
+
+    async def _wait_s(self, limit: _Limit, cost: int) -> float:
+        """Seconds until `cost` fits, if nothing else is used until then; any time later it does.
+
+        It fits while weighted < room. In this window weighted = previous * left / expiry + current
+        with `left` seconds of it still to come; in the next one what is now current has that place.
+        """
+        expiry = limit.item.get_expiry()
+        previous, left, current, current_left = await self._storage.get_sliding_window(
+            limit.key, expiry
+        )
+        room = limit.item.amount - cost + 1
+        if previous * left / expiry + current < room:
+            return 0.0
+        if current < room:
+            return left - expiry * (room - current) / previous
+        return current_left - expiry * room / current
+
+
+class Allowance:
+    """What one request uses. `check`, `charge`, `saw` as often as needed; `leave` in any case."""
+
+    def __init__(self, limiter: Limiter, caller: Caller) -> None:
+        self._limiter = limiter
+        self._caller = caller
+        self._generated = Counter[int]()
+        self._has_left = False
+
+    async def check(self, num_tokens: int) -> None:
+        """Raises RateLimited and InvalidRequest, as `Limiter.check` does."""
+        await self._limiter.check(self._caller, num_tokens)
+
+    async def charge(self, num_tokens: int) -> None:
+        """The request is accepted: it counts, with its prompt tokens."""
+        await self._limiter.record(self._caller, "requests", 1)
+        await self._limiter.record(self._caller, "tokens", num_tokens)
+
+    def saw(self, index: int, num_generated: int, *, is_whole: bool) -> None:
+        """A choice has so many tokens more, or at its end so many in all."""
+        before = 0 if is_whole else self._generated[index]
+        self._generated[index] = before + num_generated
+
+    async def leave(self) -> None:
+        """The request has ended: its place is free, what it generated is charged. Only once."""
+        if not self._has_left:
+            self._has_left = True
+            self._limiter.leave(self._caller)
+            await self._limiter.record(self._caller, "tokens", self._generated.total())
+
+
+def _code(kind: Kind) -> str:
+    return f"{kind}_per_minute"
+
+
+def _duration(seconds: float) -> str:
+    """Whole seconds as OpenAI writes them: 1s, 6m0s."""
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes}m{rest}s" if minutes else f"{rest}s"
