@@ -73,3 +73,26 @@ def test_generate_and_verify_work(tools: Path) -> None:
     assert run(generate, tools).startswith("Once upon a time")
     [verify] = re.findall(r"^latentd verify .*$", README, re.MULTILINE)
     assert "FAILED" not in run(verify, tools)
+
+
+def test_keys_and_limits_are_used_as_their_page_says(tools: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "keys.md").read_text("utf-8"), re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    file = tmp_path / "keys.json"
+    add, show, revoke = (
+        line.replace("keys.json", str(file)) for line in lines if line.startswith("latentd keys")
+    )
+    key = run(add, tools).strip()
+    assert run(show, tools).splitlines()[1].split()[-3:] == ["60", "20,000", "-"]
+    flags = [
+        flag for line in lines if line.startswith("latentd serve") for flag in line.split()[2:]
+    ]
+    flags[flags.index("keys.json")] = str(file)
+    with server_process(PRETRAINED, tmp_path / "data", *flags) as server, server.client() as client:
+        asked = {"prompt": "Once upon a time", "max_tokens": 20}
+        assert client.post("/v1/completions", json=asked).status_code == 401
+        client.headers["Authorization"] = f"Bearer {key}"
+        answer = client.post("/v1/completions", json=asked)
+        assert answer.headers["x-ratelimit-remaining-requests"] == "59"
+        assert int(answer.headers["x-ratelimit-remaining-tokens"]) < 20_000
+    assert run(revoke, tools).startswith("app key_")
