@@ -18,8 +18,8 @@ from server.settings import Settings
 EVERYBODY = ""
 """The owner of all sessions where no keys are asked for."""
 
-OPEN = "/health/"
-"""What is asked without a key begins so: orchestrators have none."""
+OPEN = {"/health", "/health/live", "/health/ready"}
+"""What is asked without a key: orchestrators have none."""
 
 METRICS = "/metrics"
 CALLER = "latentd.caller"
@@ -126,7 +126,7 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _guards(self, path: str) -> bool:
-        return not path.startswith(OPEN) and (self._guard_metrics or path != METRICS)
+        return path not in OPEN and (self._guard_metrics or path != METRICS)
 
 
 BEARER = HTTPBearer(
