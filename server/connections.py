@@ -1,4 +1,5 @@
-"""What a connection may cost before it has said what it wants: time, bytes and headers."""
+"""What a connection may cost: time, bytes and headers before it has said what it wants, and time
+while it does not take what it asked for."""
 
 import asyncio
 import json
@@ -19,10 +20,11 @@ class HeadersTooLarge(ValueError):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which by itself waits for ever for headers without end.
+    """uvicorn's protocol, which by itself waits for ever for headers, and for slow readers.
 
     A request's headers must be complete `header_timeout_s` after the connection was made or, on one
-    that was used before, after the first byte that follows the answer.
+    that was used before, after the first byte that follows the answer. Once the buffers to a client
+    are full, it must take most of what is in them within `stall_timeout_s`; otherwise it has gone.
     """
 
     settings: Settings
@@ -36,6 +38,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     _is_too_large = False
     _timer: TimerHandle | None = None
+    _stall_timer: TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -43,7 +46,19 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_stall_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall_timer is None:
+            self._stall_timer = self.loop.call_later(
+                self.settings.stall_timeout_s, self.transport.abort
+            )
+
+    def resume_writing(self) -> None:
+        self._stop_stall_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         self._num_header_bytes += len(data)
@@ -98,6 +113,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _stop_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
 
 def uvicorn_config(

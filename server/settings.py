@@ -102,6 +102,13 @@ class Settings(BaseSettings):
         32 << 10, ge=1024, description="Bytes of a request's path and headers."
     )
     max_headers: int = Field(100, ge=1, description="Headers of a request.")
+    stall_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds in which a client whose buffers are full must read on; otherwise it "
+        "counts as gone, and its turn is rolled back.",
+    )
     header_timeout_s: float = Field(
         30.0,
         gt=0,

@@ -118,9 +118,9 @@ def test_readers_that_stand_still_do_not_hold_up_others(server: LiveServer) -> N
     """They take no more than the buffers of a connection, and their rows are free in the end."""
 
     async def stand_still() -> None:
-        body = raw_request(BODY | {"max_tokens": 20_000, "stream": True})
+        body = raw_request(BODY | {"max_tokens": 3000, "stream": True, "logprobs": 20})
         held = []
-        for _ in range(8):
+        for _ in range(7):
             reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server), limit=1)
             writer.write(body)
             held.append((reader, writer))
@@ -132,3 +132,33 @@ def test_readers_that_stand_still_do_not_hold_up_others(server: LiveServer) -> N
 
     asyncio.run(stand_still())
     server.wait_until_idle()
+
+
+def test_a_reader_that_stands_still_for_long_has_gone(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Its session is free, and as it was, though all of its text was written."""
+    settings = tiny_settings(tiny_checkpoint, tmp_path, stall_timeout_s=0.5)
+    with live_server(settings) as running, running.client() as client:
+        session_id = client.post("/v1/sessions").json()["id"]
+        body = BODY | {"max_tokens": 20_000, "stream": True, "session_id": session_id}
+
+        async def until(status: str) -> None:
+            async with asyncio.timeout(20):
+                while True:
+                    session = await asyncio.to_thread(client.get, f"/v1/sessions/{session_id}")
+                    if session.json()["status"] == status:
+                        return
+
+        async def stand_still() -> None:
+            _, writer = await asyncio.open_connection("127.0.0.1", port_of(running), limit=1)
+            writer.write(raw_request(body | {"logprobs": 20}))
+            await until("busy")
+            await until("idle")
+            writer.transport.abort()
+
+        asyncio.run(stand_still())
+        session = client.get(f"/v1/sessions/{session_id}").json()
+        assert (session["status"], session["turn"]) == ("idle", 0)
+        running.wait_until_idle()
+        assert complete(client, session_id=session_id)["session_turn"] == 1
