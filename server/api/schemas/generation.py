@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.schemas.base import RequestModel, Stop, Text
+from server.api.schemas.structure import ResponseFormat, StructuredOutputs
 
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -85,6 +86,19 @@ class SamplingRequest(RequestModel):
     user: Text | None = None
     """Your name for who asks; it changes nothing."""
 
+    structured_outputs: StructuredOutputs | None = None
+    """What the text has to keep to."""
+
+    @property
+    def asked_format(self) -> ResponseFormat | None:
+        """What the text has to keep to, said in OpenAI's way."""
+        return None
+
+    @property
+    def format_name(self) -> str:
+        """The parameter that `asked_format` comes from."""
+        return "response_format"
+
     @property
     def num_choices_per_prompt(self) -> int:
         """Choices that an answer has for each prompt."""
@@ -153,6 +167,9 @@ class GenerationRequest(SamplingRequest):
     """With `stream`: a client that loses its connection does not end the turn.
     `GET /v1/streams/{id}` goes on, where the id is that of the answer."""
 
+    response_format: ResponseFormat | None = None
+    """What the text has to keep to: JSON of some schema, any JSON object, or nothing."""
+
     return_token_ids: bool | None = None
     """Put token ids beside the text."""
 
@@ -167,6 +184,10 @@ class GenerationRequest(SamplingRequest):
     @property
     def returns_tokens(self) -> bool:
         return bool(self.return_token_ids)
+
+    @property
+    def asked_format(self) -> ResponseFormat | None:
+        return self.response_format
 
     @property
     def wants_usage_event(self) -> bool:

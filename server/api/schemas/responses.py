@@ -8,6 +8,14 @@ from server.api.schemas.base import Refused, RequestModel, Text
 from server.api.schemas.chat import NO_TOOLS, TEXT_ONLY, TokenLogprob
 from server.api.schemas.generation import SamplingRequest, Timings
 from server.api.schemas.sessions import Metadata, Ttl
+from server.api.schemas.structure import (
+    FORMAT,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    NamedSchema,
+    ResponseFormat,
+    TextFormat,
+)
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
@@ -73,17 +81,25 @@ Input = Annotated[
 ]
 
 
-class TextFormat(RequestModel):
-    """Text as it comes."""
+class JsonSchemaText(NamedSchema):
+    """JSON that a schema describes."""
 
-    type: Literal["text"]
-    """No structure is asked for."""
+    type: Literal["json_schema"]
+    """JSON by a schema."""
+
+
+TextStructure = Annotated[
+    Annotated[TextFormat, Tag("(text)")]
+    | Annotated[JsonObjectFormat, Tag("(json_object)")]
+    | Annotated[JsonSchemaText, Tag("(json_schema)")],
+    FORMAT,
+]
 
 
 class TextOptions(RequestModel):
     """What the text is to be like."""
 
-    format: TextFormat | None = None
+    format: TextStructure | None = None
     """Its structure."""
 
     verbosity: Annotated[None, Refused("this server's models know no verbosity", "medium")] = None
@@ -170,6 +186,10 @@ class ResponseRequest(SamplingRequest):
         return "top_logprobs"
 
     @property
+    def format_name(self) -> str:
+        return "text.format"
+
+    @property
     def token_limit(self) -> int | None:
         return self.max_output_tokens
 
@@ -180,7 +200,18 @@ class ResponseRequest(SamplingRequest):
     @property
     def told_format(self) -> dict[str, Any]:
         """The structure of the text, as the response tells it."""
-        return {"type": "text"}
+        asked = None if self.text is None else self.text.format
+        if asked is None:
+            return {"type": "text"}
+        return asked.model_dump(by_alias=True, exclude_unset=True)
+
+    @property
+    def asked_format(self) -> ResponseFormat | None:
+        asked = None if self.text is None else self.text.format
+        if not isinstance(asked, JsonSchemaText):
+            return asked
+        named = asked.model_dump(by_alias=True, exclude_unset=True, exclude={"type"})
+        return JsonSchemaFormat(type="json_schema", json_schema=NamedSchema.model_validate(named))
 
     @property
     def messages(self) -> list[tuple[str, str]]:

@@ -1,0 +1,96 @@
+"""What a text has to keep to."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.api.schemas.base import RequestModel, Text
+
+JsonSchema = dict[str, Any] | bool
+
+
+class NamedSchema(RequestModel):
+    """A JSON schema with a name."""
+
+    name: Annotated[Text, Field(min_length=1, max_length=64)]
+    """Yours; the text does not depend on it."""
+
+    description: Text | None = None
+    """Yours; the text does not depend on it."""
+
+    schema_: Annotated[JsonSchema | None, Field(alias="schema")] = None
+    """The JSON schema; without it, any JSON object. What cannot be enforced is refused."""
+
+    strict: bool | None = None
+    """Schemas are always kept to, whatever this says."""
+
+
+class TextFormat(RequestModel):
+    """Text as it comes."""
+
+    type: Literal["text"]
+    """No structure is asked for."""
+
+
+class JsonObjectFormat(RequestModel):
+    """Some JSON object."""
+
+    type: Literal["json_object"]
+    """Any JSON object."""
+
+
+class JsonSchemaFormat(RequestModel):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    """JSON by a schema."""
+
+    json_schema: NamedSchema
+    """The schema."""
+
+
+def _kind_of_format(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"({kind})" if kind in ("text", "json_object", "json_schema") else None
+
+
+FORMAT = Discriminator(
+    _kind_of_format,
+    custom_error_type="format",
+    custom_error_message="The type must be text, json_object or json_schema",
+)
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("(text)")]
+    | Annotated[JsonObjectFormat, Tag("(json_object)")]
+    | Annotated[JsonSchemaFormat, Tag("(json_schema)")],
+    FORMAT,
+]
+
+
+class StructuredOutputs(RequestModel):
+    """What the text has to keep to: one of these."""
+
+    json_: Annotated[JsonSchema | Text | None, Field(alias="json")] = None
+    """A JSON schema, or its text."""
+
+    json_object: bool | None = None
+    """Any JSON object."""
+
+    regex: Annotated[Text, Field(min_length=1)] | None = None
+    """A regular expression that the whole text matches, in the syntax of Rust's regex crate."""
+
+    grammar: Annotated[Text, Field(min_length=1)] | None = None
+    """A context-free grammar: llguidance's Lark if it has a rule `start`, else llama.cpp's GBNF."""
+
+    choice: Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None = None
+    """One of these strings."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "StructuredOutputs":
+        given = [self.json_, self.json_object or None, self.regex, self.grammar, self.choice]
+        if sum(value is not None for value in given) != 1:
+            raise PydanticCustomError(
+                "structure", "Give one of json, json_object, regex, grammar and choice"
+            )
+        return self

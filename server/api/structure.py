@@ -1,0 +1,62 @@
+"""From what a request says of the structure of its text to a compiled grammar."""
+
+import json
+
+from model.grammar import Grammar, GrammarBusyError, GrammarError, GrammarSpec
+
+from server.api.schemas.generation import SamplingRequest
+from server.api.schemas.structure import JsonSchemaFormat, StructuredOutputs, TextFormat
+from server.api.service import Service
+from server.errors import InvalidRequest, Overloaded
+
+
+async def read_grammar(service: Service, body: SamplingRequest) -> Grammar | None:
+    """What the text has to keep to, compiled off the event loop; None if it is free.
+
+    Raises InvalidRequest for a source that is wrong, or takes too long, and Overloaded when too
+    many others are being compiled.
+    """
+    asked = _asked(body)
+    if asked is None:
+        return None
+    spec, param = asked
+    try:
+        return await service.grammars.compile_within(spec, service.settings.grammar_timeout_s)
+    except GrammarError as error:
+        raise InvalidRequest(str(error), param, "invalid_grammar") from error
+    except GrammarBusyError as error:
+        raise Overloaded(str(error), "grammar_queue_full") from error
+
+
+def _asked(body: SamplingRequest) -> tuple[GrammarSpec, str] | None:
+    """The source, and the parameter that it comes from. Raises InvalidRequest."""
+    given = body.asked_format
+    wanted = None if isinstance(given, TextFormat) else given
+    if body.structured_outputs is None:
+        return None if wanted is None else (_of_format(wanted), body.format_name)
+    if wanted is not None:
+        raise InvalidRequest(
+            f"give {body.format_name} or structured_outputs, one of them", "structured_outputs"
+        )
+    return _of_outputs(body.structured_outputs)
+
+
+def _of_format(given: object) -> GrammarSpec:
+    if isinstance(given, JsonSchemaFormat) and given.json_schema.schema_ is not None:
+        return GrammarSpec("json_schema", json.dumps(given.json_schema.schema_))
+    return GrammarSpec("json_object")
+
+
+def _of_outputs(given: StructuredOutputs) -> tuple[GrammarSpec, str]:
+    """Exactly one of them is given."""
+    name = "structured_outputs"
+    if given.json_ is not None:
+        source = given.json_ if isinstance(given.json_, str) else json.dumps(given.json_)
+        return GrammarSpec("json_schema", source), f"{name}.json"
+    if given.regex is not None:
+        return GrammarSpec("regex", given.regex), f"{name}.regex"
+    if given.grammar is not None:
+        return GrammarSpec("grammar", given.grammar), f"{name}.grammar"
+    if given.choice is not None:
+        return GrammarSpec("choice", tuple(given.choice)), f"{name}.choice"
+    return GrammarSpec("json_object"), f"{name}.json_object"
