@@ -7,8 +7,8 @@ import numpy as np
 from llguidance import LLMatcher
 from numpy.typing import NDArray
 
-from model.grammar.source import GrammarSpec, one_line
-from model.grammar.vocabulary import Vocabulary
+from model.grammar.source import GrammarSpec
+from model.grammar.vocabulary import NO_WAY_ON, Vocabulary, failure
 
 Mask = NDArray[np.int32]
 
@@ -18,7 +18,6 @@ An ordinary one takes 0.00001 to 0.0001 s a token; what takes 30 times as much i
 others, whose tokens wait meanwhile."""
 
 TOO_SLOW = "the grammar takes too long to follow"
-NO_WAY_ON = "the grammar allows no way on from here"
 
 
 class Grammar:
@@ -100,11 +99,10 @@ class Matcher:
 
     def _check(self) -> None:
         """See whether the library gave up."""
-        if message := self._library.get_error():
-            self._grammar.is_spent = True
-            self.failure = one_line(message)
-        elif self._library.is_stopped() and not self._library.is_accepting():
-            self.failure = NO_WAY_ON
+        why = failure(self._library)
+        if why is not None:
+            self.failure = why
+            self._grammar.is_spent = why != NO_WAY_ON
 
 
 def fill_masks(matchers: Sequence[Matcher], masks: Mask) -> None:

@@ -62,7 +62,7 @@ def library_source(spec: GrammarSpec) -> str:
     if spec.kind == "choice":
         if isinstance(spec.source, str) or not spec.source:
             raise GrammarError("a choice needs at least one string")
-        words = " | ".join(json.dumps(word, ensure_ascii=False) for word in spec.source)
+        words = " | ".join(map(_quoted, spec.source))
         return LLMatcher.grammar_from_lark(f"start: WORD\nWORD: {words}")
     if not isinstance(spec.source, str):
         raise GrammarError(f"the source of {spec.kind} is one string")
@@ -87,6 +87,11 @@ def one_line(message: str) -> str:
     if len(first) > MESSAGE_CHARACTERS:
         return first[: MESSAGE_CHARACTERS - 3] + "..."
     return first
+
+
+def _quoted(word: str) -> str:
+    """A string of Lark, which JSON's are but for one character that JSON does not escape."""
+    return json.dumps(word, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _json_schema(source: str) -> str:

@@ -50,6 +50,8 @@ class TrialProcess:
         """Compile a source. Raises GrammarError if the process had to be ended, GrammarBusyError
         after `kill`. For one thread at a time.
         """
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
         process = self._process = self._process or self._start()
         late = threading.Event()
 
@@ -88,15 +90,18 @@ class TrialProcess:
     def _start(self) -> subprocess.Popen[str]:
         if self._killed:
             raise GrammarBusyError("the server is stopping")
+        command = [sys.executable, "-m", "model.grammar.trial"]
         process = subprocess.Popen(
-            [sys.executable, "-m", "model.grammar.trial"],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
             start_new_session=True,
         )
-        _ask(process, self._hello)
+        if _ask(process, self._hello) is None:
+            process.communicate()
+            raise RuntimeError(f"{' '.join(command)} does not start")
         return process
 
 
@@ -112,7 +117,8 @@ def _ask(process: subprocess.Popen[str], question: object) -> str | None:
         return None
 
 
-def _limit_memory() -> None:
+def limit_memory() -> None:
+    """Of this process, on Linux."""
     if sys.platform != "linux":
         return
     import resource
@@ -146,7 +152,7 @@ def main() -> None:
     hello = json.loads(sys.stdin.readline())
     tokenizer = Tokenizer.from_json(hello["tokenizer"])
     vocabulary = Vocabulary(tokenizer, hello["vocab_sz"], hello["end_ids"])
-    _limit_memory()
+    limit_memory()
     print("ready", flush=True)
     for line in sys.stdin:
         _limit_time()

@@ -23,6 +23,8 @@ MiB; an object has about 490 optional properties at most, and any number of requ
 TRIAL_TOKENS = 16
 """Tokens of a text that is begun to see whether a grammar can be followed at all."""
 
+NO_WAY_ON = "the grammar allows no way on from here"
+
 
 class _TokenList:
     """What the library wants to know of a tokenizer. Special tokens have no bytes in it."""
@@ -80,15 +82,26 @@ class Vocabulary:
 
     def _try(self, matcher: LLMatcher) -> None:
         """Begin a text. Raises GrammarError if that cannot be done."""
-        for _ in range(TRIAL_TOKENS):
+        for place in range(TRIAL_TOKENS):
             mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-            if matcher.is_stopped() and not matcher.is_accepting():
-                broken = matcher.stop_reason() not in ("NoExtension", "NoExtensionBias")
-                why = matcher.get_error() if broken else "no text can be made under this grammar"
-                raise GrammarError(one_line(why))
+            if why := failure(matcher):
+                if why != NO_WAY_ON:
+                    raise GrammarError(why)
+                if place == 0:
+                    raise GrammarError("no text keeps to this")
+                return  # another text may be whole
             allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
             ids = [int(i) for i in allowed if i not in self.end_ids and i != self.vocab_sz]
             if not ids:
                 return
-            if not matcher.consume_token(ids[0]):
-                raise GrammarError(one_line(matcher.get_error()))
+            matcher.consume_token(ids[0])
+
+
+def failure(matcher: LLMatcher) -> str | None:
+    """Why a text cannot go on though it is not complete, in one line; None if it can."""
+    message = matcher.get_error()
+    if message.startswith("NoExtension"):
+        return NO_WAY_ON
+    if message:
+        return one_line(message)
+    return NO_WAY_ON if matcher.is_stopped() and not matcher.is_accepting() else None
