@@ -22,183 +22,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from loadtest.grammar_cases import BREAKING, HOSTILE, UNSUPPORTED, USEFUL, Case, Kind
+from loadtest.grammar_cases import BREAKING, HOSTILE, UNSUPPORTED, USEFUL, Case
+from loadtest.grammar_libraries import (
+    SPECIAL,
+    Guidance,
+    Library,
+    Mask,
+    RefusedError,
+    Walker,
+    XGrammar,
+    build,
+)
 from model import PRETRAINED, tokenizer
 from model.tokenizer import Tokenizer
 
 LIBRARIES = ("llguidance", "xgrammar")
 LARGE = 50_000
-SPECIAL = "<|endoftext|>"
 PATIENCE_S = 30
 WALKS, WALK_TOKENS = 10, 200
 ROUNDS = 50
 MASKS_AT_ONCE = 32
-
-Mask = NDArray[np.int32]
-
-
-class RefusedError(Exception):
-    """The library does not take this source."""
-
-
-class Walker(Protocol):
-    """One text that is made under a grammar."""
-
-    def fill(self, mask: Mask) -> None:
-        """Which tokens may come next."""
-
-    def accept(self, token_id: int) -> bool:
-        """Whether the token may come next; goes on if so."""
-
-
-class Library(Protocol):
-    """What is measured."""
-
-    kinds: tuple[Kind, ...]
-
-    def compile(self, case: Case) -> Any:
-        """Raises RefusedError."""
-
-    def walker(self, compiled: Any) -> Walker:
-        """A text that has not begun."""
-
-    def fill_all(self, walkers: list[Any], masks: Mask) -> None:
-        """Masks of many texts, as the library does it best."""
-
-
-class Guidance:
-    """llguidance."""
-
-    kinds: tuple[Kind, ...] = ("json_schema", "regex", "lark", "choice")
-
-    def __init__(self, tokens: Tokenizer, end: int) -> None:
-        self.library = importlib.import_module("llguidance")
-        numbers = importlib.import_module("llguidance.numpy")
-        self._fill_all = numbers.fill_next_token_bitmask_par
-        self._executor = self.library.LLExecutor(num_threads=2)
-
-        class Wrapper:
-            is_tokenizer_wrapper = True
-            bos_token_id = None
-            special_token_ids: tuple[int, ...] = ()
-            eos_token_id = end
-
-            def __init__(self) -> None:
-                self.tokens = list(tokens.token_bytes)
-
-            def __call__(self, text: bytes | str) -> list[int]:
-                return tokens.encode(text if isinstance(text, str) else text.decode())
-
-        self.tokenizer = self.library.LLTokenizer(Wrapper(), n_vocab=tokens.num_tokens)
-        self._limits = self.library.LLParserLimits(verbose_errors=False)
-
-    def compile(self, case: Case) -> Any:
-        matcher = self.library.LLMatcher
-        try:
-            if case.kind == "json_schema":
-                options = {"whitespace_pattern": r" |\n {0,24}"}
-                grammar = matcher.grammar_from_json_schema(case.source, overrides=options)
-            elif case.kind == "regex":
-                grammar = matcher.grammar_from_regex(case.source)
-            elif case.kind == "choice":
-                words = " | ".join(json.dumps(word) for word in json.loads(case.source))
-                grammar = matcher.grammar_from_lark(f"start: WORD\nWORD: {words}")
-            else:
-                grammar = matcher.grammar_from_lark(case.source)
-        except ValueError as error:
-            raise RefusedError(str(error)) from error
-        compiled = matcher(self.tokenizer, grammar, log_level=0, limits=self._limits)
-        if compiled.is_error():
-            raise RefusedError(compiled.get_error())
-        return compiled
-
-    def walker(self, compiled: Any) -> "GuidedWalker":
-        return GuidedWalker(compiled.deep_copy())
-
-    def fill_all(self, walkers: list[Any], masks: Mask) -> None:
-        self._fill_all(self._executor, [(w.matcher, i) for i, w in enumerate(walkers)], masks)
-
-
-class GuidedWalker:
-    """A text under llguidance."""
-
-    def __init__(self, matcher: Any) -> None:
-        self.matcher = matcher
-
-    def fill(self, mask: Mask) -> None:
-        self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if self.matcher.is_error():
-            raise RefusedError(self.matcher.get_error())
-
-    def accept(self, token_id: int) -> bool:
-        return bool(self.matcher.consume_token(token_id))
-
-
-class XGrammar:
-    """xgrammar."""
-
-    kinds: tuple[Kind, ...] = ("json_schema", "regex", "gbnf", "choice")
-
-    def __init__(self, tokens: Tokenizer, end: int) -> None:
-        self.library = importlib.import_module("xgrammar")
-        info = self.library.TokenizerInfo(
-            list(tokens.token_bytes),
-            vocab_type=self.library.VocabType.RAW,
-            vocab_size=tokens.num_tokens,
-            stop_token_ids=[end],
-        )
-        self._compiler = self.library.GrammarCompiler(info, max_threads=2, cache_enabled=False)
-        self._batch = self.library.BatchGrammarMatcher(max_threads=2)
-
-    def compile(self, case: Case) -> Any:
-        compiler = self._compiler
-        try:
-            if case.kind == "json_schema":
-                return compiler.compile_json_schema(
-                    case.source, strict_mode=False, max_whitespace_cnt=24
-                )
-            if case.kind == "regex":
-                return compiler.compile_regex(case.source)
-            if case.kind == "choice":
-                words = " | ".join(json.dumps(word) for word in json.loads(case.source))
-                return compiler.compile_grammar(f"root ::= {words}")
-            return compiler.compile_grammar(case.source)
-        except (RuntimeError, ValueError) as error:
-            raise RefusedError(str(error)) from error
-
-    def walker(self, compiled: Any) -> "XWalker":
-        return XWalker(self.library.GrammarMatcher(compiled))
-
-    def fill_all(self, walkers: list[Any], masks: Mask) -> None:
-        torch = importlib.import_module("torch")
-        batch = [walker.matcher for walker in walkers]
-        self._batch.batch_fill_next_token_bitmask(batch, torch.from_numpy(masks))
-
-
-class XWalker:
-    """A text under xgrammar."""
-
-    def __init__(self, matcher: Any) -> None:
-        self.matcher = matcher
-        self._torch = importlib.import_module("torch")
-
-    def fill(self, mask: Mask) -> None:
-        mask[:] = -1
-        self.matcher.fill_next_token_bitmask(self._torch.from_numpy(mask[None]))
-
-    def accept(self, token_id: int) -> bool:
-        return bool(self.matcher.accept_token(token_id))
-
-
-def build(name: str, tokens: Tokenizer) -> Library:
-    end = tokens.special_tokens[SPECIAL]
-    return Guidance(tokens, end) if name == "llguidance" else XGrammar(tokens, end)
 
 
 def new_mask(tokens: Tokenizer, rows: int | None = None) -> Mask:

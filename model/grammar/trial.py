@@ -45,14 +45,13 @@ class TrialProcess:
         }
         self._process: subprocess.Popen[str] | None = None
         self._killed = False
+        self._lock = threading.Lock()
 
     def run(self, spec: GrammarSpec, timeout_s: float) -> Trial:
         """Compile a source. Raises GrammarError if the process had to be ended, GrammarBusyError
         after `kill`. For one thread at a time.
         """
-        if self._process is not None and self._process.poll() is not None:
-            self.close()
-        process = self._process = self._process or self._start()
+        process = self._running()
         late = threading.Event()
 
         def end() -> None:
@@ -76,31 +75,38 @@ class TrialProcess:
 
     def kill(self) -> None:
         """End what `run` does in another thread, and all that it would do."""
-        self._killed = True
-        if self._process is not None:
-            self._process.kill()
+        with self._lock:
+            self._killed = True
+            if self._process is not None:
+                self._process.kill()
 
     def close(self) -> None:
         """End the process; `run` starts another one."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-    def _start(self) -> subprocess.Popen[str]:
-        if self._killed:
-            raise GrammarBusyError("the server is stopping")
-        command = [sys.executable, "-m", "model.grammar.trial"]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            encoding="utf-8",
-            start_new_session=True,
-        )
-        if _ask(process, self._hello) is None:
+        with self._lock:
+            process, self._process = self._process, None
+        if process is not None:
+            process.kill()
             process.communicate()
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
+        if self._process is not None:
+            return self._process
+        command = [sys.executable, "-m", "model.grammar.trial"]
+        with self._lock:
+            if self._killed:
+                raise GrammarBusyError("the server is stopping")
+            process = self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                encoding="utf-8",
+                start_new_session=True,
+            )
+        if _ask(process, self._hello) is None and not self._killed:
+            self.close()
             raise RuntimeError(f"{' '.join(command)} does not start")
         return process
 

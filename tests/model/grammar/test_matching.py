@@ -1,13 +1,9 @@
-"""Texts under grammars: random ones always keep to them, wrong and hostile sources are refused."""
+"""Random texts always keep to their grammars, and cost little."""
 
-import asyncio
 import json
 import random
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jsonschema
@@ -16,27 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import PRETRAINED, tokenizer
 from model.grammar import (
-    Grammar,
-    GrammarBusyError,
     GrammarCompiler,
     GrammarError,
     GrammarSpec,
-    Matcher,
-    compiler,
     fill_masks,
 )
 from model.grammar.matching import BURST_S, TOKEN_S, TOO_SLOW
-from model.grammar.source import MESSAGE_CHARACTERS
-from model.grammar.trial import TrialProcess
-from model.grammar.vocabulary import NO_WAY_ON, Vocabulary
+from model.grammar.vocabulary import NO_WAY_ON
 from model.tokenizer import Tokenizer
-
-VOCAB_SZ = 4_200
-ENDS = (0, 3)
-LONG = 150
-"""Tokens after which a text that need not end is led to its end."""
+from tests.model.grammar.texts import ENDS, VOCAB_SZ, allowed, schema, write
 
 SUM_LARK = """start: sum
 sum: product (("+" | "-") product)*
@@ -47,80 +32,8 @@ SUM_GBNF = """root ::= product (("+" | "-") product)*
 product ::= atom (("*" | "/") atom)*
 atom ::= [1-9] [0-9]{0,3} | "(" root ")"
 """
-ENDLESS = json.dumps({"type": "integer", "multipleOf": 99_999_989})
 AMBIGUOUS = 'start: s\ns: s s s s | "a" | "aa" | ""\n'
 EXPLODING = "((a{1,100}){1,100}){1,100}"
-
-
-@pytest.fixture(scope="module")
-def tokens() -> Tokenizer:
-    return tokenizer.read(PRETRAINED / "tokenizer.json")
-
-
-@pytest.fixture(scope="module")
-def grammars(tokens: Tokenizer) -> Iterator[GrammarCompiler]:
-    made = GrammarCompiler(tokens, VOCAB_SZ, ENDS)
-    yield made
-    made.close()
-
-
-def schema(value: Any) -> GrammarSpec:
-    return GrammarSpec("json_schema", json.dumps(value))
-
-
-def allowed(matcher: Matcher, vocab_sz: int = VOCAB_SZ) -> list[int]:
-    """The token ids of the mask."""
-    mask = np.full((vocab_sz + 31) // 32, -1, np.int32)
-    matcher.fill(mask)
-    return [int(i) for i in np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))]
-
-
-def leading_out(tokens: Tokenizer, ids: Sequence[int], chance: random.Random) -> int:
-    """A token that closes something, if there is one."""
-    for closing in (b'"', b"}", b"]", b")"):
-        found = [i for i in ids if tokens.bytes_of(i).startswith(closing)]
-        if found:
-            return min(found, key=lambda i: len(tokens.bytes_of(i)))
-    return chance.choice(ids)
-
-
-def write(
-    grammar: Grammar,
-    tokens: Tokenizer,
-    seed: int,
-    fits: Callable[[str], bool] | None = None,
-) -> str:
-    """A random text. Checks the masks on the way; `fits` says whether a text may end."""
-    chance, matcher, written = random.Random(seed), grammar.matcher(), b""
-    for place in range(20 * LONG):
-        ids = allowed(matcher)
-        assert ids, matcher.failure
-        ends = [i for i in ids if i in ENDS]
-        assert ends == (list(ENDS) if matcher.may_end else [])
-        assert all(i in ENDS or tokens.bytes_of(i) for i in ids)
-        assert matcher.is_complete == (len(ids) == len(ends))
-        if fits is not None:
-            assert bool(ends) == (_is_text(written) and fits(written.decode()))
-        long = place > LONG
-        if ends and long:
-            chosen = ends[0]
-        else:
-            chosen = leading_out(tokens, ids, chance) if long else chance.choice(ids)
-        assert matcher.accept(chosen)
-        if chosen in ENDS:
-            assert matcher.is_complete
-            return written.decode()
-        written += tokens.bytes_of(chosen)
-    raise AssertionError(f"no end: {written[:500]!r}")
-
-
-def _is_text(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
 
 PERSON = {
     "type": "object",
@@ -388,129 +301,6 @@ def test_a_model_without_end_tokens(tokens: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "named"),
-    [
-        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
-        ({"type": "array", "contains": {"type": "string"}}, "contains"),
-        ({"type": "array", "minContains": 2}, "minContains"),
-        ({"type": "array", "unevaluatedItems": False}, "unevaluatedItems"),
-        ({"type": "integer", "not": {"const": 3}}, "not"),
-        ({"if": {"type": "string"}, "then": {"maxLength": 3}}, "if"),
-        ({"type": "object", "propertyNames": {"maxLength": 3}}, "propertyNames"),
-        ({"type": "object", "dependentRequired": {"a": ["b"]}}, "dependentRequired"),
-        ({"type": "object", "dependentSchemas": {"a": {}}}, "dependentSchemas"),
-        ({"type": "object", "dependencies": {"a": ["b"]}}, "dependencies"),
-        ({"type": "object", "unevaluatedProperties": False}, "unevaluatedProperties"),
-        ({"properties": {"a": {"items": {"uniqueItems": True}}}}, "uniqueItems"),
-        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
-        ({"$dynamicRef": "#a"}, "dynamicRef"),
-        ({"type": "string", "format": "shoe-size"}, "shoe-size"),
-        ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
-        ({"type": "string", "pattern": r"(a)\1"}, "backreferences"),
-        ({"$ref": "https://example.org/schema"}, "https://example.org/schema"),
-        ({"$ref": "#/nowhere"}, "/nowhere"),
-        ({"type": "foo"}, "foo"),
-        ({"x-guidance": {"lenient": True}, "not": {}}, "x-guidance"),
-        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "Unsatisfiable"),
-        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "no text keeps"),
-        ({"type": "string", "pattern": f"^{'x' * 5000}(?=a)$"}, "look-around"),
-        (False, "false"),
-        ([1], "JSON object"),
-        ("string", "JSON object"),
-    ],
-)
-def test_a_schema_that_cannot_be_kept_to_is_refused(
-    value: Any, named: str, grammars: GrammarCompiler
-) -> None:
-    assert_refused(grammars, schema(value), named)
-
-
-@pytest.mark.parametrize(
-    ("spec", "named"),
-    [
-        (GrammarSpec("json_schema", '{"type":'), "not JSON"),
-        (GrammarSpec("json_schema", '{"items":' * 5000 + "{}" + "}" * 5000), "deeply"),
-        (GrammarSpec("regex", "(a"), "unclosed group"),
-        (GrammarSpec("regex", "a(?!b)"), "look-around"),
-        (GrammarSpec("regex", r"a\bc"), "lookarounds"),
-        (GrammarSpec("regex", "(" * 5000 + "a" + ")" * 5000), "nested"),
-        (GrammarSpec("grammar", "start: nobody"), "nobody"),
-        (GrammarSpec("grammar", "start: @other"), "other"),
-        (GrammarSpec("grammar", 'foo: "a"'), "GBNF"),
-        (GrammarSpec("grammar", ""), ""),
-        (GrammarSpec("grammar", "root ::= nobody"), "nobody"),
-        (GrammarSpec("grammar", 'start: "a" <|endoftext|>'), "special tokens"),
-        (GrammarSpec("grammar", 'start: "a<" <[1-3]>'), "special tokens"),
-        (GrammarSpec("grammar", "start: a\na[max_tokens=3]: /.*/"), "max_tokens"),
-        (GrammarSpec("grammar", 'start: a\na[temperature=2]: "x"'), "temperature"),
-        (GrammarSpec("grammar", 'start: a\na[stop="x"]: /.*/'), "stop"),
-        (GrammarSpec("grammar", 'start: %json {"not": {}}'), "not"),
-        (
-            GrammarSpec("grammar", 'start: %json {"x-guidance": {"lenient": true}, "not": {}}'),
-            "not",
-        ),
-        (GrammarSpec("grammar", 'start: A\nA: "a" & "b"'), "no text keeps"),
-        (GrammarSpec("grammar", "start: " + "(" * 20_000 + '"a"' + ")" * 20_000), "nested"),
-        (GrammarSpec("grammar", "root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000), "nested"),
-        (GrammarSpec("choice", ()), "at least one"),
-        (GrammarSpec("choice", "abc"), "at least one"),
-        (GrammarSpec("regex", ("a", "b")), "one string"),
-        (GrammarSpec("regex", "\ud800"), "surrogate"),
-        (GrammarSpec("regex", "a" * 300_000), "262,144 bytes"),
-        (GrammarSpec("choice", ("a" * 100_000,) * 3), "262,144 bytes"),
-    ],
-)
-def test_a_source_that_is_wrong_is_refused(
-    spec: GrammarSpec, named: str, grammars: GrammarCompiler
-) -> None:
-    assert_refused(grammars, spec, named)
-
-
-def assert_refused(grammars: GrammarCompiler, spec: GrammarSpec, named: str) -> None:
-    """Also the second time, with one line."""
-    for _ in range(2):
-        with pytest.raises(GrammarError) as refusal:
-            grammars.compile(spec)
-        message = str(refusal.value)
-        assert named in message
-        assert 0 < len(message) <= MESSAGE_CHARACTERS
-        assert "\n" not in message
-
-
-def test_signs_of_special_tokens_may_be_text(grammars: GrammarCompiler, tokens: Tokenizer) -> None:
-    source = 'start: "<[3]>" /<.>/ // <not> this\n# nor <this>\n'
-    text = write(grammars.compile(GrammarSpec("grammar", source)), tokens, 0)
-    assert re.fullmatch(r"<\[3\]><.>", text)
-
-
-def test_a_source_that_compiles_for_ever_is_given_up(grammars: GrammarCompiler) -> None:
-    begin = time.monotonic()
-    with pytest.raises(GrammarError, match=r"not compiled within 0\.5 seconds"):
-        grammars.compile(GrammarSpec("json_schema", ENDLESS), 0.5)
-    assert time.monotonic() - begin < 5
-    assert grammars.compile(GrammarSpec("regex", "after that")).matcher()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
-def test_the_trial_process_cannot_take_all_memory() -> None:
-    script = "from model.grammar import trial; trial.limit_memory(); bytearray(2 << 30)"
-    died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "MemoryError" in died.stderr
-
-
-def test_a_trial_process_that_died_is_started_again(tokens: Tokenizer) -> None:
-    trial = TrialProcess(Vocabulary(tokens, VOCAB_SZ, ENDS))
-    try:
-        for letter in "ab":
-            assert trial.run(GrammarSpec("regex", letter), 5.0).error is None
-            assert trial._process is not None
-            trial._process.kill()
-            trial._process.wait()
-    finally:
-        trial.close()
-
-
-@pytest.mark.parametrize(
     "spec",
     [
         GrammarSpec("regex", "(a|aa)*b"),
@@ -571,96 +361,3 @@ def test_a_grammar_that_takes_too_long_ends_its_text(
             break
     assert matcher.failure == TOO_SLOW
     assert allowed(matcher) == []
-
-
-def test_a_grammar_whose_tables_are_full_is_made_anew(grammars: GrammarCompiler) -> None:
-    spec = GrammarSpec("regex", EXPLODING)
-    grammar = grammars.compile(spec)
-    assert grammars.compile(spec) is grammar
-    matcher = grammar.matcher()
-    while ids := [i for i in allowed(matcher) if i not in ENDS]:
-        matcher.accept(ids[-1])
-    assert matcher.failure is not None
-    assert grammar.is_spent
-    fresh = grammars.compile(spec)
-    assert fresh is not grammar
-    assert allowed(fresh.matcher())
-
-
-def test_what_was_compiled_is_kept_within_bounds(
-    tokens: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compiler, "KEPT_GRAMMARS", 3)
-    monkeypatch.setattr(compiler, "KEPT_BYTES", 1000)
-    made = GrammarCompiler(tokens, VOCAB_SZ, ENDS)
-    try:
-        a, b, c, d = (GrammarSpec("choice", (letter,)) for letter in "abcd")
-        first = made.compile(a)
-        second = made.compile(b)
-        made.compile(c)
-        assert made.compile(a) is first
-        made.compile(d)
-        assert made.compile(a) is first
-        assert made.compile(b) is not second
-        large = GrammarSpec("choice", ("x" * 999,))
-        kept = made.compile(large)
-        assert made.compile(large) is kept
-        assert made.compile(a) is not first
-    finally:
-        made.close()
-
-
-def test_the_event_loop_goes_on_while_sources_are_compiled(grammars: GrammarCompiler) -> None:
-    async def ticking(until: asyncio.Task[Any]) -> float:
-        longest, last = 0.0, time.monotonic()
-        while not until.done():
-            await asyncio.sleep(0.001)
-            longest, last = max(longest, time.monotonic() - last), time.monotonic()
-        return longest
-
-    async def run() -> float:
-        words = tuple(f"{i * 7919 % 9973} is the answer" for i in range(8000))
-        slow = asyncio.create_task(grammars.compile_within(GrammarSpec("choice", words)))
-        longest = await ticking(slow)
-        assert await slow is await grammars.compile_within(GrammarSpec("choice", words))
-        with pytest.raises(GrammarError, match="not compiled within"):
-            await grammars.compile_within(GrammarSpec("json_schema", ENDLESS), 0.3)
-        return longest
-
-    assert asyncio.run(run()) < 0.5
-
-
-def test_hostile_sources_do_not_make_others_wait_for_ever(grammars: GrammarCompiler) -> None:
-    async def run() -> list[Any]:
-        hostile = [
-            grammars.compile_within(
-                schema({"type": "integer", "multipleOf": 99_999_989 - 2 * i}), 0.5
-            )
-            for i in range(compiler.MAX_WAITING + 5)
-        ]
-        return await asyncio.gather(*hostile, return_exceptions=True)
-
-    begin = time.monotonic()
-    outcomes = asyncio.run(run())
-    assert time.monotonic() - begin < 20
-    assert {type(outcome) for outcome in outcomes} == {GrammarError, GrammarBusyError}
-    assert grammars.compile(GrammarSpec("regex", "and then")).matcher()
-
-
-def test_a_closed_compiler_compiles_nothing(tokens: Tokenizer) -> None:
-    made = GrammarCompiler(tokens, VOCAB_SZ, ENDS)
-
-    async def run() -> None:
-        hostile = asyncio.create_task(
-            made.compile_within(GrammarSpec("json_schema", ENDLESS), 60.0)
-        )
-        await asyncio.sleep(1.0)
-        begin = time.monotonic()
-        made.close()
-        with pytest.raises(GrammarBusyError):
-            await hostile
-        assert time.monotonic() - begin < 5
-
-    asyncio.run(run())
-    with pytest.raises(GrammarBusyError):
-        made.compile(GrammarSpec("regex", "a"))
