@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 Kind = Literal["json_object", "json_schema", "regex", "grammar", "choice"]
 
@@ -18,6 +18,7 @@ MESSAGE_CHARACTERS = 200
 """A source that is refused must not come back as its own error message."""
 
 _QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?![/*])(?:\\.|[^/\\\n])+/|//[^\n]*|#[^\n]*')
+_IS_LARK = re.compile(r"^\s*([?!]?start\s*(\[[^\]]*\]\s*)?:(?!:)|%llguidance\b)", re.MULTILINE)
 _UNWANTED_OPTION = re.compile(r"\b(temperature|max_tokens|stop|stop_capture)\s*=")
 _HINT = re.compile(r"\. (Enable|If you) .*|\s*<non-verbose/>|\s*<backtrace>.*", re.DOTALL)
 
@@ -129,15 +130,19 @@ def _json(schema: str) -> str:
 
 
 def _lark(source: str) -> str:
-    try:
-        lark = any_to_lark(source)
-    except RecursionError as error:
-        raise GrammarError("the grammar is nested too deeply") from error
-    except Exception as error:  # the converter has no error of its own for most of what it meets
-        raise GrammarError(one_line(f"neither Lark with a rule start nor GBNF: {error}")) from error
+    lark = source if _IS_LARK.search(source) else _converted(source)
     bare = _QUOTED.sub("", lark)
     if "<" in bare:
         raise GrammarError("a grammar may not refer to special tokens")
     if option := _UNWANTED_OPTION.search(bare):
         raise GrammarError(f"the option {option[1]} of a rule is not supported")
     return lark
+
+
+def _converted(gbnf: str) -> str:
+    try:
+        return gbnf_to_lark(gbnf)
+    except RecursionError as error:
+        raise GrammarError("the grammar is nested too deeply") from error
+    except Exception as error:  # the converter has no error of its own for most of what it meets
+        raise GrammarError(one_line(f"neither Lark with a rule start nor GBNF: {error}")) from error

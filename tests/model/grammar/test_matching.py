@@ -170,6 +170,23 @@ def test_a_choice_is_one_of_its_strings(
     assert write(grammar, tokens, seed, lambda text: text in choices) in choices
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        'start: "a" end\nend: "b"',
+        '%import common.INT\n?start: "a" end\n?end: "b"',
+        'start[capture]: "a" end\nend: "b"',
+        '%llguidance {}\n\n// a comment\nstart : "a" end\nend: "b"',
+        'root ::= "a" end\nend ::= "b"',
+        '# a comment\nend ::= "b"\nroot ::= "a" end',
+    ],
+)
+def test_both_dialects_are_known_by_their_first_rule(
+    source: str, grammars: GrammarCompiler, tokens: Tokenizer
+) -> None:
+    assert write(grammars.compile(GrammarSpec("grammar", source)), tokens, 0) == "ab"
+
+
 def test_every_choice_can_be_made(grammars: GrammarCompiler, tokens: Tokenizer) -> None:
     choices = ("a", "ab", "äh", "😀", "")
     grammar = grammars.compile(GrammarSpec("choice", choices))
