@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loadtest.grammar_cases import Case, Kind
+from model.grammar import GrammarCompiler, GrammarError, GrammarSpec, Matcher, fill_masks
 from model.tokenizer import Tokenizer
 
 SPECIAL = "<|endoftext|>"
@@ -168,6 +169,59 @@ class XWalker:
         return bool(self.matcher.accept_token(token_id))
 
 
+class Ours:
+    """This project's use of llguidance, with limits of its own and a trial of each source."""
+
+    kinds: tuple[Kind, ...] = ("json_schema", "regex", "lark", "gbnf", "choice")
+
+    def __init__(self, tokens: Tokenizer, end: int) -> None:
+        self._compiler = GrammarCompiler(tokens, tokens.num_tokens, (end,))
+
+    def compile(self, case: Case) -> Any:
+        try:
+            if case.kind == "json_schema" or case.kind == "regex":
+                return self._compiler.compile(GrammarSpec(case.kind, case.source))
+            if case.kind == "choice":
+                words = tuple(json.loads(case.source))
+                return self._compiler.compile(GrammarSpec("choice", words))
+            return self._compiler.compile(GrammarSpec("grammar", case.source))
+        except GrammarError as error:
+            raise RefusedError(str(error)) from error
+
+    def walker(self, compiled: Any) -> "OurWalker":
+        return OurWalker(compiled.matcher())
+
+    def fill_all(self, walkers: list[Any], masks: Mask) -> None:
+        fill_masks([walker.matcher for walker in walkers], masks)
+
+
+class OurWalker:
+    """A text under this project's limits."""
+
+    def __init__(self, matcher: Matcher) -> None:
+        self.matcher = matcher
+
+    def fill(self, mask: Mask) -> None:
+        self.matcher.fill(mask)
+        self._check()
+
+    def accept(self, token_id: int) -> bool:
+        self.matcher.accept(token_id)
+        self._check()
+        return True
+
+    def _check(self) -> None:
+        if self.matcher.failure is not None:
+            raise RefusedError(self.matcher.failure)
+
+
+WAYS: dict[str, type[Guidance | XGrammar | Ours]] = {
+    "llguidance": Guidance,
+    "xgrammar": XGrammar,
+    "model.grammar": Ours,
+}
+
+
 def build(name: str, tokens: Tokenizer) -> Library:
-    end = tokens.special_tokens[SPECIAL]
-    return Guidance(tokens, end) if name == "llguidance" else XGrammar(tokens, end)
+    """The library of this name with its tables of the tokens."""
+    return WAYS[name](tokens, tokens.special_tokens[SPECIAL])

@@ -17,14 +17,18 @@ BURST_S, TOKEN_S = 0.5, 0.003
 An ordinary one takes 0.00001 to 0.0001 s a token; what takes 30 times as much is there to stop
 others, whose tokens wait meanwhile."""
 
+GRAMMAR_S = 2.0
+"""Processor time of all texts of a grammar before it is compiled anew: some 100,000 tokens of
+ordinary ones."""
+
 TOO_SLOW = "the grammar takes too long to follow"
 
 
 class Grammar:
     """A compiled source, shared between texts.
 
-    Its texts share what the library has found out about its tokens, up to a limit; beyond it all of
-    them fail, and `is_spent` says that it should be compiled anew.
+    Its texts share what the library has found out about its tokens. That grows, and when it is full
+    the texts fail; before, as a rule, `is_spent` says that new texts should have it compiled anew.
     """
 
     def __init__(self, spec: GrammarSpec, vocabulary: Vocabulary, compiled: LLMatcher) -> None:
@@ -32,10 +36,17 @@ class Grammar:
         self.vocabulary = vocabulary
         self.is_spent = False
         self._compiled = compiled
+        self._left_s = GRAMMAR_S
 
     def matcher(self) -> "Matcher":
         """For a text that has not begun."""
         return Matcher(self, self._compiled.deep_copy())
+
+    def spend(self, seconds: float) -> None:
+        """Count the processor time of a text: what the library finds out grows with it."""
+        self._left_s -= seconds
+        if self._left_s < 0:
+            self.is_spent = True
 
 
 class Matcher:
@@ -93,7 +104,9 @@ class Matcher:
         return self.failure is None
 
     def _spend(self, begin: float) -> None:
-        self._left_s -= time.thread_time() - begin
+        spent = time.thread_time() - begin
+        self._grammar.spend(spent)
+        self._left_s -= spent
         if self._left_s < 0:
             self.failure = TOO_SLOW
 
@@ -102,7 +115,8 @@ class Matcher:
         why = failure(self._library)
         if why is not None:
             self.failure = why
-            self._grammar.is_spent = why != NO_WAY_ON
+            if why != NO_WAY_ON:
+                self._grammar.is_spent = True
 
 
 def fill_masks(matchers: Sequence[Matcher], masks: Mask) -> None:

@@ -13,12 +13,13 @@ LIMITS = LLParserLimits(
     step_lexer_fuel=100_000,
     step_max_items=20_000,
     max_items_in_row=2_000,
-    max_lexer_states=20_000,
+    max_lexer_states=100_000,
     max_grammar_size=100_000,
     verbose_errors=False,
 )
 """Below the library's defaults where those let one token take a second, or one grammar hundreds of
-MiB; an object has about 490 optional properties at most, and any number of required ones."""
+MiB; these 100,000 states take 45 to 115. A string with a maxLength of 5,000 needs a quarter of
+them. An object has about 490 optional properties at most, and any number of required ones."""
 
 TRIAL_TOKENS = 16
 """Tokens of a text that is begun to see whether a grammar can be followed at all."""

@@ -15,6 +15,7 @@ from model.grammar import (
     GrammarError,
     GrammarSpec,
     compiler,
+    matching,
 )
 from model.grammar.trial import TrialProcess
 from model.grammar.vocabulary import Vocabulary
@@ -64,6 +65,21 @@ def test_a_grammar_whose_tables_are_full_is_made_anew(grammars: GrammarCompiler)
     fresh = grammars.compile(spec)
     assert fresh is not grammar
     assert allowed(fresh.matcher())
+
+
+def test_a_grammar_that_was_used_long_is_made_anew(
+    grammars: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts that have begun with it go on."""
+    monkeypatch.setattr(matching, "GRAMMAR_S", 0.01)
+    spec = GrammarSpec("regex", "a used one( again)*")
+    grammar = grammars.compile(spec)
+    matcher = grammar.matcher()
+    while not grammar.is_spent:
+        assert matcher.accept(next(i for i in allowed(matcher) if i not in ENDS))
+    assert grammars.compile(spec) is not grammar
+    assert matcher.failure is None
+    assert allowed(matcher)
 
 
 def test_what_was_compiled_is_kept_within_bounds(
