@@ -5,6 +5,7 @@ and decodes to itself. A character may be spread over several tokens.
 """
 
 import codecs
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -63,6 +64,10 @@ class Tokenizer:
         """Token ids of a text. The names of special tokens in it stand for those tokens."""
         return list(self._inner.encode(text, add_special_tokens=False).ids)
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text in which the names of special tokens are text like any other."""
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once, in parallel."""
         encodings = self._inner.encode_batch(list(texts), add_special_tokens=False)
@@ -81,6 +86,12 @@ class Tokenizer:
     def bytes_of(self, token_id: int) -> bytes:
         """What a token adds to the text; nothing for special tokens and ids without a token."""
         return self.token_bytes[token_id] if token_id < len(self.token_bytes) else b""
+
+    @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        plain = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        plain.encode_special_tokens = True
+        return plain
 
 
 class Detokenizer:

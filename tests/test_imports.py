@@ -46,6 +46,7 @@ ONLY_IN = {
     "triton": ("model.kernels",),
     "numba": ("model.cpu",),
     "llvmlite": ("model.cpu",),
+    "llguidance": ("model.grammar",),
     "fastapi": ("server.api",),
     "starlette": ("server.api",),
     "httpx": ("server.cli.client",),
@@ -176,5 +177,14 @@ def test_the_command_line_comes_without_what_is_slow() -> None:
     )
     loaded = set(shown.stdout.split())
     assert "server.settings" in loaded
-    slow = {"torch", "numpy", "fastapi", "uvicorn", "tokenizers", "safetensors", "httpx"}
+    slow = {
+        "torch",
+        "numpy",
+        "fastapi",
+        "uvicorn",
+        "tokenizers",
+        "safetensors",
+        "httpx",
+        "llguidance",
+    }
     assert loaded.isdisjoint(slow)

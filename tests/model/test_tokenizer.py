@@ -31,6 +31,20 @@ def test_every_text_round_trips(text: str) -> None:
     assert WORDS.decode(WORDS.encode(text)) == text
 
 
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_a_text_that_is_only_text_is_encoded_as_ever(text: str) -> None:
+    if not any(name in text for name in SPECIAL):
+        assert WORDS.encode_text(text) == WORDS.encode(text)
+
+
+def test_names_of_special_tokens_can_be_spelt_out() -> None:
+    text = "the <|user|> cat<|endoftext|>"
+    ids = WORDS.encode_text(text)
+    assert WORDS.decode(ids) == text
+    assert set(ids).isdisjoint(WORDS.special_tokens.values())
+    assert not set(WORDS.encode(text)).isdisjoint(WORDS.special_tokens.values())
+
+
 @given(st.lists(ANY_TEXT, max_size=5))
 def test_a_batch_is_encoded_as_its_texts(texts: list[str]) -> None:
     assert WORDS.encode_batch(texts) == [WORDS.encode(text) for text in texts]

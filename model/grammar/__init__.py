@@ -1,0 +1,19 @@
+"""Text that keeps to a JSON schema, a regular expression, a grammar or a list of strings.
+
+A source is compiled once and shared; each text under it has a matcher, which says before every
+token which tokens may come next. Matching is done by the llguidance library.
+"""
+
+from model.grammar.compiler import GrammarCompiler
+from model.grammar.matching import Grammar, Matcher, fill_masks
+from model.grammar.source import GrammarBusyError, GrammarError, GrammarSpec
+
+__all__ = [
+    "Grammar",
+    "GrammarBusyError",
+    "GrammarCompiler",
+    "GrammarError",
+    "GrammarSpec",
+    "Matcher",
+    "fill_masks",
+]
