@@ -216,6 +216,12 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Silence on a stream after which a comment is sent.",
     )
+    grammar_timeout_s: float = Field(
+        5.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds to compile a schema, regular expression or grammar of a request.",
+    )
     max_resumable_streams: int = Field(
         64, ge=0, description="Streams that can be resumed; the oldest ended ones make room."
     )

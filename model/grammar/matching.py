@@ -70,6 +70,10 @@ class Matcher:
         """Nothing but the end can follow. Exact after `fill`; may be late after `accept`."""
         return self.may_end and (self._only_end or self._library.is_stopped())
 
+    def new_mask(self) -> Mask:
+        """A mask for `fill`, with no bit set."""
+        return np.zeros(self._grammar.vocabulary.num_words, np.int32)
+
     def fill(self, mask: Mask) -> None:
         """Set the bits of the token ids that may come next, clear the others.
 

@@ -10,6 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from model.checkpoint import Checkpoint
 from model.compact import CompactForm, compact_form
+from model.grammar import GrammarCompiler
 from server import __version__
 from server.api import (
     chat,
@@ -82,6 +83,7 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
                 chore.cancel()
             await asyncio.wait(chores)
             await service.streams.close()
+            await asyncio.to_thread(service.grammars.close)
             await asyncio.to_thread(service.engine.stop)
             await store.close()
 
@@ -171,6 +173,11 @@ def _conversation(checkpoint: Checkpoint) -> Conversation | None:
     )
 
 
+def _grammars(checkpoint: Checkpoint) -> GrammarCompiler:
+    config = checkpoint.network.config
+    return GrammarCompiler(checkpoint.tokenizer, config.vocab_sz, config.eos_token_ids)
+
+
 async def _watch(keys: KeyRing) -> None:
     """Take up what changes in the key file, for ever."""
     while True:
@@ -244,6 +251,7 @@ def _build(
         engine=engine,
         router=router,
         conversation=conversation,
+        grammars=_grammars(checkpoint),
         streams=Streams(
             StreamLimits(
                 settings.max_resumable_streams,

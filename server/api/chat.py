@@ -57,7 +57,7 @@ async def create_chat_completion(
     async def prepare(turn: Turn) -> Prepared:
         tokens = await prompts.read_messages(service, prompts.said(body.messages), turn.start)
         prompts.check_lengths(service, body, [tokens], turn.start)
-        specs = prompts.choices(service, body, [tokens])
+        specs = await prompts.choices(service, body, [tokens])
         return Prepared(specs, ChatAnswer(service, body, turn, specs))
 
     if body.top_logprobs is not None and not body.logprobs:

@@ -52,7 +52,7 @@ async def create_completion(
 
     async def prepare(turn: Turn) -> Prepared:
         tokens = await prompts.read_prompts(service, body, turn.start)
-        specs = prompts.choices(service, body, tokens)
+        specs = await prompts.choices(service, body, tokens)
         return Prepared(specs, CompletionAnswer(service, body, turn, specs))
 
     given = SessionHeaders(x_session_id, idempotency_key)

@@ -11,6 +11,7 @@ from server.api.schemas.chat import Message
 from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.generation import SamplingRequest
 from server.api.service import Service
+from server.api.structure import read_grammar
 from server.api.turns import ChoiceSpec
 from server.engine.messages import Continuation
 from server.errors import InvalidRequest, NotFound
@@ -142,11 +143,11 @@ def check_lengths(
         )
 
 
-def choices(
+async def choices(
     service: Service, body: SamplingRequest, prompts: Sequence[tuple[int, ...]]
 ) -> list[ChoiceSpec]:
     """All choices of an answer, prompt by prompt. Raises InvalidRequest."""
-    sampling = _sampling(service, body)
+    sampling, grammar = _sampling(service, body), await read_grammar(service, body)
     check_ids(service, body.stop_token_ids or (), "stop_token_ids")
     return [
         ChoiceSpec(
@@ -161,6 +162,7 @@ def choices(
             num_logprobs=body.num_logprobs,
             return_tokens=body.returns_tokens,
             score_prompt=body.scores_prompt,
+            grammar=grammar,
         )
         for ids in prompts
         for index in range(body.num_generated_per_prompt)

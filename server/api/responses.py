@@ -199,7 +199,7 @@ class _Making:
         said = [Said(role, text) for role, text in body.messages]
         tokens = await prompts.read_messages(service, said, turn.start)
         prompts.check_lengths(service, body, [tokens], turn.start)
-        specs = prompts.choices(service, body, [tokens])
+        specs = await prompts.choices(service, body, [tokens])
         self.answer = ResponseAnswer(service, body, turn, specs, self.first)
         await turn.submit(specs, self.answer)
 

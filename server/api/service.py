@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from model.checkpoint import Checkpoint
+from model.grammar import GrammarCompiler
 from server.api.conversation import Conversation
 from server.api.limits import Limiter
 from server.api.router import Router
@@ -65,6 +66,7 @@ class Service:
     engine: Engine
     router: Router
     streams: Streams
+    grammars: GrammarCompiler
     conversation: Conversation | None
     """How messages become a prompt; None for a model without a chat template."""
 

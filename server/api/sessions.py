@@ -209,7 +209,7 @@ async def _read(service: Service, caller: Caller, prompt: Prompt) -> SessionStat
     turn = Turn(service, caller, prompts.timeout_s(service, asked))
     try:
         tokens = await prompts.read_prompts(service, asked, turn.start)
-        [choice] = prompts.choices(service, asked, tokens)
+        [choice] = await prompts.choices(service, asked, tokens)
         return await turn.read(choice)
     finally:
         await asyncio.shield(turn.close())

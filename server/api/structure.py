@@ -3,7 +3,6 @@
 import json
 
 from model.grammar import Grammar, GrammarBusyError, GrammarError, GrammarSpec
-
 from server.api.schemas.generation import SamplingRequest
 from server.api.schemas.structure import JsonSchemaFormat, StructuredOutputs, TextFormat
 from server.api.service import Service

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from model.grammar import Grammar
 from model.sampling import SamplingParams
 from server.api.auth import Caller
 from server.api.router import Aborted, EventQueue
@@ -25,6 +26,7 @@ from server.engine.messages import (
     Failed,
     Finished,
     Fresh,
+    GrammarFailed,
     NoProbabilities,
     Parked,
     PromptScored,
@@ -35,6 +37,7 @@ from server.engine.messages import (
 from server.errors import (
     DeadlineExceeded,
     InternalError,
+    InvalidRequest,
     LatentdError,
     Overloaded,
     ShuttingDown,
@@ -58,6 +61,7 @@ class ChoiceSpec:
     num_logprobs: int | None = None
     return_tokens: bool = False
     score_prompt: bool = False
+    grammar: Grammar | None = None
 
 
 Told = PromptScored | TextDelta | Finished
@@ -212,6 +216,10 @@ class Turn:
                     raise InternalError(message)
                 case NoProbabilities():
                     raise self._no_probabilities()
+                case GrammarFailed(_, reason):
+                    raise InvalidRequest(
+                        f"the text cannot be completed: {reason}", None, "grammar_failed"
+                    )
                 case DeadlinePassed():
                     raise DeadlineExceeded(self._timeout_s or 0)
                 case StateMissing(request_id):
@@ -271,6 +279,7 @@ class Turn:
             num_logprobs=choice.num_logprobs,
             return_tokens=choice.return_tokens,
             score_prompt=choice.score_prompt,
+            grammar=choice.grammar,
             prefix_salt=self._owner.encode(),
             keep_state=keep_state,
             deadline=None if self._timeout_s is None else self._started + self._timeout_s,

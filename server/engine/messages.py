@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from model.grammar import Grammar
 from model.sampling import SamplingParams
 
 
@@ -79,6 +80,9 @@ class EngineRequest:
     score_prompt: bool = False
     """The prompt's tokens come with probabilities, in one `PromptScored`: with as many of the most
     probable tokens as `num_logprobs` says, and none where it says None."""
+
+    grammar: Grammar | None = None
+    """What the text has to keep to; it ends where nothing but its end can follow."""
 
     prefix_salt: bytes = b""
     """Only prompts with the same salt share what was read of their common beginning."""
@@ -215,6 +219,14 @@ class NoProbabilities:
 
 
 @dataclass(frozen=True)
+class GrammarFailed:
+    """The text cannot go on, though it does not keep to its grammar yet. Nothing is kept."""
+
+    request_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class DeadlinePassed:
     """The turn did not end before its deadline; nothing is kept."""
 
@@ -235,7 +247,7 @@ class Evicted:
     name: str
 
 
-Ending = Finished | Failed | NoProbabilities | DeadlinePassed | StateMissing
+Ending = Finished | Failed | NoProbabilities | GrammarFailed | DeadlinePassed | StateMissing
 """What a request ends with."""
 
 Event = PromptScored | TextDelta | Ending

@@ -132,8 +132,12 @@ class Scheduler:
         """Read some of the prompts; decode everything that can."""
         return Plan(
             prefill=self._plan_prefill(),
-            decode=tuple(self.decoding[row] for row in sorted(self.decoding)),
+            decode=self.decode_order(),
         )
+
+    def decode_order(self) -> tuple[Sequence, ...]:
+        """What decodes, in the order of the rows."""
+        return tuple(self.decoding[row] for row in sorted(self.decoding))
 
     def _plan_prefill(self) -> tuple[tuple[Sequence, int], ...]:
         """Pieces of prompts which padded to the longest of them keep within the budget."""

@@ -3,6 +3,9 @@
 import time
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from model.sampling import WINDOW, RecentTokens, SampledRow
 from model.state import RowState
 from model.tokenizer import Detokenizer, Tokenizer
@@ -51,7 +54,7 @@ class Sequence:
     ) -> None:
         start = request.continuation
         self.request = request
-        ends = () if request.ignore_eos else eos_token_ids
+        ends = () if request.ignore_eos and request.grammar is None else eos_token_ids
         self.end_token_ids = frozenset((*ends, *request.stop_token_ids))
         """Tokens that end the text."""
 
@@ -109,6 +112,10 @@ class Sequence:
 
         self._anchor: Anchor | None = None
         self._since_anchor = ""
+        self._mask: NDArray[np.int32] | None = None
+        """Token ids that may come next, where a grammar says it."""
+
+        self.matcher = None if request.grammar is None else request.grammar.matcher()
 
     @property
     def unread(self) -> list[int]:
@@ -145,7 +152,16 @@ class Sequence:
     def sampled_row(self) -> SampledRow:
         early = self.num_generated < self.request.min_tokens
         banned = tuple(self.end_token_ids) if early else ()
-        return SampledRow(self.request.sampling, self.position, self.recent, banned)
+        return SampledRow(self.request.sampling, self.position, self.recent, banned, self._mask)
+
+    def find_allowed(self) -> str | None:
+        """Find out which tokens may come next. Returns why none may, if so."""
+        if self.matcher is None:
+            return None
+        if self._mask is None:
+            self._mask = self.matcher.new_mask()
+        self.matcher.fill(self._mask)
+        return self.matcher.failure
 
     def take(self, count: int) -> list[int]:
         """The next unread tokens, which the caller puts into the state."""

@@ -23,6 +23,7 @@ from server.engine.messages import (
     Failed,
     Finished,
     Fresh,
+    GrammarFailed,
     Message,
     NoProbabilities,
     Parked,
@@ -117,7 +118,7 @@ class Worker:
             self._reader.read(plan.prefill)
             self._finish_reading()
         if plan.decode:
-            self._decode(plan)
+            self._decode(plan.decode)
 
     def _receive(self) -> None:
         idle = self._scheduler.idle
@@ -215,17 +216,36 @@ class Worker:
         self._scheduler.reading.remove(sequence)
         self._reader.leave(sequence)
 
-    def _decode(self, plan: Plan) -> None:
+    def _follow_grammars(self, decode: Row[Sequence]) -> Row[Sequence]:
+        """Find out what may come next where a grammar says it; end what is complete.
+
+        Returns the sequences that go on.
+        """
+        if not any(sequence.matcher is not None for sequence in decode):
+            return decode
+        for sequence in decode:
+            reason = sequence.find_allowed()
+            if reason is not None:
+                self._drop(sequence)
+                self._end(GrammarFailed(sequence.request.request_id, reason))
+            elif sequence.matcher is not None and sequence.matcher.is_complete:
+                self._finish(sequence, End("stop"))
+        return self._scheduler.decode_order()
+
+    def _decode(self, decode: Row[Sequence]) -> None:
         started = time.monotonic()
-        rows = [self._row(sequence) for sequence in plan.decode]
-        inputs = [sequence.take(1)[0] for sequence in plan.decode]
+        decode = self._follow_grammars(decode)
+        if not decode:
+            return
+        rows = [self._row(sequence) for sequence in decode]
+        inputs = [sequence.take(1)[0] for sequence in decode]
         ids = torch.tensor(inputs, device=self._pool.device)
-        tokens = self._sample(self._network.step(ids, self._pool, rows), plan.decode)
+        tokens = self._sample(self._network.step(ids, self._pool, rows), decode)
         now = time.monotonic()
         self._metrics.step_duration_seconds.observe(now - started)
         self._metrics.batch_size.set(len(rows))
         self._metrics.generation_tokens_total.inc(len(rows) - tokens.count(None))
-        for sequence, token in zip(plan.decode, tokens, strict=True):
+        for sequence, token in zip(decode, tokens, strict=True):
             if token is None:
                 self._drop(sequence)
                 self._end(NoProbabilities(sequence.request.request_id))
@@ -273,6 +293,8 @@ class Worker:
         kept = request.include_stop and token_id in request.stop_token_ids
         if ends and not kept:
             return _end_by(token_id, request)
+        if sequence.matcher is not None:
+            sequence.matcher.accept(token_id)  # what fails here is told before the next token
         step = sequence.push_text(token)
         row = self._row(sequence)
         if step.wants_anchor:
