@@ -14,7 +14,7 @@ class LatentdError(Exception):
         status: int,
         kind: str,
         param: str | None = None,
-        code: str | None = None,
+        code: str,
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
@@ -41,7 +41,7 @@ class InvalidRequest(LatentdError):
     """The request is wrong; the message says what would be right."""
 
     def __init__(
-        self, message: str, param: str | None = None, code: str | None = None, status: int = 400
+        self, message: str, param: str | None = None, code: str = "invalid_value", status: int = 400
     ) -> None:
         super().__init__(
             message, status=status, kind="invalid_request_error", param=param, code=code

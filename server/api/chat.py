@@ -55,7 +55,8 @@ async def create_chat_completion(
     """
 
     async def prepare(turn: Turn) -> Prepared:
-        tokens = await prompts.read_messages(service, prompts.said(body.messages), turn.start)
+        said = prompts.said(body.messages)
+        tokens = await prompts.read_messages(service, said, turn.start, body.prompt_name)
         prompts.check_lengths(service, body, [tokens], turn.start)
         specs = await prompts.choices(service, body, [tokens])
         return Prepared(specs, ChatAnswer(service, body, turn, specs))

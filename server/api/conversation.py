@@ -15,7 +15,6 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.tokenizer import Tokenizer
-from server.errors import InvalidRequest
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,10 @@ class Said:
     text: str
     name: str | None = None
     """Who spoke, for templates that have a place for it."""
+
+
+class UnfitMessages(ValueError):
+    """The template does not take these messages; the message says why."""
 
 
 class TemplateFault(ValueError):
@@ -55,11 +58,11 @@ class Conversation:
         }
 
     def begin(self, messages: Sequence[Said]) -> list[int]:
-        """Tokens of a whole conversation, up to where the answer begins. Raises InvalidRequest."""
+        """Tokens of a whole conversation, up to where the answer begins. Raises UnfitMessages."""
         return self._encode([_facts(message) for message in messages])
 
     def go_on(self, messages: Sequence[Said]) -> list[int]:
-        """Tokens between the last answer and the next one. Raises InvalidRequest.
+        """Tokens between the last answer and the next one. Raises UnfitMessages.
 
         No messages: nothing, so that the last answer itself goes on.
         """
@@ -79,11 +82,7 @@ class Conversation:
         if behind:
             _, found, text = text.partition(behind)
             if not found:
-                raise InvalidRequest(
-                    "this model's chat template does not show earlier answers: it cannot go on "
-                    "with a session",
-                    "session_id",
-                )
+                raise UnfitMessages("it does not show earlier answers, so that no chat can go on")
         ids = list[int]()
         for part in text.split(mark):
             ids += self._tokenizer.encode(part)
@@ -94,13 +93,8 @@ class Conversation:
             return self._template.render(
                 messages=messages, add_generation_prompt=True, tools=None, **self._names
             )
-        except InvalidRequest:
-            raise
         except Exception as error:  # the template is a program of the checkpoint's
-            reason = str(error)[:200] or type(error).__name__
-            raise InvalidRequest(
-                f"this model's chat template does not take these messages: {reason}", "messages"
-            ) from error
+            raise UnfitMessages(str(error)[:200] or type(error).__name__) from error
 
 
 def _facts(message: Said) -> dict[str, str]:
@@ -110,9 +104,7 @@ def _facts(message: Said) -> dict[str, str]:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise InvalidRequest(
-        f"this model's chat template does not take these messages: {message[:200]}", "messages"
-    )
+    raise UnfitMessages(message)
 
 
 def _strftime_now(format: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from model.sampling import SamplingParams, derive_seed
-from server.api.conversation import Said
+from server.api.conversation import Said, UnfitMessages
 from server.api.schemas.chat import Message
 from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.generation import SamplingRequest
@@ -36,11 +36,13 @@ def check_limits(service: Service, body: SamplingRequest) -> None:
     most = max_tokens(service, body)
     if most > settings.max_tokens_limit:
         raise InvalidRequest(
-            f"max_tokens is {most}, the most is {settings.max_tokens_limit}", "max_tokens"
+            f"{body.limit_name} is {most}, the most is {settings.max_tokens_limit}",
+            body.limit_name,
         )
     if body.min_tokens is not None and body.min_tokens > most:
         raise InvalidRequest(
-            f"min_tokens is {body.min_tokens}, which is more than max_tokens, {most}", "min_tokens"
+            f"min_tokens is {body.min_tokens}, which is more than {body.limit_name}, {most}",
+            "min_tokens",
         )
     num_made, n = body.num_generated_per_prompt, body.num_choices_per_prompt
     if num_made > settings.max_n:
@@ -60,7 +62,7 @@ def check_limits(service: Service, body: SamplingRequest) -> None:
         raise InvalidRequest(
             f"n times the number of prompts is {num_made * body.num_prompts}, the most is "
             f"{settings.max_waiting}",
-            "prompt",
+            body.prompt_name,
         )
     most_s = settings.request_timeout_s
     if body.timeout is not None and most_s is not None and body.timeout > most_s:
@@ -107,19 +109,28 @@ def said(messages: Sequence[Message]) -> list[Said]:
 
 
 async def read_messages(
-    service: Service, messages: Sequence[Said], start: Continuation
+    service: Service, messages: Sequence[Said], start: Continuation, param: str
 ) -> tuple[int, ...]:
-    """Tokens of the messages, to be read after `start`. Raises InvalidRequest."""
+    """Tokens of the messages, which `param` named, to be read after `start`.
+
+    Raises InvalidRequest.
+    """
     conversation = service.conversation
     if conversation is None:
         raise InvalidRequest(
             "this model has no chat template: use /v1/completions", None, "no_chat_template"
         )
+    if not messages and not start.position:
+        raise InvalidRequest("a conversation begins with at least one message", param)
+    render = conversation.go_on if start.position else conversation.begin
+    try:
+        ids = await asyncio.to_thread(render, messages)
+    except UnfitMessages as error:
+        raise InvalidRequest(
+            f"this model's chat template does not take these messages: {error}", param
+        ) from error
     if start.position:
-        return tuple(await asyncio.to_thread(conversation.go_on, messages))
-    if not messages:
-        raise InvalidRequest("a conversation begins with at least one message", "messages")
-    ids = await asyncio.to_thread(conversation.begin, messages)
+        return tuple(ids)
     bos = service.checkpoint.network.config.bos_token_id
     return tuple(ids) if bos is None or ids[:1] == [bos] else (bos, *ids)
 
@@ -138,7 +149,7 @@ def check_lengths(
         raise InvalidRequest(
             f"n times the tokens of the prompts is {num_tokens}, the most is "
             f"{service.settings.max_waiting_tokens}",
-            "prompt",
+            body.prompt_name,
             "context_length_exceeded",
         )
 
@@ -200,13 +211,13 @@ def _check_length(
         raise InvalidRequest(
             f"the prompt has {len(ids)} tokens, the most in one request is {limit}; a session can "
             "read any number in several requests",
-            "prompt",
+            body.prompt_name,
             "context_length_exceeded",
         )
     if not ids and not start.pending and max_tokens(service, body) > 0:
         raise InvalidRequest(
             "the prompt is empty and there is nothing to continue: it needs at least one token",
-            "prompt",
+            body.prompt_name,
         )
 
 

@@ -197,7 +197,7 @@ class _Making:
                 await service.responses.state_after(self._owner, body.previous_response_id)
             )
         said = [Said(role, text) for role, text in body.messages]
-        tokens = await prompts.read_messages(service, said, turn.start)
+        tokens = await prompts.read_messages(service, said, turn.start, body.prompt_name)
         prompts.check_lengths(service, body, [tokens], turn.start)
         specs = await prompts.choices(service, body, [tokens])
         self.answer = ResponseAnswer(service, body, turn, specs, self.first)

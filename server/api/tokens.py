@@ -39,7 +39,9 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Tokenized:
             ids = await prompts.encode(service, text)
             ids = (bos, *ids) if adds and bos is not None else ids
         case None, list(messages):
-            ids = await prompts.read_messages(service, prompts.said(messages), Continuation())
+            ids = await prompts.read_messages(
+                service, prompts.said(messages), Continuation(), "messages"
+            )
             ids = ids if adds or ids[:1] != (bos,) else ids[1:]
         case _:
             raise InvalidRequest("give a prompt or messages, one of them", "prompt")

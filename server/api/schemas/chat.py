@@ -110,6 +110,14 @@ class ChatRequest(GenerationRequest):
         return "top_logprobs"
 
     @property
+    def limit_name(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def prompt_name(self) -> str:
+        return "messages"
+
+    @property
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 

@@ -129,6 +129,16 @@ class SamplingRequest(RequestModel):
         return None
 
     @property
+    def limit_name(self) -> str:
+        """The parameter that `token_limit` comes from."""
+        return "max_tokens"
+
+    @property
+    def prompt_name(self) -> str:
+        """The parameter that the prompt comes from."""
+        return "prompt"
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether the prompt's tokens are to be told with their probabilities."""
         return False

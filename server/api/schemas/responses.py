@@ -190,6 +190,14 @@ class ResponseRequest(SamplingRequest):
         return "text.format"
 
     @property
+    def limit_name(self) -> str:
+        return "max_output_tokens"
+
+    @property
+    def prompt_name(self) -> str:
+        return "input"
+
+    @property
     def token_limit(self) -> int | None:
         return self.max_output_tokens
 

@@ -6,9 +6,8 @@ from hypothesis import strategies as st
 
 from model import tokenizer
 from model.tokenizer import Tokenizer
-from server.api.conversation import Conversation, Said, TemplateFault
+from server.api.conversation import Conversation, Said, TemplateFault, UnfitMessages
 from server.api.schemas.chat import Message
-from server.errors import InvalidRequest
 from tests.server.api.chats import SPECIAL, TEMPLATE
 
 WORDS = tokenizer.train(["the cat sat on the mat and then"], 310, SPECIAL)
@@ -90,13 +89,12 @@ def test_templates_know_the_names_of_the_first_and_last_token() -> None:
     ],
 )
 def test_what_a_template_refuses_is_the_clients_to_know(template: str, reason: str) -> None:
-    with pytest.raises(InvalidRequest, match=reason) as caught:
+    with pytest.raises(UnfitMessages, match=reason):
         conversation(template).begin(said("x"))
-    assert caught.value.param == "messages"
 
 
 def test_a_template_that_hides_answers_cannot_go_on_with_a_session() -> None:
-    with pytest.raises(InvalidRequest, match="does not show earlier answers"):
+    with pytest.raises(UnfitMessages, match="does not show earlier answers"):
         conversation("{{ messages[-1].content }}").go_on(said("x"))
 
 

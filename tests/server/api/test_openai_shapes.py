@@ -123,4 +123,4 @@ def test_errors(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
     assert set(error) == {"message", "type", "param", "code"}
     assert isinstance(error["message"], str)
     assert isinstance(error["type"], str)
-    assert error["code"] is None or isinstance(error["code"], str)
+    assert isinstance(error["code"], str)

@@ -288,7 +288,8 @@ def test_responses_survive_a_restart(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "param", "code"),
     [
-        ({"input": []}, "messages", None),
+        ({"input": []}, "input", "invalid_value"),
+        ({"max_output_tokens": 70_000}, "max_output_tokens", "invalid_value"),
         ({"input": 5}, "input", "invalid_value"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type", "invalid_value"),
         (
@@ -300,17 +301,17 @@ def test_responses_survive_a_restart(folder: Path, tmp_path: Path) -> None:
         ({"tools": [{"type": "web_search"}]}, "tools", "unsupported_parameter"),
         ({"reasoning": {"effort": "high"}}, "reasoning", "unsupported_parameter"),
         ({"conversation": "conv_1"}, "conversation", "unsupported_parameter"),
-        ({"background": True, "store": False}, "store", None),
-        ({"ttl": 5, "store": False}, "ttl", None),
-        ({"top_logprobs": 3}, "top_logprobs", None),
-        ({"stream_options": {}}, "stream_options", None),
+        ({"background": True, "store": False}, "store", "invalid_value"),
+        ({"ttl": 5, "store": False}, "ttl", "invalid_value"),
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"stream_options": {}}, "stream_options", "invalid_value"),
         ({"previous_response_id": "resp_x"}, "previous_response_id", "response_not_found"),
         ({"n": 2}, "n", "unknown_parameter"),
         ({"model": "other"}, "model", "model_not_found"),
     ],
 )
 def test_what_is_wrong_is_named(
-    client: httpx.Client, changes: dict[str, object], param: str, code: str | None
+    client: httpx.Client, changes: dict[str, object], param: str, code: str
 ) -> None:
     response = client.post(URL, json=BODY | changes)
     assert response.status_code in (400, 404), response.text
