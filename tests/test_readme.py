@@ -50,7 +50,7 @@ def test_the_two_commands_come_first() -> None:
 
 def test_the_tour_works_on_the_default_model(tools: Path, tmp_path: Path) -> None:
     tour = [block for block in BLOCKS if "127.0.0.1:8000" in block]
-    assert len(tour) == 5
+    assert len(tour) == 6
     first, rest = tour[:2], tour[2:]
     with server_process(PRETRAINED, tmp_path / "data") as server:
         told = run("\n".join([*first, "echo id $session"]).replace(LOCAL, server.url), tools)
@@ -65,6 +65,8 @@ def test_the_tour_works_on_the_default_model(tools: Path, tmp_path: Path) -> Non
     assert '"turn":2' in told
     assert "ok: a server of this model would import it" in told
     assert (tmp_path / "fox.safetensors").stat().st_size > 200_000
+    assert '"object":"chat.completion"' in told
+    assert "The end." in told or "To be continued." in told
     assert "latentd_session_state_bytes" in told
 
 
