@@ -72,7 +72,7 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
         await _recover(service.responses)
         service.engine.start()
         app.state.service = service
-        sweeping = _sweep(service.sessions, service.responses, settings.sweep_interval_s)
+        sweeping = _sweep(service, settings.sweep_interval_s)
         chores = [asyncio.create_task(sweeping)]
         if settings.key_file is not None:
             chores.append(asyncio.create_task(_watch(keys)))
@@ -196,11 +196,12 @@ async def _recover(responses: Responses) -> None:
             log.warning("%d responses in the background were interrupted", interrupted)
 
 
-async def _sweep(conversations: Sessions, responses: Responses, every_s: float) -> None:
-    """Erase expired sessions and responses, for ever."""
+async def _sweep(service: Service, every_s: float) -> None:
+    """Erase expired sessions, responses and streams, for ever."""
     while True:
+        service.streams.forget_expired()
         try:
-            swept = await conversations.sweep() + await responses.sweep()
+            swept = await service.sessions.sweep() + await service.responses.sweep()
         except StorageFailed as error:
             log.warning("expired sessions and responses stay for now: %s", error)
             swept = 0

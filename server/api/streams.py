@@ -165,7 +165,7 @@ class Streams:
 
     def check_room(self) -> None:
         """Raises Overloaded when as many streams run as may."""
-        self._forget_expired()
+        self.forget_expired()
         running = sum(stream.ended_at is None for stream in self._streams.values())
         if running >= self._limits.max_streams:
             raise Overloaded(f"{running} resumable streams are running already", "too_many_streams")
@@ -189,7 +189,7 @@ class Streams:
 
     def get(self, owner: str, stream_id: str) -> Stream:
         """Raises NotFound."""
-        self._forget_expired()
+        self.forget_expired()
         stream = self._streams.get(stream_id)
         if stream is None or stream.owner != owner:
             raise NotFound(
@@ -215,7 +215,8 @@ class Streams:
         """When it is forgotten; None while it runs."""
         return None if stream.ended_at is None else stream.ended_at + self._limits.ttl_s
 
-    def _forget_expired(self) -> None:
+    def forget_expired(self) -> None:
+        """Forget the streams that ended long ago."""
         now = self._clock()
         for stream in list(self._streams.values()):
             expires_at = self.expires_at(stream)
