@@ -107,10 +107,14 @@ class Answer(ABC):
         """`echoes` are texts that the choices begin with."""
         self.id = answer_id
         self.created = int(time.time())
-        self.model = service.model_name
-        self.fingerprint = f"fp_{service.checkpoint.fingerprint[:12]}"
         self.tokenizer = service.checkpoint.tokenizer
         self.session_id = turn.session_id
+        self._constant: dict[str, Any] = {
+            "id": self.id,
+            "created": self.created,
+            "model": service.model_name,
+            "system_fingerprint": f"fp_{service.checkpoint.fingerprint[:12]}",
+        } | ({} if self.session_id is None else {"session_id": self.session_id})
         self._next_turn = None if turn.session_turn is None else turn.session_turn + 1
         self._body = body
         self._resumed_tokens = turn.start.position
@@ -189,17 +193,10 @@ class Answer(ABC):
     @property
     def facts(self) -> dict[str, Any]:
         """What every shape of the answer and each of its events tells."""
-        known = {
-            "session_id": self.session_id,
-            "session_turn": self.session_turn,
-            "timings": self.timings,
-        }
-        return {
-            "id": self.id,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-        } | {name: fact for name, fact in known.items() if fact is not None}
+        if not self.is_finished:
+            return self._constant
+        known = {"session_turn": self.session_turn, "timings": self.timings}
+        return self._constant | {name: fact for name, fact in known.items() if fact is not None}
 
     @property
     def _cached_tokens(self) -> int:

@@ -141,7 +141,7 @@ class ChatAnswer(Answer):
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason} | told
         return ChatChunk.model_validate(
             self.facts
-            | self._asked.usage_in_event(self.usage)
+            | self._asked.usage_in_event(lambda: self.usage)
             | (self._prompt_ids() if first else {})
             | {"object": "chat.completion.chunk", "choices": [choice]}
         )
@@ -167,7 +167,7 @@ def _again(answer: str, body: ChatRequest) -> Iterator[ChatChunk]:
     """A known answer as a stream."""
     known = ChatCompletion.model_validate_json(answer)
     facts = known.model_dump(exclude={"choices", "usage", "object"}, exclude_unset=True)
-    usage = body.usage_in_event(known.usage)
+    usage = body.usage_in_event(lambda: known.usage)
     for choice in known.choices:
         told = choice.model_dump(exclude={"message"}, exclude_unset=True)
         delta = Delta(role="assistant", content=choice.message.content)

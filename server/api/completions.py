@@ -1,7 +1,7 @@
 """`POST /v1/completions`: text that continues a prompt, whole or as a stream."""
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Request, Response
 
@@ -145,14 +145,13 @@ class CompletionAnswer(Answer):
         self,
         index: int,
         text: str,
-        facts: dict[str, object],
+        facts: dict[str, Any],
         reason: Literal["stop", "length"] | None = None,
     ) -> Completion:
         """One event of a stream."""
-        choice = CompletionChoice.model_validate(
-            {"index": index, "text": text, "logprobs": None, "finish_reason": reason} | facts
-        )
-        return self._completion([choice], **self._asked.usage_in_event(self.usage))
+        told = {"logprobs": None} | facts
+        choice = CompletionChoice(index=index, text=text, finish_reason=reason, **told)
+        return self._completion([choice], **self._asked.usage_in_event(lambda: self.usage))
 
     def _completion(self, choices: list[CompletionChoice], **facts: object) -> Completion:
         """A completion object with these choices."""
@@ -165,9 +164,9 @@ class CompletionAnswer(Answer):
             return {}
         return {"prompt_token_ids": list(self.choices[index].prompt_ids)}
 
-    def _told(self, choice: Choice, num_new: int) -> dict[str, object]:
+    def _told(self, choice: Choice, num_new: int) -> dict[str, Any]:
         """What was asked for about the last `num_new` tokens of a choice."""
-        facts: dict[str, object] = {}
+        facts: dict[str, Any] = {}
         if self._asked.logprobs is not None:
             facts["logprobs"] = self._logprobs(choice.generated, num_new)
         if self._asked.return_token_ids:
@@ -222,6 +221,6 @@ def _again(answer: str, body: CompletionRequest) -> Iterator[Completion]:
     """A known answer as a stream."""
     known = Completion.model_validate_json(answer)
     facts = known.model_dump(exclude={"usage"}, exclude_unset=True)
-    yield Completion.model_validate(facts | body.usage_in_event(known.usage))
+    yield Completion.model_validate(facts | body.usage_in_event(lambda: known.usage))
     if body.wants_usage_event:
         yield known.model_copy(update={"choices": []})

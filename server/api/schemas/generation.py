@@ -1,5 +1,6 @@
 """What completions and chats have in common: how to choose tokens, how to deliver them."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -209,13 +210,13 @@ class GenerationRequest(SamplingRequest):
         options = self.stream_options
         return options is not None and bool(options.continuous_usage_stats)
 
-    def usage_in_event(self, usage: "Usage | None") -> "dict[str, Usage | None]":
+    def usage_in_event(self, usage: "Callable[[], Usage | None]") -> "dict[str, Usage | None]":
         """The usage in an event of a stream that has something else to tell, if it belongs there.
 
         Where it is to come at the end, the others have null.
         """
         if self.wants_usage_in_events:
-            return {"usage": usage}
+            return {"usage": usage()}
         return {"usage": None} if self.wants_usage_event else {}
 
 
