@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated
 
@@ -24,6 +25,7 @@ import typer
 
 from model import PRETRAINED
 from model.checkpoint import load
+from model.grammar import Grammar
 from model.sampling import SamplingParams
 from server.api.app import engine_limits
 from server.engine.device import choose_device, choose_threads
@@ -41,27 +43,31 @@ class BareEngine:
     def __init__(self, threads: int | None) -> None:
         checkpoint = load(PRETRAINED, choose_device("auto")[0])
         choose_threads(threads, checkpoint.network)
+        self.checkpoint = checkpoint
         self.ids = tuple(checkpoint.tokenizer.encode(PROMPT))
         self.happened: queue.SimpleQueue[tuple[float, list[Event | Evicted]]] = queue.SimpleQueue()
         limits = engine_limits(Settings())
         self.engine = Engine(checkpoint, limits, self._deliver, Metrics())
         self.engine.start()
 
-    def submit(self, name: str, ids: tuple[int, ...], tokens: int) -> None:
+    def submit(
+        self, name: str, ids: tuple[int, ...], tokens: int, grammar: Grammar | None = None
+    ) -> None:
         sampling = SamplingParams(temperature=0.8, seed=len(name))
-        self.engine.submit(
-            EngineRequest(name, Fresh(), Continuation(), ids, tokens, sampling, ignore_eos=True)
-        )
+        request = EngineRequest(name, Fresh(), Continuation(), ids, tokens, sampling)
+        self.engine.submit(replace(request, ignore_eos=True, grammar=grammar))
 
-    def rate(self, streams: int, tokens: int) -> float:
-        """Tokens per second of so many streams."""
+    def rate(self, streams: int, tokens: int, grammar: Grammar | None = None) -> float:
+        """Tokens per second of so many streams, all of which keep to the grammar."""
         started = time.perf_counter()
         for i in range(streams):
-            self.submit(f"{i}", self.ids, tokens)
-        left = streams
+            self.submit(f"{i}", self.ids, tokens, grammar)
+        left, generated = streams, 0
         while left:
-            left -= sum(isinstance(event, Finished) for event in self.happened.get()[1])
-        return streams * tokens / (time.perf_counter() - started)
+            ended = [event for event in self.happened.get()[1] if isinstance(event, Finished)]
+            left -= len(ended)
+            generated += sum(event.num_generated for event in ended)
+        return generated / (time.perf_counter() - started)
 
     def gaps(self) -> tuple[float, float]:
         """Median seconds between tokens of 16 streams; the largest while a long prompt is read."""
