@@ -85,6 +85,12 @@ class Settings(BaseSettings):
         description="Seconds until a request must have ended: the most that its timeout may be, "
         "and what it gets without one; no limit if not given.",
     )
+    max_told_logprobs: int = Field(
+        1 << 18,
+        ge=0,
+        description="Most log-probabilities that an answer may have: one for each token told, and "
+        "those beside it.",
+    )
     max_prompt_tokens: int = Field(131_072, ge=1, description="Longest prompt of one request.")
     max_tokens_limit: int = Field(65_536, ge=1, description="Largest max_tokens of a request.")
     default_max_tokens: int = Field(16, ge=0, description="max_tokens of a completion without it.")

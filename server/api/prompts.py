@@ -152,6 +152,23 @@ def check_lengths(
             body.prompt_name,
             "context_length_exceeded",
         )
+    _check_probabilities(service, body, num_tokens)
+
+
+def _check_probabilities(service: Service, body: SamplingRequest, num_read: int) -> None:
+    """Raises InvalidRequest when an answer would be larger than anybody wants to hold."""
+    if body.num_logprobs is None:
+        return
+    num_choices = body.num_generated_per_prompt * body.num_prompts
+    num_tokens = num_choices * max_tokens(service, body) + (num_read if body.scores_prompt else 0)
+    num_told = num_tokens * (1 + body.num_logprobs)
+    most = service.settings.max_told_logprobs
+    if num_told > most:
+        raise InvalidRequest(
+            f"the answer could have {num_told} log-probabilities, the most is {most}: ask for fewer "
+            "tokens, or fewer of the most probable ones",
+            body.logprobs_name,
+        )
 
 
 async def choices(

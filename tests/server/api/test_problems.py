@@ -64,6 +64,7 @@ WRONG_BODIES: list[tuple[dict[str, Any], int, str, str]] = [
         "unknown_parameter",
     ),
     ({"logprobs": 21}, 400, "logprobs", "invalid_value"),
+    ({"logprobs": 20, "max_tokens": 60_000}, 400, "logprobs", "invalid_value"),
     ({"logprobs": -1}, 400, "logprobs", "invalid_value"),
     ({"logprobs": True}, 400, "logprobs", "invalid_value"),
     ({"best_of": 17}, 400, "best_of", "invalid_value"),
