@@ -165,8 +165,8 @@ def _check_probabilities(service: Service, body: SamplingRequest, num_read: int)
     most = service.settings.max_told_logprobs
     if num_told > most:
         raise InvalidRequest(
-            f"the answer could have {num_told} log-probabilities, the most is {most}: ask for fewer "
-            "tokens, or fewer of the most probable ones",
+            f"the answer could have {num_told} log-probabilities, the most is {most}: ask for "
+            "fewer tokens, or fewer of the most probable ones",
             body.logprobs_name,
         )
 

@@ -152,7 +152,7 @@ def test_a_reader_that_stands_still_for_long_has_gone(
 
         async def stand_still() -> None:
             _, writer = await asyncio.open_connection("127.0.0.1", port_of(running), limit=1)
-            writer.write(raw_request(body | {"logprobs": 20}))
+            writer.write(raw_request(body | {"logprobs": 10}))
             await until("busy")
             await until("idle")
             writer.transport.abort()
