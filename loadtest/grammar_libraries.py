@@ -75,7 +75,11 @@ class Guidance:
         matcher = self.library.LLMatcher
         try:
             if case.kind == "json_schema":
-                options = {"whitespace_pattern": r" |\n {0,24}"}
+                options = {
+                    "whitespace_flexible": False,
+                    "item_separator": ", ?",
+                    "key_separator": ": ?",
+                }
                 grammar = matcher.grammar_from_json_schema(case.source, overrides=options)
             elif case.kind == "regex":
                 grammar = matcher.grammar_from_regex(case.source)
@@ -134,7 +138,7 @@ class XGrammar:
         try:
             if case.kind == "json_schema":
                 return compiler.compile_json_schema(
-                    case.source, strict_mode=False, max_whitespace_cnt=24
+                    case.source, strict_mode=False, max_whitespace_cnt=1
                 )
             if case.kind == "regex":
                 return compiler.compile_regex(case.source)

@@ -10,9 +10,9 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 Kind = Literal["json_object", "json_schema", "regex", "grammar", "choice"]
 
-WHITESPACE = r" |\n {0,24}"
-"""Where JSON may have whitespace, a text has at most a space, or a new line and its indentation:
-enough for one line and for pretty printing, and no model goes on with it for ever."""
+AFTER_ITEM, AFTER_KEY = ", ?", ": ?"
+"""What may stand between JSON's values: texts have one line, compact or as `json.dumps` writes it.
+Where more white space may come, a weak model goes on with it for ever, or for as long as it may."""
 
 MESSAGE_CHARACTERS = 200
 """A source that is refused must not come back as its own error message."""
@@ -118,9 +118,9 @@ def _json(schema: str) -> str:
         return LLMatcher.grammar_from_json_schema(
             schema,
             overrides={
-                "whitespace_pattern": WHITESPACE,
-                "item_separator": ",",
-                "key_separator": ":",
+                "whitespace_flexible": False,
+                "item_separator": AFTER_ITEM,
+                "key_separator": AFTER_KEY,
                 "coerce_one_of": False,
                 "lenient": False,
             },
