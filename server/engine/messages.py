@@ -82,7 +82,8 @@ class EngineRequest:
     probable tokens as `num_logprobs` says, and none where it says None."""
 
     grammar: Grammar | None = None
-    """What the text has to keep to; it ends where nothing but its end can follow."""
+    """What the text of this turn has to keep to. It ends where nothing but its end can follow, also
+    with `ignore_eos` and before `min_tokens`."""
 
     prefix_salt: bytes = b""
     """Only prompts with the same salt share what was read of their common beginning."""

@@ -54,9 +54,12 @@ class Sequence:
     ) -> None:
         start = request.continuation
         self.request = request
-        ends = () if request.ignore_eos and request.grammar is None else eos_token_ids
+        ends = () if request.ignore_eos else eos_token_ids
         self.end_token_ids = frozenset((*ends, *request.stop_token_ids))
         """Tokens that end the text."""
+
+        self._ignored_ends = frozenset(eos_token_ids) - self.end_token_ids
+        """End tokens that a grammar must not end the text with while more can follow."""
 
         self.num_read = 0
         """Tokens of the turn in the state, while the prompt is being read."""
@@ -150,18 +153,33 @@ class Sequence:
 
     @property
     def sampled_row(self) -> SampledRow:
+        return SampledRow(
+            self.request.sampling, self.position, self.recent, tuple(self._banned), self._mask
+        )
+
+    @property
+    def _banned(self) -> frozenset[int]:
+        """Tokens that must not come yet, or at all."""
         early = self.num_generated < self.request.min_tokens
-        banned = tuple(self.end_token_ids) if early else ()
-        return SampledRow(self.request.sampling, self.position, self.recent, banned, self._mask)
+        ignored = frozenset[int]() if self.matcher is None else self._ignored_ends
+        return ignored | self.end_token_ids if early else ignored
 
     def find_allowed(self) -> str | None:
-        """Find out which tokens may come next. Returns why none may, if so."""
+        """Find out which tokens may come next. Returns why none may, if so.
+
+        A complete text is not asked what else is forbidden: it ends in any case.
+        """
         if self.matcher is None:
             return None
         if self._mask is None:
             self._mask = self.matcher.new_mask()
         self.matcher.fill(self._mask)
-        return self.matcher.failure
+        if self.matcher.failure is not None or self.matcher.is_complete:
+            return self.matcher.failure
+        words = self._mask.view(np.uint32)
+        for token_id in self._banned:
+            words[token_id >> 5] &= ~np.uint32(1 << (token_id & 31))
+        return None if words.any() else "the grammar allows only what min_tokens forbids"
 
     def take(self, count: int) -> list[int]:
         """The next unread tokens, which the caller puts into the state."""
