@@ -219,11 +219,12 @@ class Worker:
     def _follow_grammars(self, decode: Row[Sequence]) -> Row[Sequence]:
         """Find out what may come next where a grammar says it; end what is complete.
 
-        Returns the sequences that go on.
+        Returns the sequences that go on: all that decode by now, since those that were read in this
+        step may get the rows of those that end.
         """
         if not any(sequence.matcher is not None for sequence in decode):
             return decode
-        for sequence in decode:
+        for sequence in self._scheduler.decode_order():
             reason = sequence.find_allowed()
             if reason is not None:
                 self._drop(sequence)

@@ -129,6 +129,24 @@ def test_tokens_do_not_depend_on_the_company(
     assert len(set(alone.values())) == 4
 
 
+@pytest.mark.parametrize("before", range(5))
+def test_a_text_may_begin_while_others_are_under_way(
+    before: int, checkpoint: Checkpoint, grammars: dict[str, Grammar]
+) -> None:
+    """Its prompt is read in the step in which they decode: its first token keeps to it, too."""
+    stepper = Stepper(checkpoint)
+    first = asked("first", grammars["schema"], sampling=seeded(1))
+    late = asked("late", grammars["choice"], num_prompt=100, sampling=seeded(before))
+    expected = {r.request_id: Stepper(checkpoint).turn(r)[0] for r in (first, late)}
+    stepper.submit(first)
+    stepper.step(2 + before)
+    assert stepper.scheduler.decoding
+    stepper.submit(late)
+    stepper.run()
+    assert {name: stepper.text(name) for name in expected} == expected
+    assert expected["late"] in CHOICES
+
+
 def test_a_grammar_that_allows_no_token_fails_alone(
     stepper: Stepper, grammars: dict[str, Grammar]
 ) -> None:
