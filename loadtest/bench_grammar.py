@@ -212,7 +212,10 @@ def measure_hostile(library: Library, tokens: Tokenizer, case: Case) -> None:
 
 def measure_library(name: str, path: Path) -> None:
     """All measurements of one library and vocabulary but the hostile ones."""
-    importing = seconds(lambda: importlib.import_module(name))
+    command = [sys.executable, "-c", f"import numpy, {name}"]
+    without = [sys.executable, "-c", "import numpy"]
+    importing = seconds(lambda: subprocess.run(command)) - seconds(lambda: subprocess.run(without))
+    importlib.import_module(name)
     after = resident_mib()
     tokens = tokenizer.read(path)
     begin = time.perf_counter()

@@ -37,7 +37,7 @@ class GrammarCompiler:
         self._vocabulary = Vocabulary(tokenizer, vocab_sz, eos_token_ids)
         self._kept = _Kept()
         self._trials = [TrialProcess(self._vocabulary) for _ in range(PROCESSES)]
-        self._idle: queue.SimpleQueue[TrialProcess] = queue.SimpleQueue()
+        self._idle: queue.LifoQueue[TrialProcess] = queue.LifoQueue()  # one that runs is first
         for trial in self._trials:
             self._idle.put(trial)
         self._threads = concurrent.futures.ThreadPoolExecutor(MAX_WAITING, "grammar")
