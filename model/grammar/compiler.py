@@ -29,7 +29,7 @@ class GrammarCompiler:
     """Compiles sources for one tokenizer and network. Any thread may use it.
 
     `vocab_sz` is the network's, which may have more ids than there are tokens; a text ends with one
-    of `eos_token_ids`. Building it takes 10 ms for 4,096 tokens and 0.5 s for 50,000. A new source
+    of `eos_token_ids`. Building it takes 0.03 s for 4,096 tokens and 0.5 s for 50,000. A new source
     is compiled in a process first, then here; `close` ends the processes.
     """
 
