@@ -3,13 +3,15 @@
     python -m loadtest.bench_stalled
 
 A server of the default model. A client's speed alone is measured; then 200 others each ask for a
-stream of so many tokens and stop reading; when all of them are written, the server's memory and the
-client's speed are measured again.
+stream of so many tokens, with log-probabilities, and do not read; when all of them are written, the
+server's memory and the client's speed are measured again. Events are so large that the kernel's
+buffers, which are not the server's memory, hold less than a stream.
 """
 
 import asyncio
 import json
 import re
+import socket
 import statistics
 import time
 from typing import Annotated
@@ -32,9 +34,14 @@ class Stalled:
 
     async def open(self) -> None:
         """Ask for the stream."""
+        with_little_room = socket.socket()
+        with_little_room.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with_little_room.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(with_little_room, ("127.0.0.1", self._port))
         # A limit of one byte lets the reader pause the transport at once.
-        _, self._writer = await asyncio.open_connection("127.0.0.1", self._port, limit=1)
+        _, self._writer = await asyncio.open_connection(sock=with_little_room, limit=1)
         body = {"prompt": PROMPT, "max_tokens": self._tokens, "stream": True, "ignore_eos": True}
+        body |= {"logprobs": 5}
         content = json.dumps(body).encode()
         self._writer.write(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
@@ -95,7 +102,7 @@ async def measure(port: int, clients: int, tokens: int) -> None:
 
 def main(
     clients: Annotated[int, typer.Option(min=1, help="Streams that nobody reads.")] = 200,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 2000,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 5000,
 ) -> None:
     """Print what stalled streams cost."""
     with server("--log-level", "warning", "--stall-timeout-s", "3000") as port:
