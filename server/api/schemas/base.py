@@ -71,6 +71,12 @@ Stop = Annotated[
 ]
 
 
+class AnswerModel(BaseModel):
+    """What a client reads."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
 class RequestModel(BaseModel):
     """Strict about types and names; an explicit null means the default."""
 

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
-from server.api.schemas.base import Refused, RequestModel, Text
+from server.api.schemas.base import AnswerModel, Refused, RequestModel, Text
 from server.api.schemas.generation import GenerationRequest, Timings, Usage
 
 NO_TOOLS = "this server's models call no tools"
@@ -122,10 +122,8 @@ class ChatRequest(GenerationRequest):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-class TopLogprob(BaseModel):
+class TopLogprob(AnswerModel):
     """A token that could have come, and how probable it was."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     token: str
     """Its text, with replacement characters where it is not whole characters; the name of a token
@@ -145,10 +143,8 @@ class TokenLogprob(TopLogprob):
     """The most probable tokens in its place."""
 
 
-class ChatLogprobs(BaseModel):
+class ChatLogprobs(AnswerModel):
     """Probabilities of an answer's tokens."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     content: list[TokenLogprob] | None
     """An entry a token."""
@@ -157,12 +153,12 @@ class ChatLogprobs(BaseModel):
     """Always null."""
 
 
-class AssistantMessage(BaseModel):
+class AssistantMessage(AnswerModel):
     """What the model said."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
     role: Literal["assistant"] = "assistant"
+    """Who said it."""
+
     content: str
     """The text."""
 
@@ -170,16 +166,14 @@ class AssistantMessage(BaseModel):
     """Always null."""
 
 
-class ChatChoice(BaseModel):
+class ChatChoice(AnswerModel):
     """One answer to the conversation."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     index: int
     """Its number."""
 
     message: AssistantMessage
-    """What the model said."""
+    """The answer."""
 
     logprobs: ChatLogprobs | None = None
     """If asked for."""
@@ -194,10 +188,8 @@ class ChatChoice(BaseModel):
     """The text's tokens, if asked for."""
 
 
-class ChatAnswer(BaseModel):
+class ChatAnswer(AnswerModel):
     """What a chat's answer and each of its events have in common."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
     """The answer's id, which is also that of a resumable stream."""
@@ -212,6 +204,8 @@ class ChatAnswer(BaseModel):
     """Which weights and tokenizer they were."""
 
     service_tier: Literal["default"] = "default"
+    """There is one tier."""
+
     usage: Usage | None = None
     """Tokens; in a stream only where asked for."""
 
@@ -232,14 +226,14 @@ class ChatCompletion(ChatAnswer):
     """The answer of `POST /v1/chat/completions`."""
 
     object: Literal["chat.completion"] = "chat.completion"
+    """The kind of object."""
+
     choices: list[ChatChoice]
     """All choices."""
 
 
-class Delta(BaseModel):
+class Delta(AnswerModel):
     """What is new of a message."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     role: Literal["assistant"] | None = None
     """In a choice's first event."""
@@ -248,10 +242,8 @@ class Delta(BaseModel):
     """Text that follows the text so far."""
 
 
-class ChatChunkChoice(BaseModel):
+class ChatChunkChoice(AnswerModel):
     """What is new of a choice."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     index: int
     """The choice's number."""
@@ -276,5 +268,7 @@ class ChatChunk(ChatAnswer):
     """An event of a chat's stream."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    """The kind of object."""
+
     choices: list[ChatChunkChoice]
     """What is new of one choice; none in the event for the usage."""

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from server.api.schemas.base import Prompt, Refused
+from server.api.schemas.base import AnswerModel, Prompt, Refused
 from server.api.schemas.generation import GenerationRequest, Timings, Usage
 
 
@@ -54,10 +54,8 @@ class CompletionRequest(GenerationRequest):
         return several or [[item for item in prompt if isinstance(item, int)]]
 
 
-class CompletionLogprobs(BaseModel):
+class CompletionLogprobs(AnswerModel):
     """Four lists of one length: an entry a token."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     tokens: list[str]
     """A token's text; `bytes:\\x..` where it is not whole characters."""
@@ -72,10 +70,8 @@ class CompletionLogprobs(BaseModel):
     """Where in the choice's text the token begins, in characters."""
 
 
-class CompletionChoice(BaseModel):
+class CompletionChoice(AnswerModel):
     """One text that continues a prompt, or a piece of it."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     index: int
     """Its number among all choices: those of the first prompt first."""
@@ -100,15 +96,15 @@ class CompletionChoice(BaseModel):
     """The prompt's tokens, if asked for."""
 
 
-class Completion(BaseModel):
+class Completion(AnswerModel):
     """The answer of `POST /v1/completions`, and each event of a stream."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
     """The answer's id, which is also that of a resumable stream."""
 
     object: Literal["text_completion"] = "text_completion"
+    """The kind of object."""
+
     created: int
     """Unix seconds."""
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from server.api.schemas.base import RequestModel, Stop, Text
+from server.api.schemas.base import AnswerModel, RequestModel, Stop, Text
 from server.api.schemas.structure import ResponseFormat, StructuredOutputs
 
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
@@ -220,10 +220,8 @@ class GenerationRequest(SamplingRequest):
         return {"usage": None} if self.wants_usage_event else {}
 
 
-class PromptTokensDetails(BaseModel):
+class PromptTokensDetails(AnswerModel):
     """Of the prompt's tokens."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     cached_tokens: int
     """Prompt tokens that did not need to be read: those that the session held already, or the
@@ -231,10 +229,8 @@ class PromptTokensDetails(BaseModel):
     from the end of its choices."""
 
 
-class Usage(BaseModel):
+class Usage(AnswerModel):
     """Tokens of a request. Those that a session held already count as prompt tokens, too."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     prompt_tokens: int
     """Tokens before the answer, those of the session's past included."""
@@ -249,10 +245,8 @@ class Usage(BaseModel):
     """Which of the prompt's tokens cost nothing."""
 
 
-class Timings(BaseModel):
+class Timings(AnswerModel):
     """Where the time went, in seconds; of several choices, that of the slowest."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     queue_s: float
     """Until the request had a row of the engine."""

@@ -2,18 +2,18 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from server.api.schemas.base import AnswerModel
 
 
-class Model(BaseModel):
+class Model(AnswerModel):
     """The model that is served, and what its sessions cost."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
     """Its name in requests."""
 
     object: Literal["model"] = "model"
+    """The kind of object."""
+
     created: int
     """Unix seconds when its checkpoint was written."""
 
@@ -42,19 +42,18 @@ class Model(BaseModel):
     """Whether it has a chat template, which `/v1/chat/completions` needs."""
 
 
-class ModelList(BaseModel):
+class ModelList(AnswerModel):
     """All models of the server: one."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
     object: Literal["list"] = "list"
+    """The kind of object."""
+
     data: list[Model]
     """The models."""
 
 
-class Health(BaseModel):
+class Health(AnswerModel):
     """The server is well."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
     status: Literal["ok"] = "ok"
+    """It is well."""

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
-from server.api.schemas.base import Refused, RequestModel, Text
+from server.api.schemas.base import AnswerModel, Refused, RequestModel, Text
 from server.api.schemas.chat import NO_TOOLS, TEXT_ONLY, TokenLogprob
 from server.api.schemas.generation import SamplingRequest, Timings
 from server.api.schemas.sessions import Metadata, Ttl
@@ -231,43 +231,43 @@ class ResponseRequest(SamplingRequest):
         return told + [(message.role, message.text) for message in given or []]
 
 
-class OutputText(BaseModel):
+class OutputText(AnswerModel):
     """A text that the model wrote."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
     type: Literal["output_text"] = "output_text"
+    """The kind of part."""
+
     text: str
     """The text."""
 
-    annotations: list[Any] = []
+    annotations: list[Any] = Field(default_factory=list)
     """Always empty."""
 
-    logprobs: list[TokenLogprob] = []
+    logprobs: list[TokenLogprob] = Field(default_factory=list)
     """Its tokens, if asked for."""
 
 
-class OutputMessage(BaseModel):
+class OutputMessage(AnswerModel):
     """A message that the model wrote."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
     """Its id."""
 
     type: Literal["message"] = "message"
+    """The kind of item."""
+
     status: Literal["in_progress", "completed", "incomplete"]
     """incomplete: the token limit ended it."""
 
     role: Literal["assistant"] = "assistant"
+    """Who said it."""
+
     content: list[OutputText]
     """One text."""
 
 
-class InputTokensDetails(BaseModel):
+class InputTokensDetails(AnswerModel):
     """Of the input's tokens."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     cached_tokens: int
     """Tokens that did not need to be read: those of earlier responses, or a beginning that the
@@ -277,19 +277,15 @@ class InputTokensDetails(BaseModel):
     """Always 0: what is kept for others is not counted."""
 
 
-class OutputTokensDetails(BaseModel):
+class OutputTokensDetails(AnswerModel):
     """Of the output's tokens."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     reasoning_tokens: int = 0
     """Always 0."""
 
 
-class ResponseUsage(BaseModel):
+class ResponseUsage(AnswerModel):
     """Tokens of a response. Those of earlier responses count as input, too."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     input_tokens: int
     """Tokens before the output, those of earlier responses included."""
@@ -307,10 +303,8 @@ class ResponseUsage(BaseModel):
     """All together."""
 
 
-class ResponseError(BaseModel):
+class ResponseError(AnswerModel):
     """Why a response failed."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     code: str
     """The kind of fault."""
@@ -319,33 +313,29 @@ class ResponseError(BaseModel):
     """What happened."""
 
 
-class IncompleteDetails(BaseModel):
+class IncompleteDetails(AnswerModel):
     """Why a response is incomplete."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     reason: Literal["max_output_tokens"]
     """The token limit ended it."""
 
 
-class ToldFormat(BaseModel):
+class ToldFormat(AnswerModel):
     """What the text was to be like."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     format: dict[str, Any]
     """As it was asked for."""
 
 
-class ResponseObject(BaseModel):
+class ResponseObject(AnswerModel):
     """A response. Once stored it does not change, and any number of others can go on from it."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
     """Its id, for `previous_response_id` and all calls under `/v1/responses`."""
 
     object: Literal["response"] = "response"
+    """The kind of object."""
+
     created_at: int
     """Unix seconds."""
 
@@ -383,6 +373,8 @@ class ResponseObject(BaseModel):
     """The response that it went on from."""
 
     service_tier: Literal["default"] = "default"
+    """There is one tier."""
+
     store: bool
     """Whether it is kept."""
 
@@ -390,10 +382,12 @@ class ResponseObject(BaseModel):
     """The temperature."""
 
     text: ToldFormat
-    """What the text was to be like."""
+    """The text's structure."""
 
     tool_choice: Literal["auto"] = "auto"
-    tools: list[Any] = []
+    """No model here calls tools."""
+
+    tools: list[Any] = Field(default_factory=list)
     """No model here calls tools."""
 
     top_logprobs: int
@@ -403,6 +397,8 @@ class ResponseObject(BaseModel):
     """The top_p."""
 
     truncation: Literal["disabled"] = "disabled"
+    """Nothing is ever cut off."""
+
     usage: ResponseUsage | None
     """Tokens; null before the end."""
 
@@ -416,22 +412,21 @@ class ResponseObject(BaseModel):
     """If asked for."""
 
 
-class ResponseDeleted(BaseModel):
+class ResponseDeleted(AnswerModel):
     """A response that is no more."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
     """What it was called."""
 
     object: Literal["response"] = "response"
+    """The kind of object."""
+
     deleted: Literal[True] = True
+    """It is gone."""
 
 
-class ResponseEvent(BaseModel):
+class ResponseEvent(AnswerModel):
     """An event of a response's stream. Which fields it has depends on its type."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     type: Literal[
         "response.created",

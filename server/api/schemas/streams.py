@@ -2,18 +2,18 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from server.api.schemas.base import AnswerModel
 
 
-class StreamInfo(BaseModel):
+class StreamInfo(AnswerModel):
     """A stream that can be resumed."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
     """That of the answer that it delivers."""
 
     object: Literal["stream"] = "stream"
+    """The kind of object."""
+
     created_at: float
     """Unix seconds."""
 
@@ -27,13 +27,14 @@ class StreamInfo(BaseModel):
     """Unix seconds when it is forgotten; null while it runs."""
 
 
-class StreamDeleted(BaseModel):
+class StreamDeleted(AnswerModel):
     """A stream that is no more."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
     """What it was called."""
 
     object: Literal["stream.deleted"] = "stream.deleted"
+    """The kind of object."""
+
     deleted: Literal[True] = True
+    """It is gone."""

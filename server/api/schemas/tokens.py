@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from server.api.schemas.base import RequestModel, Text, TokenIds
+from server.api.schemas.base import AnswerModel, RequestModel, Text, TokenIds
 from server.api.schemas.chat import Message
 
 
@@ -27,10 +27,8 @@ class TokenizeRequest(RequestModel):
     """Tell each token's name in the vocabulary, too."""
 
 
-class Tokenized(BaseModel):
+class Tokenized(AnswerModel):
     """A text as tokens."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     count: int
     """How many there are."""
@@ -55,19 +53,15 @@ class DetokenizeRequest(RequestModel):
     """Token ids."""
 
 
-class Detokenized(BaseModel):
+class Detokenized(AnswerModel):
     """Tokens as text."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     prompt: str
     """The text; special tokens are there by their names."""
 
 
-class TokenizerInfo(BaseModel):
+class TokenizerInfo(AnswerModel):
     """What clients need to know that prepare prompts themselves."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     bos_token: str | None
     """The token that a fresh text begins with."""
