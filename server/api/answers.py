@@ -211,6 +211,24 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(16)}"
 
 
+TIMINGS_TOLD: dict[str, Any] = {
+    "headers": {
+        name: {
+            "description": f"With `timings`: seconds {what}.",
+            "schema": {"type": "number", "minimum": 0, "examples": [0.0042]},
+        }
+        for name, what in {
+            "X-Queue-Time": "until the request had a row of the engine",
+            "X-Prefill-Time": "reading the prompt",
+            "X-Time-To-First-Token": "to the first token",
+            "X-Time-Per-Token": "between two tokens, on average",
+            "X-Total-Time": "to the last token",
+        }.items()
+    }
+}
+"""`timing_headers`, for the documentation."""
+
+
 def timing_headers(timings: Timings | None) -> dict[str, str]:
     """The timings as headers, in seconds."""
     if timings is None:

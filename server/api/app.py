@@ -17,6 +17,7 @@ from server.api import (
     completions,
     health,
     models,
+    openapi,
     problems,
     responses,
     resumption,
@@ -89,7 +90,8 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
 
     app = FastAPI(
         title="latentd",
-        description="Language models whose memory does not grow.",
+        description=openapi.DESCRIPTION,
+        openapi_tags=openapi.TAGS,
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
@@ -97,6 +99,7 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
     for part in (completions, chat, responses, sessions, resumption, tokens, models, health):
         app.include_router(part.router)
     problems.install(app, metrics)
+    openapi.describe(app, settings)
     app.add_middleware(Guard, keys=keys, guard_metrics=settings.guard_metrics)
     app.add_middleware(
         RequestMiddleware,

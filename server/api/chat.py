@@ -1,16 +1,17 @@
 """`POST /v1/chat/completions`: an answer to a conversation, whole or as a stream."""
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from server.api import prompts
 from server.api.answers import Answer, Choice, new_id
 from server.api.auth import CallerDep
-from server.api.exchange import Exchange, Prepared, SessionHeaders
+from server.api.exchange import TOLD, Exchange, Prepared, SessionHeaders
+from server.api.parameters import IdempotencyKey, SessionHeader
 from server.api.probabilities import told_tokens
-from server.api.problems import REFUSALS
+from server.api.refusals import GUARDED, JSON, TURN, refusals
 from server.api.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -21,32 +22,27 @@ from server.api.schemas.chat import (
     ChatRequest,
     Delta,
 )
-from server.api.schemas.problems import ErrorResponse
 from server.api.service import Service, ServiceDep
+from server.api.sse import events_of
 from server.api.turns import ChoiceSpec, Told, Turn
 from server.engine.messages import Finished, PromptScored
 from server.errors import InvalidRequest
 
-router = APIRouter(tags=["chat"], responses=REFUSALS)
+router = APIRouter(tags=["chat"], responses=refusals(*GUARDED))
 
 
 @router.post(
     "/v1/chat/completions",
     response_model=ChatCompletion,
-    responses={
-        200: {"content": {"text/event-stream": {}}},
-        "4XX": {"model": ErrorResponse},
-        504: {"model": ErrorResponse, "description": "`timeout` has passed; nothing is kept."},
-        "5XX": {"model": ErrorResponse},
-    },
+    responses=refusals(*JSON, 409, *TURN) | {200: TOLD | events_of("ChatChunk")},
 )
 async def create_chat_completion(
     body: ChatRequest,
     request: Request,
     service: ServiceDep,
     caller: CallerDep,
-    x_session_id: Annotated[str | None, Header()] = None,
-    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+    x_session_id: SessionHeader = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Answer a conversation. With a session, send only the messages since its last turn.
 

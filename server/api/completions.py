@@ -1,46 +1,42 @@
 """`POST /v1/completions`: text that continues a prompt, whole or as a stream."""
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from server.api import prompts
 from server.api.answers import Answer, Choice, PlacedTokens, new_id
 from server.api.auth import CallerDep
-from server.api.exchange import Exchange, Prepared, SessionHeaders
-from server.api.problems import REFUSALS
+from server.api.exchange import TOLD, Exchange, Prepared, SessionHeaders
+from server.api.parameters import IdempotencyKey, SessionHeader
+from server.api.refusals import GUARDED, JSON, TURN, refusals
 from server.api.schemas.completions import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
 )
-from server.api.schemas.problems import ErrorResponse
 from server.api.service import Service, ServiceDep
+from server.api.sse import events_of
 from server.api.turns import ChoiceSpec, Told, Turn
 from server.engine.messages import Finished, PromptScored, Token
 
-router = APIRouter(tags=["completions"], responses=REFUSALS)
+router = APIRouter(tags=["completions"], responses=refusals(*GUARDED))
 
 
 @router.post(
     "/v1/completions",
     response_model=Completion,
-    responses={
-        200: {"content": {"text/event-stream": {}}},
-        "4XX": {"model": ErrorResponse},
-        504: {"model": ErrorResponse, "description": "`timeout` has passed; nothing is kept."},
-        "5XX": {"model": ErrorResponse},
-    },
+    responses=refusals(*JSON, 409, *TURN) | {200: TOLD | events_of("Completion")},
 )
 async def create_completion(
     body: CompletionRequest,
     request: Request,
     service: ServiceDep,
     caller: CallerDep,
-    x_session_id: Annotated[str | None, Header()] = None,
-    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+    x_session_id: SessionHeader = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Continue a prompt. With a session, continue what it has read and written so far.
 

@@ -4,13 +4,15 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import Request, Response
 from pydantic import BaseModel
 
 from server.api import prompts
-from server.api.answers import Answer, timing_headers
+from server.api.answers import TIMINGS_TOLD, Answer, timing_headers
 from server.api.auth import Caller
+from server.api.parameters import EXAMPLE_SESSION, EXAMPLE_STREAM
 from server.api.schemas.generation import GenerationRequest
 from server.api.service import Service
 from server.api.sse import EventStream, Messages
@@ -19,6 +21,25 @@ from server.errors import InvalidRequest
 from server.sessions.turn import TurnCondition
 
 CLIENT_CLOSED_REQUEST = 499
+
+TOLD: dict[str, Any] = {
+    "headers": {
+        "X-Session-ID": {
+            "description": "The session of which this is a turn.",
+            "schema": {"type": "string", "examples": [EXAMPLE_SESSION]},
+        },
+        "X-Stream-ID": {
+            "description": "Of a resumable stream: its id.",
+            "schema": {"type": "string", "examples": [EXAMPLE_STREAM]},
+        },
+        "Idempotent-Replayed": {
+            "description": "The turn was taken before, and this is what came of it.",
+            "schema": {"type": "string", "const": "true", "examples": ["true"]},
+        },
+        **TIMINGS_TOLD["headers"],
+    }
+}
+"""What an answer's headers tell, for the documentation."""
 
 DELIVERY = {"session_id", "stream", "stream_options", "resumable", "timings", "timeout", "user"}
 """Parameters that do not make a turn another one."""
@@ -138,8 +159,6 @@ class Exchange:
         key = self.given.idempotency_key
         if key is None:
             return TurnCondition(self.body.expected_turn)
-        if not (key.isascii() and key.isprintable()):
-            raise InvalidRequest("it must be printable ASCII", "Idempotency-Key")
         asked = self.body.model_dump_json(exclude=DELIVERY, exclude_none=True)
         kind = type(self.body).__name__
         return TurnCondition(self.body.expected_turn, key, f"{kind} {asked}")

@@ -4,12 +4,14 @@ from fastapi import APIRouter, Depends
 
 from server.api import prompts
 from server.api.auth import get_caller
-from server.api.problems import REFUSALS
+from server.api.parameters import ModelName
+from server.api.refusals import GUARDED, refusals
 from server.api.schemas.models import Model, ModelList
-from server.api.schemas.problems import ErrorResponse
 from server.api.service import Service, ServiceDep
 
-router = APIRouter(dependencies=[Depends(get_caller)], tags=["models"], responses=REFUSALS)
+router = APIRouter(
+    dependencies=[Depends(get_caller)], tags=["models"], responses=refusals(*GUARDED)
+)
 
 
 @router.get("/v1/models")
@@ -18,8 +20,8 @@ async def list_models(service: ServiceDep) -> ModelList:
     return ModelList(data=[_render(service)])
 
 
-@router.get("/v1/models/{model:path}", responses={404: {"model": ErrorResponse}})
-async def get_model(model: str, service: ServiceDep) -> Model:
+@router.get("/v1/models/{model:path}", responses=refusals(404))
+async def get_model(model: ModelName, service: ServiceDep) -> Model:
     """One model."""
     prompts.check_model(service, model)
     return _render(service)

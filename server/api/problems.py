@@ -10,7 +10,6 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from server.api.schemas.problems import ErrorResponse
 from server.errors import (
     InvalidRequest,
     LatentdError,
@@ -49,20 +48,6 @@ def install(app: FastAPI, metrics: Metrics) -> None:
     app.add_exception_handler(LatentdError, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http_error)
-
-
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    401: {
-        "model": ErrorResponse,
-        "description": "The server asks for a key, and the request has none that it knows.",
-    },
-    429: {
-        "model": ErrorResponse,
-        "description": "More than a limit or the queue allows, for `Retry-After` seconds; or more "
-        "than a quota allows, for which waiting does not help.",
-    },
-}
-"""How every guarded call may end, for the documentation."""
 
 
 def render(error: LatentdError) -> JSONResponse:

@@ -85,7 +85,8 @@ def max_tokens(service: Service, body: SamplingRequest) -> int:
         return body.token_limit
     settings = service.settings
     is_completion = isinstance(body, CompletionRequest)
-    return settings.default_max_tokens if is_completion else settings.default_chat_max_tokens
+    usual = settings.default_max_tokens if is_completion else settings.default_chat_max_tokens
+    return min(usual, settings.max_tokens_limit)
 
 
 async def read_prompts(

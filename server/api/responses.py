@@ -3,25 +3,24 @@
 import asyncio
 import logging
 import time
-from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from server.api import prompts
-from server.api.answers import timing_headers
+from server.api.answers import TIMINGS_TOLD, timing_headers
 from server.api.auth import Caller, CallerDep, OwnerDep
 from server.api.conversation import Said
 from server.api.exchange import CLIENT_CLOSED_REQUEST, unless_disconnected
-from server.api.problems import REFUSALS
+from server.api.parameters import ResponseId, StartingAfter, WantsStream
+from server.api.refusals import GUARDED, JSON, STORED, TURN, WRITTEN, refusals
 from server.api.response_answer import ResponseAnswer, first_object, kind_of
-from server.api.schemas.problems import ErrorResponse
 from server.api.schemas.responses import (
     ResponseDeleted,
     ResponseObject,
     ResponseRequest,
 )
 from server.api.service import Service, ServiceDep
-from server.api.sse import EventStream, Manner, Messages
+from server.api.sse import EventStream, Manner, Messages, events_of
 from server.api.turns import Turn
 from server.errors import Cancelled, InvalidRequest, LatentdError, NotFound, StorageFailed
 
@@ -29,12 +28,15 @@ log = logging.getLogger(__name__)
 router = APIRouter(
     prefix="/v1/responses",
     tags=["responses"],
-    responses=REFUSALS | {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+    responses=refusals(*GUARDED),
 )
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
-@router.post("", response_model=ResponseObject, responses=STREAM)
+@router.post(
+    "",
+    response_model=ResponseObject,
+    responses=refusals(*JSON, *TURN) | {200: TIMINGS_TOLD | events_of("ResponseEvent")},
+)
 async def create_response(
     body: ResponseRequest, request: Request, service: ServiceDep, caller: CallerDep
 ) -> Response:
@@ -64,13 +66,17 @@ async def create_response(
     return _json(making.answer.to_json(), timing_headers(making.answer.timings))
 
 
-@router.get("/{response_id}", response_model=ResponseObject, responses=STREAM)
+@router.get(
+    "/{response_id}",
+    response_model=ResponseObject,
+    responses=refusals(400, 410, *STORED) | {200: events_of("ResponseEvent")},
+)
 async def get_response(
-    response_id: str,
+    response_id: ResponseId,
     service: ServiceDep,
     owner: OwnerDep,
-    stream: Annotated[bool, Query()] = False,
-    starting_after: Annotated[int | None, Query(ge=0, le=2**53)] = None,
+    stream: WantsStream = False,
+    starting_after: StartingAfter = None,
 ) -> Response:
     """A stored response.
 
@@ -95,8 +101,14 @@ async def get_response(
     return found.response(service.settings.keepalive_s, start=start, headers={})
 
 
-@router.post("/{response_id}/cancel", response_model=ResponseObject)
-async def cancel_response(response_id: str, service: ServiceDep, owner: OwnerDep) -> Response:
+@router.post(
+    "/{response_id}/cancel",
+    response_model=ResponseObject,
+    responses=refusals(400, *STORED, *WRITTEN),
+)
+async def cancel_response(
+    response_id: ResponseId, service: ServiceDep, owner: OwnerDep
+) -> Response:
     """End a response in the background: nothing can go on from it.
 
     One that has ended stays as it is.
@@ -113,9 +125,9 @@ async def cancel_response(response_id: str, service: ServiceDep, owner: OwnerDep
     return _json((await service.responses.get(owner, response_id)).body)
 
 
-@router.delete("/{response_id}")
+@router.delete("/{response_id}", responses=refusals(*STORED, *WRITTEN))
 async def delete_response(
-    response_id: str, service: ServiceDep, owner: OwnerDep
+    response_id: ResponseId, service: ServiceDep, owner: OwnerDep
 ) -> ResponseDeleted:
     """Erase a response with its state, also one that is being made. What has gone on from it stays
     as it is."""

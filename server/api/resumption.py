@@ -1,38 +1,34 @@
 """`/v1/streams`: go on with a stream whose connection was lost."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Response
 
 from server.api.auth import OwnerDep
-from server.api.problems import REFUSALS
-from server.api.schemas.problems import ErrorResponse
+from server.api.parameters import AfterEvent, LastEventId, StreamId
+from server.api.refusals import GUARDED, refusals
 from server.api.schemas.streams import StreamDeleted, StreamInfo
 from server.api.service import Service, ServiceDep
+from server.api.sse import events_of
 from server.api.streams import Stream
 from server.errors import InvalidRequest
 
 router = APIRouter(
     prefix="/v1/streams",
     tags=["streams"],
-    responses=REFUSALS | {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+    responses=refusals(*GUARDED, 404),
 )
 
 
 @router.get(
     "/{stream_id}",
     response_class=Response,
-    responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
-        410: {"model": ErrorResponse, "description": "Those events are kept no longer."},
-    },
+    responses=refusals(400, 410) | {200: events_of("Completion", "ChatChunk", "ResponseEvent")},
 )
 async def resume_stream(
-    stream_id: str,
+    stream_id: StreamId,
     service: ServiceDep,
     owner: OwnerDep,
-    last_event_id: Annotated[str | None, Header()] = None,
-    after: Annotated[str | None, Query()] = None,
+    last_event_id: LastEventId = None,
+    after: AfterEvent = None,
 ) -> Response:
     """The events of a `resumable` stream, those to come included.
 
@@ -46,7 +42,7 @@ async def resume_stream(
 
 
 @router.post("/{stream_id}/cancel")
-async def cancel_stream(stream_id: str, service: ServiceDep, owner: OwnerDep) -> StreamInfo:
+async def cancel_stream(stream_id: StreamId, service: ServiceDep, owner: OwnerDep) -> StreamInfo:
     """End the turn behind a stream; a session's turn is rolled back.
 
     One that has ended stays as it is.
@@ -57,7 +53,7 @@ async def cancel_stream(stream_id: str, service: ServiceDep, owner: OwnerDep) ->
 
 
 @router.delete("/{stream_id}")
-async def delete_stream(stream_id: str, service: ServiceDep, owner: OwnerDep) -> StreamDeleted:
+async def delete_stream(stream_id: StreamId, service: ServiceDep, owner: OwnerDep) -> StreamDeleted:
     """Cancel a stream and forget what it told."""
     await service.streams.delete(owner, stream_id)
     return StreamDeleted(id=stream_id)

@@ -1,17 +1,23 @@
 """`/v1/sessions`: conversations that the server keeps, each as one state of fixed size."""
 
 import asyncio
-from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter, ValidationError
 
 from server.api import prompts
 from server.api.auth import Caller, CallerDep, OwnerDep
-from server.api.problems import REFUSALS
+from server.api.parameters import (
+    AfterSession,
+    Limit,
+    MetadataQuery,
+    SessionId,
+    TtlQuery,
+    TurnQuery,
+)
+from server.api.refusals import BODY, GUARDED, JSON, STORED, TURN, WRITTEN, refusals
 from server.api.schemas.base import Prompt
 from server.api.schemas.completions import CompletionRequest
-from server.api.schemas.problems import ErrorResponse
 from server.api.schemas.sessions import (
     Checkpoint,
     CheckpointList,
@@ -23,8 +29,6 @@ from server.api.schemas.sessions import (
     Session,
     SessionDeleted,
     SessionList,
-    Ttl,
-    TurnNumber,
 )
 from server.api.service import Service, ServiceDep
 from server.api.turns import Turn
@@ -35,15 +39,28 @@ from server.sessions.store import SessionRecord
 PREFIX = "/v1/sessions"
 IMPORT = "/import"
 BLOB = "application/octet-stream"
+BLOB_SCHEMA = {
+    "type": "string",
+    "format": "binary",
+    "description": "A safetensors file: the tensors of one state, and in its metadata the model's "
+    "fingerprint and what text needs to go on.",
+}
+TURN_TOLD = {
+    "X-Session-Turn": {
+        "description": "The turn after which the state is.",
+        "required": True,
+        "schema": {"type": "integer", "minimum": 0, "examples": [3]},
+    },
+}
 METADATA: TypeAdapter[dict[str, str]] = TypeAdapter(Metadata)
 router = APIRouter(
     prefix=PREFIX,
     tags=["sessions"],
-    responses=REFUSALS | {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+    responses=refusals(*GUARDED),
 )
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, responses=refusals(*JSON, *TURN))
 async def create_session(
     service: ServiceDep, caller: CallerDep, body: CreateSessionRequest | None = None
 ) -> Session:
@@ -63,12 +80,12 @@ async def create_session(
     return _render(service, record)
 
 
-@router.get("")
+@router.get("", responses=refusals(400, 503))
 async def list_sessions(
     service: ServiceDep,
     owner: OwnerDep,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: Annotated[str | None, Query()] = None,
+    limit: Limit = 20,
+    after: AfterSession = None,
 ) -> SessionList:
     """Your sessions, newest first; `after` is the id that the page before ended with."""
     records = await service.sessions.list(owner, limit + 1, after)
@@ -84,10 +101,11 @@ async def list_sessions(
 @router.post(
     IMPORT,
     status_code=201,
+    responses=refusals(*BODY, 422, 429, *WRITTEN),
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {BLOB: {"schema": {"type": "string", "format": "binary"}}},
+            "content": {BLOB: {"schema": BLOB_SCHEMA}},
         }
     },
 )
@@ -95,8 +113,8 @@ async def import_session(
     request: Request,
     service: ServiceDep,
     owner: OwnerDep,
-    metadata: Annotated[str | None, Query()] = None,
-    ttl: Annotated[Ttl | None, Query()] = None,
+    metadata: MetadataQuery = None,
+    ttl: TtlQuery = None,
 ) -> Session:
     """Make a session from an exported state, which is the body.
 
@@ -110,14 +128,14 @@ async def import_session(
     return _render(service, record)
 
 
-@router.get("/{session_id}")
-async def get_session(session_id: str, service: ServiceDep, owner: OwnerDep) -> Session:
+@router.get("/{session_id}", responses=refusals(*STORED))
+async def get_session(session_id: SessionId, service: ServiceDep, owner: OwnerDep) -> Session:
     """One session: its tokens, its turn, and where its state is."""
     return _render(service, await service.sessions.get(owner, session_id))
 
 
-@router.get("/{session_id}/turns")
-async def list_turns(session_id: str, service: ServiceDep, owner: OwnerDep) -> CheckpointList:
+@router.get("/{session_id}/turns", responses=refusals(*STORED))
+async def list_turns(session_id: SessionId, service: ServiceDep, owner: OwnerDep) -> CheckpointList:
     """The last turns, whose states are kept: these can be forked, rewound to and exported."""
     kept = await service.sessions.checkpoints(owner, session_id)
     return CheckpointList(
@@ -128,9 +146,13 @@ async def list_turns(session_id: str, service: ServiceDep, owner: OwnerDep) -> C
     )
 
 
-@router.post("/{session_id}/fork", status_code=201)
+@router.post(
+    "/{session_id}/fork",
+    status_code=201,
+    responses=refusals(*JSON, *STORED, 429, *WRITTEN),
+)
 async def fork_session(
-    session_id: str, service: ServiceDep, owner: OwnerDep, body: ForkRequest | None = None
+    session_id: SessionId, service: ServiceDep, owner: OwnerDep, body: ForkRequest | None = None
 ) -> Session:
     """Make a session that begins where this one is, or was after an earlier turn.
 
@@ -143,9 +165,9 @@ async def fork_session(
     return _render(service, record)
 
 
-@router.post("/{session_id}/rewind")
+@router.post("/{session_id}/rewind", responses=refusals(*JSON, *STORED, 409, *WRITTEN))
 async def rewind_session(
-    session_id: str, body: RewindRequest, service: ServiceDep, owner: OwnerDep
+    session_id: SessionId, body: RewindRequest, service: ServiceDep, owner: OwnerDep
 ) -> Session:
     """Go back to an earlier turn. Later turns are erased; fork first to keep them.
 
@@ -158,13 +180,14 @@ async def rewind_session(
 @router.get(
     "/{session_id}/state",
     response_class=Response,
-    responses={200: {"content": {BLOB: {"schema": {"type": "string", "format": "binary"}}}}},
+    responses=refusals(400, *STORED)
+    | {200: {"content": {BLOB: {"schema": BLOB_SCHEMA}}, "headers": TURN_TOLD}},
 )
 async def export_session(
-    session_id: str,
+    session_id: SessionId,
     service: ServiceDep,
     owner: OwnerDep,
-    turn: Annotated[TurnNumber | None, Query()] = None,
+    turn: TurnQuery = None,
 ) -> Response:
     """The session's state, now or after an earlier turn, as one safetensors blob."""
     record, turn, blob = await service.sessions.export(owner, session_id, turn)
@@ -176,8 +199,10 @@ async def export_session(
     return Response(blob, media_type=BLOB, headers=headers)
 
 
-@router.delete("/{session_id}")
-async def delete_session(session_id: str, service: ServiceDep, owner: OwnerDep) -> SessionDeleted:
+@router.delete("/{session_id}", responses=refusals(*STORED, 409, *WRITTEN))
+async def delete_session(
+    session_id: SessionId, service: ServiceDep, owner: OwnerDep
+) -> SessionDeleted:
     """Erase a session with its checkpoints and kept answers, in memory and on disk."""
     await service.sessions.delete(owner, session_id)
     return SessionDeleted(id=session_id)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel
@@ -22,6 +23,45 @@ Messages = AsyncIterator[BaseModel | None]
 
 Close = Callable[[], Awaitable[None]]
 """Ends the turn behind a stream; may be called more than once."""
+
+
+def events_of(*models: str) -> dict[str, Any]:
+    """The documentation of an answer that is a stream, by the names of what its events tell.
+
+    OpenAPI 3.1 has no place for a stream's items: here the schema is that of one event.
+    """
+    told = [{"$ref": f"#/components/schemas/{model}"} for model in (*models, "ErrorResponse")]
+    message = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": told},
+    }
+    ends = {"type": "string", "const": "[DONE]"}
+    event = {
+        "type": "object",
+        "description": "One server-sent event. A stream of completions or of a chat ends with the "
+        "event `data: [DONE]`.",
+        "required": ["id", "data"],
+        "properties": {
+            "id": {
+                "type": "string",
+                "pattern": "^[0-9]+$",
+                "description": "The event's number, from 0 on.",
+                "examples": ["0"],
+            },
+            "event": {
+                "type": "string",
+                "description": "The `type` of a response's event; others have none.",
+                "examples": ["response.output_text.delta"],
+            },
+            "data": {
+                "anyOf": [message, ends],
+                "description": "One JSON object in one line, or `[DONE]`.",
+                "examples": ["[DONE]"],
+            },
+        },
+    }
+    return {"content": {"text/event-stream": {"schema": event}}}
 
 
 def error_message(error: LatentdError) -> BaseModel:

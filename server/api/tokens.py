@@ -4,8 +4,7 @@ from fastapi import APIRouter, Depends
 
 from server.api import prompts
 from server.api.auth import get_owner
-from server.api.problems import REFUSALS
-from server.api.schemas.problems import ErrorResponse
+from server.api.refusals import GUARDED, JSON, refusals
 from server.api.schemas.tokens import (
     Detokenized,
     DetokenizeRequest,
@@ -20,15 +19,11 @@ from server.errors import InvalidRequest
 router = APIRouter(
     dependencies=[Depends(get_owner)],
     tags=["tokens"],
-    responses={
-        401: REFUSALS[401],
-        "4XX": {"model": ErrorResponse},
-        "5XX": {"model": ErrorResponse},
-    },
+    responses=refusals(*GUARDED),
 )
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", responses=refusals(*JSON, 404))
 async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Tokenized:
     """The tokens of a text, or of a conversation by the model's chat template."""
     prompts.check_model(service, body.model)
@@ -51,7 +46,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Tokenized:
     return Tokenized(count=len(ids), tokens=list(ids), token_strs=names, max_model_len=None)
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", responses=refusals(*JSON, 404))
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Detokenized:
     """The text of tokens. What was tokenised without `add_special_tokens` comes back as it was."""
     prompts.check_model(service, body.model)

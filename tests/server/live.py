@@ -18,6 +18,7 @@ from server.api.service import Service
 from server.connections import uvicorn_config
 from server.sessions.sqlite.store import SQLiteStore
 from server.settings import Settings
+from tests.server.documented import Documented
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,12 @@ class LiveServer:
     url: str
     service: Service
 
+    documented: Documented
+
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60)
+        """What it is answered, it checks against the documentation."""
+        hooks = {"response": [self.documented.check]}
+        return httpx.Client(base_url=self.url, timeout=60, event_hooks=hooks)
 
     def wait_until_idle(self) -> None:
         """Until nothing runs or waits in the engine."""
@@ -59,7 +64,8 @@ def live_server(settings: Settings) -> Iterator[LiveServer]:
                 if not thread.is_alive():
                     raise RuntimeError("the server did not start")
                 time.sleep(0.01)
-            yield LiveServer(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.service)
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield LiveServer(url, app.state.service, Documented(app.openapi()))
         finally:
             server.should_exit = True
             thread.join()

@@ -11,6 +11,10 @@ from server.api.schemas.structure import ResponseFormat, StructuredOutputs
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
+]
 
 
 class StreamOptions(RequestModel):
@@ -53,7 +57,7 @@ class SamplingRequest(RequestModel):
     presence_penalty: Penalty | None = None
     """Subtracted once from the logit of a token that was generated lately."""
 
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: LogitBias | None = None
     """Added to logits, by token id, which JSON writes as a string."""
 
     seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)] | None = None

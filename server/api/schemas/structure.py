@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.api.schemas.base import RequestModel, Text
@@ -68,8 +68,24 @@ ResponseFormat = Annotated[
 ]
 
 
+_NOT_NULL: JsonValue = {"not": {"type": "null"}}
+_GIVEN: dict[str, JsonValue] = {
+    **dict.fromkeys(("json", "regex", "grammar", "choice"), _NOT_NULL),
+    "json_object": {"const": True},
+}
+"""What gives each of the structures, for the documentation."""
+
+
 class StructuredOutputs(RequestModel):
     """What the text has to keep to: one of these."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [name], "properties": {name: given}} for name, given in _GIVEN.items()
+            ]
+        }
+    )
 
     json_: Annotated[JsonSchema | Text | None, Field(alias="json")] = None
     """A JSON schema, or its text."""

@@ -39,7 +39,7 @@ class Tokenized(AnswerModel):
     token_strs: list[str] | None
     """Their names, if asked for."""
 
-    max_model_len: int | None
+    max_model_len: None
     """Always null: a context has no longest length here."""
 
 
@@ -69,7 +69,7 @@ class TokenizerInfo(AnswerModel):
     eos_token: str | None
     """The token that the model ends a text with; the first of several."""
 
-    pad_token: str | None = None
+    pad_token: None = None
     """Always null: nothing is padded."""
 
     vocab_size: int

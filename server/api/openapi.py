@@ -1,0 +1,172 @@
+"""`/openapi.json`: what the framework finds out, and what it does not know."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from server.api.examples.answers import ANSWERS
+from server.api.examples.requests import REQUESTS
+from server.api.refusals import add_examples
+from server.api.schemas.chat import ChatChunk
+from server.api.schemas.generation import SEED_MAX, SEED_MIN, GenerationRequest, SamplingRequest
+from server.api.schemas.responses import ResponseEvent
+from server.settings import Settings
+
+REF = "#/components/schemas/{model}"
+EVENTS = (ChatChunk, ResponseEvent)
+"""What only comes in streams, which the framework does not see."""
+
+PARTS = (GenerationRequest, SamplingRequest)
+"""What requests have in common: examples of these are examples of all that are made from them."""
+
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
+FRAMEWORKS_OWN = ("HTTPValidationError", "ValidationError")
+
+DESCRIPTION = """\
+Language models whose memory does not grow.
+
+`/v1/models`, `/v1/completions`, `/v1/chat/completions` and `/v1/responses` are OpenAI's, for its
+clients; `/v1/sessions` keeps conversations, each as one state of fixed size, and `/v1/streams` goes
+on with streams whose connection was lost.
+
+Every error is an `ErrorResponse`, also one in the middle of a stream. Besides those that each call
+lists, any request may get 400 `invalid_http` or 431 `headers_too_large` for what cannot be read as
+HTTP, 404 `not_found` for a path and 405 `method_not_allowed` for a method that there is not, and
+413 `body_too_large`. Parameters that are not known are refused, not ignored.
+
+A stream is made of server-sent events. Each has an `id:`, its number from 0 on; lines that begin
+with a colon are signs of life. The last event of completions and chats is `data: [DONE]`; that of
+a response is `response.completed`, `response.incomplete` or `response.failed`.
+"""
+
+TAGS = [
+    {"name": "completions", "description": "Text that continues a prompt."},
+    {"name": "chat", "description": "Answers to conversations."},
+    {"name": "responses", "description": "Answers that are kept, to go on from any of them."},
+    {"name": "sessions", "description": "Conversations that the server keeps."},
+    {"name": "streams", "description": "Streams that outlive their connection."},
+    {"name": "tokens", "description": "What the model reads of a text."},
+    {"name": "models", "description": "The model that is served."},
+    {"name": "operations", "description": "For orchestrators and Prometheus."},
+]
+
+REQUEST_ID = {
+    "name": "X-Request-ID",
+    "in": "header",
+    "required": False,
+    "description": "Your name for the request, of up to 128 letters, digits and `._:/+=@-`; any "
+    "other is replaced. The answer and the server's log have it.",
+    "schema": {"type": "string", "examples": ["req-2026-0001"]},
+}
+REQUEST_ID_TOLD = {
+    "description": "The request's name, yours or one that the server gave it.",
+    "required": True,
+    "schema": {"type": "string", "examples": ["req-2026-0001"]},
+}
+
+Schema = dict[str, Any]
+
+
+def describe(app: FastAPI, settings: Settings) -> None:
+    """Make the app tell all that there is to know; it is put together when first asked for."""
+    framework = app.openapi
+
+    def whole() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = framework()
+            _complete(document, settings)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = whole  # type: ignore[method-assign]
+
+
+def _complete(document: dict[str, Any], settings: Settings) -> None:
+    schemas: dict[str, Schema] = document["components"]["schemas"]
+    for name in FRAMEWORKS_OWN:
+        schemas.pop(name, None)
+    schemas |= _schemas_of_events()
+    _bound(schemas, settings)
+    for name, schema in schemas.items():
+        _exemplify(schema, _examples(name))
+    for operation in _operations(document):
+        _drop_validation_error(operation)
+        add_examples(operation)
+        operation.setdefault("parameters", []).append(REQUEST_ID)
+        for response in operation["responses"].values():
+            response.setdefault("headers", {})["X-Request-ID"] = REQUEST_ID_TOLD
+
+
+def _operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for methods in document["paths"].values():
+        yield from methods.values()
+
+
+def _drop_validation_error(operation: dict[str, Any]) -> None:
+    """The framework's own 422: what does not validate is a 400 here."""
+    content = operation["responses"].get("422", {}).get("content", {})
+    if "HTTPValidationError" in str(content):
+        del operation["responses"]["422"]
+
+
+def _schemas_of_events() -> dict[str, Schema]:
+    models = [(model, "serialization") for model in EVENTS]
+    _, made = models_json_schema(models, ref_template=REF)  # type: ignore[arg-type]
+    return dict(made["$defs"])
+
+
+def _bound(schemas: dict[str, Schema], settings: Settings) -> None:
+    """Tell the bounds that are this server's settings. A keyword counts for its own type only, so
+    that it can stand beside the forms that a field has."""
+    for name, schema in schemas.items():
+        if name.endswith("Request"):
+            bounds = _bounds(name, settings)
+            for field, told in schema["properties"].items():
+                told |= bounds.get(field, {})
+
+
+def _bounds(name: str, settings: Settings) -> dict[str, Schema]:
+    """By the field's name."""
+    ttl_s = settings.response_ttl_s if name == "ResponseRequest" else settings.session_ttl_s
+    most = {
+        **dict.fromkeys(TOKEN_LIMITS, settings.max_tokens_limit),
+        **dict.fromkeys(("n", "best_of"), settings.max_n),
+        **dict.fromkeys(("logprobs", "top_logprobs"), settings.max_logprobs),
+        "timeout": settings.request_timeout_s,
+        "ttl": ttl_s,
+    }
+    return {
+        **{field: {"maximum": bound} for field, bound in most.items() if bound is not None},
+        "stop": {"maxItems": settings.max_stop},
+        "logit_bias": {"maxProperties": settings.max_logit_bias},
+        "seed": {"minimum": SEED_MIN, "maximum": SEED_MAX},  # the framework rounds them
+    }
+
+
+def _examples(name: str) -> list[BaseModel]:
+    """Those of the model of this name, and of what it has in common with others."""
+    of_it = [example for example in (*REQUESTS, *ANSWERS) if type(example).__name__ == name]
+    kind = type(of_it[0]) if of_it else BaseModel
+    shared = [example for example in REQUESTS if type(example) in PARTS]
+    return of_it + [example for example in shared if issubclass(kind, type(example))]
+
+
+def _exemplify(schema: Schema, examples: Iterable[BaseModel]) -> None:
+    """An example of the whole, and of each field what the examples have in it.
+
+    A field without any takes one value only, if at all.
+    """
+    told = [e.model_dump(mode="json", by_alias=True, exclude_unset=True) for e in examples]
+    if told:
+        schema["examples"] = told[:1]
+    for name, field in schema.get("properties", {}).items():
+        values = [example[name] for example in told if example.get(name) is not None]
+        only = field.get("const", field.get("default"))
+        field["examples"] = _different(values) or [only]
+
+
+def _different(values: list[Any]) -> list[Any]:
+    return [value for at, value in enumerate(values) if value not in values[:at]]

@@ -1,0 +1,86 @@
+"""Parameters outside of bodies, as calls declare and document them."""
+
+from typing import Annotated
+
+from fastapi import Header, Path, Query
+
+from server.api.schemas.base import Text
+from server.api.schemas.sessions import Ttl, TurnNumber
+
+EXAMPLE_SESSION = "sess_h4kJ0cX2mVq9Zt7RbWnYs1LdPfGaEuQo"
+EXAMPLE_STREAM = "chatcmpl-4f0c1b7e9d2a46538c71e0f4a9b3d652"
+EXAMPLE_RESPONSE = "resp_Qm3xT8vLc0ZrJ5wKpBn2YdHsFgAeUi7o"
+
+SessionId = Annotated[str, Path(description="The session's id.", examples=[EXAMPLE_SESSION])]
+ResponseId = Annotated[str, Path(description="The response's id.", examples=[EXAMPLE_RESPONSE])]
+StreamId = Annotated[
+    str,
+    Path(description="The stream's id: that of the answer.", examples=[EXAMPLE_STREAM]),
+]
+ModelName = Annotated[str, Path(description="The model's name.", examples=["latentd"])]
+
+SessionHeader = Annotated[
+    str | None,
+    Header(
+        alias="X-Session-ID",
+        description="The same as `session_id` in the body.",
+        examples=[EXAMPLE_SESSION],
+    ),
+]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        pattern="^[ -~]*$",
+        description="With a session: a name of yours for this turn, in printable ASCII. A request "
+        "that comes again with it gets the answer of the turn that was committed.",
+        examples=["turn-4-of-cats"],
+    ),
+]
+LastEventId = Annotated[
+    str | None,
+    Header(
+        alias="Last-Event-ID",
+        description="The number of the last event that you have; those behind it follow.",
+        examples=["41"],
+    ),
+]
+AfterEvent = Annotated[
+    str | None,
+    Query(description="The same as `Last-Event-ID`, where headers cannot be set.", examples=["41"]),
+]
+
+Limit = Annotated[int, Query(ge=1, le=100, description="Most sessions of a page.", examples=[20])]
+AfterSession = Annotated[
+    str | None,
+    Query(description="The `last_id` of the page before.", examples=[EXAMPLE_SESSION]),
+]
+MetadataQuery = Annotated[
+    Text | None,
+    Query(
+        description="Your notes, kept with the session: a JSON object of strings.",
+        examples=['{"topic": "cats"}'],
+    ),
+]
+TtlQuery = Annotated[
+    Ttl | None,
+    Query(description="Seconds without use after which the session is erased.", examples=[3600.0]),
+]
+TurnQuery = Annotated[
+    TurnNumber | None,
+    Query(description="After which turn; the last one if not given.", examples=[3]),
+]
+WantsStream = Annotated[
+    bool, Query(description="Tell the events of a response in the background.", examples=[True])
+]
+StartingAfter = Annotated[
+    int | None,
+    Query(
+        ge=0,
+        le=2**53,
+        description="With `stream`: the `sequence_number` of the last event that you have.",
+        examples=[7],
+    ),
+]
