@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import Header, Path, Query
 
-from server.api.schemas.base import Text
+from server.api.schemas.base import LARGEST, Text
 from server.api.schemas.sessions import Ttl, TurnNumber
 
 EXAMPLE_SESSION = "sess_h4kJ0cX2mVq9Zt7RbWnYs1LdPfGaEuQo"
@@ -79,7 +79,7 @@ StartingAfter = Annotated[
     int | None,
     Query(
         ge=0,
-        le=2**53,
+        le=LARGEST,
         description="With `stream`: the `sequence_number` of the last event that you have.",
         examples=[7],
     ),

@@ -21,6 +21,7 @@ from server.errors import (
 from server.metrics import Metrics
 
 LONGEST_ECHO = 200
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
 def install(app: FastAPI, metrics: Metrics) -> None:
@@ -134,13 +135,19 @@ def _from_http(request: Request, error: HTTPException) -> LatentdError:
 
 
 def _methods(request: Request) -> list[str]:
-    """What the path can be asked to, by all of its routes: the framework tells the first one's."""
-    known = [
-        method
-        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
-        if any(
-            route.matches({**request.scope, "method": method})[0] is Match.FULL
-            for route in request.app.routes
-        )
-    ]
+    """What the path can be asked to, by all of its routes: the framework tells the first one's.
+
+    A path that is documented as it stands has the methods that it is documented with: routes that
+    would take it for the id of something do not count.
+    """
+    documented = request.app.openapi()["paths"].get(request.scope["path"])
+    if documented is None:
+        known = [method for method in METHODS if _is_routed(request, method)]
+    else:
+        known = [method for method in METHODS if method.lower() in documented]
     return ["HEAD", *known] if "GET" in known else known
+
+
+def _is_routed(request: Request, method: str) -> bool:
+    scope = {**request.scope, "method": method}
+    return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)

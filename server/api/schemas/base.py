@@ -9,6 +9,9 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import no_info_plain_validator_function
@@ -21,7 +24,25 @@ def _kind_of_prompt(value: Any) -> str:
     first = value[0] if value else 0
     if isinstance(first, list):
         return "(token_lists)"
-    return "(tokens)" if isinstance(first, int) else "(texts)"
+    return "(tokens)" if isinstance(first, int | float) else "(texts)"
+
+
+def _take_whole(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """For JSON, and so for its schemas, 1.0 is an integer."""
+    try:
+        return validate(value)
+    except ValidationError:
+        whole = _whole(value)
+        if whole == value and whole is not value:
+            return validate(whole)
+        raise
+
+
+def _whole(value: Any) -> Any:
+    """The value with integers where it has floats that are whole."""
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check_unicode(text: str) -> str:
@@ -55,7 +76,13 @@ class Refused:
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+WHOLE = WrapValidator(_take_whole)
+"""Annotates integers and lists of them."""
+
+LARGEST = 2**53
+"""Beyond it not every program that reads JSON has integers."""
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=LARGEST)]], Field(fail_fast=True), WHOLE]
 Prompt = Annotated[
     Annotated[Text, Tag("(text)")]
     | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("(texts)")]

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from server.api.schemas.base import AnswerModel, Refused, RequestModel, Text
+from server.api.schemas.base import LARGEST, WHOLE, AnswerModel, Refused, RequestModel, Text
 from server.api.schemas.generation import GenerationRequest, Timings, Usage
 
 NO_TOOLS = "this server's models call no tools"
@@ -63,14 +63,14 @@ class ChatRequest(GenerationRequest):
     """The conversation; with a session, only what was said since its last turn, and nothing at all
     to let the model go on with its last message."""
 
-    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = None
     """Tokens to generate at most; the newer name of max_tokens."""
 
     logprobs: bool | None = None
     """Tell the log-probability of each token: the model's, before penalties, temperature and
     filters."""
 
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = None
     """So many of the most probable tokens beside each; needs `logprobs`."""
 
     metadata: dict[Text, Text] | None = None

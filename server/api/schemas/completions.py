@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from server.api.schemas.base import AnswerModel, Prompt, Refused
+from server.api.schemas.base import LARGEST, WHOLE, AnswerModel, Prompt, Refused
 from server.api.schemas.generation import GenerationRequest, Timings, Usage
 
 
@@ -17,11 +17,11 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     """Begin the text with the prompt; with `logprobs`, tell the prompt's probabilities, too."""
 
-    logprobs: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = None
     """Tell the log-probability of each token and of so many of the most probable ones. They are
     the model's, before penalties, temperature and filters."""
 
-    best_of: Annotated[int, Field(ge=1)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=LARGEST), WHOLE] | None = None
     """Generate so many choices and answer with the `n` of the highest log-probability a token."""
 
     suffix: Annotated[None, Refused("this model cannot write what comes before a text", "")] = None

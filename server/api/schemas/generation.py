@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from server.api.schemas.base import AnswerModel, RequestModel, Stop, Text
+from server.api.schemas.base import LARGEST, WHOLE, AnswerModel, RequestModel, Stop, Text, TokenIds
 from server.api.schemas.structure import ResponseFormat, StructuredOutputs
 
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
@@ -33,7 +33,7 @@ class SamplingRequest(RequestModel):
     model: Text | None = None
     """The model's name; without it, the one that is served."""
 
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = None
     """Before so many tokens nothing ends the text: no end token, no stop token, no stop string."""
 
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None
@@ -42,7 +42,7 @@ class SamplingRequest(RequestModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Choose among the most probable tokens that together have this probability."""
 
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=LARGEST), WHOLE] | None = None
     """Choose among so many of the most probable tokens. 0 and -1: no limit."""
 
     min_p: Probability | None = None
@@ -60,15 +60,13 @@ class SamplingRequest(RequestModel):
     logit_bias: LogitBias | None = None
     """Added to logits, by token id, which JSON writes as a string."""
 
-    seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)] | None = None
+    seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX), WHOLE] | None = None
     """The same seed gives the same text for the same request."""
 
     stop: Stop | None = None
     """Strings that end the text; they are not part of it."""
 
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=256)] | None = (
-        None
-    )
+    stop_token_ids: Annotated[TokenIds, Field(max_length=256)] | None = None
     """Tokens that end the text, also with `ignore_eos`; they are not part of it."""
 
     include_stop_str_in_output: bool | None = None
@@ -166,13 +164,13 @@ class GenerationRequest(SamplingRequest):
     session_id: Text | None = None
     """Take the session's next turn: send only what is new."""
 
-    expected_turn: Annotated[int, Field(ge=0)] | None = None
+    expected_turn: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = None
     """The turn that the session must be at; otherwise the answer is 409 `turn_mismatch`."""
 
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = None
     """Tokens to generate at most. 0 only reads the prompt."""
 
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=LARGEST), WHOLE] | None = None
     """Choices to generate for each prompt."""
 
     stream_options: StreamOptions | None = None

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from server.api.schemas.base import AnswerModel, Refused, RequestModel, Text
+from server.api.schemas.base import LARGEST, WHOLE, AnswerModel, Refused, RequestModel, Text
 from server.api.schemas.chat import NO_TOOLS, TEXT_ONLY, TokenLogprob
 from server.api.schemas.generation import SamplingRequest, Timings
 from server.api.schemas.sessions import Metadata, Ttl
@@ -130,7 +130,7 @@ class ResponseRequest(SamplingRequest):
     background: bool | None = None
     """Answer at once and go on without the connection; needs `store`."""
 
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=LARGEST), WHOLE] | None = None
     """Tokens to generate at most."""
 
     metadata: Metadata | None = None
@@ -139,7 +139,7 @@ class ResponseRequest(SamplingRequest):
     ttl: Ttl | None = None
     """Seconds after which a stored response is erased."""
 
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = None
     """So many of the most probable tokens beside each; needs the include below."""
 
     include: list[Literal["message.output_text.logprobs"]] | None = None

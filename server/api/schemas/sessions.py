@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from server.api.schemas.base import AnswerModel, Prompt, RequestModel, Text
+from server.api.schemas.base import LARGEST, WHOLE, AnswerModel, Prompt, RequestModel, Text
 
 Metadata = Annotated[
     dict[
@@ -14,7 +14,7 @@ Metadata = Annotated[
     Field(max_length=16),
 ]
 Ttl = Annotated[float, Field(gt=0, le=10**9)]
-TurnNumber = Annotated[int, Field(ge=0, le=2**53)]
+TurnNumber = Annotated[int, Field(ge=0, le=LARGEST), WHOLE]
 
 
 class CreateSessionRequest(RequestModel):

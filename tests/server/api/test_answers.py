@@ -228,3 +228,11 @@ def test_timings_on_request(client: httpx.Client, session_id: str) -> None:
     assert "timings" in events[-2][1]
     assert "timings" not in complete(client)
     json.dumps(timings)
+
+
+def test_a_whole_number_may_be_written_as_a_float(client: httpx.Client) -> None:
+    """As JSON Schema says, and as some languages write all numbers."""
+    body = BODY | {"prompt": [1, 2, 3], "stop_token_ids": [299]}
+    floats = {"prompt": [1.0, 2, 3.0], "max_tokens": 24.0, "seed": 7.0, "stop_token_ids": [299.0]}
+    answers = [client.post("/v1/completions", json=b).json() for b in (body, body | floats)]
+    assert answers[0]["choices"] == answers[1]["choices"]

@@ -45,6 +45,8 @@ WRONG_BODIES: list[tuple[dict[str, Any], int, str, str]] = [
     ({"logit_bias": [1]}, 400, "logit_bias", "invalid_value"),
     ({"seed": 2**64}, 400, "seed", "invalid_value"),
     ({"seed": "x"}, 400, "seed", "invalid_value"),
+    ({"seed": 1e30}, 400, "seed", "invalid_value"),
+    ({"prompt": [1.0, 1.5]}, 400, "prompt[1]", "invalid_value"),
     ({"timeout": 0}, 400, "timeout", "invalid_value"),
     ({"timeout": -1.5}, 400, "timeout", "invalid_value"),
     ({"timeout": "5"}, 400, "timeout", "invalid_value"),
@@ -184,6 +186,7 @@ def test_wrong_addresses(
         ("PUT", "/v1/sessions", "HEAD, GET, POST"),
         ("PATCH", "/v1/sessions/sess_x", "HEAD, GET, DELETE"),
         ("POST", "/health/live", "HEAD, GET"),
+        ("OPTIONS", "/v1/sessions/import", "POST"),
         ("DELETE", "/docs", "HEAD, GET"),
     ],
 )
