@@ -99,7 +99,7 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
     for part in (completions, chat, responses, sessions, resumption, tokens, models, health):
         app.include_router(part.router)
     problems.install(app, metrics)
-    openapi.describe(app, settings)
+    openapi.describe(app, settings, asks_for_keys=keys.asks_for_keys)
     app.add_middleware(Guard, keys=keys, guard_metrics=settings.guard_metrics)
     app.add_middleware(
         RequestMiddleware,

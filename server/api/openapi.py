@@ -70,7 +70,7 @@ REQUEST_ID_TOLD = {
 Schema = dict[str, Any]
 
 
-def describe(app: FastAPI, settings: Settings) -> None:
+def describe(app: FastAPI, settings: Settings, *, asks_for_keys: bool) -> None:
     """Make the app tell all that there is to know; it is put together when first asked for."""
     framework = app.openapi
 
@@ -78,6 +78,8 @@ def describe(app: FastAPI, settings: Settings) -> None:
         if app.openapi_schema is None:
             document = framework()
             _complete(document, settings)
+            if not asks_for_keys:
+                _open(document)
             app.openapi_schema = document
         return app.openapi_schema
 
@@ -98,6 +100,13 @@ def _complete(document: dict[str, Any], settings: Settings) -> None:
         operation.setdefault("parameters", []).append(REQUEST_ID)
         for response in operation["responses"].values():
             response.setdefault("headers", {})["X-Request-ID"] = REQUEST_ID_TOLD
+
+
+def _open(document: dict[str, Any]) -> None:
+    """Keys may be given, but need not."""
+    for operation in _operations(document):
+        if "security" in operation:
+            operation["security"].append({})
 
 
 def _operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
