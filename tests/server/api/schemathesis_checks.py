@@ -1,0 +1,79 @@
+"""What schemathesis checks of this server besides its own checks; loaded by `st`."""
+
+import json
+from typing import Any
+
+import schemathesis
+from schemathesis import Case
+
+MISSHAPEN = {
+    "invalid_body",
+    "invalid_json",
+    "invalid_value",
+    "missing_required_parameter",
+    "unknown_parameter",
+    "unsupported_media_type",
+    "unsupported_parameter",
+}
+"""Codes for what a schema can tell. Others are for parameters that go ill together, and for what
+does not exist."""
+
+UNTOLD = "surrogate"
+"""Schemas cannot say that text has no half of a surrogate pair."""
+
+
+@schemathesis.check
+def valid_shape_is_known(
+    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: Case[Any]
+) -> None:
+    """What fits the schema is not refused as if it did not."""
+    del ctx
+    if case.meta is None or not case.meta.generation.mode.is_positive:
+        return
+    if response.status_code in (400, 415) and is_json(response):
+        error = response.json()["error"]
+        assert error["code"] not in MISSHAPEN or UNTOLD in error["message"], error
+
+
+@schemathesis.check
+def errors_are_error_objects(
+    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: Case[Any]
+) -> None:
+    """Also those that are not documented for each call."""
+    del ctx
+    if response.status_code >= 400 and response.request.method != "HEAD":
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}, error
+        assert error["message"]
+        assert len(response.content) < 2000, "what is wrong is told in a few words"
+    del case
+
+
+@schemathesis.check
+def streams_end_properly(
+    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: Case[Any]
+) -> None:
+    """The last event of every stream says that it is the last, and their ids count."""
+    del ctx
+    if not response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
+        return
+    text = response.content.decode()
+    assert text.endswith("\n\n"), text[-200:]
+    events = [fields(event) for event in text[:-2].split("\n\n")]
+    first = int(events[0]["id"])
+    assert [int(event["id"]) for event in events] == list(range(first, first + len(events)))
+    last = events[-1]["data"]
+    is_typed = "event" in events[-1]
+    kinds = ("response.completed", "response.incomplete", "response.failed")
+    assert json.loads(last)["type"] in kinds if is_typed else last == "[DONE]", last
+    del case
+
+
+def is_json(response: schemathesis.Response) -> bool:
+    return response.headers.get("content-type", [""])[0].startswith("application/json")
+
+
+def fields(event: str) -> dict[str, str]:
+    """Without signs of life."""
+    lines = [line for line in event.split("\n") if not line.startswith(":")]
+    return dict(line.split(": ", 1) for line in lines)

@@ -1,0 +1,111 @@
+"""Requests that schemathesis makes from the documentation, right ones and wrong ones.
+
+Whatever comes, the answer is one of those that are documented, and the server's log has no fault.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.api.chats import make_checkpoint
+from tests.server.live import LiveServer, live_server, tiny_settings
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+KEY = "the-key"
+SEED = "7"
+
+
+def serve(folder: Path, **changes: object) -> Any:
+    """A server that never takes long."""
+    settings = tiny_settings(
+        make_checkpoint(folder / "model"),
+        folder / "data",
+        model_name="latentd",
+        max_tokens_limit=64,
+        max_prompt_tokens=500,
+        default_max_tokens=8,
+        default_chat_max_tokens=8,
+        max_n=2,
+        request_timeout_s=10,
+        grammar_timeout_s=1,
+        session_ttl_s=86_400,
+        **changes,
+    )
+    return live_server(settings)
+
+
+def run(
+    server: LiveServer,
+    report: Path,
+    num_examples: int,
+    *flags: str,
+    hooks: str = "schemathesis_checks",
+) -> dict[str, Any]:
+    """The report of a run with so many examples for each call, and for each of its phases."""
+    command = [
+        *(sys.executable, "-m", "schemathesis.cli"),
+        *("--config-file", str(HERE / "schemathesis.toml"), "run", f"{server.url}/openapi.json"),
+        *("--phases", "examples,coverage,fuzzing", "--max-examples", str(num_examples)),
+        *("--mode", "all", "--checks", "all", "--seed", SEED, "--continue-on-failure"),
+        *("--request-timeout", "30", "--generation-database", "none"),
+        *("--report", "json", "--report-json-path", str(report), *flags),
+    ]
+    extra = {"SCHEMATHESIS_HOOKS": f"tests.server.api.{hooks}", "PYTHONPATH": str(ROOT)}
+    shown = subprocess.run(
+        command, cwd=report.parent, env=os.environ | extra, capture_output=True, text=True
+    )
+    assert report.exists(), shown.stdout + shown.stderr
+    assert shown.returncode == 0, shown.stdout
+    told = json.loads(report.read_text())
+    print(told["test_cases"], f"{told['running_time']:.0f} s")
+    return dict(told)
+
+
+def check(told: dict[str, Any], caplog: pytest.LogCaptureFixture, least: int) -> None:
+    assert told["complete"]
+    assert told["operations"]["tested"] == told["operations"]["selected"]
+    assert told["test_cases"]["unique_failures"] == told["test_cases"]["errored"] == 0
+    assert told["test_cases"]["generated"] >= least
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR] == []
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_few_requests_to_every_call(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str | None
+) -> None:
+    header = () if key is None else ("-H", f"Authorization: Bearer {key}")
+    with serve(tmp_path, api_key=key or "") as running:
+        told = run(running, tmp_path / "report.json", 20, *header)
+    check(told, caplog, 2000)
+
+
+STREAMING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+
+
+def test_streams(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flags = [flag for path in STREAMING for flag in ("--include-path", path)]
+    with serve(tmp_path) as running:
+        told = run(
+            *(running, tmp_path / "report.json", 100, *flags, "--mode", "positive"),
+            hooks="schemathesis_streams",
+        )
+        ok = running.service.metrics.requests_total.labels
+        streamed = [ok(endpoint=path, outcome="ok")._value.get() for path in STREAMING]
+    check(told, caplog, 300)
+    assert min(streamed) > 10
+
+
+@pytest.mark.long
+def test_hundreds_of_requests_to_every_call(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serve(tmp_path) as running:
+        told = run(running, tmp_path / "report.json", 300)
+    check(told, caplog, 8000)
