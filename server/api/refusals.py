@@ -41,7 +41,9 @@ ALL = (
     ),
     _Refusal(
         "What the request names does not exist, has expired, or is another key's.",
-        NotFound("there is no model 'gpt-4'; this server has 'latentd'", "model", "not_found"),
+        NotFound(
+            "there is no model 'gpt-4'; this server has 'latentd'", "model", "model_not_found"
+        ),
     ),
     _Refusal(
         "The body did not arrive in time; the connection is closed.",
