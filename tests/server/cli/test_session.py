@@ -317,9 +317,11 @@ def another_server(status: int, body: bytes, headers: dict[str, str]) -> Iterato
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize("status", [200, 204, 307, 404, 500])
@@ -341,7 +343,7 @@ def test_an_empty_page_is_the_last() -> None:
 
 
 def test_an_error_of_many_lines_becomes_one() -> None:
-    error = {"message": "one\n\ttwo", "type": "x", "param": None, "code": None}
+    error = {"message": "one\n\ttwo", "type": "x", "param": None, "code": "y"}
     with another_server(418, json.dumps({"error": error}).encode(), {}) as url:
         assert refused_by(url) == "latentd: one two\n"
 
