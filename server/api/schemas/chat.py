@@ -21,14 +21,15 @@ class TextPart(RequestModel):
     """What it says."""
 
 
-def _kind_of_content(value: Any) -> str:
+def kind_of_content(value: Any) -> str:
+    """Which form of a message's content it is."""
     return "(parts)" if isinstance(value, list) else "(text)"
 
 
 Content = Annotated[
     Annotated[Text, Tag("(text)")]
     | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("(parts)")],
-    Discriminator(_kind_of_content),
+    Discriminator(kind_of_content),
 ]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from server.api.schemas.base import LARGEST, WHOLE, AnswerModel, Refused, RequestModel, Text
-from server.api.schemas.chat import NO_TOOLS, TEXT_ONLY, TokenLogprob
+from server.api.schemas.chat import NO_TOOLS, TEXT_ONLY, TokenLogprob, kind_of_content
 from server.api.schemas.generation import SamplingRequest, Timings
 from server.api.schemas.sessions import Metadata, Ttl
 from server.api.schemas.structure import (
@@ -34,10 +34,6 @@ class InputPart(RequestModel):
     """As it came with an earlier answer; it changes nothing."""
 
 
-def _kind_of_content(value: Any) -> str:
-    return "(parts)" if isinstance(value, list) else "(text)"
-
-
 class InputMessage(RequestModel):
     """A message; an earlier response's output item is one, too."""
 
@@ -50,7 +46,7 @@ class InputMessage(RequestModel):
     content: Annotated[
         Annotated[Text, Tag("(text)")]
         | Annotated[list[InputPart], Field(min_length=1, fail_fast=True), Tag("(parts)")],
-        Discriminator(_kind_of_content),
+        Discriminator(kind_of_content),
     ]
     """A text, or a list of text parts, which are joined."""
 
