@@ -50,13 +50,19 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(settings: Settings) -> Iterator[LiveServer]:
-    """Run a server for these settings until the block ends."""
+def live_server(settings: Settings, send_buffer_bytes: int | None = None) -> Iterator[LiveServer]:
+    """Run a server for these settings until the block ends.
+
+    `send_buffer_bytes` is what the kernel holds for a client that does not read; without it, some
+    megabytes.
+    """
     loaded = checkpoint.load(settings.checkpoint, torch.device("cpu"))
     store = SQLiteStore(settings.data_dir / "sessions.sqlite3", settings.durability)
     app = create_app(settings, loaded, store)
     server = uvicorn.Server(uvicorn_config(app, settings, 5))
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        if send_buffer_bytes is not None:  # connections inherit it
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,19 +140,26 @@ def test_a_reader_that_stands_still_for_long_has_gone(
 ) -> None:
     """Its session is free, and as it was, though all of its text was written."""
     settings = tiny_settings(tiny_checkpoint, tmp_path, stall_timeout_s=0.5)
-    with live_server(settings) as running, running.client() as client:
+    with (
+        live_server(settings, send_buffer_bytes=4096) as running,
+        running.client() as client,
+    ):
         session_id = client.post("/v1/sessions").json()["id"]
-        body = BODY | {"max_tokens": 20_000, "stream": True, "session_id": session_id}
+        body = BODY | {"max_tokens": 4_000, "stream": True, "session_id": session_id}
 
         async def until(status: str) -> None:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60), httpx.AsyncClient(base_url=running.url) as asking:
                 while True:
-                    session = await asyncio.to_thread(client.get, f"/v1/sessions/{session_id}")
+                    session = await asking.get(f"/v1/sessions/{session_id}")
                     if session.json()["status"] == status:
                         return
+                    await asyncio.sleep(0.02)
 
         async def stand_still() -> None:
-            _, writer = await asyncio.open_connection("127.0.0.1", port_of(running), limit=1)
+            narrow = socket.socket()
+            narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            narrow.connect(("127.0.0.1", port_of(running)))
+            _, writer = await asyncio.open_connection(sock=narrow, limit=1)
             writer.write(raw_request(body | {"logprobs": 10}))
             await until("busy")
             await until("idle")
