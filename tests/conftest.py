@@ -1,9 +1,10 @@
 """A tiny checkpoint with random weights, made once; one thread for torch.
 
 Threads that wait for each other at every operation of a small network stand still when anything
-else runs on the machine.
+else runs on the machine. Without a GPU, Triton's kernels run in its interpreter.
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from model.config import ModelConfig
 from model.network import LanguageModel
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 
 @pytest.fixture(scope="session")
