@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model import WeightDtype
 from model.attention import CHUNK, EMPTY, Attention, AttentionState, absorb, chunked, step
 from model.config import ModelConfig
+from model.decoding import Decoder, DirectDecoder
 from model.linear import NarrowLinear, PackedLinear, can_compile
 from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
 
@@ -253,6 +254,11 @@ class LanguageModel(nn.Module):
     def new_pool(self, num_rows: int) -> StatePool:
         """States before the first token, on the device of the weights."""
         return StatePool(self.state_spec, num_rows, self.device)
+
+    def new_decoder(self, pool: StatePool, most_rows: int) -> Decoder:
+        """What launches the steps of up to so many of the pool's rows at a time."""
+        del most_rows
+        return DirectDecoder(self, pool)
 
     def empty_state(self, batch: int) -> NetworkState:
         """The state before the first token, for `forward`."""

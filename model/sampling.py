@@ -64,6 +64,11 @@ class SamplingParams:
         )
 
     @property
+    def changes_logits(self) -> bool:
+        """Whether the choice depends on more than the temperature and the filters."""
+        return self.has_penalties or bool(self.logit_bias)
+
+    @property
     def has_filters(self) -> bool:
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 

@@ -80,13 +80,6 @@ class StatePool:
         for values in self.tensors.values():
             values[:, row] = math.nan if values.is_floating_point() else -128
 
-    def swap(self, a: int, b: int) -> None:
-        """Exchange two rows."""
-        if a != b:
-            kept = self.read_row(a)
-            self.write_row(a, self.read_row(b))
-            self.write_row(b, kept)
-
     def read_row(self, row: int) -> RowState:
         """A copy of the row, on the pool's device."""
         return tuple(values[:, row].clone() for values in self.tensors.values())

@@ -1,27 +1,11 @@
-"""Tokens with what the model thought of them: of the prompt, and of the answer."""
+"""The tokens of a prompt with what the model thought of them."""
 
 from collections.abc import Sequence as Row
 
 from torch import Tensor
 
-from model.logprobs import Scored, score
+from model.logprobs import score
 from server.engine.messages import Token
-
-
-def score_tokens(
-    logits: Tensor, tokens: Row[Token | None], num_top: Row[int]
-) -> list[Token | None]:
-    """The tokens sampled from rows of logits `[tokens, vocab]`, with their probabilities.
-
-    None where there is none, or the logits are no numbers.
-    """
-    ids = [0 if token is None else token.token_id for token in tokens]
-    scores = zip(tokens, score(logits, ids, num_top), strict=True)
-    return [None if token is None else _with(token.token_id, scored) for token, scored in scores]
-
-
-def _with(token_id: int, scored: Scored | None) -> Token | None:
-    return None if scored is None else Token(token_id, scored.logprob, scored.top)
 
 
 class PromptScores:
@@ -51,6 +35,9 @@ class PromptScores:
         ids = self._token_ids[first + skipped : self._num_seen]
         if not ids:
             return
-        scored = score_tokens(logits[skipped:], list(map(Token, ids)), [self._num_top] * len(ids))
-        self.tokens += [token for token in scored if token is not None]
-        self.is_damaged |= None in scored
+        scores = score(logits[skipped:], ids, [self._num_top] * len(ids))
+        for token_id, scored in zip(ids, scores, strict=True):
+            if scored is None:
+                self.is_damaged = True
+            else:
+                self.tokens.append(Token(token_id, scored.logprob, scored.top))

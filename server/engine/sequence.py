@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from model.decoding import MOST_ENDS, DecodeInput
 from model.sampling import WINDOW, RecentTokens, SampledRow
 from model.state import RowState
 from model.tokenizer import Detokenizer, Tokenizer
@@ -119,6 +120,16 @@ class Sequence:
         """Token ids that may come next, where a grammar says it."""
 
         self.matcher = None if request.grammar is None else request.grammar.matcher()
+        self.num_in_flight = 0
+        """Steps that were launched for it and whose tokens are not known yet."""
+
+        self._is_plain = (
+            self.matcher is None
+            and not request.sampling.changes_logits
+            and not self._can_rewind
+            and len(self.end_token_ids) <= MOST_ENDS
+        )
+        """Whether the choice of a token depends on no other and nothing has to be undone."""
 
     @property
     def unread(self) -> list[int]:
@@ -152,15 +163,34 @@ class Sequence:
             raise ValueError(f"token ids must be from 0 to {vocab_sz - 1}")
 
     @property
-    def sampled_row(self) -> SampledRow:
-        return SampledRow(
-            self.request.sampling, self.position, self.recent, tuple(self._banned), self._mask
+    def can_run_ahead(self) -> bool:
+        """Whether another step can be launched for it before the token of the last is known."""
+        return (
+            self._is_plain
+            and self.request.min_tokens <= self.num_generated
+            and self.num_generated + self.num_in_flight < self.request.max_tokens
+        )
+
+    def decode_input(self, row: int) -> DecodeInput:
+        """Its part in the next step: it reads its next token, or the one that is under way."""
+        return DecodeInput(
+            row,
+            None if self.num_in_flight else self.take(1)[0],
+            SampledRow(
+                self.request.sampling,
+                self.position + self.num_in_flight,
+                self.recent,
+                tuple(self._banned),
+                self._mask,
+            ),
+            self.end_token_ids,
+            self.request.num_logprobs,
         )
 
     @property
     def _banned(self) -> frozenset[int]:
         """Tokens that must not come yet, or at all."""
-        early = self.num_generated < self.request.min_tokens
+        early = self.num_generated + self.num_in_flight < self.request.min_tokens
         ignored = frozenset[int]() if self.matcher is None else self._ignored_ends
         return ignored | self.end_token_ids if early else ignored
 

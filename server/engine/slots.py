@@ -1,15 +1,11 @@
 """Who owns which row of the state pool. Counts only; no state is touched here.
 
-Rows 1 to `num_decoding` belong to the sequences that decode together, so that a step works on one
-contiguous block in place. The other rows hold sequences that are still reading their prompt, warm
-states of finished turns, or nothing. Row 0 is never owned. Where a change of owners needs states to
-move, the method answers with the two rows that the caller must swap; where a row becomes free, with
+A sequence keeps its row from its first token to its last, and a warm state the row of the turn that
+left it: states never move. Row 0 is never owned. Where a row becomes free, the method answers with
 the row whose state the caller must erase.
 """
 
 from collections import OrderedDict
-
-Swap = tuple[int, int]
 
 
 class Slots:
@@ -20,7 +16,6 @@ class Slots:
         self._row: dict[str, int] = {}
         self._warm: OrderedDict[str, None] = OrderedDict()
         self._evicted: list[str] = []
-        self.num_decoding = 0
 
     @property
     def num_rows(self) -> int:
@@ -81,7 +76,7 @@ class Slots:
         self._warm[name] = None
 
     def release(self, owner: str) -> int:
-        """Free the row of a sequence that does not decode, or of a warm state."""
+        """Free the row of a sequence or of a warm state."""
         row = self._row.pop(owner)
         self._owner[row] = None
         self._warm.pop(owner, None)
@@ -93,21 +88,9 @@ class Slots:
         self._warm.clear()
         self._row.clear()
         self._owner = dict.fromkeys(self._owner)
-        self.num_decoding = 0
 
     def is_warm(self, name: str) -> bool:
         return name in self._warm
-
-    def begin_decoding(self, owner: str) -> Swap:
-        """Move the owner's row to the end of the decoding block."""
-        self.num_decoding += 1
-        return self._swap(self._row[owner], self.num_decoding)
-
-    def end_decoding(self, owner: str) -> Swap:
-        """Move the owner's row out of the decoding block."""
-        swap = self._swap(self._row[owner], self.num_decoding)
-        self.num_decoding -= 1
-        return swap
 
     def check(self) -> None:
         """Prove that every row has one owner or none. Raises RuntimeError."""
@@ -115,14 +98,6 @@ class Slots:
         owned = {row: owner for row, owner in self._owner.items() if owner is not None}
         if used != owned or len(used) + self.num_free != self.num_rows:
             raise RuntimeError(f"rows are not accounted for: {used} against {owned}")
-
-    def _swap(self, a: int, b: int) -> Swap:
-        owner_a, owner_b = self._owner[a], self._owner[b]
-        self._owner[a], self._owner[b] = owner_b, owner_a
-        for row, owner in ((a, owner_b), (b, owner_a)):
-            if owner is not None:
-                self._row[owner] = row
-        return a, b
 
     def _set(self, row: int, owner: str) -> None:
         self._owner[row] = owner

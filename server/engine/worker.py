@@ -7,11 +7,8 @@ from collections.abc import Sequence as Row
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from model.checkpoint import Checkpoint
-from model.sampling import prepare, sample
+from model.decoding import Decoded, Launched
 from server.engine.inbox import Inbox
 from server.engine.messages import (
     Cancel,
@@ -38,7 +35,6 @@ from server.engine.messages import (
 )
 from server.engine.reading import PromptReader
 from server.engine.scheduler import EngineLimits, Plan, Scheduler
-from server.engine.scoring import score_tokens
 from server.engine.sequence import Sequence
 from server.metrics import Metrics
 
@@ -54,6 +50,17 @@ class End:
     reason: Literal["stop", "length"]
     stopped_by: str | int | None = None
     """As in `Finished`."""
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step that is under way."""
+
+    batch: Row[tuple[int, Sequence]]
+    """The sequences with their rows."""
+
+    launched: Launched
+    started: float
 
 
 Deliver = Callable[[list[Event | Evicted]], None]
@@ -84,6 +91,10 @@ class Worker:
         self._reader = PromptReader(
             self._network, self._pool, self._slots, limits.prefix_cache_bytes, metrics
         )
+        self._decoder = self._network.new_decoder(self._pool, limits.max_running)
+        self._flight: Flight | None = None
+        """The step that was launched last, if its tokens have not been taken."""
+
         self._events: list[Event | Evicted] = []
         self._open: dict[str, None] = {}
         """Requests that have not been told their end, oldest first."""
@@ -93,7 +104,7 @@ class Worker:
 
     def run(self) -> None:
         """Work until told to stop; sleep while there is nothing to do."""
-        prepare()
+        self._decoder.prepare()
         self._report_slots()
         while not self._stopping:
             self.step()
@@ -117,8 +128,13 @@ class Worker:
         if plan.prefill:
             self._reader.read(plan.prefill)
             self._finish_reading()
-        if plan.decode:
-            self._decode(plan.decode)
+        before, self._flight = self._flight, self._launch(plan.decode)
+        if before is not None:
+            self._land(before)
+        ended = not self._scheduler.decoding
+        if self._flight is not None and (ended or not self._decoder.runs_ahead):
+            self._land(self._flight)
+            self._flight = None
 
     def _receive(self) -> None:
         idle = self._scheduler.idle
@@ -209,48 +225,58 @@ class Worker:
             if request.max_tokens == 0:
                 self._finish(sequence, End("length"))
             else:
-                self._pool.swap(*self._slots.begin_decoding(request.request_id))
                 self._scheduler.decoding[self._row(sequence)] = sequence
 
     def _stop_reading(self, sequence: Sequence) -> None:
         self._scheduler.reading.remove(sequence)
         self._reader.leave(sequence)
 
-    def _follow_grammars(self, decode: Row[Sequence]) -> Row[Sequence]:
-        """Find out what may come next where a grammar says it; end what is complete.
-
-        Returns the sequences that go on: all that decode by now, since those that were read in this
-        step may get the rows of those that end.
-        """
-        if not any(sequence.matcher is not None for sequence in decode):
-            return decode
-        for sequence in self._scheduler.decode_order():
-            reason = sequence.find_allowed()
-            if reason is not None:
-                self._drop(sequence)
-                self._end(GrammarFailed(sequence.request.request_id, reason))
-            elif sequence.matcher is not None and sequence.matcher.is_complete:
-                self._finish(sequence, End("stop"))
-        return self._scheduler.decode_order()
-
-    def _decode(self, decode: Row[Sequence]) -> None:
+    def _launch(self, decode: Row[Sequence]) -> Flight | None:
+        """Launch the next step of all that can go on."""
+        ready = [sequence for sequence in decode if self._can_go_on(sequence)]
+        if not ready:
+            return None
         started = time.monotonic()
-        decode = self._follow_grammars(decode)
-        if not decode:
-            return
-        rows = [self._row(sequence) for sequence in decode]
-        inputs = [sequence.take(1)[0] for sequence in decode]
-        ids = torch.tensor(inputs, device=self._pool.device)
-        tokens = self._sample(self._network.step(ids, self._pool, rows), decode)
+        batch = [(self._row(sequence), sequence) for sequence in ready]
+        launched = self._decoder.launch([sequence.decode_input(row) for row, sequence in batch])
+        for sequence in ready:
+            sequence.num_in_flight += 1
+        self._metrics.batch_size.set(len(batch))
+        return Flight(batch, launched, started)
+
+    def _can_go_on(self, sequence: Sequence) -> bool:
+        """Whether a step can be launched for it now. Where a grammar says it, find out what may
+        come next, and end what is complete."""
+        if sequence.num_in_flight:
+            return self._decoder.runs_ahead and sequence.can_run_ahead
+        if sequence.matcher is None:
+            return True
+        reason = sequence.find_allowed()
+        if reason is not None:
+            self._drop(sequence)
+            self._end(GrammarFailed(sequence.request.request_id, reason))
+        elif sequence.matcher.is_complete:
+            self._finish(sequence, End("stop"))
+        else:
+            return True
+        return False
+
+    def _land(self, flight: Flight) -> None:
+        """Take the tokens of a step, except of sequences that have ended since its launch."""
+        decoded = flight.launched.take()
         now = time.monotonic()
-        self._metrics.step_duration_seconds.observe(now - started)
-        self._metrics.batch_size.set(len(rows))
-        self._metrics.generation_tokens_total.inc(len(rows) - tokens.count(None))
-        for sequence, token in zip(decode, tokens, strict=True):
+        self._metrics.step_duration_seconds.observe(now - flight.started)
+        num_tokens = 0
+        for i, (row, sequence) in enumerate(flight.batch):
+            sequence.num_in_flight -= 1
+            if self._scheduler.decoding.get(row) is not sequence:
+                continue
+            token = _token(decoded, i)
             if token is None:
                 self._drop(sequence)
                 self._end(NoProbabilities(sequence.request.request_id))
                 continue
+            num_tokens += 1
             try:
                 end = self._advance(sequence, token, now)
             except Exception:  # of this sequence's text: the others are as they should be
@@ -259,22 +285,7 @@ class Worker:
                 continue
             if end is not None:
                 self._finish(sequence, end)
-
-    def _sample(self, logits: Tensor, sequences: Row[Sequence]) -> list[Token | None]:
-        """The next token of each sequence, with its probabilities where they are asked for.
-
-        None where there is none that may come. logits `[sequences, vocab]` are overwritten.
-        """
-        asked = [i for i, s in enumerate(sequences) if s.request.num_logprobs is not None]
-        model_logits = logits[asked] if asked else None  # a copy, before penalties
-        sampled = sample(logits, [sequence.sampled_row for sequence in sequences])
-        tokens = [None if token_id is None else Token(token_id) for token_id in sampled]
-        if model_logits is not None:
-            num_top = [sequences[i].request.num_logprobs or 0 for i in asked]
-            scored = score_tokens(model_logits, [tokens[i] for i in asked], num_top)
-            for i, token in zip(asked, scored, strict=True):
-                tokens[i] = token
-        return tokens
+        self._metrics.generation_tokens_total.inc(num_tokens)
 
     def _advance(self, sequence: Sequence, token: Token, now: float) -> End | None:
         """One sampled token of one sequence, of which alone it touches text and state.
@@ -306,6 +317,8 @@ class Worker:
                 self._pool.write_row(row, state)
         else:
             sequence.append(token_id)
+            if sequence.num_in_flight and not ends:  # the step that was launched ahead reads it
+                sequence.take(1)
         self._events.append(TextDelta(request.request_id, step.text, step.tokens))
         if step.stop is not None:
             return End("stop", step.stop)
@@ -372,16 +385,10 @@ class Worker:
             self._pool.poison(row)
 
     def _stop_decoding(self, sequence: Sequence) -> None:
-        """Take the sequence out of the decoding block; the block's last one takes its row."""
-        decoding = self._scheduler.decoding
-        row = next((row for row, other in decoding.items() if other is sequence), None)
-        if row is None:
-            return
-        del decoding[row]
-        a, b = self._slots.end_decoding(sequence.request.request_id)
-        self._pool.swap(a, b)
-        if a != b:
-            decoding[a] = decoding.pop(b)
+        """Take the sequence out of those that decode, if it is among them."""
+        row = self._row(sequence)
+        if self._scheduler.decoding.get(row) is sequence:
+            del self._scheduler.decoding[row]
 
     def _fail_all(self) -> None:
         """After an error in a step nobody knows which states are whole: end every request.
@@ -393,6 +400,7 @@ class Worker:
             self._inbox.waits_no_more(sequence.request)
         for phase in (scheduler.waiting, scheduler.reading, scheduler.decoding):
             phase.clear()
+        self._flight = None
         self._slots.release_all()
         self._events.extend(map(Evicted, self._slots.take_evicted()))
         self._reader.forget()
@@ -429,3 +437,12 @@ class Worker:
 def _end_by(token_id: int, request: EngineRequest) -> End:
     """The end by a token: the client's own, or the model's."""
     return End("stop", token_id if token_id in request.stop_token_ids else None)
+
+
+def _token(decoded: Decoded, place: int) -> Token | None:
+    """The token at a place of the batch; None where there is none that may come."""
+    token_id = decoded.token_ids[place]
+    if token_id is None or place not in decoded.scored:
+        return None if token_id is None else Token(token_id)
+    scored = decoded.scored[place]
+    return None if scored is None else Token(token_id, scored.logprob, scored.top)

@@ -87,15 +87,6 @@ def test_a_new_owner_overwrites_all_of_a_poisoned_row(way: str) -> None:
     assert made.export_row(3) == expected
 
 
-@pytest.mark.parametrize(("a", "b"), [(1, 3), (3, 1), (0, 2), (2, 2)])
-def test_swap_exchanges_two_rows(a: int, b: int) -> None:
-    made = pool()
-    expected = rows(made)
-    expected[a], expected[b] = expected[b], expected[a]
-    made.swap(a, b)
-    assert rows(made) == expected
-
-
 def test_a_row_that_was_read_is_a_copy() -> None:
     made = pool()
     before = rows(made)

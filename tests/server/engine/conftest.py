@@ -1,4 +1,5 @@
-"""One engine for the tests that need nothing special of it."""
+"""One engine for the tests that need nothing special of it; all that generate run twice, the second
+time with steps that are launched before the tokens of the last one are known."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,33 @@ import torch
 
 from model import checkpoint as checkpoints
 from model.checkpoint import Checkpoint
+from model.network import LanguageModel
+from model.state import StatePool
+from tests.server.engine.ahead import AheadDecoder
 from tests.server.engine.driver import Driver
+
+GENERATE = ("test_engine", "test_worker", "test_structured", "test_scoring", "test_prefixes")
+"""The modules whose tests do."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__name__.rpartition(".")[2] in GENERATE:
+        metafunc.fixturenames.append("decoder")
+        metafunc.parametrize("decoder", ["direct", "ahead"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How the network's steps are launched."""
+
+    def ahead(network: LanguageModel, pool: StatePool, most_rows: int) -> AheadDecoder:
+        del most_rows
+        return AheadDecoder(network, pool)
+
+    with pytest.MonkeyPatch.context() as patched:
+        if request.param == "ahead":
+            patched.setattr(LanguageModel, "new_decoder", ahead)
+        yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -340,7 +340,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, start: int, ids: Row[int]) -> None
         del logits
         return [ids[row.position - start] for row in rows]
 
-    monkeypatch.setattr("server.engine.worker.sample", choose)
+    monkeypatch.setattr("model.decoding.sample", choose)
 
 
 @pytest.mark.parametrize(
@@ -372,6 +372,7 @@ def test_stop_strings_over_several_tokens_and_their_probabilities(
 ) -> None:
     """Tokens of one byte: what the events hold is the beginning of what was sampled."""
     ids = tokens_for(checkpoint, written)
+    changes = dict(changes)
     ids = ids[: len(ids) - changes.pop("cut", 0)]
     asked = request(
         "asked", 9, stop=(stop,), num_logprobs=2, max_tokens=len(ids), keep_state=True, **changes
@@ -472,7 +473,7 @@ def test_rows_that_do_not_ask_are_not_copied_or_scored(
         rows.append(len(logits))
         return score(logits, ids, num_top)
 
-    monkeypatch.setattr("server.engine.scoring.score", counted)
+    monkeypatch.setattr("model.decoding.score", counted)
     stepper.submit(*(request(f"plain-{i}", 3, max_tokens=5) for i in range(3)))
     stepper.run()
     assert rows == []

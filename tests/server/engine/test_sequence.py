@@ -243,4 +243,5 @@ def test_tokens_that_end_the_text_are_banned_until_there_are_enough() -> None:
         assert running.end_token_ids == expected
         for number, banned in enumerate((expected, expected, set(), set())):
             running.num_generated = number
-            assert set(running.sampled_row.banned) == banned
+            running.append(1)
+            assert set(running.decode_input(3).sampled.banned) == banned

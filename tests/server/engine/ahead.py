@@ -1,0 +1,62 @@
+"""A decoder that lets steps run ahead as a device does, on the CPU."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from model.decoding import Decoded, DecodeInput, DirectDecoder, Done
+from model.network import LanguageModel
+from model.state import StatePool
+
+
+@dataclass
+class Later:
+    """A step that is computed, while the host is to believe that it is not."""
+
+    decoded: Decoded
+    line: deque["Later"] = field(repr=False)
+
+    def take(self) -> Decoded:
+        assert self.line.popleft() is self, "steps are taken in the order of their launches"
+        return self.decoded
+
+
+class AheadDecoder:
+    """What each row chose last stays with it; a row that has ended is left as it is."""
+
+    runs_ahead = True
+
+    def __init__(self, network: LanguageModel, pool: StatePool) -> None:
+        self._direct = DirectDecoder(network, pool)
+        self._line = deque[Later]()
+        self._next: dict[int, int | None] = {}
+        self.num_ahead = 0
+        """Tokens that were read before the host knew them."""
+
+    def prepare(self) -> None:
+        self._direct.prepare()
+
+    def launch(self, inputs: Sequence[DecodeInput]) -> Later:
+        assert len(self._line) < 2
+        assert len({each.row for each in inputs}) == len(inputs)
+        token_ids = list[int | None]([None] * len(inputs))
+        scored = {}
+        going = [i for i, each in enumerate(inputs) if self._token(each) is not None]
+        if going:
+            self.num_ahead += sum(inputs[i].token_id is None for i in going)
+            step = [replace(inputs[i], token_id=self._token(inputs[i])) for i in going]
+            decoded = self._launch(step)
+            scored = {going[place]: each for place, each in decoded.scored.items()}
+            for i, token_id in zip(going, decoded.token_ids, strict=True):
+                token_ids[i] = token_id
+                self._next[inputs[i].row] = None if token_id in inputs[i].ends else token_id
+        later = Later(Decoded(token_ids, scored), self._line)
+        self._line.append(later)
+        return later
+
+    def _launch(self, step: Sequence[DecodeInput]) -> Decoded:
+        done: Done = self._direct.launch(step)
+        return done.take()
+
+    def _token(self, each: DecodeInput) -> int | None:
+        return self._next[each.row] if each.token_id is None else each.token_id

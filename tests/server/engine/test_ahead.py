@@ -1,0 +1,164 @@
+"""Steps that are launched before the tokens of the last one are known change nothing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.checkpoint import Checkpoint
+from model.network import LanguageModel
+from model.sampling import SamplingParams
+from model.state import StatePool
+from server.engine.messages import EngineRequest, NoProbabilities
+from tests.server.engine.ahead import AheadDecoder
+from tests.server.engine.driver import LIMITS, request
+from tests.server.engine.stepper import Stepper
+
+
+@contextmanager
+def running_ahead(checkpoint: Checkpoint) -> Iterator[tuple[Stepper, AheadDecoder]]:
+    made = list[AheadDecoder]()
+
+    def ahead(network: LanguageModel, pool: StatePool, most_rows: int) -> AheadDecoder:
+        del most_rows
+        made.append(AheadDecoder(network, pool))
+        return made[0]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LanguageModel, "new_decoder", ahead)
+        yield Stepper(checkpoint, LIMITS), made[0]
+
+
+CHANGES = st.fixed_dictionaries(
+    {},
+    optional={
+        "keep_state": st.booleans(),
+        "max_tokens": st.integers(0, 12),
+        "stop_token_ids": st.sets(st.integers(1, 299), max_size=60).map(tuple),
+        "stop": st.sampled_from([(), ("a",), ("the", "e")]),
+        "include_stop": st.booleans(),
+        "min_tokens": st.integers(0, 4),
+        "num_logprobs": st.sampled_from([None, 0, 2]),
+        "return_tokens": st.booleans(),
+        "sampling": st.builds(
+            SamplingParams,
+            temperature=st.sampled_from([0.0, 1.0, 5.0]),
+            seed=st.integers(0, 9),
+            top_k=st.sampled_from([0, 5]),
+            repetition_penalty=st.sampled_from([1.0, 1.3]),
+            logit_bias=st.sampled_from([(), ((7, 3.0),)]),
+        ),
+    },
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(changes=st.lists(CHANGES, min_size=1, max_size=6))
+def test_every_turn_ends_as_it_would_step_by_step(
+    checkpoint: Checkpoint, changes: list[dict[str, Any]]
+) -> None:
+    asked = [request(f"r{i}", 3 + 9 * i, **each) for i, each in enumerate(changes)]
+    direct = Stepper(checkpoint, LIMITS)
+    with running_ahead(checkpoint) as (stepper, _):
+        for played in (direct, stepper):
+            played.submit(*asked)
+            played.run()
+        for each in asked:
+            name = each.request_id
+            ours, expected = stepper.finished(name), direct.finished(name)
+            assert stepper.text(name) == direct.text(name)
+            # A warm row's name counts the turns before it, and clocks go on.
+            ours = replace(ours, timings=expected.timings, warm=expected.warm)
+            assert ours == expected
+            deltas = [[e for e in s.events() if e.request_id == name] for s in (stepper, direct)]
+            assert deltas[0][:-1] == deltas[1][:-1]
+
+
+@pytest.mark.parametrize("ends_at", [1, 2, 5])
+@pytest.mark.parametrize("include_stop", [False, True])
+def test_a_session_does_not_read_what_ended_its_turn(
+    checkpoint: Checkpoint, ends_at: int, include_stop: bool
+) -> None:
+    """The step after the end was under way already, and left the row as it was."""
+    plain = request("plain", 5, return_tokens=True, max_tokens=ends_at)
+    direct = Stepper(checkpoint, LIMITS)
+    direct.turn(plain)
+    told = [event.tokens for event in direct.events() if hasattr(event, "tokens")]
+    last = [token.token_id for tokens in told for token in tokens][-1]
+    asked = replace(
+        plain,
+        request_id="asked",
+        max_tokens=50,
+        stop_token_ids=(last,),
+        include_stop=include_stop,
+        keep_state=True,
+    )
+    _, expected = direct.turn(asked)
+    assert expected.reason == "stop"
+    with running_ahead(checkpoint) as (stepper, decoder):
+        _, finished = stepper.turn(asked)
+        assert finished.state == expected.state
+        assert finished.continuation == expected.continuation
+        assert finished.warm is not None
+        row = stepper.slots.row(finished.warm)
+        assert stepper.pool.export_row(row) == expected.state
+        assert decoder.num_ahead == ends_at - 1
+
+
+CAREFUL: dict[str, dict[str, Any]] = {
+    "penalties": {"sampling": SamplingParams(frequency_penalty=0.5)},
+    "biases": {"sampling": SamplingParams(logit_bias=((5, 1.0),))},
+    "a session's stop string": {"stop": ("zzz",), "keep_state": True},
+    "many end tokens": {"stop_token_ids": (*range(1, 10),), "min_tokens": 12},
+}
+
+
+@pytest.mark.parametrize("name", CAREFUL)
+def test_what_depends_on_the_last_token_waits_for_it_and_nothing_else_does(
+    checkpoint: Checkpoint, name: str
+) -> None:
+    with running_ahead(checkpoint) as (stepper, decoder):
+        stepper.turn(request("careful", 5, **CAREFUL[name]))
+        assert decoder.num_ahead == 0
+        stepper.submit(request("careful", 5, **CAREFUL[name]), request("plain", 5))
+        stepper.run()
+        assert decoder.num_ahead == 11
+
+
+def test_no_token_is_read_beyond_the_last_that_may_come(checkpoint: Checkpoint) -> None:
+    asked = request("asked", 5, max_tokens=7, keep_state=True)
+    with running_ahead(checkpoint) as (stepper, decoder):
+        stepper.turn(asked)
+        assert decoder.num_ahead == 6
+
+
+def test_who_ends_while_a_step_is_under_way_leaves_its_row_to_others(
+    checkpoint: Checkpoint,
+) -> None:
+    def endless(name: str) -> EngineRequest:
+        return request(name, 5, max_tokens=500)
+
+    expected = Stepper(checkpoint, LIMITS).turn(request("next", 5))[0]
+    with running_ahead(checkpoint) as (stepper, _):
+        stepper.submit(*(endless(f"r{i}") for i in range(LIMITS.max_running)))
+        stepper.step(5)
+        for i in range(LIMITS.max_running):
+            stepper.cancel(f"r{i}")
+        assert stepper.turn(request("next", 5))[0] == expected
+        assert stepper.owners() == {}
+
+
+def test_a_model_that_gives_no_numbers_ends_the_turn_once(checkpoint: Checkpoint) -> None:
+    with running_ahead(checkpoint) as (stepper, _):
+        stepper.submit(request("beside", 5, max_tokens=30), request("damaged", 5, max_tokens=30))
+        stepper.step(5)
+        for values in stepper.pool.tensors.values():
+            if values.is_floating_point():
+                values[:, stepper.slots.row("damaged")] = float("nan")
+        stepper.run()
+        assert stepper.last("damaged") == NoProbabilities("damaged")
+        assert stepper.finished("beside").num_generated == 30
