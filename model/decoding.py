@@ -8,7 +8,7 @@ as it is by steps that were launched before the host knew.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -23,8 +23,7 @@ MOST_ENDS = 8
 """Tokens that may end a row's text if its next step is to be launched ahead."""
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeInput:
+class DecodeInput(NamedTuple):
     """One row's part in a step."""
 
     row: int

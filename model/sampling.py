@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -111,8 +112,7 @@ class RecentTokens:
         return ids.astype(np.int64), counts
 
 
-@dataclass(frozen=True)
-class SampledRow:
+class SampledRow(NamedTuple):
     """What the choice of one row's token depends on besides its logits."""
 
     params: SamplingParams

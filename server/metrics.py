@@ -1,12 +1,43 @@
 """Prometheus metrics: base units, prefix `latentd_`, never a label per session."""
 
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import accumulate
+from math import inf
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 SECONDS = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
     *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
 )
+
+
+class GroupedHistogram(Collector):
+    """A histogram of which one thread observes many equal values at once."""
+
+    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
+        self._name = name
+        self._text = text
+        self._bounds = (*SECONDS, inf)
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """The value came so many times."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """For the registry."""
+        totals = accumulate(self._counts)
+        buckets = zip(map(floatToGoString, self._bounds), totals, strict=True)
+        yield HistogramMetricFamily(self._name, self._text, list(buckets), self._sum)
 
 
 class Metrics:
@@ -19,8 +50,10 @@ class Metrics:
         self.time_to_first_token_seconds = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token."
         )
-        self.inter_token_latency_seconds = self._histogram(
-            "inter_token_latency_seconds", "Between two tokens of a sequence."
+        self.inter_token_latency_seconds = GroupedHistogram(
+            "latentd_inter_token_latency_seconds",
+            "Between two tokens of a sequence.",
+            self.registry,
         )
         self.request_duration_seconds = self._histogram(
             "request_duration_seconds", "From a request's arrival to the end of its answer."

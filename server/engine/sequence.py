@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from model.tokenizer import Detokenizer, Tokenizer
 from server.engine.messages import Continuation, EngineRequest, Timings, Token
 from server.engine.scoring import PromptScores
 
+NO_TOKENS = frozenset[int]()
+
 
 @dataclass(frozen=True)
 class Anchor:
@@ -23,8 +26,7 @@ class Anchor:
     recent: bytes
 
 
-@dataclass(frozen=True)
-class TextStep:
+class TextStep(NamedTuple):
     """What one sampled token did to the text."""
 
     text: str
@@ -191,7 +193,7 @@ class Sequence:
     def _banned(self) -> frozenset[int]:
         """Tokens that must not come yet, or at all."""
         early = self.num_generated + self.num_in_flight < self.request.min_tokens
-        ignored = frozenset[int]() if self.matcher is None else self._ignored_ends
+        ignored = NO_TOKENS if self.matcher is None else self._ignored_ends
         return ignored | self.end_token_ids if early else ignored
 
     def find_allowed(self) -> str | None:
@@ -234,6 +236,9 @@ class Sequence:
         part of the text. Where such text begins, the state that does not include it yet may have to
         come back: the result asks for an anchor.
         """
+        if not self.request.stop and not self._gives_tokens:
+            text = self._detokenizer.push(token.token_id)
+            return TextStep(text, (), None, cuts_token=False, wants_anchor=False)
         num_held, start = len(self._held), self._length
         whole_before = self._anchor is None or not self._detokenizer.undecoded
         text = self._held + self._detokenizer.push(token.token_id)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
@@ -266,7 +267,7 @@ class Worker:
         decoded = flight.launched.take()
         now = time.monotonic()
         self._metrics.step_duration_seconds.observe(now - flight.started)
-        num_tokens = 0
+        num_tokens, waited = 0, Counter[float]()
         for i, (row, sequence) in enumerate(flight.batch):
             sequence.num_in_flight -= 1
             if self._scheduler.decoding.get(row) is not sequence:
@@ -277,8 +278,14 @@ class Worker:
                 self._end(NoProbabilities(sequence.request.request_id))
                 continue
             num_tokens += 1
+            if sequence.first_token_at is None:
+                sequence.first_token_at = now
+                self._metrics.time_to_first_token_seconds.observe(now - sequence.submitted_at)
+            else:
+                waited[sequence.last_token_at] += 1
+            sequence.last_token_at = now
             try:
-                end = self._advance(sequence, token, now)
+                end = self._advance(sequence, token, row)
             except Exception:  # of this sequence's text: the others are as they should be
                 log.exception("a token could not be added to its text")
                 self._fail(sequence, FAILED)
@@ -286,18 +293,14 @@ class Worker:
             if end is not None:
                 self._finish(sequence, end)
         self._metrics.generation_tokens_total.inc(num_tokens)
+        for since, count in waited.items():
+            self._metrics.inter_token_latency_seconds.observe(now - since, count)
 
-    def _advance(self, sequence: Sequence, token: Token, now: float) -> End | None:
+    def _advance(self, sequence: Sequence, token: Token, row: int) -> End | None:
         """One sampled token of one sequence, of which alone it touches text and state.
 
         Returns why the turn ends, if it does.
         """
-        if sequence.first_token_at is None:
-            sequence.first_token_at = now
-            self._metrics.time_to_first_token_seconds.observe(now - sequence.submitted_at)
-        else:
-            self._metrics.inter_token_latency_seconds.observe(now - sequence.last_token_at)
-        sequence.last_token_at = now
         sequence.num_generated += 1
         request = sequence.request
         token_id = token.token_id
@@ -308,7 +311,6 @@ class Worker:
         if sequence.matcher is not None:
             sequence.matcher.accept(token_id)  # what fails here is told before the next token
         step = sequence.push_text(token)
-        row = self._row(sequence)
         if step.wants_anchor:
             sequence.set_anchor(self._pool.read_row(row))
         if step.cuts_token:

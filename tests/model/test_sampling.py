@@ -427,10 +427,10 @@ def test_a_token_that_is_forbidden_is_never_chosen(way: str, forbidden_by: str) 
         tuple(banned) if banned else (),
         words(*allowed) if forbidden_by != "banned" else None,
     )
-    rows = [replace(own, position=i) for i in range(400)]
+    rows = [own._replace(position=i) for i in range(400)]
     expected = logits.clone()
     expected[:, forbidden] = -torch.inf
-    plain = [replace(each, banned=(), allowed=None) for each in rows]
+    plain = [each._replace(banned=(), allowed=None) for each in rows]
     chosen = certain(sample(logits, rows))
     assert chosen == certain(sample(expected, plain))
     assert set(chosen).isdisjoint(forbidden)
@@ -451,10 +451,10 @@ def test_each_bit_of_a_mask_is_one_token(vocab: int) -> None:
 def test_where_nothing_is_allowed_there_is_no_token(way: str) -> None:
     nothing = (
         row(WAYS[way]),
-        replace(row(WAYS[way]), allowed=words()),
-        replace(row(WAYS[way]), banned=tuple(range(VOCAB))),
-        replace(row(WAYS[way]), banned=(3, 33), allowed=words(3, 33)),
-        replace(row(WAYS[way]), allowed=np.empty(0, np.int32)),
+        row(WAYS[way])._replace(allowed=words()),
+        row(WAYS[way])._replace(banned=tuple(range(VOCAB))),
+        row(WAYS[way])._replace(banned=(3, 33), allowed=words(3, 33)),
+        row(WAYS[way])._replace(allowed=np.empty(0, np.int32)),
     )
     chosen = sample(logits_of(5), nothing)
     assert chosen[0] is not None
@@ -467,7 +467,7 @@ def test_a_mask_does_not_hide_that_a_row_is_no_distribution(way: str, value: flo
     logits = logits_of(2)
     logits[:, 17] = value
     forbidden = (
-        replace(row(WAYS[way]), banned=(17, 17)),
-        replace(row(WAYS[way]), allowed=words(1, 2, 3)),
+        row(WAYS[way])._replace(banned=(17, 17)),
+        row(WAYS[way])._replace(allowed=words(1, 2, 3)),
     )
     assert sample(logits, forbidden) == [None, None]

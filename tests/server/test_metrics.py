@@ -1,5 +1,6 @@
 """Metrics: the names that the design promises, in base units, and none that grows with sessions."""
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.metrics import Metrics
@@ -81,6 +82,18 @@ def test_values_come_out_as_they_went_in() -> None:
     assert value("latentd_step_duration_seconds_bucket", {"le": "+Inf"}) == 2
     labels = {"endpoint": "/v1/completions", "outcome": "ok"}
     assert value("latentd_requests_total", labels) == 1
+
+
+def test_equal_values_are_observed_together() -> None:
+    metrics = Metrics()
+    for number, count in ((0.001, 3), (0.0011, 2), (400.0, 1)):
+        metrics.inter_token_latency_seconds.observe(number, count)
+    value = metrics.registry.get_sample_value
+    name = "latentd_inter_token_latency_seconds"
+    expected = {"0.001": 3, "0.002": 5, "300.0": 5, "+Inf": 6}
+    assert {le: value(f"{name}_bucket", {"le": le}) for le in expected} == expected
+    assert value(f"{name}_count") == 6
+    assert value(f"{name}_sum") == pytest.approx(400.0052)
 
 
 def test_servers_in_one_process_count_for_themselves() -> None:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from model.decoding import Decoded, DecodeInput, DirectDecoder, Done
 from model.network import LanguageModel
@@ -44,7 +44,7 @@ class AheadDecoder:
         going = [i for i, each in enumerate(inputs) if self._token(each) is not None]
         if going:
             self.num_ahead += sum(inputs[i].token_id is None for i in going)
-            step = [replace(inputs[i], token_id=self._token(inputs[i])) for i in going]
+            step = [inputs[i]._replace(token_id=self._token(inputs[i])) for i in going]
             decoded = self._launch(step)
             scored = {going[place]: each for place, each in decoded.scored.items()}
             for i, token_id in zip(going, decoded.token_ids, strict=True):

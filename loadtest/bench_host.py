@@ -1,0 +1,99 @@
+"""What the host does for a token besides the network: text, limits, events, a step's plan.
+
+    python -m loadtest.bench_host
+
+Runs the engine's worker on the default model with steps that cost nothing: a stand-in chooses
+tokens, so that all of the time is the host's. On a device that works beside the host, this must be
+less than the device's time for the step.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from model import PRETRAINED, checkpoint
+from model.decoding import Decoded, DecodeInput, Done
+from model.network import LanguageModel
+from model.sampling import SamplingParams
+from model.state import StatePool
+from server.engine.inbox import Inbox
+from server.engine.messages import Continuation, EngineRequest, Evicted, Fresh, Submit
+from server.engine.scheduler import EngineLimits
+from server.engine.worker import Worker
+from server.metrics import Metrics
+
+PROMPT = (1, 2, 3)
+ORDINARY = range(300, 900)
+"""Tokens that end nothing."""
+
+
+class StandIn:
+    """Chooses tokens for nothing."""
+
+    runs_ahead = True
+
+    def __init__(self) -> None:
+        self._num_launches = 0
+
+    def prepare(self) -> None:
+        pass
+
+    def launch(self, inputs: Sequence[DecodeInput]) -> Done:
+        self._num_launches += 1
+        return Done(Decoded([ORDINARY[(self._num_launches + each.row) % 600] for each in inputs]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=PRETRAINED)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--tokens", type=int, default=400)
+    arguments = parser.parse_args()
+    loaded = checkpoint.load(arguments.checkpoint, torch.device("cpu"))
+
+    def stand_in(network: LanguageModel, pool: StatePool, most_rows: int) -> StandIn:
+        del network, pool, most_rows
+        return StandIn()
+
+    LanguageModel.new_decoder = stand_in  # type: ignore[method-assign, assignment]
+    print(f"{'rows':>6} {'us a token':>11} {'ms a step':>10} {'tokens/s':>10}")
+    for rows in arguments.rows:
+        seconds = min(_run(loaded, rows, arguments.tokens) for _ in range(3))
+        per_token = seconds / (rows * arguments.tokens)
+        print(
+            f"{rows:>6} {1e6 * per_token:>11.1f} {1e3 * per_token * rows:>10.3f} "
+            f"{1 / per_token:>10,.0f}"
+        )
+
+
+def _run(loaded: checkpoint.Checkpoint, rows: int, tokens: int) -> float:
+    limits = EngineLimits(rows, 0, rows, 100 * rows, 512, 512, 0)
+    inbox = Inbox(limits.max_waiting, limits.max_waiting_tokens)
+    num_events = 0
+
+    def deliver(events: "list[object | Evicted]") -> None:
+        nonlocal num_events
+        num_events += len(events)
+
+    worker = Worker(loaded, limits, inbox, deliver, Metrics())  # type: ignore[arg-type]
+    for row in range(rows):
+        request = EngineRequest(
+            *(f"r{row}", Fresh(), Continuation(), PROMPT, tokens, SamplingParams(seed=row)),
+            ignore_eos=True,
+        )
+        inbox.submit(Submit(request, time.monotonic()))
+    while not worker._scheduler.decoding:
+        worker.step()
+    started = time.thread_time()
+    while not worker._scheduler.idle:
+        worker.step()
+    seconds = time.thread_time() - started
+    assert num_events >= rows * tokens
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
