@@ -89,6 +89,21 @@ class StatePool:
         for values, copied in zip(self.tensors.values(), state, strict=True):
             values[:, row] = copied
 
+    def gather_row(self, row: int, into: Tensor) -> None:
+        """Write the row's bytes, as `export_row` gives them, to uint8 `[num_bytes]`."""
+        parts = (values[:, row].reshape(-1).view(torch.uint8) for values in self.tensors.values())
+        torch.cat(tuple(parts), out=into)
+
+    def scatter_row(self, row: int, data: Tensor) -> None:
+        """The inverse of `gather_row`."""
+        start = 0
+        for tensor, values in zip(self.spec.tensors, self.tensors.values(), strict=True):
+            own = data[start : start + tensor.num_bytes]
+            if start % values.itemsize:
+                own = own.clone()  # a view of it has to be aligned
+            values[:, row] = own.view(values.dtype).view(tensor.shape)
+            start += tensor.num_bytes
+
     def export_row(self, row: int) -> bytes:
         """The row's tensors as little-endian bytes, one after another in the order of the spec."""
         parts = (self.tensors[t.name][:, row].contiguous().cpu() for t in self.spec.tensors)
@@ -102,15 +117,22 @@ class StatePool:
         for name, values in split_state(self.spec.tensors, bytearray(data)).items():
             self.tensors[name][:, row] = torch.from_numpy(values).to(self.device)
 
+    def check_length(self, data: bytes) -> None:
+        """Raises ValueError when a state of this pool has another number of bytes."""
+        _check_length(len(data), self.spec.num_bytes)
+
+
+def _check_length(found: int, expected: int) -> None:
+    if found != expected:
+        raise ValueError(f"a state of this model has {expected} bytes, not {found}")
+
 
 def split_state(tensors: Sequence[TensorSpec], data: bytes | bytearray) -> dict[str, NDArray[Any]]:
     """The tensors that follow each other in a state's little-endian bytes, by name; no copies.
 
     Raises ValueError when the length is not that of these tensors.
     """
-    expected = sum(tensor.num_bytes for tensor in tensors)
-    if len(data) != expected:
-        raise ValueError(f"a state of this model has {expected} bytes, not {len(data)}")
+    _check_length(len(data), sum(tensor.num_bytes for tensor in tensors))
     arrays, start = dict[str, NDArray[Any]](), 0
     for tensor in tensors:
         dtype = np.dtype(tensor.dtype).newbyteorder("<")

@@ -2,14 +2,15 @@
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Row
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from model.checkpoint import Checkpoint
 from model.decoding import Decoded, Launched
+from model.transfer import Export, new_transfer
 from server.engine.inbox import Inbox
 from server.engine.messages import (
     Cancel,
@@ -93,6 +94,10 @@ class Worker:
             self._network, self._pool, self._slots, limits.prefix_cache_bytes, metrics
         )
         self._decoder = self._network.new_decoder(self._pool, limits.max_running)
+        self._transfer = new_transfer(self._pool)
+        self._departing = deque[tuple[Finished, Export]]()
+        """Turns that have ended and whose states are on their way to the host, in this order."""
+
         self._flight: Flight | None = None
         """The step that was launched last, if its tokens have not been taken."""
 
@@ -120,6 +125,7 @@ class Worker:
             self._admit()
             self._finish_reading()
             self._run(self._scheduler.plan())
+            self._tell_departed()
         except Exception:  # whatever failed, no client may wait for ever
             log.exception("an engine step failed")
             self._fail_all()
@@ -198,7 +204,7 @@ class Worker:
             case Warm(name):
                 return self._slots.adopt(name, owner)
             case Parked(state):
-                self._pool.import_row(self._slots.acquire(owner), state)
+                self._transfer.import_row(self._slots.acquire(owner), state)
             case Fresh():
                 self._pool.reset(self._slots.acquire(owner))
                 self._reader.begin(sequence)
@@ -331,10 +337,10 @@ class Worker:
     def _finish(self, sequence: Sequence, end: End) -> None:
         """End a turn: hand its state out, keep or free its row."""
         request, slots = sequence.request, self._slots
-        owner, state, continuation, warm = request.request_id, None, None, None
+        owner, export, continuation, warm = request.request_id, None, None, None
         self._stop_decoding(sequence)
         if request.keep_state:
-            state = self._pool.export_row(slots.row(owner))
+            export = self._transfer.export_row(slots.row(owner))
             continuation = sequence.continuation()
         if request.keep_state and self._limits.warm_sessions:
             self._num_warm_names += 1
@@ -343,21 +349,32 @@ class Worker:
         else:
             self._free(owner)
         text, tokens = sequence.flush()
-        self._end(
-            Finished(
-                request_id=owner,
-                text=text,
-                reason=end.reason,
-                num_generated=sequence.num_generated,
-                timings=sequence.timings(),
-                tokens=tokens,
-                stopped_by=end.stopped_by,
-                cached_tokens=sequence.cached_tokens,
-                state=state,
-                continuation=continuation,
-                warm=warm,
-            )
+        finished = Finished(
+            request_id=owner,
+            text=text,
+            reason=end.reason,
+            num_generated=sequence.num_generated,
+            timings=sequence.timings(),
+            tokens=tokens,
+            stopped_by=end.stopped_by,
+            cached_tokens=sequence.cached_tokens,
+            continuation=continuation,
+            warm=warm,
         )
+        if export is None:
+            self._end(finished)
+        else:
+            self._departing.append((finished, export))
+
+    def _tell_departed(self) -> None:
+        """Tell the ends of turns whose states have come; wait for them if nothing else is left."""
+        waits = self._scheduler.idle
+        while self._departing and (waits or self._departing[0][1].is_done):
+            finished, export = self._departing.popleft()
+            warm = finished.warm
+            if warm is not None and not self._slots.is_warm(warm):
+                warm = None  # another sequence needed the row meanwhile
+            self._end(replace(finished, state=export.take(), warm=warm))
 
     def _fail(self, sequence: Sequence, message: str) -> None:
         """End one sequence with an error; the others go on."""
@@ -403,6 +420,7 @@ class Worker:
         for phase in (scheduler.waiting, scheduler.reading, scheduler.decoding):
             phase.clear()
         self._flight = None
+        self._departing.clear()
         self._slots.release_all()
         self._events.extend(map(Evicted, self._slots.take_evicted()))
         self._reader.forget()

@@ -87,6 +87,22 @@ def test_a_new_owner_overwrites_all_of_a_poisoned_row(way: str) -> None:
     assert made.export_row(3) == expected
 
 
+@pytest.mark.parametrize(
+    "spec", [SPEC, NARROW, StateSpec((*NARROW.tensors, TensorSpec("n", (2, 3), "float32", 0.0)))]
+)
+def test_a_row_is_gathered_as_it_is_exported_and_scattered_as_it_is_imported(
+    spec: StateSpec,
+) -> None:
+    made, other = pool(spec=spec), pool(spec=spec)
+    room = torch.full((spec.num_bytes,), 77, dtype=torch.uint8)
+    made.gather_row(2, room)
+    assert room.numpy().tobytes() == made.export_row(2)
+    other.poison(1)
+    other.scatter_row(1, room)
+    assert other.export_row(1) == made.export_row(2)
+    assert [other.export_row(i) for i in (0, 2, 3)] == [made.export_row(i) for i in (0, 2, 3)]
+
+
 def test_a_row_that_was_read_is_a_copy() -> None:
     made = pool()
     before = rows(made)

@@ -1,4 +1,4 @@
-"""A decoder that lets steps run ahead as a device does, on the CPU."""
+"""What a device does beside the host, on the CPU: steps that run ahead, states that come later."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from model.decoding import Decoded, DecodeInput, DirectDecoder, Done
 from model.network import LanguageModel
 from model.state import StatePool
+from model.transfer import DirectTransfer
 
 
 @dataclass
@@ -60,3 +61,30 @@ class AheadDecoder:
 
     def _token(self, each: DecodeInput) -> int | None:
         return self._next[each.row] if each.token_id is None else each.token_id
+
+
+@dataclass
+class LateExport:
+    """A row that takes its time."""
+
+    data: bytes
+    num_asked: int = 0
+
+    @property
+    def is_done(self) -> bool:
+        self.num_asked += 1
+        return self.num_asked > 5
+
+    def take(self) -> bytes:
+        return self.data
+
+
+class LateTransfer:
+    """Exports rows as they were when that began."""
+
+    def __init__(self, pool: StatePool) -> None:
+        self._pool = pool
+        self.import_row = DirectTransfer(pool).import_row
+
+    def export_row(self, row: int) -> LateExport:
+        return LateExport(self._pool.export_row(row))

@@ -11,7 +11,7 @@ from model import checkpoint as checkpoints
 from model.checkpoint import Checkpoint
 from model.network import LanguageModel
 from model.state import StatePool
-from tests.server.engine.ahead import AheadDecoder
+from tests.server.engine.ahead import AheadDecoder, LateTransfer
 from tests.server.engine.driver import Driver
 
 GENERATE = ("test_engine", "test_worker", "test_structured", "test_scoring", "test_prefixes")
@@ -35,6 +35,7 @@ def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patched:
         if request.param == "ahead":
             patched.setattr(LanguageModel, "new_decoder", ahead)
+            patched.setattr("server.engine.worker.new_transfer", LateTransfer)
         yield request.param
 
 

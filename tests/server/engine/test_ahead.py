@@ -13,14 +13,17 @@ from model.checkpoint import Checkpoint
 from model.network import LanguageModel
 from model.sampling import SamplingParams
 from model.state import StatePool
-from server.engine.messages import EngineRequest, NoProbabilities
-from tests.server.engine.ahead import AheadDecoder
+from server.engine.messages import EngineRequest, Evicted, Finished, NoProbabilities
+from server.engine.scheduler import EngineLimits
+from tests.server.engine.ahead import AheadDecoder, LateTransfer
 from tests.server.engine.driver import LIMITS, request
 from tests.server.engine.stepper import Stepper
 
 
 @contextmanager
-def running_ahead(checkpoint: Checkpoint) -> Iterator[tuple[Stepper, AheadDecoder]]:
+def running_ahead(
+    checkpoint: Checkpoint, limits: EngineLimits = LIMITS
+) -> Iterator[tuple[Stepper, AheadDecoder]]:
     made = list[AheadDecoder]()
 
     def ahead(network: LanguageModel, pool: StatePool, most_rows: int) -> AheadDecoder:
@@ -30,7 +33,8 @@ def running_ahead(checkpoint: Checkpoint) -> Iterator[tuple[Stepper, AheadDecode
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(LanguageModel, "new_decoder", ahead)
-        yield Stepper(checkpoint, LIMITS), made[0]
+        patched.setattr("server.engine.worker.new_transfer", LateTransfer)
+        yield Stepper(checkpoint, limits), made[0]
 
 
 CHANGES = st.fixed_dictionaries(
@@ -162,3 +166,24 @@ def test_a_model_that_gives_no_numbers_ends_the_turn_once(checkpoint: Checkpoint
         stepper.run()
         assert stepper.last("damaged") == NoProbabilities("damaged")
         assert stepper.finished("beside").num_generated == 30
+
+
+def test_a_state_that_comes_late_is_that_of_the_end_of_its_turn(checkpoint: Checkpoint) -> None:
+    """Meanwhile its row may have gone to another sequence: no name is told that means nothing."""
+    limits = replace(LIMITS, max_running=1, warm_sessions=0)
+    asked = [request(f"r{i}", 1, keep_state=True, max_tokens=1 + i % 2) for i in range(6)]
+    direct = Stepper(checkpoint, limits)
+    expected = [direct.turn(each)[1].state for each in asked]
+    with running_ahead(checkpoint, replace(limits, warm_sessions=1)) as (stepper, _):
+        stepper.submit(*asked)
+        stepper.run()
+        assert [stepper.finished(each.request_id).state for each in asked] == expected
+        gone, told = set[str](), list[str | None]()
+        for event in stepper.delivered:
+            if isinstance(event, Evicted):
+                gone.add(event.name)
+            elif isinstance(event, Finished):
+                assert event.warm not in gone
+                told.append(event.warm)
+        assert None in told
+        assert told[-1] is not None

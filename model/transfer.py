@@ -1,0 +1,148 @@
+"""Rows of a pool to and from host memory, beside what the device computes.
+
+On a GPU a row is gathered on the stream of the steps, which is a copy within the device, and
+crosses to pinned host memory on a stream of its own; nobody waits for it but who needs the bytes.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.state import StatePool
+
+
+class Export(Protocol):
+    """A row on its way to the host."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `take` need not wait."""
+
+    def take(self) -> bytes:
+        """The row's bytes, as `StatePool.export_row` gives them. Called once."""
+
+
+class Transfer(Protocol):
+    """Moves rows of one pool."""
+
+    def export_row(self, row: int) -> Export:
+        """The row as it is after what has been launched; it may be changed at once."""
+
+    def import_row(self, row: int, data: bytes) -> None:
+        """Overwrite the row before what is launched later; ValueError for a wrong length."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A row that is there already."""
+
+    data: bytes
+    is_done = True
+
+    def take(self) -> bytes:
+        return self.data
+
+
+class DirectTransfer:
+    """For a pool in host memory."""
+
+    def __init__(self, pool: StatePool) -> None:
+        self._pool = pool
+
+    def export_row(self, row: int) -> Ready:
+        return Ready(self._pool.export_row(row))
+
+    def import_row(self, row: int, data: bytes) -> None:
+        self._pool.import_row(row, data)
+
+
+class PinnedTransfer:
+    """For a pool on a GPU. Used by one thread, that of the steps."""
+
+    def __init__(self, pool: StatePool) -> None:
+        self._pool = pool
+        self._stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
+        self._rooms = deque[_Room]()
+        """Buffers that nothing is on its way through; there are as many as were ever needed."""
+
+    def export_row(self, row: int) -> "_PinnedExport":
+        room = self._room()
+        self._pool.gather_row(row, room.on_device)
+        room.filled.record()
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(room.filled)
+            room.on_host.copy_(room.on_device, non_blocking=True)
+            room.crossed.record()
+        return _PinnedExport(room, self._rooms)
+
+    def import_row(self, row: int, data: bytes) -> None:
+        self._pool.check_length(data)
+        room = self._room()
+        room.on_host.numpy()[:] = memoryview(data)
+        with torch.cuda.stream(self._stream):
+            room.on_device.copy_(room.on_host, non_blocking=True)
+            room.crossed.record()
+        torch.cuda.current_stream().wait_event(room.crossed)
+        self._pool.scatter_row(row, room.on_device)
+        room.filled.record()
+        self._rooms.append(room)
+
+    def _room(self) -> "_Room":
+        """A buffer whose last use is over."""
+        if self._rooms and self._rooms[0].is_free:
+            return self._rooms.popleft()
+        return _Room.make(self._pool)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """A row's bytes on both sides."""
+
+    on_device: Tensor
+    on_host: Tensor
+    filled: torch.cuda.Event
+    """The steps' stream has written to the device's side, or read it."""
+
+    crossed: torch.cuda.Event
+    """The other stream has copied it."""
+
+    @staticmethod
+    def make(pool: StatePool) -> "_Room":
+        size = pool.spec.num_bytes
+        return _Room(
+            torch.empty(size, dtype=torch.uint8, device=pool.device),
+            torch.empty(size, dtype=torch.uint8, pin_memory=True),
+            *(torch.cuda.Event() for _ in range(2)),  # type: ignore[no-untyped-call]
+        )
+
+    @property
+    def is_free(self) -> bool:
+        return _is_over(self.filled) and _is_over(self.crossed)
+
+
+@dataclass(frozen=True)
+class _PinnedExport:
+    room: _Room
+    rooms: deque[_Room]
+
+    @property
+    def is_done(self) -> bool:
+        return _is_over(self.room.crossed)
+
+    def take(self) -> bytes:
+        self.room.crossed.synchronize()
+        data = self.room.on_host.numpy().tobytes()
+        self.rooms.append(self.room)
+        return data
+
+
+def _is_over(event: torch.cuda.Event) -> bool:
+    return bool(event.query())  # type: ignore[no-untyped-call]
+
+
+def new_transfer(pool: StatePool) -> Transfer:
+    """What moves the rows of this pool best."""
+    return PinnedTransfer(pool) if pool.device.type == "cuda" else DirectTransfer(pool)
