@@ -8,7 +8,6 @@ A row's bits do not depend on the values of other rows. All tiles add along `in`
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -69,10 +68,8 @@ def choose_tile(rows: int, weight_rows: int, *, whole: bool) -> Tile:
 
     `whole` tells that weights are float32.
     """
-    if rows <= FEW_ROWS:
-        tiles = WHOLE_FEW if whole else FEW
-    else:
-        tiles = WHOLE_MANY if whole else MANY
+    few, many = (WHOLE_FEW, WHOLE_MANY) if whole else (FEW, MANY)
+    tiles: tuple[Tile, ...] = few if rows <= FEW_ROWS else many
     for tile in tiles:
         if triton.cdiv(rows, tile.rows) * triton.cdiv(weight_rows, tile.outputs) >= PROCESSORS:
             return tile
@@ -167,7 +164,9 @@ def _check(
 
 
 @triton.jit
-def _find_rows(x_ptr: Any, ids_ptr: Any, m: Any, rows: Any, x_stride: Any) -> Any:
+def _find_rows(
+    x_ptr: tl.tensor, ids_ptr: tl.tensor, m: tl.tensor, rows: tl.tensor, x_stride: tl.tensor
+) -> tl.tensor:
     """Where the rows m of x begin, and which of them there are."""
     valid = m < rows
     row = m.to(tl.int64)
@@ -179,12 +178,12 @@ def _find_rows(x_ptr: Any, ids_ptr: Any, m: Any, rows: Any, x_stride: Any) -> An
 
 @triton.jit
 def _moments(
-    x_rows: Any,
-    valid: Any,
-    eps: Any,
+    x_rows: tl.tensor,
+    valid: tl.tensor,
+    eps: tl.tensor,
     NUM_IN: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr,  # noqa: N803
-) -> Any:
+) -> tl.tensor:
     """Mean and 1 / sqrt(variance + eps) of each row, from the differences to the mean."""
     k = tl.arange(0, NORM_BLOCK)
     total = tl.zeros([BLOCK_M, NORM_BLOCK], tl.float32)
@@ -203,12 +202,12 @@ def _moments(
 
 @triton.jit(do_not_specialize=["rows"])
 def _statistics(
-    x_ptr: Any,
-    ids_ptr: Any,
-    statistics_ptr: Any,
-    rows: Any,
-    x_stride: Any,
-    eps: Any,
+    x_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
+    rows: tl.tensor,
+    x_stride: tl.tensor,
+    eps: tl.tensor,
     NUM_IN: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr,  # noqa: N803
 ) -> None:
@@ -221,14 +220,14 @@ def _statistics(
 
 @triton.jit
 def _multiply(
-    x: Any,
-    weight_rows: Any,
-    k: Any,
-    mask: Any,
-    sums: Any,
+    x: tl.tensor,
+    weight_rows: tl.tensor,
+    k: tl.tensor,
+    mask: tl.tensor,
+    sums: tl.tensor,
     SPLIT: tl.constexpr,  # noqa: N803
     DOT: tl.constexpr,  # noqa: N803
-) -> Any:
+) -> tl.tensor:
     """`sums + x @ weight.T` for a few of the columns of weights."""
     weight = tl.load(weight_rows[None, :] + k[:, None], mask, 0.0)
     if SPLIT:
@@ -236,12 +235,16 @@ def _multiply(
         high = x.to(tl.bfloat16)
         low = (x - high.to(tl.float32)).to(tl.bfloat16)
         sums = tl.dot(high.to(DOT), weight, sums)
-        return tl.dot(low.to(DOT), weight, sums)
-    return tl.dot(x, weight, sums, input_precision="ieee")
+        sums = tl.dot(low.to(DOT), weight, sums)
+    else:
+        sums = tl.dot(x, weight, sums, input_precision="ieee")
+    return sums
 
 
 @triton.jit
-def _finish(sums: Any, scale_ptr: Any, bias_ptr: Any, n: Any, mask: Any) -> Any:
+def _finish(
+    sums: tl.tensor, scale_ptr: tl.tensor, bias_ptr: tl.tensor, n: tl.tensor, mask: tl.tensor
+) -> tl.tensor:
     if scale_ptr is not None:
         sums *= tl.load(scale_ptr + n, mask, 0.0)[None, :]
     if bias_ptr is not None:
@@ -251,20 +254,20 @@ def _finish(sums: Any, scale_ptr: Any, bias_ptr: Any, n: Any, mask: Any) -> Any:
 
 @triton.jit(do_not_specialize=["rows"])
 def _linear(
-    x_ptr: Any,
-    ids_ptr: Any,
-    weight_ptr: Any,
-    scale_ptr: Any,
-    bias_ptr: Any,
-    statistics_ptr: Any,
-    norm_weight_ptr: Any,
-    norm_bias_ptr: Any,
-    residual_ptr: Any,
-    y_ptr: Any,
-    rows: Any,
-    x_stride: Any,
-    residual_stride: Any,
-    eps: Any,
+    x_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
+    norm_weight_ptr: tl.tensor,
+    norm_bias_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    rows: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    eps: tl.tensor,
     NUM_IN: tl.constexpr,  # noqa: N803
     NUM_OUT: tl.constexpr,  # noqa: N803
     GLU: tl.constexpr,  # noqa: N803
@@ -278,8 +281,10 @@ def _linear(
     first = tl.program_id(0) // per_group * GROUP
     within = tl.program_id(0) % per_group
     height = tl.minimum(tl.cdiv(rows, BLOCK_M) - first, GROUP)
-    m = (first + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    top = ((first + within % height) * BLOCK_M).to(tl.int64)  # tokens times vocab exceed int32
+    left = (within // height * BLOCK_N).to(tl.int64)
+    down, right = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    m, n = top.to(tl.int32) + down, left.to(tl.int32) + right
 
     x_rows, valid = _find_rows(x_ptr, ids_ptr, m, rows, x_stride)
     if norm_weight_ptr is not None:
@@ -290,11 +295,11 @@ def _linear(
             mean, inverse = _moments(x_rows, valid, eps, NUM_IN, BLOCK_M)
 
     outputs = n < NUM_OUT
-    weight_rows = weight_ptr + n.to(tl.int64) * NUM_IN
+    weight_rows = weight_ptr + left * NUM_IN + right * NUM_IN
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if GLU:
         gates = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        gate_rows = weight_ptr + (n + NUM_OUT).to(tl.int64) * NUM_IN
+        gate_rows = weight_ptr + (left + NUM_OUT) * NUM_IN + right * NUM_IN
     for start in range(0, NUM_IN, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inputs = k < NUM_IN
@@ -316,6 +321,6 @@ def _linear(
         y *= tl.where(gates < 0, small, 1.0) / (1.0 + small)
     here = (m < rows)[:, None] & outputs[None, :]
     if residual_ptr is not None:
-        places = m.to(tl.int64)[:, None] * residual_stride + n[None, :]
-        y += tl.load(residual_ptr + places, here, 0.0)
-    tl.store(y_ptr + m.to(tl.int64)[:, None] * NUM_OUT + n[None, :], y, here)
+        residual = residual_ptr + top * residual_stride + left
+        y += tl.load(residual + down[:, None] * residual_stride + right[None, :], here, 0.0)
+    tl.store(y_ptr + top * NUM_OUT + left + down[:, None] * NUM_OUT + right[None, :], y, here)
