@@ -40,6 +40,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.state import StatePool
+
 EMPTY = -1e30
 """Running maximum before the first token: below any key, yet finite: no difference is NaN."""
 
@@ -82,6 +84,17 @@ class AttentionState:
             s=like.new_zeros((batch, heads, d_key, d_val)),
             n=like.new_full((batch, heads, d_val), EMPTY) if log_values else None,
         )
+
+    @staticmethod
+    def of_layers(pool: StatePool) -> "tuple[AttentionState, ...]":
+        """The states of all rows, layer by layer, as views of the pool."""
+        if "s" not in pool.tensors:
+            raise ValueError("the pool was not made by LanguageModel.new_pool")
+        names = [field.name for field in fields(AttentionState) if field.name in pool.tensors]
+        layers: list[dict[str, Any]] = [
+            {name: pool.tensors[name][i] for name in names} for i in range(len(pool.tensors["s"]))
+        ]
+        return tuple(AttentionState(**({"n": None} | layer)) for layer in layers)
 
     def select(self, index: slice | Tensor) -> "AttentionState":
         """Some of the sequences: views for a slice, copies for a tensor of indices."""

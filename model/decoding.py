@@ -99,8 +99,8 @@ class DirectDecoder:
 
     def launch(self, inputs: Sequence[DecodeInput]) -> Done:
         ids = [0 if each.token_id is None else each.token_id for each in inputs]
-        places = torch.tensor(ids, device=self._pool.device)
-        logits = self._network.step(places, self._pool, [each.row for each in inputs])
+        rows = [each.row for each in inputs]
+        logits = self._network.step(torch.tensor(ids), self._pool, rows)
         asked = [i for i, each in enumerate(inputs) if each.num_logprobs is not None]
         model_logits = logits[asked] if asked else None  # a copy, before penalties
         token_ids = sample(logits, [each.sampled for each in inputs])

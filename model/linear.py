@@ -32,14 +32,14 @@ class NarrowLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: WeightDtype) -> None:
         super().__init__()
-        self.weight, self._scale = narrow(weight, dtype)
-        self._bias = None if bias is None else bias.detach()
+        self.weight, self.scale = narrow(weight, dtype)
+        self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight.to(x.dtype))
-        if self._scale is not None:
-            y = y * self._scale
-        return y if self._bias is None else y + self._bias
+        if self.scale is not None:
+            y = y * self.scale
+        return y if self.bias is None else y + self.bias
 
 
 class PackedLinear(nn.Module):

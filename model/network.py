@@ -7,13 +7,13 @@ layer.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import WeightDtype
+from model import WeightDtype, kernels
 from model.attention import CHUNK, EMPTY, Attention, AttentionState, absorb, chunked, step
 from model.config import ModelConfig
 from model.decoding import Decoder, DirectDecoder
@@ -22,6 +22,9 @@ from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
 
 if TYPE_CHECKING:
     from model.cpu.serving import CompiledNetwork
+    from model.cuda.serving import FusedNetwork
+
+Narrow = TypeVar("Narrow", NarrowLinear, PackedLinear)
 
 TakeLogits = Callable[[Tensor], None]
 """Takes logits `[tokens, vocab_sz]` after the next tokens of a sequence, which it may keep."""
@@ -182,32 +185,53 @@ class LanguageModel(nn.Module):
         self.num_parameters = sum(p.numel() for p in self.parameters())
         self._unembed: NarrowLinear | PackedLinear | None = None
         self._compiled: CompiledNetwork | None = None
+        self._fused: FusedNetwork | None = None
 
     def pack(self, dtype: WeightDtype = "float32") -> "LanguageModel":
         """Make the network one that only serves: weights in this dtype, in the order of reading.
 
-        On a CPU it is compiled. It computes the same as before but for the rounding of weights,
-        has no gradients, and cannot be saved.
+        On a CPU it is compiled, on a GPU it becomes Triton kernels. It computes the same as before
+        but for the rounding of weights, has no gradients, and cannot be saved.
         """
-        compiled = can_compile(self.device, self.embed.weight.dtype)
-        if not compiled and dtype == "float32":
-            return self
-        kind = PackedLinear if compiled else NarrowLinear
-        _replace_linear(self, lambda child: kind(child.weight, child.bias, dtype))
-        weight = self.embed.weight
-        self._unembed = unembed = kind(weight, None, dtype)
-        if dtype != "float32":
-            self.embed.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
-        if isinstance(unembed, PackedLinear):
+        if can_compile(self.device, self.embed.weight.dtype):
+            self._unembed = unembed = self._narrow(PackedLinear, dtype)
             from model.cpu.serving import CompiledNetwork
 
             self._compiled = CompiledNetwork(self, unembed)
+        elif self.device.type == "cuda" and kernels.is_available():
+            self.fuse(dtype)
+        elif dtype != "float32":
+            self._unembed = self._narrow(NarrowLinear, dtype)
         return self
+
+    def fuse(self, dtype: WeightDtype = "float32") -> "LanguageModel":
+        """`pack` into Triton kernels: for a GPU, or for a CPU in Triton's interpreter."""
+        from model.cuda.serving import FusedNetwork
+
+        self._unembed = unembed = self._narrow(NarrowLinear, dtype)
+        self._fused = FusedNetwork(self, unembed)
+        return self
+
+    def _narrow(self, kind: type[Narrow], dtype: WeightDtype) -> Narrow:
+        """Put maps of this kind in the place of all linear ones; returns the last, to logits."""
+        _replace_linear(self, lambda child: kind(child.weight, child.bias, dtype))
+        weight = self.embed.weight
+        unembed = kind(weight, None, dtype)
+        if dtype != "float32":
+            self.embed.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+        return unembed
 
     @property
     def is_compiled(self) -> bool:
         """Whether prefill and step run as compiled code."""
         return self._compiled is not None
+
+    @property
+    def way(self) -> str:
+        """What prefill and step run as, in words."""
+        if self._fused is not None:
+            return "Triton kernels"
+        return "compiled" if self.is_compiled else "plain torch"
 
     @property
     def weight_bytes(self) -> int:
@@ -257,8 +281,11 @@ class LanguageModel(nn.Module):
 
     def new_decoder(self, pool: StatePool, most_rows: int) -> Decoder:
         """What launches the steps of up to so many of the pool's rows at a time."""
-        del most_rows
-        return DirectDecoder(self, pool)
+        if self._fused is None:
+            return DirectDecoder(self, pool)
+        from model.cuda.decoder import GraphDecoder
+
+        return GraphDecoder(self._fused, pool, most_rows)
 
     def empty_state(self, batch: int) -> NetworkState:
         """The state before the first token, for `forward`."""
@@ -266,12 +293,12 @@ class LanguageModel(nn.Module):
 
     def read_state(self, pool: StatePool) -> NetworkState:
         """All rows of a pool as one batch; its tensors are views of the pool's."""
-        return NetworkState(pool.tensors["h"][0], _layer_states(pool))
+        return NetworkState(pool.tensors["h"][0], AttentionState.of_layers(pool))
 
     def write_state(self, state: NetworkState, pool: StatePool) -> None:
         """Overwrite all rows of a pool."""
         pool.tensors["h"][0] = state.h
-        for rows, values in zip(_layer_states(pool), state.layers, strict=True):
+        for rows, values in zip(AttentionState.of_layers(pool), state.layers, strict=True):
             _assign(rows, slice(None), values)
 
     def forward(
@@ -310,6 +337,10 @@ class LanguageModel(nn.Module):
         if self._compiled is not None:
             self._compiled.prefill(token_ids, lengths, pool, rows, scored or {})
             return
+        if self._fused is not None:
+            self._fused.prefill(token_ids, lengths, pool, rows, scored or {})
+            return
+        token_ids = token_ids.to(pool.device)
         padding = None
         if min(lengths) < token_ids.shape[1]:
             ends = torch.tensor(lengths, device=token_ids.device)
@@ -319,7 +350,7 @@ class LanguageModel(nn.Module):
         h = pool.tensors["h"][0]
         all_h, h[index] = self.embed_pos(emb, h[index], padding)
         x = emb + all_h
-        *inner, last = zip(self.blocks, _layer_states(pool), strict=True)
+        *inner, last = zip(self.blocks, AttentionState.of_layers(pool), strict=True)
         for layer, states in inner:
             x, after = layer(x, states.select(index), chunked, padding)
             _assign(states, index, after)
@@ -341,12 +372,15 @@ class LanguageModel(nn.Module):
         """Advance `rows` by one token each: token_ids `[batch]` -> logits `[batch, vocab_sz]`."""
         if self._compiled is not None:
             return self._compiled.step(token_ids, pool, rows)
+        if self._fused is not None:
+            return self._fused.step(token_ids, pool, rows)
+        token_ids = token_ids.to(pool.device)
         index = _index(pool, rows)
         emb = self._embed(token_ids)
         h = pool.tensors["h"][0]
         h[index] = after = self.embed_pos.step(emb, h[index])
         x = emb + after.to(emb.dtype)
-        for layer, states in zip(self.blocks, _layer_states(pool), strict=True):
+        for layer, states in zip(self.blocks, AttentionState.of_layers(pool), strict=True):
             selected = states.select(index)
             q, k, v = layer.project(x)
             x = layer.merge(x, step(q, k, v, selected))
@@ -379,17 +413,6 @@ def _index(pool: StatePool, rows: Sequence[int]) -> Index:
     """Consecutive rows are read and written in place; any others by gather and scatter."""
     run = contiguous_run(rows)
     return torch.tensor(rows, device=pool.device) if run is None else run
-
-
-def _layer_states(pool: StatePool) -> tuple[AttentionState, ...]:
-    """The states of all rows, layer by layer, as views of the pool."""
-    if "s" not in pool.tensors:
-        raise ValueError("the pool was not made by LanguageModel.new_pool")
-    names = [field.name for field in fields(AttentionState) if field.name in pool.tensors]
-    layers: list[dict[str, Any]] = [
-        {name: pool.tensors[name][i] for name in names} for i in range(len(pool.tensors["s"]))
-    ]
-    return tuple(AttentionState(**({"n": None} | layer)) for layer in layers)
 
 
 def _assign(state: AttentionState, index: Index, values: AttentionState) -> None:

@@ -131,7 +131,12 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Only this much probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.")] = "auto",
-    dtype: Annotated[WeightDtype, typer.Option(help="Weights of matrix products.")] = "float32",
+    dtype: Annotated[
+        WeightDtype | None,
+        typer.Option(
+            help="Weights of matrix products; if not given, float32 on a CPU, bfloat16 on a GPU."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
     """Write a continuation of a text to the terminal, without a server."""

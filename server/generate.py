@@ -6,7 +6,7 @@ from pathlib import Path
 
 from model import WeightDtype, checkpoint
 from model.sampling import SamplingParams
-from server.engine.device import choose_device, choose_threads
+from server.engine.device import choose_device, choose_dtype, choose_threads
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import (
     Continuation,
@@ -32,7 +32,7 @@ def generate(
     max_tokens: int,
     sampling: SamplingParams,
     device_name: str,
-    dtype: WeightDtype,
+    dtype: WeightDtype | None,
     threads: int | None,
 ) -> None:
     """Write a continuation to stdout as it comes, and its speed to stderr.
@@ -40,7 +40,7 @@ def generate(
     Raises CheckpointError, DeviceError and GenerateError.
     """
     device, _ = choose_device(device_name)
-    loaded = checkpoint.load(folder, device, dtype)
+    loaded = checkpoint.load(folder, device, choose_dtype(dtype, device))
     choose_threads(threads, loaded.network)
     bos = loaded.network.config.bos_token_id
     token_ids = (*([] if bos is None else [bos]), *loaded.tokenizer.encode(prompt))

@@ -16,7 +16,7 @@ from model.checkpoint import Checkpoint
 from server.api.app import create_app, drain
 from server.api.conversation import TemplateFault
 from server.connections import uvicorn_config
-from server.engine.device import choose_device, choose_threads
+from server.engine.device import choose_device, choose_dtype, choose_threads
 from server.keys import KeyFileError, read_keys
 from server.sessions.sqlite.store import SQLiteStore
 from server.settings import Settings
@@ -48,7 +48,7 @@ def serve(settings: Settings) -> None:
 def _serve_on(listener: socket.socket, settings: Settings) -> None:
     device, device_reason = choose_device(settings.device)
     print(f"loading    {settings.checkpoint}; a first start also compiles code", flush=True)
-    loaded = checkpoint.load(settings.checkpoint, device, settings.dtype)
+    loaded = checkpoint.load(settings.checkpoint, device, choose_dtype(settings.dtype, device))
     device_reason += f", {choose_threads(settings.threads, loaded.network)}"
     store = SQLiteStore(settings.data_dir / STORE_FILE, settings.durability)
     print(_facts(settings, loaded, device_reason), flush=True)

@@ -37,9 +37,10 @@ class Settings(BaseSettings):
         platformdirs.user_data_path("latentd"), description="Folder of the session store."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
-    dtype: WeightDtype = Field(
-        "float32",
-        description="Weights of matrix products; fewer bits are faster and a little less exact. "
+    dtype: WeightDtype | None = Field(
+        None,
+        description="Weights of matrix products; fewer bits are faster and a little less exact. If "
+        "not given, float32 on a CPU and bfloat16 on a GPU. "
         "States are float32 in all cases, and a session may go on with another dtype.",
     )
     threads: int | None = Field(

@@ -86,8 +86,10 @@ def linear(
     glu: bool = False,
     residual: Tensor | None = None,
     ids: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`norm(x) @ weight.T * scale + bias`, then GLU, then `+ residual`: a new `[rows, out]`.
+    """`norm(x) @ weight.T * scale + bias`, then GLU, then `+ residual`: `[rows, out]`, in `out` if
+    it is given.
 
     x `[rows, in]` float32; weight `[out, in]` float32, bfloat16 or int8 with scale `[out]`
     (`model.linear.narrow`); bias `[out]`; residual `[rows, out]`. With `glu` weight, scale and bias
@@ -101,7 +103,9 @@ def linear(
     weight_rows, num_in = weight.shape
     num_out = weight_rows // 2 if glu else weight_rows
     _check(x, weight, bias, scale, norm, glu, residual, ids)
-    y = torch.empty(num_rows, num_out, device=x.device)
+    y = torch.empty(num_rows, num_out, device=x.device) if out is None else out
+    if y.shape != (num_rows, num_out) or y.dtype != torch.float32 or not y.is_contiguous():
+        raise ValueError(f"out is contiguous float32 {[num_rows, num_out]}, not {[*y.shape]}")
     if not y.numel():
         return y
     tile = choose_tile(num_rows, weight_rows, whole=weight.dtype == torch.float32)

@@ -2,6 +2,7 @@
 
 import torch
 
+from model import WeightDtype, kernels
 from model.network import LanguageModel
 
 FEW_BYTES = 128 << 20
@@ -23,6 +24,13 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     return torch.device("cpu"), f"cpu{why}"
 
 
+def choose_dtype(asked: WeightDtype | None, device: torch.device) -> WeightDtype:
+    """The weights' dtype: as asked for, or what the device computes best with."""
+    if asked is not None:
+        return asked
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
 def choose_threads(threads: int | None, network: LanguageModel) -> str:
     """Set the number of CPU threads of this process: as asked for, or one for a small network.
 
@@ -33,5 +41,7 @@ def choose_threads(threads: int | None, network: LanguageModel) -> str:
     if threads is not None:
         torch.set_num_threads(threads)
     count = torch.get_num_threads()
-    compiled = "compiled" if network.is_compiled else "not compiled"
-    return f"{count} thread{'s' if count > 1 else ''}, {compiled}"
+    way = network.way
+    if network.device.type == "cuda" and not kernels.is_available():
+        way += ", Triton is not installed"
+    return f"{count} thread{'s' if count > 1 else ''}, {way}"

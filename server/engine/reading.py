@@ -50,7 +50,7 @@ class PromptReader:
         lengths = [count for _, count in pieces]
         scores = {i: sequence.prompt_scores for i, (sequence, _) in enumerate(pieces)}
         scored = {i: each.take for i, each in scores.items() if each is not None}
-        self._network.prefill(ids.to(self._pool.device), lengths, self._pool, rows, scored)
+        self._network.prefill(ids, lengths, self._pool, rows, scored)
         for sequence, _ in pieces:
             if sequence.num_read in sequence.keep_at:
                 self._keep(sequence)

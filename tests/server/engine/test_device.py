@@ -8,7 +8,7 @@ import torch
 from model.config import ModelConfig
 from model.network import LanguageModel
 from server.engine import device
-from server.engine.device import DeviceError, choose_device, choose_threads
+from server.engine.device import DeviceError, choose_device, choose_dtype, choose_threads
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_a_large_network_has_as_many_as_torch_wants(
 
 
 def test_what_is_asked_for_is_done(network: LanguageModel) -> None:
-    assert choose_threads(3, network) == "3 threads, not compiled"
+    assert choose_threads(3, network) == "3 threads, plain torch"
     assert torch.get_num_threads() == 3
 
 
@@ -52,3 +52,13 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert choose_device("cpu") == (torch.device("cpu"), "cpu")
     with pytest.raises(DeviceError, match="no CUDA device"):
         choose_device("cuda")
+
+
+def test_a_gpu_has_bfloat16_weights_unless_others_are_asked_for() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [choose_dtype(None, each) for each in (cpu, gpu)] == ["float32", "bfloat16"]
+    assert [choose_dtype("int8", each) for each in (cpu, gpu)] == ["int8", "int8"]
+
+
+def test_kernels_are_told_of(network: LanguageModel) -> None:
+    assert choose_threads(1, network.fuse()) == "1 thread, Triton kernels"

@@ -1,0 +1,294 @@
+"""All that a GPU has to show, in one call: right numbers first, then times against the limits.
+
+    python -m loadtest.gpu
+
+The published configuration (124.9 M parameters, random weights). The limit of a decoding step is
+the bytes that it must move, every weight once and every session's state out of memory and back,
+over the bandwidth that a plain copy reaches on the same card. The paper's log-space form, token by
+token in plain torch, runs beside it. `--tiny` runs everything on a CPU with a small network, in
+Triton's interpreter: it shows that this program works, and no speed.
+
+The last part needs the server's packages (fastapi, uvicorn and so on) and is left out where they
+are missing, which is said.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+TINY = "--tiny" in sys.argv
+if TINY:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from loadtest.log_space import LogSpaceForm  # noqa: E402
+from model import WeightDtype  # noqa: E402
+from model.config import ModelConfig  # noqa: E402
+from model.decoding import DecodeInput  # noqa: E402
+from model.network import LanguageModel  # noqa: E402
+from model.sampling import RecentTokens, SampledRow, SamplingParams  # noqa: E402
+from model.state import StatePool  # noqa: E402
+from model.transfer import new_transfer  # noqa: E402
+
+DEVICE = torch.device("cpu" if TINY else "cuda")
+TOLERANCE = 2e-5
+"""Of logits, in float32, against float64."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    config: ModelConfig
+    sessions: Sequence[int]
+    prompts: Sequence[int]
+    piece: int
+    """Tokens of a prompt that go through the network at once."""
+
+    repeats: int
+    copied_bytes: int
+
+
+WHOLE = Sizes(ModelConfig(), (1, 16, 64, 256, 1024), (512, 32_768), 8192, 50, 4 << 30)
+SMALL = Sizes(
+    ModelConfig(vocab_sz=96, d_emb=16, n_layers=2, n_heads=2, d_key=4, d_val=4),
+    (1, 3), (70,), 64, 1, 1 << 20,
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="on a CPU, with a small network")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="bfloat16")
+    parser.add_argument("--no-http", action="store_true", help="leave the server out")
+    arguments = parser.parse_args()
+    sizes = SMALL if TINY else WHOLE
+    _print_machine()
+    torch.manual_seed(0)
+    network = LanguageModel(sizes.config).requires_grad_(False).eval()
+    _check(network, 70 if TINY else 300)
+    network = network.to(DEVICE)
+    paper = LogSpaceForm(network, 1)
+    bandwidth = _copy_bandwidth(sizes)
+    print(f"copy: {bandwidth / 1e9:,.0f} GB/s, read and written, of {sizes.copied_bytes:,} bytes")
+    served = LanguageModel(sizes.config).to(DEVICE)
+    served.load_state_dict(network.state_dict())
+    served = served.requires_grad_(False).eval().fuse(arguments.dtype)
+    _decode(served, network, sizes, arguments.dtype, bandwidth)
+    _prefill(served, paper, sizes)
+    _swap(served, sizes)
+    if not TINY:
+        _where_time_goes(served, 256)
+    if not arguments.no_http:
+        _http(arguments.dtype)
+
+
+def _print_machine() -> None:
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{platform.machine()} CPU"
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = "missing"
+    print(
+        f"{name}, torch {torch.__version__}, triton {version}, Python {platform.python_version()}"
+    )
+
+
+def _check(network: LanguageModel, tokens: int) -> None:
+    """Raises AssertionError where a form of the network is not the float64 one."""
+    config = network.config
+    exact = LanguageModel(config).double().requires_grad_(False)
+    exact.load_state_dict(network.state_dict())
+    ids = torch.randint(config.vocab_sz, (2, tokens + 3))
+    expected, _ = exact(ids, exact.empty_state(2))
+    ours = LanguageModel(config).to(DEVICE)
+    ours.load_state_dict(network.state_dict())
+    ours = ours.requires_grad_(False).eval().fuse("float32")
+    pool = ours.new_pool(4)
+    scored: list[Tensor] = []
+    ours.prefill(ids[:, :tokens], [tokens, tokens], pool, [3, 1], {1: scored.append})
+    worst = float((torch.cat(scored).cpu() - expected[1, :tokens]).abs().max())
+    for place in range(tokens, tokens + 3):
+        logits = ours.step(ids[:, place], pool, [3, 1])
+        worst = max(worst, float((logits.cpu() - expected[:, place]).abs().max()))
+    print(f"kernels against float64, {tokens} tokens of prefill and 3 steps: {worst:.1e} in logits")
+    if worst > TOLERANCE:
+        raise SystemExit(f"that is more than {TOLERANCE}")
+
+
+def _copy_bandwidth(sizes: Sizes) -> float:
+    """Bytes per second, those read and those written."""
+    source = torch.zeros(sizes.copied_bytes, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), 10)
+
+
+def _decode(
+    served: LanguageModel,
+    network: LanguageModel,
+    sizes: Sizes,
+    dtype: WeightDtype,
+    bandwidth: float,
+) -> None:
+    size = served.state_spec.num_bytes
+    print(f"\ndecode, weights {dtype}, states float32 ({served.state_spec.num_bytes:,} bytes each)")
+    head = (
+        "sessions",
+        "ms a step",
+        "tokens/s",
+        "GB a step",
+        "of the copy",
+        "log-space ms",
+        "ratio",
+    )
+    print(" ".join(f"{name:>12}" for name in head))
+    for count in sizes.sessions:
+        pool = _filled_pool(served, count)
+        ours = _step_seconds(served, pool, count, sizes.repeats)
+        moved = served.weight_bytes + 2 * count * size
+        theirs = LogSpaceForm(network, count)
+        ids = torch.randint(sizes.config.vocab_sz, (count,), device=DEVICE)
+        paper = _seconds(lambda: theirs.step(ids), max(1, sizes.repeats // 5))  # noqa: B023
+        cells = (
+            f"{count}", f"{1e3 * ours:.3f}", f"{count / ours:,.0f}", f"{moved / 1e9:.3f}",
+            f"{moved / ours / bandwidth:.1%}", f"{1e3 * paper:.3f}", f"{paper / ours:.1f}",
+        )  # fmt: skip
+        print(" ".join(f"{cell:>12}" for cell in cells), flush=True)
+
+
+def _filled_pool(network: LanguageModel, count: int) -> StatePool:
+    """Rows 1 to count have each read something else."""
+    pool = network.new_pool(count + 1)
+    ids = torch.randint(network.config.vocab_sz, (count, 5))
+    for start in range(1, count + 1, 64):
+        rows = range(start, min(start + 64, count + 1))
+        network.prefill(ids[: len(rows)], [5] * len(rows), pool, rows)
+    return pool
+
+
+def _step_seconds(network: LanguageModel, pool: StatePool, count: int, repeats: int) -> float:
+    """Of a step with its choice of tokens, launched ahead as the engine does."""
+    decoder = network.new_decoder(pool, count)
+    decoder.prepare()
+    params = [SamplingParams(temperature=0.8, seed=row) for row in range(count)]
+    recent = RecentTokens()
+
+    def inputs(position: int, token_id: int | None) -> list[DecodeInput]:
+        return [
+            DecodeInput(row + 1, token_id, SampledRow(params[row], position, recent))
+            for row in range(count)
+        ]
+
+    under_way = decoder.launch(inputs(5, 1))
+    ahead = inputs(6, None)
+    times = []
+    for _ in range(3 * repeats):
+        started = time.perf_counter()
+        following = decoder.launch(ahead)
+        under_way.take()
+        under_way = following
+        times.append(time.perf_counter() - started)
+    under_way.take()
+    return statistics.median(times[repeats:])
+
+
+def _prefill(served: LanguageModel, paper: LogSpaceForm, sizes: Sizes) -> None:
+    print("\nprefill of one prompt")
+    pool = served.new_pool(1)
+    for tokens in sizes.prompts:
+        ids = torch.randint(sizes.config.vocab_sz, (1, tokens))
+        pieces = torch.split(ids, sizes.piece, 1)
+
+        def read(pieces: Sequence[Tensor] = pieces) -> None:
+            for piece in pieces:
+                served.prefill(piece, [piece.shape[1]], pool, [0])
+
+        seconds = _seconds(read, max(1, sizes.repeats // 10))
+        line = f"  {tokens:,} tokens: {1e3 * seconds:.2f} ms, {tokens / seconds:,.0f} tokens/s"
+        if tokens <= 512:  # the scan of all states takes 50 MB a token and layer
+            on_device = ids.to(DEVICE)
+            theirs = _seconds(lambda: paper.prefill(on_device), 3)  # noqa: B023
+            line += f"; log-space scan {1e3 * theirs:.1f} ms, {theirs / seconds:.1f}x"
+        print(line, flush=True)
+
+
+def _swap(served: LanguageModel, sizes: Sizes) -> None:
+    """A session's state to host memory and back."""
+    pool = _filled_pool(served, 8)
+    moves = new_transfer(pool)
+    rows = [1 + i % 8 for i in range(max(8, sizes.repeats))]
+    data = pool.export_row(1)
+    out_alone = _seconds(lambda: moves.export_row(1).take(), sizes.repeats)
+    in_alone = _seconds(lambda: moves.import_row(1, data), sizes.repeats)
+
+    def many() -> None:
+        for export in [moves.export_row(row) for row in rows]:
+            export.take()
+
+    each = _seconds(many, 3) / len(rows)
+    print(
+        f"\na session of {len(data):,} bytes to host memory {1e6 * out_alone:.0f} us, back "
+        f"{1e6 * in_alone:.0f} us; {len(rows)} together {1e6 * each:.0f} us each"
+    )
+
+
+def _where_time_goes(served: LanguageModel, count: int) -> None:
+    """Kernels of a step by their share of its time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    pool = _filled_pool(served, count)
+    ids = torch.randint(served.config.vocab_sz, (count,))
+    rows = range(1, count + 1)
+    served.step(ids, pool, rows)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(10):
+            served.step(ids, pool, rows)
+        torch.cuda.synchronize()
+    print(f"\nkernels of a step of {count} sessions, by time on the device")
+    table = profiled.key_averages().table(sort_by="self_cuda_time_total", row_limit=12)
+    print(table, flush=True)
+
+
+def _http(dtype: WeightDtype) -> None:
+    """Tokens per second over SSE, by the program that measures that."""
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        print(f"\nnothing over HTTP: {error}")
+        return
+    print("\nover HTTP", flush=True)
+    environment = os.environ | {"LATENTD_DTYPE": dtype, "LATENTD_DEVICE": DEVICE.type}
+    streams, tokens = ("2", "20") if TINY else ("256", "400")
+    command = ("-m", "loadtest.bench_http", "--streams", streams, "--tokens", tokens)
+    subprocess.run((sys.executable, *command, "--rounds", "1"), env=environment, check=True)
+
+
+def _seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median of some runs, after one that is not counted."""
+    work()
+    times = []
+    for _ in range(max(1, repeats)):
+        _wait()
+        started = time.perf_counter()
+        work()
+        _wait()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

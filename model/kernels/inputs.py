@@ -1,0 +1,49 @@
+"""What the rows of a step read, found on the device: a token that the host gives, or their own."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 256
+
+
+def take_inputs(inputs: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, rows of the pool and rows to choose a next token for, each int32 `[batch]`.
+
+    inputs int32 `[3, batch]`: rows; the tokens they are given, negative for the row's own last
+    token, `token[row]`; and 1 where the device is to choose the next one. token int32
+    `[pool_rows]`, which may be strided: negative where the row's text has ended, so that the row is left out. A row that
+    is left out, or negative to begin with, comes out as -1, and so does its token.
+    """
+    if inputs.dtype != torch.int32 or inputs.shape[0] != 3 or not inputs.is_contiguous():
+        raise ValueError(f"inputs are contiguous int32 [3, batch], not {[*inputs.shape]}")
+    batch = inputs.shape[1]
+    taken = torch.empty_like(inputs)
+    _take_inputs[(triton.cdiv(batch, BLOCK),)](
+        inputs, token, taken, batch, token.stride(0), BLOCK=BLOCK
+    )
+    ids, rows, choosing = taken.unbind()
+    return ids, rows, choosing
+
+
+@triton.jit
+def _take_inputs(
+    inputs_ptr: tl.tensor,
+    token_ptr: tl.tensor,
+    taken_ptr: tl.tensor,
+    batch: tl.tensor,
+    token_stride: tl.tensor,
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> None:
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = i < batch
+    row = tl.load(inputs_ptr + i, here, -1)
+    given = tl.load(inputs_ptr + batch + i, here, -1)
+    chooses = tl.load(inputs_ptr + 2 * batch + i, here, 0)
+    own = tl.load(token_ptr + row * token_stride, here & (row >= 0) & (given < 0), -1)
+    token = tl.where(row >= 0, tl.where(given >= 0, given, own), -1)
+    row = tl.where(token >= 0, row, -1)
+    tl.store(taken_ptr + i, token, here)
+    tl.store(taken_ptr + batch + i, row, here)
+    tl.store(taken_ptr + 2 * batch + i, tl.where(chooses != 0, row, -1), here)
