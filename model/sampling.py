@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+from model.cuda.graphs import move
 
 WINDOW = 1024
 """Tokens that the penalties look back on."""
@@ -139,8 +141,7 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
     None for a row that is no distribution: one that has NaN or inf in it, or only -inf, also where
     every other token is banned or not allowed.
     """
-    for i, row in enumerate(rows):
-        _adjust(logits[i], row)
+    _adjust(logits, rows)
     chosen: list[int | None] = [None] * len(rows)
     kinds: dict[Choose, list[int]] = {}
     for i, row in enumerate(rows):
@@ -162,28 +163,86 @@ def derive_seed(seed: int, index: int) -> int:
     return seed if index == 0 else _mix(_mix(seed & _MASK) ^ index)
 
 
-def _adjust(logits: Tensor, row: SampledRow) -> None:
-    """Penalties, biases and what is forbidden, in place."""
-    params = row.params
-    if params.has_penalties:
-        if params.repetition_penalty != 1.0:
-            ids = torch.from_numpy(row.recent.seen()).to(logits.device)
-            values = logits[ids]
-            factor = params.repetition_penalty
-            scaled = torch.where(values > 0, values / factor, values * factor)
-            logits[ids] = torch.where(values.isinf(), values, scaled.clamp(-LARGEST, LARGEST))
-        found, counts = row.recent.generated()
-        ids = torch.from_numpy(found).to(logits.device)
-        penalty = params.frequency_penalty * counts + params.presence_penalty
-        logits[ids] -= torch.from_numpy(penalty).to(logits)
-    if params.logit_bias:
-        ids = torch.tensor([token_id for token_id, _ in params.logit_bias], device=logits.device)
-        bias = torch.tensor([value for _, value in params.logit_bias]).to(logits)
-        logits.index_add_(0, ids, bias)
-    if row.banned:
-        logits[torch.tensor(row.banned, device=logits.device)] += -torch.inf
-    if row.allowed is not None:
-        logits += torch.from_numpy(_penalties(row.allowed, len(logits))).to(logits.device)
+def _adjust(logits: Tensor, rows: Sequence[SampledRow]) -> None:
+    """Penalties, biases and what is forbidden, in place: each for all rows that have it at once."""
+    repeated, penalties, biases = _Places(), _Places(), _Places()
+    banned = _Places()
+    for i, row in enumerate(rows):
+        params = row.params
+        if params.has_penalties:
+            if params.repetition_penalty != 1.0:
+                repeated.add(i, row.recent.seen(), params.repetition_penalty)
+            ids, counts = row.recent.generated()
+            penalties.add(i, ids, params.frequency_penalty * counts + params.presence_penalty)
+        if params.logit_bias:
+            biases.add(i, *zip(*params.logit_bias, strict=True))
+        if row.banned:
+            banned.add(i, sorted(set(row.banned)), -math.inf)
+    if repeated:
+        places, factor = repeated.on(logits)
+        values = logits[places]
+        scaled = torch.where(values > 0, values / factor, values * factor)
+        logits[places] = torch.where(values.isinf(), values, scaled.clamp(-LARGEST, LARGEST))
+    if penalties:
+        places, penalty = penalties.on(logits)
+        logits[places] -= penalty
+    for added in (biases, banned):
+        if added:
+            places, value = added.on(logits)
+            logits.index_put_(places, value, accumulate=True)  # a token may have two biases
+    _add_masks(logits, rows)
+
+
+class _Places:
+    """Some of the logits of a batch, with a number for each."""
+
+    def __init__(self) -> None:
+        self._rows: list[NDArray[np.int64]] = []
+        self._ids: list[NDArray[np.int64]] = []
+        self._values: list[NDArray[np.float64]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def add(self, row: int, ids: ArrayLike, values: ArrayLike) -> None:
+        """values: one for each id, or one for all."""
+        own = np.asarray(ids, np.int64)
+        self._rows.append(np.full(len(own), row))
+        self._ids.append(own)
+        self._values.append(np.broadcast_to(np.asarray(values, np.float64), own.shape))
+
+    def on(self, logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Rows and ids, and the numbers in the logits' dtype, on their device."""
+        rows, ids, values = (
+            move(torch.from_numpy(np.concatenate(parts)), logits.device)
+            for parts in (self._rows, self._ids, self._values)
+        )
+        return (rows, ids), values.to(logits.dtype)
+
+
+def _add_masks(logits: Tensor, rows: Sequence[SampledRow]) -> None:
+    """-inf for what is not allowed."""
+    masked = [(i, row.allowed) for i, row in enumerate(rows) if row.allowed is not None]
+    if not masked:
+        return
+    vocab = logits.shape[-1]
+    if logits.device.type == "cpu":
+        for i, allowed in masked:
+            logits[i] += torch.from_numpy(_penalties(allowed, vocab))
+        return
+    words = np.zeros((len(masked), -(-vocab // 32)), np.int32)
+    for place, (_, allowed) in enumerate(masked):
+        count = min(len(allowed), words.shape[1])
+        words[place, :count] = allowed[:count]
+    places = move(torch.tensor([i for i, _ in masked]), logits.device)
+    logits[places] += _unpack(move(torch.from_numpy(words), logits.device), vocab)
+
+
+def _unpack(words: Tensor, vocab: int) -> Tensor:
+    """`_penalties` for many rows on a device: words `[rows, vocab / 32]` -> `[rows, vocab]`."""
+    bits = torch.arange(32, dtype=torch.int32, device=words.device)
+    allowed = ((words.unsqueeze(-1) >> bits) & 1).flatten(1)[:, :vocab].bool()
+    return torch.zeros(allowed.shape, device=words.device).masked_fill_(~allowed, -torch.inf)
 
 
 @functools.cache

@@ -13,8 +13,9 @@ def take_inputs(inputs: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     inputs int32 `[3, batch]`: rows; the tokens they are given, negative for the row's own last
     token, `token[row]`; and 1 where the device is to choose the next one. token int32
-    `[pool_rows]`, which may be strided: negative where the row's text has ended, so that the row is left out. A row that
-    is left out, or negative to begin with, comes out as -1, and so does its token.
+    `[pool_rows]`, which may be strided: negative where the row's text has ended, so that the row is
+    left out. A row that is left out, or negative to begin with, comes out as -1, and so does its
+    token.
     """
     if inputs.dtype != torch.int32 or inputs.shape[0] != 3 or not inputs.is_contiguous():
         raise ValueError(f"inputs are contiguous int32 [3, batch], not {[*inputs.shape]}")

@@ -18,6 +18,8 @@ from model.sampling import (
     SamplingParams,
     _draw,
     _draw_compiled,
+    _penalties,
+    _unpack,
     derive_seed,
     sample,
 )
@@ -471,3 +473,12 @@ def test_a_mask_does_not_hide_that_a_row_is_no_distribution(way: str, value: flo
         row(WAYS[way])._replace(allowed=words(1, 2, 3)),
     )
     assert sample(logits, forbidden) == [None, None]
+
+
+@pytest.mark.parametrize("vocab", [1, 32, 45, 300])
+def test_masks_are_unpacked_on_a_device_as_on_the_host(vocab: int) -> None:
+    chance = np.random.default_rng(0)
+    masks = chance.integers(-(2**31), 2**31, (5, -(-vocab // 32)), np.int64).astype(np.int32)
+    expected = [_penalties(mask, vocab) for mask in masks]
+    found = _unpack(torch.from_numpy(masks), vocab)
+    np.testing.assert_array_equal(found.numpy(), np.stack(expected))
