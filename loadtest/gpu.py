@@ -16,11 +16,12 @@ import argparse
 import os
 import platform
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 TINY = "--tiny" in sys.argv
 if TINY:
@@ -66,7 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="on a CPU, with a small network")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="bfloat16")
-    parser.add_argument("--no-http", action="store_true", help="leave the server out")
+    parser.add_argument("--no-server", action="store_true", help="leave engine and server out")
+    parser.add_argument("--api-workers", type=int, default=8, help="fronts of the server")
     arguments = parser.parse_args()
     sizes = SMALL if TINY else WHOLE
     _print_machine()
@@ -85,8 +87,8 @@ def main() -> None:
     _swap(served, sizes)
     if not TINY:
         _where_time_goes(served, 256)
-    if not arguments.no_http:
-        _http(arguments.dtype)
+    if not arguments.no_server:
+        _serve(network, arguments.dtype, 1 if TINY else arguments.api_workers)
 
 
 def _print_machine() -> None:
@@ -257,19 +259,25 @@ def _where_time_goes(served: LanguageModel, count: int) -> None:
     print(table, flush=True)
 
 
-def _http(dtype: WeightDtype) -> None:
-    """Tokens per second over SSE, by the program that measures that."""
+def _serve(network: LanguageModel, dtype: WeightDtype, api_workers: int) -> None:
+    """Tokens per second out of the engine alone, and over SSE from a server."""
     try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
+        from loadtest.gpu_server import delivered, engine_rate, write_checkpoint
     except ImportError as error:
-        print(f"\nnothing over HTTP: {error}")
+        print(f"\nneither engine nor server: {error}")
         return
-    print("\nover HTTP", flush=True)
-    environment = os.environ | {"LATENTD_DTYPE": dtype, "LATENTD_DEVICE": DEVICE.type}
-    streams, tokens = ("2", "20") if TINY else ("256", "400")
-    command = ("-m", "loadtest.bench_http", "--streams", streams, "--tokens", tokens)
-    subprocess.run((sys.executable, *command, "--rounds", "1"), env=environment, check=True)
+    streams, tokens = (2, 5) if TINY else (256, 1000)
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(network, Path(folder) / "model")
+        alone = engine_rate(Path(folder) / "model", DEVICE, dtype, streams, tokens)
+        print(f"\n{streams} streams: the engine alone {alone:,.0f} tokens/s", flush=True)
+        for workers in sorted({1, api_workers}):
+            rate = delivered(Path(folder), DEVICE, dtype, streams, tokens, workers)
+            print(
+                f"over SSE with --api-workers {workers}: {rate:,.0f} tokens/s, "
+                f"{rate / alone:.2f} of it",
+                flush=True,
+            )
 
 
 def _seconds(work: Callable[[], object], repeats: int) -> float:

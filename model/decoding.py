@@ -33,7 +33,8 @@ class DecodeInput(NamedTuple):
     """To be read; None for the one that the row's last step chose, if it goes on after it."""
 
     sampled: SampledRow
-    """How to choose the next token."""
+    """How to choose the next token. Where none is given, its position is that of an earlier step:
+    it grows by one with each."""
 
     ends: frozenset[int] = frozenset()
     """Tokens that end the row's text; at most `MOST_ENDS` where the next step is launched ahead."""

@@ -6,6 +6,7 @@ same tokens, whatever runs beside it.
 
 import functools
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -80,38 +81,50 @@ class RecentTokens:
     """The last `WINDOW` tokens of a sequence, and which of them were generated."""
 
     def __init__(self) -> None:
-        self._ring = np.full(WINDOW, -1, np.int32)
-        self._next = 0
+        self._window = np.full(WINDOW, -1, np.int32)
+        """From the oldest to the newest, -1 where there is no token."""
+
+        self._newer = array("i")
+        """Tokens after those, fewer than `WINDOW`: adding them one by one costs more."""
 
     @staticmethod
     def from_bytes(data: bytes) -> "RecentTokens":
         """The inverse of `to_bytes`; no bytes mean no tokens. Raises ValueError for other sizes."""
         recent = RecentTokens()
         if data:
-            if len(data) != recent._ring.nbytes:
-                raise ValueError(f"recent tokens take {recent._ring.nbytes} bytes, not {len(data)}")
-            recent._ring = np.frombuffer(data, "<i4").astype(np.int32)
+            if len(data) != recent._window.nbytes:
+                size = recent._window.nbytes
+                raise ValueError(f"recent tokens take {size} bytes, not {len(data)}")
+            recent._window = np.frombuffer(data, "<i4").astype(np.int32)
         return recent
 
     def to_bytes(self) -> bytes:
         """Always 4,096 bytes: int32 from the oldest to the newest, -1 where there is no token."""
-        return np.roll(self._ring, -self._next).astype("<i4").tobytes()
+        return self._known().astype("<i4").tobytes()
 
     def append(self, token_id: int, *, generated: bool) -> None:
         """Add the newest token and forget the one before the window."""
-        self._ring[self._next] = token_id | _GENERATED if generated else token_id
-        self._next = (self._next + 1) % WINDOW
+        self._newer.append(token_id | _GENERATED if generated else token_id)
+        if len(self._newer) == WINDOW:
+            self._known()
 
     def seen(self) -> NDArray[np.int64]:
         """Different token ids in the window."""
-        known = self._ring[self._ring >= 0]
-        return np.unique(known & ~_GENERATED).astype(np.int64)
+        known = self._known()
+        return np.unique(known[known >= 0] & ~_GENERATED).astype(np.int64)
 
     def generated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Different token ids that were generated, and how often."""
-        known = self._ring[self._ring >= _GENERATED] & ~_GENERATED
-        ids, counts = np.unique(known, return_counts=True)
+        known = self._known()
+        ids, counts = np.unique(known[known >= _GENERATED] & ~_GENERATED, return_counts=True)
         return ids.astype(np.int64), counts
+
+    def _known(self) -> NDArray[np.int32]:
+        if self._newer:
+            newer = np.array(self._newer, np.int32)
+            self._window = np.concatenate([self._window[len(newer) :], newer])
+            del self._newer[:]
+        return self._window
 
 
 class SampledRow(NamedTuple):

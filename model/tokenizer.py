@@ -8,6 +8,7 @@ import codecs
 import functools
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import tokenizers
@@ -83,6 +84,15 @@ class Tokenizer:
         """What the vocabulary calls a token, special ones included; nothing for other ids."""
         return self._inner.id_to_token(token_id) or ""
 
+    @functools.cached_property
+    def whole_texts(self) -> dict[int, str]:
+        """The texts of the tokens that have no half characters."""
+        found = {}
+        for token_id, added in enumerate(self.token_bytes):
+            with suppress(UnicodeDecodeError):
+                found[token_id] = added.decode()
+        return found
+
     def bytes_of(self, token_id: int) -> bytes:
         """What a token adds to the text; nothing for special tokens and ids without a token."""
         return self.token_bytes[token_id] if token_id < len(self.token_bytes) else b""
@@ -103,12 +113,18 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, undecoded: bytes = b"") -> None:
         self._tokenizer = tokenizer
+        self._whole_texts = tokenizer.whole_texts
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._decoder.decode(undecoded)
+        self._waits = bool(self.undecoded)
 
     def push(self, token_id: int) -> str:
         """The characters that the token completes."""
-        return self._decoder.decode(self._tokenizer.bytes_of(token_id))
+        if not self._waits and (text := self._whole_texts.get(token_id)) is not None:
+            return text
+        text = self._decoder.decode(self._tokenizer.bytes_of(token_id))
+        self._waits = bool(self.undecoded)
+        return text
 
     @property
     def undecoded(self) -> bytes:

@@ -83,7 +83,8 @@ class GraphDecoder:
             self._steps[size] = self._record(size)
         step, buffers = self._steps[size], self._buffers[0]
         self._buffers.rotate(-1)
-        on_device = [_on_device(each.sampled) for each in inputs]
+        # What runs ahead is what the device chooses, or it would not know what to read.
+        on_device = [each.token_id is None or _on_device(each.sampled) for each in inputs]
         self._tell(inputs, on_device)
         buffers.fill(inputs, on_device, size)
         step.inputs.copy_(buffers.inputs[: 3 * size].view(3, size), non_blocking=True)

@@ -1,7 +1,7 @@
 """What crosses the engine's boundary: small immutable messages, in both directions."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from model.grammar import Grammar
 from model.sampling import SamplingParams
@@ -136,8 +136,7 @@ class Timings:
     total_s: float
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """A token, and what the model thought of it before it came."""
 
     token_id: int
@@ -157,8 +156,7 @@ class PromptScored:
     tokens: tuple[Token, ...]
 
 
-@dataclass(frozen=True)
-class TextDelta:
+class TextDelta(NamedTuple):
     """A generated token and the text that is certain to be part of the answer because of it.
 
     The text may be empty: half a character, or the beginning of a stop string.

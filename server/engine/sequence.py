@@ -125,6 +125,7 @@ class Sequence:
         self.num_in_flight = 0
         """Steps that were launched for it and whose tokens are not known yet."""
 
+        self._input: DecodeInput | None = None
         self._is_plain = (
             self.matcher is None
             and not request.sampling.changes_logits
@@ -175,24 +176,24 @@ class Sequence:
 
     def decode_input(self, row: int) -> DecodeInput:
         """Its part in the next step: it reads its next token, or the one that is under way."""
-        return DecodeInput(
-            row,
-            None if self.num_in_flight else self.take(1)[0],
-            SampledRow(
-                self.request.sampling,
-                self.position + self.num_in_flight,
-                self.recent,
-                tuple(self._banned),
-                self._mask,
-            ),
-            self.end_token_ids,
-            self.request.num_logprobs,
+        if self.num_in_flight:
+            if self._input is None:
+                raise RuntimeError("no step was launched that chooses what this one reads")
+            if self._input.token_id is not None:
+                self._input = self._input._replace(token_id=None)
+            return self._input
+        sampled = SampledRow(
+            self.request.sampling, self.position, self.recent, tuple(self._banned), self._mask
         )
+        self._input = DecodeInput(
+            row, self.take(1)[0], sampled, self.end_token_ids, self.request.num_logprobs
+        )
+        return self._input
 
     @property
     def _banned(self) -> frozenset[int]:
         """Tokens that must not come yet, or at all."""
-        early = self.num_generated + self.num_in_flight < self.request.min_tokens
+        early = self.num_generated < self.request.min_tokens
         ignored = NO_TOKENS if self.matcher is None else self._ignored_ends
         return ignored | self.end_token_ids if early else ignored
 
@@ -229,6 +230,15 @@ class Sequence:
         self.position += 1
         self.recent.append(token_id, generated=True)
 
+    @property
+    def has_only_text(self) -> bool:
+        """Whether its events have nothing but text, none of which is ever held back."""
+        return not self.request.stop and not self._gives_tokens
+
+    def push_only_text(self, token_id: int) -> str:
+        """`push_text`, where `has_only_text`: the text that is certain now."""
+        return self._detokenizer.push(token_id)
+
     def push_text(self, token: Token) -> TextStep:
         """Add the text of a sampled token, which counts as generated; called before `append`.
 
@@ -236,9 +246,6 @@ class Sequence:
         part of the text. Where such text begins, the state that does not include it yet may have to
         come back: the result asks for an anchor.
         """
-        if not self.request.stop and not self._gives_tokens:
-            text = self._detokenizer.push(token.token_id)
-            return TextStep(text, (), None, cuts_token=False, wants_anchor=False)
         num_held, start = len(self._held), self._length
         whole_before = self._anchor is None or not self._detokenizer.undecoded
         text = self._held + self._detokenizer.push(token.token_id)

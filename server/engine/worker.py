@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from model.checkpoint import Checkpoint
-from model.decoding import Decoded, Launched
+from model.decoding import Launched
+from model.logprobs import Scored
 from model.transfer import Export, new_transfer
 from server.engine.inbox import Inbox
 from server.engine.messages import (
@@ -274,12 +275,13 @@ class Worker:
         now = time.monotonic()
         self._metrics.step_duration_seconds.observe(now - flight.started)
         num_tokens, waited = 0, Counter[float]()
+        decoding, scored = self._scheduler.decoding, decoded.scored
         for i, (row, sequence) in enumerate(flight.batch):
             sequence.num_in_flight -= 1
-            if self._scheduler.decoding.get(row) is not sequence:
+            if decoding.get(row) is not sequence:
                 continue
-            token = _token(decoded, i)
-            if token is None:
+            token_id = decoded.token_ids[i]
+            if token_id is None or (scored and scored.get(i, self) is None):
                 self._drop(sequence)
                 self._end(NoProbabilities(sequence.request.request_id))
                 continue
@@ -291,7 +293,7 @@ class Worker:
                 waited[sequence.last_token_at] += 1
             sequence.last_token_at = now
             try:
-                end = self._advance(sequence, token, row)
+                end = self._advance(sequence, token_id, scored.get(i), row)
             except Exception:  # of this sequence's text: the others are as they should be
                 log.exception("a token could not be added to its text")
                 self._fail(sequence, FAILED)
@@ -302,20 +304,38 @@ class Worker:
         for since, count in waited.items():
             self._metrics.inter_token_latency_seconds.observe(now - since, count)
 
-    def _advance(self, sequence: Sequence, token: Token, row: int) -> End | None:
+    def _advance(
+        self, sequence: Sequence, token_id: int, scored: Scored | None, row: int
+    ) -> End | None:
         """One sampled token of one sequence, of which alone it touches text and state.
 
         Returns why the turn ends, if it does.
         """
         sequence.num_generated += 1
         request = sequence.request
-        token_id = token.token_id
         ends = token_id in sequence.end_token_ids
-        kept = request.include_stop and token_id in request.stop_token_ids
-        if ends and not kept:
+        if ends and not (request.include_stop and token_id in request.stop_token_ids):
             return _end_by(token_id, request)
         if sequence.matcher is not None:
             sequence.matcher.accept(token_id)  # what fails here is told before the next token
+        stop = None
+        if sequence.has_only_text:
+            text = sequence.push_only_text(token_id)
+            self._events.append(TextDelta(request.request_id, text))
+            self._append(sequence, token_id, ends=ends)
+        else:
+            stop = self._push_text(sequence, _token(token_id, scored), row, ends=ends)
+        if stop is not None:
+            return End("stop", stop)
+        if ends:
+            return _end_by(token_id, request)
+        return End("length") if sequence.num_generated >= request.max_tokens else None
+
+    def _push_text(self, sequence: Sequence, token: Token, row: int, *, ends: bool) -> str | None:
+        """Add a token's text, of which some may have to be held back, and the token.
+
+        Returns the stop string that the text ends with, if it does.
+        """
         step = sequence.push_text(token)
         if step.wants_anchor:
             sequence.set_anchor(self._pool.read_row(row))
@@ -324,15 +344,14 @@ class Worker:
             if state is not None:
                 self._pool.write_row(row, state)
         else:
-            sequence.append(token_id)
-            if sequence.num_in_flight and not ends:  # the step that was launched ahead reads it
-                sequence.take(1)
-        self._events.append(TextDelta(request.request_id, step.text, step.tokens))
-        if step.stop is not None:
-            return End("stop", step.stop)
-        if ends:
-            return _end_by(token_id, request)
-        return End("length") if sequence.num_generated >= request.max_tokens else None
+            self._append(sequence, token.token_id, ends=ends)
+        self._events.append(TextDelta(sequence.request.request_id, step.text, step.tokens))
+        return step.stop
+
+    def _append(self, sequence: Sequence, token_id: int, *, ends: bool) -> None:
+        sequence.append(token_id)
+        if sequence.num_in_flight and not ends:  # the step that was launched ahead reads it
+            sequence.take(1)
 
     def _finish(self, sequence: Sequence, end: End) -> None:
         """End a turn: hand its state out, keep or free its row."""
@@ -459,10 +478,6 @@ def _end_by(token_id: int, request: EngineRequest) -> End:
     return End("stop", token_id if token_id in request.stop_token_ids else None)
 
 
-def _token(decoded: Decoded, place: int) -> Token | None:
-    """The token at a place of the batch; None where there is none that may come."""
-    token_id = decoded.token_ids[place]
-    if token_id is None or place not in decoded.scored:
-        return None if token_id is None else Token(token_id)
-    scored = decoded.scored[place]
-    return None if scored is None else Token(token_id, scored.logprob, scored.top)
+def _token(token_id: int, scored: Scored | None) -> Token:
+    """The token with its probabilities, where they were asked for."""
+    return Token(token_id) if scored is None else Token(token_id, scored.logprob, scored.top)

@@ -482,3 +482,26 @@ def test_masks_are_unpacked_on_a_device_as_on_the_host(vocab: int) -> None:
     expected = [_penalties(mask, vocab) for mask in masks]
     found = _unpack(torch.from_numpy(masks), vocab)
     np.testing.assert_array_equal(found.numpy(), np.stack(expected))
+
+
+def test_recent_tokens_are_those_of_the_window_however_they_are_read() -> None:
+    """Read after each token, or only at the end, over more than two windows."""
+    chance = np.random.default_rng(1)
+    read, unread = RecentTokens(), RecentTokens()
+    kept = list[tuple[int, bool]]()
+    for number in range(2 * WINDOW + 100):
+        token_id, generated = int(chance.integers(40)), bool(chance.integers(2))
+        kept.append((token_id, generated))
+        for each in (read, unread):
+            each.append(token_id, generated=generated)
+        if number % 7 == 0:
+            read.to_bytes()
+        if number in (0, 5, WINDOW - 1, WINDOW, 2 * WINDOW + 99):
+            recent = kept[-WINDOW:]
+            assert read.seen().tolist() == sorted({i for i, _ in recent})
+            ids, counts = read.generated()
+            expected = sorted({i for i, own in recent if own})
+            assert ids.tolist() == expected
+            assert counts.tolist() == [recent.count((i, True)) for i in expected]
+    assert unread.to_bytes() == read.to_bytes()
+    assert len(unread.to_bytes()) == 4 * WINDOW

@@ -31,6 +31,7 @@ class AheadDecoder:
         self._direct = DirectDecoder(network, pool)
         self._line = deque[Later]()
         self._next: dict[int, int | None] = {}
+        self._positions: dict[int, int] = {}
         self.num_ahead = 0
         """Tokens that were read before the host knew them."""
 
@@ -45,7 +46,7 @@ class AheadDecoder:
         going = [i for i, each in enumerate(inputs) if self._token(each) is not None]
         if going:
             self.num_ahead += sum(inputs[i].token_id is None for i in going)
-            step = [inputs[i]._replace(token_id=self._token(inputs[i])) for i in going]
+            step = [self._known(inputs[i]) for i in going]
             decoded = self._launch(step)
             scored = {going[place]: each for place, each in decoded.scored.items()}
             for i, token_id in zip(going, decoded.token_ids, strict=True):
@@ -54,6 +55,15 @@ class AheadDecoder:
         later = Later(Decoded(token_ids, scored), self._line)
         self._line.append(later)
         return later
+
+    def _known(self, each: DecodeInput) -> DecodeInput:
+        """With the token to read, and the position of the one to choose."""
+        position = each.sampled.position
+        if each.token_id is None:
+            position = self._positions[each.row] + 1
+        self._positions[each.row] = position
+        sampled = each.sampled._replace(position=position)
+        return each._replace(token_id=self._token(each), sampled=sampled)
 
     def _launch(self, step: Sequence[DecodeInput]) -> Decoded:
         done: Done = self._direct.launch(step)

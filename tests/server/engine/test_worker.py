@@ -318,7 +318,7 @@ def test_a_token_that_the_model_does_not_have_fails_alone(
     assert isinstance(stepper.last("good"), Finished)
 
 
-@pytest.mark.parametrize("method", ["push_text", "cut", "append"])
+@pytest.mark.parametrize("method", ["push_only_text", "cut", "append"])
 def test_an_error_in_one_text_ends_no_other(
     stepper: Stepper, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

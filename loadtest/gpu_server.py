@@ -1,0 +1,124 @@
+"""The engine and the server of `loadtest.gpu`, on a network of random weights.
+
+Every token of its vocabulary has a text of its own with one mark in it, so that clients can count
+tokens without parsing anything.
+"""
+
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import decoders, models
+
+from loadtest.front_client import Report
+from loadtest.front_server import MARK
+from model import WeightDtype, checkpoint
+from model.network import LanguageModel
+from model.sampling import SamplingParams
+from model.tokenizer import Tokenizer
+from server.engine.engine import Engine, EngineLimits
+from server.engine.messages import Continuation, EngineRequest, Event, Evicted, Finished, Fresh
+from server.metrics import Metrics
+
+LETTERS = "abcdefghij"
+
+
+def write_checkpoint(network: LanguageModel, folder: Path) -> None:
+    """The network, with texts for all of its tokens."""
+    vocab = {}
+    for token_id in range(network.config.vocab_sz):
+        vocab[MARK + "".join(LETTERS[int(digit)] for digit in str(token_id))] = token_id
+    words = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    words.decoder = decoders.ByteLevel()
+    checkpoint.save(folder, network.config, network.state_dict(), Tokenizer(words), None)
+
+
+def engine_rate(
+    folder: Path, device: torch.device, dtype: WeightDtype, streams: int, tokens: int
+) -> float:
+    """Tokens per second of so many streams, at the engine's boundary."""
+    loaded = checkpoint.load(folder, device, dtype)
+    happened: queue.SimpleQueue[list[Event | Evicted]] = queue.SimpleQueue()
+    limits = EngineLimits(streams, 0, streams, 100 * streams, 512, 512, 0)
+    engine = Engine(loaded, limits, happened.put, Metrics())
+    engine.start()
+    try:
+        for count in (5, tokens):  # the first time warms up
+            started = time.perf_counter()
+            engine.submit(
+                *(
+                    EngineRequest(
+                        *(f"{count}-{i}", Fresh(), Continuation(), (1,), count),
+                        sampling=SamplingParams(temperature=0.8, seed=i),
+                        ignore_eos=True,
+                    )
+                    for i in range(streams)
+                )
+            )
+            left = streams
+            while left:
+                left -= sum(isinstance(event, Finished) for event in happened.get())
+            seconds = time.perf_counter() - started
+    finally:
+        engine.stop()
+    return streams * tokens / seconds
+
+
+def delivered(
+    folder: Path,
+    device: torch.device,
+    dtype: WeightDtype,
+    streams: int,
+    tokens: int,
+    api_workers: int,
+) -> float:
+    """Tokens per second that clients get over SSE from a server of the checkpoint `model`."""
+    command = [
+        *(sys.executable, "-m", "server", "serve", "--checkpoint", str(folder / "model")),
+        *("--device", device.type, "--dtype", dtype, "--port", "0", "--log-level", "warning"),
+        *("--data-dir", str(folder / "data"), "--max-running", str(streams)),
+        *("--max-waiting", str(streams), "--warm-sessions", "0"),
+        *("--api-workers", str(api_workers)),
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        port = _port(server)
+        _read(port, streams, 5, 1)  # warms up
+        reports = _read(port, streams, tokens, min(4, streams))
+    finally:
+        server.terminate()
+        server.wait()
+    return sum(report.tokens for report in reports) / max(report.seconds for report in reports)
+
+
+def _port(server: subprocess.Popen[str]) -> str:
+    for line in server.stdout or ():
+        if found := re.match(r"listening +http://.*:(\d+)", line):
+            return found[1]
+    raise RuntimeError("the server did not start")
+
+
+def _read(port: str, streams: int, tokens: int, clients: int) -> list[Report]:
+    """What so many processes saw that shared the streams."""
+    shares = [streams // clients + (i < streams % clients) for i in range(clients)]
+    program = (sys.executable, "-m", "loadtest.front_client", port, "completions")
+    readers = [
+        subprocess.Popen(
+            (*program, str(share), str(tokens)),
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ,
+        )
+        for share in shares
+    ]
+    told = [reader.communicate()[0] for reader in readers]
+    if any(reader.returncode for reader in readers):
+        raise RuntimeError("a client failed")
+    return [Report(**json.loads(lines.splitlines()[-1])) for lines in told]
