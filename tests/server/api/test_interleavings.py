@@ -133,6 +133,7 @@ class Session:
         body = request(number) | {"session_id": self._id, "max_tokens": 5000, "stream": True}
         body.pop("stop", None)
         async with self._client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.status_code == 200, await response.aread()
             lines = response.aiter_lines()
             for _ in range(number % 5 * 4):
                 await anext(lines)
