@@ -19,7 +19,7 @@ from model.sampling import SamplingParams
 MAX_ENDS = 8
 """Tokens that end a row's text."""
 
-BLOCK = tl.constexpr(4096)
+BLOCK = tl.constexpr(2048)
 """Tokens whose weights are computed at once."""
 
 COLDEST = tl.constexpr(1e-260)
@@ -102,7 +102,7 @@ def choose(logits: Tensor, rows: Tensor, table: SamplerTable, chosen: Tensor) ->
     sums = torch.empty(batch, num_blocks, dtype=torch.float64, device=logits.device)
     _summarise[batch, num_blocks](
         logits, rows, table.temperature, largest, first, sums,
-        logits.stride(0), table.temperature.stride(0), VOCAB=vocab, num_warps=8,
+        logits.stride(0), table.temperature.stride(0), VOCAB=vocab, num_warps=4,
     )  # fmt: skip
     _choose[(batch,)](
         logits, rows, table.temperature, table.top_p, table.min_p, table.seed, table.position,
@@ -237,7 +237,7 @@ def _total(
 ) -> tl.tensor:
     """The sum of all weights that are kept, block by block."""
     total = 0.0 * top
-    for block in range(NUM_BLOCKS):
+    for block in tl.range(NUM_BLOCKS, num_stages=3):
         _, weights, equal = _kept(logits_row, block, top, cold, threshold, equal, min_p, VOCAB)
         total += tl.sum(weights, 0)
     return total
@@ -259,7 +259,7 @@ def _above(
     low, middle, high = low.to(tl.int32), middle.to(tl.int32), high.to(tl.int32)
     num_low, num_middle, num_high = _zeros(tl.int32)
     sum_low, sum_middle, sum_high = _zeros(tl.float64)
-    for block in range(NUM_BLOCKS):
+    for block in tl.range(NUM_BLOCKS, num_stages=3):
         _, logits = _load(logits_row, block, VOCAB)
         key = _order(logits)
         num_low += (key > low).to(tl.int32)
@@ -313,7 +313,7 @@ def _search(
         else:
             low, num_low = last, nums[2]
     threshold = tl.cast(FIRST, tl.int32)
-    for block in range(NUM_BLOCKS):
+    for block in tl.range(NUM_BLOCKS, num_stages=3):
         _, logits = _load(logits_row, block, VOCAB)
         key = _order(logits)
         threshold = tl.maximum(threshold, tl.max(tl.where(key <= high, key, FIRST), 0))
@@ -357,7 +357,7 @@ def _draw_filtered(
     total = _total(logits_row, top, cold, threshold, equal, min_p, VOCAB, NUM_BLOCKS)
     target = tl.minimum(point * total, total * BELOW_1)
     token, before = tl.cast(-1, tl.int32), tl.cast(0.0, tl.float64)
-    for block in range(NUM_BLOCKS):
+    for block in tl.range(NUM_BLOCKS, num_stages=3):
         ids, weights, equal = _kept(logits_row, block, top, cold, threshold, equal, min_p, VOCAB)
         after = before + tl.sum(weights, 0)
         if (token < 0) & (after > target):

@@ -80,7 +80,7 @@ def assert_exact(case: Case) -> None:
 @each_dtype
 @pytest.mark.parametrize(
     ("rows", "num_in", "num_out"),
-    [(1, 16, 16), (3, 70, 130), (17, 33, 47), (64, 300, 20), (65, 129, 33), (200, 64, 70)],
+    [(1, 16, 16), (3, 70, 130), (17, 33, 47), (64, 300, 20), (65, 129, 33), (130, 64, 70)],
 )
 def test_only_the_weights_are_rounded(
     rows: int, num_in: int, num_out: int, dtype: WeightDtype, device: torch.device
@@ -89,7 +89,7 @@ def test_only_the_weights_are_rounded(
 
 
 @each_dtype
-@pytest.mark.parametrize("rows", [5, 70])
+@pytest.mark.parametrize("rows", [5, 66])
 @pytest.mark.parametrize(
     "options",
     [
@@ -108,8 +108,8 @@ def test_what_stands_around_a_product(
 def test_every_kind_of_tile(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     for tile in (*FEW, *MANY):
         monkeypatch.setattr("model.kernels.linear.choose_tile", lambda *_, t=tile, **__: t)
-        assert_exact(Case(2 * tile.rows + 1, 65, 2 * tile.outputs + 5, "bfloat16", device))
-        assert_exact(Case(tile.rows - 1, 65, tile.outputs + 5, "bfloat16", device, glu=True))
+        rows = 17 * tile.rows + 1 if tile.rows == 16 else tile.rows + 1
+        assert_exact(Case(rows, 65, tile.outputs + 5, "bfloat16", device, glu=tile.rows > 16))
 
 
 def test_few_rows_have_small_tiles_and_many_have_large_ones() -> None:
@@ -152,11 +152,11 @@ def test_rows_are_taken_from_a_table(
 
 
 @each_dtype
-@pytest.mark.parametrize("rows", [7, 100])
+@pytest.mark.parametrize("rows", [7, 66])
 def test_a_row_has_the_same_bits_in_any_company(
     rows: int, dtype: WeightDtype, device: torch.device
 ) -> None:
-    case = Case(rows, 90, 40, dtype, device)
+    case = Case(rows, 70, 33, dtype, device)
     expected = case.compute()[3]
     others = torch.full_like(case.x, torch.nan)
     others[3] = case.x[3]

@@ -85,9 +85,9 @@ def test_drawn_and_most_probable_tokens(vocab: int, device: torch.device) -> Non
     params = [
         SamplingParams(temperature=temperature, seed=seed)
         for temperature in (0.0, 0.3, 1.0, 3.0)
-        for seed in (0, 5, 2**64 - 1, -(2**63), 2**63)
+        for seed in (5, 2**64 - 1)
     ]
-    for logits in (logits_of(20, vocab), ties_of(20, vocab), torch.zeros(20, vocab)):
+    for logits in (logits_of(8, vocab), ties_of(8, vocab), torch.zeros(8, vocab)):
         if vocab > 1 or logits.isfinite().all():
             assert_same(logits, params, device)
 
@@ -112,48 +112,39 @@ FILTERS = [
 ]
 
 
-@each_vocab
-@pytest.mark.parametrize("kind", ["random", "ties", "equal"])
-def test_filters_leave_the_same_tokens(vocab: int, kind: str, device: torch.device) -> None:
-    params = [replace(own, seed=seed) for own in FILTERS for seed in range(1 if vocab > 300 else 4)]
-    make = {
-        "random": lambda: logits_of(len(params), vocab),
-        "ties": lambda: ties_of(len(params), vocab),
-        "equal": lambda: torch.full((len(params), vocab), -3.0),
-    }
-    logits = make[kind]()
-    if vocab == 1:
-        logits = logits.nan_to_num(neginf=0.0)
+@pytest.mark.parametrize(
+    ("vocab", "kind", "every"),
+    [(1, "equal", 1), (300, "equal", 2), (300, "random", 1), (5000, "ties", 3)],
+)
+def test_filters_leave_the_same_tokens(
+    vocab: int, kind: str, every: int, device: torch.device
+) -> None:
+    params = [replace(own, seed=seed) for seed, own in enumerate(FILTERS[::every])]
+    logits = torch.full((len(params), vocab), -3.0)
+    if kind != "equal":
+        logits = logits_of(len(params), vocab) if kind == "random" else ties_of(len(params), vocab)
     assert_same(logits, params, device)
 
 
-@pytest.mark.parametrize("own", FILTERS)
 @pytest.mark.parametrize("kind", ["random", "ties"])
-def test_the_last_token_that_a_filter_leaves_and_none_beyond(
-    own: SamplingParams, kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Logits fall with the id, and the number is the largest, so the last one left is drawn."""
-    logits = logits_of(3, 300) if kind == "random" else ties_of(3, 300)
-    logits = logits.sort(-1, descending=True).values
-    seed, position = 0, 0
-    numbers = ((sampling._uniform(0, i), i) for i in range(20000))
-    _, position = max(numbers)
-    monkeypatch.setattr(sampling, "_uniform", lambda *_: 1 - 2**-53)
-    rows = [SampledRow(replace(own, seed=seed), position, RecentTokens())] * 3
-    expected = sample(logits.clone(), rows)
-    del expected
+def test_filters_end_at_the_same_token(kind: str, device: torch.device) -> None:
+    """The largest random number chooses the last token that is left: the least probable one."""
+    logits = logits_of(1, 300) if kind == "random" else ties_of(1, 300)
+    logits = logits.sort(-1, descending=True).values.expand(len(FILTERS), -1)
+    position = max(range(50_000), key=lambda position: sampling._uniform(0, position))
+    assert_same(logits, FILTERS, device, [position] * len(FILTERS))
 
 
 def test_numbers_are_those_of_the_cpu(device: torch.device) -> None:
     """With as many equal logits as that, the token tells the first digits of the number."""
-    numbers = [0, 1, 5, 2**31, 2**32 + 1, 2**63 - 1]
-    pairs = list(itertools.product([*numbers, 2**63, 2**64 - 1, -5], numbers))
+    seeds = [0, 1, 2**32 + 1, 2**63 - 1, 2**63, 2**64 - 1, -5]
+    pairs = list(itertools.product(seeds, [0, 2**31, 2**63 - 1]))
     params = [SamplingParams(seed=seed) for seed, _ in pairs]
     positions = [position for _, position in pairs]
-    found = choose_all(torch.zeros(len(pairs), 8192), params, device, positions)
-    expected = [int(sampling._uniform(*pair) * 8192) for pair in pairs]
+    found = choose_all(torch.zeros(len(pairs), 4096), params, device, positions)
+    expected = [int(sampling._uniform(*pair) * 4096) for pair in pairs]
     assert found == expected
-    assert len(set(found)) > 40
+    assert len(set(found)) > 15
 
 
 @pytest.mark.parametrize(
@@ -169,16 +160,16 @@ def test_numbers_are_those_of_the_cpu(device: torch.device) -> None:
     ],
 )
 def test_extreme_settings(params: SamplingParams, device: torch.device) -> None:
-    for size in (2.0, 1e-40, 1e38):
-        assert_same(logits_of(3, 40, size=size), [params] * 3, device)
+    for size in (2.0, 1e38):
+        assert_same(logits_of(2, 40, size=size), [params] * 2, device)
 
 
 NO_DISTRIBUTION = {
-    "one nan": ([4097], torch.nan),
+    "one nan": ([2050], torch.nan),
     "first nan": ([0], torch.nan),
-    "one inf": ([4199], torch.inf),
+    "one inf": ([2099], torch.inf),
     "two inf": ([3, 4], torch.inf),
-    "only -inf": (range(4200), -torch.inf),
+    "only -inf": (range(2100), -torch.inf),
 }
 WAYS = {
     "greedy": SamplingParams(temperature=0.0),
@@ -192,19 +183,19 @@ WAYS = {
 def test_a_row_that_is_no_distribution_has_no_token_and_the_others_have_theirs(
     way: str, kind: str, device: torch.device
 ) -> None:
-    logits, params = logits_of(3, 4200), [WAYS[way]] * 3
-    expected = choose_all(logits, params, device)
+    logits, params = logits_of(2, 2100), [WAYS[way]] * 2
+    rows = [SampledRow(own, i, RecentTokens()) for i, own in enumerate(params)]
+    expected = sample(logits.clone(), rows)
     columns, value = NO_DISTRIBUTION[kind]
-    logits[1, list(columns)] = value
-    assert choose_all(logits, params, device) == [expected[0], None, expected[2]]
-    assert None not in expected
+    logits[0, list(columns)] = value
+    assert choose_all(logits, params, device) == [None, expected[1]]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_token_may_be_impossible(way: str, device: torch.device) -> None:
-    logits = torch.full((1, 5000), -torch.inf)
-    logits[0, 4099] = -3.0
-    assert choose_all(logits, [WAYS[way]], device) == [4099]
+    logits = torch.full((1, 2100), -torch.inf)
+    logits[0, 2055] = -3.0
+    assert choose_all(logits, [WAYS[way]], device) == [2055]
 
 
 def test_rows_that_are_none_are_left_alone(device: torch.device) -> None:
