@@ -114,8 +114,9 @@ def linear(
     if norm is not None and num_rows > FEW_ROWS:
         statistics = torch.empty(num_rows, 2, device=x.device)
         _statistics[(triton.cdiv(num_rows, STATISTICS_ROWS),)](
-            x, ids, statistics, num_rows, x.stride(0), eps, NUM_IN=num_in, BLOCK_M=STATISTICS_ROWS
-        )
+            x, ids, statistics, num_rows, x.stride(0), eps,
+            NUM_IN=num_in, BLOCK_M=STATISTICS_ROWS, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
     block_n = max(tile.outputs // 2, 16) if glu else tile.outputs
     _linear[(triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_out, block_n),)](
         x, ids, weight, scale, bias, statistics, norm_weight, norm_bias, residual, y,
@@ -124,7 +125,7 @@ def linear(
         # The interpreter multiplies the bits of bfloat16 as if they were whole numbers.
         DOT=tl.bfloat16 if x.is_cuda else tl.float32,
         BLOCK_M=tile.rows, BLOCK_N=block_n, BLOCK_K=tile.inputs,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 

@@ -35,7 +35,7 @@ def step(gates: Tensor, table: Tensor, ids: Tensor, h: Tensor, rows: Tensor) -> 
     x = torch.empty(batch, d_emb, device=h.device)
     if batch:
         grid = (batch, triton.cdiv(d_emb, BLOCK.value))
-        _step[grid](gates, table, ids, h, rows, x, D_EMB=d_emb, num_warps=4)
+        _step[grid](gates, table, ids, h, rows, x, D_EMB=d_emb, num_warps=4, enable_fp_fusion=True)
     return x
 
 
@@ -62,10 +62,26 @@ def scan(
     spans = torch.empty(2, batch, num_spans, d_emb, dtype=torch.float64, device=h.device)
     decay, b = spans.unbind()
     grid, sizes = (num_spans, batch, blocks), (tokens, num_spans)
-    _spans[grid](gates, rows, lengths, decay, b, *sizes, D_EMB=d_emb, num_warps=8)
+    _spans[grid](
+        gates, rows, lengths, decay, b, *sizes, D_EMB=d_emb, num_warps=8, enable_fp_fusion=True
+    )
     carried = (batch, triton.cdiv(d_emb, BLOCK.value))
-    _carry[carried](decay, b, h, rows, lengths, num_spans, D_EMB=d_emb, num_warps=4)
-    _read[grid](gates, table, ids, rows, lengths, b, x, *sizes, D_EMB=d_emb, num_warps=8)
+    _carry[carried](
+        decay, b, h, rows, lengths, num_spans, D_EMB=d_emb, num_warps=4, enable_fp_fusion=True
+    )
+    _read[grid](
+        gates,
+        table,
+        ids,
+        rows,
+        lengths,
+        b,
+        x,
+        *sizes,
+        D_EMB=d_emb,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
     return x
 
 
@@ -123,7 +139,7 @@ def _step(
     here = channels < D_EMB
     row = tl.load(rows_ptr + sequence).to(tl.int64)
     token = tl.load(ids_ptr + sequence).to(tl.int64)
-    known = here & (row >= 0) & (token >= 0)
+    known = channels < tl.where((row >= 0) & (token >= 0), D_EMB, 0)
     decay, b = _gates(gates_ptr + sequence * 2 * D_EMB, channels, known, D_EMB)
     h = _add(decay + tl.load(h_ptr + row * D_EMB + channels, known, 0.0), b)
     tl.store(h_ptr + row * D_EMB + channels, h, known)
@@ -207,7 +223,9 @@ def _carry(
     span = 0
     while span < count:
         span += 1
-        more = here & (span < count)  # read early: memory is slower than the sum
+        more = channels < tl.where(
+            span < count, D_EMB, 0
+        )  # read early: memory is slower than the sum
         next_decay = tl.load(decay_ptr + place + D_EMB, more, 0.0)
         next_b = tl.load(b_ptr + place + D_EMB, more, 0.0)
         tl.store(b_ptr + place, h, here)

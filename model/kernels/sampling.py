@@ -78,6 +78,27 @@ class SamplerTable:
         self.memory[rows] = table.memory.to(self.memory.device, non_blocking=True)
 
 
+def next_tokens(rows: Tensor, table: SamplerTable) -> tuple[Tensor, Tensor]:
+    """What the next step reads: the tokens of sequences, and their rows, both int32 `[batch]`.
+
+    Sequence i has row rows[i], int32; both results are -1 where that is negative, or where the row
+    has no token to go on with.
+    """
+    ids, going_on = torch.empty_like(rows), torch.empty_like(rows)
+    if len(rows):
+        _next_tokens[(triton.cdiv(len(rows), BLOCK.value),)](
+            rows,
+            table.token,
+            ids,
+            going_on,
+            len(rows),
+            table.token.stride(0),
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return ids, going_on
+
+
 def choose(logits: Tensor, rows: Tensor, table: SamplerTable, chosen: Tensor) -> None:
     """Choose the next token of each sequence: logits `[batch, vocab]` float32 are left as they are.
 
@@ -102,15 +123,32 @@ def choose(logits: Tensor, rows: Tensor, table: SamplerTable, chosen: Tensor) ->
     sums = torch.empty(batch, num_blocks, dtype=torch.float64, device=logits.device)
     _summarise[batch, num_blocks](
         logits, rows, table.temperature, largest, first, sums,
-        logits.stride(0), table.temperature.stride(0), VOCAB=vocab, num_warps=4,
+        logits.stride(0), table.temperature.stride(0), VOCAB=vocab,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     _choose[(batch,)](
         logits, rows, table.temperature, table.top_p, table.min_p, table.seed, table.position,
         table.top_k, table.token, table.ends, largest, first, sums, chosen,
         logits.stride(0), table.seed.stride(0), table.token.stride(0),
         VOCAB=vocab, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
-        MAX_ENDS=MAX_ENDS, num_warps=16,
+        MAX_ENDS=MAX_ENDS, num_warps=16, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _next_tokens(
+    rows_ptr: tl.tensor,
+    token_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    going_on_ptr: tl.tensor,
+    batch: tl.tensor,
+    stride: tl.tensor,
+) -> None:
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.load(rows_ptr + i, i < batch, -1)
+    ids = tl.load(token_ptr + rows.to(tl.int64) * stride, rows >= 0, -1)
+    tl.store(ids_ptr + i, ids, i < batch)
+    tl.store(going_on_ptr + i, tl.where(ids >= 0, rows, -1), i < batch)
 
 
 @triton.jit

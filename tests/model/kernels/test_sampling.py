@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model import sampling
-from model.kernels.sampling import MAX_ENDS, SamplerTable, choose
+from model.kernels.sampling import MAX_ENDS, SamplerTable, choose, next_tokens
 from model.sampling import RecentTokens, SampledRow, SamplingParams, sample
 
 
@@ -240,6 +240,16 @@ def test_a_token_that_ends_the_text_is_told_but_not_gone_on_with(
         assert chosen.tolist() == [11]
         assert table.token[1:].tolist() == [11 if goes_on else -1]
         assert table.position[1:].tolist() == [1]
+
+
+def test_the_next_step_reads_the_tokens_of_the_rows_that_go_on(device: torch.device) -> None:
+    table = table_of([SamplingParams()] * 4, device)
+    table.token[:] = torch.tensor([5, 0, -1, 299, 8], device=device)
+    rows = torch.tensor([3, -1, 2, 1, 4, -9], dtype=torch.int32, device=device)
+    ids, going_on = next_tokens(rows, table)
+    assert ids.tolist() == [299, -1, -1, 0, 8, -1]
+    assert going_on.tolist() == [3, -1, -1, 1, 4, -1]
+    assert [len(each) for each in next_tokens(rows[:0], table)] == [0, 0]
 
 
 def test_company_and_strides_do_not_change_a_token(device: torch.device) -> None:
