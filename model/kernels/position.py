@@ -70,18 +70,9 @@ def scan(
         decay, b, h, rows, lengths, num_spans, D_EMB=d_emb, num_warps=4, enable_fp_fusion=True
     )
     _read[grid](
-        gates,
-        table,
-        ids,
-        rows,
-        lengths,
-        b,
-        x,
-        *sizes,
-        D_EMB=d_emb,
-        num_warps=8,
-        enable_fp_fusion=True,
-    )
+        gates, table, ids, rows, lengths, b, x, *sizes,
+        D_EMB=d_emb, num_warps=8, enable_fp_fusion=True,
+    )  # fmt: skip
     return x
 
 

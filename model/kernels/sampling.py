@@ -87,15 +87,9 @@ def next_tokens(rows: Tensor, table: SamplerTable) -> tuple[Tensor, Tensor]:
     ids, going_on = torch.empty_like(rows), torch.empty_like(rows)
     if len(rows):
         _next_tokens[(triton.cdiv(len(rows), BLOCK.value),)](
-            rows,
-            table.token,
-            ids,
-            going_on,
-            len(rows),
-            table.token.stride(0),
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+            rows, table.token, ids, going_on, len(rows), table.token.stride(0),
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
     return ids, going_on
 
 

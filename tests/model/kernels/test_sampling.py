@@ -126,13 +126,17 @@ def test_filters_leave_the_same_tokens(
     assert_same(logits, params, device)
 
 
-@pytest.mark.parametrize("kind", ["random", "ties"])
+@pytest.mark.parametrize("kind", ["random", "ties", "signs of 0"])
 def test_filters_end_at_the_same_token(kind: str, device: torch.device) -> None:
     """The largest random number chooses the last token that is left: the least probable one."""
-    logits = logits_of(1, 300) if kind == "random" else ties_of(1, 300)
-    logits = logits.sort(-1, descending=True).values.expand(len(FILTERS), -1)
+    params, logits = FILTERS, torch.tensor([-0.0, 0.0]).repeat(1, 150)
+    if kind == "signs of 0":
+        params = FILTERS[1:6]
+    else:
+        logits = logits_of(1, 300) if kind == "random" else ties_of(1, 300)
+        logits = logits.sort(-1, descending=True).values
     position = max(range(50_000), key=lambda position: sampling._uniform(0, position))
-    assert_same(logits, FILTERS, device, [position] * len(FILTERS))
+    assert_same(logits.repeat(len(params), 1), params, device, [position] * len(params))
 
 
 def test_numbers_are_those_of_the_cpu(device: torch.device) -> None:
