@@ -10,9 +10,10 @@ from torch import Tensor
 
 from model.cuda.graphs import Aside, Moment, Recorder, Work, host_buffer, move, to_device
 from model.cuda.serving import FusedNetwork
+from model.cuda.table import SamplerTable
 from model.decoding import Decoded, DecodeInput
 from model.kernels.inputs import take_inputs
-from model.kernels.sampling import SamplerTable, choose
+from model.kernels.sampling import choose
 from model.logprobs import Scored, score
 from model.sampling import SampledRow, sample
 from model.state import StatePool
@@ -118,7 +119,7 @@ class GraphDecoder:
         for i, each in enumerate(news):
             told.assign(i, each.sampled.params, each.sampled.position, NO_TOKEN, [*each.ends])
         rows = to_device([each.row for each in news], torch.int64, self._device)
-        self._table.memory.index_copy_(0, rows, move(told.memory, self._device))
+        self._table.write(rows, move(told.memory, self._device))
 
     def _copy(self, logits: Tensor, places: Sequence[int]) -> Tensor | None:
         """Some rows of the logits, which the next step overwrites."""

@@ -7,17 +7,13 @@ the first ones. Tokens whose weights are equal in float64 although their logits 
 temperature of 1e20, are ordered by their logits here, and by their ids there.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.sampling import SamplingParams
-
-MAX_ENDS = 8
-"""Tokens that end a row's text."""
+from model.cuda.table import SamplerTable
+from model.decoding import MOST_ENDS
 
 BLOCK = tl.constexpr(2048)
 """Tokens whose weights are computed at once."""
@@ -34,63 +30,6 @@ FIRST, NONE = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 
 DIGITS = tl.constexpr(2.0**-53)
 BELOW_1 = tl.constexpr(1 - 2.0**-52)
-
-
-class SamplerTable:
-    """What the choice of a row's next token depends on, for each row of a pool, on its device.
-
-    The fields are views of one tensor, so that a row is written in one copy: fill a table on the
-    CPU with `assign`, and hand it to `write`.
-    """
-
-    def __init__(self, num_rows: int, device: torch.device) -> None:
-        self.memory = torch.zeros(num_rows, 10, dtype=torch.int64, device=device)
-        doubles, words = self.memory.view(torch.float64), self.memory.view(torch.int32)
-        self.temperature, self.top_p, self.min_p = doubles[:, :3].unbind(1)
-        self.seed, self.position = self.memory[:, 3:5].unbind(1)
-        self.top_k, self.token = words[:, 10:12].unbind(1)
-        """The token that was chosen last; -1 where the row has none to go on with."""
-        self.ends = words[:, 12:]
-        """`[num_rows, MAX_ENDS]`, padded with -1."""
-        self.token.fill_(-1)
-        self.ends.fill_(-1)
-
-    def assign(
-        self, row: int, params: SamplingParams, position: int, token: int, ends: Sequence[int]
-    ) -> None:
-        """Set a row: `position` is that of the token to choose, `token` the one before it.
-
-        Raises ValueError for more than `MAX_ENDS` ends, and for penalties or biases.
-        """
-        if params.has_penalties or params.logit_bias:
-            raise ValueError("penalties and biases are not for the device to apply")
-        if len(ends) > MAX_ENDS:
-            raise ValueError(f"at most {MAX_ENDS} tokens end a text, not {len(ends)}")
-        self.temperature[row], self.top_p[row] = params.temperature, params.top_p
-        self.min_p[row], self.top_k[row] = params.min_p, min(params.top_k, 2**31 - 1)
-        seed = params.seed & (2**64 - 1)
-        self.seed[row] = seed - 2**64 if seed >= 2**63 else seed
-        self.position[row], self.token[row] = position, token
-        self.ends[row] = torch.tensor([*ends, *[-1] * (MAX_ENDS - len(ends))])
-
-    def write(self, rows: Tensor, table: "SamplerTable") -> None:
-        """Overwrite `rows` `[n]` with the n rows of another table."""
-        self.memory[rows] = table.memory.to(self.memory.device, non_blocking=True)
-
-
-def next_tokens(rows: Tensor, table: SamplerTable) -> tuple[Tensor, Tensor]:
-    """What the next step reads: the tokens of sequences, and their rows, both int32 `[batch]`.
-
-    Sequence i has row rows[i], int32; both results are -1 where that is negative, or where the row
-    has no token to go on with.
-    """
-    ids, going_on = torch.empty_like(rows), torch.empty_like(rows)
-    if len(rows):
-        _next_tokens[(triton.cdiv(len(rows), BLOCK.value),)](
-            rows, table.token, ids, going_on, len(rows), table.token.stride(0),
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-    return ids, going_on
 
 
 def choose(logits: Tensor, rows: Tensor, table: SamplerTable, chosen: Tensor) -> None:
@@ -125,24 +64,8 @@ def choose(logits: Tensor, rows: Tensor, table: SamplerTable, chosen: Tensor) ->
         table.top_k, table.token, table.ends, largest, first, sums, chosen,
         logits.stride(0), table.seed.stride(0), table.token.stride(0),
         VOCAB=vocab, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
-        MAX_ENDS=MAX_ENDS, num_warps=16, enable_fp_fusion=True,
+        MAX_ENDS=MOST_ENDS, num_warps=16, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["batch"])
-def _next_tokens(
-    rows_ptr: tl.tensor,
-    token_ptr: tl.tensor,
-    ids_ptr: tl.tensor,
-    going_on_ptr: tl.tensor,
-    batch: tl.tensor,
-    stride: tl.tensor,
-) -> None:
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    rows = tl.load(rows_ptr + i, i < batch, -1)
-    ids = tl.load(token_ptr + rows.to(tl.int64) * stride, rows >= 0, -1)
-    tl.store(ids_ptr + i, ids, i < batch)
-    tl.store(going_on_ptr + i, tl.where(ids >= 0, rows, -1), i < batch)
 
 
 @triton.jit

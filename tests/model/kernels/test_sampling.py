@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from model import sampling
-from model.kernels.sampling import MAX_ENDS, SamplerTable, choose, next_tokens
+from model.cuda.table import SamplerTable
+from model.decoding import MOST_ENDS
+from model.kernels.sampling import choose
 from model.sampling import RecentTokens, SampledRow, SamplingParams, sample
 
 
@@ -45,7 +47,7 @@ def table_of(
     for i, own in enumerate(params):
         host.assign(i, own, positions[i] if positions else i, 7, ends)
     table.memory[0] = -1
-    table.write(torch.arange(1, len(params) + 1, device=device), host)
+    table.write(torch.arange(1, len(params) + 1, device=device), host.memory.to(device))
     return table
 
 
@@ -231,7 +233,7 @@ def test_a_row_goes_on_where_it_was_until_its_text_ends(device: torch.device) ->
     assert table.position[1] == 12
 
 
-@pytest.mark.parametrize("count", [1, 3, MAX_ENDS])
+@pytest.mark.parametrize("count", [1, 3, MOST_ENDS])
 def test_a_token_that_ends_the_text_is_told_but_not_gone_on_with(
     count: int, device: torch.device
 ) -> None:
@@ -246,16 +248,6 @@ def test_a_token_that_ends_the_text_is_told_but_not_gone_on_with(
         assert table.position[1:].tolist() == [1]
 
 
-def test_the_next_step_reads_the_tokens_of_the_rows_that_go_on(device: torch.device) -> None:
-    table = table_of([SamplingParams()] * 4, device)
-    table.token[:] = torch.tensor([5, 0, -1, 299, 8], device=device)
-    rows = torch.tensor([3, -1, 2, 1, 4, -9], dtype=torch.int32, device=device)
-    ids, going_on = next_tokens(rows, table)
-    assert ids.tolist() == [299, -1, -1, 0, 8, -1]
-    assert going_on.tolist() == [3, -1, -1, 1, 4, -1]
-    assert [len(each) for each in next_tokens(rows[:0], table)] == [0, 0]
-
-
 def test_company_and_strides_do_not_change_a_token(device: torch.device) -> None:
     params = [*WAYS.values(), SamplingParams(top_p=0.5), SamplingParams(min_p=0.1)]
     logits = logits_of(len(params), 300)
@@ -268,7 +260,7 @@ def test_company_and_strides_do_not_change_a_token(device: torch.device) -> None
 
 
 def test_what_the_device_cannot_do_is_an_error(device: torch.device) -> None:
-    table = table_of([SamplingParams()], device)
+    table = SamplerTable(1, torch.device("cpu"))
     for params in (SamplingParams(logit_bias=((1, 1.0),)), SamplingParams(presence_penalty=1.0)):
         with pytest.raises(ValueError, match="penalties"):
             table.assign(0, params, 0, 0, ())
