@@ -5,7 +5,9 @@ else runs on the machine. Without a GPU, Triton's kernels run in its interpreter
 """
 
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,27 @@ from model.network import LanguageModel
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> None:
+    """Let Triton's interpreter prepare a module once, and not at each call of a function in it.
+
+    What it puts in place then stays there. Most of the time of these tests would go there.
+    """
+    if "TRITON_INTERPRET" not in os.environ or "triton" not in sys.modules:
+        return
+    from triton.runtime import interpreter
+
+    prepared = set[int]()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self.fn.__globals__) not in prepared:
+            prepared.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ device, so that calls can be captured in a CUDA graph.
 
 A sequence's bits depend on its own tokens and state alone, and not on how its tokens were cut into
 calls as long as the cuts are at multiples of 64 tokens. That is why the kernels do not specialise
-on sizes, strides and addresses of tokens: another variant could add in another order.
+on sizes, strides and addresses of tokens: another variant could add in another order. (What comes
+in a tuple is always specialised on; these are not.)
 """
 
 from typing import Any
@@ -148,11 +149,11 @@ def _tensors(state: AttentionState) -> tuple[Tensor | None, ...]:
     return state.m, state.z, state.s, state.n
 
 
-def _strided(*tokens: Tensor) -> list[tuple[Any, ...]]:
-    """Tensors, each with the strides of all its axes but the last, whose stride is 1."""
+def _strided(*tokens: Tensor) -> list[Any]:
+    """Tensors, each followed by the strides of all its axes but the last, whose stride is 1."""
     if any(x.stride(-1) != 1 for x in tokens):
         raise ValueError("queries, keys and values must be contiguous in their last axis")
-    return [(x, *x.stride()[:-1]) for x in tokens]
+    return [part for x in tokens for part in (x, *x.stride()[:-1])]
 
 
 def _block(size: int) -> int:
@@ -161,12 +162,19 @@ def _block(size: int) -> int:
 
 
 @triton.jit(
-    do_not_specialize=["q", "k", "v"], do_not_specialize_on_alignment=["q", "k", "v", "rows"]
+    do_not_specialize=["q_row", "q_head", "k_row", "k_head", "v_row", "v_head"],
+    do_not_specialize_on_alignment=["q", "k", "v", "rows"],
 )
 def _step(
-    q: tl.tuple,
-    k: tl.tuple,
-    v: tl.tuple,
+    q: tl.tensor,
+    q_row: tl.tensor,
+    q_head: tl.tensor,
+    k: tl.tensor,
+    k_row: tl.tensor,
+    k_head: tl.tensor,
+    v: tl.tensor,
+    v_row: tl.tensor,
+    v_head: tl.tensor,
     state: tl.tuple,
     low: tl.tuple,
     rows: tl.tensor,
@@ -190,9 +198,9 @@ def _step(
         return
     place = row * heads + head
     qt, kt, vt = load_token(
-        q[0] + sequence * q[1] + head * q[2],
-        k[0] + sequence * k[1] + head * k[2],
-        v[0] + sequence * v[1] + head * v[2],
+        q + sequence * q_row + head * q_head,
+        k + sequence * k_row + head * k_head,
+        v + sequence * v_row + head * v_head,
         channels,
         log_values,
     )

@@ -37,12 +37,18 @@ def _reference(x: tl.tensor) -> Any:
 
 
 @triton.jit(
-    do_not_specialize=["k", "v", "tokens"],
+    do_not_specialize=["k_row", "k_token", "k_head", "v_row", "v_token", "v_head", "tokens"],
     do_not_specialize_on_alignment=["k", "v", "rows", "lengths"],
 )
 def sum_chunks(
-    k: tl.tuple,
-    v: tl.tuple,
+    k: tl.tensor,
+    k_row: tl.tensor,
+    k_token: tl.tensor,
+    k_head: tl.tensor,
+    v: tl.tensor,
+    v_row: tl.tensor,
+    v_token: tl.tensor,
+    v_head: tl.tensor,
     sums: tl.tuple,
     rows: tl.tensor,
     lengths: tl.tensor,
@@ -67,20 +73,20 @@ def sum_chunks(
     sequence = sequence.to(tl.int64)
     channels = channels_of(d_key, d_val, block_k, block_v)
     keys, vals, _, _, _, _ = channels
-    k_first = k[0] + sequence * k[1] + first * k[2] + head * k[3]
-    v_first = v[0] + sequence * v[1] + first * v[2] + head * v[3]
-    m = _reference(load_tokens(k_first, k[2], keys, num_left, -float("inf"), d_key, CHUNK))
+    k_first = k + sequence * k_row + first * k_token + head * k_head
+    v_first = v + sequence * v_row + first * v_token + head * v_head
+    m = _reference(load_tokens(k_first, k_token, keys, num_left, -float("inf"), d_key, CHUNK))
     if log_values:
-        n = _reference(load_tokens(v_first, v[2], vals, num_left, no_value, d_val, CHUNK))
+        n = _reference(load_tokens(v_first, v_token, vals, num_left, no_value, d_val, CHUNK))
     else:
         n = vals.to(tl.float32)
     z = tl.zeros([block_k], tl.float32)
     s = tl.zeros([block_k, block_v], tl.float32)
     for part in range(0, CHUNK, PART):
         left = num_left - part
-        a = load_tokens(k_first + part * k[2], k[2], keys, left, -float("inf"), d_key, PART)
+        a = load_tokens(k_first + part * k_token, k_token, keys, left, -float("inf"), d_key, PART)
         a = exp(a - m[None, :])
-        u = load_tokens(v_first + part * v[2], v[2], vals, left, no_value, d_val, PART)
+        u = load_tokens(v_first + part * v_token, v_token, vals, left, no_value, d_val, PART)
         if log_values:
             u = exp(u - n[None, :])
         z += tl.sum(a, 0)
@@ -146,13 +152,33 @@ def carry(
 
 
 @triton.jit(
-    do_not_specialize=["q", "k", "v", "tokens"],
+    do_not_specialize=[
+        "q_row",
+        "q_token",
+        "q_head",
+        "k_row",
+        "k_token",
+        "k_head",
+        "v_row",
+        "v_token",
+        "v_head",
+        "tokens",
+    ],
     do_not_specialize_on_alignment=["q", "k", "v", "rows", "lengths"],
 )
 def read(
-    q: tl.tuple,
-    k: tl.tuple,
-    v: tl.tuple,
+    q: tl.tensor,
+    q_row: tl.tensor,
+    q_token: tl.tensor,
+    q_head: tl.tensor,
+    k: tl.tensor,
+    k_row: tl.tensor,
+    k_token: tl.tensor,
+    k_head: tl.tensor,
+    v: tl.tensor,
+    v_row: tl.tensor,
+    v_token: tl.tensor,
+    v_head: tl.tensor,
     before: tl.tuple,
     rows: tl.tensor,
     lengths: tl.tensor,
@@ -182,35 +208,35 @@ def read(
     if (row < 0) | (num_left <= 0):
         tl.store(at_y, tl.zeros([CHUNK, block_v], tl.float32), in_y)
         return
-    q_first = q[0] + sequence * q[1] + first * q[2] + head * q[3]
-    k_first = k[0] + sequence * k[1] + first * k[2] + head * k[3]
-    v_first = v[0] + sequence * v[1] + first * v[2] + head * v[3]
+    q_first = q + sequence * q_row + first * q_token + head * q_head
+    k_first = k + sequence * k_row + first * k_token + head * k_head
+    v_first = v + sequence * v_row + first * v_token + head * v_head
     place = (sequence * heads + head) * chunks + chunk
     m_before, z_before, s_before, n_before = load_state(before, place, channels, d_key, d_val)
 
-    all_k = load_tokens(k_first, k[2], keys, num_left, -float("inf"), d_key, CHUNK)
+    all_k = load_tokens(k_first, k_token, keys, num_left, -float("inf"), d_key, CHUNK)
     is_token = tl.max(all_k, 1) > -float("inf")
     m = larger(m_before, _reference(all_k))
     kept = exp(m_before - m)
     kept_s = kept[:, None]
     n = n_before
     if log_values:
-        all_v = load_tokens(v_first, v[2], vals, num_left, no_value, d_val, CHUNK)
+        all_v = load_tokens(v_first, v_token, vals, num_left, no_value, d_val, CHUNK)
         n = larger(n_before, _reference(all_v))
         kept_s = kept_s * exp(n_before - n)[None, :]
     top = tl.max(m, 0)
-    logits = load_tokens(q_first, q[2], keys, num_left, 0.0, d_key, CHUNK) + (m - top)[None, :]
+    logits = load_tokens(q_first, q_token, keys, num_left, 0.0, d_key, CHUNK) + (m - top)[None, :]
     logits = tl.where(is_key[None, :], logits, -float("inf"))
     e = exp(logits - tl.max(logits, 1)[:, None])
     denominator = tl.sum(e * (z_before * kept)[None, :], 1)
     numerator = tl.dot(e, s_before * kept_s, input_precision="ieee")
     for part in range(0, CHUNK, PART):
         left = num_left - part
-        a = load_tokens(k_first + part * k[2], k[2], keys, left, -float("inf"), d_key, PART)
+        a = load_tokens(k_first + part * k_token, k_token, keys, left, -float("inf"), d_key, PART)
         weights = tl.dot(e, tl.trans(exp(a - m[None, :])), input_precision="ieee")
         past = token[:, None] >= part + tl.arange(0, PART)[None, :]
         weights = tl.where(past, weights, 0.0)
-        u = load_tokens(v_first + part * v[2], v[2], vals, left, no_value, d_val, PART)
+        u = load_tokens(v_first + part * v_token, v_token, vals, left, no_value, d_val, PART)
         if log_values:
             u = exp(u - n[None, :])
         denominator += tl.sum(weights, 1)
@@ -233,7 +259,11 @@ def read(
         t = 0
         while t < tl.minimum(num_left, CHUNK):
             qt, kt, vt = load_token(
-                q_first + t * q[2], k_first + t * k[2], v_first + t * v[2], channels, log_values
+                q_first + t * q_token,
+                k_first + t * k_token,
+                v_first + t * v_token,
+                channels,
+                log_values,
             )
             yt, m, z, s, n, _no_z, _no_s = read_token(
                 qt, kt, vt, m, z, s, n, z, s, log_values, False

@@ -1,9 +1,9 @@
 """How kernels of attention find their numbers: rows of a pool, heads, channels, tokens.
 
-Tensors come to kernels in tuples: q, k and v each with the strides of all axes but the last, a
-state as (m, z, s, n), what rounding lost as (z_low, s_low). n is None with linear values, z_low and
-s_low are None where they are not kept. A head's numbers come as blocks whose sizes are powers of
-two; `channels`, made by `channels_of`, says where they are and which of them there are.
+A state's tensors come to kernels as a tuple (m, z, s, n), what rounding lost as (z_low, s_low). n
+is None with linear values, z_low and s_low are None where they are not kept. A head's numbers come
+as blocks whose sizes are powers of two; `channels`, made by `channels_of`, says where they are and
+which of them there are.
 """
 
 from typing import Any

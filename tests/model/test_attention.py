@@ -1,7 +1,7 @@
 """Three forms of attention have one meaning, eq. 1 of the paper, also where numbers are extreme."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
 import pytest
@@ -10,7 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model import kernels
 from model.attention import EMPTY, Attention, AttentionState, absorb, chunked, quadratic, step
+
+if kernels.is_available():
+    from tests.model.kernels import forms
 
 BATCH, HEADS, D_KEY, D_VAL = 2, 2, 6, 4
 TOLERANCE = 1e-5
@@ -37,13 +41,59 @@ def stepped(
 
 
 FORMS: dict[str, Attention] = {"chunked": chunked, "quadratic": quadratic, "step": stepped}
-each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+INTERPRETED = kernels.is_available() and forms.DEVICE.type == "cpu"
+"""Triton's interpreter takes some 0.1 s for a token, and for a chunk of tokens."""
+
+
+def cases(
+    tokens: Sequence[int], *, chunks: Sequence[int], steps: Sequence[int], oracle: bool = False
+) -> pytest.MarkDecorator:
+    """Each form, also as a kernel, with each number of tokens.
+
+    chunks and steps are the numbers of the kernels where they are interpreted; with `oracle`, the
+    definition is one of the forms.
+    """
+    found = [
+        pytest.param(form, count, id=f"{name}-{count}")
+        for name, form in FORMS.items()
+        for count in tokens
+        if oracle or form is not quadratic
+    ]
+    if kernels.is_available():
+        for name, form, few in (
+            ("chunked", forms.chunked, chunks),
+            ("step", forms.stepped, steps),
+        ):
+            found += [
+                pytest.param(form, count, id=f"{name}-kernel-{count}", marks=pytest.mark.gpu)
+                for count in (few if INTERPRETED else tokens)
+            ]
+    return pytest.mark.parametrize(("form", "tokens"), found)
+
+
+def absorb_of(form: Attention) -> Callable[[Tensor, Tensor, AttentionState], AttentionState]:
+    """The `absorb` that goes with a form."""
+    if kernels.is_available() and form in (forms.chunked, forms.stepped):
+        return forms.absorb
+    return absorb
+
+
+kernels_too = pytest.mark.skipif(not kernels.is_available(), reason="needs Triton")
+each_chunked = pytest.mark.parametrize(
+    "form",
+    [pytest.param(chunked, id="chunked")]
+    + (
+        [pytest.param(forms.chunked, id="chunked-kernel", marks=pytest.mark.gpu)]
+        if kernels.is_available()
+        else []
+    ),
+)
 both_values = pytest.mark.parametrize("log_values", [True, False], ids=["log", "linear"])
 
 
-def normal(tokens: int, seed: int = 0) -> Tokens:
+def normal(tokens: int, seed: int = 0, batch: int = BATCH) -> Tokens:
     chance = torch.Generator().manual_seed(seed)
-    shape = (BATCH, tokens, HEADS)
+    shape = (batch, tokens, HEADS)
     q, k = (torch.randn(*shape, D_KEY, generator=chance) for _ in range(2))
     return q, k, torch.randn(*shape, D_VAL, generator=chance)
 
@@ -58,10 +108,12 @@ def doubled(tokens: Tokens) -> Tokens:
     return q.double(), k.double(), v.double()
 
 
-def empty(log_values: bool, dtype: torch.dtype = torch.float32) -> AttentionState:
+def empty(
+    log_values: bool, dtype: torch.dtype = torch.float32, batch: int = BATCH
+) -> AttentionState:
     """As it is served in float32, with what rounding loses; in float64 for reference."""
     like = torch.zeros((), dtype=dtype)
-    state = AttentionState.empty(BATCH, HEADS, D_KEY, D_VAL, log_values=log_values, like=like)
+    state = AttentionState.empty(batch, HEADS, D_KEY, D_VAL, log_values=log_values, like=like)
     if dtype == torch.float64:
         return state
     z_low, s_low = (x.to(torch.int8) for x in (state.z, state.s))
@@ -99,9 +151,8 @@ def assert_same(found: AttentionState, expected: AttentionState) -> None:
         assert_near(ours, theirs)
 
 
-@each_form
+@cases(LENGTHS, chunks=LENGTHS, steps=[1, 2], oracle=True)
 @both_values
-@pytest.mark.parametrize("tokens", LENGTHS)
 def test_every_form_is_the_definition(form: Attention, tokens: int, log_values: bool) -> None:
     q, k, v = normal(tokens)
     y, end = form(q, k, v, empty(log_values))
@@ -109,10 +160,9 @@ def test_every_form_is_the_definition(form: Attention, tokens: int, log_values: 
     assert_same(end, expected_end(k, v, log_values=log_values))
 
 
-@each_form
+@cases([1, 65, 130], chunks=[1, 65], steps=[1], oracle=True)
 @both_values
 @pytest.mark.parametrize("carried", [1, 70])
-@pytest.mark.parametrize("tokens", [1, 65, 130])
 def test_a_carried_state_stands_for_all_earlier_tokens(
     form: Attention, carried: int, tokens: int, log_values: bool
 ) -> None:
@@ -136,36 +186,61 @@ def test_step_updates_the_state_in_place(log_values: bool) -> None:
     assert_same(state, expected_end(k, v, log_values=log_values))
 
 
+def check_any_split(
+    parts: Sequence[tuple[Attention, int]], log_values: bool, tokens: Tokens
+) -> None:
+    q, k, v = tokens
+    whole, end = quadratic(*doubled((q, k, v)), empty(log_values, torch.float64))
+    state, found = empty(log_values), []
+    start = 0
+    for form, length in parts:
+        y, state = form(*part((q, k, v), start, start + length), state)
+        found.append(y)
+        start += length
+    assert_near(torch.cat(found, 1), whole)
+    assert_same(state, end)
+
+
+def steep(tokens: int, steepness: float, seed: int) -> Tokens:
+    q, k, v = normal(tokens, seed)
+    return q, k * steepness, v
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     log_values=st.booleans(),
     lengths=st.lists(st.sampled_from([1, 2, 5, 63, 64, 65, 128, 150]), min_size=1, max_size=5),
-    forms=st.lists(st.sampled_from([chunked, stepped]), min_size=5, max_size=5),
+    chosen=st.lists(st.sampled_from([chunked, stepped]), min_size=5, max_size=5),
     steepness=st.sampled_from([1.0, 30.0]),
     seed=st.integers(0, 1000),
 )
 def test_any_split_gives_the_same(
-    log_values: bool, lengths: list[int], forms: list[Attention], steepness: float, seed: int
+    log_values: bool, lengths: list[int], chosen: list[Attention], steepness: float, seed: int
 ) -> None:
-    q, k, v = normal(sum(lengths), seed)
-    k = k * steepness
-    whole, end = quadratic(*doubled((q, k, v)), empty(log_values, torch.float64))
-    state, parts = empty(log_values), []
-    start = 0
-    for length, form in zip(lengths, forms, strict=False):
-        y, state = form(*part((q, k, v), start, start + length), state)
-        parts.append(y)
-        start += length
-    assert_near(torch.cat(parts, 1), whole)
-    assert_same(state, end)
+    parts = list(zip(chosen, lengths, strict=False))
+    check_any_split(parts, log_values, steep(sum(lengths), steepness, seed))
 
 
+@kernels_too
+@settings(max_examples=3 if INTERPRETED else 25, deadline=None)
+@given(data=st.data(), log_values=st.booleans(), steepness=st.sampled_from([1.0, 30.0]))
+def test_any_split_of_kernels_gives_the_same(
+    data: st.DataObject, log_values: bool, steepness: float
+) -> None:
+    by_chunks = st.tuples(st.just(forms.chunked), st.sampled_from([1, 63, 64, 65, 128]))
+    by_steps = st.tuples(st.just(forms.stepped), st.sampled_from([1, 2, 5]))
+    parts = data.draw(st.lists(by_chunks | by_steps, min_size=2, max_size=4))
+    tokens = steep(sum(length for _, length in parts), steepness, data.draw(st.integers(0, 1000)))
+    check_any_split(parts, log_values, tokens)
+
+
+@each_chunked
 @both_values
-def test_absorb_is_the_end_state_of_chunked(log_values: bool) -> None:
+def test_absorb_is_the_end_state_of_chunked(form: Attention, log_values: bool) -> None:
     q, k, v = normal(150)
-    _, state = chunked(q[:, :70], k[:, :70], v[:, :70], empty(log_values))
-    _, end = chunked(q[:, 70:], k[:, 70:], v[:, 70:], state)
-    assert_same(absorb(k[:, 70:], v[:, 70:], state), end)
+    _, state = form(q[:, :70], k[:, :70], v[:, :70], empty(log_values))
+    _, end = form(q[:, 70:], k[:, 70:], v[:, 70:], state)
+    assert_same(absorb_of(form)(k[:, 70:], v[:, 70:], state), end)
 
 
 def gradients(
@@ -229,29 +304,37 @@ EXTREMES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
 }
 
 
-@pytest.mark.parametrize("form", [chunked, stepped], ids=["chunked", "step"])
+@cases([1, 3, 20, 70], chunks=[20], steps=[3])
 @both_values
-@pytest.mark.parametrize("tokens", [1, 70])
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extreme_inputs_are_right(
     form: Attention, name: str, tokens: int, log_values: bool
 ) -> None:
-    q, k, v = normal(tokens)
+    q, k, v = normal(tokens, batch=1)
     bend_keys, bend_values = EXTREMES[name]
     k, v = bend_keys(k), bend_values(v)
-    y, end = form(q, k, v, empty(log_values))
-    expected, right_end = quadratic(*doubled((q, k, v)), empty(log_values, torch.float64))
+    y, end = form(q, k, v, empty(log_values, batch=1))
+    expected, right_end = quadratic(*doubled((q, k, v)), empty(log_values, torch.float64, batch=1))
     assert_near(y, expected, 1.0 if log_values else max(1.0, float(v.abs().max())))
     assert_near(end.to_paper()[1], right_end.to_paper()[1])
 
 
-@pytest.mark.parametrize("form", [chunked, stepped], ids=["chunked", "step"])
+@cases([3, 100], chunks=[100], steps=[3])
 @pytest.mark.parametrize("size", [1e10, 1e30])
-def test_large_signed_values_are_right(form: Attention, size: float) -> None:
-    q, k, v = normal(100)
+def test_large_signed_values_are_right(form: Attention, tokens: int, size: float) -> None:
+    q, k, v = normal(tokens)
     v = v * size
     y, _ = form(q, k, v, empty(False))
     assert_near(y, definition(q, k, v, log_values=False), size)
+
+
+def check_finite(
+    checked: list[Attention], q: Tensor, k: Tensor, v: Tensor, log_values: bool
+) -> None:
+    for form in checked:
+        y, end = form(q, k, v, empty(log_values, batch=len(q)))
+        for x in (y, *tensors(end)):
+            assert torch.isfinite(x).all()
 
 
 SIZES = st.sampled_from([0.0, 1.0, 30.0, 1e3, 1e4, 1e30])
@@ -269,11 +352,22 @@ def test_any_finite_input_gives_finite_results(
     log_values: bool, tokens: int, sizes: tuple[float, float, float], shift: float, seed: int
 ) -> None:
     q, k, v = (x * size for x, size in zip(normal(tokens, seed), sizes, strict=True))
-    k = k + shift
-    for form in (chunked, stepped):
-        y, end = form(q, k, v, empty(log_values))
-        for x in (y, *tensors(end)):
-            assert torch.isfinite(x).all()
+    check_finite([chunked, stepped], q, k + shift, v, log_values)
+
+
+@kernels_too
+@settings(max_examples=8 if INTERPRETED else 25, deadline=None)
+@given(
+    log_values=st.booleans(),
+    sizes=st.tuples(SIZES, SIZES, SIZES),
+    shift=st.sampled_from([0.0, 1e4, -1e4]),
+    seed=st.integers(0, 1000),
+)
+def test_any_finite_input_gives_finite_results_of_kernels(
+    log_values: bool, sizes: tuple[float, float, float], shift: float, seed: int
+) -> None:
+    q, k, v = (x * size for x, size in zip(normal(3, seed, batch=1), sizes, strict=True))
+    check_finite([forms.chunked, forms.stepped], q, k + shift, v, log_values)
 
 
 @settings(max_examples=25, deadline=None)
@@ -296,10 +390,9 @@ def test_gradients_of_extreme_inputs_are_finite(
         assert torch.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("form", [chunked, stepped], ids=["chunked", "step"])
+@cases([1, 64, 100], chunks=[1, 100], steps=[1])
 @both_values
 @pytest.mark.parametrize("carried", [0, 20])
-@pytest.mark.parametrize("tokens", [1, 64, 100])
 def test_padding_leaves_the_state_bit_for_bit(
     form: Attention, carried: int, tokens: int, log_values: bool
 ) -> None:
@@ -313,16 +406,19 @@ def test_padding_leaves_the_state_bit_for_bit(
     for after, before in zip(tensors(end), tensors(state), strict=True):
         assert torch.equal(after[0], before[0])
     assert not torch.equal(end.z[1], state.z[1])
-    for after, before in zip(tensors(absorb(k, v, state)), tensors(state), strict=True):
+    for after, before in zip(tensors(absorb_of(form)(k, v, state)), tensors(state), strict=True):
         assert torch.equal(after[0], before[0])
 
 
-@pytest.mark.parametrize("form", [chunked, stepped], ids=["chunked", "step"])
+@cases([7, 90], chunks=[90], steps=[7])
 @both_values
-def test_padding_anywhere_is_as_if_it_were_not_there(form: Attention, log_values: bool) -> None:
-    q, k, v = normal(90)
+def test_padding_anywhere_is_as_if_it_were_not_there(
+    form: Attention, tokens: int, log_values: bool
+) -> None:
+    q, k, v = normal(tokens)
     padding = torch.zeros(90, dtype=torch.bool)
-    padding[[0, 1, 2, 30, 31, 63, 64, 65, 89]] = True
+    padding[[0, 1, 2, 5, 30, 31, 63, 64, 65, 89]] = True
+    padding = padding[:tokens]
     expected, end = quadratic(
         *doubled((q[:, ~padding], k[:, ~padding], v[:, ~padding])), empty(log_values, torch.float64)
     )

@@ -7,9 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import kernels
 from model.attention import AttentionState, chunked, step
 from model.config import ModelConfig
 from model.network import LanguageModel
+
+if kernels.is_available():
+    from model.kernels import attention
+    from tests.model.kernels.forms import DEVICE
 
 HEADS, D_KEY, D_VAL, TOKENS = 2, 8, 6, 3000
 PAST = 2.0**25
@@ -49,7 +54,33 @@ def read_compiled(k: Tensor, v: Tensor, state: AttentionState) -> AttentionState
     return state
 
 
-each_path = pytest.mark.parametrize("read", [read_steps, read_chunks, read_compiled])
+def read_kernel_steps(k: Tensor, v: Tensor, state: AttentionState) -> AttentionState:
+    k, v, state = k.to(DEVICE), v.to(DEVICE), state.map(lambda x: x.to(DEVICE))
+    for t in range(k.shape[1]):
+        attention.step(k[:, t], k[:, t], v[:, t], state)
+    return state.map(Tensor.cpu)
+
+
+def read_kernel_chunks(k: Tensor, v: Tensor, state: AttentionState) -> AttentionState:
+    k, v, state = k.to(DEVICE), v.to(DEVICE), state.map(lambda x: x.to(DEVICE))
+    for start in range(0, k.shape[1], 1):
+        token = slice(start, start + 1)
+        state = attention.absorb(k[:, token], v[:, token], state)
+    return state.map(Tensor.cpu)
+
+
+def paths(kernel_tokens: int) -> pytest.MarkDecorator:
+    """Every way to read many tokens; of the kernels, where they are interpreted, a few."""
+    found = [pytest.param(read, None) for read in (read_steps, read_chunks, read_compiled)]
+    if kernels.is_available():
+        few = kernel_tokens if DEVICE.type == "cpu" else None
+        found += [
+            pytest.param(read, few, marks=pytest.mark.gpu)
+            for read in (read_kernel_steps, read_kernel_chunks)
+        ]
+    return pytest.mark.parametrize(("read", "most"), found)
+
+
 both_values = pytest.mark.parametrize("log_values", [True, False], ids=["log", "linear"])
 
 
@@ -71,21 +102,26 @@ def later(log_values: bool) -> tuple[Tensor, Tensor]:
     return k, -v if log_values else v
 
 
-def grown(state: AttentionState, log_values: bool) -> tuple[Tensor, Tensor]:
-    """What z and s have grown by, next to what they should have."""
-    k, v = (x[0].double() for x in later(log_values))
+def grown(
+    state: AttentionState, log_values: bool, most: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """What z and s have grown by after so many tokens, next to what they should have."""
+    k, v = (x[0, :most].double() for x in later(log_values))
     u = v.exp() if log_values else v
     expected = [k.exp().sum(0), torch.einsum("thj,thv->hjv", k.exp(), u)]
     found = [x[0].double() - PAST for x in (state.z, state.s)]
     return torch.cat([x.flatten() for x in found]), torch.cat([x.flatten() for x in expected])
 
 
-@each_path
+@paths(kernel_tokens=40)
 @both_values
-def test_a_large_sum_still_grows_by_what_is_added(read: Read, log_values: bool) -> None:
+def test_a_large_sum_still_grows_by_what_is_added(
+    read: Read, most: int | None, log_values: bool
+) -> None:
+    k, v = later(log_values)
     with torch.inference_mode():
-        state = read(*later(log_values), long_past(log_values))
-    found, expected = grown(state, log_values)
+        state = read(k[:, :most], v[:, :most], long_past(log_values))
+    found, expected = grown(state, log_values, most)
     last_place = PAST * 2.0**-23
     assert (found - expected).abs().max() <= last_place
 
@@ -97,10 +133,12 @@ def test_without_what_rounding_lost_it_would_not(log_values: bool) -> None:
     assert (found - expected).abs().max() > 0.1 * expected.min()
 
 
-@each_path
-def test_keys_that_rise_a_little_with_every_token_do_not_spoil_the_past(read: Read) -> None:
+@paths(kernel_tokens=10)
+def test_keys_that_rise_a_little_with_every_token_do_not_spoil_the_past(
+    read: Read, most: int | None
+) -> None:
     """A running maximum that moves every time would multiply the past by a rounded 1 - 1e-5."""
-    tokens, slope = 4000, 1e-5
+    tokens, slope = most or 4000, 1e-5
     k = slope * torch.arange(tokens).view(1, -1, 1, 1).expand(1, tokens, HEADS, D_KEY) + 0.3
     v = torch.zeros(1, tokens, HEADS, D_VAL)
     state = AttentionState.empty(1, HEADS, D_KEY, D_VAL, log_values=True, like=torch.zeros(()))
