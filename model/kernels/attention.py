@@ -39,17 +39,17 @@ def step(
     """One token for each sequence, updating `state` in place.
 
     q, k `[batch, heads, d_k]`, v `[batch, heads, d_v]`, contiguous in their last axis alone ->
-    `[batch, heads, d_v]`. Raises ValueError for a state that is not float32 or not contiguous.
+    `[batch, heads, d_v]`. Raises ValueError for what a kernel would misread.
     """
     _check(state)
     batch, heads, d_key = k.shape
     d_val = v.shape[2]
-    y = torch.empty(batch, heads, d_val, device=q.device)
+    y = q.new_empty((batch, heads, d_val))
     block_k, block_v = triton.next_power_of_2(d_key), triton.next_power_of_2(d_val)
     _step[batch, heads](
         *_strided(q, k, v), _tensors(state), (state.z_low, state.s_low), rows, y,
         d_key=d_key, d_val=d_val, block_k=block_k, block_v=block_v,
-        # A state of 32 x 32 is one warp's: 32 numbers a thread, and no sum leaves the warp.
+        # 32 numbers of s a thread: a head of 32 x 32 is one warp's, and no sum leaves the warp.
         num_warps=min(max(block_k * block_v // 1024, 1), 16), enable_fp_fusion=False,
     )  # fmt: skip
     return y
@@ -69,17 +69,18 @@ def chunked(
     axis alone -> y `[batch, tokens, heads, d_v]` and the state after the last token: `state`
     itself, updated in place, where there are `rows`, else a new one. `lengths`, int32 `[batch]` on
     the device: tokens from there on are padding, whose y is 0. Memory is linear in the number of
-    tokens. Raises ValueError for a state that is not float32 or not contiguous.
+    tokens. Raises ValueError for what a kernel would misread.
     """
+    strided = _strided(q, k, v)
     before, state = _sum(k, v, state, rows, lengths, keep=True)
     batch, tokens, heads, d_key = k.shape
     d_val = v.shape[3]
-    y = torch.empty(batch, tokens, heads, d_val, device=q.device)
+    y = q.new_empty((batch, tokens, heads, d_val))
     block_k, block_v = _block(d_key), _block(d_val)
     read[triton.cdiv(tokens, CHUNK), heads, batch](
-        *_strided(q, k, v), _tensors(before), rows, lengths, y, tokens,
+        *strided, _tensors(before), rows, lengths, y, tokens,
         d_key=d_key, d_val=d_val, block_k=block_k, block_v=block_v,
-        num_warps=8, num_stages=1,
+        num_warps=8, num_stages=1,  # with 4, the operands of its products do not fit into registers
     )  # fmt: skip
     return y, state
 
@@ -114,10 +115,10 @@ def _sum(
     d_val, chunks = v.shape[3], triton.cdiv(tokens, CHUNK)
     shape = (batch, heads, chunks)
     sums = AttentionState(
-        m=torch.empty(*shape, d_key, device=k.device),
-        z=torch.empty(*shape, d_key, device=k.device),
-        s=torch.empty(*shape, d_key, d_val, device=k.device),
-        n=None if state.n is None else torch.empty(*shape, d_val, device=k.device),
+        m=k.new_empty((*shape, d_key)),
+        z=k.new_empty((*shape, d_key)),
+        s=k.new_empty((*shape, d_key, d_val)),
+        n=None if state.n is None else k.new_empty((*shape, d_val)),
     )
     block_k, block_v = _block(d_key), _block(d_val)
     num_warps = 4 if block_k * block_v <= 1024 else 8
@@ -135,6 +136,7 @@ def _sum(
 
 
 def _check(state: AttentionState) -> None:
+    """Raises ValueError for tensors that a kernel would misread."""
     sums = [x for x in _tensors(state) if x is not None]
     lows = [x for x in (state.z_low, state.s_low) if x is not None]
     if any(x.dtype != torch.float32 for x in sums) or any(x.dtype != torch.int8 for x in lows):
@@ -151,8 +153,8 @@ def _tensors(state: AttentionState) -> tuple[Tensor | None, ...]:
 
 def _strided(*tokens: Tensor) -> list[Any]:
     """Tensors, each followed by the strides of all its axes but the last, whose stride is 1."""
-    if any(x.stride(-1) != 1 for x in tokens):
-        raise ValueError("queries, keys and values must be contiguous in their last axis")
+    if any(x.dtype != torch.float32 or x.stride(-1) != 1 for x in tokens):
+        raise ValueError("the kernels take tokens of float32, contiguous in their last axis")
     return [part for x in tokens for part in (x, *x.stride()[:-1])]
 
 
@@ -209,6 +211,7 @@ def _step(
     yt, mt, zt, st, nt, zt_low, st_low = read_token(
         qt, kt, vt, mt, zt, st, nt, zt_low, st_low, log_values, compensated
     )
+    tl.debug_barrier()  # another thread may have yet to load what this one overwrites
     store_state(state, place, (mt, zt, st, nt), channels, d_key, d_val)
     store_low(low, place, (zt_low, st_low), channels, d_key, d_val)
     tl.store(y, yt, is_val)

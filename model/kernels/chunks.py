@@ -147,6 +147,7 @@ def carry(
         z, z_low = add(z * kept, z_chunk * kept_chunk, z_low, compensated)
         s, s_low = add(s * kept_s, s_chunk * kept_s_chunk, s_low, compensated)
         chunk += 1
+    tl.debug_barrier()
     store_state(state, place, (m, z, s, n), channels, d_key, d_val)
     store_low(low, place, (z_low, s_low), channels, d_key, d_val)
 

@@ -23,12 +23,12 @@ Tokens = tuple[Tensor, Tensor, Tensor]
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel leaves unwritten, or reads before it is written, shows as NaN."""
-    empty = torch.empty
+    new_empty = Tensor.new_empty
 
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        return empty(*args, **kwargs).fill_(torch.nan)
+    def poisoned(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return new_empty(self, *args, **kwargs).fill_(torch.nan)
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
 
 
 def projected(
@@ -239,11 +239,18 @@ def test_a_state_that_a_kernel_would_misread_is_refused(
         absorb(k, v, state, rows)
 
 
-def test_channels_that_do_not_follow_each_other_are_refused(device: torch.device) -> None:
+def test_tokens_that_a_kernel_would_misread_are_refused(device: torch.device) -> None:
     q, k, v = projected(1, 2, device)
-    q = torch.cat([q, q], -1)[..., ::2]
-    with pytest.raises(ValueError, match="contiguous"):
-        step(q[:, 0], k[:, 0], v[:, 0], pool(1, True, device))
+    state = pool(1, True, device)
+    before = copy(state)
+    for wrong in (torch.cat([q, q], -1)[..., ::2], q.double(), q.bfloat16()):
+        with pytest.raises(ValueError, match="tokens"):
+            step(wrong[:, 0], k[:, 0], v[:, 0], state)
+        with pytest.raises(ValueError, match="tokens"):
+            chunked(wrong, k, v, state, indices([0], device))
+        with pytest.raises(ValueError, match="tokens"):
+            absorb(wrong, v, state)
+    assert_equal(state, before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there are no graphs on a CPU")
