@@ -26,7 +26,8 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     new_empty = Tensor.new_empty
 
     def poisoned(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return new_empty(self, *args, **kwargs).fill_(torch.nan)
+        made = new_empty(self, *args, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
 
