@@ -20,9 +20,6 @@ pytestmark = pytest.mark.long
 UNFUSED = {"_step", "carry"}
 """Kernels that tell what rounding lost of a sum: what they add must be rounded first."""
 
-SPLIT = {"products in bfloat16", "products in int8"}
-"""Their inputs are split into parts that tf32 holds exactly."""
-
 SPILLED_BYTES = {"_choose": 256}
 """Where something may lie in memory: this one runs once a token, not in every layer."""
 
@@ -41,7 +38,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
     return {name: [Compiled(**kernel) for kernel in kernels] for name, kernels in found.items()}
 
 
-@pytest.mark.parametrize("launch", [x for x in LAUNCHES if x not in SPLIT])
+@each_launch
 def test_no_product_is_rounded_to_tf32(launch: str, launches: Launches) -> None:
     for kernel in launches[launch]:
         assert "tf32" not in kernel.ptx, kernel.name
