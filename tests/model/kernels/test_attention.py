@@ -149,11 +149,11 @@ def test_cuts_at_multiples_of_a_chunk_change_no_bit(
     slope: float, log_values: bool, device: torch.device
 ) -> None:
     """Also where keys rise by more than float32 can hold at once."""
-    q, k, v = projected(1, 140, device, heads=1)
+    q, k, v = projected(1, 80, device, heads=1)
     k, state = ramp(k.cpu(), slope).to(device), pool(1, log_values, device, heads=1)
     whole, end = chunked(q, k, v, state)
     found = []
-    for start, stop in ((0, 64), (64, 140)):
+    for start, stop in ((0, 64), (64, 80)):
         token = slice(start, stop)
         y, state = chunked(q[:, token], k[:, token], v[:, token], state)
         found.append(y)
