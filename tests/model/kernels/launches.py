@@ -65,11 +65,8 @@ def sampling(vocab: int) -> None:
 
 
 LAUNCHES: dict[str, Callable[[], None]] = {
-    "attention of the published model": lambda: attention(
+    "attention of the published model and of the default one": lambda: attention(
         24, 32, 32, log_values=True, compensated=True
-    ),
-    "attention of the default model": lambda: attention(
-        8, 32, 32, log_values=True, compensated=True
     ),
     "attention of odd heads, linear": lambda: attention(
         3, 24, 40, log_values=False, compensated=True

@@ -20,8 +20,10 @@ pytestmark = pytest.mark.long
 UNFUSED = {"_step", "carry"}
 """Kernels that tell what rounding lost of a sum: what they add must be rounded first."""
 
-SPILLED_BYTES = {"_choose": 256}
-"""Where something may lie in memory: this one runs once a token, not in every layer."""
+SPILLED_BYTES = {"_choose": 256, "read": 16}
+"""Where something may lie in memory. The first one runs once a token, not in every layer; the other
+reads whole chunks of a prompt, and one compiler of those that were tried (Triton 3.9) is short of
+two numbers there."""
 
 each_launch = pytest.mark.parametrize("launch", LAUNCHES)
 of_attention = pytest.mark.parametrize("launch", [x for x in LAUNCHES if x.startswith("attention")])
