@@ -1,0 +1,179 @@
+"""Tokens per second that the front end delivers over SSE, whatever the engine could do.
+
+    python -m loadtest.bench_front --rate 100000 --api-workers 4
+
+The real server with a stand-in engine (`loadtest.front_server`), read by clients in processes of
+their own. Shows what is delivered of what is emitted, and the CPU time that a token costs in each
+process, which tells how many cores a rate needs; on a machine with too few cores for all of them
+that, not the rate, is the result.
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loadtest.front_client import PATHS, Report
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Seconds of CPU time so far."""
+
+    loop: float
+    """The core's main thread, which is its event loop."""
+
+    engine: float
+    """The core's other threads."""
+
+    fronts: float
+
+    def __sub__(self, other: "Cpu") -> "Cpu":
+        return Cpu(
+            self.loop - other.loop, self.engine - other.engine, self.fronts - other.fronts
+        )
+
+
+def _cpu_s(stat: Path) -> float:
+    try:
+        fields = stat.read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def cpu(pid: int) -> Cpu:
+    """Of a server, by the files of /proc."""
+    process = Path(f"/proc/{pid}")
+    children = [
+        child for task in process.glob("task/*/children") for child in task.read_text().split()
+    ]
+    loop = _cpu_s(process / f"task/{pid}/stat")
+    return Cpu(
+        loop=loop,
+        engine=_cpu_s(process / "stat") - loop,
+        fronts=sum(_cpu_s(Path(f"/proc/{child}/stat")) for child in children),
+    )
+
+
+@contextmanager
+def server(streams: int, rate: float, *flags: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """A server with the stand-in engine on a free port."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "loadtest.front_server", str(streams), str(rate)]
+        command += ["--port", "0", "--data-dir", folder, "--log-level", "warning", *flags]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            if process.stdout is None:
+                raise RuntimeError("the server has no output")
+            for line in process.stdout:
+                if found := re.match(r"listening +http://.*:(\d+)", line):
+                    yield int(found[1]), process
+                    break
+            else:
+                raise RuntimeError("the server did not start")
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def measure(
+    port: int,
+    process: subprocess.Popen[str],
+    endpoint: str,
+    streams: int,
+    tokens: int,
+    clients: int,
+) -> tuple[float, Cpu, list[Report]]:
+    """One run: the rate at which tokens were emitted, what they cost, what the clients saw."""
+    shares = [streams // clients + (i < streams % clients) for i in range(clients)]
+    readers = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "loadtest.front_client"),
+                *(str(port), endpoint, str(share), str(tokens)),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for share in shares
+    ]
+    for reader in readers:
+        if reader.stdout is None or reader.stdout.readline() != "ready\n":
+            raise RuntimeError("a client did not get its streams")
+    before = cpu(process.pid)
+    told = [reader.communicate()[0] for reader in readers]
+    spent = cpu(process.pid) - before
+    if any(reader.returncode for reader in readers):
+        raise RuntimeError("a client failed")
+    emitted = process.stdout.readline() if process.stdout is not None else ""
+    return float(emitted.split()[1]), spent, [Report(**json.loads(line)) for line in told]
+
+
+def show(
+    name: str, emitted: float, spent: Cpu, reports: list[Report]
+) -> None:
+    """One line of the table."""
+    tokens = sum(report.tokens for report in reports)
+    delivered = tokens / max(report.seconds for report in reports)
+    delays = sorted(delay for report in reports for delay in report.delays_ms)
+    per_token = [
+        1e6 * seconds / tokens
+        for seconds in (
+            *(spent.loop, spent.engine, spent.fronts),
+            sum(report.cpu_s for report in reports),
+        )
+    ]
+    print(
+        f"{name:22}{emitted:10,.0f}{delivered:11,.0f}{delivered / emitted:7.2f}"
+        f"{tokens / sum(report.events for report in reports):8.2f}"
+        + "".join(f"{cost:8.1f}" for cost in per_token)
+        + f"{statistics.median(delays):9.1f}{delays[int(0.99 * len(delays))]:9.1f}",
+        flush=True,
+    )
+
+
+def main(
+    streams: Annotated[int, typer.Option(min=1, help="Streams at the same time.")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 400,
+    rate: Annotated[list[float] | None, typer.Option(help="Tokens emitted a second.")] = None,
+    api_workers: Annotated[list[int] | None, typer.Option(help="As of latentd serve.")] = None,
+    endpoint: Annotated[list[str] | None, typer.Option(help="completions, chat.")] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Processes that read.")] = 1,
+) -> None:
+    """Print a table: tokens a second, microseconds of CPU a token, milliseconds of delay."""
+    print(f"{streams} streams of {tokens} tokens, {os.cpu_count()} cores, {clients} clients")
+    print(
+        f"{'':22}{'emitted':>10}{'delivered':>11}{'ratio':>7}{'tokens':>8}"
+        f"{'CPU of':>8}{'the':>8}{'the':>8}{'the':>8}{'delay':>9}{'delay':>9}"
+    )
+    print(
+        f"{'':22}{'/s':>10}{'/s':>11}{'':7}{'/event':>8}"
+        f"{'loop':>8}{'engine':>8}{'fronts':>8}{'clients':>8}{'p50':>9}{'p99':>9}"
+    )
+    for workers in api_workers or [1]:
+        flags = [] if workers == 1 else ["--api-workers", str(workers)]
+        for per_s in rate or [10_000.0]:
+            with server(streams, per_s, *flags) as (port, process):
+                for name in endpoint or list(PATHS):
+                    measure(port, process, name, streams, 20, clients)
+                    show(
+                        f"{name}, {workers} worker{'s' * (workers > 1)}",
+                        *measure(port, process, name, streams, tokens, clients),
+                    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

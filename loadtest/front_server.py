@@ -1,0 +1,111 @@
+"""The real server around a stand-in engine, which emits text at a given rate and computes nothing.
+
+    python -m loadtest.front_server STREAMS TOKENS_PER_S [flags of latentd serve]
+
+When so many requests have come, all of them get one token a step, from the engine's own thread and
+in one batch a step, until each has as many as it asked for. Every text has one `MARK` and the time
+at which it was emitted.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from unittest.mock import patch
+
+from typer.main import get_command
+
+from model.checkpoint import Checkpoint
+from server.__main__ import app
+from server.engine.messages import EngineRequest, Event, Evicted, Finished, TextDelta, Timings
+from server.engine.scheduler import EngineLimits
+from server.engine.worker import Deliver
+from server.metrics import Metrics
+
+MARK = "~"
+PAUSE_S = 1.0
+"""Between the last request and the first token: answers have begun by then."""
+
+
+class StandIn:
+    """What the app needs of `server.engine.engine.Engine`."""
+
+    num_streams = 1
+    tokens_per_s = 1.0
+
+    def __init__(
+        self, checkpoint: Checkpoint, limits: EngineLimits, deliver: Deliver, metrics: Metrics
+    ) -> None:
+        del checkpoint, limits, metrics
+        self._deliver = deliver
+        self._arrived = threading.Condition()
+        self._waiting: list[EngineRequest] = []
+        self._cancelled = set[str]()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """The thread ends with the process."""
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, *requests: EngineRequest) -> None:
+        with self._arrived:
+            self._waiting.extend(requests)
+            self._arrived.notify()
+
+    def cancel(self, request_id: str) -> None:
+        self._cancelled.add(request_id)
+
+    def release(self, name: str) -> None:
+        """No row is kept."""
+
+    def _run(self) -> None:
+        while True:
+            with self._arrived:
+                self._arrived.wait_for(lambda: len(self._waiting) >= self.num_streams)
+                requests, self._waiting = self._waiting, []
+            time.sleep(PAUSE_S)
+            self._emit(requests)
+
+    def _emit(self, requests: Sequence[EngineRequest]) -> None:
+        """As many steps a second as give the rate; none is left out when one is late."""
+        started = due = time.perf_counter()
+        num_steps = max(request.max_tokens for request in requests)
+        for step in range(num_steps):
+            due += len(requests) / self.tokens_per_s
+            if (ahead := due - time.perf_counter()) > 0:
+                time.sleep(ahead)
+            text = f"{MARK}{time.monotonic_ns() // 1000} "
+            events: list[Event | Evicted] = [
+                TextDelta(request.request_id, text)
+                for request in requests
+                if request.request_id not in self._cancelled
+            ]
+            self._deliver(events)
+            if step == num_steps - 1:
+                total_s = time.perf_counter() - started
+                rate = num_steps * len(requests) / total_s
+                print(f"emitted    {rate:.0f}", flush=True)
+                timings = Timings(0.0, 0.0, 0.0, total_s)
+                self._deliver(
+                    [
+                        Finished(request.request_id, "", "length", num_steps, timings)
+                        for request in requests
+                    ]
+                )
+
+
+def main() -> None:
+    """Serve."""
+    StandIn.num_streams, StandIn.tokens_per_s = int(sys.argv[1]), float(sys.argv[2])
+    with patch("server.api.app.Engine", StandIn):
+        get_command(app)(args=["serve", *sys.argv[3:]], prog_name="latentd")
+
+
+if __name__ == "__main__":
+    main()
