@@ -41,9 +41,7 @@ class Cpu:
     fronts: float
 
     def __sub__(self, other: "Cpu") -> "Cpu":
-        return Cpu(
-            self.loop - other.loop, self.engine - other.engine, self.fronts - other.fronts
-        )
+        return Cpu(self.loop - other.loop, self.engine - other.engine, self.fronts - other.fronts)
 
 
 def _cpu_s(stat: Path) -> float:
@@ -122,9 +120,7 @@ def measure(
     return float(emitted.split()[1]), spent, [Report(**json.loads(line)) for line in told]
 
 
-def show(
-    name: str, emitted: float, spent: Cpu, reports: list[Report]
-) -> None:
+def show(name: str, emitted: float, spent: Cpu, reports: list[Report]) -> None:
     """One line of the table."""
     tokens = sum(report.tokens for report in reports)
     delivered = tokens / max(report.seconds for report in reports)

@@ -92,7 +92,9 @@ class Stream:
             ids.append(int(lines["id"]))
             if lines["data"] != "[DONE]":
                 for choice in json.loads(lines["data"])["choices"]:
-                    told = choice["delta"] if self.endpoint == "chat" else {"content": choice["text"]}
+                    told = (
+                        choice["delta"] if self.endpoint == "chat" else {"content": choice["text"]}
+                    )
                     text += told.get("content", "")
         if text.count(MARK) != self.expected or ids != list(range(len(ids))):
             raise RuntimeError(f"{text.count(MARK)} tokens of {self.expected} in {len(ids)} events")

@@ -6,7 +6,8 @@ Each endpoint renders it in a shape of its own.
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -19,6 +20,8 @@ from server.api.schemas.generation import (
     Usage,
 )
 from server.api.service import Service
+from server.api.sse import Message
+from server.api.templates import TextTemplate
 from server.api.turns import ChoiceSpec, Told, Turn
 from server.engine.messages import Finished, PromptScored, Token
 from server.engine.messages import Timings as EngineTimings
@@ -71,7 +74,8 @@ class Choice:
             self.prompt.extend(event.tokens)
             return
         self.text.append(event.text)
-        self.generated.extend(event.tokens)
+        if event.tokens:
+            self.generated.extend(event.tokens)
         if isinstance(event, Finished):
             self.reason, self.num_generated = event.reason, event.num_generated
             self.cached_tokens, self.timings = event.cached_tokens, event.timings
@@ -123,6 +127,7 @@ class Answer(ABC):
             Choice(spec, self.tokenizer, len(text), b"" if spec.token_ids else turn.start.undecoded)
             for spec, text in zip(specs, texts, strict=True)
         ]
+        self._templates: dict[int, TextTemplate] = {}
 
     def take(self, index: int, event: Told) -> None:
         """The next event of a choice."""
@@ -133,7 +138,7 @@ class Answer(ABC):
         """Events of a stream before anything has happened."""
 
     @abstractmethod
-    def pieces(self, index: int, event: Told) -> Iterator[BaseModel]:
+    def pieces(self, index: int, event: Told) -> Iterable[Message]:
         """Events of a stream for what happened to a choice."""
 
     @abstractmethod
@@ -143,6 +148,13 @@ class Answer(ABC):
     @abstractmethod
     def closing(self) -> Iterator[BaseModel]:
         """Events of a stream after everything has happened."""
+
+    def _rendered(self, index: int, text: str, make: Callable[[int, str], BaseModel]) -> bytes:
+        """What `make` makes of a choice's new text, where nothing but the text changes."""
+        template = self._templates.get(index)
+        if template is None:
+            template = self._templates[index] = TextTemplate(partial(make, index))
+        return template.render(text)
 
     def to_json(self) -> str:
         """`whole`, as text."""

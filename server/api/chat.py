@@ -1,6 +1,6 @@
 """`POST /v1/chat/completions`: an answer to a conversation, whole or as a stream."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
@@ -23,9 +23,9 @@ from server.api.schemas.chat import (
     Delta,
 )
 from server.api.service import Service, ServiceDep
-from server.api.sse import events_of
+from server.api.sse import Message, events_of
 from server.api.turns import ChoiceSpec, Told, Turn
-from server.engine.messages import Finished, PromptScored
+from server.engine.messages import Finished, PromptScored, TextDelta
 from server.errors import InvalidRequest
 
 router = APIRouter(tags=["chat"], responses=refusals(*GUARDED))
@@ -73,14 +73,22 @@ class ChatAnswer(Answer):
     ) -> None:
         super().__init__(service, body, turn, specs, answer_id=new_id("chatcmpl"))
         self._asked = body
+        self._is_plain = (
+            not body.logprobs and not body.return_token_ids and not body.wants_usage_in_events
+        )
 
     def opening(self) -> Iterator[ChatChunk]:
         """The role of each choice."""
         for index in range(len(self.choices)):
             yield self._chunk(index, Delta(role="assistant", content=""), {}, first=not index)
 
-    def pieces(self, index: int, event: Told) -> Iterator[ChatChunk]:
+    def pieces(self, index: int, event: Told) -> Iterable[Message]:
         """At most one event for a text, and one for its end."""
+        if not self._is_plain or not isinstance(event, TextDelta):
+            return self._full_pieces(index, event)
+        return [self._rendered(index, event.text, self._text_chunk)] if event.text else []
+
+    def _full_pieces(self, index: int, event: Told) -> Iterator[ChatChunk]:
         if isinstance(event, PromptScored):
             return
         if event.text or event.tokens:
@@ -124,6 +132,10 @@ class ChatAnswer(Answer):
             }
             | self._told(choice, len(choice.generated.tokens))
         )
+
+    def _text_chunk(self, index: int, text: str) -> ChatChunk:
+        """An event that tells a text and nothing else."""
+        return self._chunk(index, Delta(content=text), {})
 
     def _chunk(
         self,

@@ -1,6 +1,6 @@
 """`POST /v1/completions`: text that continues a prompt, whole or as a stream."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -18,9 +18,9 @@ from server.api.schemas.completions import (
     CompletionRequest,
 )
 from server.api.service import Service, ServiceDep
-from server.api.sse import events_of
+from server.api.sse import Message, events_of
 from server.api.turns import ChoiceSpec, Told, Turn
-from server.engine.messages import Finished, PromptScored, Token
+from server.engine.messages import Finished, PromptScored, TextDelta, Token
 
 router = APIRouter(tags=["completions"], responses=refusals(*GUARDED))
 
@@ -67,6 +67,9 @@ class CompletionAnswer(Answer):
         self._echoes = [decode(spec.token_ids) if body.echo else "" for spec in specs]
         super().__init__(service, body, turn, specs, answer_id=new_id("cmpl"), echoes=self._echoes)
         self._asked = body
+        self._is_plain = (
+            body.logprobs is None and not body.return_token_ids and not body.wants_usage_in_events
+        )
 
     def opening(self) -> Iterator[Completion]:
         """The prompts, unless their probabilities are to come with them."""
@@ -77,8 +80,13 @@ class CompletionAnswer(Answer):
             for index in range(len(self.choices)):
                 yield self._piece(index, "", self._prompt_ids(index))
 
-    def pieces(self, index: int, event: Told) -> Iterator[Completion]:
+    def pieces(self, index: int, event: Told) -> Iterable[Message]:
         """At most one event."""
+        if not self._is_plain or not isinstance(event, TextDelta):
+            return self._full_pieces(index, event)
+        return [self._rendered(index, event.text, self._text_piece)] if event.text else []
+
+    def _full_pieces(self, index: int, event: Told) -> Iterator[Completion]:
         choice = self.choices[index]
         if isinstance(event, PromptScored):
             logprobs = self._logprobs(choice.prompt, len(event.tokens))
@@ -148,6 +156,10 @@ class CompletionAnswer(Answer):
         told = {"logprobs": None} | facts
         choice = CompletionChoice(index=index, text=text, finish_reason=reason, **told)
         return self._completion([choice], **self._asked.usage_in_event(lambda: self.usage))
+
+    def _text_piece(self, index: int, text: str) -> Completion:
+        """An event that tells a text and nothing else."""
+        return self._piece(index, text, {})
 
     def _completion(self, choices: list[CompletionChoice], **facts: object) -> Completion:
         """A completion object with these choices."""

@@ -133,8 +133,7 @@ class Exchange:
             return Response(known, media_type="application/json", headers=headers)
 
         async def pieces() -> Messages:
-            for piece in again(known):
-                yield piece
+            yield list(again(known))
 
         async def nothing() -> None:
             pass
@@ -184,17 +183,14 @@ def _session_header(session_id: str | None) -> dict[str, str]:
 
 
 async def _messages(answer: Answer, turn: Turn, keepalive_s: float) -> Messages:
-    """The events of a stream; None after a silence."""
-    for piece in answer.opening():
-        yield piece
+    """The events of a stream, as many at once as there are; None after a silence."""
+    yield list(answer.opening())
     async for happened in turn.events(keepalive_s):
         if happened is None:
             yield None
-            continue
-        for piece in answer.pieces(*happened):
-            yield piece
-    for piece in answer.closing():
-        yield piece
+        else:
+            yield [piece for told in happened for piece in answer.pieces(*told)]
+    yield list(answer.closing())
 
 
 async def unless_disconnected(request: Request, turn: Turn) -> bool:
@@ -214,8 +210,9 @@ async def unless_disconnected(request: Request, turn: Turn) -> bool:
 
 
 async def _collect(turn: Turn) -> None:
-    async for _ in turn.events():
-        pass
+    async for happened in turn.events():
+        for _ in happened or ():
+            pass
 
 
 async def _disconnected(request: Request) -> None:

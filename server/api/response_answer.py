@@ -5,8 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pydantic import BaseModel
-
 from server.api.answers import Answer
 from server.api.probabilities import told_tokens
 from server.api.schemas.chat import TokenLogprob
@@ -25,6 +23,7 @@ from server.api.schemas.responses import (
     ToldFormat,
 )
 from server.api.service import Service
+from server.api.sse import Message
 from server.api.turns import ChoiceSpec, Told, Turn
 from server.engine.messages import Finished, PromptScored
 from server.errors import Cancelled, LatentdError
@@ -208,6 +207,6 @@ def failed_object(first: ResponseObject, error: LatentdError) -> ResponseObject:
     )
 
 
-def kind_of(message: BaseModel) -> str:
+def kind_of(message: Message) -> str:
     """The name of an event."""
     return message.type if isinstance(message, ResponseEvent) else "error"

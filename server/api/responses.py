@@ -174,20 +174,17 @@ class _Making:
 
     async def messages(self) -> Messages:
         """The events of its stream."""
-        for event in self.answer.opening():
-            yield event
+        yield list(self.answer.opening())
         try:
             async for happened in self.turn.events(self._service.settings.keepalive_s):
                 if happened is None:
                     yield None
-                    continue
-                for event in self.answer.pieces(*happened):
-                    yield event
+                else:
+                    yield [event for told in happened for event in self.answer.pieces(*told)]
         except LatentdError as error:
             self._error = error
             raise
-        for event in self.answer.closing():
-            yield event
+        yield list(self.answer.closing())
 
     async def close(self) -> None:
         """End the turn. What is in the background and has not been stored is told as failed, or

@@ -1,15 +1,29 @@
 """From the engine's thread to the tasks that wait: every request's events go into its queue."""
 
 import asyncio
+import math
+from asyncio import TimerHandle
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from server.engine.engine import Engine
-from server.engine.messages import Event, Evicted, Finished, TextDelta, Token
+from server.engine.messages import (
+    Ending,
+    Event,
+    Evicted,
+    Finished,
+    PromptScored,
+    TextDelta,
+    Token,
+)
 
 MOST_APART = 64
 """Events of a queue that stay as they are; text beyond them is put together."""
+
+
+Text = TextDelta | PromptScored
+"""What is told and ends nothing."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,9 @@ class EventQueue:
         self._events: deque[Event | Aborted | _Heap] = deque()
         self._heaps: dict[str, _Heap] = {}
         self._reader: asyncio.Future[None] | None = None
+        self._timer: TimerHandle | None = None
+        self._silent_at = math.inf
+        """When the reader has waited for too long, on the loop's clock."""
 
     def __len__(self) -> int:
         return len(self._events)
@@ -64,20 +81,57 @@ class EventQueue:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    def get_nowait(self) -> Event | Aborted:
-        """The next event. Raises IndexError if there is none."""
+    def take(self) -> list[Text] | Ending | Aborted:
+        """The texts that are next, all that there are; or the one event that is no text.
+
+        Raises IndexError if there is nothing.
+        """
         event = self._events.popleft()
+        if not isinstance(event, TextDelta | _Heap | PromptScored):
+            return event
+        texts = [self._text(event)]
+        while self._events:
+            event = self._events[0]
+            if not isinstance(event, TextDelta | _Heap | PromptScored):
+                break
+            self._events.popleft()
+            texts.append(self._text(event))
+        return texts
+
+    async def wait(self, silence_s: float | None = None) -> bool:
+        """Until there is an event. False when none has come for so long."""
+        if self._events:
+            return True
+        loop = asyncio.get_running_loop()
+        self._reader = loop.create_future()
+        self._silent_at = math.inf if silence_s is None else loop.time() + silence_s
+        if self._timer is None and silence_s is not None:
+            # One timer for many waits: it looks when it fires whether the silence began later.
+            self._timer = loop.call_at(self._silent_at, self._end_silence)
+        await self._reader
+        return bool(self._events)
+
+    def close(self) -> None:
+        """Nobody will wait any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _text(self, event: Text | _Heap) -> Text:
         if isinstance(event, _Heap):
             del self._heaps[event.request_id]
             return event.event()
         return event
 
-    async def get(self) -> Event | Aborted:
-        """The next event, when there is one."""
-        while not self._events:
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
-        return self.get_nowait()
+    def _end_silence(self) -> None:
+        self._timer = None
+        if self._reader is None or self._reader.done():
+            return
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._silent_at:
+            self._reader.set_result(None)
+        elif self._silent_at < math.inf:
+            self._timer = loop.call_at(self._silent_at, self._end_silence)
 
 
 class Router:
@@ -99,7 +153,9 @@ class Router:
         for request_id in request_ids:
             queue = self._queues.pop(request_id, None)
             while queue is not None and queue not in self._queues.values() and len(queue):
-                self._drop(queue.get_nowait())
+                event = queue.take()
+                if isinstance(event, Finished):
+                    self._drop(event)
 
     def dispatch(self, events: list[Event | Evicted]) -> None:
         """Hand out one step's events."""

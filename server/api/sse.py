@@ -1,7 +1,7 @@
 """Server-sent events: what is put on the wire, and a response that always ends its turn."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,11 @@ an event with an id for another event, an empty one."""
 
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
-Messages = AsyncIterator[BaseModel | None]
-"""What a stream tells; None is a sign of life."""
+Message = BaseModel | bytes
+"""What an event tells: a model, or what one would be as JSON."""
+
+Messages = AsyncIterator[Sequence[Message] | None]
+"""What a stream tells, as many messages at once as there are; None is a sign of life."""
 
 Close = Callable[[], Awaitable[None]]
 """Ends the turn behind a stream; may be called more than once."""
@@ -76,7 +79,7 @@ class Manner:
     tell_error: Callable[[LatentdError], BaseModel] = error_message
     """The last message of a stream that fails."""
 
-    kind_of: Callable[[BaseModel], str] | None = None
+    kind_of: Callable[[Message], str] | None = None
     """The name of a message's event, where events have names."""
 
     ends_with_done: bool = True
@@ -102,17 +105,28 @@ class EventSource:
         self.outcome = "cancelled"
         """How it ended, for the metrics."""
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """The events as bytes, and `KEEP_ALIVE` for a sign of life."""
+    async def events(self) -> AsyncIterator[list[bytes]]:
+        """The events as bytes, as many at once as there are, and `KEEP_ALIVE` for a sign of life.
+
+        A list is sent at once: a system call costs as much as the making of several events.
+        """
         try:
-            async for message in self._messages:
-                yield KEEP_ALIVE if message is None else self._event(message)
+            async for messages in self._messages:
+                if messages is None:
+                    yield [KEEP_ALIVE]
+                elif messages:
+                    yield [self._event(message) for message in messages]
             self.outcome = "ok"
         except LatentdError as error:
             await asyncio.shield(self._close())  # a client may try again as soon as it sees this
-            yield self.failure(error)
+            yield [self.failure(error)]
         if self._manner.ends_with_done:
-            yield self.done()
+            yield [self.done()]
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The events as bytes, those that are there at once in one piece."""
+        async for events in self.events():
+            yield b"".join(events)
 
     def failure(self, error: LatentdError) -> bytes:
         """The event that tells an error."""
@@ -123,7 +137,10 @@ class EventSource:
         """The event that ends a stream."""
         return self._numbered("[DONE]")
 
-    def _event(self, message: BaseModel) -> bytes:
+    def _event(self, message: Message) -> bytes:
+        if isinstance(message, bytes):
+            number, self._number = self._number, self._number + 1
+            return b"data: %b\nid: %d\n\n" % (message, number)
         name = None if self._manner.kind_of is None else self._manner.kind_of(message)
         return self._numbered(message.model_dump_json(exclude_unset=True), name)
 
@@ -141,7 +158,7 @@ class EventStream(EventSourceResponse):
     ) -> None:
         self._source = EventSource(messages, close, manner)
         self._close = close
-        super().__init__(self._source.events(), headers=headers | NO_BUFFERING)
+        super().__init__(self._source.pieces(), headers=headers | NO_BUFFERING)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -124,9 +124,10 @@ class Stream:
     async def _run(self, source: EventSource, close: Close, manner: Manner) -> None:
         status: Status = "failed"
         try:
-            async for event in source.events():
-                if event != KEEP_ALIVE:
-                    self.log.append(event)
+            async for events in source.events():
+                for event in events:
+                    if event != KEEP_ALIVE:
+                        self.log.append(event)
             status = "completed" if source.outcome == "ok" else "failed"
         except asyncio.CancelledError:
             status = "cancelled"

@@ -5,10 +5,9 @@ lock the session -> give the engine its state -> pass events up -> commit what c
 Nothing of a turn that does not reach its commit is kept.
 """
 
-import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -16,13 +15,12 @@ from typing import Protocol
 from model.grammar import Grammar
 from model.sampling import SamplingParams
 from server.api.auth import Caller
-from server.api.router import Aborted, EventQueue
+from server.api.router import Aborted, EventQueue, Text
 from server.api.service import Service
 from server.engine.messages import (
     Continuation,
     DeadlinePassed,
     EngineRequest,
-    Event,
     Failed,
     Finished,
     Fresh,
@@ -66,6 +64,9 @@ class ChoiceSpec:
 
 Told = PromptScored | TextDelta | Finished
 """What a client hears of."""
+
+Happened = Iterator[tuple[int, Told]]
+"""Events, each with the index of its choice."""
 
 
 class Answer(Protocol):
@@ -162,8 +163,9 @@ class Turn:
         """
         await self._submit([choice], None, keep_state=True)
         async for happened in self.events():
-            if happened is not None and isinstance(happened[1], Finished):
-                return _state_after(happened[1])
+            for _, event in happened or ():
+                if isinstance(event, Finished):
+                    return _state_after(event)
         raise InternalError("the engine did not end a turn")
 
     async def _submit(
@@ -186,24 +188,22 @@ class Turn:
         self._service.metrics.resumed_tokens_total.inc(self.start.position)
         await self._allowance.charge(num_tokens)
 
-    async def events(
-        self, silence_s: float | None = None
-    ) -> AsyncIterator[tuple[int, Told] | None]:
-        """What happens, by index of the choice, until every choice has finished.
+    async def events(self, silence_s: float | None = None) -> AsyncIterator[Happened | None]:
+        """What happens until every choice has finished; all that waits for the caller at once.
 
-        None comes when nothing has happened for `silence_s`. The answer has taken each event before
-        it comes, and a session is committed when its `Finished` comes. Raises InternalError,
-        StorageFailed, SessionDamaged, Overloaded, ShuttingDown and DeadlineExceeded.
+        None comes when nothing has happened for `silence_s`. The answer takes each event just
+        before it comes out of `Happened`, which is to be read to its end, and a session is
+        committed when its `Finished` comes. Raises InternalError, StorageFailed, SessionDamaged,
+        Overloaded, ShuttingDown and DeadlineExceeded.
         """
         while self._requests:
-            event = await self._next_event(silence_s)
+            if not await self._queue.wait(silence_s):
+                yield None
+                continue
+            event = self._queue.take()
             match event:
-                case None:
-                    yield None
-                case TextDelta(request_id) | PromptScored(request_id):
-                    index, _ = self._requests[request_id]
-                    self._take(index, event)
-                    yield index, event
+                case list():
+                    yield self._told(event)
                 case Finished(request_id):
                     self._service.router.close([request_id])
                     index, _ = self._requests.pop(request_id)
@@ -211,7 +211,7 @@ class Turn:
                     await self._commit(event)
                     if not self._requests:
                         await self._let_go()  # a client may go on as soon as it sees the end
-                    yield index, event
+                    yield iter([(index, event)])
                 case Failed(_, message):
                     raise InternalError(message)
                 case NoProbabilities():
@@ -232,6 +232,7 @@ class Turn:
         if self._closed:
             return
         self._closed = True
+        self._queue.close()
         self._service.router.close(self._requests)
         for request_id in self._requests:
             self._service.engine.cancel(request_id)
@@ -285,15 +286,6 @@ class Turn:
             deadline=None if self._timeout_s is None else self._started + self._timeout_s,
         )
 
-    async def _next_event(self, silence_s: float | None) -> Event | Aborted | None:
-        if len(self._queue):
-            return self._queue.get_nowait()
-        try:
-            async with asyncio.timeout(silence_s):
-                return await self._queue.get()
-        except TimeoutError:
-            return None
-
     def _submit_again(self, request_id: str) -> None:
         """The warm row went to another sequence before the turn began: use the parked state."""
         _, request = self._requests[request_id]
@@ -305,6 +297,12 @@ class Turn:
         if self._ledger is None or self._ledger.is_fresh:
             return InternalError(reason)
         return self._ledger.damaged(reason)
+
+    def _told(self, texts: list[Text]) -> Happened:
+        for event in texts:
+            index, _ = self._requests[event.request_id]
+            self._take(index, event)
+            yield index, event
 
     def _take(self, index: int, event: Told) -> None:
         if not isinstance(event, PromptScored):

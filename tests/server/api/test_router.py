@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from server.api.router import MOST_APART, Aborted, EventQueue
-from server.engine.messages import Event, Failed, TextDelta, Token
+from server.engine.messages import Event, Failed, PromptScored, TextDelta, Token
 
 
 def delta(number: int, request_id: str = "a") -> TextDelta:
@@ -13,7 +13,11 @@ def delta(number: int, request_id: str = "a") -> TextDelta:
 
 
 def drain(queue: EventQueue) -> list[Event | Aborted]:
-    return [queue.get_nowait() for _ in range(len(queue))]
+    taken = list[Event | Aborted]()
+    while len(queue):
+        events = queue.take()
+        taken += events if isinstance(events, list) else [events]
+    return taken
 
 
 def test_events_come_as_they_were_put() -> None:
@@ -23,7 +27,7 @@ def test_events_come_as_they_were_put() -> None:
         queue.put(event)
     assert drain(queue) == events
     with pytest.raises(IndexError):
-        queue.get_nowait()
+        queue.take()
 
 
 def test_what_nobody_reads_is_put_together() -> None:
@@ -52,19 +56,49 @@ def test_after_a_pause_events_come_apart_again() -> None:
     assert drain(queue) == [delta(1), delta(2)]
 
 
+def test_texts_come_together_and_what_is_no_text_alone() -> None:
+    queue = EventQueue()
+    scored, failed = PromptScored("a", (Token(0),)), Failed("a", "no")
+    for event in (scored, delta(1), delta(2, "b"), failed, delta(3), Aborted()):
+        queue.put(event)
+    assert queue.take() == [scored, delta(1), delta(2, "b")]
+    assert queue.take() == failed
+    assert queue.take() == [delta(3)]
+    assert queue.take() == Aborted()
+
+
 def test_a_reader_waits_for_the_next_event() -> None:
     async def main() -> None:
         queue = EventQueue()
-        reader = asyncio.create_task(queue.get())
+        reader = asyncio.create_task(queue.wait())
         await asyncio.sleep(0)
         assert not reader.done()
         queue.put(delta(1))
         queue.put(delta(2))
-        assert await reader == delta(1)
-        assert await queue.get() == delta(2)
+        assert await reader
+        assert queue.take() == [delta(1), delta(2)]
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(queue.get(), 0.01)
+            await asyncio.wait_for(queue.wait(), 0.01)
         queue.put(delta(3))
-        assert await queue.get() == delta(3)
+        assert await queue.wait()
+        assert queue.take() == [delta(3)]
+
+    asyncio.run(main())
+
+
+def test_a_silence_is_told_once_it_has_been_long_enough() -> None:
+    async def main() -> None:
+        queue, loop = EventQueue(), asyncio.get_running_loop()
+        for number in range(10):  # each ends the silence before it is long enough
+            loop.call_later(0.02, queue.put, delta(number))
+            assert await queue.wait(0.1)
+            queue.take()
+        for _ in range(2):
+            started = loop.time()
+            assert not await queue.wait(0.1)
+            assert 0.1 <= loop.time() - started < 1
+        loop.call_later(0.2, queue.put, delta(0))
+        assert await queue.wait()  # whoever does not ask is not told
+        queue.close()
 
     asyncio.run(main())

@@ -86,9 +86,9 @@ def test_a_reader_who_falls_behind_what_is_kept_is_let_go() -> None:
 def test_ended_streams_make_room_and_are_forgotten_in_time() -> None:
     now = 1000.0
 
-    async def messages(count: float) -> AsyncIterator[BaseModel | None]:
+    async def messages(count: float) -> AsyncIterator[list[BaseModel] | None]:
         for number in itertools.takewhile(lambda n: n < count, itertools.count()):
-            yield Said(number=number)
+            yield [Said(number=number)]
             await asyncio.sleep(0)
 
     async def main() -> None:
@@ -119,8 +119,8 @@ def test_ended_streams_make_room_and_are_forgotten_in_time() -> None:
 def test_a_turn_that_is_cancelled_is_closed_and_says_so() -> None:
     closed = list[bool]()
 
-    async def messages() -> AsyncIterator[BaseModel | None]:
-        yield Said(number=0)
+    async def messages() -> AsyncIterator[list[BaseModel] | None]:
+        yield [Said(number=0)]
         await asyncio.sleep(60)
 
     async def close() -> None:

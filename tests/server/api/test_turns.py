@@ -30,8 +30,9 @@ async def take(service: Service, session_id: str) -> list[tuple[bool, bool]]:
         await turn.submit([CHOICE])
         async for happened in turn.events():
             assert happened is not None
-            last = isinstance(happened[1], Finished)
-            seen.append((last, service.sessions.is_busy(session_id)))
+            for _, event in happened:
+                last = isinstance(event, Finished)
+                seen.append((last, service.sessions.is_busy(session_id)))
             if last:
                 async with service.sessions.turn("", session_id) as following:
                     assert following.record.turn == turn.session_turn
@@ -63,7 +64,7 @@ def test_a_session_is_free_when_its_turn_says_that_it_ended(
 def test_a_turn_that_failed_is_closed_before_its_client_hears_of_it() -> None:
     happened = list[str]()
 
-    async def messages() -> AsyncIterator[BaseModel | None]:
+    async def messages() -> AsyncIterator[list[BaseModel] | None]:
         yield None
         raise DeadlineExceeded(1.0)
 
@@ -71,7 +72,7 @@ def test_a_turn_that_failed_is_closed_before_its_client_hears_of_it() -> None:
         happened.append("closed")
 
     async def main() -> None:
-        async for event in EventSource(messages(), close).events():
+        async for [event] in EventSource(messages(), close).events():
             happened.append("error" if b"deadline_exceeded" in event else "other")
 
     asyncio.run(main())
