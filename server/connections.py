@@ -14,6 +14,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from server.errors import InvalidRequest, LatentdError
 from server.settings import Settings
 
+SETTINGS = (
+    *("header_timeout_s", "stall_timeout_s", "keep_alive_timeout_s"),
+    *("max_header_bytes", "max_headers"),
+)
+"""The settings that are used here, by name."""
+
 
 class HeadersTooLarge(ValueError):
     """Ends the parsing of a request."""

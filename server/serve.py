@@ -5,7 +5,8 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import FrameType
 
@@ -17,6 +18,8 @@ from server.api.app import create_app, drain
 from server.api.conversation import TemplateFault
 from server.connections import uvicorn_config
 from server.engine.device import choose_device, choose_dtype, choose_threads
+from server.fronts.carrier import App
+from server.fronts.keeper import FrontFailed, Keeper
 from server.keys import KeyFileError, read_keys
 from server.sessions.sqlite.store import SQLiteStore
 from server.settings import Settings
@@ -41,11 +44,14 @@ def serve(settings: Settings) -> None:
     )
     if settings.key_file is not None:
         read_keys(settings.key_file)  # what is wrong with it is told before the slow part
-    with _bind(settings.host, settings.port) as listener:
-        _serve_on(listener, settings)
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(_bind(settings.host, settings.port))]
+        if settings.api_workers > 1:
+            listeners = _share(listeners[0], settings.api_workers, stack)
+        _serve_on(listeners, settings)
 
 
-def _serve_on(listener: socket.socket, settings: Settings) -> None:
+def _serve_on(listeners: Sequence[socket.socket], settings: Settings) -> None:
     device, device_reason = choose_device(settings.device)
     print(f"loading    {settings.checkpoint}; a first start also compiles code", flush=True)
     loaded = checkpoint.load(settings.checkpoint, device, choose_dtype(settings.dtype, device))
@@ -64,7 +70,13 @@ def _serve_on(listener: socket.socket, settings: Settings) -> None:
         asyncio.run(store.close())
         raise ServeError(f"--parking {settings.parking}: {error}") from error
     config = uvicorn_config(app, settings, LAST_BYTES_S)
-    _Server(config, partial(drain, app)).run([listener])
+    try:
+        if settings.api_workers == 1:
+            _Server(config, partial(drain, app)).run(list(listeners))
+        else:
+            _FrontedServer(config, partial(drain, app), app, settings).run(list(listeners))
+    except FrontFailed as error:
+        raise ServeError(str(error)) from error
 
 
 class _Server(uvicorn.Server):
@@ -84,11 +96,14 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
-        for listener in sockets or []:
+        await self._listen(sockets or [])
+        for listener in (sockets or [])[:1]:
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             print(f"listening  http://{shown}:{port}", flush=True)
+
+    async def _listen(self, sockets: list[socket.socket]) -> None:
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         del frame
@@ -110,6 +125,37 @@ class _Server(uvicorn.Server):
             self.should_exit = True
 
 
+class _FrontedServer(_Server):
+    """One whose connections are those of front processes, a process for each socket."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        drain: Callable[[], Coroutine[None, None, None]],
+        app: App,
+        settings: Settings,
+    ) -> None:
+        super().__init__(config, drain)
+        self._app = app
+        self._settings = settings
+        self._keeper: Keeper | None = None
+
+    async def _listen(self, sockets: list[socket.socket]) -> None:
+        await super()._listen([])
+        tasks = self.server_state.tasks
+        self._keeper = Keeper(self._app, self._settings, sockets, LAST_BYTES_S, tasks)
+        try:
+            await self._keeper.start()
+        except FrontFailed:
+            await self.shutdown()
+            raise
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._keeper is not None:
+            await self._keeper.stop()
+        await super().shutdown(sockets)
+
+
 def _bind(host: str, port: int) -> socket.socket:
     """A listening socket, before the slow part of the start."""
     try:
@@ -121,6 +167,26 @@ def _bind(host: str, port: int) -> socket.socket:
         raise ServeError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     listener.set_inheritable(True)
     return listener
+
+
+def _share(first: socket.socket, count: int, stack: ExitStack) -> list[socket.socket]:
+    """So many sockets in the place of `first`, among which the kernel spreads connections.
+
+    `first` was bound without sharing, so that another server on the address was noticed.
+    """
+    family, address = first.family, first.getsockname()
+    first.close()
+    listeners = []
+    for _ in range(count):
+        listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(address)
+        except OSError as error:
+            raise ServeError(f"cannot share {address[0]}:{address[1]}: {error.strerror}") from error
+        listeners.append(listener)
+    return listeners
 
 
 def _facts(settings: Settings, loaded: Checkpoint, device: str) -> str:

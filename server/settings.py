@@ -33,6 +33,12 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
+    api_workers: int = Field(
+        1,
+        ge=1,
+        description="Processes that own the clients' connections. With 1 the engine's process does "
+        "that too; more are for thousands of tokens a second (see docs/serving.md).",
+    )
     data_dir: Path = Field(
         platformdirs.user_data_path("latentd"), description="Folder of the session store."
     )

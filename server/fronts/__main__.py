@@ -1,0 +1,8 @@
+"""`python -m server.fronts`: a front process, which only the core starts."""
+
+import sys
+
+from server.fronts.process import run
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])

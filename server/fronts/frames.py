@@ -1,0 +1,168 @@
+"""What a core and its fronts say to each other: frames, each of a kind and of one request.
+
+A frame is a header (kind, request's number, payload's length; big-endian) and a payload. Bodies are
+raw bytes; a request's scope and an answer's head are JSON, in which bytes are Latin-1 text.
+"""
+
+import json
+from collections.abc import Iterator
+from enum import IntEnum
+from struct import Struct
+from typing import Any, NamedTuple
+
+_HEADER = Struct(">BII")
+HEADER_BYTES = _HEADER.size
+MAX_PAYLOAD_BYTES = 1 << 26
+"""More than any head; a longer frame means that the two have lost each other."""
+
+PIECE_BYTES = 1 << 16
+"""Most of a body in one frame, so that a large one does not hold up others."""
+
+REQUEST_WINDOW_BYTES = 1 << 18
+ANSWER_WINDOW_BYTES = 1 << 16
+"""What may be under way of a body that the other side has not taken."""
+
+
+class Kind(IntEnum):
+    """What a frame says."""
+
+    REQUEST = 1
+    """Front: a request has come; its scope."""
+
+    BODY = 2
+    LAST_BODY = 3
+    """Front: a piece of the request's body."""
+
+    DISCONNECT = 4
+    """Front: the client has gone."""
+
+    CREDIT = 5
+    """Either: so many bytes of the other's body were taken, and as many more may come."""
+
+    START = 6
+    """Core: the answer's status and headers."""
+
+    DATA = 7
+    LAST_DATA = 8
+    """Core: a piece of the answer's body."""
+
+    BROKEN = 9
+    """Core: the answer ends here, though it is not complete."""
+
+    READY = 10
+    """Front: it listens. Of no request, as the next."""
+
+    STOP = 11
+    """Core: take no new connections, and end when the answers that have begun are delivered."""
+
+
+class FrameError(ValueError):
+    """Bytes that are no frame."""
+
+
+class Frame(NamedTuple):
+    """One frame."""
+
+    kind: Kind
+    request: int
+    payload: bytes
+
+
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+def header(kind: Kind, request: int, num_bytes: int) -> bytes:
+    """What comes before a payload of so many bytes."""
+    return _HEADER.pack(kind, request, num_bytes)
+
+
+class FrameReader:
+    """Frames out of a stream of bytes, however it is cut."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """The frames that are complete with these bytes. To be read to the end.
+
+        Raises FrameError, after which there is no going on.
+        """
+        if self._rest:
+            data = self._rest + data
+        start, end = 0, len(data)
+        while end - start >= HEADER_BYTES:
+            number, request, num_bytes = _HEADER.unpack_from(data, start)
+            kind = _KINDS.get(number)
+            if kind is None or num_bytes > MAX_PAYLOAD_BYTES:
+                raise FrameError(f"a frame of kind {number} with {num_bytes} bytes")
+            payload = start + HEADER_BYTES
+            if payload + num_bytes > end:
+                break
+            start = payload + num_bytes
+            yield Frame(kind, request, data[payload:start])
+        self._rest = data[start:]
+
+
+def pack_credit(num_bytes: int) -> bytes:
+    return num_bytes.to_bytes(4)
+
+
+def unpack_credit(payload: bytes) -> int:
+    return int.from_bytes(payload)
+
+
+def pack_scope(scope: dict[str, Any]) -> bytes:
+    """An HTTP request's ASGI scope, without what only its own process can use."""
+    told = {
+        name: value.decode("latin-1") if isinstance(value, bytes) else value
+        for name, value in scope.items()
+        if name in _CARRIED
+    }
+    return json.dumps(told | {"headers": _text(scope["headers"])}).encode()
+
+
+def unpack_scope(payload: bytes) -> dict[str, Any]:
+    """The scope in the core."""
+    scope: dict[str, Any] = json.loads(payload)
+    for name in _AS_BYTES:
+        scope[name] = scope[name].encode("latin-1")
+    for name in ("client", "server"):
+        scope[name] = None if scope[name] is None else tuple(scope[name])
+    return scope | {"type": "http", "headers": _bytes(scope["headers"]), "state": {}}
+
+
+def pack_start(message: dict[str, Any]) -> bytes:
+    """The message `http.response.start`."""
+    return json.dumps([message["status"], _text(message.get("headers", []))]).encode()
+
+
+def unpack_start(payload: bytes) -> dict[str, Any]:
+    status, headers = json.loads(payload)
+    return {"type": "http.response.start", "status": status, "headers": _bytes(headers)}
+
+
+def first_window(scope: dict[str, Any]) -> int:
+    """How much of a request's body may come before the app has asked for it.
+
+    None for a client that waits to be asked: an answer may spare it the sending.
+    """
+    waits = any(
+        name.lower() == b"expect" and value.lower() == b"100-continue"
+        for name, value in scope["headers"]
+    )
+    return 0 if waits else REQUEST_WINDOW_BYTES
+
+
+_AS_BYTES = ("raw_path", "query_string")
+_CARRIED = {
+    *("asgi", "http_version", "server", "client", "scheme", "root_path", "method", "path"),
+    *_AS_BYTES,
+}
+
+
+def _text(headers: list[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+
+
+def _bytes(headers: list[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]

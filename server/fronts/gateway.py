@@ -1,0 +1,125 @@
+"""A front's side: an ASGI app that has its requests answered by the core."""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, MutableMapping
+from itertools import count
+from typing import Any
+
+from server.fronts.frames import (
+    ANSWER_WINDOW_BYTES,
+    PIECE_BYTES,
+    Frame,
+    Kind,
+    first_window,
+    pack_credit,
+    pack_scope,
+    unpack_credit,
+    unpack_start,
+)
+from server.fronts.link import Link
+from server.fronts.window import Taken, Window
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Gateway:
+    """Gives each request a number and the core's frames to the request that they are of."""
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        """`stop` is called when the core says so. Needs its `link` before the first request."""
+        self.link: Link
+        self._stop = stop
+        self._numbers = count(1)
+        self._open: dict[int, Exchange] = {}
+
+    def take(self, frame: Frame) -> None:
+        """The next frame of the core."""
+        if frame.kind is Kind.STOP:
+            self._stop()
+        elif (exchange := self._open.get(frame.request)) is not None:
+            exchange.take(frame)
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        number = next(self._numbers) & 0xFFFFFFFF
+        exchange = self._open[number] = Exchange(self.link, number, dict(scope))
+        carrying = asyncio.create_task(exchange.carry_request(receive))
+        try:
+            await exchange.carry_answer(send)
+        finally:
+            carrying.cancel()
+            del self._open[number]
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(self, link: Link, number: int, scope: dict[str, Any]) -> None:
+        self._link = link
+        self._number = number
+        self._scope = scope
+        self._window = Window(first_window(scope))
+        self._taken = Taken(ANSWER_WINDOW_BYTES)
+        self._came: deque[Frame] = deque()
+        self._waiting: asyncio.Future[None] | None = None
+
+    def take(self, frame: Frame) -> None:
+        """What the core says of it."""
+        if frame.kind is Kind.CREDIT:
+            self._window.give(unpack_credit(frame.payload))
+            return
+        self._came.append(frame)
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def carry_request(self, receive: Receive) -> None:
+        """The request to the core: its scope, its body, and that the client has gone."""
+        self._link.send(Kind.REQUEST, self._number, pack_scope(self._scope))
+        more = True
+        while True:
+            if more:
+                await self._window.open()
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                self._link.send(Kind.DISCONNECT, self._number)
+                return
+            body, more = message.get("body", b""), message.get("more_body", False)
+            self._window.use(len(body))
+            while len(body) > PIECE_BYTES:
+                self._link.send(Kind.BODY, self._number, body[:PIECE_BYTES])
+                body = body[PIECE_BYTES:]
+            self._link.send(Kind.BODY if more else Kind.LAST_BODY, self._number, body)
+
+    async def carry_answer(self, send: Send) -> None:
+        """The answer to the client. An incomplete one ends without its end, which closes the
+        connection."""
+        while True:
+            while not self._came:
+                self._waiting = asyncio.get_running_loop().create_future()
+                await self._waiting
+            frame = self._came.popleft()
+            match frame.kind:
+                case Kind.START:
+                    await send(unpack_start(frame.payload))
+                case Kind.BROKEN:
+                    return
+                case _:
+                    body, is_last = self._all_data(frame)
+                    await send(
+                        {"type": "http.response.body", "body": body, "more_body": not is_last}
+                    )
+                    if is_last:
+                        return
+                    if credit := self._taken.add(len(body)):
+                        self._link.send(Kind.CREDIT, self._number, pack_credit(credit))
+
+    def _all_data(self, first: Frame) -> tuple[bytes, bool]:
+        """What has come of the body in one piece, and whether that is its end."""
+        kind, pieces = first.kind, [first.payload]
+        while kind is Kind.DATA and self._came and self._came[0].kind is not Kind.BROKEN:
+            frame = self._came.popleft()
+            kind = frame.kind
+            pieces.append(frame.payload)
+        return b"".join(pieces), kind is Kind.LAST_DATA

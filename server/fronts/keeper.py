@@ -1,0 +1,121 @@
+"""The core's care for its fronts: starts them, starts another for one that has ended, ends them."""
+
+import asyncio
+import logging
+import socket
+import sys
+from asyncio.subprocess import DEVNULL, Process
+from collections.abc import Sequence
+from time import monotonic
+
+from server.connections import SETTINGS
+from server.fronts.carrier import App, Carrier
+from server.fronts.frames import Kind
+from server.settings import Settings
+
+START_S = 60
+"""For the fronts to be ready."""
+
+EXTRA_S = 2
+"""For a front to end, beyond the time that its last answers have."""
+
+SHORT_LIFE_S = 5.0
+"""A front that lived no longer would probably end again at once: the next one waits."""
+
+PAUSE_S = 1.0
+log = logging.getLogger(__name__)
+
+
+class FrontFailed(Exception):
+    """A front ended before it was ready."""
+
+
+class Keeper:
+    """One front process for each listening socket."""
+
+    def __init__(
+        self,
+        app: App,
+        settings: Settings,
+        listeners: Sequence[socket.socket],
+        last_bytes_s: int,
+        tasks: set[asyncio.Task[None]],
+    ) -> None:
+        """Requests run as `tasks`; the last answers have `last_bytes_s` to reach their clients."""
+        self._app = app
+        self._settings = settings.model_dump_json(include={*SETTINGS, "log_level"})
+        self._listeners = listeners
+        self._last_bytes_s = last_bytes_s
+        self._tasks = tasks
+        self._keeping: list[asyncio.Task[None]] = []
+        self._fronts: dict[Process, Carrier] = {}
+        self._stopping = asyncio.Event()
+
+    async def start(self) -> None:
+        """Start all and wait until they listen. Raises FrontFailed."""
+        loop = asyncio.get_running_loop()
+        ready = [loop.create_future() for _ in self._listeners]
+        self._keeping = [
+            asyncio.create_task(self._keep(*pair))
+            for pair in zip(self._listeners, ready, strict=True)
+        ]
+        try:
+            async with asyncio.timeout(START_S):
+                await asyncio.gather(*ready)
+        except TimeoutError:
+            raise FrontFailed(f"a front process was not ready within {START_S} s") from None
+
+    async def stop(self) -> None:
+        """Have all deliver what has begun, and end."""
+        self._stopping.set()
+        for listener in self._listeners:
+            listener.close()
+        for carrier in self._fronts.values():
+            carrier.link.send(Kind.STOP)
+        if self._keeping:
+            await asyncio.wait(self._keeping, timeout=self._last_bytes_s + EXTRA_S)
+        for process in self._fronts:
+            process.kill()
+        for keeping in self._keeping:
+            keeping.cancel()
+        await asyncio.gather(*self._keeping, return_exceptions=True)
+
+    async def _keep(self, listener: socket.socket, ready: asyncio.Future[None]) -> None:
+        while not self._stopping.is_set():
+            started = monotonic()
+            status, pid = await self._run_front(listener, ready)
+            if self._stopping.is_set():
+                return
+            if not ready.done():
+                ready.set_exception(FrontFailed(f"a front process ended with status {status}"))
+                return
+            log.error("front process %d ended with status %d: another is started", pid, status)
+            if monotonic() - started < SHORT_LIFE_S:
+                await asyncio.sleep(PAUSE_S)
+
+    async def _run_front(
+        self, listener: socket.socket, ready: asyncio.Future[None]
+    ) -> tuple[int, int]:
+        """Its exit status and its process id, when it has ended."""
+
+        def is_ready() -> None:
+            if not ready.done():
+                ready.set_result(None)
+
+        here, there = socket.socketpair()
+        with there:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "server.fronts"),
+                *(str(there.fileno()), str(listener.fileno())),
+                *(str(self._last_bytes_s), self._settings),
+                stdin=DEVNULL,
+                pass_fds=(there.fileno(), listener.fileno()),
+            )
+        carrier = self._fronts[process] = Carrier(self._app, self._tasks, is_ready)
+        try:
+            loop = asyncio.get_running_loop()
+            await loop.create_unix_connection(lambda: carrier.link, sock=here)
+            return await process.wait(), process.pid
+        finally:
+            del self._fronts[process]
+            carrier.link.close()

@@ -1,0 +1,57 @@
+"""The process of a front: a socket with clients behind it, and one with the core."""
+
+import asyncio
+import json
+import logging
+import os
+import socket
+from types import FrameType
+
+import uvicorn
+
+from server.connections import uvicorn_config
+from server.fronts.frames import Kind
+from server.fronts.gateway import Gateway
+from server.fronts.link import Link
+from server.settings import Settings
+
+LOST_CORE = 1
+"""The exit status of a front without a core."""
+
+
+def run(link_fd: str, listener_fd: str, last_bytes_s: str, settings_json: str) -> None:
+    """Serve until the core says stop or is gone. The descriptors are inherited."""
+    settings = Settings(**json.loads(settings_json))
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    with socket.socket(fileno=int(link_fd)) as link, socket.socket(fileno=int(listener_fd)) as own:
+        _Server(settings, link, int(last_bytes_s)).run([own])
+
+
+class _Server(uvicorn.Server):
+    """Signals are for the core, which tells when to stop: until then it needs its fronts."""
+
+    def __init__(self, settings: Settings, link: socket.socket, last_bytes_s: int) -> None:
+        self._gateway = Gateway(self._stop)
+        config = uvicorn_config(self._gateway, settings, last_bytes_s)
+        config.lifespan = "off"
+        super().__init__(config)
+        self._link = link
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        _, self._gateway.link = await loop.create_unix_connection(
+            lambda: Link(self._gateway.take, self._lost), sock=self._link
+        )
+        await super().startup(sockets)
+        self._gateway.link.send(Kind.READY)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        del sig, frame
+
+    def _stop(self) -> None:
+        self.should_exit = True
+
+    def _lost(self) -> None:
+        os._exit(LOST_CORE)  # nothing that has begun can be completed
