@@ -18,8 +18,9 @@ from server.engine.messages import (
     Token,
 )
 
-MOST_APART = 64
-"""Events of a queue that stay as they are; text beyond them is put together."""
+MOST_APART = 1
+"""Events of a queue that stay as they are; text beyond them is put together: whoever keeps up gets
+an event a token, and a reader or an event loop that is late catches up."""
 
 
 Text = TextDelta | PromptScored

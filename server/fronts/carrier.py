@@ -134,10 +134,8 @@ class CarriedRequest:
             self._link.send(Kind.START, self._number, pack_start(dict(message)))
             return
         body = message.get("body", b"")
-        while len(body) > PIECE_BYTES:
-            await self._window.open()
-            self._data(Kind.DATA, bytes(body[:PIECE_BYTES]))
-            body = body[PIECE_BYTES:]
+        if len(body) > PIECE_BYTES:
+            body = await self._all_but_the_last_piece(memoryview(body))
         if not self._window.is_open:
             await self._window.open()
         if message.get("more_body", False):
@@ -146,6 +144,15 @@ class CarriedRequest:
             self._data(Kind.LAST_DATA, body)
             self._is_complete = True
             self._happened.set()
+
+    async def _all_but_the_last_piece(self, body: memoryview) -> bytes:
+        """Send them; returns what is left."""
+        start = 0
+        while len(body) - start > PIECE_BYTES:
+            await self._window.open()
+            self._data(Kind.DATA, bytes(body[start : start + PIECE_BYTES]))
+            start += PIECE_BYTES
+        return bytes(body[start:])
 
     def _data(self, kind: Kind, body: bytes) -> None:
         if not self._is_gone:

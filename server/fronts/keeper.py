@@ -6,6 +6,7 @@ import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Sequence
+from contextlib import suppress
 from time import monotonic
 
 from server.connections import SETTINGS
@@ -75,7 +76,9 @@ class Keeper:
         if self._keeping:
             await asyncio.wait(self._keeping, timeout=self._last_bytes_s + EXTRA_S)
         for process in self._fronts:
-            process.kill()
+            log.error("front process %d does not end: it is killed", process.pid)
+            with suppress(ProcessLookupError):
+                process.kill()
         for keeping in self._keeping:
             keeping.cancel()
         await asyncio.gather(*self._keeping, return_exceptions=True)
