@@ -1,5 +1,7 @@
 """`POST /v1/completions` without a session."""
 
+import json
+
 import httpx
 import pytest
 
@@ -145,3 +147,13 @@ def test_a_long_wait_is_filled_with_comments(server: LiveServer) -> None:
     ):
         assert next(response.iter_lines()) == ": keep-alive"
     server.wait_until_idle()
+
+
+def test_an_event_that_is_plain_has_what_a_full_one_has(client: httpx.Client) -> None:
+    plain, full = stream(client), stream(client, stream_options={"continuous_usage_stats": True})
+    assert streamed_text(plain) == streamed_text(full)
+    (_, first), (_, second) = plain[0], full[0]
+    assert second.pop("usage")["completion_tokens"] > 0
+    first |= {name: second[name] for name in ("id", "created")}
+    first["choices"][0]["text"] = second["choices"][0]["text"]
+    assert json.dumps(first) == json.dumps(second)

@@ -62,9 +62,7 @@ def test_any_cut_gives_the_same_frames(frames: list[Frame], cuts: list[int]) -> 
     places = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
     reader = FrameReader()
     read = [
-        frame
-        for start, end in itertools.pairwise(places)
-        for frame in reader.feed(data[start:end])
+        frame for start, end in itertools.pairwise(places) for frame in reader.feed(data[start:end])
     ]
     assert read == frames
 

@@ -10,11 +10,14 @@ def test_a_window_opens_with_room_or_when_nobody_takes_any_more() -> None:
         window = Window(10)
         await window.open()
         window.use(12)  # the last piece may go beyond
-        for is_open in (lambda: window.give(3), window.lift):
+        for room in (3, None):
             waiting = asyncio.create_task(window.open())
             await asyncio.sleep(0)
             assert not waiting.done()
-            is_open()
+            if room is None:
+                window.lift()
+            else:
+                window.give(room)
             await waiting
             window.use(1)
         await window.open()

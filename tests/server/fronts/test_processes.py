@@ -1,0 +1,306 @@
+"""A server with front processes, by the real command: what one process does, and their lives."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import torch
+
+from model import checkpoint, tokenizer
+from model.config import ModelConfig
+from model.network import LanguageModel
+from tests.server.api.calls import BODY, complete, stream, streamed_text, text_of
+from tests.server.processes import ServerProcess, server_process
+
+FLAGS = ("--api-workers", "2", "--max-body-bytes", "4000000", "--stall-timeout-s", "1")
+ENDLESS = {"prompt": "a", "max_tokens": 60_000, "stream": True, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network whose state has more than two megabytes."""
+    words = tokenizer.train(["the cat sat on the mat and then"], 300, ["<|endoftext|>"])
+    end = words.special_tokens["<|endoftext|>"]
+    config = ModelConfig(
+        vocab_sz=300,
+        d_emb=32,
+        n_layers=2,
+        n_heads=64,
+        d_key=64,
+        d_val=64,
+        bos_token_id=end,
+        eos_token_ids=(end,),
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoints") / "wide"
+    checkpoint.save(folder, config, LanguageModel(config).state_dict(), words, None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fronted(
+    wide_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    with server_process(wide_checkpoint, tmp_path_factory.mktemp("data"), *FLAGS) as server:
+        yield server
+
+
+def fronts(server: ServerProcess) -> list[int]:
+    """The process ids of its fronts."""
+    tasks = Path(f"/proc/{server.process.pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def connect(server: ServerProcess) -> socket.socket:
+    where = urlsplit(server.url)
+    return socket.create_connection((where.hostname, where.port or 0), 10)
+
+
+def rest(connection: socket.socket) -> bytes:
+    """The last of what comes until the connection ends."""
+    last = b""
+    with suppress(ConnectionResetError):
+        while piece := connection.recv(1 << 16):
+            last = piece
+    return last
+
+
+def owner(server: ServerProcess, connection: socket.socket) -> int:
+    """The front whose connection it is, by the kernel's tables of sockets."""
+    port = f":{connection.getsockname()[1]:04X}"
+    inodes = {
+        fields[9]
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
+        if (fields := line.split())[2].endswith(port)
+    }
+    [found] = [
+        pid
+        for pid in fronts(server)
+        if inodes & {os.readlink(fd)[8:-1] for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    ]
+    return found
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+
+
+def running(client: httpx.Client) -> float:
+    return metric(client, "latentd_requests_running")
+
+
+def wait_until_running(client: httpx.Client, count: int) -> None:
+    deadline = time.monotonic() + 10
+    while (now := running(client)) != count:
+        assert time.monotonic() < deadline, now
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_an_answer_is_the_same_whole_and_as_a_stream(fronted: ServerProcess) -> None:
+    assert len(fronts(fronted)) == 2
+    with fronted.client() as client:
+        events = stream(client, max_tokens=200, stream_options={"include_usage": True})
+        assert streamed_text(events) == text_of(client, max_tokens=200)
+        assert [event_id for event_id, _ in events] == [str(i) for i in range(len(events))]
+        assert events[-2][1]["usage"]["completion_tokens"] == 200
+
+
+def test_many_requests_share_a_connection(fronted: ServerProcess) -> None:
+    with fronted.client() as client:
+        for _ in range(20):
+            response = client.get("/v1/models", headers={"X-Request-ID": "mine"})
+            assert response.status_code == 200
+            assert response.headers["X-Request-ID"] == "mine"
+        assert client.head("/v1/models").content == b""
+        assert client.get("/nothing").json()["error"]["code"] == "not_found"
+
+
+def test_a_session_goes_on_over_any_connection(fronted: ServerProcess) -> None:
+    with fronted.client() as client:
+        whole = text_of(client, max_tokens=60)
+        session_id = client.post("/v1/sessions").json()["id"]
+    text, prompt = "", "the cat"
+    for _ in range(6):
+        with fronted.client() as client:
+            text += text_of(client, session_id=session_id, prompt=prompt, max_tokens=10)
+        prompt = ""
+    assert text == whole
+
+
+def test_a_resumable_stream_goes_on_over_another_connection(fronted: ServerProcess) -> None:
+    body = BODY | {"stream": True, "resumable": True, "max_tokens": 500}
+    with fronted.client() as client:
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            stream_id, lines = response.headers["X-Stream-ID"], response.iter_lines()
+            while (line := next(lines)) != "id: 5":
+                pass
+        after = {"Last-Event-ID": line[4:]}
+    with fronted.client() as client:
+        rest = client.get(f"/v1/streams/{stream_id}", headers=after).text
+    ids = [int(line[4:]) for line in rest.split("\n") if line.startswith("id: ")]
+    assert ids == list(range(6, 6 + len(ids)))
+    assert rest.endswith(f"data: [DONE]\nid: {ids[-1]}\n\n")
+
+
+def test_a_client_that_goes_frees_its_row(fronted: ServerProcess) -> None:
+    with fronted.client() as client:
+        with client.stream("POST", "/v1/completions", json=ENDLESS) as response:
+            lines = response.iter_lines()  # which ends the request when it is let go
+            next(lines)
+            wait_until_running(client, 1)
+        wait_until_running(client, 0)
+        whole = ENDLESS | {"stream": False}
+        with closing(connect(fronted)) as connection:
+            content = json.dumps(whole).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json"
+            connection.sendall(head + b"\r\ncontent-length: %d\r\n\r\n" % len(content) + content)
+            wait_until_running(client, 1)
+        wait_until_running(client, 0)
+
+
+def test_megabytes_of_state_go_out_and_in(fronted: ServerProcess) -> None:
+    with fronted.client() as client:
+        session_id = client.post("/v1/sessions").json()["id"]
+        complete(client, session_id=session_id)
+        blob = client.get(f"/v1/sessions/{session_id}/state").content
+        assert len(blob) > 2_000_000
+        imported = client.post("/v1/sessions/import", content=blob)
+        assert imported.status_code == 201, imported.text
+        again = {"session_id": imported.json()["id"], "prompt": ""}
+        assert text_of(client, **again) == text_of(client, session_id=session_id, prompt="")
+        padded = json.dumps(BODY).encode() + b" " * 3_900_000
+        told = {"content-type": "application/json"}
+        assert client.post("/v1/completions", content=padded, headers=told).status_code == 200
+        too_much = client.post("/v1/completions", content=padded + b" " * 200_000, headers=told)
+        assert too_much.status_code == 413
+
+
+def test_what_is_not_http_and_what_is_too_large_are_refused(fronted: ServerProcess) -> None:
+    asking = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\n"
+    cases = {
+        b"hello\r\n\r\n": (b"400", b"invalid_http"),
+        asking + b"content-length: 5000000\r\n\r\n": (b"413", b"too_large"),
+        b"GET / HTTP/1.1\r\nx: " + b"y" * 40_000 + b"\r\n\r\n": (b"431", b"headers_too_large"),
+    }
+    for said, (status, code) in cases.items():
+        with closing(connect(fronted)) as connection:
+            connection.sendall(said)
+            answer = b""
+            while code not in answer:
+                piece = connection.recv(65536)
+                assert piece, answer
+                answer += piece
+            assert answer.startswith(b"HTTP/1.1 " + status)
+
+
+def test_a_client_that_does_not_read_is_let_go(fronted: ServerProcess) -> None:
+    content = json.dumps(ENDLESS | {"logprobs": 20, "n": 8, "max_tokens": 1500}).encode()
+    with closing(socket.socket()) as stalled, fronted.client() as client:
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        where = urlsplit(fronted.url)
+        stalled.connect((where.hostname, where.port))
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        stalled.sendall(head + b"content-length: %d\r\n\r\n" % len(content) + content)
+        wait_until_running(client, 8)
+        generated = metric(client, "latentd_generation_tokens_total")
+        deadline = time.monotonic() + 20
+        while running(client):  # long before all its tokens are there
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        generated = metric(client, "latentd_generation_tokens_total") - generated
+    assert generated < 8 * 1500 * 0.9
+
+
+def test_a_front_that_is_killed_is_replaced_and_its_turns_roll_back(
+    fronted: ServerProcess,
+) -> None:
+    before = fronts(fronted)
+    with fronted.client() as client:
+        session_id = client.post("/v1/sessions").json()["id"]
+    content = json.dumps(ENDLESS | {"session_id": session_id}).encode()
+    with closing(connect(fronted)) as connection:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        connection.sendall(head + b"content-length: %d\r\n\r\n" % len(content) + content)
+        connection.recv(100)
+        killed = owner(fronted, connection)
+        os.kill(killed, signal.SIGKILL)
+        assert b"[DONE]" not in rest(connection)
+    deadline = time.monotonic() + 20
+    while len(after := fronts(fronted)) < 2 or killed in after:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert set(before) - {killed} < set(after)
+    for _ in range(10):  # by the new one, too
+        with fronted.client() as client:
+            session = client.get(f"/v1/sessions/{session_id}").json()
+            assert (session["turn"], session["status"]) == (0, "idle")
+    with fronted.client() as client:
+        assert running(client) == 0
+        assert text_of(client, session_id=session_id)
+
+
+def test_signals_drain_and_then_everything_is_gone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with server_process(tiny_checkpoint, tmp_path, *FLAGS) as server, server.client() as client:
+        pids = fronts(server)
+        session_id = client.post("/v1/sessions").json()["id"]
+        body = ENDLESS | {"max_tokens": 4000, "session_id": session_id}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            for pid in (server.process.pid, *pids):  # as Ctrl-C does
+                os.kill(pid, signal.SIGINT)
+            with server.client() as other:
+                while (ready := other.get("/health/ready")).status_code == 200:
+                    pass
+                assert ready.status_code == 503
+                with server.client() as newcomer:
+                    refused = newcomer.post("/v1/completions", json=BODY)
+                assert refused.json()["error"]["code"] == "shutting_down"
+            *_, end = (line for line in lines if line.startswith("data: {"))
+            assert json.loads(end[6:])["session_turn"] == 1
+        assert server.wait() == 0
+        wait_until_gone(pids)
+
+
+def test_without_its_core_no_front_stays(fronted: ServerProcess) -> None:
+    """The last test of its server, which it kills."""
+    pids, ended = fronts(fronted), list[Exception]()
+    with fronted.client() as client, fronted.client() as other:
+
+        def read() -> None:
+            try:
+                client.post("/v1/completions", json=ENDLESS)
+            except httpx.HTTPError as error:
+                ended.append(error)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        wait_until_running(other, 1)
+        fronted.kill()
+        reader.join(10)
+        assert ended
+        wait_until_gone(pids)
