@@ -174,6 +174,8 @@ def _share(first: socket.socket, count: int, stack: ExitStack) -> list[socket.so
 
     `first` was bound without sharing, so that another server on the address was noticed.
     """
+    if not hasattr(socket, "SO_REUSEPORT"):
+        raise ServeError(f"--api-workers {count}: processes cannot share a port on this system")
     family, address = first.family, first.getsockname()
     first.close()
     listeners = []
