@@ -199,11 +199,12 @@ def begin(client: httpx.Client, count: int, **changes: object) -> tuple[str, lis
 @pytest.mark.parametrize("count", [1, 5, 12])
 def test_a_lost_connection_loses_nothing(client: httpx.Client, count: int) -> None:
     session_id = client.post("/v1/sessions").json()["id"]
-    stream_id, seen = begin(client, count, **SHORT, session_id=session_id)
+    long = {"max_tokens": 500}  # in many events, though those that wait are put together
+    stream_id, seen = begin(client, count, **SHORT | long, session_id=session_id)
     rest = resume(client, stream_id, seen[-1][0])
     assert [number for number, _ in seen + rest] == list(range(len(seen + rest)))
     assert rest[-1][1] == "[DONE]"
-    assert text(seen + rest) == text_of(client)
+    assert text(seen + rest) == text_of(client, **long)
     assert resume(client, stream_id, None) == seen + rest
     assert client.get(f"/v1/sessions/{session_id}").json()["turn"] == 1
     assert {json.loads(data)["id"] for _, data in rest[:-1]} == {stream_id}
