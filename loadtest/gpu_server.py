@@ -95,7 +95,7 @@ def delivered(
     finally:
         server.terminate()
         server.wait()
-    return sum(report.tokens for report in reports) / max(report.seconds for report in reports)
+    return sum(each.tokens for each in reports) / max(each.seconds for each in reports)
 
 
 def _port(server: subprocess.Popen[str]) -> str:

@@ -10,11 +10,12 @@ import torch
 
 from model import WeightDtype
 from model.attention import AttentionState
+from model.cuda.table import SamplerTable
 from model.kernels import position as recurrence
 from model.kernels.attention import absorb, chunked, step
 from model.kernels.inputs import take_inputs
 from model.kernels.linear import linear
-from model.kernels.sampling import SamplerTable, choose
+from model.kernels.sampling import choose
 from model.linear import narrow
 
 

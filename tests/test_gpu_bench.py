@@ -1,0 +1,18 @@
+"""The program that measures a GPU runs without one, so that a lent hour is not lost to a typo."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.long
+def test_it_checks_and_prints_every_part() -> None:
+    command = [sys.executable, "-m", "loadtest.gpu", "--tiny", "--no-server"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for part in ("kernels against float64", "copy:", "of the copy", "prefill", "to host memory"):
+        assert part in done.stdout
