@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from model import kernels
 from model.config import ModelConfig
 from model.network import LanguageModel
 from server.engine import device
@@ -60,5 +61,14 @@ def test_a_gpu_has_bfloat16_weights_unless_others_are_asked_for() -> None:
     assert [choose_dtype("int8", each) for each in (cpu, gpu)] == ["int8", "int8"]
 
 
+@pytest.mark.skipif(not kernels.is_available(), reason="needs Triton")
 def test_kernels_are_told_of(network: LanguageModel) -> None:
     assert choose_threads(1, network.fuse()) == "1 thread, Triton kernels"
+
+
+def test_a_gpu_without_triton_says_so(
+    network: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "is_available", lambda: False)
+    monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
+    assert choose_threads(1, network) == "1 thread, plain torch, Triton is not installed"

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from model import checkpoint as checkpoints
+from model import kernels
 from model.checkpoint import Checkpoint
-from model.cuda.decoder import GraphDecoder
 from model.sampling import SamplingParams
 from server.engine.messages import EngineRequest, Parked
 from tests.server.engine.driver import LIMITS, request
@@ -28,6 +28,7 @@ def asked(name: str, num_prompt: int, **changes: object) -> EngineRequest:
 
 @pytest.mark.gpu
 @pytest.mark.long
+@pytest.mark.skipif(not kernels.is_available(), reason="needs Triton")
 def test_turns_are_those_of_the_compiled_network(fused: Checkpoint, checkpoint: Checkpoint) -> None:
     """Streams, a session with its next turn from bytes, penalties and probabilities together."""
     first = [
@@ -37,7 +38,7 @@ def test_turns_are_those_of_the_compiled_network(fused: Checkpoint, checkpoint: 
         asked("scored", 5, num_logprobs=1, score_prompt=True),
     ]
     played = [Stepper(each, replace(LIMITS, warm_sessions=0)) for each in (fused, checkpoint)]
-    assert isinstance(played[0].worker._decoder, GraphDecoder)
+    assert played[0].worker._decoder.runs_ahead
     for stepper in played:
         stepper.submit(*first)
         stepper.run()
