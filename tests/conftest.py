@@ -27,7 +27,7 @@ def quick_interpreter() -> None:
 
     What it puts in place then stays there. Most of the time of these tests would go there.
     """
-    if "TRITON_INTERPRET" not in os.environ or "triton" not in sys.modules:
+    if "TRITON_INTERPRET" not in os.environ or sys.modules.get("triton") is None:
         return
     from triton.runtime import interpreter
 
