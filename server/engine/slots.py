@@ -13,6 +13,7 @@ class Slots:
 
     def __init__(self, num_rows: int) -> None:
         self._owner: dict[int, str | None] = dict.fromkeys(range(1, num_rows + 1))
+        self._free = list(self._owner)
         self._row: dict[str, int] = {}
         self._warm: OrderedDict[str, None] = OrderedDict()
         self._evicted: list[str] = []
@@ -32,7 +33,7 @@ class Slots:
 
     @property
     def num_free(self) -> int:
-        return sum(owner is None for owner in self._owner.values())
+        return len(self._free)
 
     def row(self, owner: str) -> int:
         """The row of a sequence or of a warm state."""
@@ -43,18 +44,17 @@ class Slots:
         return self.num_active < self.num_rows
 
     def acquire(self, owner: str) -> int:
-        """A row for a new sequence: the last free one, else that of the oldest warm state.
+        """A row for a new sequence: a free one, else that of the oldest warm state.
 
         It may hold another's state: the caller overwrites all of it.
         """
-        free = [row for row, name in self._owner.items() if name is None]
-        if not free:
+        if not self._free:
             oldest = next(iter(self._warm))
             self.release(oldest)
             self._evicted.append(oldest)
-            return self.acquire(owner)
-        self._set(free[-1], owner)
-        return free[-1]
+        row = self._free.pop()
+        self._set(row, owner)
+        return row
 
     def take_evicted(self) -> list[str]:
         """Names of the warm states that were forgotten for want of a row or after an error."""
@@ -79,6 +79,7 @@ class Slots:
         """Free the row of a sequence or of a warm state."""
         row = self._row.pop(owner)
         self._owner[row] = None
+        self._free.append(row)
         self._warm.pop(owner, None)
         return row
 
@@ -88,6 +89,7 @@ class Slots:
         self._warm.clear()
         self._row.clear()
         self._owner = dict.fromkeys(self._owner)
+        self._free = list(self._owner)
 
     def is_warm(self, name: str) -> bool:
         return name in self._warm
@@ -96,7 +98,8 @@ class Slots:
         """Prove that every row has one owner or none. Raises RuntimeError."""
         used = {row: owner for owner, row in self._row.items()}
         owned = {row: owner for row, owner in self._owner.items() if owner is not None}
-        if used != owned or len(used) + self.num_free != self.num_rows:
+        free = {row for row, owner in self._owner.items() if owner is None}
+        if used != owned or free != set(self._free) or len(free) != self.num_free:
             raise RuntimeError(f"rows are not accounted for: {used} against {owned}")
 
     def _set(self, row: int, owner: str) -> None:
