@@ -46,8 +46,9 @@ def test_the_metrics_are_those_of_the_design() -> None:
     metrics = Metrics()
     for name, (kind, labels) in DESIGN.items():
         metric = getattr(metrics, name)
-        assert (metric._type, metric._labelnames) == (kind, labels), name
-        assert f"latentd_{name}".removesuffix("_total") == metric._name
+        [family, *_] = metric.collect()
+        assert (family.type, getattr(metric, "_labelnames", ())) == (kind, labels), name
+        assert f"latentd_{name}".removesuffix("_total") == family.name
     attributes = {name for name in vars(metrics) if name != "registry"}
     assert attributes == DESIGN.keys()
 
