@@ -130,13 +130,15 @@ class Session:
 
     async def _abort(self, number: int) -> None:
         """Leave in the middle of a turn, or before its first token."""
-        body = request(number) | {"session_id": self._id, "max_tokens": 5000, "stream": True}
+        body = request(number) | {"session_id": self._id, "max_tokens": 60_000, "stream": True}
         body.pop("stop", None)
         async with self._client.stream("POST", "/v1/completions", json=body) as response:
             assert response.status_code == 200, await response.aread()
-            lines = response.aiter_lines()
-            for _ in range(number % 5 * 4):
-                await anext(lines)
+            lines, told = response.aiter_lines(), list[str]()
+            while len(told) < number % 5 * 4:
+                line = await anext(lines, None)
+                assert line is not None, told
+                told.append(line)
         while (await self._get())["status"] == "busy":
             pass
 
