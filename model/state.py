@@ -70,6 +70,15 @@ class StatePool:
                 shape, tensor.initial, dtype=DTYPES[tensor.dtype], device=device
             )
 
+    @property
+    def responds(self) -> bool:
+        """Whether the device still computes: after some errors a GPU does nothing any more for the
+        process that caused them."""
+        try:
+            return bool(torch.ones(1, device=self.device).sum().item() == 1)
+        except RuntimeError:
+            return False
+
     def reset(self, row: int) -> None:
         """Make the row the state before the first token."""
         for tensor in self.spec.tensors:

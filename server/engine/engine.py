@@ -8,6 +8,7 @@ from server.engine.inbox import Inbox
 from server.engine.messages import Cancel, EngineRequest, Release, Stop, Submit
 from server.engine.scheduler import EngineLimits
 from server.engine.worker import Deliver, Worker
+from server.errors import ShuttingDown
 from server.metrics import Metrics
 
 __all__ = ["Engine", "EngineLimits"]
@@ -41,9 +42,15 @@ class Engine:
         return self._thread.is_alive()
 
     def submit(self, *requests: EngineRequest) -> None:
-        """Queue requests, all or none. Raises Overloaded when the queue is full."""
+        """Queue requests, all or none.
+
+        Raises Overloaded when the queue is full, and ShuttingDown when the engine has ended: it
+        does so by itself when its device is lost.
+        """
+        self._check_running()
         now = time.monotonic()
         self._inbox.submit(*(Submit(request, now) for request in requests))
+        self._check_running()  # it may have ended just before the requests came
 
     def cancel(self, request_id: str) -> None:
         """Abandon a request in whatever phase it is; unknown and finished ones are ignored."""
@@ -52,3 +59,7 @@ class Engine:
     def release(self, name: str) -> None:
         """Forget a warm state; unknown names are ignored."""
         self._inbox.put(Release(name))
+
+    def _check_running(self) -> None:
+        if not self.is_running:
+            raise ShuttingDown("the engine has ended; see the server's log")

@@ -108,6 +108,8 @@ class Worker:
 
         self._num_warm_names = 0
         self._stopping = False
+        self._is_broken = False
+        """The device is lost: the thread ends, and a server without it is not ready."""
 
     def run(self) -> None:
         """Work until told to stop; sleep while there is nothing to do."""
@@ -115,6 +117,8 @@ class Worker:
         self._report_slots()
         while not self._stopping:
             self.step()
+        if self._is_broken:
+            self._refuse_all()
 
     def step(self) -> None:
         """Do what there is to do now; wait for a message first if that is nothing."""
@@ -447,8 +451,19 @@ class Worker:
             self._end(Failed(request_id, FAILED))
         try:
             self._erase_all()
-        except Exception:  # the device may be what failed; who gets a row overwrites it
+        except Exception:  # who gets a row overwrites it, if anybody ever does
             log.exception("free rows could not be erased")
+        if not self._pool.responds:
+            log.critical("the device does not answer any more: the engine ends")
+            self._is_broken = self._stopping = True
+
+    def _refuse_all(self) -> None:
+        """Tell those that came too late for a broken engine."""
+        for message in self._inbox.take(wait=False):
+            if isinstance(message, Submit):
+                self._inbox.waits_no_more(message.request)
+                self._end(Failed(message.request.request_id, FAILED))
+        self._flush()
 
     def _end(self, event: Ending) -> None:
         """Tell a request's last event."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from model.checkpoint import Checkpoint
 from model.sampling import SamplingParams
@@ -20,7 +21,7 @@ from server.engine.messages import (
     TextDelta,
     Warm,
 )
-from server.errors import Overloaded
+from server.errors import Overloaded, ShuttingDown
 from tests.server.engine.driver import LIMITS, Driver, is_last, request
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -274,6 +275,26 @@ def test_an_error_between_two_phases_is_told_too(
     assert not [event for event in seen if isinstance(event, Finished)]
     driver.turn(request("y"))
     assert driver.slots()["running"] == 0
+
+
+def test_an_engine_whose_device_is_lost_ends_and_takes_nothing_more(
+    driver: Driver, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    driver.turn(request("before"))
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.network, "step", lost)
+        patched.setattr(StatePool, "poison", lost)
+        patched.setattr(StatePool, "responds", False)
+        driver.engine.submit(*(request(f"x{i}", 3) for i in range(6)))
+        seen = driver.wait(lambda seen: sum(isinstance(e, Failed) for e in seen) == 6)
+        driver.engine._thread.join(5)
+    assert not driver.engine.is_running
+    assert not [event for event in seen if isinstance(event, Failed) and "CUDA" in event.message]
+    with pytest.raises(ShuttingDown, match="has ended"):
+        driver.engine.submit(request("late"))
 
 
 def test_an_idle_engine_uses_no_processor_time(driver: Driver) -> None:
