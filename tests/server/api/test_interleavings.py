@@ -131,6 +131,7 @@ class Session:
     async def _abort(self, number: int) -> None:
         """Leave in the middle of a turn, or before its first token."""
         body = request(number) | {"session_id": self._id, "max_tokens": 60_000, "stream": True}
+        body["temperature"] = 1.0  # the most probable token of some has no text, for ever
         body.pop("stop", None)
         async with self._client.stream("POST", "/v1/completions", json=body) as response:
             assert response.status_code == 200, await response.aread()

@@ -1,4 +1,4 @@
-"""On the GPU where there is one, in Triton's interpreter where there is none."""
+"""Kernels run on the GPU where there is one, and in Triton's interpreter where there is none."""
 
 from pathlib import Path
 
@@ -7,17 +7,17 @@ import torch
 
 from model import kernels
 
-HERE = Path(__file__).parent
-collect_ignore_glob = [] if kernels.is_available() else ["test_*.py"]
+OF_KERNELS = [Path(__file__).parent / name for name in ("kernels", "cuda")]
+collect_ignore = [] if kernels.is_available() else OF_KERNELS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if HERE in item.path.parents:
+        if any(folder in item.path.parents for folder in OF_KERNELS):
             item.add_marker("gpu")
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where the network runs."""
+    """Where kernels run."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
