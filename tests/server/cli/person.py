@@ -18,6 +18,7 @@ main()
 """
 CTRL_C, CTRL_D = "\x03", "\x04"
 PATIENCE_S = 60.0
+AGAIN_S = 5.0
 
 
 class Person:
@@ -33,11 +34,21 @@ class Person:
     def type(self, keys: str) -> None:
         os.write(self._terminal, keys.encode())
 
-    def read(self, pattern: str) -> re.Match[str]:
-        """What is shown up to this pattern; raises AssertionError if it does not come."""
+    def read(self, pattern: str, again: str = "") -> re.Match[str]:
+        """What is shown up to this pattern; raises AssertionError if it does not come.
+
+        Some keys may be typed again while nothing is shown: Python's readline does not notice a
+        Ctrl-C that comes after it has shown the prompt and before it waits for keys.
+        """
         deadline = time.monotonic() + PATIENCE_S
         while not (found := re.search(pattern, self._unread)):
-            ready, _, _ = select.select([self._terminal], [], [], deadline - time.monotonic())
+            patience_s = deadline - time.monotonic()
+            if again and patience_s > AGAIN_S:
+                ready, _, _ = select.select([self._terminal], [], [], AGAIN_S)
+                if not ready:
+                    self.type(again)
+                    continue
+            ready, _, _ = select.select([self._terminal], [], [], patience_s)
             more = bool(ready) and self._take()
             assert more, f"no {pattern!r} in {self.all!r}"
         self._unread = self._unread[found.end() :]

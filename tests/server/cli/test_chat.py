@@ -364,7 +364,7 @@ def test_ctrl_d_ends_the_chat(chatting: LiveServer, client: httpx.Client) -> Non
 
 def ends(somebody: Person, key: str, session_id: str) -> None:
     somebody.type(key)
-    somebody.read(f"latentd chat --session {session_id}")
+    somebody.read(f"latentd chat --session {session_id}", again=key)
     assert somebody.leave() == 0
 
 
