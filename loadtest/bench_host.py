@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -20,7 +21,7 @@ from model.network import LanguageModel
 from model.sampling import SamplingParams
 from model.state import StatePool
 from server.engine.inbox import Inbox
-from server.engine.messages import Continuation, EngineRequest, Evicted, Fresh, Submit
+from server.engine.messages import Continuation, EngineRequest, Event, Evicted, Fresh, Submit
 from server.engine.scheduler import EngineLimits
 from server.engine.worker import Worker
 from server.metrics import Metrics
@@ -58,10 +59,10 @@ def main() -> None:
         del network, pool, most_rows
         return StandIn()
 
-    LanguageModel.new_decoder = stand_in  # type: ignore[method-assign, assignment]
     print(f"{'rows':>6} {'us a token':>11} {'ms a step':>10} {'tokens/s':>10}")
     for rows in arguments.rows:
-        seconds = min(_run(loaded, rows, arguments.tokens) for _ in range(3))
+        with patch.object(LanguageModel, "new_decoder", stand_in):
+            seconds = min(_run(loaded, rows, arguments.tokens) for _ in range(3))
         per_token = seconds / (rows * arguments.tokens)
         print(
             f"{rows:>6} {1e6 * per_token:>11.1f} {1e3 * per_token * rows:>10.3f} "
@@ -74,11 +75,11 @@ def _run(loaded: checkpoint.Checkpoint, rows: int, tokens: int) -> float:
     inbox = Inbox(limits.max_waiting, limits.max_waiting_tokens)
     num_events = 0
 
-    def deliver(events: "list[object | Evicted]") -> None:
+    def deliver(events: list[Event | Evicted]) -> None:
         nonlocal num_events
         num_events += len(events)
 
-    worker = Worker(loaded, limits, inbox, deliver, Metrics())  # type: ignore[arg-type]
+    worker = Worker(loaded, limits, inbox, deliver, Metrics())
     for row in range(rows):
         request = EngineRequest(
             *(f"r{row}", Fresh(), Continuation(), PROMPT, tokens, SamplingParams(seed=row)),

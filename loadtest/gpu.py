@@ -268,11 +268,12 @@ def _serve(network: LanguageModel, dtype: WeightDtype, api_workers: int) -> None
         return
     streams, tokens = (2, 5) if TINY else (256, 1000)
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(network, Path(folder) / "model")
-        alone = engine_rate(Path(folder) / "model", DEVICE, dtype, streams, tokens)
+        model = Path(folder) / "model"
+        write_checkpoint(network, model)
+        alone = engine_rate(model, DEVICE, dtype, streams, tokens)
         print(f"\n{streams} streams: the engine alone {alone:,.0f} tokens/s", flush=True)
         for workers in sorted({1, api_workers}):
-            rate = delivered(Path(folder), DEVICE, dtype, streams, tokens, workers)
+            rate = delivered(model, DEVICE, dtype, streams, tokens, workers)
             print(
                 f"over SSE with --api-workers {workers}: {rate:,.0f} tokens/s, "
                 f"{rate / alone:.2f} of it",

@@ -5,9 +5,7 @@ tokens without parsing anything.
 """
 
 import json
-import os
 import queue
-import re
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models
 
+from loadtest.bench_http import server
 from loadtest.front_client import Report
 from loadtest.front_server import MARK
 from model import WeightDtype, checkpoint
@@ -79,42 +78,27 @@ def delivered(
     tokens: int,
     api_workers: int,
 ) -> float:
-    """Tokens per second that clients get over SSE from a server of the checkpoint `model`."""
-    command = [
-        *(sys.executable, "-m", "server", "serve", "--checkpoint", str(folder / "model")),
-        *("--device", device.type, "--dtype", dtype, "--port", "0", "--log-level", "warning"),
-        *("--data-dir", str(folder / "data"), "--max-running", str(streams)),
-        *("--max-waiting", str(streams), "--warm-sessions", "0"),
-        *("--api-workers", str(api_workers)),
+    """Tokens per second that clients get over SSE from a server of the checkpoint."""
+    flags = [
+        *("--checkpoint", str(folder), "--device", device.type, "--dtype", dtype),
+        *("--log-level", "warning", "--max-running", str(streams), "--max-waiting", str(streams)),
+        *("--warm-sessions", "0", "--api-workers", str(api_workers)),
     ]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        port = _port(server)
+    with server(*flags) as port:
         _read(port, streams, 5, 1)  # warms up
         reports = _read(port, streams, tokens, min(4, streams))
-    finally:
-        server.terminate()
-        server.wait()
     return sum(each.tokens for each in reports) / max(each.seconds for each in reports)
 
 
-def _port(server: subprocess.Popen[str]) -> str:
-    for line in server.stdout or ():
-        if found := re.match(r"listening +http://.*:(\d+)", line):
-            return found[1]
-    raise RuntimeError("the server did not start")
-
-
-def _read(port: str, streams: int, tokens: int, clients: int) -> list[Report]:
+def _read(port: int, streams: int, tokens: int, clients: int) -> list[Report]:
     """What so many processes saw that shared the streams."""
     shares = [streams // clients + (i < streams % clients) for i in range(clients)]
-    program = (sys.executable, "-m", "loadtest.front_client", port, "completions")
+    program = (sys.executable, "-m", "loadtest.front_client", str(port), "completions")
     readers = [
         subprocess.Popen(
             (*program, str(share), str(tokens)),
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ,
         )
         for share in shares
     ]

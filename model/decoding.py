@@ -99,7 +99,9 @@ class DirectDecoder:
         prepare()
 
     def launch(self, inputs: Sequence[DecodeInput]) -> Done:
-        ids = [0 if each.token_id is None else each.token_id for each in inputs]
+        ids = [each.token_id for each in inputs]
+        if None in ids:
+            raise ValueError("no step runs ahead here: every row is given its token")
         rows = [each.row for each in inputs]
         logits = self._network.step(torch.tensor(ids), self._pool, rows)
         asked = [i for i, each in enumerate(inputs) if each.num_logprobs is not None]
