@@ -1,8 +1,11 @@
 """What a device does beside the host, on the CPU: steps that run ahead, states that come later."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+import pytest
 
 from model.decoding import Decoded, DecodeInput, DirectDecoder, Done
 from model.network import LanguageModel
@@ -98,3 +101,19 @@ class LateTransfer:
 
     def export_row(self, row: int) -> LateExport:
         return LateExport(self._pool.export_row(row))
+
+
+@contextmanager
+def running_beside() -> Iterator[list[AheadDecoder]]:
+    """Engines that are made now run ahead, and their states come late; the decoders made."""
+    made = list[AheadDecoder]()
+
+    def ahead(network: LanguageModel, pool: StatePool, most_rows: int) -> AheadDecoder:
+        del most_rows
+        made.append(AheadDecoder(network, pool))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LanguageModel, "new_decoder", ahead)
+        patched.setattr("server.engine.worker.new_transfer", LateTransfer)
+        yield made

@@ -1,7 +1,10 @@
 """One engine for the tests that need nothing special of it; all that generate run twice, the second
-time with steps that are launched before the tokens of the last one are known."""
+time with steps that are launched before the tokens of the last one are known, and with states that
+come some steps after the end of their turn.
+"""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,7 @@ import torch
 
 from model import checkpoint as checkpoints
 from model.checkpoint import Checkpoint
-from model.network import LanguageModel
-from model.state import StatePool
-from tests.server.engine.ahead import AheadDecoder, LateTransfer
+from tests.server.engine.ahead import running_beside
 from tests.server.engine.driver import Driver
 
 GENERATE = ("test_engine", "test_worker", "test_structured", "test_scoring", "test_prefixes")
@@ -27,15 +28,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
     """How the network's steps are launched."""
-
-    def ahead(network: LanguageModel, pool: StatePool, most_rows: int) -> AheadDecoder:
-        del most_rows
-        return AheadDecoder(network, pool)
-
-    with pytest.MonkeyPatch.context() as patched:
-        if request.param == "ahead":
-            patched.setattr(LanguageModel, "new_decoder", ahead)
-            patched.setattr("server.engine.worker.new_transfer", LateTransfer)
+    with running_beside() if request.param == "ahead" else nullcontext():
         yield request.param
 
 

@@ -10,12 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
-from model.network import LanguageModel
 from model.sampling import SamplingParams
-from model.state import StatePool
 from server.engine.messages import EngineRequest, Evicted, Finished, NoProbabilities
 from server.engine.scheduler import EngineLimits
-from tests.server.engine.ahead import AheadDecoder, LateTransfer
+from tests.server.engine.ahead import AheadDecoder, running_beside
 from tests.server.engine.driver import LIMITS, request
 from tests.server.engine.stepper import Stepper
 
@@ -24,17 +22,9 @@ from tests.server.engine.stepper import Stepper
 def running_ahead(
     checkpoint: Checkpoint, limits: EngineLimits = LIMITS
 ) -> Iterator[tuple[Stepper, AheadDecoder]]:
-    made = list[AheadDecoder]()
-
-    def ahead(network: LanguageModel, pool: StatePool, most_rows: int) -> AheadDecoder:
-        del most_rows
-        made.append(AheadDecoder(network, pool))
-        return made[0]
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(LanguageModel, "new_decoder", ahead)
-        patched.setattr("server.engine.worker.new_transfer", LateTransfer)
-        yield Stepper(checkpoint, limits), made[0]
+    with running_beside() as made:
+        stepper = Stepper(checkpoint, limits)
+        yield stepper, made[0]
 
 
 CHANGES = st.fixed_dictionaries(
