@@ -12,11 +12,10 @@ from server.engine.messages import (
     Continuation,
     EngineRequest,
     Event,
-    Evicted,
     Failed,
     Finished,
-    Fresh,
     NoProbabilities,
+    RowGivenUp,
     TextDelta,
 )
 from server.metrics import Metrics
@@ -46,7 +45,7 @@ def generate(
     token_ids = (*([] if bos is None else [bos]), *loaded.tokenizer.encode(prompt))
     if not token_ids:
         raise GenerateError("the prompt is empty and the model has no token to begin with")
-    events: queue.SimpleQueue[list[Event | Evicted]] = queue.SimpleQueue()
+    events: queue.SimpleQueue[list[Event | RowGivenUp]] = queue.SimpleQueue()
     limits = EngineLimits(
         max_running=1,
         warm_sessions=0,
@@ -60,7 +59,7 @@ def generate(
     engine.start()
     try:
         engine.submit(
-            EngineRequest("generate", Fresh(), Continuation(), token_ids, max_tokens, sampling)
+            EngineRequest("generate", None, Continuation(), token_ids, max_tokens, sampling)
         )
         print(prompt, end="", flush=True)
         finished = _stream(events)
@@ -76,7 +75,7 @@ def generate(
     )
 
 
-def _stream(events: "queue.SimpleQueue[list[Event | Evicted]]") -> Finished:
+def _stream(events: "queue.SimpleQueue[list[Event | RowGivenUp]]") -> Finished:
     """Print text until the end."""
     while True:
         for event in events.get():

@@ -56,9 +56,9 @@ class Engine:
         """Abandon a request in whatever phase it is; unknown and finished ones are ignored."""
         self._inbox.put(Cancel(request_id))
 
-    def release(self, name: str) -> None:
-        """Forget a warm state; unknown names are ignored."""
-        self._inbox.put(Release(name))
+    def release(self, state_id: str) -> None:
+        """Free the row kept under this state id; unknown ids are ignored."""
+        self._inbox.put(Release(state_id))
 
     def _check_running(self) -> None:
         if not self.is_running:

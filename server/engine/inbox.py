@@ -75,7 +75,7 @@ class Inbox:
             while True:
                 yield self._messages.get_nowait()
 
-    def waits_no_more(self, request: EngineRequest) -> None:
+    def left_queue(self, request: EngineRequest) -> None:
         """The request has a row, or has ended."""
         with self._lock:
             self._num_waiting -= 1

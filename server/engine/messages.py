@@ -1,29 +1,23 @@
 """What crosses the engine's boundary: small immutable messages, in both directions."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from model.grammar import Grammar
-from model.sampling import SamplingParams
-
-
-@dataclass(frozen=True)
-class Fresh:
-    """Start from the state before the first token."""
+if TYPE_CHECKING:  # what only counts requests needs neither torch nor grammars
+    from model.grammar import Grammar
+    from model.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
-class Parked:
-    """Start from a state given as the bytes of a row."""
+class StoredState:
+    """A state to continue from. If the device still has a row with it, the row is continued in
+    place; otherwise the bytes are imported."""
 
-    state: bytes
+    id: str
+    """Names this state and no other."""
 
-
-@dataclass(frozen=True)
-class Warm:
-    """Start from a state that an earlier turn left on the device under this name."""
-
-    name: str
+    data: bytes
+    """The bytes of a row."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +42,15 @@ class EngineRequest:
     """One turn: read the prompt's tokens, then generate."""
 
     request_id: str
-    source: Fresh | Parked | Warm
+    source: StoredState | None
+    """None: start from the state before the first token."""
+
     continuation: Continuation
     token_ids: tuple[int, ...]
     """The prompt. With the pending tokens it may only be empty if nothing is to be generated."""
 
     max_tokens: int
-    sampling: SamplingParams
+    sampling: "SamplingParams"
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
@@ -81,15 +77,16 @@ class EngineRequest:
     """The prompt's tokens come with probabilities, in one `PromptScored`: with as many of the most
     probable tokens as `num_logprobs` says, and none where it says None."""
 
-    grammar: Grammar | None = None
+    grammar: "Grammar | None" = None
     """What the text of this turn has to keep to. It ends where nothing but its end can follow, also
     with `ignore_eos` and before `min_tokens`."""
 
     prefix_salt: bytes = b""
     """Only prompts with the same salt share what was read of their common beginning."""
 
-    keep_state: bool = False
-    """Return the state at the end, and keep its row on the device while there is room."""
+    keep_as: str | None = None
+    """Return the state at the end, and keep its row on the device under this id while there is
+    space."""
 
     deadline: float | None = None
     """When to give up, on the clock of `time.monotonic`, which processes of a machine share."""
@@ -112,9 +109,9 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Release:
-    """Forget a warm state; unknown names are ignored."""
+    """Free the row kept under this state id; unknown ids are ignored."""
 
-    name: str
+    state_id: str
 
 
 @dataclass(frozen=True)
@@ -198,8 +195,8 @@ class Finished:
 
     state: bytes | None = None
     continuation: Continuation | None = None
-    warm: str | None = None
-    """The name under which the row stays on the device, if it does."""
+    kept_as: str | None = None
+    """The state id under which the row stays on the device, if it does."""
 
 
 @dataclass(frozen=True)
@@ -233,20 +230,16 @@ class DeadlinePassed:
 
 
 @dataclass(frozen=True)
-class StateMissing:
-    """The warm row is not there any more: submit the request again with the parked state."""
+class RowGivenUp:
+    """A row kept under this state id holds that state no longer."""
 
-    request_id: str
-
-
-@dataclass(frozen=True)
-class Evicted:
-    """A warm row was needed for another sequence, or lost in an error; its name means nothing."""
-
-    name: str
+    state_id: str
+    is_evicted: bool
+    """It was needed for another sequence, or lost in an error; otherwise it was continued in place
+    or released."""
 
 
-Ending = Finished | Failed | NoProbabilities | GrammarFailed | DeadlinePassed | StateMissing
+Ending = Finished | Failed | NoProbabilities | GrammarFailed | DeadlinePassed
 """What a request ends with."""
 
 Event = PromptScored | TextDelta | Ending

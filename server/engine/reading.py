@@ -10,6 +10,7 @@ from model.state import RowState, StatePool
 from server.engine.prefixes import SharedPrefixes
 from server.engine.sequence import Sequence
 from server.engine.slots import Slots
+from server.engine.text_sequence import TextSequence
 from server.metrics import Metrics
 
 
@@ -40,7 +41,7 @@ class PromptReader:
         if state is not None:
             self._pool.write_row(self._row(sequence), state)
 
-    def read(self, pieces: Row[tuple[Sequence, int]]) -> None:
+    def read(self, pieces: Row[tuple[TextSequence, int]]) -> None:
         """Read the next tokens of several prompts, as many of each as is said."""
         longest = max(count for _, count in pieces)
         ids = torch.zeros(len(pieces), longest, dtype=torch.long)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
+from typing import Generic, TypeVar
 
 from server.engine.sequence import Sequence
 from server.engine.slots import Slots
@@ -27,6 +28,9 @@ PIECES_PER_CHUNK = 4
 computes whole chunks of attention."""
 
 
+S = TypeVar("S", bound=Sequence)
+
+
 @dataclass(frozen=True)
 class EngineLimits:
     """Sizes that bound the engine's memory and the time of a step."""
@@ -35,7 +39,7 @@ class EngineLimits:
     """Sequences that read or decode at the same time."""
 
     warm_sessions: int
-    """Rows beyond those, where finished turns leave their state."""
+    """Rows beyond those, where the states of finished turns stay."""
 
     max_waiting: int
     """Requests that may wait for a row."""
@@ -59,17 +63,17 @@ class EngineLimits:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Generic[S]):
     """One step of the engine."""
 
-    prefill: tuple[tuple[Sequence, int], ...]
+    prefill: tuple[tuple[S, int], ...]
     """Sequences and how many tokens of them to read."""
 
-    decode: tuple[Sequence, ...]
+    decode: tuple[S, ...]
     """In the order of their rows."""
 
 
-class Scheduler:
+class Scheduler(Generic[S]):
     """The sequences in the engine, by phase, and the rows that they own."""
 
     def __init__(self, limits: EngineLimits, chunk: int) -> None:
@@ -78,29 +82,29 @@ class Scheduler:
         self._num_plans = 0
         self._next_deadline = inf
         self.slots = Slots(limits.max_running + limits.warm_sessions)
-        self.waiting: deque[Sequence] = deque()
-        self.reading: list[Sequence] = []
-        self.decoding: dict[int, Sequence] = {}
+        self.waiting: deque[S] = deque()
+        self.reading: list[S] = []
+        self.decoding: dict[int, S] = {}
 
     @property
     def idle(self) -> bool:
         return not (self.waiting or self.reading or self.decoding)
 
-    def find(self, request_id: str) -> Sequence | None:
+    def find(self, request_id: str) -> S | None:
         """The sequence of a request in any phase."""
         return next((s for s in self.sequences() if s.request.request_id == request_id), None)
 
-    def sequences(self) -> Iterator[Sequence]:
+    def sequences(self) -> Iterator[S]:
         yield from self.waiting
         yield from self.reading
         yield from self.decoding.values()
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: S) -> None:
         """A new sequence waits for a row."""
         self.waiting.append(sequence)
         self._next_deadline = min(self._next_deadline, _deadline(sequence))
 
-    def expired(self, now: float) -> list[Sequence]:
+    def expired(self, now: float) -> list[S]:
         """Sequences in any phase whose deadline has passed; the caller drops them."""
         if now < self._next_deadline:
             return []
@@ -109,7 +113,7 @@ class Scheduler:
         self._next_deadline = min(rest, default=inf)
         return late
 
-    def admit(self) -> Sequence | None:
+    def admit(self) -> S | None:
         """Let the first waiting sequence that may have a row begin to read.
 
         First come, first served, but while there are many long prompts another one lets the shorter
@@ -128,25 +132,25 @@ class Scheduler:
                 return sequence
         return None
 
-    def plan(self) -> Plan:
+    def plan(self) -> Plan[S]:
         """Read some of the prompts; decode everything that can."""
         return Plan(
             prefill=self._plan_prefill(),
             decode=self.decode_order(),
         )
 
-    def decode_order(self) -> tuple[Sequence, ...]:
+    def decode_order(self) -> tuple[S, ...]:
         """What decodes, in the order of the rows."""
         return tuple(self.decoding[row] for row in sorted(self.decoding))
 
-    def _plan_prefill(self) -> tuple[tuple[Sequence, int], ...]:
+    def _plan_prefill(self) -> tuple[tuple[S, int], ...]:
         """Pieces of prompts which padded to the longest of them keep within the budget."""
         limits = self._limits
         tokens = (
             limits.prefill_tokens_while_decoding if self.decoding else limits.prefill_chunk_tokens
         )
         budget = max(self._chunk, self._whole_chunks(tokens))
-        width, pieces = self._chunk // PIECES_PER_CHUNK, list[tuple[Sequence, int]]()
+        width, pieces = self._chunk // PIECES_PER_CHUNK, list[tuple[S, int]]()
         for sequence in self._by_urgency():
             count = sequence.num_to_stop
             most = budget // (len(pieces) + 1)
@@ -161,11 +165,11 @@ class Scheduler:
                 sequence.last_planned = self._num_plans
         return tuple(pieces)
 
-    def _by_urgency(self) -> list[Sequence]:
+    def _by_urgency(self) -> list[S]:
         """The prompts that can be read; a long one for which a short one waits counts as short."""
         left = {id(s): s.num_unread for s in self.reading}
         for sequence in self.reading:
-            reader = sequence
+            reader: Sequence = sequence
             while reader.waits_for is not None:
                 reader = reader.waits_for
             left[id(reader)] = min(left[id(reader)], sequence.num_unread)
@@ -177,7 +181,7 @@ class Scheduler:
             ready.insert(0, longest_waiting)
         return ready
 
-    def _is_long(self, sequence: Sequence) -> bool:
+    def _is_long(self, sequence: S) -> bool:
         return sequence.num_unread > self._limits.prefill_chunk_tokens
 
     def _whole_chunks(self, tokens: int) -> int:

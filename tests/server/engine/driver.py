@@ -12,10 +12,10 @@ from server.engine.messages import (
     Continuation,
     EngineRequest,
     Event,
-    Evicted,
     Finished,
     Fresh,
     PromptScored,
+    RowGivenUp,
     TextDelta,
 )
 from server.metrics import Metrics
@@ -35,22 +35,22 @@ class Driver:
     """An engine and the events that it delivered."""
 
     def __init__(self, checkpoint: Checkpoint, limits: EngineLimits = LIMITS) -> None:
-        self.events: queue.Queue[list[Event | Evicted]] = queue.Queue()
+        self.events: queue.Queue[list[Event | RowGivenUp]] = queue.Queue()
         self.metrics = Metrics()
         self.engine = Engine(checkpoint, limits, self.deliver, self.metrics)
         self.engine.start()
         self.seen: list[Event] = []
         self.evicted: list[str] = []
 
-    def deliver(self, events: list[Event | Evicted]) -> None:
+    def deliver(self, events: list[Event | RowGivenUp]) -> None:
         self.events.put(events)
 
     def wait(self, condition: Callable[[list[Event]], bool]) -> list[Event]:
         """Collect events until the condition holds on all of them."""
         while not condition(self.seen):
             for event in self.events.get(timeout=20):
-                if isinstance(event, Evicted):
-                    self.evicted.append(event.name)
+                if isinstance(event, RowGivenUp):
+                    self.evicted.append(event.state_id)
                 else:
                     self.seen.append(event)
         return self.seen

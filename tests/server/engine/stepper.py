@@ -8,9 +8,9 @@ from server.engine.messages import (
     Cancel,
     EngineRequest,
     Event,
-    Evicted,
     Finished,
     Release,
+    RowGivenUp,
     Submit,
     TextDelta,
 )
@@ -38,7 +38,7 @@ class Stepper:
 
     def __init__(self, checkpoint: Checkpoint, limits: EngineLimits = LIMITS) -> None:
         self.inbox = Inbox(limits.max_waiting, limits.max_waiting_tokens)
-        self.delivered: list[Event | Evicted] = []
+        self.delivered: list[Event | RowGivenUp] = []
         self.worker = Worker(checkpoint, limits, self.inbox, self.delivered.extend, Metrics())
         self.pool = self.worker._pool
         self.slots = self.worker._slots
@@ -91,7 +91,7 @@ class Stepper:
         return "".join(event.text for event in own if isinstance(event, TextDelta | Finished))
 
     def events(self) -> list[Event]:
-        return [event for event in self.delivered if not isinstance(event, Evicted)]
+        return [event for event in self.delivered if not isinstance(event, RowGivenUp)]
 
     def owners(self) -> dict[str, int]:
         """Rows by the names of sequences and warm states."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
 from model.sampling import SamplingParams
-from server.engine.messages import EngineRequest, Evicted, Finished, NoProbabilities
+from server.engine.messages import EngineRequest, Finished, NoProbabilities, RowGivenUp
 from server.engine.scheduler import EngineLimits
 from tests.server.engine.ahead import AheadDecoder, running_beside
 from tests.server.engine.driver import LIMITS, request
@@ -170,8 +170,8 @@ def test_a_state_that_comes_late_is_that_of_the_end_of_its_turn(checkpoint: Chec
         assert [stepper.finished(each.request_id).state for each in asked] == expected
         gone, told = set[str](), list[str | None]()
         for event in stepper.delivered:
-            if isinstance(event, Evicted):
-                gone.add(event.name)
+            if isinstance(event, RowGivenUp):
+                gone.add(event.state_id)
             elif isinstance(event, Finished):
                 assert event.warm not in gone
                 told.append(event.warm)

@@ -51,7 +51,7 @@ def test_requests_are_queued_all_or_none(first: list[int], second: list[int], co
     assert caught.value.code == code
     assert list(inbox.take(wait=False)) == waiting
     for message in waiting:
-        inbox.waits_no_more(message.request)
+        inbox.left_queue(message.request)
     inbox.submit(*refused)
     assert list(inbox.take(wait=False)) == refused
 
@@ -72,18 +72,18 @@ def test_a_refusal_tells_when_the_queue_will_have_moved_on() -> None:
     assert retry_after() == 5  # ten wait, and none has left in half a second
     for _ in range(4):
         now += 1
-        inbox.waits_no_more(new[0].request)
+        inbox.left_queue(new[0].request)
         inbox.submit(new[0])
     assert retry_after() == 12  # 4.5 s for 4: 11.25 s for 10
     now += 1000
     assert retry_after() == 60
     for _ in range(100):
         now += 0.01
-        inbox.waits_no_more(new[0].request)
+        inbox.left_queue(new[0].request)
         inbox.submit(new[0])
     assert retry_after() == 1  # only the last ones tell how fast it is
     for message in new:
-        inbox.waits_no_more(message.request)
+        inbox.left_queue(message.request)
     now += 1000
     inbox.submit(*new)
     now += 0.1

@@ -12,7 +12,7 @@ from model.tokenizer import train
 from server.engine import prefixes
 from server.engine.messages import Continuation, EngineRequest, Fresh
 from server.engine.prefixes import SharedPrefixes, chain
-from server.engine.sequence import Sequence
+from server.engine.text_sequence import TextSequence
 
 CHUNK, STATE_BYTES = 4, 100
 WORDS = train(["words"], 260, ["<|endoftext|>"])
@@ -23,7 +23,7 @@ def sequence(*chunks: int, tail: int = 1, scored: bool = False, salt: bytes = b"
     """A prompt of whole chunks, each of one token, and a tail that is not a whole one."""
     ids = (*(token for token in chunks for _ in range(CHUNK)), *(0,) * tail)
     request = replace(REQUEST, token_ids=ids, score_prompt=scored, prefix_salt=salt)
-    return Sequence(request, WORDS, 0.0)
+    return TextSequence(request, WORDS, 0.0)
 
 
 def shared(num_states: int = 10) -> SharedPrefixes[str]:

@@ -10,7 +10,7 @@ from model.sampling import SamplingParams
 from model.tokenizer import train
 from server.engine.messages import Continuation, EngineRequest, Fresh
 from server.engine.scheduler import EngineLimits, Plan, Scheduler
-from server.engine.sequence import Sequence
+from server.engine.text_sequence import TextSequence
 
 CHUNK = 64
 WORDS = train(["words"], 260, ["<|endoftext|>"])
@@ -28,7 +28,9 @@ REQUEST = EngineRequest("", Fresh(), Continuation(), (), 5, SamplingParams())
 
 def sequence(name: str, num_tokens: int, deadline: float | None = None) -> Sequence:
     ids = (1,) * num_tokens
-    return Sequence(replace(REQUEST, request_id=name, token_ids=ids, deadline=deadline), WORDS, 0.0)
+    return TextSequence(
+        replace(REQUEST, request_id=name, token_ids=ids, deadline=deadline), WORDS, 0.0
+    )
 
 
 def scheduler_of(*waiting: Sequence, limits: EngineLimits = LIMITS) -> Scheduler:

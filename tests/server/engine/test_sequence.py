@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer, train
 from server.engine.messages import Continuation, EngineRequest, Fresh, Token
-from server.engine.sequence import Sequence
+from server.engine.text_sequence import TextSequence
 
 WORDS = train(["a banana and an ananas"], 260, ["<|endoftext|>"])
 REQUEST = EngineRequest("r", Fresh(), Continuation(), (1,), 100, SamplingParams())
@@ -19,7 +19,7 @@ REQUEST = EngineRequest("r", Fresh(), Continuation(), (1,), 100, SamplingParams(
 
 def sequence(*stop: str, keep_state: bool = True, **changes: Any) -> Sequence:
     request = replace(REQUEST, stop=stop, keep_state=keep_state, **changes)
-    made = Sequence(request, WORDS, 0.0)
+    made = TextSequence(request, WORDS, 0.0)
     made.take(1)
     return made
 
@@ -104,7 +104,7 @@ def test_half_a_character_is_carried_to_the_next_turn() -> None:
     carried = running.continuation()
     assert carried.undecoded == "é".encode()[:1]
     assert carried.pending == (first,)
-    following = Sequence(replace(REQUEST, continuation=carried, token_ids=()), WORDS, 0.0)
+    following = TextSequence(replace(REQUEST, continuation=carried, token_ids=()), WORDS, 0.0)
     assert following.push_text(Token(second)).text == "é"
 
 
@@ -239,7 +239,7 @@ def test_tokens_come_only_if_they_are_asked_for() -> None:
 def test_tokens_that_end_the_text_are_banned_until_there_are_enough() -> None:
     request = replace(REQUEST, stop_token_ids=(7, 9), min_tokens=2)
     for ignore_eos, expected in ((False, {5, 7, 9}), (True, {7, 9})):
-        running = Sequence(replace(request, ignore_eos=ignore_eos), WORDS, 0.0, (5, 7))
+        running = TextSequence(replace(request, ignore_eos=ignore_eos), WORDS, 0.0, (5, 7))
         assert running.end_token_ids == expected
         for number, banned in enumerate((expected, expected, set(), set())):
             running.num_generated = number

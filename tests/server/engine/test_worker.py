@@ -19,16 +19,15 @@ from server.engine.messages import (
     Continuation,
     DeadlinePassed,
     EngineRequest,
-    Evicted,
     Failed,
     Finished,
     Fresh,
     NoProbabilities,
     Parked,
+    RowGivenUp,
     StateMissing,
     Warm,
 )
-from server.engine.sequence import Sequence
 from tests.server.engine.driver import LIMITS, request
 from tests.server.engine.stepper import MOST_STEPS, Clock, Stepper, is_poison
 
@@ -193,7 +192,7 @@ def test_who_gets_the_row_of_an_evicted_state_sees_nothing_of_it(
     oldest = stepper.position(warm[0].warm or "")
     stepper.submit(new)
     stepper.step()
-    assert Evicted(warm[0].warm or "") in stepper.delivered
+    assert RowGivenUp(warm[0].warm or "") in stepper.delivered
     assert not stepper.holds(oldest)
     stepper.run()
     assert type(stepper.last("new")) is type(expected.last("new"))
@@ -219,7 +218,7 @@ def test_after_an_error_in_a_step_no_state_is_left(
         stepper.step()
     assert isinstance(stepper.last("decodes"), Failed)
     assert isinstance(stepper.last("reads"), Failed)
-    assert Evicted(last.warm or "") in stepper.delivered
+    assert RowGivenUp(last.warm or "") in stepper.delivered
     assert all(map(is_poison, stepper.pool.tensors.values()))
     assert stepper.turn(asked("again", 7, 20))[0] == expected
 

@@ -1,0 +1,78 @@
+"""States in the rows of the pool: where a turn's state comes from, and where it goes at the end."""
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+
+from model.network import LanguageModel
+from model.transfer import Export, new_transfer
+from server.engine.messages import EngineRequest, Finished
+from server.engine.slots import Slots
+
+log = logging.getLogger(__name__)
+
+
+class Rows:
+    """The pool and who owns its rows. A free row holds nobody's state."""
+
+    def __init__(self, network: LanguageModel, slots: Slots, num_kept: int) -> None:
+        """`num_kept`: rows beyond those of running sequences."""
+        self.pool = network.new_pool(1 + slots.num_rows)
+        self._slots = slots
+        self._keeps = num_kept > 0
+        self._transfer = new_transfer(self.pool)
+        self._departing = deque[tuple[Finished, Export]]()
+        """Turns that have ended and whose states are on their way to the host, in this order."""
+
+        self._erase_all()
+
+    def place(self, request: EngineRequest) -> None:
+        """Give the request a row with the state that it starts from. Raises ValueError for bytes
+        of a wrong length."""
+        source, owner = request.source, request.request_id
+        if source is None:
+            self.pool.reset(self._slots.acquire(owner))
+        elif not self._slots.adopt(source.id, owner):
+            self._transfer.import_row(self._slots.acquire(owner), source.data)
+
+    def depart(self, finished: Finished, keep_as: str) -> None:
+        """A turn has ended: send its state to the host, and keep its row if there may be any."""
+        owner = finished.request_id
+        self._departing.append((finished, self._transfer.export_row(self._slots.row(owner))))
+        if self._keeps:
+            self._slots.keep(owner, keep_as)
+        else:
+            self.free(owner)
+
+    def arrived(self, *, wait: bool) -> Iterator[Finished]:
+        """The ended turns whose states have come, in the order of their ends; all, if asked to
+        wait."""
+        while self._departing and (wait or self._departing[0][1].is_done):
+            finished, export = self._departing.popleft()
+            kept_as = finished.kept_as
+            if kept_as is not None and not self._slots.is_kept(kept_as):
+                kept_as = None  # no row is kept, or another sequence needed it meanwhile
+            yield replace(finished, state=export.take(), kept_as=kept_as)
+
+    def release(self, state_id: str) -> None:
+        """Free the row kept under this id; unknown ids are ignored."""
+        if self._slots.is_kept(state_id):
+            self.free(state_id)
+
+    def free(self, owner: str) -> None:
+        """Free a row and erase the state in it."""
+        self.pool.poison(self._slots.release(owner))
+
+    def lose_all(self) -> None:
+        """After an error nobody knows which states are whole: forget all."""
+        self._departing.clear()
+        self._slots.release_all()
+        try:
+            self._erase_all()
+        except Exception:  # who gets a row overwrites it, if anybody ever does
+            log.exception("free rows could not be erased")
+
+    def _erase_all(self) -> None:
+        for row in range(self.pool.num_rows):
+            self.pool.poison(row)

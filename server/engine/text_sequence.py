@@ -1,0 +1,189 @@
+"""A sequence with what generating takes: how tokens are chosen, the text, what a session keeps."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.decoding import MOST_ENDS, DecodeInput
+from model.sampling import WINDOW, RecentTokens, SampledRow
+from model.state import RowState
+from model.tokenizer import Tokenizer
+from server.engine.messages import Continuation, EngineRequest, Timings, Token
+from server.engine.scoring import PromptScores
+from server.engine.sequence import Sequence
+from server.engine.text import OutputText, TextRules, TextStep
+
+NO_TOKENS = frozenset[int]()
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A point before text that is not certain to stay: a stop string may cut it away again."""
+
+    state: RowState
+    position: int
+    recent: bytes
+
+
+class TextSequence(Sequence):
+    """A sequence that becomes text."""
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        tokenizer: Tokenizer,
+        submitted_at: float,
+        eos_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(request, submitted_at)
+        self._tokenizer = tokenizer
+        ends = () if request.ignore_eos else eos_token_ids
+        self.end_token_ids = frozenset((*ends, *request.stop_token_ids))
+        """Tokens that end the text."""
+
+        self._ignored_ends = frozenset(eos_token_ids) - self.end_token_ids
+        """End tokens that a grammar must not end the text with while more can follow."""
+
+        start = request.continuation
+        self.prompt_scores: PromptScores | None = None
+        """Takes the logits of the prompt, if they are asked for."""
+
+        if request.score_prompt:
+            num_top = request.num_logprobs or 0
+            self.prompt_scores = PromptScores(self._tokens, len(start.pending), num_top)
+        self.recent = RecentTokens.from_bytes(start.recent)
+        for token_id in request.token_ids[-WINDOW:]:
+            self.recent.append(token_id, generated=False)
+        self._can_rewind = request.keep_as is not None and bool(request.stop)
+        rules = TextRules(
+            request.stop,
+            request.include_stop,
+            request.return_tokens or request.num_logprobs is not None,
+            self._can_rewind,
+        )
+        self.text = OutputText(tokenizer, rules, start.undecoded)
+        self._anchor: Anchor | None = None
+        self._mask: NDArray[np.int32] | None = None
+        """Token ids that may come next, where a grammar says it."""
+
+        self.matcher = None if request.grammar is None else request.grammar.matcher()
+        self._input: DecodeInput | None = None
+        self._is_plain = (
+            self.matcher is None
+            and not request.sampling.changes_logits
+            and not self._can_rewind
+            and len(self.end_token_ids) <= MOST_ENDS
+        )
+        """Whether the choice of a token depends on no other and nothing has to be undone."""
+
+    def check_ids(self, vocab_sz: int) -> None:
+        """Raises ValueError when a token id is none of the model's: it would fail a whole step.
+
+        Pending and recent tokens come with a session, and that from wherever it was imported.
+        """
+        biased = [token_id for token_id, _ in self.request.sampling.logit_bias]
+        stops = self.request.stop_token_ids
+        ids = [*self._tokens, *self.recent.seen().tolist(), *biased, *stops]
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_sz:
+            raise ValueError(f"token ids must be from 0 to {vocab_sz - 1}")
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether another step can be launched for it before the token of the last is known."""
+        return (
+            self._is_plain
+            and self.request.min_tokens <= self.num_generated
+            and self.num_generated + self.num_in_flight < self.request.max_tokens
+        )
+
+    def decode_input(self, row: int) -> DecodeInput:
+        """Its part in the next step: it reads its next token, or the one that is under way."""
+        if self.num_in_flight:
+            if self._input is None:
+                raise RuntimeError("no step was launched that chooses what this one reads")
+            if self._input.token_id is not None:
+                self._input = self._input._replace(token_id=None)
+            return self._input
+        sampled = SampledRow(
+            self.request.sampling, self.position, self.recent, tuple(self._banned), self._mask
+        )
+        self._input = DecodeInput(
+            row, self.take(1)[0], sampled, self.end_token_ids, self.request.num_logprobs
+        )
+        return self._input
+
+    def find_allowed(self) -> str | None:
+        """Find out which tokens may come next. Returns why none may, if so.
+
+        A complete text is not asked what else is forbidden: it ends in any case.
+        """
+        if self.matcher is None:
+            return None
+        if self._mask is None:
+            self._mask = self.matcher.new_mask()
+        self.matcher.fill(self._mask)
+        if self.matcher.failure is not None or self.matcher.is_complete:
+            return self.matcher.failure
+        words = self._mask.view(np.uint32)
+        for token_id in self._banned:
+            words[token_id >> 5] &= ~np.uint32(1 << (token_id & 31))
+        return None if words.any() else "the grammar allows only what min_tokens forbids"
+
+    def append(self, token_id: int, *, is_read: bool = False) -> None:
+        """A sampled token is part of the sequence. The next step reads it, unless a step that was
+        launched ahead does."""
+        self._tokens, self.num_read = [token_id], int(is_read)
+        self.position += 1
+        self.recent.append(token_id, generated=True)
+
+    def push_text(self, token: Token) -> TextStep:
+        """Add the text of a sampled token, which counts as generated; called before `append`."""
+        return self.text.push(token, may_stop=self.num_generated >= self.request.min_tokens)
+
+    def set_anchor(self, state: RowState) -> None:
+        """Remember the state before the token whose text was just added and which is not in it."""
+        self._anchor = Anchor(state, self.position, self.recent.to_bytes())
+
+    def cut(self) -> RowState | None:
+        """End the sequence where its emitted text ends; called instead of `append`.
+
+        Returns the state to go back to, None if the present one is right. Emitted text that this
+        state does not include is tokenised anew and left unread.
+        """
+        anchor = self._anchor if self.text.has_anchor else None
+        if anchor is not None:
+            self.position = anchor.position
+            self.recent = RecentTokens.from_bytes(anchor.recent)
+        self._tokens, self.num_read = self._tokenizer.encode(self.text.cut()), 0
+        self.position += len(self._tokens)
+        for token_id in self._tokens:
+            self.recent.append(token_id, generated=True)
+        return None if anchor is None else anchor.state
+
+    def continuation(self) -> Continuation:
+        """What the next turn continues from."""
+        return Continuation(
+            position=self.position,
+            pending=tuple(self.unread),
+            undecoded=self.text.undecoded,
+            recent=self.recent.to_bytes(),
+        )
+
+    def timings(self) -> Timings:
+        """Durations until now."""
+        start, first = self.submitted_at, self.first_token_at
+        return Timings(
+            queue_s=self.admitted_at - start,
+            prefill_s=self.read_at - self.admitted_at,
+            first_token_s=None if first is None else first - start,
+            total_s=time.monotonic() - start,
+        )
+
+    @property
+    def _banned(self) -> frozenset[int]:
+        """Tokens that must not come yet, or at all."""
+        early = self.num_generated < self.request.min_tokens
+        ignored = NO_TOKENS if self.matcher is None else self._ignored_ends
+        return ignored | self.end_token_ids if early else ignored
