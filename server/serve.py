@@ -66,9 +66,6 @@ def _serve_on(listeners: Sequence[socket.socket], settings: Settings) -> None:
     except KeyFileError:
         asyncio.run(store.close())
         raise
-    except ValueError as error:
-        asyncio.run(store.close())
-        raise ServeError(f"--parking {settings.parking}: {error}") from error
     config = uvicorn_config(app, settings, LAST_BYTES_S)
     try:
         if settings.api_workers == 1:
@@ -202,7 +199,7 @@ def _facts(settings: Settings, loaded: Checkpoint, device: str) -> str:
             f"model      {settings.served_name}: {network.num_parameters:,} parameters, "
             f"{settings.checkpoint}",
             f"device     {device}",
-            f"session    {state_bytes:,} bytes, at any length; parked {settings.parking}",
+            f"session    {state_bytes:,} bytes, at any length",
             f"fits       {rows:,} on the device, {settings.host_cache_bytes // state_bytes:,} in "
             f"host memory, about {free // (state_bytes * turns):,} on disk with {turns} turns each",
             f"store      {settings.data_dir / STORE_FILE}",

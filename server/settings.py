@@ -140,11 +140,6 @@ class Settings(BaseSettings):
     host_cache_bytes: int = Field(
         256 << 20, ge=0, description="Host memory for parked states; 0: none."
     )
-    parking: Literal["exact", "compact"] = Field(
-        "exact",
-        description="How states are kept between turns: exact, or in less than a third of the "
-        "bytes and within a bound of it (see docs/sessions.md).",
-    )
     durability: Literal["sync", "async"] = Field(
         "sync",
         description="sync: a turn is on the disk before its last event. async: it survives the end "

@@ -9,7 +9,6 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from model.checkpoint import Checkpoint
-from model.compact import CompactForm, compact_form
 from model.grammar import GrammarCompiler
 from server import __version__
 from server.api import (
@@ -60,11 +59,11 @@ log = logging.getLogger(__name__)
 def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) -> FastAPI:
     """An app that serves one checkpoint; it closes the store when it ends.
 
-    Raises ValueError when it is to park states compactly and this model has no such form,
-    TemplateFault when the model's chat template is none, and KeyFileError.
+    Raises TemplateFault when the model's chat template is none, and KeyFileError.
     """
     metrics, keys, limiter = Metrics(), KeyRing(settings), Limiter(settings)
-    codec = _codec(settings, checkpoint)
+    network = checkpoint.network
+    codec = Codec(checkpoint.fingerprint, network.state_spec.tensors, network.config.vocab_sz)
     conversation = _conversation(checkpoint)
 
     @asynccontextmanager
@@ -147,18 +146,6 @@ def _quotas(settings: Settings) -> Quotas:
         bytes_per_owner=settings.max_bytes_per_key,
         sessions=settings.max_sessions,
         bytes=settings.max_store_bytes,
-    )
-
-
-def _codec(settings: Settings, checkpoint: Checkpoint) -> Codec:
-    """Raises ValueError when states are to be compact and this model's cannot."""
-    spec, park_compact = checkpoint.network.state_spec, settings.parking == "compact"
-    return Codec(
-        checkpoint.fingerprint,
-        spec.tensors,
-        checkpoint.network.config.vocab_sz,
-        CompactForm(spec) if park_compact else compact_form(spec),
-        park_compact=park_compact,
     )
 
 

@@ -9,11 +9,10 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from model.checkpoint import Outline, read_outline
-from model.compact import compact_form
 from server.cli.tables import plain, print_facts, print_table
 from server.sessions.codec import FORMAT, BlobError, Codec, read
 
-FACTS = ("format", "version", "form", "dtype", "turn", "position", "pending", "undecoded")
+FACTS = ("format", "version", "dtype", "turn", "position", "pending", "undecoded")
 LONGEST_FACT = 100
 CHECKSUM = {True: "ok", False: "WRONG", None: "not known: this model has other tensors"}
 
@@ -27,8 +26,7 @@ def inspect(file: Path, folder: Path) -> bool:
     """
     blob = file.read_bytes()
     model = read_outline(folder)
-    spec = model.state_spec
-    codec = Codec(model.fingerprint, spec.tensors, model.config.vocab_sz, compact_form(spec))
+    codec = Codec(model.fingerprint, model.state_spec.tensors, model.config.vocab_sz)
     try:
         facts, arrays = read(blob)
         _print_header(len(blob), facts, codec.checksum_fits(facts, arrays), model)

@@ -9,8 +9,7 @@ executed.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import safetensors.numpy
@@ -25,22 +24,8 @@ OLDER = "1"
 """Had neither dtype nor turn; stores may still hold some."""
 
 RECENT = "recent"
-EXACT, COMPACT = "exact", "compact"
 LARGEST = 1 << 53
 LONGEST_MESSAGE = 300
-
-
-class CompactForm(Protocol):
-    """A form of a model's states that takes fewer bytes and is not exact."""
-
-    @property
-    def tensors(self) -> tuple[TensorSpec, ...]: ...
-
-    def pack(self, state: bytes) -> bytes | None:
-        """None for a state that cannot be held within the form's bound."""
-
-    def unpack(self, packed: bytes) -> bytes:
-        """Raises ValueError for bytes that `pack` does not make."""
 
 
 class BlobError(ValueError):
@@ -67,12 +52,10 @@ class SessionState:
     """What the penalties look back on."""
 
     state: bytes
-    """The model's state in this `form`: its tensors one after another."""
+    """The model's state: its tensors one after another."""
 
     turn: int = 0
     """The turn that it is the end of; 0 where a blob of version 1 does not tell."""
-
-    form: str = EXACT
 
     @property
     def num_bytes(self) -> int:
@@ -81,30 +64,17 @@ class SessionState:
 
 
 class Codec:
-    """Blobs of one model. What it parks is exact, or compact where the model's form for it fits."""
+    """Blobs of one model."""
 
-    def __init__(
-        self,
-        fingerprint: str,
-        tensors: Sequence[TensorSpec],
-        vocab_sz: int,
-        compact: CompactForm | None = None,
-        *,
-        park_compact: bool = False,
-    ) -> None:
-        """Blobs in the `compact` form can be read, and with `park_compact` are written."""
+    def __init__(self, fingerprint: str, tensors: Sequence[TensorSpec], vocab_sz: int) -> None:
         self.fingerprint = fingerprint
+        self._tensors = tuple(tensors)
         self._vocab_sz = vocab_sz
-        self._compact = compact
-        self._park_compact = park_compact
-        self._forms = {EXACT: tuple(tensors)}
-        if compact is not None:
-            self._forms[COMPACT] = compact.tensors
 
     @property
     def state_bytes(self) -> int:
-        """Size of a model state as it is computed with."""
-        return sum(tensor.num_bytes for tensor in self._forms[EXACT])
+        """Size of a model state."""
+        return sum(tensor.num_bytes for tensor in self._tensors)
 
     @property
     def usual_blob_bytes(self) -> int:
@@ -116,35 +86,12 @@ class Codec:
         """No blob is larger, even if thousands of tokens are pending."""
         return self.state_bytes + (1 << 16)
 
-    def park(self, session: SessionState) -> SessionState:
-        """The session as it is kept: its state in the compact form if that was asked for and fits.
-
-        What a session continues from is what was kept, wherever it is found again.
-        """
-        if not self._park_compact or self._compact is None or session.form == COMPACT:
-            return session
-        packed = self._compact.pack(session.state)
-        return session if packed is None else replace(session, state=packed, form=COMPACT)
-
-    def unpark(self, session: SessionState) -> SessionState:
-        """The session with its state in the exact form."""
-        if session.form == EXACT:
-            return session
-        if self._compact is None:
-            raise ValueError("this model has no compact form")
-        return replace(session, state=self._compact.unpack(session.state), form=EXACT)
-
-    def park_and_encode(self, session: SessionState) -> tuple[SessionState, bytes]:
-        """The session as it is kept, and its blob."""
-        parked = self.park(session)
-        return parked, self.encode(parked)
-
     def encode(self, session: SessionState) -> bytes:
         """The blob; its size depends on the model only, but for a few digits in the header.
 
         Raises ValueError when the state does not have the size of this model's.
         """
-        arrays = split_state(self._forms[session.form], session.state)
+        arrays = split_state(self._tensors, session.state)
         arrays[RECENT] = np.frombuffer(session.recent, np.uint8)
         return safetensors.numpy.save(arrays, self._facts(session, VERSION))
 
@@ -152,18 +99,15 @@ class Codec:
         """Raises BlobError for anything but an undamaged blob of this model."""
         facts, arrays = read(blob)
         self._check_header(facts)
-        form = facts.get("form", EXACT)
-        self._check_tensors(form, arrays)
-        tensors = self._forms[form]
+        self._check_tensors(arrays)
         try:
             session = SessionState(
                 position=int(facts["position"]),
                 pending=tuple(int(token_id) for token_id in json.loads(facts["pending"])),
                 undecoded=bytes.fromhex(facts["undecoded"]),
                 recent=arrays[RECENT].tobytes(),
-                state=b"".join(arrays[tensor.name].tobytes() for tensor in tensors),
+                state=b"".join(arrays[tensor.name].tobytes() for tensor in self._tensors),
                 turn=0 if facts["version"] == OLDER else int(facts["turn"]),
-                form=form,
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise BlobError(f"the header is damaged: {error}") from error
@@ -179,7 +123,7 @@ class Codec:
 
         None if it has other tensors than this model: it does not say in which order to sum them up.
         """
-        names = [tensor.name for tensor in self._forms.get(facts.get("form", EXACT), ())]
+        names = [tensor.name for tensor in self._tensors]
         if not arrays.keys() <= {*names, RECENT} or RECENT not in arrays:
             return None
         state = b"".join(arrays[name].tobytes() for name in names if name in arrays)
@@ -197,13 +141,13 @@ class Codec:
             "undecoded": session.undecoded.hex(),
         }
         if version != OLDER:
-            facts |= {"dtype": self._dtype, "form": session.form, "turn": str(session.turn)}
+            facts |= {"dtype": self._dtype, "turn": str(session.turn)}
         return facts | {"sha256": _checksum(facts, session.recent, session.state)}
 
     @property
     def _dtype(self) -> str:
         """That of most of the state."""
-        return max(self._forms[EXACT], key=lambda tensor: tensor.num_bytes).dtype
+        return max(self._tensors, key=lambda tensor: tensor.num_bytes).dtype
 
     def _check_header(self, facts: Mapping[str, str]) -> None:
         version = facts.get("version")
@@ -218,12 +162,10 @@ class Codec:
             return
         if facts.get("dtype") != self._dtype:
             raise BlobError(f"dtype is {facts.get('dtype')!r}, this model has {self._dtype!r}")
-        if facts.get("form") not in self._forms:
-            raise BlobError(f"form is {facts.get('form')!r}, not {' or '.join(self._forms)}")
 
-    def _check_tensors(self, form: str, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    def _check_tensors(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         found = {name: (str(values.dtype), values.shape) for name, values in arrays.items()}
-        expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in self._forms[form]}
+        expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in self._tensors}
         expected[RECENT] = ("uint8", (arrays[RECENT].size if RECENT in arrays else 0,))
         for name in sorted(expected.keys() | found.keys()):
             if found.get(name) != expected.get(name):
@@ -249,10 +191,6 @@ class Codec:
         for name, values in arrays.items():
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 raise BlobError(f"tensor {name} has values that are not finite")
-        try:
-            self.unpark(session)
-        except ValueError as error:
-            raise BlobError(str(error)) from error
 
 
 def read(blob: bytes) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:

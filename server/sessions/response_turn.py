@@ -7,7 +7,7 @@ from typing import get_args
 
 from server.errors import InternalError, NotFound, ResponseDamaged, ResponseGone, StorageFailed
 from server.metrics import Metrics
-from server.sessions.codec import EXACT, BlobError, Codec, SessionState
+from server.sessions.codec import BlobError, Codec, SessionState
 from server.sessions.places import Places
 from server.sessions.store import ResponseRecord, ResponseStatus, ResponseStore
 from server.sessions.turn import Commits, load_state
@@ -112,7 +112,7 @@ class ResponseTurn:
             self._places.set_warm(self._at, TURN, name)
 
     async def load(self) -> SessionState:
-        """The state after the previous response, in its exact form.
+        """The state after the previous response.
 
         Raises NotFound when that has been deleted meanwhile, StorageFailed and ResponseDamaged.
         """
@@ -145,14 +145,14 @@ class ResponseTurn:
     async def _commit(self, state: SessionState, warm: str | None, answer: str) -> None:
         with self._metrics.session_commit_seconds.time():
             after = replace(state, turn=TURN)
-            parked, blob = await asyncio.to_thread(self._codec.park_and_encode, after)
+            blob = await asyncio.to_thread(self._codec.encode, after)
             record = with_body(self.record, answer)
             record = replace(record, num_tokens=state.position, has_state=True)
             if not await self._draft.end(record, blob):
                 raise ResponseGone(record.id)
         self._at = record.id
-        self._places.cache(record.id, parked)
-        if warm is not None and parked.form == EXACT:
+        self._places.cache(record.id, after)
+        if warm is not None:
             self._places.set_warm(record.id, TURN, warm)
 
 

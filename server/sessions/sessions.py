@@ -73,9 +73,8 @@ class Sessions:
         record = new_session(owner, metadata, ttl_s)
         if first is None:
             return await self._add(record, None)
-        return await self._add(
-            record, await asyncio.to_thread(self._codec.park_and_encode, replace(first, turn=1))
-        )
+        state = replace(first, turn=1)
+        return await self._add(record, (state, await asyncio.to_thread(self._codec.encode, state)))
 
     async def get(self, owner: str, session_id: str) -> SessionRecord:
         """Raises NotFound."""

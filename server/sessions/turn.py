@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from server.errors import SessionDamaged, StorageFailed
 from server.metrics import Metrics
-from server.sessions.codec import EXACT, BlobError, Codec, SessionState
+from server.sessions.codec import BlobError, Codec, SessionState
 from server.sessions.places import Places
 from server.sessions.store import KeptAnswer, SessionRecord, SessionStore, Turn
 
@@ -57,7 +57,7 @@ class Ledger(Protocol):
         """The row was not used after all."""
 
     async def load(self) -> SessionState:
-        """The state that the turn continues from, in its exact form; only if it is not fresh.
+        """The state that the turn continues from; only if it is not fresh.
 
         Raises StorageFailed, and what `damaged` returns.
         """
@@ -151,7 +151,7 @@ class SessionTurn:
         self._places.set_warm(self.record.id, self.record.turn, name)
 
     async def load(self) -> SessionState:
-        """The state after the last turn, from host memory or the store, in its exact form.
+        """The state after the last turn, from host memory or the store.
 
         Raises StorageFailed and SessionDamaged.
         """
@@ -190,7 +190,7 @@ class SessionTurn:
         number = record.turn + 1
         with self._metrics.session_commit_seconds.time():
             after = replace(state, turn=number)
-            parked, blob = await asyncio.to_thread(self._codec.park_and_encode, after)
+            blob = await asyncio.to_thread(self._codec.encode, after)
             turn = Turn(number, state.position, now, blob, self._kept(answer))
             await self._store.commit(record.id, turn, self._keep_turns)
         self.record = replace(
@@ -200,8 +200,8 @@ class SessionTurn:
             last_used_at=now,
             num_checkpoints=min(record.num_checkpoints + 1, self._keep_turns),
         )
-        self._places.cache(record.id, parked)
-        if warm is not None and parked.form == EXACT:
+        self._places.cache(record.id, after)
+        if warm is not None:
             self._places.set_warm(record.id, number, warm)
 
     async def _blob(self) -> bytes:
@@ -225,7 +225,7 @@ async def load_state(
     turn: int,
     fetch: Callable[[], Awaitable[bytes]],
 ) -> SessionState:
-    """A state from host memory, or else of the blob that `fetch` gets, in its exact form.
+    """A state from host memory, or else of the blob that `fetch` gets.
 
     Raises BlobError and what `fetch` raises.
     """
@@ -237,8 +237,6 @@ async def load_state(
             state = replace(decoded, turn=turn)
             if places.num_forgotten == num_forgotten:
                 places.cache(name, state)
-        if state.form != EXACT:
-            state = await asyncio.to_thread(codec.unpark, state)
     return state
 
 

@@ -16,7 +16,6 @@ from typer.testing import Result
 
 from model import PRETRAINED
 from model.checkpoint import Outline, read_outline
-from model.compact import CompactForm
 from model.sampling import RecentTokens
 from server.sessions.codec import BlobError, Codec, SessionState, read
 from tests.server.cli.commands import latentd, refused
@@ -93,7 +92,7 @@ def test_a_whole_state_is_shown(
     assert verdict(done.stdout).startswith("ok: ")
     shown = fields(done.stdout)
     assert shown == {
-        **{"format": "latentd-session", "version": "2", "form": "exact", "dtype": "float32"},
+        **{"format": "latentd-session", "version": "2", "dtype": "float32"},
         **{"turn": "4", "position": "70", "pending": "[5]", "undecoded": "e2"},
         **{"fingerprint": outline.fingerprint, "model": "this one", "checksum": "ok"},
         "size": f"{len(blob):,} bytes",
@@ -124,24 +123,6 @@ def test_the_default_checkpoint_and_a_foreign_state(
         assert ["m", "float32"] in [row[:2] for row in cells(done.stdout)]
         theirs = outline.fingerprint[:12]
         assert verdict(done.stdout).startswith(f"not importable: it belongs to model {theirs}")
-
-
-def test_a_compact_state_is_importable_too(
-    file: Path, session: SessionState, outline: Outline, tiny_checkpoint: Path
-) -> None:
-    spec = outline.state_spec
-    empty = b"".join(np.full(t.shape, t.initial, t.dtype).tobytes() for t in spec.tensors)
-    codec = Codec(
-        *(outline.fingerprint, spec.tensors, outline.config.vocab_sz, CompactForm(spec)),
-        park_compact=True,
-    )
-    blob = codec.encode(codec.park(replace(session, state=empty)))
-    done = inspect(file, blob, tiny_checkpoint)
-    assert verdict(done.stdout).startswith("ok: ")
-    shown = fields(done.stdout)
-    assert (shown["form"], shown["checksum"]) == ("compact", "ok")
-    flipped = inspect(file, blob[:-1] + bytes([blob[-1] ^ 1]), tiny_checkpoint)
-    assert (flipped.exit_code, fields(flipped.stdout)["checksum"]) == (1, "WRONG")
 
 
 def test_a_model_of_linear_values_has_other_tensors(
@@ -236,7 +217,7 @@ def test_numbers_are_shown_as_they_are(file: Path, tiny_checkpoint: Path) -> Non
 def test_any_tensors_can_be_shown(
     file: Path, tiny_checkpoint: Path, arrays: dict[str, Any]
 ) -> None:
-    facts = {"format": "latentd-session", "[/red]": "x", "form": "[/red]\x1b", "pending": "é" * 999}
+    facts = {"format": "latentd-session", "[/red]": "x", "turn": "[/red]\x1b", "pending": "é" * 999}
     done = inspect(file, safetensors.numpy.save(arrays, facts), tiny_checkpoint)
     assert done.exit_code == 1
     assert "\x1b" not in done.stdout

@@ -189,7 +189,6 @@ def test_the_message_names_what_differs() -> None:
     )
     assert "version is '3', this program reads 1 and 2" in refusal(forged(version="3"))
     assert "dtype is 'float16', this model has 'float64'" in refusal(forged(dtype="float16"))
-    assert "form is 'folded', not exact" in refusal(forged(form="folded"))
     assert "format is 'gguf'" in refusal(forged(format="gguf"))
     no_checksum = HEADER["__metadata__"] | {"sha256": ""}
     assert "checksum" in refusal(built(HEADER | {"__metadata__": no_checksum}))
@@ -240,47 +239,9 @@ def test_what_no_server_would_have_written_is_refused(changes: dict[str, Any], n
 
 
 def test_blobs_of_version_1_are_read() -> None:
-    older = forged(version="1", dtype=None, form=None, turn=None)
+    older = forged(version="1", dtype=None, turn=None)
     assert CODEC.decode(older) == replace(SESSION, turn=0)
     refusal(forged(version="1"))
-
-
-class Bytes:
-    """States of small whole numbers have this form."""
-
-    tensors = (TensorSpec("numbers", (1, 16), "int8", 0.0),)
-
-    def pack(self, state: bytes) -> bytes | None:
-        wide = np.frombuffer(state, np.float32)
-        narrow = np.clip(wide, -127, 127).astype(np.int8)
-        return narrow.tobytes() if (narrow == wide).all() else None
-
-    def unpack(self, packed: bytes) -> bytes:
-        if b"\x80" in packed:
-            raise ValueError("nothing is packed as -128")
-        return np.frombuffer(packed, np.int8).astype(np.float32).tobytes()
-
-
-def test_a_compact_state_is_parked_and_unparked() -> None:
-    spec = (TensorSpec("m", (2, 8), "float32", 0.0),)
-    exact = Codec("f" * 64, spec, VOCAB, Bytes())
-    compact = Codec("f" * 64, spec, VOCAB, Bytes(), park_compact=True)
-    fits = replace(SESSION, state=np.arange(16, dtype=np.float32).tobytes())
-    parked = compact.park(fits)
-    assert (len(parked.state), parked.form) == (16, "compact")
-    assert exact.park(fits) == fits
-    assert compact.unpark(parked) == exact.unpark(parked) == fits
-    assert compact.park(parked) == parked
-    blob = compact.encode(parked)
-    assert len(blob) < len(exact.encode(fits))
-    assert exact.decode(blob) == compact.decode(blob) == parked
-    assert compact.decode(exact.encode(fits)) == fits
-    broad = replace(SESSION, state=np.full(16, 1e30, np.float32).tobytes())
-    assert compact.park(broad) == broad
-    with pytest.raises(BlobError, match="nothing is packed as -128"):
-        exact.decode(compact.encode(replace(parked, state=b"\x80" * 16)))
-    with pytest.raises(BlobError, match="form is 'compact', not exact"):
-        Codec("f" * 64, spec, VOCAB).decode(blob)
 
 
 def test_the_checksum_of_another_models_blob_can_be_told() -> None:
@@ -292,7 +253,6 @@ def test_the_checksum_of_another_models_blob_can_be_told() -> None:
     for blob in (BLOB[:-1] + b"x", bare, BLOB.replace(b'"position":"7"', b'"position":"8"')):
         assert CODEC.checksum_fits(*read(blob)) is False
     assert fewer.checksum_fits(*read(BLOB)) is None
-    assert CODEC.checksum_fits(*read(forged(form="folded"))) is None
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F4", "C64", "F8_E5M2"])
