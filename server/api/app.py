@@ -25,22 +25,21 @@ from server.api import (
 )
 from server.api.auth import Guard, KeyRing
 from server.api.conversation import Conversation
+from server.api.generation.router import Router
 from server.api.limits import KINDS, Limiter
 from server.api.middleware import REQUEST_ID, RequestMiddleware
-from server.api.router import Router
 from server.api.service import Service
 from server.api.streams import StreamLimits, Streams
 from server.engine.engine import Engine, EngineLimits
-from server.engine.messages import Event, Evicted
+from server.engine.messages import Event, RowGivenUp
 from server.errors import StorageFailed
 from server.metrics import Metrics
 from server.sessions.cache import HostCache
 from server.sessions.codec import Codec
-from server.sessions.places import Places
+from server.sessions.ledger import Ledger
 from server.sessions.quota import Quota, Quotas
-from server.sessions.responses import Responses
-from server.sessions.sessions import Sessions
-from server.sessions.store import SessionStore
+from server.sessions.store import Store
+from server.sessions.tiers import Tiers
 from server.settings import Settings
 
 KEY_FILE_INTERVAL_S = 1.0
@@ -56,7 +55,7 @@ CORS_EXPOSED = (
 log = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) -> FastAPI:
+def create_app(settings: Settings, checkpoint: Checkpoint, store: Store) -> FastAPI:
     """An app that serves one checkpoint; it closes the store when it ends.
 
     Raises TemplateFault when the model's chat template is none, and KeyFileError.
@@ -69,7 +68,7 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: SessionStore) 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service = _build(settings, checkpoint, store, codec, conversation, metrics, limiter)
-        await _recover(service.responses)
+        await _recover(service.ledger)
         service.engine.start()
         app.state.service = service
         sweeping = _sweep(service, settings.sweep_interval_s)
@@ -175,10 +174,10 @@ async def _watch(keys: KeyRing) -> None:
         await asyncio.to_thread(keys.refresh)
 
 
-async def _recover(responses: Responses) -> None:
+async def _recover(ledger: Ledger) -> None:
     """Tell of responses that the last process left unfinished that they failed."""
     try:
-        interrupted = await responses.recover()
+        interrupted = await ledger.recover()
     except StorageFailed as error:
         log.warning("interrupted responses stay unfinished for now: %s", error)
     else:
@@ -191,7 +190,7 @@ async def _sweep(service: Service, every_s: float) -> None:
     while True:
         service.streams.forget_expired()
         try:
-            swept = await service.sessions.sweep() + await service.responses.sweep()
+            swept = await service.ledger.sweep()
         except StorageFailed as error:
             log.warning("expired sessions and responses stay for now: %s", error)
             swept = 0
@@ -202,7 +201,7 @@ async def _sweep(service: Service, every_s: float) -> None:
 def _build(
     settings: Settings,
     checkpoint: Checkpoint,
-    store: SessionStore,
+    store: Store,
     codec: Codec,
     conversation: Conversation | None,
     metrics: Metrics,
@@ -210,15 +209,15 @@ def _build(
 ) -> Service:
     loop = asyncio.get_running_loop()
 
-    def deliver(events: list[Event | Evicted]) -> None:
+    def deliver(events: list[Event | RowGivenUp]) -> None:
         loop.call_soon_threadsafe(router.dispatch, events)
 
     engine = Engine(checkpoint, engine_limits(settings), deliver, metrics)
-    places = Places(
+    tiers = Tiers(
         HostCache(settings.host_cache_bytes), store, codec.state_bytes, metrics, engine.release
     )
     quota = Quota(store, _quotas(settings))
-    router = Router(engine, places.row_evicted)
+    router = Router(tiers)
     metrics.model_info.labels(
         model=settings.served_name,
         fingerprint=checkpoint.fingerprint[:12],
@@ -230,14 +229,14 @@ def _build(
         model_name=settings.served_name,
         created=int((settings.checkpoint / "config.json").stat().st_mtime),
         metrics=metrics,
-        sessions=Sessions(store, places, quota, codec, metrics, keep_turns=settings.keep_turns),
-        responses=Responses(
-            store.responses,
-            places,
+        ledger=Ledger(
+            store,
+            tiers,
             quota,
             codec,
             metrics,
-            most_ttl_s=settings.response_ttl_s,
+            keep_turns=settings.keep_turns,
+            max_response_ttl_s=settings.response_ttl_s,
         ),
         engine=engine,
         router=router,

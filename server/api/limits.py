@@ -155,12 +155,11 @@ class Limiter:
 
 
 class Allowance:
-    """What one request uses. `check`, `charge`, `saw` as often as needed; `leave` in any case."""
+    """What one request uses. `check` and `charge` once its prompt is known; `leave` in any case."""
 
     def __init__(self, limiter: Limiter, caller: Caller) -> None:
         self._limiter = limiter
         self._caller = caller
-        self._generated = Counter[int]()
         self._has_left = False
 
     async def check(self, num_tokens: int) -> None:
@@ -172,17 +171,12 @@ class Allowance:
         await self._limiter.record(self._caller, "requests", 1)
         await self._limiter.record(self._caller, "tokens", num_tokens)
 
-    def saw(self, index: int, num_generated: int, *, is_whole: bool) -> None:
-        """A choice has so many tokens more, or at its end so many in all."""
-        before = 0 if is_whole else self._generated[index]
-        self._generated[index] = before + num_generated
-
-    async def leave(self) -> None:
+    async def leave(self, num_generated: int) -> None:
         """The request has ended: its place is free, what it generated is charged. Only once."""
         if not self._has_left:
             self._has_left = True
             self._limiter.leave(self._caller)
-            await self._limiter.record(self._caller, "tokens", self._generated.total())
+            await self._limiter.record(self._caller, "tokens", num_generated)
 
 
 def _code(kind: Kind) -> str:

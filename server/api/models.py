@@ -2,8 +2,8 @@
 
 from fastapi import APIRouter, Depends
 
-from server.api import prompts
 from server.api.auth import get_caller
+from server.api.generation.generation import check_model
 from server.api.parameters import ModelName
 from server.api.refusals import GUARDED, refusals
 from server.api.schemas.models import Model, ModelList
@@ -23,7 +23,7 @@ async def list_models(service: ServiceDep) -> ModelList:
 @router.get("/v1/models/{model:path}", responses=refusals(404))
 async def get_model(model: ModelName, service: ServiceDep) -> Model:
     """One model."""
-    prompts.check_model(service, model)
+    check_model(service, model)
     return _render(service)
 
 
@@ -34,7 +34,7 @@ def _render(service: Service) -> Model:
         created=service.created,
         parameters=network.num_parameters,
         vocab_size=network.config.vocab_sz,
-        state_bytes=service.sessions.state_bytes,
+        state_bytes=service.ledger.state_bytes,
         max_prompt_tokens=settings.max_prompt_tokens,
         max_tokens=settings.max_tokens_limit,
         chat=service.conversation is not None,

@@ -38,7 +38,7 @@ async def resume_stream(
     stream = service.streams.get(owner, stream_id)
     given = after if last_event_id is None else last_event_id
     start = 0 if given is None else _number(given, stream) + 1
-    return stream.response(service.settings.keepalive_s, start=start, headers={})
+    return stream.response(service.settings.keepalive_s, start=start)
 
 
 @router.post("/{stream_id}/cancel")

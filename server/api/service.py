@@ -9,14 +9,13 @@ from fastapi import Depends, Request
 from model.checkpoint import Checkpoint
 from model.grammar import GrammarCompiler
 from server.api.conversation import Conversation
+from server.api.generation.router import Router
 from server.api.limits import Limiter
-from server.api.router import Router
 from server.api.streams import Streams
 from server.engine.engine import Engine
 from server.errors import ShuttingDown
 from server.metrics import Metrics
-from server.sessions.responses import Responses
-from server.sessions.sessions import Sessions
+from server.sessions.ledger import Ledger
 from server.settings import Settings
 
 ROLLBACK_S = 5.0
@@ -61,8 +60,7 @@ class Service:
     """Unix seconds when the checkpoint was written."""
 
     metrics: Metrics
-    sessions: Sessions
-    responses: Responses
+    ledger: Ledger
     engine: Engine
     router: Router
     streams: Streams

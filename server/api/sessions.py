@@ -1,12 +1,15 @@
 """`/v1/sessions`: conversations that the server keeps, each as one state of fixed size."""
 
-import asyncio
-
 from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter, ValidationError
 
-from server.api import prompts
 from server.api.auth import Caller, CallerDep, OwnerDep
+from server.api.generation.answer import Answer
+from server.api.generation.deliver import Reply, deliver
+from server.api.generation.generation import read_generation
+from server.api.generation.prompts import TextPrompt
+from server.api.generation.shape import Shape
+from server.api.generation.turn import Replay, open_turn
 from server.api.parameters import (
     AfterSession,
     Limit,
@@ -31,10 +34,9 @@ from server.api.schemas.sessions import (
     SessionList,
 )
 from server.api.service import Service, ServiceDep
-from server.api.turns import Turn
-from server.errors import InvalidRequest
-from server.sessions.codec import SessionState
-from server.sessions.store import SessionRecord
+from server.errors import InternalError, InvalidRequest
+from server.sessions.ledger import NewSession
+from server.sessions.store import Entry
 
 PREFIX = "/v1/sessions"
 IMPORT = "/import"
@@ -71,12 +73,14 @@ async def create_session(
     if body.response_id is not None:
         if body.prompt is not None:
             raise InvalidRequest("a session begins with a prompt or a response", "response_id")
-        record = await service.responses.as_session(
+        record = await service.ledger.fork_response(
             caller.owner, body.response_id, body.metadata or {}, ttl_s
         )
-        return _render(service, record)
-    first = None if body.prompt is None else await _read(service, caller, body.prompt)
-    record = await service.sessions.create(caller.owner, body.metadata or {}, ttl_s, first)
+    elif body.prompt is not None:
+        target = NewSession(body.metadata or {}, ttl_s)
+        record = await _create_with_prompt(service, caller, body.prompt, target)
+    else:
+        record = await service.ledger.create(caller.owner, body.metadata or {}, ttl_s)
     return _render(service, record)
 
 
@@ -88,7 +92,7 @@ async def list_sessions(
     after: AfterSession = None,
 ) -> SessionList:
     """Your sessions, newest first; `after` is the id that the page before ended with."""
-    records = await service.sessions.list(owner, limit + 1, after)
+    records = await service.ledger.list(owner, "session", limit + 1, after)
     page = [_render(service, record) for record in records[:limit]]
     return SessionList(
         data=page,
@@ -124,20 +128,20 @@ async def import_session(
     service.check_ready()
     ttl_s = _ttl_s(service, ttl)
     facts = _metadata(metadata)
-    record = await service.sessions.import_blob(owner, await request.body(), facts, ttl_s)
+    record = await service.ledger.import_blob(owner, await request.body(), facts, ttl_s)
     return _render(service, record)
 
 
 @router.get("/{session_id}", responses=refusals(*STORED))
 async def get_session(session_id: SessionId, service: ServiceDep, owner: OwnerDep) -> Session:
     """One session: its tokens, its turn, and where its state is."""
-    return _render(service, await service.sessions.get(owner, session_id))
+    return _render(service, await service.ledger.get(owner, "session", session_id))
 
 
 @router.get("/{session_id}/turns", responses=refusals(*STORED))
 async def list_turns(session_id: SessionId, service: ServiceDep, owner: OwnerDep) -> CheckpointList:
     """The last turns, whose states are kept: these can be forked, rewound to and exported."""
-    kept = await service.sessions.checkpoints(owner, session_id)
+    kept = await service.ledger.checkpoints(owner, session_id)
     return CheckpointList(
         data=[
             Checkpoint(turn=c.turn, tokens=c.num_tokens, created_at=c.created_at, bytes=c.num_bytes)
@@ -161,7 +165,7 @@ async def fork_session(
     service.check_ready()
     body = body or ForkRequest()
     ttl_s = None if body.ttl is None else _ttl_s(service, body.ttl)
-    record = await service.sessions.fork(owner, session_id, body.turn, body.metadata, ttl_s)
+    record = await service.ledger.fork(owner, session_id, body.turn, body.metadata, ttl_s)
     return _render(service, record)
 
 
@@ -174,7 +178,7 @@ async def rewind_session(
     A latent state cannot be cut to a length: the ends of the last turns are all that there is to go
     back to.
     """
-    return _render(service, await service.sessions.rewind(owner, session_id, body.turn))
+    return _render(service, await service.ledger.rewind(owner, session_id, body.turn))
 
 
 @router.get(
@@ -190,7 +194,7 @@ async def export_session(
     turn: TurnQuery = None,
 ) -> Response:
     """The session's state, now or after an earlier turn, as one safetensors blob."""
-    record, turn, blob = await service.sessions.export(owner, session_id, turn)
+    record, turn, blob = await service.ledger.export(owner, session_id, turn)
     name = f"{record.id}-{turn}.safetensors"
     headers = {
         "Content-Disposition": f'attachment; filename="{name}"',
@@ -204,7 +208,7 @@ async def delete_session(
     session_id: SessionId, service: ServiceDep, owner: OwnerDep
 ) -> SessionDeleted:
     """Erase a session with its checkpoints and kept answers, in memory and on disk."""
-    await service.sessions.delete(owner, session_id)
+    await service.ledger.delete(owner, "session", session_id)
     return SessionDeleted(id=session_id)
 
 
@@ -225,22 +229,24 @@ def _metadata(given: str | None) -> dict[str, str]:
         raise InvalidRequest(f"metadata: {problem['msg']}", "metadata") from error
 
 
-async def _read(service: Service, caller: Caller, prompt: Prompt) -> SessionState:
-    """What the prompt makes of a new session. Raises InvalidRequest and what a turn does."""
+async def _create_with_prompt(
+    service: Service, caller: Caller, prompt: Prompt, target: NewSession
+) -> Entry:
+    """A session whose first turn read the prompt. Raises InvalidRequest and what a turn does."""
     asked = CompletionRequest(prompt=prompt, max_tokens=0)
     if len(asked.prompts) != 1 or not asked.prompts[0]:
         raise InvalidRequest("a session begins with one text, which is not empty", "prompt")
-    prompts.check_limits(service, asked)
-    turn = Turn(service, caller, prompts.timeout_s(service, asked))
-    try:
-        tokens = await prompts.read_prompts(service, asked, turn.start)
-        [choice] = await prompts.choices(service, asked, tokens)
-        return await turn.read(choice)
-    finally:
-        await asyncio.shield(turn.close())
+    generation = await read_generation(service, asked)
+    text = TextPrompt(service, asked.prompts)
+    turn = await open_turn(service, caller, None, target, generation, text)
+    if isinstance(turn, Replay) or turn.session_id is None:
+        raise InternalError("a new session has no answer before its first turn")
+    answer = Answer(turn, service.checkpoint.tokenizer, turn.session_id)
+    await deliver(turn, answer, Shape(service, asked, answer), Reply())
+    return await service.ledger.get(caller.owner, "session", turn.session_id)
 
 
-def _render(service: Service, record: SessionRecord) -> Session:
+def _render(service: Service, record: Entry) -> Session:
     parent = None
     if record.parent_id is not None and record.parent_turn is not None:
         parent = Parent(session_id=record.parent_id, turn=record.parent_turn)
@@ -253,9 +259,9 @@ def _render(service: Service, record: SessionRecord) -> Session:
         turn=record.turn,
         checkpoints=record.num_checkpoints,
         tokens=record.num_tokens,
-        state_bytes=service.sessions.state_bytes,
-        tier=service.sessions.tier(record),
-        status="busy" if service.sessions.is_busy(record.id) else "idle",
+        state_bytes=service.ledger.state_bytes,
+        tier=service.ledger.tier(record),
+        status="busy" if service.ledger.is_busy(record.id) else "idle",
         parent=parent,
         metadata=record.metadata,
     )

@@ -3,22 +3,15 @@
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import islice
+from typing import Any, Literal
 
-from fastapi.sse import EventSourceResponse
+from fastapi.responses import StreamingResponse
 
-from server.api.sse import (
-    KEEP_ALIVE,
-    NO_BUFFERING,
-    PLAIN,
-    Close,
-    EventSource,
-    Manner,
-    Messages,
-)
-from server.errors import Cancelled, EventsGone, NotFound, Overloaded
+from server.api.sse import EVENT_STREAM, KEEP_ALIVE_WITH_IDS, NO_BUFFERING
+from server.errors import EventsGone, NotFound, Overloaded
 
 Status = Literal["in_progress", "completed", "failed", "cancelled"]
 
@@ -44,10 +37,10 @@ class EventLog:
         """The number of the oldest event that is kept."""
         return self._first
 
-    def append(self, event: bytes) -> None:
-        """Add an event; the oldest ones make room for it."""
-        self._events.append(event)
-        self._num_bytes += len(event)
+    async def append(self, events: Sequence[bytes]) -> None:
+        """Add events; the oldest ones make space for them."""
+        self._events.extend(events)
+        self._num_bytes += sum(map(len, events))
         while self._num_bytes > self._max_bytes and len(self._events) > 1:
             self._num_bytes -= len(self._events.popleft())
             self._first += 1
@@ -66,12 +59,13 @@ class EventLog:
         number = start
         while number >= self._first:
             if number < self.num_events:
-                yield self._events[number - self._first]
-                number += 1
+                waiting = list(islice(self._events, number - self._first, None))
+                number += len(waiting)
+                yield b"".join(waiting)
             elif self._ended:
                 return
             elif not await self._grow(silence_s):
-                yield KEEP_ALIVE
+                yield KEEP_ALIVE_WITH_IDS
 
     async def _grow(self, silence_s: float) -> bool:
         """Wait for another event. False if none came in time."""
@@ -89,7 +83,7 @@ class EventLog:
 
 
 class Stream:
-    """A turn that runs without a connection, and what it has told so far."""
+    """A turn that runs without a connection, and its events so far."""
 
     def __init__(self, stream_id: str, owner: str, max_bytes: int) -> None:
         self.id = stream_id
@@ -100,10 +94,14 @@ class Stream:
         self.log = EventLog(max_bytes)
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, messages: Messages, close: Close, manner: Manner) -> None:
-        """Run until the messages end."""
-        source = EventSource(messages, close, manner)
-        self._task = asyncio.create_task(self._run(source, close, manner))
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run what fills the log, and calls `end`."""
+        self._task = asyncio.create_task(work)
+
+    def end(self, status: Status) -> None:
+        """Nothing more will come."""
+        self.status, self.ended_at = status, time.time()
+        self.log.end()
 
     async def cancel(self) -> None:
         """End the turn, which rolls back; one that has ended stays as it is."""
@@ -113,32 +111,16 @@ class Stream:
             await asyncio.wait([self._task])
 
     def response(
-        self, keepalive_s: float, *, start: int = 0, headers: dict[str, str]
-    ) -> EventSourceResponse:
+        self, keepalive_s: float, *, start: int = 0, headers: dict[str, str] | None = None
+    ) -> StreamingResponse:
         """Its events from number `start` on. Raises EventsGone if they are not kept any more."""
         if start < self.log.first:
             raise EventsGone(self.id, self.log.first)
-        events = self.log.follow(start, keepalive_s)
-        return EventSourceResponse(events, headers=headers | NO_BUFFERING)
-
-    async def _run(self, source: EventSource, close: Close, manner: Manner) -> None:
-        status: Status = "failed"
-        try:
-            async for events in source.events():
-                for event in events:
-                    if event != KEEP_ALIVE:
-                        self.log.append(event)
-            status = "completed" if source.outcome == "ok" else "failed"
-        except asyncio.CancelledError:
-            status = "cancelled"
-        finally:
-            await asyncio.shield(close())
-            if status == "cancelled":
-                self.log.append(source.failure(Cancelled()))
-                if manner.ends_with_done:
-                    self.log.append(source.done())
-            self.status, self.ended_at = status, time.time()
-            self.log.end()
+        return StreamingResponse(
+            self.log.follow(start, keepalive_s),
+            media_type=EVENT_STREAM,
+            headers=(headers or {}) | NO_BUFFERING,
+        )
 
 
 @dataclass(frozen=True)
@@ -164,28 +146,20 @@ class Streams:
         self._clock = clock
         self._streams: OrderedDict[str, Stream] = OrderedDict()
 
-    def check_room(self) -> None:
+    def check_space(self) -> None:
         """Raises Overloaded when as many streams run as may."""
         self.forget_expired()
         running = sum(stream.ended_at is None for stream in self._streams.values())
         if running >= self._limits.max_streams:
             raise Overloaded(f"{running} resumable streams are running already", "too_many_streams")
 
-    def start(
-        self,
-        owner: str,
-        stream_id: str,
-        messages: Messages,
-        close: Close,
-        manner: Manner = PLAIN,
-    ) -> Stream:
-        """Run a turn whose stream can be resumed. The oldest ended streams make room for it."""
+    def add(self, owner: str, stream_id: str) -> Stream:
+        """A new stream. The oldest ended ones make space for it."""
         stream = Stream(stream_id, owner, self._limits.max_bytes)
         ended = [s for s in self._streams.values() if s.ended_at is not None]
         for old in ended[: max(0, len(self._streams) + 1 - self._limits.max_streams)]:
             del self._streams[old.id]
-        self._streams[stream_id] = stream
-        stream.start(messages, close, manner)
+        self._streams[stream.id] = stream
         return stream
 
     def get(self, owner: str, stream_id: str) -> Stream:

@@ -2,8 +2,9 @@
 
 from fastapi import APIRouter, Depends
 
-from server.api import prompts
 from server.api.auth import get_owner
+from server.api.generation.generation import check_ids, check_model
+from server.api.generation.prompts import ChatPrompt, encode, said
 from server.api.refusals import GUARDED, JSON, refusals
 from server.api.schemas.tokens import (
     Detokenized,
@@ -26,17 +27,15 @@ router = APIRouter(
 @router.post("/tokenize", responses=refusals(*JSON, 404))
 async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Tokenized:
     """The tokens of a text, or of a conversation by the model's chat template."""
-    prompts.check_model(service, body.model)
+    check_model(service, body.model)
     adds = body.add_special_tokens is None or body.add_special_tokens
     bos = service.checkpoint.network.config.bos_token_id
     match body.prompt, body.messages:
         case str(text), None:
-            ids = await prompts.encode(service, text)
+            ids = await encode(service, text)
             ids = (bos, *ids) if adds and bos is not None else ids
         case None, list(messages):
-            ids = await prompts.read_messages(
-                service, prompts.said(messages), Continuation(), "messages"
-            )
+            [ids] = await ChatPrompt(service, said(messages), "messages").read(Continuation())
             ids = ids if adds or ids[:1] != (bos,) else ids[1:]
         case _:
             raise InvalidRequest("give a prompt or messages, one of them", "prompt")
@@ -49,8 +48,8 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Tokenized:
 @router.post("/detokenize", responses=refusals(*JSON, 404))
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Detokenized:
     """The text of tokens. What was tokenised without `add_special_tokens` comes back as it was."""
-    prompts.check_model(service, body.model)
-    prompts.check_ids(service, body.tokens, "tokens")
+    check_model(service, body.model)
+    check_ids(service, body.tokens, "tokens")
     return Detokenized(prompt=service.checkpoint.tokenizer.decode(body.tokens, names=True))
 
 

@@ -1,4 +1,4 @@
-"""Parked states in host memory: the least recently used ones go first."""
+"""States in host memory: the least recently used ones go first."""
 
 from collections import OrderedDict
 
@@ -6,7 +6,7 @@ from server.sessions.codec import SessionState
 
 
 class HostCache:
-    """States by session, at most `max_bytes` of them."""
+    """States by their ids, at most `max_bytes` of them."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -16,25 +16,25 @@ class HostCache:
     def __len__(self) -> int:
         return len(self._states)
 
-    def __contains__(self, session_id: str) -> bool:
-        return session_id in self._states
+    def __contains__(self, state_id: str) -> bool:
+        return state_id in self._states
 
-    def get(self, session_id: str) -> SessionState | None:
+    def get(self, state_id: str) -> SessionState | None:
         """The state, now the most recently used one."""
-        if session_id not in self._states:
+        if state_id not in self._states:
             return None
-        self._states.move_to_end(session_id)
-        return self._states[session_id]
+        self._states.move_to_end(state_id)
+        return self._states[state_id]
 
-    def put(self, session_id: str, state: SessionState) -> int:
+    def put(self, state_id: str, state: SessionState) -> int:
         """Keep a state, forget others for it. Returns how many were forgotten.
 
         A state that is larger than the whole cache is not kept.
         """
-        self.remove(session_id)
+        self.remove(state_id)
         if state.num_bytes > self._max_bytes:
             return 0
-        self._states[session_id] = state
+        self._states[state_id] = state
         self.num_bytes += state.num_bytes
         evicted = 0
         while self.num_bytes > self._max_bytes:
@@ -43,8 +43,8 @@ class HostCache:
             evicted += 1
         return evicted
 
-    def remove(self, session_id: str) -> None:
-        """Forget a session's state if it is here."""
-        state = self._states.pop(session_id, None)
+    def remove(self, state_id: str) -> None:
+        """Forget a state if it is here."""
+        state = self._states.pop(state_id, None)
         if state is not None:
             self.num_bytes -= state.num_bytes

@@ -1,6 +1,6 @@
 """How many sessions and responses, and bytes of them, an owner and the whole store may hold.
 
-Room is reserved before the work that needs it, so that no turn fails at its end for want of it. A
+Space is reserved before the work that needs it, so that no turn fails at its end for want of it. A
 reservation is counted before the store is asked what it holds: what is committed in between counts
 twice then, never not at all.
 """
@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from server.errors import QuotaExceeded, StorageFull
-from server.sessions.store import SessionStore
+from server.sessions.store import Kind, Store
 
 
 @dataclass(frozen=True)
@@ -32,33 +32,30 @@ class Quotas:
 
 
 class Quota:
-    """Room in a store. Belongs to the event loop."""
+    """Space in a store. Belongs to the event loop."""
 
-    def __init__(self, store: SessionStore, quotas: Quotas) -> None:
+    def __init__(self, store: Store, quotas: Quotas) -> None:
         self._store = store
         self._quotas = quotas
-        self._reserved_sessions = Counter[str]()
-        self._reserved_responses = Counter[str]()
-        self._reserved_bytes = Counter[str]()
+        self._entries: dict[Kind, Counter[str]] = {"session": Counter(), "response": Counter()}
+        self._bytes = Counter[str]()
 
     @asynccontextmanager
-    async def room(
-        self, owner: str, *, sessions: int = 0, responses: int = 0, num_bytes: int = 0
+    async def reserve(
+        self, owner: str, new: Kind | None = None, *, num_bytes: int = 0
     ) -> AsyncIterator[None]:
-        """Hold room for an owner's new sessions, responses and bytes, while they are being written.
+        """Hold space for an owner's new entry, or none, and bytes while they are being written.
 
         Raises QuotaExceeded and StorageFull.
         """
-        reserved = (
-            (self._reserved_sessions, sessions),
-            (self._reserved_responses, responses),
-            (self._reserved_bytes, num_bytes),
-        )
+        reserved = [(self._bytes, num_bytes)]
+        if new is not None:
+            reserved.append((self._entries[new], 1))
         for counter, count in reserved:
             counter[owner] += count
         try:
-            self._check_total(sessions, num_bytes)
-            await self._check_owner(owner, sessions, responses, num_bytes)
+            self._check_total(new, num_bytes)
+            await self._check_owner(owner, new, num_bytes)
             yield
         finally:
             for counter, count in reserved:
@@ -66,35 +63,36 @@ class Quota:
                 if not counter[owner]:
                     del counter[owner]
 
-    def _check_total(self, sessions: int, num_bytes: int) -> None:
+    def _check_total(self, new: Kind | None, num_bytes: int) -> None:
         quotas, total = self._quotas, self._store.total
-        if sessions and _exceeds(
-            total.num_sessions + self._reserved_sessions.total(), quotas.sessions
-        ):
+        num_sessions = total.num_sessions + self._entries["session"].total()
+        if new == "session" and _exceeds(num_sessions, quotas.sessions):
             raise StorageFull(f"this server holds {total.num_sessions} sessions already")
-        if num_bytes and _exceeds(total.num_bytes + self._reserved_bytes.total(), quotas.bytes):
+        if num_bytes and _exceeds(total.num_bytes + self._bytes.total(), quotas.bytes):
             raise StorageFull(f"this server holds {total.num_bytes} bytes of sessions already")
 
-    async def _check_owner(self, owner: str, sessions: int, responses: int, num_bytes: int) -> None:
+    async def _check_owner(self, owner: str, new: Kind | None, num_bytes: int) -> None:
         quotas = self._quotas
         if not quotas.limit_owners:
             return
-        all_sessions = self._reserved_sessions[owner]
-        all_responses = self._reserved_responses[owner]
-        all_bytes = self._reserved_bytes[owner]
+        all_bytes = self._bytes[owner]
+        num_reserved = 0 if new is None else self._entries[new][owner]
         used = await self._store.usage(owner)
-        if sessions and _exceeds(used.num_sessions + all_sessions, quotas.sessions_per_owner):
-            raise QuotaExceeded(
-                f"you have {used.num_sessions} sessions, the most is {quotas.sessions_per_owner}; "
-                "delete some",
-                "session_quota_exceeded",
-            )
-        if responses and _exceeds(used.num_responses + all_responses, quotas.responses_per_owner):
-            raise QuotaExceeded(
-                f"you have {used.num_responses} stored responses, the most is "
-                f"{quotas.responses_per_owner}; delete some",
-                "response_quota_exceeded",
-            )
+        match new:
+            case "session" if _exceeds(used.num_sessions + num_reserved, quotas.sessions_per_owner):
+                raise QuotaExceeded(
+                    f"you have {used.num_sessions} sessions, the most is "
+                    f"{quotas.sessions_per_owner}; delete some",
+                    "session_quota_exceeded",
+                )
+            case "response" if _exceeds(
+                used.num_responses + num_reserved, quotas.responses_per_owner
+            ):
+                raise QuotaExceeded(
+                    f"you have {used.num_responses} stored responses, the most is "
+                    f"{quotas.responses_per_owner}; delete some",
+                    "response_quota_exceeded",
+                )
         if num_bytes and _exceeds(used.num_bytes + all_bytes, quotas.bytes_per_owner):
             raise QuotaExceeded(
                 f"your sessions and responses hold {used.num_bytes} bytes and need {num_bytes} "

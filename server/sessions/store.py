@@ -1,12 +1,16 @@
-"""What a durable store of sessions and responses must do. Every method is awaited from the event
-loop."""
+"""What a durable store must do. Every method is awaited from the event loop.
+
+One ledger has sessions and stored responses: entries of a kind, each with the states after its last
+turns. A response is an entry of one turn.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-ResponseStatus = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
-UNFINISHED: tuple[ResponseStatus, ...] = ("queued", "in_progress")
+Kind = Literal["session", "response"]
+Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+UNFINISHED: tuple[Status, ...] = ("queued", "in_progress")
 
 
 class StoreError(Exception):
@@ -14,100 +18,91 @@ class StoreError(Exception):
 
 
 @dataclass(frozen=True)
-class SessionRecord:
-    """What is known of a session besides its state. Times are Unix seconds."""
+class Entry:
+    """What is known of a session or response besides its states. Times are Unix seconds."""
 
+    kind: Kind
     id: str
-    created_at: float
-    last_used_at: float
-    owner: str = ""
+    owner: str
     """Who made it; nobody else can see it."""
 
+    created_at: float
+    last_used_at: float
     turn: int = 0
     """Committed turns."""
 
     num_tokens: int = 0
+    """Tokens of the conversation after them."""
+
+    state_id: str | None = None
+    """The state after the last turn; None before the first one, and where no state was kept."""
+
     num_checkpoints: int = 0
-    """States kept, of the last turns; turn 0 has none and needs none."""
+    """States kept, of the last turns."""
 
     ttl_s: float | None = None
-    """Seconds without use after which it is erased; None: never."""
+    """Seconds without use after which it is erased; None: use does not matter."""
+
+    expires_at: float | None = None
+    """When it is erased; None: never."""
 
     parent_id: str | None = None
     """The session that it was forked from."""
 
     parent_turn: int | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    status: Status | None = None
+    """Of a response: the one that the body shows."""
+
+    body: str | None = None
+    """The response object as JSON."""
 
     @property
-    def expires_at(self) -> float | None:
-        return None if self.ttl_s is None else self.last_used_at + self.ttl_s
+    def is_finished(self) -> bool:
+        return self.status not in UNFINISHED
 
-
-@dataclass(frozen=True)
-class CheckpointRecord:
-    """A turn whose state is kept."""
-
-    turn: int
-    num_tokens: int
-    """Tokens of the session after it."""
-
-    created_at: float
-    num_bytes: int
-    """Of the blob."""
+    def used(self, now: float) -> "Entry":
+        """The entry when it is used now: a sliding lifetime begins anew. Time does not go back."""
+        now = max(now, self.last_used_at)
+        expires_at = self.expires_at if self.ttl_s is None else now + self.ttl_s
+        return replace(self, last_used_at=now, expires_at=expires_at)
 
 
 @dataclass(frozen=True)
 class KeptAnswer:
-    """The answer of a turn, kept for a client that asks for the same turn again."""
+    """The answer of a turn, kept for a client that sends the same request again."""
 
     key: str
     """Digest of the Idempotency-Key."""
 
     request: str
-    """Digest of what was asked for with it."""
+    """Digest of the request that came with it."""
 
     answer: str
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What a commit adds to a session."""
+class NewState:
+    """The state after an entry's present turn, to be kept with it."""
 
-    turn: int
-    num_tokens: int
-    created_at: float
+    id: str
     blob: bytes
     answer: KeptAnswer | None = None
 
 
 @dataclass(frozen=True)
-class ResponseRecord:
-    """What is known of a response besides its state. Times are Unix seconds."""
+class Checkpoint:
+    """A turn whose state is kept."""
 
-    id: str
-    owner: str
-    """Who asked for it; nobody else can see it."""
+    turn: int
+    num_tokens: int
+    """Tokens of the conversation after it."""
 
     created_at: float
-    expires_at: float | None
-    """When it is erased; None: never."""
+    num_bytes: int
+    """Of the blob."""
 
-    status: ResponseStatus
-    """The one that the body tells."""
-
-    body: str
-    """The response object as JSON."""
-
-    num_tokens: int = 0
-    """Tokens of the conversation after it, if it has a state."""
-
-    has_state: bool = False
-    """Whether the state after it is kept, from which others can go on."""
-
-    @property
-    def is_finished(self) -> bool:
-        return self.status not in UNFINISHED
+    state_id: str
 
 
 @dataclass(frozen=True)
@@ -115,121 +110,76 @@ class Usage:
     """What the store holds, of one owner or of all."""
 
     num_sessions: int = 0
+    num_responses: int = 0
     num_states: int = 0
-    """After turns of sessions and after responses."""
-
     num_bytes: int = 0
     """Of states, kept answers and bodies of responses."""
 
-    num_responses: int = 0
 
-
-class ResponseStore(Protocol):
+class Store(Protocol):
     """When a call that writes returns, what it wrote survives the process and the machine.
 
-    Every call raises StorageFailed when the disk does; the store is then as before the call. What
-    responses hold is in the same accounts as what sessions hold. Calls take effect in the order in
-    which they were made.
-    """
-
-    async def insert(self, record: ResponseRecord, blob: bytes | None = None) -> None:
-        """Add a response, with the blob of the state after it if it has one."""
-
-    async def finish(self, record: ResponseRecord, blob: bytes | None = None) -> bool:
-        """Give an unfinished response its status, body, tokens and state.
-
-        False, and nothing changes, if there is no such response or it is finished.
-        """
-
-    async def rewrite_unfinished(
-        self, rewrite: Callable[[ResponseRecord], ResponseRecord], but: frozenset[str]
-    ) -> int:
-        """Give all unfinished ones a new status and body, but for these ids; all or none.
-
-        `rewrite` runs outside of the event loop. Returns how many there were.
-        """
-
-    async def get(self, response_id: str) -> ResponseRecord | None: ...
-
-    async def load_blob(self, response_id: str) -> bytes | None: ...
-
-    async def copy_to_session(
-        self, response_id: str, record: SessionRecord
-    ) -> SessionRecord | None:
-        """Add `record` as a session whose checkpoint of `record.turn` is a copy of the state.
-
-        Returns it with its number of tokens; None if there is no such state.
-        """
-
-    async def expired(self, now: float, limit: int) -> Sequence[str]:
-        """Ids of responses whose time is over."""
-
-    async def delete(self, response_id: str) -> bool:
-        """Erase the response and its state. False if there is no such response.
-
-        As with sessions it may have done half of its work when it raises: the response is gone
-        then, and its bytes are erased as soon as the disk permits.
-        """
-
-
-class SessionStore(Protocol):
-    """When a call that writes returns, what it wrote survives the process and the machine.
-
-    Every call raises StorageFailed when the disk does; the store is then as before the call. Unless
-    it is said otherwise a call takes a time that depends neither on a session's length nor on the
-    number of sessions.
+    Every call raises StorageFailed when the disk does; the store is then as before the call. Calls
+    take effect in the order in which they were made. Unless it is said otherwise a call takes a
+    time that depends neither on the length of a conversation nor on the number of entries.
     """
 
     @property
     def total(self) -> Usage:
-        """All that it holds, responses included."""
+        """All that it holds."""
 
-    @property
-    def responses(self) -> ResponseStore:
-        """The stored responses, in the same place."""
+    async def insert(self, entry: Entry, state: NewState | None = None) -> None:
+        """Add an entry, with the state after its present turn if it has one."""
 
-    async def create(self, record: SessionRecord, blob: bytes | None = None) -> None:
-        """Add a session; with a blob, it has a checkpoint of its present turn."""
+    async def advance(self, entry: Entry, state: NewState | None, keep: int) -> bool:
+        """Write an entry as it is after its next turn, wholly or not at all; the last `keep` states
+        stay. Without a state the turn stays as it is, and only a response ends.
 
-    async def get(self, session_id: str) -> SessionRecord | None: ...
+        False, and nothing changes, if the entry is gone, at another turn, or finished.
+        """
+
+    async def rewrite_unfinished(
+        self, rewrite: Callable[[Entry], Entry], but: frozenset[str]
+    ) -> int:
+        """Give all unfinished responses a new status and body, but for these ids; all or none.
+
+        `rewrite` runs outside of the event loop. Returns how many there were.
+        """
+
+    async def get(self, kind: Kind, entry_id: str) -> Entry | None: ...
 
     async def list(
-        self, owner: str, limit: int, after: str | None, now: float
-    ) -> list[SessionRecord]:
-        """The owner's that have not expired, newest first, beginning behind the session `after`."""
+        self, kind: Kind, owner: str, limit: int, after: str | None, now: float
+    ) -> list[Entry]:
+        """The owner's that have not expired, newest first, beginning behind the entry `after`."""
 
     async def usage(self, owner: str) -> Usage: ...
 
-    async def checkpoints(self, session_id: str) -> Sequence[CheckpointRecord]:
+    async def checkpoints(self, entry_id: str) -> Sequence[Checkpoint]:
         """Newest first."""
 
-    async def commit(self, session_id: str, turn: Turn, keep: int) -> None:
-        """Make it the session's next turn, wholly or not at all; the last `keep` are kept."""
-
-    async def find_answer(self, session_id: str, key: str) -> KeptAnswer | None:
+    async def find_answer(self, entry_id: str, key: str) -> KeptAnswer | None:
         """The answer kept under this digest of a key."""
 
-    async def load_blob(self, session_id: str, turn: int) -> bytes | None: ...
+    async def load(self, entry_id: str, turn: int) -> bytes | None:
+        """The blob of the state after a turn."""
 
-    async def fork(self, session_id: str, record: SessionRecord) -> SessionRecord | None:
-        """Add `record` as a session that begins with a copy of the checkpoint of `record.turn`.
+    async def fork(self, source_id: str, entry: Entry) -> Entry | None:
+        """Add an entry that begins with the source's state after the turn `entry.turn`.
 
-        Returns it with its number of tokens; None if there is no such checkpoint.
+        Returns it with its tokens and state; None if there is no such state.
         """
 
-    async def rewind(self, session_id: str, turn: int, used_at: float) -> SessionRecord | None:
-        """Make this checkpoint the session's present and erase those after it.
+    async def rewind(self, entry_id: str, turn: int, now: float) -> Entry | None:
+        """Go back to a turn and erase those after it; None if its state is not kept."""
 
-        None if there is no such checkpoint.
-        """
+    async def expired(self, now: float, limit: int) -> Sequence[Entry]:
+        """Entries whose time is over, the longest over first."""
 
-    async def expired(self, now: float, limit: int) -> Sequence[str]:
-        """Ids of sessions that have not been used for as long as they may."""
+    async def delete(self, kind: Kind, entry_id: str) -> bool:
+        """Erase the entry, its states and answers. False if there is no such entry.
 
-    async def delete(self, session_id: str) -> bool:
-        """Erase the session, its checkpoints and answers. False if there is no such session.
-
-        The one call that may have done half of its work when it raises: the session is gone then,
+        The one call that may have done half of its work when it raises: the entry is gone then,
         and its bytes are erased as soon as the disk permits.
         """
 

@@ -1,5 +1,6 @@
 """The tables of the embedded store, and how a file comes to have them."""
 
+import os
 import sqlite3
 from pathlib import Path
 from typing import Literal
@@ -9,173 +10,125 @@ from server.sessions.store import StoreError
 Durability = Literal["sync", "async"]
 
 APPLICATION_ID = 0x6C746E64
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 PAGE_BYTES = 16384
 """Large, for blobs are: that halves the time of a commit.
 
 SQLite moves the first bytes of a row about when it balances its trees, and leaves copies that no
-delete finds. Behind padding of a page, metadata, blob, answer and body lie in overflow pages, which
+delete finds. Behind padding of a page, metadata, body, blob and answer lie in overflow pages, which
 stay where they are until secure_delete zeroes them."""
 
 PADDING = f"padding BLOB NOT NULL DEFAULT (zeroblob({PAGE_BYTES}))"
 
-SESSIONS = f"""
-CREATE TABLE sessions (
+TABLES = f"""
+CREATE TABLE entries (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind TEXT NOT NULL,
     id TEXT NOT NULL UNIQUE,
     owner TEXT NOT NULL,
     created_at REAL NOT NULL,
     last_used_at REAL NOT NULL,
-    ttl_s REAL,
     turn INTEGER NOT NULL,
     num_tokens INTEGER NOT NULL,
+    ttl_s REAL,
+    expires_at REAL,
     parent_id TEXT,
     parent_turn INTEGER,
+    status TEXT,
+    num_bytes INTEGER NOT NULL,
     {PADDING},
-    metadata TEXT NOT NULL
+    metadata TEXT NOT NULL,
+    body TEXT
 ) STRICT;
-CREATE INDEX sessions_by_owner ON sessions (owner, number);
-CREATE INDEX sessions_by_expiry ON sessions (last_used_at + ttl_s) WHERE ttl_s IS NOT NULL;
+CREATE INDEX entries_by_owner ON entries (kind, owner, number);
+CREATE INDEX entries_by_expiry ON entries (expires_at) WHERE expires_at IS NOT NULL;
+CREATE INDEX unfinished_entries ON entries (status) WHERE status IN ('queued', 'in_progress');
 
 CREATE TABLE checkpoints (
-    session_number INTEGER NOT NULL REFERENCES sessions (number),
+    entry_number INTEGER NOT NULL REFERENCES entries (number),
     turn INTEGER NOT NULL,
     num_tokens INTEGER NOT NULL,
     created_at REAL NOT NULL,
+    state_id TEXT NOT NULL,
     num_bytes INTEGER NOT NULL,
     {PADDING},
-    blob BLOB NOT NULL,
-    PRIMARY KEY (session_number, turn)
+    blob BLOB,
+    PRIMARY KEY (entry_number, turn)
 ) STRICT;
+CREATE INDEX checkpoints_in_files ON checkpoints (state_id) WHERE blob IS NULL;
 
 CREATE TABLE answers (
-    session_number INTEGER NOT NULL,
+    entry_number INTEGER NOT NULL,
     turn INTEGER NOT NULL,
     key TEXT NOT NULL,
     request TEXT NOT NULL,
     num_bytes INTEGER NOT NULL,
     {PADDING},
     answer TEXT NOT NULL,
-    PRIMARY KEY (session_number, turn),
-    UNIQUE (session_number, key),
-    FOREIGN KEY (session_number, turn) REFERENCES checkpoints (session_number, turn)
+    PRIMARY KEY (entry_number, turn),
+    UNIQUE (entry_number, key),
+    FOREIGN KEY (entry_number, turn) REFERENCES checkpoints (entry_number, turn)
 ) STRICT;
-"""
 
-RESPONSES = f"""
-CREATE TABLE responses (
-    number INTEGER PRIMARY KEY,
-    id TEXT NOT NULL UNIQUE,
-    owner TEXT NOT NULL,
-    created_at REAL NOT NULL,
-    expires_at REAL,
-    status TEXT NOT NULL,
-    num_tokens INTEGER NOT NULL,
-    num_bytes INTEGER NOT NULL,
-    {PADDING},
-    body TEXT NOT NULL,
-    blob BLOB
-) STRICT;
-CREATE INDEX responses_by_expiry ON responses (expires_at) WHERE expires_at IS NOT NULL;
-CREATE INDEX unfinished_responses ON responses (status) WHERE status IN ('queued', 'in_progress');
-CREATE INDEX responses_with_state ON responses (number) WHERE blob IS NOT NULL;
-"""
-
-OWNERS = """
 CREATE TABLE owners (
     owner TEXT PRIMARY KEY,
     num_sessions INTEGER NOT NULL,
+    num_responses INTEGER NOT NULL,
     num_states INTEGER NOT NULL,
-    num_bytes INTEGER NOT NULL,
-    num_responses INTEGER NOT NULL
+    num_bytes INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
-"""
 
-ACCOUNTING = """
-CREATE TRIGGER session_added AFTER INSERT ON sessions BEGIN
-    INSERT INTO owners VALUES (NEW.owner, 1, 0, 0, 0)
-    ON CONFLICT DO UPDATE SET num_sessions = num_sessions + 1;
+CREATE TRIGGER entry_added AFTER INSERT ON entries BEGIN
+    INSERT INTO owners
+    VALUES (NEW.owner, NEW.kind = 'session', NEW.kind = 'response', 0, NEW.num_bytes)
+    ON CONFLICT DO UPDATE SET num_sessions = num_sessions + excluded.num_sessions,
+    num_responses = num_responses + excluded.num_responses,
+    num_bytes = num_bytes + excluded.num_bytes;
 END;
-CREATE TRIGGER session_removed BEFORE DELETE ON sessions BEGIN
-    DELETE FROM checkpoints WHERE session_number = OLD.number;
-    UPDATE owners SET num_sessions = num_sessions - 1 WHERE owner = OLD.owner;
+CREATE TRIGGER entry_changed AFTER UPDATE OF num_bytes ON entries BEGIN
+    UPDATE owners SET num_bytes = num_bytes - OLD.num_bytes + NEW.num_bytes
+    WHERE owner = NEW.owner;
+END;
+CREATE TRIGGER entry_removed BEFORE DELETE ON entries BEGIN
+    DELETE FROM checkpoints WHERE entry_number = OLD.number;
+    UPDATE owners SET num_sessions = num_sessions - (OLD.kind = 'session'),
+    num_responses = num_responses - (OLD.kind = 'response'),
+    num_bytes = num_bytes - OLD.num_bytes WHERE owner = OLD.owner;
 END;
 CREATE TRIGGER checkpoint_added AFTER INSERT ON checkpoints BEGIN
     UPDATE owners SET num_states = num_states + 1, num_bytes = num_bytes + NEW.num_bytes
-    WHERE owner = (SELECT owner FROM sessions WHERE number = NEW.session_number);
+    WHERE owner = (SELECT owner FROM entries WHERE number = NEW.entry_number);
 END;
 CREATE TRIGGER checkpoint_removed BEFORE DELETE ON checkpoints BEGIN
-    DELETE FROM answers WHERE session_number = OLD.session_number AND turn = OLD.turn;
+    DELETE FROM answers WHERE entry_number = OLD.entry_number AND turn = OLD.turn;
     UPDATE owners SET num_states = num_states - 1, num_bytes = num_bytes - OLD.num_bytes
-    WHERE owner = (SELECT owner FROM sessions WHERE number = OLD.session_number);
+    WHERE owner = (SELECT owner FROM entries WHERE number = OLD.entry_number);
 END;
 CREATE TRIGGER answer_added AFTER INSERT ON answers BEGIN
     UPDATE owners SET num_bytes = num_bytes + NEW.num_bytes
-    WHERE owner = (SELECT owner FROM sessions WHERE number = NEW.session_number);
+    WHERE owner = (SELECT owner FROM entries WHERE number = NEW.entry_number);
 END;
 CREATE TRIGGER answer_removed BEFORE DELETE ON answers BEGIN
     UPDATE owners SET num_bytes = num_bytes - OLD.num_bytes
-    WHERE owner = (SELECT owner FROM sessions WHERE number = OLD.session_number);
-END;
-CREATE TRIGGER response_added AFTER INSERT ON responses BEGIN
-    INSERT INTO owners VALUES (NEW.owner, 0, NEW.blob IS NOT NULL, NEW.num_bytes, 1)
-    ON CONFLICT DO UPDATE SET num_states = num_states + excluded.num_states,
-    num_bytes = num_bytes + excluded.num_bytes, num_responses = num_responses + 1;
-END;
-CREATE TRIGGER response_changed AFTER UPDATE ON responses BEGIN
-    UPDATE owners SET num_bytes = num_bytes - OLD.num_bytes + NEW.num_bytes,
-    num_states = num_states - (OLD.blob IS NOT NULL) + (NEW.blob IS NOT NULL)
-    WHERE owner = NEW.owner;
-END;
-CREATE TRIGGER response_removed AFTER DELETE ON responses BEGIN
-    UPDATE owners SET num_states = num_states - (OLD.blob IS NOT NULL),
-    num_bytes = num_bytes - OLD.num_bytes, num_responses = num_responses - 1
-    WHERE owner = OLD.owner;
+    WHERE owner = (SELECT owner FROM entries WHERE number = OLD.entry_number);
 END;
 """
 
-TABLES = SESSIONS + RESPONSES + OWNERS + ACCOUNTING
-
-FROM_1 = f"""
-DROP TRIGGER added;
-DROP TRIGGER removed;
-DROP TABLE totals;
-ALTER TABLE sessions RENAME TO old_sessions;
-ALTER TABLE checkpoints RENAME TO old_checkpoints;
-{TABLES}
-INSERT INTO sessions (number, id, owner, created_at, last_used_at, turn, num_tokens, metadata)
-    SELECT number, id, '', created_at, last_used_at, turn, num_tokens, metadata FROM old_sessions;
-INSERT INTO checkpoints (session_number, turn, num_tokens, created_at, num_bytes, blob)
-    SELECT session_number, old_checkpoints.turn, old_checkpoints.num_tokens, last_used_at,
-    num_bytes, blob FROM old_checkpoints JOIN sessions ON number = session_number;
-DROP TABLE old_checkpoints;
-DROP TABLE old_sessions;
+FILES_TO_DELETE = """
+CREATE TEMP TABLE files_to_delete (state_id TEXT PRIMARY KEY) STRICT;
+CREATE TEMP TRIGGER file_state_removed AFTER DELETE ON main.checkpoints WHEN OLD.blob IS NULL
+BEGIN INSERT OR IGNORE INTO files_to_delete VALUES (OLD.state_id); END;
 """
-
-FROM_2 = f"""
-DROP TRIGGER session_added;
-DROP TRIGGER session_removed;
-DROP TRIGGER checkpoint_added;
-DROP TRIGGER checkpoint_removed;
-DROP TRIGGER answer_added;
-DROP TRIGGER answer_removed;
-ALTER TABLE owners RENAME TO old_owners;
-{RESPONSES}
-{OWNERS}
-{ACCOUNTING}
-INSERT INTO owners SELECT owner, num_sessions, num_states, num_bytes, 0 FROM old_owners;
-DROP TABLE old_owners;
-"""
-
-MIGRATIONS = {0: TABLES, 1: FROM_1, 2: FROM_2}
-"""What makes the present tables of each version's; 0 is an empty file."""
+"""Files of states that lost a checkpoint; one that no other has either goes after the commit."""
 
 
 def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
     """The database with its present schema, locked for this process. Raises StoreError."""
     db = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        path.chmod(0o600)  # SQLite gives its other files the modes of this one
         db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         version = _version(db, path)
         db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
@@ -183,10 +136,10 @@ def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute(f"PRAGMA synchronous = {'FULL' if durability == 'sync' else 'NORMAL'}")
         db.execute("PRAGMA secure_delete = ON")
-        if version != SCHEMA_VERSION:
+        if version == 0:
             db.executescript(
                 f"""BEGIN IMMEDIATE;
-                {MIGRATIONS[version]}
+                {TABLES}
                 PRAGMA application_id = {APPLICATION_ID};
                 PRAGMA user_version = {SCHEMA_VERSION};
                 COMMIT;
@@ -196,6 +149,7 @@ def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
         db.execute("BEGIN IMMEDIATE")
         db.execute("COMMIT")
         _check_accounts(db)
+        db.executescript(FILES_TO_DELETE)
     except (sqlite3.Error, OSError, StoreError, TypeError, ValueError) as error:
         if db is not None:
             db.close()
@@ -211,23 +165,23 @@ def one_line(error: Exception) -> str:
 def _version(db: sqlite3.Connection, path: Path) -> int:
     application_id = db.execute("PRAGMA application_id").fetchone()[0]
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
-    if application_id == APPLICATION_ID and version > SCHEMA_VERSION:
-        raise StoreError(f"{path}: written by a newer latentd (store version {version})")
+    if application_id == APPLICATION_ID and version not in (0, SCHEMA_VERSION):
+        raise StoreError(
+            f"{path}: written by another latentd (store version {version}, this is "
+            f"{SCHEMA_VERSION})"
+        )
     is_empty = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
     if application_id != APPLICATION_ID and not (is_empty and application_id == 0):
         raise StoreError(f"{path}: not a latentd session store")
-    if version < 0:
-        raise StoreError(f"{path}: damaged (store version {version})")
     return version
 
 
 def _check_accounts(db: sqlite3.Connection) -> None:
     """Raises ValueError when the owners' accounts are not those of the tables."""
     counts = {
-        "sessions": "SELECT count(*) FROM sessions",
-        "responses": "SELECT count(*) FROM responses",
-        "states": """SELECT (SELECT count(*) FROM checkpoints)
-            + (SELECT count(*) FROM responses WHERE blob IS NOT NULL)""",
+        "sessions": "SELECT count(*) FROM entries WHERE kind = 'session'",
+        "responses": "SELECT count(*) FROM entries WHERE kind = 'response'",
+        "states": "SELECT count(*) FROM checkpoints",
     }
     for what, count in counts.items():
         [counted] = db.execute(count).fetchone()

@@ -1,65 +1,132 @@
-"""The embedded session store: one SQLite file, written by one thread."""
+"""The embedded store: one SQLite file, written by one thread, and files for large states."""
 
+import asyncio
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
-from server.errors import StorageFailed
-from server.sessions.sqlite.responses import SQLiteResponses
-from server.sessions.sqlite.rows import SESSION, find_session, insert_session, session_of
+from server.sessions.sqlite.files import StateFiles
+from server.sessions.sqlite.rows import ENTRY, body_bytes, entry_of, find_entry, insert_entry
 from server.sessions.sqlite.schema import Durability, open_store
-from server.sessions.sqlite.writer import Writer
-from server.sessions.store import CheckpointRecord, KeptAnswer, SessionRecord, Turn, Usage
+from server.sessions.sqlite.writer import Writer, storage_error
+from server.sessions.store import (
+    Checkpoint,
+    Entry,
+    KeptAnswer,
+    Kind,
+    NewState,
+    StoreError,
+    Usage,
+)
+
+LARGE_BYTES = 1 << 20
+"""Blobs from here on are files: SQLite would write them twice, and erase them page by page."""
+
+FILE_THREADS = 2
+UNFINISHED = "status IN ('queued', 'in_progress')"
 
 
 class SQLiteStore:
-    """A SessionStore in one file; `-wal` beside it belongs to it while the store is open.
+    """A Store in one file; `-wal` and `-states` beside it belong to it.
 
     With `durability` async a commit does not wait for the disk: it survives the end of the process,
     but the last ones may be lost when the machine loses its power.
     """
 
     def __init__(self, path: Path, durability: Durability = "sync") -> None:
-        """Open or create. Raises StoreError: damaged, foreign, newer, in use or not writable."""
-        self._writer = Writer(open_store(path, durability))
+        """Open or create. Raises StoreError: damaged, foreign, other version, in use, read-only."""
+        db = open_store(path, durability)
+        try:
+            self._files = StateFiles(
+                path.with_name(f"{path.name}-states"), sync=durability == "sync"
+            )
+            rows = db.execute("SELECT DISTINCT state_id FROM checkpoints WHERE blob IS NULL")
+            self._files.sweep({state_id for (state_id,) in rows})
+        except OSError as error:
+            db.close()
+            raise StoreError(f"{path}: {error}") from error
+        self._writer = Writer(db, self._files)
         self._run = self._writer.run
-        self.responses = SQLiteResponses(self._writer)
+        self._threads = ThreadPoolExecutor(FILE_THREADS, "state-files")
 
     @property
     def total(self) -> Usage:
         return self._writer.total
 
-    async def create(self, record: SessionRecord, blob: bytes | None = None) -> None:
-        def work(db: sqlite3.Connection) -> None:
-            number = insert_session(db, record)
-            if blob is not None:
-                turn = Turn(record.turn, record.num_tokens, record.created_at, blob)
-                _add_checkpoint(db, number, turn)
+    async def insert(self, entry: Entry, state: NewState | None = None) -> None:
+        def work(db: sqlite3.Connection) -> bool:
+            number = insert_entry(db, entry)
+            if state is not None:
+                _add_checkpoint(db, number, entry, state)
+            return True
 
-        await self._run(work)
+        await self._write(work, state)
 
-    async def get(self, session_id: str) -> SessionRecord | None:
-        return await self._run(lambda db: find_session(db, session_id))
+    async def advance(self, entry: Entry, state: NewState | None, keep: int) -> bool:
+        def work(db: sqlite3.Connection) -> bool:
+            updated = db.execute(
+                f"""UPDATE entries SET turn = ?, num_tokens = ?, last_used_at = ?, expires_at = ?,
+                status = ?, body = ?, num_bytes = ?
+                WHERE id = ? AND turn = ? AND (status IS NULL OR {UNFINISHED}) RETURNING number""",
+                [
+                    *(entry.turn, entry.num_tokens, entry.last_used_at, entry.expires_at),
+                    *(entry.status, entry.body, body_bytes(entry), entry.id),
+                    entry.turn - (state is not None),
+                ],
+            ).fetchone()
+            if updated is None:
+                return False
+            if state is not None:
+                [number] = updated
+                db.execute(
+                    "DELETE FROM checkpoints WHERE entry_number = ? AND turn <= ?",
+                    [number, entry.turn - keep],
+                )  # first: their pages are taken for the new one
+                _add_checkpoint(db, number, entry, state)
+            return True
+
+        return await self._write(work, state)
+
+    async def rewrite_unfinished(
+        self, rewrite: Callable[[Entry], Entry], but: frozenset[str]
+    ) -> int:
+        def work(db: sqlite3.Connection) -> int:
+            rows = db.execute(f"SELECT {ENTRY} FROM entries WHERE {UNFINISHED}").fetchall()
+            found = [entry for entry in map(entry_of, rows) if entry.id not in but]
+            for entry in map(rewrite, found):
+                db.execute(
+                    "UPDATE entries SET status = ?, body = ?, num_bytes = ? WHERE id = ?",
+                    [entry.status, entry.body, body_bytes(entry), entry.id],
+                )
+            return len(found)
+
+        return await self._run(work)
+
+    async def get(self, kind: Kind, entry_id: str) -> Entry | None:
+        entry = await self._run(lambda db: find_entry(db, entry_id))
+        return None if entry is None or entry.kind != kind else entry
 
     async def list(
-        self, owner: str, limit: int, after: str | None, now: float
-    ) -> list[SessionRecord]:
-        def work(db: sqlite3.Connection) -> list[SessionRecord]:
+        self, kind: Kind, owner: str, limit: int, after: str | None, now: float
+    ) -> list[Entry]:
+        def work(db: sqlite3.Connection) -> list[Entry]:
             rows = db.execute(
-                f"""SELECT {SESSION} FROM sessions WHERE owner = ?1
-                AND (?2 IS NULL OR number < (SELECT number FROM sessions WHERE id = ?2))
-                AND (ttl_s IS NULL OR last_used_at + ttl_s > ?3)
-                ORDER BY number DESC LIMIT ?4""",
-                [owner, after, now, limit],
+                f"""SELECT {ENTRY} FROM entries WHERE kind = ?1 AND owner = ?2
+                AND (?3 IS NULL OR number < (SELECT number FROM entries WHERE id = ?3))
+                AND (expires_at IS NULL OR expires_at > ?4)
+                ORDER BY number DESC LIMIT ?5""",
+                [kind, owner, after, now, limit],
             )
-            return [session_of(row) for row in rows]
+            return [entry_of(row) for row in rows]
 
         return await self._run(work)
 
     async def usage(self, owner: str) -> Usage:
         def work(db: sqlite3.Connection) -> Usage:
             row = db.execute(
-                """SELECT num_sessions, num_states, num_bytes, num_responses FROM owners
+                """SELECT num_sessions, num_responses, num_states, num_bytes FROM owners
                 WHERE owner = ?""",
                 [owner],
             ).fetchone()
@@ -67,135 +134,158 @@ class SQLiteStore:
 
         return await self._run(work)
 
-    async def checkpoints(self, session_id: str) -> Sequence[CheckpointRecord]:
-        def work(db: sqlite3.Connection) -> Sequence[CheckpointRecord]:
+    async def checkpoints(self, entry_id: str) -> Sequence[Checkpoint]:
+        def work(db: sqlite3.Connection) -> Sequence[Checkpoint]:
             rows = db.execute(
-                """SELECT turn, num_tokens, created_at, num_bytes FROM checkpoints
-                WHERE session_number = (SELECT number FROM sessions WHERE id = ?)
+                """SELECT turn, num_tokens, created_at, num_bytes, state_id FROM checkpoints
+                WHERE entry_number = (SELECT number FROM entries WHERE id = ?)
                 ORDER BY turn DESC""",
-                [session_id],
+                [entry_id],
             )
-            return [CheckpointRecord(*row) for row in rows]
+            return [Checkpoint(*row) for row in rows]
 
         return await self._run(work)
 
-    async def commit(self, session_id: str, turn: Turn, keep: int) -> None:
-        def work(db: sqlite3.Connection) -> None:
-            updated = db.execute(
-                """UPDATE sessions SET turn = ?1, num_tokens = ?2, last_used_at = ?3
-                WHERE id = ?4 AND turn = ?1 - 1 RETURNING number""",
-                [turn.turn, turn.num_tokens, turn.created_at, session_id],
-            ).fetchone()
-            if updated is None:
-                raise StorageFailed(f"session {session_id} is not at turn {turn.turn - 1} any more")
-            [number] = updated
-            db.execute(
-                "DELETE FROM checkpoints WHERE session_number = ? AND turn <= ?",
-                [number, turn.turn - keep],
-            )  # first: their pages are taken for the new one
-            _add_checkpoint(db, number, turn)
-
-        await self._run(work)
-
-    async def find_answer(self, session_id: str, key: str) -> KeptAnswer | None:
+    async def find_answer(self, entry_id: str, key: str) -> KeptAnswer | None:
         def work(db: sqlite3.Connection) -> KeptAnswer | None:
             row = db.execute(
                 """SELECT key, request, answer FROM answers
-                WHERE session_number = (SELECT number FROM sessions WHERE id = ?) AND key = ?""",
-                [session_id, key],
+                WHERE entry_number = (SELECT number FROM entries WHERE id = ?) AND key = ?""",
+                [entry_id, key],
             ).fetchone()
             return None if row is None else KeptAnswer(*row)
 
         return await self._run(work)
 
-    async def load_blob(self, session_id: str, turn: int) -> bytes | None:
-        def work(db: sqlite3.Connection) -> bytes | None:
-            row = db.execute(
-                """SELECT blob FROM checkpoints
-                WHERE session_number = (SELECT number FROM sessions WHERE id = ?) AND turn = ?""",
-                [session_id, turn],
+    async def load(self, entry_id: str, turn: int) -> bytes | None:
+        def work(db: sqlite3.Connection) -> tuple[str, bytes | None] | None:
+            row: tuple[str, bytes | None] | None = db.execute(
+                """SELECT state_id, blob FROM checkpoints
+                WHERE entry_number = (SELECT number FROM entries WHERE id = ?) AND turn = ?""",
+                [entry_id, turn],
             ).fetchone()
-            return None if row is None else bytes(row[0])
+            return row
 
-        return await self._run(work)
+        found = await self._run(work)
+        if found is None:
+            return None
+        state_id, blob = found
+        return await self._read_file(state_id) if blob is None else blob
 
-    async def fork(self, session_id: str, record: SessionRecord) -> SessionRecord | None:
-        def work(db: sqlite3.Connection) -> SessionRecord | None:
-            source = _checkpoint(db, session_id, record.turn)
+    async def fork(self, source_id: str, entry: Entry) -> Entry | None:
+        def work(db: sqlite3.Connection) -> Entry | None:
+            source = _checkpoint(db, source_id, entry.turn)
             if source is None:
                 return None
             number, num_tokens = source
-            copy = insert_session(db, record, num_tokens)
+            copy = insert_entry(db, entry)
+            db.execute("UPDATE entries SET num_tokens = ? WHERE number = ?", [num_tokens, copy])
             db.execute(
                 """INSERT INTO checkpoints
-                (session_number, turn, num_tokens, created_at, num_bytes, blob)
-                SELECT ?, turn, num_tokens, ?, num_bytes, blob FROM checkpoints
-                WHERE session_number = ? AND turn = ?""",
-                [copy, record.created_at, number, record.turn],
+                (entry_number, turn, num_tokens, created_at, state_id, num_bytes, blob)
+                SELECT ?, turn, num_tokens, ?, state_id, num_bytes, blob FROM checkpoints
+                WHERE entry_number = ? AND turn = ?""",
+                [copy, entry.created_at, number, entry.turn],
             )
-            return find_session(db, record.id)
+            return find_entry(db, entry.id)
 
         return await self._run(work)
 
-    async def rewind(self, session_id: str, turn: int, used_at: float) -> SessionRecord | None:
-        def work(db: sqlite3.Connection) -> SessionRecord | None:
-            target = _checkpoint(db, session_id, turn)
-            if target is None:
+    async def rewind(self, entry_id: str, turn: int, now: float) -> Entry | None:
+        def work(db: sqlite3.Connection) -> Entry | None:
+            target, entry = _checkpoint(db, entry_id, turn), find_entry(db, entry_id)
+            if target is None or entry is None:
                 return None
             number, num_tokens = target
+            used = entry.used(now)
             db.execute(
-                "UPDATE sessions SET turn = ?, num_tokens = ?, last_used_at = ? WHERE number = ?",
-                [turn, num_tokens, used_at, number],
+                """UPDATE entries SET turn = ?, num_tokens = ?, last_used_at = ?, expires_at = ?
+                WHERE number = ?""",
+                [turn, num_tokens, used.last_used_at, used.expires_at, number],
             )
             db.execute(
-                "DELETE FROM checkpoints WHERE session_number = ? AND turn > ?", [number, turn]
+                "DELETE FROM checkpoints WHERE entry_number = ? AND turn > ?", [number, turn]
             )
-            return find_session(db, session_id)
+            return find_entry(db, entry_id)
 
         return await self._run(work)
 
-    async def expired(self, now: float, limit: int) -> Sequence[str]:
-        def work(db: sqlite3.Connection) -> Sequence[str]:
+    async def expired(self, now: float, limit: int) -> Sequence[Entry]:
+        def work(db: sqlite3.Connection) -> Sequence[Entry]:
             rows = db.execute(
-                """SELECT id FROM sessions WHERE ttl_s IS NOT NULL AND last_used_at + ttl_s <= ?
-                ORDER BY last_used_at + ttl_s LIMIT ?""",
+                f"""SELECT {ENTRY} FROM entries WHERE expires_at IS NOT NULL AND expires_at <= ?
+                ORDER BY expires_at LIMIT ?""",
                 [now, limit],
             )
-            return [str(session_id) for (session_id,) in rows]
+            return [entry_of(row) for row in rows]
 
         return await self._run(work)
 
-    async def delete(self, session_id: str) -> bool:
+    async def delete(self, kind: Kind, entry_id: str) -> bool:
         def work(db: sqlite3.Connection) -> bool:
-            return db.execute("DELETE FROM sessions WHERE id = ?", [session_id]).rowcount > 0
+            deleted = db.execute("DELETE FROM entries WHERE id = ? AND kind = ?", [entry_id, kind])
+            return deleted.rowcount > 0
 
         return await self._run(work, erases=True)
 
     async def close(self) -> None:
         """Finish what was asked for and close the file."""
         await self._writer.close()
+        self._threads.shutdown()
+
+    async def _write(
+        self, work: Callable[[sqlite3.Connection], bool], state: NewState | None
+    ) -> bool:
+        """Do the work, of which the state is a part; a large one is in its file before."""
+        if state is None or len(state.blob) < LARGE_BYTES:
+            return await self._run(work)
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._threads, self._files.write, state.id, state.blob)
+        except OSError as error:
+            raise storage_error(error) from error
+        is_written = False
+        try:
+            is_written = await self._run(work)
+        finally:
+            if not is_written:
+                with suppress(RuntimeError):  # closed: it is swept at the next start
+                    self._threads.submit(self._files.delete, state.id)
+        return is_written
+
+    async def _read_file(self, state_id: str) -> bytes | None:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._threads, self._files.read, state_id)
+        except OSError as error:
+            raise storage_error(error) from error
 
 
-def _add_checkpoint(db: sqlite3.Connection, number: int, turn: Turn) -> None:
+def _add_checkpoint(db: sqlite3.Connection, number: int, entry: Entry, state: NewState) -> None:
+    blob = state.blob if len(state.blob) < LARGE_BYTES else None
     db.execute(
-        """INSERT INTO checkpoints (session_number, turn, num_tokens, created_at, num_bytes, blob)
-        VALUES (?, ?, ?, ?, ?, ?)""",
-        [number, turn.turn, turn.num_tokens, turn.created_at, len(turn.blob), turn.blob],
+        """INSERT INTO checkpoints
+        (entry_number, turn, num_tokens, created_at, state_id, num_bytes, blob)
+        VALUES (?, ?, ?, ?, ?, ?, ?)""",
+        [
+            *(number, entry.turn, entry.num_tokens, entry.last_used_at),
+            *(state.id, len(state.blob), blob),
+        ],
     )
-    if (kept := turn.answer) is not None:
+    if (kept := state.answer) is not None:
         db.execute(
-            """INSERT INTO answers (session_number, turn, key, request, num_bytes, answer)
+            """INSERT INTO answers (entry_number, turn, key, request, num_bytes, answer)
             VALUES (?, ?, ?, ?, ?, ?)""",
-            [number, turn.turn, kept.key, kept.request, len(kept.answer.encode()), kept.answer],
+            [number, entry.turn, kept.key, kept.request, len(kept.answer.encode()), kept.answer],
         )
 
 
-def _checkpoint(db: sqlite3.Connection, session_id: str, turn: int) -> tuple[int, int] | None:
-    """Number of the session and tokens after this turn; turn 0 is always there."""
+def _checkpoint(db: sqlite3.Connection, entry_id: str, turn: int) -> tuple[int, int] | None:
+    """Number of the entry and tokens after this turn; turn 0 of a session is always there."""
     row = db.execute(
-        """SELECT number, CASE WHEN ?2 = 0 THEN 0 ELSE
-        (SELECT num_tokens FROM checkpoints WHERE session_number = number AND turn = ?2) END
-        FROM sessions WHERE id = ?1""",
-        [session_id, turn],
+        """SELECT number, CASE WHEN ?2 = 0 AND kind = 'session' THEN 0 ELSE
+        (SELECT num_tokens FROM checkpoints WHERE entry_number = number AND turn = ?2) END
+        FROM entries WHERE id = ?1""",
+        [entry_id, turn],
     ).fetchone()
     return None if row is None or row[1] is None else (int(row[0]), int(row[1]))

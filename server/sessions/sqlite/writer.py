@@ -6,6 +6,7 @@ undoes only its own part. The answers leave after the commit.
 
 import asyncio
 import contextlib
+import errno
 import logging
 import queue
 import sqlite3
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from server.errors import StorageFailed, StorageFull
+from server.sessions.sqlite.files import StateFiles
 from server.sessions.sqlite.schema import one_line
 from server.sessions.store import Usage
 
@@ -37,8 +39,9 @@ class _Job:
 class Writer:
     """Runs what is asked for, in order, in transactions."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
+    def __init__(self, db: sqlite3.Connection, files: StateFiles) -> None:
         self.db = db
+        self._files = files
         self.total = _total(db)
         """What the store holds since the last commit."""
 
@@ -83,12 +86,13 @@ class Writer:
             total = _total(self.db)
             self.db.execute("COMMIT")
         except Exception as error:  # whatever it was, all get an answer and this thread goes on
-            results = [_failed(error)] * len(jobs)
+            results = [storage_error(error)] * len(jobs)
             with contextlib.suppress(sqlite3.Error):
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK")
         else:
             self.total = total
+            self._delete_files()
             failed = self._erase(any(job.erases for job in jobs))
             if failed is not None:
                 results = [
@@ -98,6 +102,20 @@ class Writer:
         for job, result in zip(jobs, results, strict=True):
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
                 job.loop.call_soon_threadsafe(_answer, job.answer, result)
+
+    def _delete_files(self) -> None:
+        """Delete the files of states that no checkpoint has any more; what fails waits for the next
+        start."""
+        try:
+            states = self.db.execute("SELECT state_id FROM files_to_delete").fetchall()
+            for (state_id,) in states:
+                others = "SELECT 1 FROM checkpoints WHERE state_id = ? AND blob IS NULL"
+                if self.db.execute(others, [state_id]).fetchone() is None:
+                    self._files.delete(state_id)
+            if states:
+                self.db.execute("DELETE FROM files_to_delete")
+        except sqlite3.Error as error:
+            log.warning("files of erased states stay for now: %s", one_line(error))
 
     def _erase(self, something_deleted: bool) -> StorageFailed | None:
         """Empty the write-ahead log if it holds what was deleted, now or when this failed before.
@@ -109,7 +127,7 @@ class Writer:
             if self._must_erase:
                 self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.Error as error:
-            return _failed(error)
+            return storage_error(error)
         self._must_erase = False
         return None
 
@@ -120,7 +138,7 @@ class Writer:
             result = job.work(self.db)
         except Exception as error:  # whatever it was, the others' work and this thread go on
             self.db.execute("ROLLBACK TO one")
-            result = error if isinstance(error, StorageFailed) else _failed(error)
+            result = error if isinstance(error, StorageFailed) else storage_error(error)
         self.db.execute("RELEASE one")
         return result
 
@@ -134,10 +152,13 @@ def _answer(answer: "asyncio.Future[Any]", result: Any) -> None:
         answer.set_result(result)
 
 
-def _failed(error: Exception) -> StorageFailed:
+def storage_error(error: Exception) -> StorageFailed:
+    """What a client is told of a failed store; the log has it, too."""
     message = f"the session store failed: {one_line(error)}"
     log.error(message)
-    is_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    is_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or getattr(
+        error, "errno", None
+    ) in (errno.ENOSPC, errno.EDQUOT)
     failed = StorageFull(message) if is_full else StorageFailed(message)
     failed.__cause__ = error
     return failed
@@ -146,7 +167,7 @@ def _failed(error: Exception) -> StorageFailed:
 def _total(db: sqlite3.Connection) -> Usage:
     return Usage(
         *db.execute(
-            """SELECT coalesce(sum(num_sessions), 0), coalesce(sum(num_states), 0),
-            coalesce(sum(num_bytes), 0), coalesce(sum(num_responses), 0) FROM owners"""
+            """SELECT coalesce(sum(num_sessions), 0), coalesce(sum(num_responses), 0),
+            coalesce(sum(num_states), 0), coalesce(sum(num_bytes), 0) FROM owners"""
         ).fetchone()
     )

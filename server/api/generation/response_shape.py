@@ -1,11 +1,12 @@
-"""A turn's events as a response in OpenAI's shape: one message with one text, and typed events."""
+"""A response in OpenAI's shape: one message with one text, and typed events."""
 
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from server.api.answers import Answer
+from server.api.generation.answer import Answer, Delta
+from server.api.generation.shape import Shape
 from server.api.probabilities import told_tokens
 from server.api.schemas.chat import TokenLogprob
 from server.api.schemas.responses import (
@@ -23,32 +24,36 @@ from server.api.schemas.responses import (
     ToldFormat,
 )
 from server.api.service import Service
-from server.api.sse import Message
-from server.api.turns import ChoiceSpec, Told, Turn
-from server.engine.messages import Finished, PromptScored
+from server.api.sse import Piece, SSEFormat
+from server.engine.messages import Token
 from server.errors import Cancelled, LatentdError
 
 DEFAULT_TEMPERATURE = DEFAULT_TOP_P = 1.0
 
 
-class ResponseAnswer(Answer):
-    """A response that is being made."""
+class ResponseFormat(SSEFormat):
+    """Events have the names of their types."""
+
+    ends_with_done = False
+
+    def name_of(self, piece: Piece) -> str:
+        return piece.type if isinstance(piece, ResponseEvent) else "error"
+
+
+class ResponseShape(Shape[ResponseRequest]):
+    """`ResponseObject` and `ResponseEvent` objects."""
+
+    format = ResponseFormat()
 
     def __init__(
-        self,
-        service: Service,
-        body: ResponseRequest,
-        turn: Turn,
-        specs: Sequence[ChoiceSpec],
-        first: ResponseObject,
+        self, service: Service, body: ResponseRequest, answer: Answer, first: ResponseObject
     ) -> None:
         """`first` is the response before it has any output."""
-        super().__init__(service, body, turn, specs, answer_id=first.id)
-        self._asked = body
+        super().__init__(service, body, answer)
+        self._first = first
         self._item_id = f"msg_{secrets.token_hex(16)}"
         self._number = 0
         self._completed_at: int | None = None
-        self._first = first
 
     def opening(self) -> Iterator[ResponseEvent]:
         """The response and its message before they have any text."""
@@ -61,17 +66,14 @@ class ResponseAnswer(Answer):
         part = OutputText(type="output_text", text="", annotations=[], logprobs=[])
         yield self._text_event("response.content_part.added", part=part)
 
-    def pieces(self, index: int, event: Told) -> Iterator[ResponseEvent]:
+    def pieces(self, delta: Delta) -> Iterator[ResponseEvent]:
         """New text; at the end, the whole of it."""
-        del index  # there is one choice
-        if isinstance(event, PromptScored):
-            return
-        if event.text or event.tokens:
-            logprobs = self._logprobs(len(event.tokens))
+        if delta.text or delta.tokens:
+            logprobs = self._logprobs(delta.tokens)
             yield self._text_event(
-                "response.output_text.delta", delta=event.text, logprobs=logprobs
+                "response.output_text.delta", delta=delta.text, logprobs=logprobs
             )
-        if isinstance(event, Finished):
+        if delta.reason is not None:
             text = self._text()
             yield self._text_event(
                 "response.output_text.done", text=text.text, logprobs=text.logprobs
@@ -85,62 +87,69 @@ class ResponseAnswer(Answer):
         yield self._event(f"response.{whole.status}", response=whole)
 
     def whole(self) -> ResponseObject:
+        """The response with its output."""
         self._completed_at = self._completed_at or int(time.time())
         details = None
         if self._status == "incomplete":
             details = IncompleteDetails(reason="max_output_tokens")
-        facts = {
+        fields = {
             "status": self._status,
             "completed_at": self._completed_at,
             "incomplete_details": details,
             "output": [self._message()],
-            "usage": self._response_usage(),
+            "usage": self._usage(),
         }
-        told = {} if self.timings is None else {"timings": self.timings}
-        return self._first.model_copy(update=facts | told)
+        timings = self.timings
+        return self._first.model_copy(
+            update=fields | ({} if timings is None else {"timings": timings})
+        )
+
+    def failed(self, error: LatentdError) -> ResponseObject:
+        """What the response becomes by an error, or by being cancelled."""
+        cancelled = isinstance(error, Cancelled)
+        reason = ResponseError(code=error.code or "server_error", message=error.message)
+        return self._first.model_copy(
+            update={
+                "status": "cancelled" if cancelled else "failed",
+                "completed_at": int(time.time()),
+                "error": None if cancelled else reason,
+            }
+        )
 
     def failure(self, error: LatentdError) -> ResponseEvent:
         """The event for an error that ends it."""
         return self._event("response.failed", response=self.failed(error))
 
-    def failed(self, error: LatentdError) -> ResponseObject:
-        """What it becomes by an error."""
-        return failed_object(self._first, error)
-
     @property
     def _status(self) -> Status:
-        return "incomplete" if self.choices[0].reason == "length" else "completed"
+        return "incomplete" if self.answer.choices[0].reason == "length" else "completed"
 
     def _message(self) -> OutputMessage:
-        status = "incomplete" if self._status == "incomplete" else "completed"
         return OutputMessage.model_validate(
             {
                 "id": self._item_id,
                 "type": "message",
-                "status": status,
+                "status": self._status,
                 "role": "assistant",
                 "content": [self._text()],
             }
         )
 
     def _text(self) -> OutputText:
-        choice = self.choices[0]
+        choice = self.answer.choices[0]
         return OutputText(
             type="output_text",
             text="".join(choice.text),
             annotations=[],
-            logprobs=self._logprobs(len(choice.generated.tokens)),
+            logprobs=self._logprobs(choice.generated.tokens),
         )
 
-    def _logprobs(self, num_new: int) -> list[TokenLogprob]:
-        """Of the last `num_new` tokens, if asked for."""
-        if not self._asked.include:
-            return []
-        tokens = self.choices[0].generated.tokens
-        return told_tokens(self.tokenizer, tokens[len(tokens) - num_new :])
+    def _logprobs(self, tokens: Sequence[Token]) -> list[TokenLogprob]:
+        """If asked for."""
+        return told_tokens(self.tokenizer, tokens) if self.body.include else []
 
-    def _response_usage(self) -> ResponseUsage:
-        usage = self.usage
+    def _usage(self) -> ResponseUsage:
+        usage = self.answer.usage
         cached = usage.prompt_tokens_details.cached_tokens
         return ResponseUsage(
             input_tokens=usage.prompt_tokens,
@@ -150,23 +159,21 @@ class ResponseAnswer(Answer):
             total_tokens=usage.total_tokens,
         )
 
-    def _text_event(self, kind: str, **facts: object) -> ResponseEvent:
+    def _text_event(self, kind: str, **fields: object) -> ResponseEvent:
         place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-        return self._event(kind, **place, **facts)
+        return self._event(kind, **place, **fields)
 
-    def _event(self, kind: str, **facts: object) -> ResponseEvent:
+    def _event(self, kind: str, **fields: object) -> ResponseEvent:
         number, self._number = self._number, self._number + 1
-        return ResponseEvent.model_validate({"type": kind, "sequence_number": number} | facts)
+        return ResponseEvent.model_validate({"type": kind, "sequence_number": number} | fields)
 
 
-def first_object(
-    service: Service, body: ResponseRequest, response_id: str, created: int
-) -> ResponseObject:
+def first_object(service: Service, body: ResponseRequest, response_id: str) -> ResponseObject:
     """The response before it has any output."""
     given: dict[str, Any] = {
         "id": response_id,
         "object": "response",
-        "created_at": created,
+        "created_at": int(time.time()),
         "completed_at": None,
         "status": "in_progress",
         "background": bool(body.background),
@@ -192,21 +199,3 @@ def first_object(
         "metadata": body.metadata or {},
     }
     return ResponseObject.model_validate(given)
-
-
-def failed_object(first: ResponseObject, error: LatentdError) -> ResponseObject:
-    """What a response becomes by an error, or by being cancelled."""
-    cancelled = isinstance(error, Cancelled)
-    told = ResponseError(code=error.code or "server_error", message=error.message)
-    return first.model_copy(
-        update={
-            "status": "cancelled" if cancelled else "failed",
-            "completed_at": int(time.time()),
-            "error": None if cancelled else told,
-        }
-    )
-
-
-def kind_of(message: Message) -> str:
-    """The name of an event."""
-    return message.type if isinstance(message, ResponseEvent) else "error"

@@ -4,19 +4,19 @@ import asyncio
 import math
 from asyncio import TimerHandle
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from server.engine.engine import Engine
 from server.engine.messages import (
     Ending,
     Event,
-    Evicted,
     Finished,
     PromptScored,
+    RowGivenUp,
     TextDelta,
     Token,
 )
+from server.sessions.tiers import Tiers
 
 MOST_APART = 1
 """Events of a queue that stay as they are; text beyond them is put together: whoever keeps up gets
@@ -136,11 +136,10 @@ class EventQueue:
 
 
 class Router:
-    """Belongs to the event loop. Rows kept for nobody are given back to the engine."""
+    """Hands the engine's events to the turns that wait for them. Belongs to the event loop."""
 
-    def __init__(self, engine: Engine, row_evicted: Callable[[str], None]) -> None:
-        self._engine = engine
-        self._row_evicted = row_evicted
+    def __init__(self, tiers: Tiers) -> None:
+        self._tiers = tiers
         self._queues: dict[str, EventQueue] = {}
 
     def open(self, request_ids: Iterable[str]) -> EventQueue:
@@ -150,29 +149,25 @@ class Router:
         return queue
 
     def close(self, request_ids: Iterable[str]) -> None:
-        """Deliver no more events of these requests; drop those that nobody has taken."""
+        """Deliver no more events of these requests."""
         for request_id in request_ids:
-            queue = self._queues.pop(request_id, None)
-            while queue is not None and queue not in self._queues.values() and len(queue):
-                event = queue.take()
-                if isinstance(event, Finished):
-                    self._drop(event)
+            self._queues.pop(request_id, None)
 
-    def dispatch(self, events: list[Event | Evicted]) -> None:
+    def dispatch(self, events: list[Event | RowGivenUp]) -> None:
         """Hand out one step's events."""
         for event in events:
-            if isinstance(event, Evicted):
-                self._row_evicted(event.name)
-            elif (queue := self._queues.get(event.request_id)) is not None:
+            if isinstance(event, RowGivenUp):
+                self._tiers.row_given_up(event.state_id, is_evicted=event.is_evicted)
+                continue
+            queue = self._queues.get(event.request_id)
+            if queue is not None:
                 queue.put(event)
-            else:
-                self._drop(event)
+            if isinstance(event, Finished) and event.kept_as is not None:
+                self._tiers.row_kept(event.kept_as)
+                if queue is None:  # nobody will continue from there
+                    self._tiers.release(event.kept_as)
 
     def abort(self) -> None:
         """End every turn that runs."""
         for queue in self._queues.values():
             queue.put(Aborted())
-
-    def _drop(self, event: Event | Aborted) -> None:
-        if isinstance(event, Finished) and event.warm is not None:
-            self._engine.release(event.warm)

@@ -1,0 +1,208 @@
+"""What has been generated so far of one answer. Shapes render it."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from model.tokenizer import Detokenizer, Tokenizer
+from server.api.generation.turn import AdmittedTurn, TextEvent
+from server.api.schemas.generation import PromptTokensDetails, Timings, Usage
+from server.engine.messages import EngineRequest, Finished, PromptScored, Token
+from server.engine.messages import Timings as EngineTimings
+
+
+class Delta(NamedTuple):
+    """What one event added to a choice."""
+
+    choice: int
+    """The choice's index."""
+
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    """Tokens that begin in the text, or the prompt's, if they were asked for."""
+
+    offsets: Sequence[int] = ()
+    """Where in the choice's text each of them begins, in characters."""
+
+    is_prompt: bool = False
+    """It is the prompt, with its probabilities."""
+
+    reason: Literal["stop", "length"] | None = None
+    """Why the choice ends, if it does."""
+
+    stopped_by: str | int | None = None
+    usage: Usage | None = None
+    """Tokens so far, if every event has them."""
+
+
+class PlacedTokens:
+    """Tokens, and where in a text each of them begins."""
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0, undecoded: bytes = b"") -> None:
+        """`start` characters come before; `undecoded` is half a character that they end with."""
+        self.tokens: list[Token] = []
+        self.offsets: list[int] = []
+        self._place = start
+        self._decoder = Detokenizer(tokenizer, undecoded)
+
+    def extend(self, tokens: Sequence[Token]) -> None:
+        """Tokens that follow."""
+        for token in tokens:
+            self.tokens.append(token)
+            self.offsets.append(self._place)
+            self._place += len(self._decoder.push(token.token_id))
+
+
+class Choice:
+    """What has come so far of one choice."""
+
+    def __init__(self, request: EngineRequest, tokenizer: Tokenizer, start: int) -> None:
+        """The text begins with `start` characters of the prompt."""
+        self.prompt_ids = request.token_ids
+        self.prompt = PlacedTokens(tokenizer)
+        """The prompt's tokens, if they are scored."""
+
+        self.generated = PlacedTokens(tokenizer, start, request.continuation.undecoded)
+        """Tokens of the text, if they were asked for."""
+
+        self.text: list[str] = []
+        self.num_generated = 0
+        self.cached_tokens = 0
+        """Tokens of the prompt that this choice did not need to read."""
+
+        self.reason: Literal["stop", "length"] | None = None
+        self.stopped_by: str | int | None = None
+        self.timings: EngineTimings | None = None
+
+    def add(self, event: TextEvent) -> PlacedTokens:
+        """The next event. Returns the tokens that it added to."""
+        if isinstance(event, PromptScored):
+            self.prompt.extend(event.tokens)
+            return self.prompt
+        self.text.append(event.text)
+        if event.tokens:
+            self.generated.extend(event.tokens)
+        if isinstance(event, Finished):
+            self.reason, self.num_generated = event.reason, event.num_generated
+            self.cached_tokens, self.timings = event.cached_tokens, event.timings
+            self.stopped_by = event.stopped_by
+        else:
+            self.num_generated += event.num_generated
+        return self.generated
+
+    @property
+    def mean_logprob(self) -> float:
+        """Per token of the text; of no tokens the smallest that there is."""
+        logprobs = [token.logprob or 0.0 for token in self.generated.tokens]
+        return sum(logprobs) / len(logprobs) if logprobs else -float("inf")
+
+    @property
+    def per_token_s(self) -> float | None:
+        """Seconds between two tokens, on average."""
+        timings = self.timings
+        if timings is None or timings.first_token_s is None or self.num_generated < 2:
+            return None
+        return (timings.total_s - timings.first_token_s) / (self.num_generated - 1)
+
+
+class Answer:
+    """The choices of one turn."""
+
+    def __init__(
+        self,
+        turn: AdmittedTurn,
+        tokenizer: Tokenizer,
+        answer_id: str,
+        *,
+        num_per_prompt: int = 1,
+        echoes: bool = False,
+        counts_usage: bool = False,
+    ) -> None:
+        """`echoes`: choices begin with their prompts. `counts_usage`: every delta has the usage."""
+        self.id = answer_id
+        self.created = int(time.time())
+        self.session_id = turn.session_id
+        self._session_turn = turn.session_turn
+        self._resumed_tokens = turn.start.position
+        self._num_per_prompt = num_per_prompt
+        self._counts_usage = counts_usage
+        decode = tokenizer.decode
+        self.echoes = [decode(r.token_ids) if echoes else "" for r in turn.requests]
+        """What the text of each choice begins with."""
+
+        self.choices = [
+            Choice(request, tokenizer, len(echo))
+            for request, echo in zip(turn.requests, self.echoes, strict=True)
+        ]
+        self._num_unfinished = len(self.choices)
+
+    def add(self, index: int, event: TextEvent) -> Delta:
+        """The next event of a choice."""
+        choice = self.choices[index]
+        placed = choice.add(event)
+        offsets = placed.offsets[len(placed.offsets) - len(event.tokens) :] if event.tokens else ()
+        usage = self.usage if self._counts_usage else None
+        if isinstance(event, PromptScored):
+            return Delta(index, "", event.tokens, offsets, is_prompt=True, usage=usage)
+        if isinstance(event, Finished):
+            self._num_unfinished -= 1
+            end = event.reason, event.stopped_by
+            return Delta(index, event.text, event.tokens, offsets, False, *end, usage)
+        return Delta(index, event.text, event.tokens, offsets, usage=usage)
+
+    @property
+    def is_finished(self) -> bool:
+        return not self._num_unfinished
+
+    @property
+    def num_generated(self) -> int:
+        return sum(choice.num_generated for choice in self.choices)
+
+    @property
+    def session_turn(self) -> int | None:
+        """The session's turn that this is, as soon as it is complete."""
+        return self._session_turn if self.is_finished else None
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        firsts = self.choices[:: self._num_per_prompt]
+        prompt = self._resumed_tokens + sum(len(choice.prompt_ids) for choice in firsts)
+        cached = self._resumed_tokens + self._cached_tokens
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=self.num_generated,
+            total_tokens=prompt + self.num_generated,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+        )
+
+    @property
+    def timings(self) -> Timings | None:
+        """Those of the slowest choice, when all have finished."""
+        known = [choice.timings for choice in self.choices if choice.timings is not None]
+        if not self.is_finished or not known:
+            return None
+        firsts = [t.first_token_s for t in known if t.first_token_s is not None]
+        per_token = [choice.per_token_s for choice in self.choices]
+        return Timings(
+            queue_s=max(t.queue_s for t in known),
+            prefill_s=max(t.prefill_s for t in known),
+            first_token_s=max(firsts, default=None),
+            per_token_s=max(filter(None, per_token), default=None),
+            total_s=max(t.total_s for t in known),
+            cached_tokens=self._cached_tokens,
+            resumed_tokens=self._resumed_tokens,
+        )
+
+    @property
+    def _cached_tokens(self) -> int:
+        """Of each prompt what none of its choices needed to read."""
+        n = self._num_per_prompt
+        of_prompts = (self.choices[start : start + n] for start in range(0, len(self.choices), n))
+        return sum(min(choice.cached_tokens for choice in choices) for choices in of_prompts)
+
+
+def new_id(prefix: str) -> str:
+    """An answer's id, which cannot be guessed."""
+    return f"{prefix}-{secrets.token_hex(16)}"

@@ -1,0 +1,150 @@
+"""A chat completion in OpenAI's shape."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from server.api.generation.answer import Answer, Choice, Delta
+from server.api.generation.shape import TurnShape, usage_fields
+from server.api.probabilities import told_tokens
+from server.api.schemas.chat import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatRequest,
+)
+from server.api.schemas.chat import Delta as MessageDelta
+from server.api.schemas.generation import Usage
+from server.api.service import Service
+from server.api.sse import Piece
+from server.engine.messages import Token
+
+OBJECT = {"object": "chat.completion.chunk"}
+
+
+class ChatShape(TurnShape[ChatRequest]):
+    """`ChatCompletion` and `ChatChunk` objects."""
+
+    id_prefix = "chatcmpl"
+
+    def __init__(self, service: Service, body: ChatRequest, answer: Answer) -> None:
+        super().__init__(service, body, answer)
+        self._is_plain = (
+            not body.logprobs and not body.return_token_ids and not body.wants_usage_in_events
+        )
+
+    def opening(self) -> Iterator[ChatChunk]:
+        """The role of each choice."""
+        for index in range(len(self.answer.choices)):
+            first = self._prompt_ids() if not index else {}
+            delta = MessageDelta(role="assistant", content="")
+            yield self._chunk(index, delta, {}, self._usage, first)
+
+    def pieces(self, delta: Delta) -> Iterable[Piece]:
+        """At most one event for a text, and one for its end."""
+        if delta.is_prompt:
+            return []
+        if not self._is_plain or delta.reason is not None:
+            return self._full_pieces(delta)
+        return [self.render_text(delta.choice, delta.text, self._text_chunk)] if delta.text else []
+
+    def closing(self) -> Iterator[ChatChunk]:
+        """The usage, if asked for."""
+        if self.body.wants_usage_event:
+            yield ChatChunk.model_validate(
+                self.facts | OBJECT | {"choices": [], "usage": self.answer.usage}
+            )
+
+    def whole(self) -> ChatCompletion:
+        """All choices."""
+        choices = [self._whole_choice(*numbered) for numbered in enumerate(self.answer.choices)]
+        return ChatCompletion.model_validate(
+            self.facts
+            | self._prompt_ids()
+            | {
+                "object": "chat.completion",
+                "choices": choices,
+                "service_tier": "default",
+                "usage": self.answer.usage,
+                "session_id": self.answer.session_id,
+                "session_turn": self.answer.session_turn,
+            }
+        )
+
+    @classmethod
+    def replay_pieces(cls, known: str, body: ChatRequest) -> Iterator[ChatChunk]:
+        """One event a choice, with all of it."""
+        answer = ChatCompletion.model_validate_json(known)
+        facts = answer.model_dump(exclude={"choices", "usage", "object"}, exclude_unset=True)
+        facts |= OBJECT
+        for choice in answer.choices:
+            fields = choice.model_dump(exclude={"message"}, exclude_unset=True)
+            delta = MessageDelta(role="assistant", content=choice.message.content)
+            yield ChatChunk.model_validate(
+                facts
+                | usage_fields(body, answer.usage)
+                | {"choices": [ChatChunkChoice(**fields, delta=delta)]}
+            )
+        if body.wants_usage_event:
+            yield ChatChunk(**facts, choices=[], usage=answer.usage)
+
+    def _full_pieces(self, delta: Delta) -> Iterator[ChatChunk]:
+        if delta.text or delta.tokens:
+            fields = self._token_fields(delta.tokens)
+            yield self._chunk(delta.choice, MessageDelta(content=delta.text), fields, delta.usage)
+        if delta.reason is not None:
+            end: dict[str, object] = {
+                "stop_reason": delta.stopped_by,
+                "finish_reason": delta.reason,
+            }
+            yield self._chunk(delta.choice, MessageDelta(), end, delta.usage)
+
+    def _whole_choice(self, index: int, choice: Choice) -> ChatChoice:
+        message = AssistantMessage(role="assistant", content="".join(choice.text), refusal=None)
+        return ChatChoice.model_validate(
+            {
+                "index": index,
+                "message": message,
+                "logprobs": None,
+                "finish_reason": choice.reason,
+                "stop_reason": choice.stopped_by,
+            }
+            | self._token_fields(choice.generated.tokens)
+        )
+
+    def _text_chunk(self, index: int, text: str) -> ChatChunk:
+        """An event with a text and nothing else."""
+        return self._chunk(index, MessageDelta(content=text), {}, None)
+
+    def _chunk(
+        self,
+        index: int,
+        delta: MessageDelta,
+        fields: dict[str, object],
+        usage: Usage | None,
+        first: dict[str, object] | None = None,
+    ) -> ChatChunk:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | fields
+        return ChatChunk.model_validate(
+            self.facts | self.usage_fields(usage) | (first or {}) | OBJECT | {"choices": [choice]}
+        )
+
+    @property
+    def _usage(self) -> Usage | None:
+        return self.answer.usage if self.body.wants_usage_in_events else None
+
+    def _prompt_ids(self) -> dict[str, object]:
+        if not self.body.return_token_ids:
+            return {}
+        return {"prompt_token_ids": list(self.answer.choices[0].prompt_ids)}
+
+    def _token_fields(self, tokens: Sequence[Token]) -> dict[str, object]:
+        """What was asked for about these tokens."""
+        fields: dict[str, object] = {}
+        if self.body.logprobs:
+            content = told_tokens(self.tokenizer, tokens)
+            fields["logprobs"] = ChatLogprobs(content=content, refusal=None)
+        if self.body.return_token_ids:
+            fields["token_ids"] = [token.token_id for token in tokens]
+        return fields

@@ -1,0 +1,184 @@
+"""The one loop from a turn's events to its client, and the turn's end."""
+
+import asyncio
+from collections.abc import Coroutine, Iterable
+from typing import Any, Protocol
+
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+
+from server.api.generation.answer import Answer
+from server.api.generation.shape import Shape, as_json
+from server.api.generation.turn import AdmittedTurn
+from server.api.schemas.generation import Timings
+from server.api.sse import EVENT_STREAM, NO_BUFFERING, EventSink, Piece
+from server.errors import Cancelled, LatentdError
+
+CLIENT_CLOSED_REQUEST = 499
+OUTCOME = "latentd.outcome"
+"""Where a request's scope has its outcome, if its status does not show it."""
+
+TIMING_HEADERS = {
+    "X-Queue-Time": ("queue_s", "until the request had a row of the engine"),
+    "X-Prefill-Time": ("prefill_s", "reading the prompt"),
+    "X-Time-To-First-Token": ("first_token_s", "to the first token"),
+    "X-Time-Per-Token": ("per_token_s", "between two tokens, on average"),
+    "X-Total-Time": ("total_s", "to the last token"),
+}
+"""The timings that an answer's headers have, in seconds, and what they measure."""
+
+
+class Sink(Protocol):
+    """Where the pieces of an answer go."""
+
+    silence_s: float | None
+    """After so many seconds without a piece `keep_alive` is called; None: never."""
+
+    async def send(self, pieces: Iterable[Piece]) -> None:
+        """Pieces that are there at once."""
+
+    async def keep_alive(self) -> None: ...
+
+
+class Reply:
+    """For an answer that is sent whole: nothing leaves before its end."""
+
+    silence_s: float | None = None
+
+    async def send(self, pieces: Iterable[Piece]) -> None:
+        """Does nothing."""
+
+    async def keep_alive(self) -> None:
+        """Does nothing."""
+
+
+async def deliver(turn: AdmittedTurn, answer: Answer, shape: Shape[Any], sink: Sink) -> None:
+    """Run the turn to its end. The last event leaves after the commit, when the client may go on.
+
+    A turn that does not reach its commit is abandoned. Raises what `AdmittedTurn.events` and
+    `commit` raise.
+    """
+    ended_by: LatentdError = Cancelled()
+    try:
+        await sink.send(shape.opening())
+        async for events in turn.events(sink.silence_s):
+            if events is None:
+                await sink.keep_alive()
+                continue
+            deltas = [answer.add(index, event) for index, event in events]
+            if answer.is_finished:
+                body = as_json(shape.whole()) if turn.needs_body else None
+                await turn.commit(body, answer.num_generated)
+            await sink.send([piece for delta in deltas for piece in shape.pieces(delta)])
+        await sink.send(shape.closing())
+    except LatentdError as error:
+        ended_by = error
+        raise
+    finally:
+        await turn.close(as_json(shape.failed(ended_by)), answer.num_generated)
+
+
+async def deliver_events(
+    turn: AdmittedTurn, answer: Answer, shape: Shape[Any], sink: EventSink
+) -> str:
+    """`deliver` as server-sent events: an error is the last one but `[DONE]`, since the status left
+    long ago. Returns the outcome, for the metrics."""
+    outcome = "ok"
+    try:
+        await deliver(turn, answer, shape, sink)
+    except LatentdError as error:
+        outcome = error.outcome
+        await sink.send([shape.failure(error)])
+    await sink.done()
+    return outcome
+
+
+async def reply(
+    request: Request,
+    turn: AdmittedTurn,
+    answer: Answer,
+    shape: Shape[Any],
+    headers: dict[str, str],
+) -> Response:
+    """The answer as one JSON object. The turn ends as soon as the client has gone.
+
+    Raises what `deliver` raises.
+    """
+    try:
+        if not await until_disconnected(request.receive, deliver(turn, answer, shape, Reply())):
+            request.scope[OUTCOME] = "cancelled"
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+    finally:
+        await turn.close(None, answer.num_generated)  # the delivery may not have begun
+    headers = headers | timing_headers(shape.timings)
+    return Response(shape.to_json(), media_type="application/json", headers=headers)
+
+
+class EventStream(Response):
+    """Runs a turn while it sends the events. The turn ends as soon as the client has gone."""
+
+    media_type = EVENT_STREAM
+
+    def __init__(
+        self,
+        turn: AdmittedTurn,
+        answer: Answer,
+        shape: Shape[Any],
+        silence_s: float,
+        headers: dict[str, str],
+    ) -> None:
+        super().__init__(headers=headers | NO_BUFFERING)
+        del self.headers["content-length"]
+        self._turn = turn
+        self._answer = answer
+        self._shape = shape
+        self._silence_s = silence_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[OUTCOME] = "cancelled"
+
+        async def write(events: list[bytes]) -> None:
+            # At once: a system call costs as much as the making of several events.
+            await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
+
+        async def run() -> None:
+            sink = EventSink(write, self._shape.format, self._silence_s, has_ids=False)
+            scope[OUTCOME] = await deliver_events(self._turn, self._answer, self._shape, sink)
+
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            if await until_disconnected(receive, run()):
+                await send({"type": "http.response.body", "body": b""})
+        finally:
+            await self._turn.close(None, self._answer.num_generated)
+
+
+async def until_disconnected(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
+    """Whether the work came to its end; it is cancelled as soon as the client has gone.
+
+    Raises what the work raises.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+        return working.done()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def timing_headers(timings: Timings | None) -> dict[str, str]:
+    """The timings as headers, in seconds."""
+    if timings is None:
+        return {}
+    values = {name: getattr(timings, field) for name, (field, _) in TIMING_HEADERS.items()}
+    return {name: f"{value:.6f}" for name, value in values.items() if value is not None}

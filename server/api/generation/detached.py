@@ -1,0 +1,36 @@
+"""Turns that go on without their connection: their events go into a log that can be read again."""
+
+import asyncio
+from typing import Any
+
+from server.api.generation.answer import Answer
+from server.api.generation.deliver import deliver_events
+from server.api.generation.shape import Shape
+from server.api.generation.turn import AdmittedTurn
+from server.api.service import Service
+from server.api.sse import EventSink
+from server.api.streams import Status, Stream
+from server.errors import Cancelled
+
+
+def start_stream(
+    service: Service, owner: str, turn: AdmittedTurn, answer: Answer, shape: Shape[Any]
+) -> Stream:
+    """Run the turn to its end, whoever reads its events."""
+    stream = service.streams.add(owner, answer.id)
+    stream.start(_run(stream, turn, answer, shape))
+    return stream
+
+
+async def _run(stream: Stream, turn: AdmittedTurn, answer: Answer, shape: Shape[Any]) -> None:
+    sink = EventSink(stream.log.append, shape.format, None, has_ids=True)
+    status: Status = "failed"
+    try:
+        if await deliver_events(turn, answer, shape, sink) == "ok":
+            status = "completed"
+    except asyncio.CancelledError:
+        status = "cancelled"
+        await sink.send([shape.failure(Cancelled())])
+        await sink.done()
+    finally:
+        stream.end(status)

@@ -1,0 +1,235 @@
+"""What a request's body and the server's settings alone decide, before anything is looked up."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from model.sampling import SamplingParams, derive_seed
+from server.api.schemas.completions import CompletionRequest
+from server.api.schemas.generation import SamplingRequest
+from server.api.service import Service
+from server.api.structure import read_grammar
+from server.engine.messages import Continuation, EngineRequest, StoredState
+from server.errors import InvalidRequest, NotFound
+from server.settings import Settings
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How text is generated, whatever it continues."""
+
+    template: EngineRequest
+    """What the engine is asked for, but for the prompt and the state that it follows."""
+
+    num_per_prompt: int
+    """Choices to generate for each prompt."""
+
+    timeout_s: float | None
+    is_detached: bool
+    """The answer goes on without its connection."""
+
+    prompt_name: str
+    """The request's parameter with the prompt, for messages."""
+
+    logprobs_name: str
+
+    def requests(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        start: Continuation,
+        source: StoredState | None,
+        *,
+        owner: str,
+        keep_as: str | None,
+        deadline: float | None,
+    ) -> list[EngineRequest]:
+        """One request a choice, prompt by prompt."""
+        template = self.template
+        seed = template.sampling.seed
+        return [
+            replace(
+                template,
+                request_id=secrets.token_hex(12),
+                token_ids=ids,
+                sampling=replace(template.sampling, seed=derive_seed(seed, index)),
+                source=source,
+                # Bytes of half a character only matter when the text goes on where it ended.
+                continuation=replace(start, undecoded=b"") if ids else start,
+                prefix_salt=owner.encode(),
+                keep_as=keep_as,
+                deadline=deadline,
+            )
+            for ids in prompts
+            for index in range(self.num_per_prompt)
+        ]
+
+    def check_prompts(
+        self, settings: Settings, prompts: Sequence[tuple[int, ...]], start: Continuation
+    ) -> None:
+        """Raises InvalidRequest for prompts that are empty or too long, each or together."""
+        for ids in prompts:
+            self._check_prompt(settings, ids, start)
+        num_tokens = self.num_per_prompt * sum(map(len, prompts))
+        if num_tokens > settings.max_waiting_tokens:
+            raise InvalidRequest(
+                f"n times the tokens of the prompts is {num_tokens}, the most is "
+                f"{settings.max_waiting_tokens}",
+                self.prompt_name,
+                "context_length_exceeded",
+            )
+        if self.template.num_logprobs is None:
+            return
+        num_choices = self.num_per_prompt * len(prompts)
+        num_scored = num_choices * self.template.max_tokens
+        num_scored += num_tokens if self.template.score_prompt else 0
+        num_logprobs = num_scored * (1 + self.template.num_logprobs)
+        if num_logprobs > settings.max_told_logprobs:
+            raise InvalidRequest(
+                f"the answer could have {num_logprobs} log-probabilities, the most is "
+                f"{settings.max_told_logprobs}: ask for fewer tokens, or fewer of the most "
+                "probable ones",
+                self.logprobs_name,
+            )
+
+    def _check_prompt(self, settings: Settings, ids: tuple[int, ...], start: Continuation) -> None:
+        limit = settings.max_prompt_tokens
+        if len(ids) > limit:
+            raise InvalidRequest(
+                f"the prompt has {len(ids)} tokens, the most in one request is {limit}; a session "
+                "can read any number in several requests",
+                self.prompt_name,
+                "context_length_exceeded",
+            )
+        if not ids and not start.pending and self.template.max_tokens > 0:
+            raise InvalidRequest(
+                "the prompt is empty and there is nothing to continue: it needs at least one token",
+                self.prompt_name,
+            )
+
+
+async def read_generation(
+    service: Service, body: SamplingRequest, *, is_detached: bool = False
+) -> Generation:
+    """Everything wrong with the parameters is named here; a grammar is compiled.
+
+    Raises NotFound for a model that is not served here, InvalidRequest, and Overloaded when too
+    many grammars are being compiled.
+    """
+    check_model(service, body.model)
+    settings = service.settings
+    max_tokens = _max_tokens(settings, body)
+    _check_limits(settings, body, max_tokens)
+    check_ids(service, body.stop_token_ids or (), "stop_token_ids")
+    template = EngineRequest(
+        request_id="",
+        source=None,
+        continuation=Continuation(),
+        token_ids=(),
+        max_tokens=max_tokens,
+        sampling=_sampling(service, body),
+        stop=body.stops,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        include_stop=bool(body.include_stop_str_in_output),
+        ignore_eos=bool(body.ignore_eos),
+        min_tokens=body.min_tokens or 0,
+        num_logprobs=body.num_logprobs,
+        return_tokens=body.returns_tokens,
+        score_prompt=body.scores_prompt,
+        grammar=await read_grammar(service, body),
+    )
+    return Generation(
+        template=template,
+        num_per_prompt=body.num_generated_per_prompt,
+        timeout_s=settings.request_timeout_s if body.timeout is None else body.timeout,
+        is_detached=is_detached,
+        prompt_name=body.prompt_name,
+        logprobs_name=body.logprobs_name,
+    )
+
+
+def check_model(service: Service, name: str | None) -> None:
+    """Raises NotFound for a model that is not served here."""
+    if name is not None and name != service.model_name:
+        raise NotFound(
+            f"there is no model {name[:80]!r}; this server has {service.model_name!r}",
+            "model",
+            "model_not_found",
+        )
+
+
+def check_ids(service: Service, token_ids: Sequence[int], param: str) -> None:
+    """Raises InvalidRequest for a token that the model does not have."""
+    vocab_sz = service.checkpoint.network.config.vocab_sz
+    outside = next((token_id for token_id in token_ids if token_id >= vocab_sz), None)
+    if outside is not None:
+        raise InvalidRequest(f"token id {outside} is not below {vocab_sz}", param)
+
+
+def _max_tokens(settings: Settings, body: SamplingRequest) -> int:
+    if body.token_limit is not None:
+        return body.token_limit
+    is_completion = isinstance(body, CompletionRequest)
+    usual = settings.default_max_tokens if is_completion else settings.default_chat_max_tokens
+    return min(usual, settings.max_tokens_limit)
+
+
+def _check_limits(settings: Settings, body: SamplingRequest, max_tokens: int) -> None:
+    """Raises InvalidRequest for what exceeds the settings."""
+    num_made, n = body.num_generated_per_prompt, body.num_choices_per_prompt
+    num_waiting = num_made * body.num_prompts
+    num_biased, num_stops = len(body.logit_bias or {}), len(body.stops)
+    made_name = "n" if num_made == n else "best_of"
+    checks: list[tuple[str, float, float | None, str]] = [
+        (body.limit_name, max_tokens, settings.max_tokens_limit, f"{body.limit_name} is"),
+        (made_name, num_made, settings.max_n, f"{made_name} is"),
+        ("stop", num_stops, settings.max_stop, "the number of stop strings is"),
+        ("logit_bias", num_biased, settings.max_logit_bias, "the number of biased tokens is"),
+        (
+            body.prompt_name,
+            num_waiting,
+            settings.max_waiting,
+            "n times the number of prompts is",
+        ),
+        ("timeout", body.timeout or 0, settings.request_timeout_s, "timeout is"),
+        (
+            body.logprobs_name,
+            body.num_logprobs or 0,
+            settings.max_logprobs,
+            "the number of most probable tokens is",
+        ),
+    ]
+    for param, asked, most, what in checks:
+        if most is not None and asked > most:
+            raise InvalidRequest(f"{what} {asked:.15g}, the most is {most:.15g}", param)
+    if body.min_tokens is not None and body.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens is {body.min_tokens}, which is more than {body.limit_name}, {max_tokens}",
+            "min_tokens",
+        )
+
+
+def _sampling(service: Service, body: SamplingRequest) -> SamplingParams:
+    given = {
+        name: value
+        for name in (
+            *("temperature", "top_p", "min_p"),
+            *("repetition_penalty", "frequency_penalty", "presence_penalty"),
+        )
+        if (value := getattr(body, name)) is not None
+    }
+    return SamplingParams(
+        **given,
+        top_k=max(0, body.top_k or 0),
+        logit_bias=_logit_bias(service, body.logit_bias or {}),
+        seed=secrets.randbits(64) if body.seed is None else body.seed,
+    )
+
+
+def _logit_bias(service: Service, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    vocab_sz = service.checkpoint.network.config.vocab_sz
+    for key in biases:
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_sz):
+            raise InvalidRequest(
+                f"{key[:40]!r} is not a token id from 0 to {vocab_sz - 1}", "logit_bias"
+            )
+    return tuple((int(key), float(bias)) for key, bias in biases.items())

@@ -1,0 +1,86 @@
+"""Prompts: what a request says, as tokens that follow what a turn continues from."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from server.api.conversation import Said, UnfitMessages
+from server.api.generation.generation import check_ids
+from server.api.schemas.chat import Message
+from server.api.service import Service
+from server.engine.messages import Continuation
+from server.errors import InvalidRequest
+
+SHORT_TEXT = 2048
+"""Characters that are tokenised faster than a thread is asked to do it."""
+
+
+class Prompt(Protocol):
+    """What is to be read before text is generated."""
+
+    async def read(self, start: Continuation) -> list[tuple[int, ...]]:
+        """The tokens of each prompt, to follow `start`. Raises InvalidRequest."""
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """Texts or token ids, each a prompt of its own."""
+
+    service: Service
+    texts: Sequence[str | list[int]]
+
+    async def read(self, start: Continuation) -> list[tuple[int, ...]]:
+        bos = self.service.checkpoint.network.config.bos_token_id
+        prefix = () if bos is None or start.position else (bos,)
+        prompts = list[tuple[int, ...]]()
+        for text in self.texts:
+            if isinstance(text, str):
+                prompts.append((*prefix, *await encode(self.service, text)))
+            else:
+                check_ids(self.service, text, "prompt")
+                prompts.append(tuple(text))
+        return prompts
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """Messages, written by the model's chat template."""
+
+    service: Service
+    messages: Sequence[Said]
+    param: str
+    """The parameter with the messages."""
+
+    async def read(self, start: Continuation) -> list[tuple[int, ...]]:
+        conversation = self.service.conversation
+        if conversation is None:
+            raise InvalidRequest(
+                "this model has no chat template: use /v1/completions", None, "no_chat_template"
+            )
+        if not self.messages and not start.position:
+            raise InvalidRequest("a conversation begins with at least one message", self.param)
+        render = conversation.go_on if start.position else conversation.begin
+        try:
+            ids = await asyncio.to_thread(render, self.messages)
+        except UnfitMessages as error:
+            raise InvalidRequest(
+                f"this model's chat template does not take these messages: {error}", self.param
+            ) from error
+        bos = self.service.checkpoint.network.config.bos_token_id
+        if start.position or bos is None or ids[:1] == [bos]:
+            return [tuple(ids)]
+        return [(bos, *ids)]
+
+
+def said(messages: Sequence[Message]) -> list[Said]:
+    """A chat's messages, for the template."""
+    return [Said(message.role, message.text, message.name) for message in messages]
+
+
+async def encode(service: Service, text: str) -> tuple[int, ...]:
+    """Tokens of a text; a long one does not hold up the event loop."""
+    tokenizer = service.checkpoint.tokenizer
+    if len(text) <= SHORT_TEXT:
+        return tuple(tokenizer.encode(text))
+    return tuple(await asyncio.to_thread(tokenizer.encode, text))

@@ -1,0 +1,133 @@
+"""Completions and chats: from a request to its response, with a session or without."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request, Response
+
+from server.api.auth import Caller
+from server.api.generation.answer import Answer, new_id
+from server.api.generation.deliver import TIMING_HEADERS, EventStream, reply
+from server.api.generation.detached import start_stream
+from server.api.generation.generation import read_generation
+from server.api.generation.prompts import Prompt
+from server.api.generation.shape import TurnShape
+from server.api.generation.turn import Replay, open_turn
+from server.api.parameters import EXAMPLE_SESSION, EXAMPLE_STREAM
+from server.api.schemas.completions import CompletionRequest
+from server.api.schemas.generation import GenerationRequest
+from server.api.service import Service
+from server.errors import InvalidRequest
+from server.sessions.ledger import Head, NextTurn
+
+TIMING_HEADERS_DOC: dict[str, Any] = {
+    name: {
+        "description": f"With `timings`: seconds {what}.",
+        "schema": {"type": "number", "minimum": 0, "examples": [0.0042]},
+    }
+    for name, (_, what) in TIMING_HEADERS.items()
+}
+ANSWER_HEADERS_DOC: dict[str, Any] = {
+    "X-Session-ID": {
+        "description": "The session of which this is a turn.",
+        "schema": {"type": "string", "examples": [EXAMPLE_SESSION]},
+    },
+    "X-Stream-ID": {
+        "description": "Of a resumable stream: its id.",
+        "schema": {"type": "string", "examples": [EXAMPLE_STREAM]},
+    },
+    "Idempotent-Replayed": {
+        "description": "The turn was committed before, and this is its answer.",
+        "schema": {"type": "string", "const": "true", "examples": ["true"]},
+    },
+    **TIMING_HEADERS_DOC,
+}
+"""The headers of an answer, for the documentation."""
+
+DELIVERY = {"session_id", "stream", "stream_options", "resumable", "timings", "timeout", "user"}
+"""Parameters that do not make a turn another one."""
+
+
+@dataclass(frozen=True)
+class SessionHeaders:
+    """What headers say about the session's turn."""
+
+    session_id: str | None = None
+    idempotency_key: str | None = None
+
+
+async def answer_turn(
+    request: Request,
+    service: Service,
+    caller: Caller,
+    body: GenerationRequest,
+    given: SessionHeaders,
+    prompt: Prompt,
+    shape_type: type[TurnShape[Any]],
+) -> Response:
+    """Run a turn and deliver its answer in the way that the request asks for.
+
+    A session's turn that was committed before with the same Idempotency-Key is not run again: its
+    answer is delivered as it was. Raises LatentdError.
+    """
+    _check_delivery(body)
+    session_id = _session_id(body, given)
+    generation = await read_generation(service, body, is_detached=bool(body.resumable))
+    source = target = None
+    if session_id is not None:
+        source = Head(session_id, body.expected_turn)
+        target = NextTurn(given.idempotency_key, _identity(body))
+    turn = await open_turn(service, caller, source, target, generation, prompt)
+    headers = {} if session_id is None else {"X-Session-ID": session_id}
+    if isinstance(turn, Replay):
+        return shape_type.replay(turn.body, body, headers | {"Idempotent-Replayed": "true"})
+    answer = Answer(
+        turn,
+        service.checkpoint.tokenizer,
+        new_id(shape_type.id_prefix),
+        num_per_prompt=generation.num_per_prompt,
+        echoes=isinstance(body, CompletionRequest) and bool(body.echo),
+        counts_usage=body.wants_usage_in_events,
+    )
+    shape = shape_type(service, body, answer)
+    keepalive_s = service.settings.keepalive_s
+    if body.resumable:
+        stream = start_stream(service, caller.owner, turn, answer, shape)
+        return stream.response(keepalive_s, headers=headers | {"X-Stream-ID": answer.id})
+    if body.stream:
+        return EventStream(turn, answer, shape, keepalive_s, headers)
+    return await reply(request, turn, answer, shape, headers)
+
+
+def _check_delivery(body: GenerationRequest) -> None:
+    """Raises InvalidRequest for ways of delivery that go ill together."""
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options needs stream: true", "stream_options")
+    if body.resumable and not body.stream:
+        raise InvalidRequest("resumable needs stream: true", "resumable")
+    if body.stream and body.num_generated_per_prompt > body.num_choices_per_prompt:
+        raise InvalidRequest(
+            "which choices are best is known at the end only: best_of cannot be streamed",
+            "best_of",
+        )
+
+
+def _session_id(body: GenerationRequest, given: SessionHeaders) -> str | None:
+    """The session that body or header name. Raises InvalidRequest."""
+    if None not in (body.session_id, given.session_id) and body.session_id != given.session_id:
+        raise InvalidRequest("session_id and the header X-Session-ID differ", "session_id")
+    session_id = given.session_id if body.session_id is None else body.session_id
+    if session_id is None and body.expected_turn is not None:
+        raise InvalidRequest("expected_turn needs a session", "expected_turn")
+    if session_id is not None and body.num_generated_per_prompt > 1:
+        wrong = "n" if body.num_choices_per_prompt > 1 else "best_of"
+        raise InvalidRequest(f"a session has one future: {wrong} must be 1", wrong)
+    if session_id is not None and body.num_prompts > 1:
+        raise InvalidRequest("a turn of a session has one prompt", "prompt")
+    return session_id
+
+
+def _identity(body: GenerationRequest) -> str:
+    """What an Idempotency-Key stands for; how an answer is delivered is no part of it."""
+    asked = body.model_dump_json(exclude=DELIVERY, exclude_none=True)
+    return f"{type(body).__name__} {asked}"

@@ -1,0 +1,131 @@
+"""How an answer is rendered: whole, and as the events of a stream."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from fastapi import Response
+from pydantic import BaseModel
+
+from server.api.generation.answer import Answer, Delta
+from server.api.schemas.generation import GenerationRequest, SamplingRequest, Timings, Usage
+from server.api.service import Service
+from server.api.sse import (
+    DONE,
+    EVENT_STREAM,
+    NO_BUFFERING,
+    Piece,
+    SSEFormat,
+    encode_event,
+    error_piece,
+)
+from server.api.templates import TextTemplate
+from server.errors import LatentdError
+
+Body = TypeVar("Body", bound=SamplingRequest)
+Turned = TypeVar("Turned", bound=GenerationRequest)
+
+
+class Shape(Generic[Body]):
+    """Renders nothing: each endpoint has a shape of its own. Holds no facts but the answer's."""
+
+    format = SSEFormat()
+
+    def __init__(self, service: Service, body: Body, answer: Answer) -> None:
+        self.answer = answer
+        self.body = body
+        self.tokenizer = service.checkpoint.tokenizer
+        self._templates: dict[int, TextTemplate] = {}
+        self._constant: dict[str, Any] = {
+            "id": answer.id,
+            "created": answer.created,
+            "model": service.model_name,
+            "system_fingerprint": f"fp_{service.checkpoint.fingerprint[:12]}",
+        } | ({} if answer.session_id is None else {"session_id": answer.session_id})
+
+    def opening(self) -> Iterable[Piece]:
+        """Events of a stream before anything has happened."""
+        return ()
+
+    def pieces(self, delta: Delta) -> Iterable[Piece]:
+        """Events of a stream for what is new."""
+        del delta
+        return ()
+
+    def closing(self) -> Iterable[Piece]:
+        """Events of a stream after everything has happened."""
+        return ()
+
+    def whole(self) -> BaseModel | None:
+        """The answer when all choices have finished."""
+        return None
+
+    def failed(self, error: LatentdError) -> BaseModel | None:
+        """What is stored in place of the answer when it ends by an error."""
+        del error
+        return None
+
+    def failure(self, error: LatentdError) -> Piece:
+        """The event for an error that ends the stream."""
+        return error_piece(error)
+
+    def to_json(self) -> str:
+        """`whole`, as text."""
+        return as_json(self.whole()) or ""
+
+    @property
+    def timings(self) -> Timings | None:
+        """If they were asked for and all choices have finished."""
+        return self.answer.timings if self.body.timings else None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every rendering of the answer and each of its events has."""
+        if not self.answer.is_finished:
+            return self._constant
+        known = {"session_turn": self.answer.session_turn, "timings": self.timings}
+        return self._constant | {name: fact for name, fact in known.items() if fact is not None}
+
+    def render_text(self, index: int, text: str, make: Callable[[int, str], BaseModel]) -> bytes:
+        """What `make` makes of a choice's new text, where nothing but the text changes."""
+        template = self._templates.get(index)
+        if template is None:
+            template = self._templates[index] = TextTemplate(partial(make, index))
+        return template.render(text)
+
+
+class TurnShape(Shape[Turned]):
+    """Of completions and chats."""
+
+    id_prefix: str
+    """What the answer's id begins with."""
+
+    @classmethod
+    def replay(cls, known: str, body: Turned, headers: dict[str, str]) -> Response:
+        """The answer of a turn that was committed before; its text comes in one piece."""
+        if not body.stream:
+            return Response(known, media_type="application/json", headers=headers)
+        pieces = [*cls.replay_pieces(known, body), DONE]
+        events = b"".join(encode_event(piece) for piece in pieces)
+        return Response(events, media_type=EVENT_STREAM, headers=headers | NO_BUFFERING)
+
+    @classmethod
+    @abstractmethod
+    def replay_pieces(cls, known: str, body: Turned) -> Iterable[Piece]:
+        """The events of a stream for an answer that is known already."""
+
+    def usage_fields(self, usage: Usage | None) -> dict[str, Usage | None]:
+        """The usage in an event with text: where it comes at the end, the others have null."""
+        return usage_fields(self.body, usage)
+
+
+def as_json(model: BaseModel | None) -> str | None:
+    return None if model is None else model.model_dump_json(exclude_unset=True)
+
+
+def usage_fields(body: GenerationRequest, usage: Usage | None) -> dict[str, Usage | None]:
+    """The usage in an event of a stream with text: where it comes at the end, others have null."""
+    if body.wants_usage_in_events:
+        return {"usage": usage}
+    return {"usage": None} if body.wants_usage_event else {}

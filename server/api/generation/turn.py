@@ -1,0 +1,272 @@
+"""A turn: where the ledger and the engine meet.
+
+    open_turn -> AdmittedTurn: events ... -> commit or abandon -> close
+
+Every refusal is in `open_turn`, before any header leaves. What can end an admitted turn is its
+deadline, a grammar that has no way on, the device, the storage at its commit, and a drain.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from server.api.auth import Caller
+from server.api.generation.generation import Generation
+from server.api.generation.prompts import Prompt
+from server.api.generation.router import Aborted, EventQueue
+from server.api.limits import Allowance
+from server.api.service import Service
+from server.engine.messages import (
+    Continuation,
+    DeadlinePassed,
+    EngineRequest,
+    Failed,
+    Finished,
+    GrammarFailed,
+    NoProbabilities,
+    PromptScored,
+    StoredState,
+    TextDelta,
+)
+from server.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    ShuttingDown,
+)
+from server.sessions.codec import SessionState
+from server.sessions.ledger import Source, Target, new_state_id
+from server.sessions.ledger_turn import LedgerTurn
+from server.sessions.store import KeptAnswer
+
+TextEvent = PromptScored | TextDelta | Finished
+"""What an answer is made of."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The turn was committed before, with this answer."""
+
+    body: str
+
+
+class AdmittedTurn:
+    """The choices of one answer, in the engine. Made by `open_turn`."""
+
+    def __init__(
+        self,
+        service: Service,
+        opened: LedgerTurn,
+        requests: Sequence[EngineRequest],
+        generation: Generation,
+        allowance: Allowance,
+        stack: AsyncExitStack,
+        started: float,
+    ) -> None:
+        """`stack` unlocks what the turn holds."""
+        self._service = service
+        self._opened = opened
+        self._generation = generation
+        self._allowance = allowance
+        self._stack = stack
+        self._started = started
+        self._running = {request.request_id: i for i, request in enumerate(requests)}
+        self._queue = EventQueue()
+        self._after: SessionState | None = None
+        self._is_committed = False
+        self._is_closed = False
+        self.requests = requests
+        self.start = requests[0].continuation
+        """What the choices continue from."""
+
+        self.keep_as = requests[0].keep_as
+        """The id of the state after the turn, if it is kept."""
+
+        entry = opened.entry
+        is_session = entry is not None and entry.kind == "session"
+        self.session_id = entry.id if entry is not None and is_session else None
+        """The session of which this is a turn."""
+
+        self.session_turn = entry.turn + 1 if entry is not None and is_session else None
+        """The session's turn that this is, once it is committed."""
+
+    def submit(self) -> None:
+        """Queue every choice, or none. Raises Overloaded and ShuttingDown."""
+        self._service.engine.submit(*self.requests)
+        self._queue = self._service.router.open(self._running)
+        self._service.open_turns.add(self)
+
+    async def events(
+        self, silence_s: float | None = None
+    ) -> AsyncIterator[list[tuple[int, TextEvent]] | None]:
+        """What happens until every choice has finished, each with the index of its choice: all that
+        waits at once, or None when nothing has happened for `silence_s`.
+
+        Raises DeadlineExceeded, InvalidRequest for a grammar's dead end, InternalError, what
+        `LedgerTurn.damaged` returns, and ShuttingDown.
+        """
+        while self._running:
+            if not await self._queue.wait(silence_s):
+                yield None
+                continue
+            event = self._queue.take()
+            match event:
+                case list():
+                    yield [(self._running[text.request_id], text) for text in event]
+                case Finished(request_id):
+                    self._service.router.close([request_id])
+                    self._after = _state_after(event)
+                    yield [(self._running.pop(request_id), event)]
+                case Failed(_, message):
+                    raise InternalError(message)
+                case NoProbabilities():
+                    raise self._opened.damaged(
+                        "the model gives no probabilities for the next token"
+                    )
+                case GrammarFailed(_, reason):
+                    raise InvalidRequest(
+                        f"the text cannot be completed: {reason}", None, "grammar_failed"
+                    )
+                case DeadlinePassed():
+                    raise DeadlineExceeded(self._generation.timeout_s or 0)
+                case Aborted():
+                    raise ShuttingDown("the server stopped before the answer was complete")
+
+    @property
+    def needs_body(self) -> bool:
+        """Whether the answer is stored with the turn."""
+        return self._opened.needs_body
+
+    async def commit(self, body: str | None, num_generated: int) -> None:
+        """Make the turn durable, then unlock what it held. `num_generated` tokens are charged.
+
+        Raises StorageFailed and ResponseGone.
+        """
+        if self._opened.entry is not None:
+            if self._after is None or self.keep_as is None:
+                raise InternalError("the engine ended a turn without its state")
+            await run_to_end(self._opened.commit(self._after, self.keep_as, body))
+        self._is_committed = True
+        await run_to_end(self._unlock(num_generated))
+
+    async def close(self, body: str | None, num_generated: int) -> None:
+        """Stop what still runs, and unlock what it holds, which is as its last commit left it.
+
+        A stored response that was not committed gets `body`. Nothing is lost if the caller is
+        cancelled meanwhile.
+        """
+        if not self._is_closed:
+            self._is_closed = True
+            await run_to_end(self._close(body, num_generated))
+
+    async def _close(self, body: str | None, num_generated: int) -> None:
+        service = self._service
+        self._queue.close()
+        service.router.close(self._running)
+        for request_id in self._running:
+            service.engine.cancel(request_id)
+        try:
+            if not self._is_committed:
+                if self.keep_as is not None:
+                    service.ledger.tiers.release(self.keep_as)
+                await self._opened.abandon(body)
+        finally:
+            service.open_turns.discard(self)
+            await self._unlock(num_generated)
+        service.metrics.request_duration_seconds.observe(time.monotonic() - self._started)
+
+    async def _unlock(self, num_generated: int) -> None:
+        await self._allowance.leave(num_generated)
+        await self._stack.aclose()
+
+
+async def open_turn(
+    service: Service,
+    caller: Caller,
+    source: Source,
+    target: Target,
+    generation: Generation,
+    prompt: Prompt,
+    pending_body: str | None = None,
+) -> AdmittedTurn | Replay:
+    """Lock the target, find the source's state, read the prompt, and queue the choices.
+
+    `pending_body`: a response is stored with it at once. Raises every LatentdError that can refuse
+    a turn: what `Ledger.begin` and `LedgerTurn.load` raise, InvalidRequest for the prompt,
+    RateLimited, Overloaded, ShuttingDown, QuotaExceeded, StorageFull and StorageFailed.
+    """
+    started = time.monotonic()
+    service.check_ready()
+    if generation.is_detached:
+        service.streams.check_space()
+    allowance = service.limiter.enter(caller)
+    stack = AsyncExitStack()
+    turn: AdmittedTurn | None = None
+    try:
+        opened = await stack.enter_async_context(service.ledger.begin(caller.owner, source, target))
+        if isinstance(opened, KeptAnswer):
+            await allowance.leave(0)
+            await stack.aclose()
+            return Replay(opened.answer)
+        state = await opened.load()
+        start, stored = Continuation(), None
+        if state is not None:
+            start = Continuation(state.position, state.pending, state.undecoded, state.recent)
+            stored = StoredState(opened.start_id, state.state)
+        prompts = await prompt.read(start)
+        generation.check_prompts(service.settings, prompts, start)
+        timeout_s = generation.timeout_s
+        requests = generation.requests(
+            prompts,
+            start,
+            stored,
+            owner=caller.owner,
+            keep_as=None if opened.entry is None else new_state_id(),
+            deadline=None if timeout_s is None else started + timeout_s,
+        )
+        num_tokens = sum(len(request.token_ids) for request in requests)
+        await allowance.check(num_tokens)
+        turn = AdmittedTurn(service, opened, requests, generation, allowance, stack, started)
+        turn.submit()
+        await allowance.charge(num_tokens)
+        if pending_body is not None:
+            await opened.store_pending(pending_body)
+        service.metrics.resumed_tokens_total.inc(start.position)
+        return turn
+    except BaseException:
+        if turn is None:
+            await run_to_end(allowance.leave(0))
+            await run_to_end(stack.aclose())
+        else:
+            await turn.close(None, 0)
+        raise
+
+
+async def run_to_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await work that goes on when the caller is cancelled; the caller is cancelled after it."""
+    task, cancelled = asyncio.ensure_future(work), None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        task.exception()  # nobody is left to hear of it
+        raise cancelled
+    task.result()
+
+
+def _state_after(finished: Finished) -> SessionState | None:
+    after = finished.continuation
+    if finished.state is None or after is None:
+        return None
+    return SessionState(
+        position=after.position,
+        pending=after.pending,
+        undecoded=after.undecoded,
+        recent=after.recent,
+        state=finished.state,
+    )

@@ -1,0 +1,487 @@
+"""All that the server keeps: sessions and stored responses, and the turns that advance them.
+
+A turn goes from a source to a target. Its state is written through to the store at its end, so what
+the host cache and the rows on the device hold only makes it faster to get.
+"""
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+
+from server.errors import (
+    InvalidRequest,
+    KeyReused,
+    NotFound,
+    SessionBusy,
+    TurnMismatch,
+    UnfitState,
+)
+from server.metrics import Metrics
+from server.sessions.codec import BlobError, Codec
+from server.sessions.ledger_turn import LedgerTurn, not_found, unanswered, with_body
+from server.sessions.quota import Quota
+from server.sessions.store import (
+    Checkpoint,
+    Entry,
+    KeptAnswer,
+    Kind,
+    NewState,
+    Store,
+)
+from server.sessions.tiers import Tier, Tiers
+
+SWEPT_TOGETHER = 256
+INTERRUPTED = {
+    "code": "server_error",
+    "message": "the server stopped, or could not store the response, before it was complete",
+}
+"""The error of a response that nobody works on any more."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The state after a session's last turn, which must be the expected one if that is given."""
+
+    session_id: str
+    expected_turn: int | None = None
+
+
+@dataclass(frozen=True)
+class After:
+    """The state after a stored response."""
+
+    response_id: str
+    param: str = "previous_response_id"
+    """The parameter that named it."""
+
+
+Source = Head | After | None
+"""What a turn continues from; None: nothing."""
+
+
+@dataclass(frozen=True)
+class NextTurn:
+    """The next turn of the session that the turn starts from."""
+
+    key: str | None = None
+    """The client's Idempotency-Key: a turn that was committed with it is not run again."""
+
+    request: str = ""
+    """What the key stands for; the same key with another request is refused."""
+
+
+@dataclass(frozen=True)
+class NewSession:
+    """A new session, of which this is the first turn."""
+
+    metadata: dict[str, str] = field(default_factory=dict)
+    ttl_s: float | None = None
+
+
+@dataclass(frozen=True)
+class NewResponse:
+    """A response to be stored."""
+
+    id: str
+    ttl_s: float | None = None
+
+
+Target = NextTurn | NewSession | NewResponse | None
+"""Where a turn's end is kept; None: nowhere."""
+
+
+class Ledger:
+    """Belongs to the event loop.
+
+    Whoever does not own a session or response gets NotFound, as for one that does not exist or has
+    expired.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        tiers: Tiers,
+        quota: Quota,
+        codec: Codec,
+        metrics: Metrics,
+        *,
+        keep_turns: int = 8,
+        max_response_ttl_s: float | None = None,
+    ) -> None:
+        """`max_response_ttl_s`: seconds that a response is kept, at most and by default; None: no
+        end."""
+        self._store = store
+        self._tiers = tiers
+        self._quota = quota
+        self._codec = codec
+        self._metrics = metrics
+        self._keep_turns = keep_turns
+        self._max_response_ttl_s = max_response_ttl_s
+        self._open: dict[str, LedgerTurn | None] = {}
+        """Entries that a turn is advancing, or that are being rewound or erased."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one state, at any length of its conversation."""
+        return self._codec.state_bytes
+
+    @property
+    def tiers(self) -> Tiers:
+        return self._tiers
+
+    @asynccontextmanager
+    async def begin(
+        self, owner: str, source: Source, target: Target
+    ) -> AsyncIterator[LedgerTurn | KeptAnswer]:
+        """The right to run one turn, or the answer of the turn that was committed with its key.
+
+        A session has one turn at a time; any number may go on from a response. Raises NotFound,
+        SessionBusy, TurnMismatch, KeyReused, InvalidRequest, QuotaExceeded, StorageFull and
+        StorageFailed.
+        """
+        match source, target:
+            case Head(), NextTurn():
+                opening = self._next_turn(owner, source, target)
+            case Head(), _:
+                raise ValueError("a session's head is advanced by its next turn only")
+            case _, NextTurn():
+                raise ValueError("a session's next turn starts from its head")
+            case _:
+                opening = self._first_turn(owner, source, target)
+        async with opening as turn:
+            yield turn
+
+    @asynccontextmanager
+    async def _next_turn(
+        self, owner: str, source: Head, target: NextTurn
+    ) -> AsyncIterator[LedgerTurn | KeptAnswer]:
+        session_id = source.session_id
+        if session_id in self._open:
+            await self.get(owner, "session", session_id)
+            kept = await self._kept_answer(session_id, target)
+            if kept is None:
+                raise SessionBusy(session_id)
+            yield kept
+            return
+        with self._lock(session_id):
+            entry = await self.get(owner, "session", session_id)
+            kept = await self._kept_answer(session_id, target)
+            if kept is not None:
+                yield kept
+                return
+            if source.expected_turn not in (None, entry.turn):
+                raise TurnMismatch(session_id, entry.turn, source.expected_turn or 0)
+            is_full = entry.num_checkpoints >= self._keep_turns
+            size = 0 if is_full else self._codec.usual_blob_bytes
+            async with self._quota.reserve(owner, num_bytes=size):
+                answer = None if target.key is None else unanswered(target.key, target.request)
+                turn = self._turn(entry, entry if entry.turn else None, True, answer)
+                self._open[session_id] = turn
+                yield turn
+
+    @asynccontextmanager
+    async def _first_turn(
+        self, owner: str, source: After | None, target: NewSession | NewResponse | None
+    ) -> AsyncIterator[LedgerTurn]:
+        start = None if source is None else await self._continuable(owner, source)
+        match target:
+            case None:
+                yield self._turn(None, start, False)
+                return
+            case NewSession(metadata, ttl_s):
+                entry = new_session(owner, metadata, ttl_s)
+            case NewResponse(response_id, ttl_s):
+                entry = self._new_response(owner, response_id, ttl_s)
+        size = self._codec.usual_blob_bytes
+        async with self._quota.reserve(owner, entry.kind, num_bytes=size):
+            with self._lock(entry.id):
+                self._open[entry.id] = turn = self._turn(entry, start, False)
+                yield turn
+
+    def _turn(
+        self,
+        entry: Entry | None,
+        start: Entry | None,
+        is_stored: bool,
+        answer: KeptAnswer | None = None,
+    ) -> LedgerTurn:
+        parts = (self._store, self._codec, self._tiers, self._metrics, self._keep_turns)
+        return LedgerTurn(*parts, entry, start, is_stored=is_stored, answer=answer)
+
+    async def get(self, owner: str, kind: Kind, entry_id: str, param: str | None = None) -> Entry:
+        """A session, or a stored response, finished or in the background. `param` named it.
+
+        Raises NotFound.
+        """
+        entry = await self._store.get(kind, entry_id)
+        if entry is None or entry.owner != owner or self._is_over(entry):
+            raise not_found(kind, entry_id, param)
+        return entry
+
+    async def list(self, owner: str, kind: Kind, limit: int, after: str | None) -> list[Entry]:
+        """Newest first, beginning behind the entry `after`. Raises InvalidRequest."""
+        if after is not None:
+            last = await self._store.get(kind, after)
+            if last is None or last.owner != owner:
+                raise InvalidRequest(f"there is no {kind} {after[:80]}", "after")
+        return await self._store.list(kind, owner, limit, after, time.time())
+
+    async def checkpoints(self, owner: str, session_id: str) -> Sequence[Checkpoint]:
+        """The turns whose states are kept, newest first. Raises NotFound."""
+        await self.get(owner, "session", session_id)
+        return await self._store.checkpoints(session_id)
+
+    async def create(
+        self, owner: str, metadata: dict[str, str], ttl_s: float | None = None
+    ) -> Entry:
+        """A new session without a turn. Raises QuotaExceeded, StorageFull and StorageFailed."""
+        return await self._insert(new_session(owner, metadata, ttl_s))
+
+    async def fork(
+        self,
+        owner: str,
+        session_id: str,
+        turn: int | None,
+        metadata: dict[str, str] | None = None,
+        ttl_s: float | None = None,
+    ) -> Entry:
+        """A new session that begins with a session's state after a turn, the last if None is named.
+
+        The session itself may be busy. Metadata and ttl are those of the session if not given.
+        Raises NotFound, QuotaExceeded, StorageFull and StorageFailed.
+        """
+        source = await self.get(owner, "session", session_id)
+        made = new_session(
+            owner,
+            source.metadata if metadata is None else metadata,
+            source.ttl_s if ttl_s is None else ttl_s,
+        )
+        number = source.turn if turn is None else turn
+        made = replace(made, turn=number, parent_id=session_id, parent_turn=number)
+        forked = await self._fork(session_id, made)
+        if forked is None:
+            raise await self._no_turn(session_id, number)
+        return forked
+
+    async def fork_response(
+        self, owner: str, response_id: str, metadata: dict[str, str], ttl_s: float | None
+    ) -> Entry:
+        """A new session that begins with the state after a response.
+
+        Raises NotFound, InvalidRequest, QuotaExceeded, StorageFull and StorageFailed.
+        """
+        source = await self._continuable(owner, After(response_id, "response_id"))
+        made = replace(new_session(owner, metadata, ttl_s), turn=source.turn)
+        forked = await self._fork(response_id, made)
+        if forked is None:
+            raise not_found("response", response_id)
+        return forked
+
+    async def rewind(self, owner: str, session_id: str, turn: int) -> Entry:
+        """Go back to a turn; those after it are erased. Raises NotFound and SessionBusy."""
+        await self.get(owner, "session", session_id)
+        with self._lock(session_id):
+            before = await self.get(owner, "session", session_id)
+            rewound = await self._store.rewind(session_id, turn, time.time())
+            if rewound is None:
+                raise await self._no_turn(session_id, turn)
+            if rewound.state_id != before.state_id:
+                self._tiers.forget(before.state_id)
+        return rewound
+
+    async def export(
+        self, owner: str, session_id: str, turn: int | None
+    ) -> tuple[Entry, int, bytes]:
+        """The session, and the state after a turn as a blob: of the last turn if None is named.
+
+        Raises NotFound, also for the state before the first turn.
+        """
+        entry = await self.get(owner, "session", session_id)
+        turn = entry.turn if turn is None else turn
+        blob = await self._store.load(session_id, turn)
+        if blob is None:
+            raise await self._no_turn(session_id, turn)
+        return entry, turn, blob
+
+    async def import_blob(
+        self, owner: str, blob: bytes, metadata: dict[str, str], ttl_s: float | None
+    ) -> Entry:
+        """A new session that goes on from an exported blob.
+
+        Raises UnfitState, QuotaExceeded, StorageFull and StorageFailed.
+        """
+        try:
+            state = await asyncio.to_thread(self._codec.decode, blob)
+        except BlobError as error:
+            raise UnfitState(f"this is no state for this server: {error}") from error
+        entry = new_session(owner, metadata, ttl_s)
+        entry = replace(entry, turn=max(state.turn, 1), num_tokens=state.position)
+        return await self._insert(entry, NewState(new_state_id(), blob))
+
+    async def delete(self, owner: str, kind: Kind, entry_id: str) -> None:
+        """Erase a session or response, its states and kept answers everywhere.
+
+        A response may be in the making: it cannot be stored afterwards. A session must not be busy.
+        Raises NotFound, SessionBusy and StorageFailed.
+        """
+        making = self._open.get(entry_id)
+        if kind == "response" and making is not None and making.belongs_to(owner):
+            making.is_deleted = True
+            await self._erase(kind, entry_id, making.state_id)
+            return
+        entry = await self.get(owner, kind, entry_id)
+        with self._lock(entry_id) if kind == "session" else nullcontext():
+            if not await self._erase(kind, entry_id, entry.state_id):
+                raise not_found(kind, entry_id)
+
+    async def sweep(self) -> int:
+        """Erase what has expired, and make failed what was interrupted.
+
+        Returns how many were erased; there may be more if there are any. Raises StorageFailed.
+        """
+        await self.recover()
+        num_swept = num_sessions = 0
+        for found in await self._store.expired(time.time(), SWEPT_TOGETHER):
+            if found.id in self._open:
+                continue
+            with self._lock(found.id):
+                entry = await self._store.get(found.kind, found.id)
+                if entry is not None and _has_expired(entry):
+                    await self._erase(entry.kind, entry.id, entry.state_id)
+                    num_swept += 1
+                    num_sessions += entry.kind == "session"
+        self._metrics.sessions_expired_total.inc(num_sessions)
+        return num_swept
+
+    async def recover(self) -> int:
+        """Make failed the responses that are unfinished though nobody works on them. Returns how
+        many were. Raises StorageFailed."""
+        interrupted = await self._store.rewrite_unfinished(_interrupted, frozenset(self._open))
+        self._tiers.report()
+        return interrupted
+
+    def tier(self, entry: Entry) -> Tier | None:
+        """The fastest tier that holds the entry's state; None before its first turn."""
+        return "device" if self._open.get(entry.id) is not None else self._tiers.tier(entry)
+
+    def is_busy(self, entry_id: str) -> bool:
+        return entry_id in self._open
+
+    async def _insert(self, entry: Entry, state: NewState | None = None) -> Entry:
+        size = 0 if state is None else len(state.blob)
+        async with self._quota.reserve(entry.owner, entry.kind, num_bytes=size):
+            await self._store.insert(entry, state)
+        self._tiers.report()
+        if state is None:
+            return entry
+        return replace(entry, state_id=state.id, num_checkpoints=1)
+
+    async def _fork(self, source_id: str, made: Entry) -> Entry | None:
+        size = self._codec.usual_blob_bytes if made.turn else 0
+        async with self._quota.reserve(made.owner, made.kind, num_bytes=size):
+            forked = await self._store.fork(source_id, made)
+        self._tiers.report()
+        return forked
+
+    async def _erase(self, kind: Kind, entry_id: str, state_id: str | None) -> bool:
+        self._tiers.forget(state_id)  # first: nothing stays here if the store fails halfway
+        try:
+            return await self._store.delete(kind, entry_id)
+        finally:
+            self._tiers.report()
+
+    async def _continuable(self, owner: str, source: After) -> Entry:
+        """A response that has a state. Raises NotFound and InvalidRequest."""
+        making = self._open.get(source.response_id)
+        if making is not None and making.entry is not None and making.belongs_to(owner):
+            entry = making.entry
+        else:
+            entry = await self.get(owner, "response", source.response_id, source.param)
+        if entry.state_id is not None:
+            return entry
+        match entry.status:
+            case "failed":
+                why = "failed"
+            case "cancelled":
+                why = "was cancelled"
+            case "completed" | "incomplete":
+                why = "was stored without its state"
+            case _:
+                why = "is not complete yet"
+        raise InvalidRequest(
+            f"response {entry.id} {why}: nothing can go on from it",
+            source.param,
+            "response_unusable",
+        )
+
+    def _new_response(self, owner: str, response_id: str, ttl_s: float | None) -> Entry:
+        """Of a response that begins now. Raises InvalidRequest and ResponseGone."""
+        most = self._max_response_ttl_s
+        if ttl_s is not None and most is not None and ttl_s > most:
+            raise InvalidRequest(f"ttl is {ttl_s:g}, the most is {most:g}", "ttl")
+        now, ttl_s = time.time(), most if ttl_s is None else ttl_s
+        expires_at = None if ttl_s is None else now + ttl_s
+        return Entry(
+            "response", response_id, owner, now, now, expires_at=expires_at, status="in_progress"
+        )
+
+    @contextmanager
+    def _lock(self, entry_id: str) -> Iterator[None]:
+        if entry_id in self._open:
+            raise SessionBusy(entry_id)
+        self._open[entry_id] = None
+        try:
+            yield
+        finally:
+            del self._open[entry_id]
+
+    def _is_over(self, entry: Entry) -> bool:
+        """Whether its time is over; while a turn runs it is not."""
+        return _has_expired(entry) and self._open.get(entry.id) is None
+
+    async def _kept_answer(self, session_id: str, target: NextTurn) -> KeptAnswer | None:
+        if target.key is None:
+            return None
+        asked = unanswered(target.key, target.request)
+        kept = await self._store.find_answer(session_id, asked.key)
+        if kept is not None and kept.request != asked.request:
+            raise KeyReused
+        return kept
+
+    async def _no_turn(self, session_id: str, turn: int) -> NotFound:
+        kept = ", ".join(str(c.turn) for c in await self._store.checkpoints(session_id))
+        return NotFound(
+            f"session {session_id} has no state after turn {turn}; those kept are after: "
+            f"{kept or 'none'}",
+            "turn",
+            "turn_not_found",
+        )
+
+
+def new_state_id() -> str:
+    """Names one state, everywhere and for ever; cannot be guessed."""
+    return secrets.token_hex(16)
+
+
+def new_response_id() -> str:
+    """Cannot be guessed."""
+    return f"resp_{secrets.token_urlsafe(24)}"
+
+
+def new_session(owner: str, metadata: dict[str, str], ttl_s: float | None) -> Entry:
+    """A session that begins now, with an id that cannot be guessed."""
+    now, session_id = time.time(), f"sess_{secrets.token_urlsafe(24)}"
+    return Entry("session", session_id, owner, now, now, ttl_s=ttl_s, metadata=metadata).used(now)
+
+
+def _has_expired(entry: Entry) -> bool:
+    return entry.expires_at is not None and entry.expires_at <= time.time()
+
+
+def _interrupted(entry: Entry) -> Entry:
+    body = json.loads(entry.body or "{}") | {"status": "failed", "error": INTERRUPTED}
+    return with_body(entry, json.dumps(body, ensure_ascii=False))

@@ -1,0 +1,210 @@
+"""One turn in the ledger: the state that it starts from, and its end, written once or never."""
+
+import asyncio
+import hashlib
+import json
+import time
+from contextlib import suppress
+from dataclasses import replace
+from typing import get_args
+
+from server.errors import (
+    InternalError,
+    NotFound,
+    ResponseDamaged,
+    ResponseGone,
+    SessionDamaged,
+    StorageFailed,
+)
+from server.metrics import Metrics
+from server.sessions.codec import BlobError, Codec, SessionState
+from server.sessions.store import Entry, KeptAnswer, Kind, NewState, Status, Store
+from server.sessions.tiers import Tiers
+
+
+class LedgerTurn:
+    """From one entry's state to the next turn of an entry.
+
+    At most one of `commit` and `abandon` takes effect.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        codec: Codec,
+        tiers: Tiers,
+        metrics: Metrics,
+        keep_turns: int,
+        entry: Entry | None,
+        start: Entry | None,
+        *,
+        is_stored: bool,
+        answer: KeptAnswer | None = None,
+    ) -> None:
+        """`answer`: the key under which the turn's answer is to be kept, without the answer."""
+        self._store = store
+        self._codec = codec
+        self._tiers = tiers
+        self._metrics = metrics
+        self._keep_turns = keep_turns
+        self._is_stored = is_stored
+        self._is_over = False
+        self._answer = answer
+        self.entry = entry
+        """What the turn advances, as it was stored last; None: nothing is kept."""
+
+        self.start = start
+        """What the turn continues from; None: nothing."""
+
+        self.is_deleted = False
+        """Set when nothing may be stored any more."""
+
+    @property
+    def state_id(self) -> str | None:
+        """Of the entry's present state."""
+        return None if self.entry is None else self.entry.state_id
+
+    @property
+    def start_id(self) -> str:
+        """Of the state that `load` returned."""
+        return "" if self.start is None else self.start.state_id or ""
+
+    @property
+    def needs_body(self) -> bool:
+        """Whether the commit stores the answer's body."""
+        return self._answer is not None or (
+            self.entry is not None and self.entry.kind == "response"
+        )
+
+    def belongs_to(self, owner: str) -> bool:
+        """Whether this is an owner's, and can be stored still."""
+        return self.entry is not None and self.entry.owner == owner and not self.is_deleted
+
+    async def load(self) -> SessionState | None:
+        """The state that the turn continues from, from host memory or the store.
+
+        Raises StorageFailed, NotFound when it has been deleted meanwhile, and what `damaged`
+        returns.
+        """
+        start = self.start
+        if start is None:
+            return None
+        if start.state_id is None:
+            raise self.damaged("it is missing")
+        with self._metrics.session_load_seconds.time():
+            state = self._tiers.cached(start.state_id)
+            if state is not None:
+                return state
+            num_forgotten = self._tiers.num_forgotten
+            blob = await self._store.load(start.id, start.turn)
+            if blob is None:
+                if start.kind == "response":
+                    raise not_found("response", start.id, "previous_response_id")
+                raise self.damaged("it is missing")
+            try:
+                state = await asyncio.to_thread(self._codec.decode, blob)
+            except BlobError as error:
+                raise self.damaged(str(error)) from error
+            if self._tiers.num_forgotten == num_forgotten:
+                self._tiers.cache(start.state_id, state)
+            return state
+
+    def damaged(self, reason: str) -> StorageFailed:
+        """What to raise when the state that the turn continues from cannot be used."""
+        if self.start is None:
+            raise InternalError(reason)
+        if self.start.kind == "response":
+            return ResponseDamaged(self.start.id, reason)
+        return SessionDamaged(self.start.id, self.start.turn, reason)
+
+    async def store_pending(self, body: str) -> None:
+        """Store a response before it is complete. Raises StorageFailed and ResponseGone."""
+        if self.entry is None:
+            raise InternalError("nothing is kept of this turn")
+        entry = with_body(self.entry, body)
+        await self._store.insert(entry)
+        self._is_stored, self.entry = True, entry
+        if self.is_deleted:
+            await self._store.delete(entry.kind, entry.id)
+            raise ResponseGone(entry.id)
+        self._tiers.report()
+
+    async def commit(self, state: SessionState, state_id: str, body: str | None) -> None:
+        """Make the turn durable; on return it survives a crash.
+
+        `body` is the answer, where `needs_body`. Raises StorageFailed, and ResponseGone when the
+        response was deleted.
+        """
+        if self.entry is None or self._is_over:
+            raise InternalError("there is nothing to commit")
+        entry = self.entry.used(time.time())
+        entry = replace(entry, turn=entry.turn + 1, num_tokens=state.position)
+        answer = self._answer
+        if body is not None and answer is not None:
+            answer = replace(answer, answer=body)
+        elif body is not None:
+            entry = with_body(entry, body)
+        elif self.needs_body:
+            raise InternalError("a turn was committed without its answer")
+        with self._metrics.session_commit_seconds.time():
+            state = replace(state, turn=entry.turn)
+            blob = await asyncio.to_thread(self._codec.encode, state)
+            await self._write(entry, NewState(state_id, blob, answer))
+        before, num_kept = self.entry.state_id, min(entry.num_checkpoints + 1, self._keep_turns)
+        self.entry = replace(entry, state_id=state_id, num_checkpoints=num_kept)
+        self._tiers.cache(state_id, state, replaced=before)
+
+    async def abandon(self, body: str | None) -> None:
+        """End without a commit. A response that is stored already gets its last body.
+
+        Raises StorageFailed; the response is then reported as interrupted.
+        """
+        if self.entry is None or self.entry.kind != "response" or body is None:
+            return
+        if self._is_over or not self._is_stored:
+            return
+        with suppress(ResponseGone):
+            await self._write(with_body(self.entry, body), None)
+
+    async def _write(self, entry: Entry, state: NewState | None) -> None:
+        if self.is_deleted:
+            raise ResponseGone(entry.id)
+        self._is_over = True
+        try:
+            if self._is_stored:
+                is_written = await self._store.advance(entry, state, self._keep_turns)
+            else:
+                await self._store.insert(entry, state)
+                is_written = True
+        except StorageFailed:
+            self._is_over = False
+            raise
+        finally:
+            self._tiers.report()
+        if not is_written and entry.kind == "session":
+            raise StorageFailed(f"session {entry.id} is not at turn {entry.turn - 1} any more")
+        if not is_written or self.is_deleted:
+            raise ResponseGone(entry.id)
+
+
+def with_body(entry: Entry, body: str) -> Entry:
+    """The entry with this response object, and the status that it shows. Raises ValueError."""
+    status: Status = json.loads(body)["status"]
+    if status not in get_args(Status):
+        raise ValueError(f"a response has no status {status!r}")
+    return replace(entry, status=status, body=body)
+
+
+def unanswered(key: str, request: str) -> KeptAnswer:
+    """Where the answer to a request with an Idempotency-Key is kept."""
+    return KeptAnswer(_digest(key), _digest(request), "")
+
+
+def not_found(kind: Kind, entry_id: str, param: str | None = None) -> NotFound:
+    return NotFound(
+        f"there is no {kind} {entry_id[:80]}", param or f"{kind}_id", f"{kind}_not_found"
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

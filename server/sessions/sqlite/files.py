@@ -1,0 +1,70 @@
+"""Large states, each in a file of its own beside the database.
+
+A commit writes such a state once, and a delete does not rewrite it. A file is complete and durable
+before the database has its state, and goes after the last checkpoint with it: what a crash leaves
+over is swept at the next start.
+"""
+
+import os
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+UNFINISHED = ".tmp"
+
+
+class StateFiles:
+    """Blobs by state id. Every call blocks."""
+
+    def __init__(self, folder: Path, *, sync: bool) -> None:
+        """`sync`: writing waits for the disk. Raises OSError."""
+        self._folder = folder
+        self._sync = sync
+        folder.mkdir(0o700, exist_ok=True)
+        folder.chmod(0o700)
+
+    def write(self, state_id: str, blob: bytes) -> None:
+        """On return the file survives a crash. Raises OSError, and leaves nothing behind then."""
+        path = self._folder / state_id
+        unfinished = path.with_suffix(UNFINISHED)
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            with os.fdopen(os.open(unfinished, flags, 0o600), "wb", buffering=0) as file:
+                view = memoryview(blob)
+                while view:
+                    view = view[file.write(view) :]
+                if self._sync:
+                    os.fsync(file.fileno())
+            unfinished.rename(path)
+            if self._sync:
+                self._sync_folder()
+        except BaseException:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            self.delete(state_id)
+            raise
+
+    def read(self, state_id: str) -> bytes | None:
+        """None if there is no such file. Raises OSError."""
+        try:
+            return (self._folder / state_id).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def delete(self, state_id: str) -> None:
+        """Also of one that is not there; one that cannot be deleted goes at the next start."""
+        with suppress(OSError):
+            (self._folder / state_id).unlink(missing_ok=True)
+
+    def sweep(self, known: Collection[str]) -> None:
+        """Delete all files but those of these states. Raises OSError."""
+        for path in self._folder.iterdir():
+            if path.name not in known:
+                path.unlink()
+
+    def _sync_folder(self) -> None:
+        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
