@@ -120,7 +120,7 @@ class Stop:
 
 
 Message = Submit | Cancel | Release | Stop
-"""What the engine's thread is told."""
+"""What is sent to the engine's thread."""
 
 
 @dataclass(frozen=True)
