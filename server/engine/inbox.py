@@ -12,13 +12,13 @@ from server.engine.messages import EngineRequest, Message, Submit
 from server.errors import Overloaded
 
 RECENT = 64
-"""Requests whose leaving tells how fast the queue moves."""
+"""The last requests that left, by which the queue's speed is measured."""
 
 LONGEST_RETRY_S = 60
 
 
 class Inbox:
-    """Any thread may put messages in; the engine's takes them out.
+    """Any thread may put messages in; the engine's receives them.
 
     A request counts as waiting from its submission until the engine says that it does not.
     """
@@ -67,7 +67,7 @@ class Inbox:
     def empty(self) -> bool:
         return self._messages.empty()
 
-    def take(self, *, wait: bool) -> Iterator[Message]:
+    def receive(self, *, wait: bool) -> Iterator[Message]:
         """The messages that are there; if there are none and so asked, the next one first."""
         if wait:
             yield self._messages.get()
@@ -83,7 +83,7 @@ class Inbox:
             self._left.append(self._clock())
 
     def _overloaded(self, message: str, code: str) -> Overloaded:
-        """Tells when those that wait now will have left, at the speed at which others did."""
+        """Says when those that wait now will have left, at the speed at which others did."""
         wait_s = 0.0
         if self._left:
             elapsed_s = self._clock() - self._left[0]

@@ -86,7 +86,7 @@ class EngineRequest:
 
     keep_as: str | None = None
     """Return the state at the end, and keep its row on the device under this id while there is
-    space."""
+    space. No other state and no request may have the id."""
 
     deadline: float | None = None
     """When to give up, on the clock of `time.monotonic`, which processes of a machine share."""
@@ -120,7 +120,7 @@ class Stop:
 
 
 Message = Submit | Cancel | Release | Stop
-"""What the engine's thread is told."""
+"""What is sent to the engine's thread."""
 
 
 @dataclass(frozen=True)

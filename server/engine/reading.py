@@ -42,22 +42,22 @@ class PromptReader:
             self._pool.write_row(self._row(sequence), state)
 
     def read(self, pieces: Row[tuple[TextSequence, int]]) -> None:
-        """Read the next tokens of several prompts, as many of each as is said."""
+        """Read the next tokens of several prompts, so many of each."""
         longest = max(count for _, count in pieces)
         ids = torch.zeros(len(pieces), longest, dtype=torch.long)
         for i, (sequence, count) in enumerate(pieces):
-            ids[i, :count] = torch.tensor(sequence.take(count))
+            ids[i, :count] = torch.tensor(sequence.pop_unread(count))
         rows = [self._row(sequence) for sequence, _ in pieces]
         lengths = [count for _, count in pieces]
         scores = {i: sequence.prompt_scores for i, (sequence, _) in enumerate(pieces)}
-        scored = {i: each.take for i, each in scores.items() if each is not None}
+        scored = {i: each.add for i, each in scores.items() if each is not None}
         self._network.prefill(ids, lengths, self._pool, rows, scored)
         for sequence, _ in pieces:
             if sequence.num_read in sequence.keep_at:
                 self._keep(sequence)
 
     def leave(self, sequence: Sequence) -> None:
-        """The sequence reads no more; those that waited for it look for another way."""
+        """The sequence reads no more; those that waited for it begin again."""
         for orphan in self._prefixes.leave(sequence):
             self.begin(orphan)
 

@@ -26,7 +26,7 @@ class PromptScores:
         self.is_damaged = False
         """Whether the model's output was no numbers."""
 
-    def take(self, logits: Tensor) -> None:
+    def add(self, logits: Tensor) -> None:
         """Logits `[tokens, vocab]` after the next tokens of the turn, of which all but the last
         one of the turn come."""
         first = self._num_seen

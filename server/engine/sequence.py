@@ -63,11 +63,11 @@ class Sequence:
     def is_read(self) -> bool:
         return self.num_unread == 0
 
-    def take(self, count: int) -> list[int]:
+    def pop_unread(self, count: int) -> list[int]:
         """The next unread tokens, which the caller puts into the state."""
-        taken = self._tokens[self.num_read : self.num_read + count]
+        popped = self._tokens[self.num_read : self.num_read + count]
         self.num_read += count
-        return taken
+        return popped
 
     def skip_to(self, num_tokens: int) -> None:
         """The caller gives the sequence a state after this many tokens of its turn."""

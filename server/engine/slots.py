@@ -73,7 +73,8 @@ class Slots:
         return True
 
     def keep(self, owner: str, state_id: str) -> None:
-        """Keep a finished sequence's row under its state's id, until the row is needed."""
+        """Keep a finished sequence's row under its state's id, until the row is needed. Raises
+        ValueError for an id that is in use: nobody could say which state it names."""
         self._set(self._row.pop(owner), state_id)
         self._kept[state_id] = None
 
@@ -82,9 +83,12 @@ class Slots:
         return self._release(owner, is_evicted=False)
 
     def release_all(self) -> None:
-        """Free every row; the kept states count as evicted."""
-        for owner in list(self._row):
-            self._release(owner, is_evicted=True)
+        """Free every row, whatever went wrong before; the kept states count as evicted."""
+        self._given_up += [RowGivenUp(state_id, is_evicted=True) for state_id in self._kept]
+        self._kept.clear()
+        self._row.clear()
+        self._owner = dict.fromkeys(self._owner)
+        self._free = list(self._owner)
 
     def is_kept(self, state_id: str) -> bool:
         return state_id in self._kept
@@ -107,5 +111,7 @@ class Slots:
         return row
 
     def _set(self, row: int, owner: str) -> None:
+        if owner in self._row:
+            raise ValueError(f"{owner!r} has a row already")
         self._owner[row] = owner
         self._row[owner] = row

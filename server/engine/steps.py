@@ -59,7 +59,7 @@ class Flight:
 
 
 class Steps:
-    """Launches steps, and takes their tokens: later, where the device works beside the host."""
+    """Launches steps and collects their tokens: later, where the device works beside the host."""
 
     def __init__(self, decoder: Decoder, pool: StatePool, metrics: Metrics) -> None:
         self._decoder = decoder

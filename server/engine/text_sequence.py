@@ -48,7 +48,7 @@ class TextSequence(Sequence):
 
         start = request.continuation
         self.prompt_scores: PromptScores | None = None
-        """Takes the logits of the prompt, if they are asked for."""
+        """Collects the logits of the prompt, if they are asked for."""
 
         if request.score_prompt:
             num_top = request.num_logprobs or 0
@@ -110,7 +110,7 @@ class TextSequence(Sequence):
             self.request.sampling, self.position, self.recent, tuple(self._banned), self._mask
         )
         self._input = DecodeInput(
-            row, self.take(1)[0], sampled, self.end_token_ids, self.request.num_logprobs
+            row, self.pop_unread(1)[0], sampled, self.end_token_ids, self.request.num_logprobs
         )
         return self._input
 

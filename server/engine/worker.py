@@ -71,7 +71,7 @@ class Worker:
         """The device is lost: the thread ends, and a server without it is not ready."""
 
     def run(self) -> None:
-        """Work until told to stop; sleep while there is nothing to do."""
+        """Work until stopped; sleep while there is nothing to do."""
         self._decoder.prepare()
         self._report_slots()
         while not self._stopping:
@@ -126,7 +126,7 @@ class Worker:
         idle = self._scheduler.idle
         if idle and self._inbox.empty:
             self._report_slots()
-        for message in self._inbox.take(wait=idle):
+        for message in self._inbox.receive(wait=idle):
             self._handle(message)
 
     def _handle(self, message: Message) -> None:
@@ -265,7 +265,7 @@ class Worker:
 
     def _refuse_all(self) -> None:
         """Report to those that came too late for a broken engine."""
-        for message in self._inbox.take(wait=False):
+        for message in self._inbox.receive(wait=False):
             if isinstance(message, Submit):
                 self._inbox.left_queue(message.request)
                 self._end(Failed(message.request.request_id, FAILED))

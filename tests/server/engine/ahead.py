@@ -115,5 +115,5 @@ def running_beside() -> Iterator[list[AheadDecoder]]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(LanguageModel, "new_decoder", ahead)
-        patched.setattr("server.engine.worker.new_transfer", LateTransfer)
+        patched.setattr("server.engine.rows.new_transfer", LateTransfer)
         yield made

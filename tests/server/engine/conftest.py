@@ -12,10 +12,20 @@ import torch
 
 from model import checkpoint as checkpoints
 from model.checkpoint import Checkpoint
+from server.engine import worker
 from tests.server.engine.ahead import running_beside
 from tests.server.engine.driver import Driver
+from tests.server.engine.stepper import SMALL, Clock, Stepper
 
-GENERATE = ("test_engine", "test_worker", "test_structured", "test_scoring", "test_prefixes")
+GENERATE = (
+    "test_engine",
+    "test_prefixes",
+    "test_rows",
+    "test_scoring",
+    "test_steps",
+    "test_structured",
+    "test_worker",
+)
 """The modules whose tests do."""
 
 
@@ -42,3 +52,18 @@ def driver(checkpoint: Checkpoint) -> Iterator[Driver]:
     made = Driver(checkpoint)
     yield made
     made.engine.stop()
+
+
+@pytest.fixture(scope="module")
+def clock() -> Iterator[Clock]:
+    """The time by which the deadlines of a stepper's requests pass."""
+    made = Clock()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(worker, "time", made)
+        yield made
+
+
+@pytest.fixture
+def stepper(checkpoint: Checkpoint, clock: Clock) -> Stepper:
+    del clock
+    return Stepper(checkpoint, SMALL)

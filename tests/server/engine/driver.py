@@ -13,9 +13,9 @@ from server.engine.messages import (
     EngineRequest,
     Event,
     Finished,
-    Fresh,
     PromptScored,
     RowGivenUp,
+    StoredState,
     TextDelta,
 )
 from server.metrics import Metrics
@@ -40,7 +40,7 @@ class Driver:
         self.engine = Engine(checkpoint, limits, self.deliver, self.metrics)
         self.engine.start()
         self.seen: list[Event] = []
-        self.evicted: list[str] = []
+        self.given_up: list[RowGivenUp] = []
 
     def deliver(self, events: list[Event | RowGivenUp]) -> None:
         self.events.put(events)
@@ -48,9 +48,9 @@ class Driver:
     def wait(self, condition: Callable[[list[Event]], bool]) -> list[Event]:
         """Collect events until the condition holds on all of them."""
         while not condition(self.seen):
-            for event in self.events.get(timeout=20):
+            for event in self.events.get(timeout=60):
                 if isinstance(event, RowGivenUp):
-                    self.evicted.append(event.state_id)
+                    self.given_up.append(event)
                 else:
                     self.seen.append(event)
         return self.seen
@@ -86,6 +86,19 @@ def is_last(event: Event, request_id: str) -> bool:
 def request(name: str, num_prompt: int = 7, **changes: Any) -> EngineRequest:
     prompt = tuple((i * 37 + len(name)) % 299 + 1 for i in range(num_prompt))
     base = EngineRequest(
-        name, Fresh(), Continuation(), prompt, 12, SamplingParams(seed=5), ignore_eos=True
+        name, None, Continuation(), prompt, 12, SamplingParams(seed=5), ignore_eos=True
     )
     return replace(base, **changes)
+
+
+def stored(last: Finished, state_id: str | None = None) -> StoredState:
+    """The state that a turn left. Under an id of its own it is in no row."""
+    assert last.state is not None
+    return StoredState(last.kept_as or "" if state_id is None else state_id, last.state)
+
+
+def following(last: Finished, name: str, num_prompt: int = 7, **changes: Any) -> EngineRequest:
+    """The next turn, from the row where the state was kept unless `source` says otherwise."""
+    assert last.continuation is not None
+    start = {"source": stored(last), "continuation": last.continuation}
+    return request(name, num_prompt, **(start | changes))

@@ -1,5 +1,9 @@
 """The engine's worker without its thread: a test says when a step is, and looks at every row."""
 
+import random
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
@@ -17,10 +21,19 @@ from server.engine.messages import (
 from server.engine.scheduler import EngineLimits
 from server.engine.worker import Worker
 from server.metrics import Metrics
-from tests.server.engine.driver import LIMITS, is_last
+from tests.server.engine.driver import LIMITS, is_last, request
 
 MOST_STEPS = 1000
 """More than any test needs."""
+
+SMALL = replace(
+    LIMITS,
+    max_running=2,
+    warm_sessions=1,
+    prefill_chunk_tokens=32,
+    prefill_tokens_while_decoding=16,
+)
+"""Three rows, two of which may run."""
 
 
 class Clock:
@@ -50,8 +63,8 @@ class Stepper:
     def cancel(self, request_id: str) -> None:
         self.inbox.put(Cancel(request_id))
 
-    def release(self, name: str) -> None:
-        self.inbox.put(Release(name))
+    def release(self, state_id: str) -> None:
+        self.inbox.put(Release(state_id))
 
     @property
     def has_work(self) -> bool:
@@ -94,8 +107,11 @@ class Stepper:
         return [event for event in self.delivered if not isinstance(event, RowGivenUp)]
 
     def owners(self) -> dict[str, int]:
-        """Rows by the names of sequences and warm states."""
+        """Rows by the ids of requests and kept states."""
         return dict(self.slots._row)
+
+    def given_up(self) -> list[RowGivenUp]:
+        return [event for event in self.delivered if isinstance(event, RowGivenUp)]
 
     def check(self) -> None:
         """Every row has an owner or holds nothing."""
@@ -118,3 +134,29 @@ class Stepper:
 def is_poison(values: Tensor) -> bool:
     wrong = ~values.isnan() if values.is_floating_point() else values != -128
     return not wrong.any()
+
+
+def asked(name: str, first: int, num_prompt: int, **changes: Any) -> EngineRequest:
+    """Prompts that differ from their first token on; positions forget what was long ago."""
+    prompt = (first, *random.Random(first).choices(range(1, 300), k=num_prompt - 1))
+    return request(name, token_ids=prompt, **changes)
+
+
+def keep_row(stepper: Stepper, state_id: str = "kept", first: int = 9) -> Finished:
+    """The end of a turn that left its row under this id."""
+    _, last = stepper.turn(asked(f"leaves {state_id}", first, 7, keep_as=state_id))
+    assert last.kept_as == state_id
+    return last
+
+
+def check_given_up(delivered: list[Event | RowGivenUp]) -> None:
+    """Where no row is kept any more: each that was reported was given up later, and each once."""
+    kept, given_up = set[str](), set[str]()
+    for event in delivered:
+        if isinstance(event, RowGivenUp):
+            assert event.state_id not in given_up
+            given_up.add(event.state_id)
+        elif isinstance(event, Finished) and event.kept_as is not None:
+            assert event.kept_as not in given_up
+            kept.add(event.kept_as)
+    assert kept <= given_up

@@ -30,7 +30,7 @@ def running_ahead(
 CHANGES = st.fixed_dictionaries(
     {},
     optional={
-        "keep_state": st.booleans(),
+        "keep_as": st.sampled_from([None, "state"]),
         "max_tokens": st.integers(0, 12),
         "stop_token_ids": st.sets(st.integers(1, 299), max_size=60).map(tuple),
         "stop": st.sampled_from([(), ("a",), ("the", "e")]),
@@ -56,6 +56,7 @@ def test_every_turn_ends_as_it_would_step_by_step(
     checkpoint: Checkpoint, changes: list[dict[str, Any]]
 ) -> None:
     asked = [request(f"r{i}", 3 + 9 * i, **each) for i, each in enumerate(changes)]
+    asked = [replace(each, keep_as=each.keep_as and f"after {each.request_id}") for each in asked]
     direct = Stepper(checkpoint, LIMITS)
     with running_ahead(checkpoint) as (stepper, _):
         for played in (direct, stepper):
@@ -65,8 +66,8 @@ def test_every_turn_ends_as_it_would_step_by_step(
             name = each.request_id
             ours, expected = stepper.finished(name), direct.finished(name)
             assert stepper.text(name) == direct.text(name)
-            # A warm row's name counts the turns before it, and clocks go on.
-            ours = replace(ours, timings=expected.timings, warm=expected.warm)
+            # Clocks go on, and a row may be evicted before its state has come.
+            ours = replace(ours, timings=expected.timings, kept_as=expected.kept_as)
             assert ours == expected
             deltas = [[e for e in s.events() if e.request_id == name] for s in (stepper, direct)]
             assert deltas[0][:-1] == deltas[1][:-1]
@@ -81,15 +82,15 @@ def test_a_session_does_not_read_what_ended_its_turn(
     plain = request("plain", 5, return_tokens=True, max_tokens=ends_at)
     direct = Stepper(checkpoint, LIMITS)
     direct.turn(plain)
-    told = [event.tokens for event in direct.events() if hasattr(event, "tokens")]
-    last = [token.token_id for tokens in told for token in tokens][-1]
+    emitted = [event.tokens for event in direct.events() if hasattr(event, "tokens")]
+    last = [token.token_id for tokens in emitted for token in tokens][-1]
     asked = replace(
         plain,
         request_id="asked",
         max_tokens=50,
         stop_token_ids=(last,),
         include_stop=include_stop,
-        keep_state=True,
+        keep_as="state",
     )
     _, expected = direct.turn(asked)
     assert expected.reason == "stop"
@@ -97,8 +98,8 @@ def test_a_session_does_not_read_what_ended_its_turn(
         _, finished = stepper.turn(asked)
         assert finished.state == expected.state
         assert finished.continuation == expected.continuation
-        assert finished.warm is not None
-        row = stepper.slots.row(finished.warm)
+        assert finished.kept_as == "state"
+        row = stepper.slots.row("state")
         assert stepper.pool.export_row(row) == expected.state
         assert decoder.num_ahead == ends_at - 1
 
@@ -106,7 +107,7 @@ def test_a_session_does_not_read_what_ended_its_turn(
 CAREFUL: dict[str, dict[str, Any]] = {
     "penalties": {"sampling": SamplingParams(frequency_penalty=0.5)},
     "biases": {"sampling": SamplingParams(logit_bias=((5, 1.0),))},
-    "a session's stop string": {"stop": ("zzz",), "keep_state": True},
+    "a session's stop string": {"stop": ("zzz",), "keep_as": "state"},
     "many end tokens": {"stop_token_ids": (*range(1, 10),), "min_tokens": 12},
 }
 
@@ -116,15 +117,16 @@ def test_what_depends_on_the_last_token_waits_for_it_and_nothing_else_does(
     checkpoint: Checkpoint, name: str
 ) -> None:
     with running_ahead(checkpoint) as (stepper, decoder):
-        stepper.turn(request("careful", 5, **CAREFUL[name]))
+        stepper.turn(request("alone", 5, **CAREFUL[name]))
         assert decoder.num_ahead == 0
+        stepper.release("state")
         stepper.submit(request("careful", 5, **CAREFUL[name]), request("plain", 5))
         stepper.run()
         assert decoder.num_ahead == 11
 
 
 def test_no_token_is_read_beyond_the_last_that_may_come(checkpoint: Checkpoint) -> None:
-    asked = request("asked", 5, max_tokens=7, keep_state=True)
+    asked = request("asked", 5, max_tokens=7, keep_as="state")
     with running_ahead(checkpoint) as (stepper, decoder):
         stepper.turn(asked)
         assert decoder.num_ahead == 6
@@ -159,21 +161,21 @@ def test_a_model_that_gives_no_numbers_ends_the_turn_once(checkpoint: Checkpoint
 
 
 def test_a_state_that_comes_late_is_that_of_the_end_of_its_turn(checkpoint: Checkpoint) -> None:
-    """Meanwhile its row may have gone to another sequence: no name is told that means nothing."""
+    """Meanwhile its row may have gone to another sequence: no id is reported that means nothing."""
     limits = replace(LIMITS, max_running=1, warm_sessions=0)
-    asked = [request(f"r{i}", 1, keep_state=True, max_tokens=1 + i % 2) for i in range(6)]
+    asked = [request(f"r{i}", 1, keep_as=f"s{i}", max_tokens=1 + i % 2) for i in range(6)]
     direct = Stepper(checkpoint, limits)
     expected = [direct.turn(each)[1].state for each in asked]
     with running_ahead(checkpoint, replace(limits, warm_sessions=1)) as (stepper, _):
         stepper.submit(*asked)
         stepper.run()
         assert [stepper.finished(each.request_id).state for each in asked] == expected
-        gone, told = set[str](), list[str | None]()
+        gone, reported = set[str](), list[str | None]()
         for event in stepper.delivered:
             if isinstance(event, RowGivenUp):
                 gone.add(event.state_id)
             elif isinstance(event, Finished):
-                assert event.warm not in gone
-                told.append(event.warm)
-        assert None in told
-        assert told[-1] is not None
+                assert event.kept_as not in gone
+                reported.append(event.kept_as)
+        assert None in reported
+        assert reported[-1] is not None

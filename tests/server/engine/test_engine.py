@@ -16,13 +16,12 @@ from server.engine.messages import (
     EngineRequest,
     Failed,
     Finished,
-    Parked,
-    StateMissing,
+    RowGivenUp,
+    StoredState,
     TextDelta,
-    Warm,
 )
 from server.errors import Overloaded, ShuttingDown
-from tests.server.engine.driver import LIMITS, Driver, is_last, request
+from tests.server.engine.driver import LIMITS, Driver, following, is_last, request, stored
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -50,24 +49,12 @@ def test_greedy_text_is_that_of_the_whole_sequence(driver: Driver, checkpoint: C
 
 
 def test_a_turn_in_two_parts_is_the_turn_in_one(driver: Driver) -> None:
-    whole, end = driver.turn(request("whole", max_tokens=40, keep_state=True))
-    first, half = driver.turn(
-        replace(request("whole"), request_id="first", max_tokens=17, keep_state=True)
-    )
-    assert half.state is not None
-    assert half.continuation is not None
-    assert half.warm is not None
-    sources: list[Parked | Warm] = [Parked(half.state), Warm(half.warm)]
-    for i, source in enumerate(sources):
+    whole, end = driver.turn(request("whole", max_tokens=40, keep_as="end"))
+    asked = replace(request("whole"), request_id="first", max_tokens=17, keep_as="half")
+    first, half = driver.turn(asked)
+    for i, source in enumerate((stored(half, "elsewhere"), stored(half, "half"))):
         second, rest = driver.turn(
-            replace(
-                request("x", 0),
-                request_id=f"second-{i}",
-                source=source,
-                continuation=half.continuation,
-                max_tokens=23,
-                keep_state=True,
-            )
+            following(half, f"second-{i}", 0, source=source, max_tokens=23, keep_as=f"end-{i}")
         )
         assert first + second == whole
         assert rest.state == end.state
@@ -76,20 +63,19 @@ def test_a_turn_in_two_parts_is_the_turn_in_one(driver: Driver) -> None:
 
 @pytest.mark.parametrize("cut", [1, 2, 63, 64, 65, 150])
 def test_a_prompt_sent_in_two_turns_leaves_the_bits_of_one(driver: Driver, cut: int) -> None:
-    whole = request("one", 151, max_tokens=9, keep_state=True)
+    whole = request("one", 151, max_tokens=9, keep_as="whole")
     text, end = driver.turn(whole)
     ids = whole.token_ids
     _, half = driver.turn(
-        replace(whole, request_id="read", token_ids=ids[:cut], max_tokens=0, stop=())
+        replace(whole, request_id="read", keep_as="half", token_ids=ids[:cut], max_tokens=0)
     )
-    assert half.state is not None
-    assert half.continuation is not None
-    rest = replace(
-        whole,
-        request_id="rest",
+    rest = following(
+        half,
+        "rest",
+        source=stored(half, "elsewhere"),
+        keep_as="rest",
         token_ids=ids[cut:],
-        source=Parked(half.state),
-        continuation=half.continuation,
+        max_tokens=9,
     )
     assert driver.turn(rest)[0] == text
     again = driver.result("rest")[1]
@@ -111,7 +97,7 @@ def test_stop_string_leaves_the_session_where_the_text_ends(
 ) -> None:
     whole, _ = driver.turn(request("w", max_tokens=40))
     stop = whole[len(whole) // 2 :][:4]
-    asked = replace(request("w", max_tokens=40), request_id="s", stop=(stop,), keep_state=True)
+    asked = replace(request("w", max_tokens=40), request_id="s", stop=(stop,), keep_as="s")
     text, last = driver.turn(asked)
     assert text == whole[: whole.index(stop)]
     assert last.reason == "stop"
@@ -135,16 +121,14 @@ def _sampled_ids(driver: Driver, asked: EngineRequest, count: int) -> list[int]:
     ids = []
     for i in range(1, count + 1):
         name = f"{asked.request_id}-{i}"
-        _, last = driver.turn(
-            replace(asked, request_id=name, max_tokens=i, stop=(), keep_state=True)
-        )
+        _, last = driver.turn(replace(asked, request_id=name, max_tokens=i, stop=(), keep_as=name))
         assert last.continuation is not None
         ids.append(last.continuation.pending[0])
     return ids
 
 
 def test_no_token_generates_nothing_but_reads_the_prompt(driver: Driver) -> None:
-    text, last = driver.turn(request("zero", 9, max_tokens=0, keep_state=True))
+    text, last = driver.turn(request("zero", 9, max_tokens=0, keep_as="read"))
     assert text == ""
     assert last.continuation is not None
     assert last.continuation.position == 9
@@ -176,27 +160,22 @@ def test_a_long_prompt_does_not_stall_a_stream(driver: Driver) -> None:
     driver.engine.cancel("stream")
 
 
-def test_an_evicted_warm_row_is_told_and_missing(driver: Driver) -> None:
+def test_evicted_rows_are_reported_oldest_first(driver: Driver) -> None:
     num_rows = LIMITS.max_running + LIMITS.warm_sessions
-    names = []
     for i in range(num_rows + 2):
-        _, last = driver.turn(replace(request("kept"), request_id=f"k{i}", keep_state=True))
-        names.append(last.warm)
+        _, last = driver.turn(replace(request("kept"), request_id=f"k{i}", keep_as=f"state-{i}"))
+        assert last.kept_as == f"state-{i}"
     driver.turn(request("one more"))
-    assert driver.evicted[:2] == names[:2]
-    driver.engine.submit(replace(request("late"), source=Warm(names[0] or "")))
-    driver.wait(lambda seen: StateMissing("late") in seen)
+    expected = [RowGivenUp(f"state-{i}", is_evicted=True) for i in range(2)]
+    assert driver.given_up[:2] == expected
 
 
-def test_missing_warm_state_and_wrong_bytes_are_told(driver: Driver) -> None:
-    driver.engine.submit(
-        request("gone", source=Warm("warm-99")), request("bad", source=Parked(b"123"))
-    )
-    events = driver.wait(lambda seen: len(seen) >= 2)
-    assert StateMissing("gone") in events
-    failed = [e for e in events if isinstance(e, Failed)]
-    assert [e.request_id for e in failed] == ["bad"]
-    assert "bytes" in failed[0].message
+def test_wrong_bytes_are_reported(driver: Driver) -> None:
+    driver.engine.submit(request("bad", source=StoredState("unknown", b"123")))
+    [failed] = driver.wait(lambda seen: bool(seen))
+    assert isinstance(failed, Failed)
+    assert failed.request_id == "bad"
+    assert "bytes" in failed.message
     driver.turn(request("fine"))
 
 
@@ -230,7 +209,7 @@ def test_the_tokens_in_the_queue_are_bounded(checkpoint: Checkpoint) -> None:
     driver.engine.stop()
 
 
-def test_a_request_that_cannot_be_is_told_and_the_engine_goes_on(driver: Driver) -> None:
+def test_a_request_that_cannot_be_is_reported_and_the_engine_goes_on(driver: Driver) -> None:
     wrong = request("wrong", continuation=Continuation(recent=b"123"))
     driver.engine.submit(wrong)
     [failed] = driver.wait(lambda seen: bool(seen))
@@ -256,13 +235,13 @@ def test_an_error_in_a_step_ends_the_turns_and_not_the_engine(
 
 
 @pytest.mark.parametrize("broken", ["export_row", "reset"])
-def test_an_error_between_two_phases_is_told_too(
+def test_an_error_between_two_phases_is_reported_too(
     driver: Driver, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no memory")
 
-    asked = [request(f"x{i}", 5, keep_state=True) for i in range(6)]
+    asked = [request(f"x{i}", 5, keep_as=f"s{i}") for i in range(6)]
     with monkeypatch.context() as patched:
         patched.setattr(StatePool, broken, fail)
         driver.engine.submit(*asked)
@@ -277,7 +256,7 @@ def test_an_error_between_two_phases_is_told_too(
     assert driver.slots()["running"] == 0
 
 
-def test_an_engine_whose_device_is_lost_ends_and_takes_nothing_more(
+def test_an_engine_whose_device_is_lost_ends_and_refuses_all(
     driver: Driver, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lost(*_: object) -> Tensor:
@@ -309,7 +288,7 @@ def test_a_reused_row_does_not_show_the_former_state(driver: Driver) -> None:
     asked = request("fresh", 1, max_tokens=20)
     expected, _ = driver.turn(asked)
     for i in range(12):
-        driver.turn(request(f"fill-{i}", 30, keep_state=True))
+        driver.turn(request(f"fill-{i}", 30, keep_as=f"s{i}"))
     assert driver.turn(replace(asked, request_id="later"))[0] == expected
 
 
@@ -337,16 +316,17 @@ def test_a_deadline_ends_a_turn_in_every_phase(driver: Driver) -> None:
     assert driver.slots() == {"free": 6.0, "running": 0.0, "warm": 0.0}
 
 
-def test_a_waiting_turn_that_ends_leaves_no_warm_row_behind(driver: Driver) -> None:
-    for number, end in enumerate(("cancelled", "late")):
-        _, last = driver.turn(replace(request("kept"), request_id=f"k{number}", keep_state=True))
+def test_a_waiting_turn_that_ends_leaves_the_row_that_it_would_have_continued(
+    driver: Driver,
+) -> None:
+    _, last = driver.turn(request("first", keep_as="kept"))
+    for end in ("cancelled", "late"):
         blockers = [request(f"{end}-{i}", 3, max_tokens=10**9) for i in range(4)]
         driver.engine.submit(*blockers)
         names = {blocker.request_id for blocker in blockers}
         driver.wait(lambda seen, names=names: {e.request_id for e in seen} >= names)  # type: ignore[misc]
         deadline = time.monotonic() + 0.2 if end == "late" else None
-        source = Warm(last.warm or "")
-        driver.engine.submit(replace(request(end), source=source, deadline=deadline))
+        driver.engine.submit(following(last, end, deadline=deadline))
         if end == "cancelled":
             driver.engine.cancel(end)
         else:
@@ -354,4 +334,5 @@ def test_a_waiting_turn_that_ends_leaves_no_warm_row_behind(driver: Driver) -> N
         for blocker in blockers:
             driver.engine.cancel(blocker.request_id)
         driver.turn(request(f"after {end}"))
-        assert driver.slots()["warm"] == 0
+        assert driver.slots()["warm"] == 1
+    assert driver.given_up == []

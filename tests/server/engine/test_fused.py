@@ -10,8 +10,8 @@ from model import checkpoint as checkpoints
 from model import kernels
 from model.checkpoint import Checkpoint
 from model.sampling import SamplingParams
-from server.engine.messages import EngineRequest, Parked
-from tests.server.engine.driver import LIMITS, request
+from server.engine.messages import EngineRequest
+from tests.server.engine.driver import LIMITS, request, stored
 from tests.server.engine.stepper import Stepper
 
 
@@ -33,7 +33,7 @@ def test_turns_are_those_of_the_compiled_network(fused: Checkpoint, checkpoint: 
     """Streams, a session with its next turn from bytes, penalties and probabilities together."""
     first = [
         asked("greedy", 3, sampling=SamplingParams(temperature=0.0)),
-        asked("session", 70, keep_state=True),
+        asked("session", 70, keep_as="state"),
         asked("careful", 2, sampling=SamplingParams(frequency_penalty=0.5, seed=3)),
         asked("scored", 5, num_logprobs=1, score_prompt=True),
     ]
@@ -46,9 +46,7 @@ def test_turns_are_those_of_the_compiled_network(fused: Checkpoint, checkpoint: 
         assert last.state is not None
         assert last.continuation is not None
         stepper.turn(
-            asked(
-                "next", 2, source=Parked(last.state), continuation=last.continuation, max_tokens=2
-            )
+            asked("next", 2, source=stored(last), continuation=last.continuation, max_tokens=2)
         )
     for name in [*(each.request_id for each in first), "next"]:
         ours, theirs = (each.finished(name) for each in played)

@@ -8,7 +8,6 @@ from server.engine.messages import (
     Cancel,
     Continuation,
     EngineRequest,
-    Fresh,
     Message,
     Release,
     Stop,
@@ -19,18 +18,18 @@ from server.errors import Overloaded
 
 def submit(name: str, num_tokens: int) -> Submit:
     ids = (1,) * num_tokens
-    return Submit(EngineRequest(name, Fresh(), Continuation(), ids, 1, SamplingParams()), 0.0)
+    return Submit(EngineRequest(name, None, Continuation(), ids, 1, SamplingParams()), 0.0)
 
 
 def test_messages_come_out_in_order_and_only_when_there() -> None:
     inbox = Inbox(2, 10)
-    assert list(inbox.take(wait=False)) == []
-    messages: list[Message] = [submit("a", 1), Cancel("a"), Release("warm"), Stop()]
+    assert list(inbox.receive(wait=False)) == []
+    messages: list[Message] = [submit("a", 1), Cancel("a"), Release("state"), Stop()]
     inbox.submit(submit("a", 1))
     for message in messages[1:]:
         inbox.put(message)
     assert not inbox.empty
-    assert list(inbox.take(wait=True)) == messages
+    assert list(inbox.receive(wait=True)) == messages
 
 
 @pytest.mark.parametrize(
@@ -49,11 +48,11 @@ def test_requests_are_queued_all_or_none(first: list[int], second: list[int], co
     with pytest.raises(Overloaded) as caught:
         inbox.submit(*refused)
     assert caught.value.code == code
-    assert list(inbox.take(wait=False)) == waiting
+    assert list(inbox.receive(wait=False)) == waiting
     for message in waiting:
         inbox.left_queue(message.request)
     inbox.submit(*refused)
-    assert list(inbox.take(wait=False)) == refused
+    assert list(inbox.receive(wait=False)) == refused
 
 
 def test_a_refusal_tells_when_the_queue_will_have_moved_on() -> None:

@@ -8,22 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.sampling import SamplingParams
-from model.tokenizer import train
 from server.engine import prefixes
-from server.engine.messages import Continuation, EngineRequest, Fresh
+from server.engine.messages import Continuation, EngineRequest
 from server.engine.prefixes import SharedPrefixes, chain
-from server.engine.text_sequence import TextSequence
+from server.engine.sequence import Sequence
 
 CHUNK, STATE_BYTES = 4, 100
-WORDS = train(["words"], 260, ["<|endoftext|>"])
-REQUEST = EngineRequest("", Fresh(), Continuation(), (), 5, SamplingParams())
+REQUEST = EngineRequest("", None, Continuation(), (), 5, SamplingParams())
 
 
 def sequence(*chunks: int, tail: int = 1, scored: bool = False, salt: bytes = b"") -> Sequence:
     """A prompt of whole chunks, each of one token, and a tail that is not a whole one."""
     ids = (*(token for token in chunks for _ in range(CHUNK)), *(0,) * tail)
     request = replace(REQUEST, token_ids=ids, score_prompt=scored, prefix_salt=salt)
-    return TextSequence(request, WORDS, 0.0)
+    return Sequence(request, 0.0)
 
 
 def shared(num_states: int = 10) -> SharedPrefixes[str]:
@@ -34,7 +32,7 @@ def read_all(states: SharedPrefixes[str], reading: Sequence) -> list[Sequence]:
     """Read to the end, keeping what is to be kept; those that need not wait any more."""
     ready = []
     while not reading.is_read:
-        reading.take(reading.num_to_stop)
+        reading.pop_unread(reading.num_to_stop)
         if reading.num_read in reading.keep_at:
             ready += states.keep(reading, f"state {reading.num_read}")
     assert states.leave(reading) == []
@@ -105,7 +103,7 @@ def test_who_is_further_ahead_is_waited_for_not_a_prompt_that_is_scored() -> Non
     states = shared()
     ahead, scored, late = sequence(1, 2, 3), sequence(1, 2, 3, 4, scored=True), sequence(1, 2, 3)
     states.begin(ahead)
-    ahead.take(4)
+    ahead.pop_unread(4)
     states.begin(scored)
     states.begin(late)
     assert (late.waits_for, late.waits_until) == (ahead, 12)
@@ -163,7 +161,7 @@ def test_the_least_recently_used_state_goes_first() -> None:
 
 
 @pytest.mark.parametrize("capacity", [0, STATE_BYTES - 1])
-def test_without_room_for_a_state_nothing_is_kept_or_waited_for(capacity: int) -> None:
+def test_without_space_for_a_state_nothing_is_kept_or_waited_for(capacity: int) -> None:
     states = SharedPrefixes[str](capacity, STATE_BYTES, CHUNK)
     for prompt in (sequence(1), sequence(1)):
         assert states.begin(prompt) is None
@@ -200,7 +198,7 @@ def test_others_wait_for_the_one_that_reads_the_same() -> None:
     assert (parts.waits_for, parts.waits_until) == (reader, 8)
     assert other.waits_for is None
     assert reader.keep_at == {8, 12}
-    reader.take(8)
+    reader.pop_unread(8)
     assert states.keep(reader, "state 8") == [parts]
     assert (parts.waits_for, parts.num_read) == (None, 8)
     assert same.waits_for is reader
@@ -216,7 +214,7 @@ def test_nobody_waits_for_what_the_reader_has_passed() -> None:
     states = shared()
     reader, late = sequence(1, 2, 3, 4), sequence(1, 2, 9)
     states.begin(reader)
-    reader.take(12)
+    reader.pop_unread(12)
     states.begin(late)
     assert late.waits_for is None
     assert late.keep_at == {8, 12}
@@ -230,7 +228,7 @@ def test_those_who_waited_for_one_that_left_begin_again() -> None:
     reader, second, third = sequence(1, 2, 3), sequence(1, 2, 3), sequence(1, 2, 3)
     for prompt in (reader, second, third):
         states.begin(prompt)
-    reader.take(4)
+    reader.pop_unread(4)
     orphans = states.leave(reader)
     assert orphans == [second, third]
     for orphan in orphans:
@@ -286,7 +284,8 @@ def test_whatever_happens_there_is_always_one_that_reads(
             leave(running[place % len(running)])
             continue
         chosen = able[place % len(able)]
-        chosen.take(CHUNK if move == "chunk" and chosen.num_to_stop > CHUNK else chosen.num_to_stop)
+        count = chosen.num_to_stop
+        chosen.pop_unread(min(count, CHUNK) if move == "chunk" else count)
         if chosen.num_read in chosen.keep_at:
             states.keep(chosen, "")
         end_those_that_are_read()

@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
-from server.engine.messages import DeadlinePassed, EngineRequest, Finished, Warm
-from tests.server.engine.driver import LIMITS, Driver, request
+from server.engine.messages import DeadlinePassed, EngineRequest, Finished
+from tests.server.engine.driver import LIMITS, Driver, following, request
 
-ROOM = 64 << 20
+CACHE_BYTES = 64 << 20
 SYSTEM = tuple(i * 31 % 299 + 1 for i in range(1000))
 
 
 @pytest.fixture
 def sharing(checkpoint: Checkpoint) -> Iterator[Driver]:
-    made = Driver(checkpoint, replace(LIMITS, max_running=32, prefix_cache_bytes=ROOM))
+    made = Driver(checkpoint, replace(LIMITS, max_running=32, prefix_cache_bytes=CACHE_BYTES))
     yield made
     made.engine.stop()
 
@@ -28,16 +28,16 @@ def tokens_read(driver: Driver) -> float:
 
 
 def after(name: str, prompt: tuple[int, ...], **changes: Any) -> EngineRequest:
-    return request(name, token_ids=prompt, keep_state=True, **changes)
+    return request(name, token_ids=prompt, keep_as=f"after {name}", **changes)
 
 
 def end(driver: Driver, asked: EngineRequest) -> tuple[object, ...]:
     """All that a turn says and leaves."""
     driver.engine.submit(asked)
-    return told(driver, asked)
+    return outcome(driver, asked)
 
 
-def told(driver: Driver, asked: EngineRequest) -> tuple[object, ...]:
+def outcome(driver: Driver, asked: EngineRequest) -> tuple[object, ...]:
     text, last = driver.result(asked.request_id)
     return text, last.state, last.continuation
 
@@ -56,7 +56,7 @@ def test_many_at_once_read_a_common_beginning_once(driver: Driver, sharing: Driv
     asked = [after(f"client-{i:02}", (*SYSTEM, *range(1, i + 2))) for i in range(32)]
     sharing.engine.submit(*asked)
     for each in asked:
-        assert told(sharing, each) == end(driver, each)
+        assert outcome(sharing, each) == end(driver, each)
     rest = sum(len(each.token_ids) - 960 for each in asked)
     # Tails that go on beyond the common chunks share those, too.
     assert 960 < tokens_read(sharing) <= 960 + rest
@@ -71,7 +71,7 @@ def test_waiting_for_a_beginning_goes_on_when_its_reader_is_cancelled(
     sharing.engine.submit(after("reader", long), *others)
     sharing.engine.cancel("reader")
     for each in others:
-        assert told(sharing, each) == end(driver, each)
+        assert outcome(sharing, each) == end(driver, each)
     assert sharing.value("prefix_cache_hits_total") == 2
 
 
@@ -105,9 +105,8 @@ def test_a_session_begins_from_a_shared_state_and_never_goes_back_to_one(sharing
     hits = sharing.value("prefix_cache_hits_total")
     _, last = sharing.turn(after("turn", SYSTEM))
     assert sharing.value("prefix_cache_hits_total") == hits + 1
-    assert last.warm is not None
-    assert last.continuation is not None
-    second = after("second", SYSTEM, source=Warm(last.warm), continuation=last.continuation)
+    assert last.kept_as is not None
+    second = following(last, "second", token_ids=SYSTEM)
     assert sharing.turn(second)[1].cached_tokens == 0
 
 
@@ -172,5 +171,5 @@ def test_any_company_cache_and_budget_give_the_same_turns(
             if each.token_ids not in EXPECTED:
                 name = f"plain-{len(EXPECTED)}"
                 EXPECTED[each.token_ids] = end(plain, replace(each, request_id=name))
-            assert told(driver, each) == EXPECTED[each.token_ids]
+            assert outcome(driver, each) == EXPECTED[each.token_ids]
     driver.engine.stop()

@@ -1,5 +1,7 @@
 """Who reads and who decodes next."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,13 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.sampling import SamplingParams
-from model.tokenizer import train
-from server.engine.messages import Continuation, EngineRequest, Fresh
+from server.engine.messages import Continuation, EngineRequest
 from server.engine.scheduler import EngineLimits, Plan, Scheduler
-from server.engine.text_sequence import TextSequence
+from server.engine.sequence import Sequence
 
 CHUNK = 64
-WORDS = train(["words"], 260, ["<|endoftext|>"])
 LIMITS = EngineLimits(
     max_running=8,
     warm_sessions=1,
@@ -23,24 +23,22 @@ LIMITS = EngineLimits(
     prefill_tokens_while_decoding=64,
     prefix_cache_bytes=0,
 )
-REQUEST = EngineRequest("", Fresh(), Continuation(), (), 5, SamplingParams())
+REQUEST = EngineRequest("", None, Continuation(), (), 5, SamplingParams())
 
 
 def sequence(name: str, num_tokens: int, deadline: float | None = None) -> Sequence:
     ids = (1,) * num_tokens
-    return TextSequence(
-        replace(REQUEST, request_id=name, token_ids=ids, deadline=deadline), WORDS, 0.0
-    )
+    return Sequence(replace(REQUEST, request_id=name, token_ids=ids, deadline=deadline), 0.0)
 
 
-def scheduler_of(*waiting: Sequence, limits: EngineLimits = LIMITS) -> Scheduler:
-    scheduler = Scheduler(limits, CHUNK)
+def scheduler_of(*waiting: Sequence, limits: EngineLimits = LIMITS) -> Scheduler[Sequence]:
+    scheduler = Scheduler[Sequence](limits, CHUNK)
     for each in waiting:
         scheduler.add(each)
     return scheduler
 
 
-def admit(scheduler: Scheduler) -> list[str]:
+def admit(scheduler: Scheduler[Sequence]) -> list[str]:
     """Admit all that may run; the names of those that do."""
     names = []
     while (admitted := scheduler.admit()) is not None:
@@ -49,18 +47,18 @@ def admit(scheduler: Scheduler) -> list[str]:
     return names
 
 
-def read(scheduler: Scheduler) -> Plan:
+def read(scheduler: Scheduler[Sequence]) -> Plan[Sequence]:
     """One step in which prompts that are read leave at once."""
     plan = scheduler.plan()
     for each, count in plan.prefill:
-        each.take(count)
+        each.pop_unread(count)
         if each.is_read:
             scheduler.reading.remove(each)
             scheduler.slots.release(each.request.request_id)
     return plan
 
 
-def names_of(plan: Plan) -> list[str]:
+def names_of(plan: Plan[Sequence]) -> list[str]:
     return [each.request.request_id for each, _ in plan.prefill]
 
 
@@ -200,3 +198,10 @@ def test_deadlines_pass_in_every_phase_and_once() -> None:
     scheduler.reading.remove(second)
     scheduler.decoding.clear()
     assert scheduler.expired(1e9) == []
+
+
+def test_what_only_counts_needs_neither_torch_nor_numpy() -> None:
+    """In an interpreter of its own: here everything is loaded already."""
+    code = "import sys, server.engine.scheduler; print({'torch', 'numpy'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -18,14 +18,13 @@ from server.engine.messages import (
     Failed,
     Finished,
     NoProbabilities,
-    Parked,
     PromptScored,
+    StoredState,
     TextDelta,
     Token,
-    Warm,
 )
 from server.engine.scoring import PromptScores
-from tests.server.engine.driver import LIMITS, request
+from tests.server.engine.driver import LIMITS, request, stored
 from tests.server.engine.stepper import Stepper
 
 SMALL = replace(LIMITS, prefill_chunk_tokens=32, prefill_tokens_while_decoding=16)
@@ -162,11 +161,11 @@ def test_prompts_are_scored_in_pieces_beside_others(
         assert stepper.text(each.request_id) == text
 
 
-@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize("is_in_place", [True, False])
 def test_a_session_goes_on_with_the_probability_of_the_first_token_too(
-    stepper: Stepper, checkpoint: Checkpoint, warm: bool
+    stepper: Stepper, checkpoint: Checkpoint, is_in_place: bool
 ) -> None:
-    first = request("first", 20, keep_state=True, return_tokens=True)
+    first = request("first", 20, keep_as="state", return_tokens=True)
     _, last = stepper.turn(first)
     assert last.continuation is not None
     assert len(last.continuation.pending) == 1
@@ -174,7 +173,7 @@ def test_a_session_goes_on_with_the_probability_of_the_first_token_too(
     second = request(
         "second",
         30,
-        source=Warm(last.warm or "") if warm else Parked(last.state or b""),
+        source=stored(last) if is_in_place else stored(last, "elsewhere"),
         continuation=last.continuation,
         score_prompt=True,
         num_logprobs=2,
@@ -204,9 +203,9 @@ def test_scores_do_not_depend_on_the_slices_that_come(cuts: list[int]) -> None:
     logits = torch.randn(10, 40, generator=torch.Generator().manual_seed(1))
     ids = list(range(11))
     whole, parts = PromptScores(ids, 3, 2), PromptScores(ids, 3, 2)
-    whole.take(logits)
+    whole.add(logits)
     for start, end in zip([0, *cuts], [*cuts, 10], strict=True):
-        parts.take(logits[start:end])
+        parts.add(logits[start:end])
     assert whole.tokens == parts.tokens == scored(logits[2:], ids[3:], 2)
 
 
@@ -224,8 +223,10 @@ def test_a_damaged_state_has_no_scores_and_fails_alone(stepper: Stepper, max_tok
     stepper.turn(replace(other, request_id="alone"))
     damaged = stepper.worker._network.new_pool(1)
     damaged.tensors["h"][0, 0, 5] = torch.nan
-    bad = request("bad", 9, source=Parked(damaged.export_row(0)), max_tokens=max_tokens)
-    stepper.submit(replace(bad, score_prompt=True, keep_state=True), other)
+    bad = request(
+        "bad", 9, source=StoredState("damaged", damaged.export_row(0)), max_tokens=max_tokens
+    )
+    stepper.submit(replace(bad, score_prompt=True, keep_as="state"), other)
     stepper.run()
     own = [event for event in stepper.events() if event.request_id == "bad"]
     assert own == [NoProbabilities("bad")]
@@ -247,8 +248,8 @@ def test_a_row_without_probabilities_fails_alone_beside_others_that_ask(stepper:
 def test_a_scored_prompt_is_read_wholly_and_others_share_what_it_read(
     checkpoint: Checkpoint,
 ) -> None:
-    room = 8 * checkpoint.network.state_spec.num_bytes
-    stepper = Stepper(checkpoint, replace(SMALL, prefix_cache_bytes=room))
+    cache_bytes = 8 * checkpoint.network.state_spec.num_bytes
+    stepper = Stepper(checkpoint, replace(SMALL, prefix_cache_bytes=cache_bytes))
     asked = request("first", 200, score_prompt=True, num_logprobs=1, prefix_salt=b"a")
     _, first = stepper.turn(asked)
     for name, changes, cached in (
@@ -288,7 +289,7 @@ def test_a_token_ends_the_text(stepper: Stepper, ends: str, include: bool) -> No
         sampling=sure(EOS if ends == "eos" else listed),
         min_tokens=3,
         return_tokens=True,
-        keep_state=True,
+        keep_as="state",
     )
     text, last = stepper.turn(asked)
     token_id = EOS if ends == "eos" else listed
@@ -375,11 +376,11 @@ def test_stop_strings_over_several_tokens_and_their_probabilities(
     changes = dict(changes)
     ids = ids[: len(ids) - changes.pop("cut", 0)]
     asked = request(
-        "asked", 9, stop=(stop,), num_logprobs=2, max_tokens=len(ids), keep_state=True, **changes
+        "asked", 9, stop=(stop,), num_logprobs=2, max_tokens=len(ids), keep_as="state", **changes
     )
     scripted(monkeypatch, 9, ids)
-    told, last = stepper.turn(asked)
-    assert (told, last.reason) == (text, reason)
+    emitted, last = stepper.turn(asked)
+    assert (emitted, last.reason) == (text, reason)
     assert last.stopped_by == (stop if reason == "stop" else None)
     kept = ids[:num_tokens]
     logits = by_steps(checkpoint, [*asked.token_ids, *kept])
@@ -398,14 +399,16 @@ def test_a_token_of_which_a_part_is_cut_away_is_kept(
     text = words.decode([token_id])
     ids = [*tokens_for(checkpoint, "x"), token_id, *tokens_for(checkpoint, "yz")]
     scripted(monkeypatch, 9, ids)
-    base = request("", 9, keep_state=True, return_tokens=True, max_tokens=4)
+    base = request("", 9, return_tokens=True, max_tokens=4)
     for include, end in ((False, 1), (True, 3)):
         name = f"{include}"
-        asked = replace(base, request_id=name, stop=(text[1:3],), include_stop=include)
-        told, last = stepper.turn(asked)
-        assert told == f"x{text[:end]}"
+        asked = replace(
+            base, request_id=name, keep_as=f"after {name}", stop=(text[1:3],), include_stop=include
+        )
+        emitted, last = stepper.turn(asked)
+        assert emitted == f"x{text[:end]}"
         assert ids_of(answer(stepper, name)) == ids[:2]
-        assert words.decode(pending(last)) in (told, told[1:])
+        assert words.decode(pending(last)) in (emitted, emitted[1:])
         assert last.num_generated == 2
 
 
@@ -414,8 +417,9 @@ def turn_after(last: Finished, base: EngineRequest, name: str, max_tokens: int) 
     return replace(
         base,
         request_id=name,
+        keep_as=name,
         token_ids=(),
-        source=Parked(last.state or b""),
+        source=stored(last),
         continuation=last.continuation,
         max_tokens=max_tokens,
         stop=(),
@@ -436,22 +440,22 @@ def test_a_session_goes_on_behind_what_ended_the_text_as_in_one_turn(
     words = checkpoint.tokenizer
     ids = [*words.encode("the cat sat"), *tokens_for(checkpoint, " the mat, é"), *words.encode("!")]
     scripted(monkeypatch, 9, ids)
-    whole = request("whole", 9, keep_state=True, return_tokens=True, max_tokens=len(ids))
+    whole = request("whole", 9, keep_as="whole", return_tokens=True, max_tokens=len(ids))
     text, end = stepper.turn(whole)
     assert ids_of(answer(stepper, "whole")) == ids
     at = ids.index(ids[place]) + 1
     before = words.decode(ids[:at])
     stop = next(before[i:] for i in range(len(before) - 1, -1, -1) if before.find(before[i:]) == i)
     how = {"stop": (stop,)} if kind == "string" else {"stop_token_ids": (ids[place],)}
-    asked = replace(whole, request_id="part", include_stop=True, **how)
-    said, last = stepper.turn(asked)
-    assert said == before
+    asked = replace(whole, request_id="part", keep_as="part", include_stop=True, **how)
+    emitted, last = stepper.turn(asked)
+    assert emitted == before
     assert (last.reason, last.num_generated) == ("stop", at)
     assert last.stopped_by == (stop if kind == "string" else ids[place])
     assert ids_of(answer(stepper, "part")) == ids[:at]
     assert pending(last) == (ids[at - 1],)
     rest, after = stepper.turn(turn_after(last, whole, "rest", len(ids) - at))
-    assert said + rest == text
+    assert emitted + rest == text
     assert ids_of(answer(stepper, "rest")) == ids[at:]
     assert (after.state, after.continuation) == (end.state, end.continuation)
 
@@ -485,9 +489,9 @@ def test_rows_that_do_not_ask_are_not_copied_or_scored(
 def test_the_pool_is_the_same_after_a_scored_prompt(
     stepper: Stepper, checkpoint: Checkpoint
 ) -> None:
-    asked = request("asked", 100, keep_state=True, max_tokens=0)
+    asked = request("asked", 100, keep_as="asked", max_tokens=0)
     _, plain = stepper.turn(asked)
-    _, last = stepper.turn(replace(asked, request_id="scored", score_prompt=True))
+    _, last = stepper.turn(replace(asked, request_id="scored", keep_as="scored", score_prompt=True))
     assert last.state == plain.state
     pool: StatePool = checkpoint.network.new_pool(1)
     pool.import_row(0, last.state or b"")

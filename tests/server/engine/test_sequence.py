@@ -1,247 +1,62 @@
-"""Stop strings across tokens, half characters, and what a session keeps when text is cut."""
+"""How far a turn's tokens have been read."""
 
 from dataclasses import replace
-from typing import Any
 
-import pytest
-import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from model.sampling import SamplingParams
-from model.tokenizer import Tokenizer, train
-from server.engine.messages import Continuation, EngineRequest, Fresh, Token
-from server.engine.text_sequence import TextSequence
+from server.engine.messages import Continuation, EngineRequest
+from server.engine.sequence import Sequence
 
-WORDS = train(["a banana and an ananas"], 260, ["<|endoftext|>"])
-REQUEST = EngineRequest("r", Fresh(), Continuation(), (1,), 100, SamplingParams())
+REQUEST = EngineRequest("r", None, Continuation(), (), 5, SamplingParams())
 
 
-def sequence(*stop: str, keep_state: bool = True, **changes: Any) -> Sequence:
-    request = replace(REQUEST, stop=stop, keep_state=keep_state, **changes)
-    made = TextSequence(request, WORDS, 0.0)
-    made.take(1)
-    return made
+def sequence(num_pending: int, num_prompt: int) -> Sequence:
+    """Tokens 0, 1, 2, ..., of which the first are pending."""
+    ids = tuple(range(num_pending + num_prompt))
+    start = Continuation(position=10, pending=ids[:num_pending])
+    return Sequence(replace(REQUEST, continuation=start, token_ids=ids[num_pending:]), 3.0)
 
 
-def byte_tokens(text: str) -> list[int]:
-    """One token per byte."""
-    single = {WORDS.bytes_of(i): i for i in range(257)}
-    return [single[bytes([byte])] for byte in text.encode()]
+def test_pending_tokens_are_read_first_and_count_once() -> None:
+    made = sequence(2, 3)
+    assert made.unread == [0, 1, 2, 3, 4]
+    assert made.position == 13
+    assert made.pop_unread(3) == [0, 1, 2]
+    assert made.unread == [3, 4]
+    assert made.position == 13
+    assert made.submitted_at == made.admitted_at == made.read_at == made.last_token_at == 3.0
 
 
-def generate(running: Sequence, tokens: list[int]) -> tuple[str, bool, list[int]]:
-    """Feed sampled tokens as the engine does; what the state holds is modelled by a list of ids."""
-    text, state, snapshots = "", [1], list[list[int]]()
-    for token_id in tokens:
-        running.num_generated += 1
-        step = running.push_text(Token(token_id))
-        text += step.text
-        if step.wants_anchor:
-            snapshots.append(list(state))
-            running.set_anchor((torch.tensor(len(snapshots) - 1),))
-        if step.cuts_token:
-            back = running.cut()
-            return text, True, state if back is None else snapshots[int(back[0])]
-        if step.stop is not None:
-            running.append(token_id)
-            return text, True, state
-        running.append(token_id)
-        state += running.take(1)
-    return text + running.flush()[0], False, state
-
-
-def text_of(words: Tokenizer, ids: list[int]) -> str:
-    return words.decode(i for i in ids if i != 1)
-
-
-@pytest.mark.parametrize(
-    ("text", "stop", "expected"),
-    [
-        ("one two three", ["two"], "one "),
-        ("aaaaab", ["aab"], "aaa"),
-        ("ananas", ["anas", "zzz"], "an"),
-        ("naïve café!", ["fé"], "naïve ca"),
-        ("ééü and more", ["ü"], "éé"),
-        ("no stop here", ["stop!"], "no stop here"),
-        ("x\n\ny", ["\n\n"], "x"),
-        ("abcabd", ["abd", "bca"], "a"),
-        ("stop", ["stop"], ""),
-    ],
-)
-def test_text_ends_before_the_first_stop_string(text: str, stop: list[str], expected: str) -> None:
-    running = sequence(*stop)
-    got, stopped, _ = generate(running, byte_tokens(text))
-    assert got == expected
-    assert stopped == (text != expected)
-
-
-@example(text="a\na", stop=["\n", "a\na"], joined=True)
-@given(
-    text=st.text("abé\n", max_size=30),
-    stop=st.lists(st.text("abé\n", min_size=1, max_size=4), min_size=1, max_size=3),
-    joined=st.booleans(),
-)
-def test_a_session_holds_what_was_delivered(text: str, stop: list[str], joined: bool) -> None:
-    running = sequence(*stop)
-    tokens = WORDS.encode(text) if joined else byte_tokens(text)
-    got, stopped, state = generate(running, tokens)
-    kept = running.continuation()
-    ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
-    assert stopped == bool(ends)
-    assert got == (text[: min(ends)[1]] if ends else text)
-    if stopped:
-        assert text_of(WORDS, [*state, *kept.pending]) == got
-        assert kept.position == len(state) + len(kept.pending)
-        assert kept.undecoded == b""
-
-
-def test_half_a_character_is_carried_to_the_next_turn() -> None:
-    first, second = byte_tokens("é")
-    running = sequence()
-    assert running.push_text(Token(first)).text == ""
-    running.append(first)
-    carried = running.continuation()
-    assert carried.undecoded == "é".encode()[:1]
-    assert carried.pending == (first,)
-    following = TextSequence(replace(REQUEST, continuation=carried, token_ids=()), WORDS, 0.0)
-    assert following.push_text(Token(second)).text == "é"
-
-
-def test_no_anchor_without_a_session_or_a_stop_string() -> None:
-    for running in (sequence("ab", keep_state=False), sequence()):
-        assert not running.push_text(Token(byte_tokens("a")[0])).wants_anchor
-    assert sequence("ab").push_text(Token(byte_tokens("a")[0])).wants_anchor
-
-
-TEXTS = st.text("anbé\n", max_size=30)
-STOPS = st.lists(st.text("anbé\n", min_size=1, max_size=4), max_size=3)
-
-
-def tokens_of(text: str, kind: str) -> list[int]:
-    return WORDS.encode(text) if kind == "words" else byte_tokens(text)
-
-
-def places(tokens: list[int]) -> list[int]:
-    """Where each token's text begins: the number of whole characters before it."""
-    texts = [b"".join(map(WORDS.bytes_of, tokens[:i])) for i in range(len(tokens) + 1)]
-    return [len(text.decode("utf-8", "ignore")) for text in texts]
-
-
-def first_stop(text: str, stop: list[str], earliest_end: int) -> tuple[int, int] | None:
-    """End and beginning of the stop string that is complete first, at this end or later."""
-    found = [
-        (at + len(each), at)
-        for each in stop
-        for at in range(len(text))
-        if text.startswith(each, at) and at + len(each) >= earliest_end
-    ]
-    return min(found, default=None)
-
-
-@example(text="ab", stop=["b", "abx"], kind="bytes", min_tokens=3, include=False)
-@example(text="bxé", stop=["b", "bxy"], kind="bytes", min_tokens=2, include=False)
-@given(
-    text=TEXTS,
-    stop=STOPS,
-    kind=st.sampled_from(["words", "bytes"]),
-    min_tokens=st.integers(0, 8),
-    include=st.booleans(),
-)
-def test_text_state_and_tokens_end_in_the_same_place(
-    text: str, stop: list[str], kind: str, min_tokens: int, include: bool
+@given(num_pending=st.integers(0, 3), num_prompt=st.integers(0, 9), data=st.data())
+def test_the_last_token_is_left_to_the_decoding_step(
+    num_pending: int, num_prompt: int, data: st.DataObject
 ) -> None:
-    tokens = tokens_of(text, kind)
-    at = places(tokens)
-    running = sequence(*stop, min_tokens=min_tokens, include_stop=include, return_tokens=True)
-    told, given_tokens, state, snapshots = "", list[int](), [1], list[list[int]]()
-    stopped, whole = False, True
-    for number, token_id in enumerate(tokens, 1):
-        running.num_generated += 1
-        step = running.push_text(Token(token_id))
-        told += step.text
-        given_tokens += [token.token_id for token in step.tokens]
-        stopped, whole = step.stop is not None, not step.cuts_token
-        if step.wants_anchor:
-            snapshots.append(list(state))
-            running.set_anchor((torch.tensor(len(snapshots) - 1),))
-        if not stopped:
-            assert given_tokens == tokens[: sum(place < len(told) for place in at[:number])]
-            if include:
-                assert len(told) == at[number]
-        if not whole:
-            back = running.cut()
-            state = state if back is None else snapshots[int(back[0])]
-            break
-        running.append(token_id)
-        if stopped:
-            break
-        state += running.take(1)
-    rest, last_tokens = running.flush()
-    told += rest
-    given_tokens += [token.token_id for token in last_tokens]
-
-    earliest = at[min_tokens - 1] + 1 if 0 < min_tokens <= len(tokens) else 0
-    found = first_stop(text, stop, earliest) if min_tokens <= len(tokens) else None
-    assert stopped == (found is not None)
-    expected = text if found is None else text[: found[0] if include else found[1]]
-    assert told == expected
-    kept = running.continuation()
-    assert kept.position == len(state) + len(kept.pending)
-    assert text_of(WORDS, [*state, *kept.pending]) == told
-    if found is None:
-        assert given_tokens == tokens
-        assert [*state, *kept.pending][1:] == tokens
-    else:
-        begins = sum(place < len(told) for place in at[:-1])
-        assert given_tokens == tokens[:begins]
-        if include and len(told) in at[1:] and len(told) == at[begins]:
-            assert whole
-            assert [*state, *kept.pending][1:] == tokens[:begins]
+    made, total = sequence(num_pending, num_prompt), num_pending + num_prompt
+    read = list[int]()
+    while not made.is_read:
+        assert made.num_unread == total - len(read) - 1 == len(made.unread) - 1
+        count = data.draw(st.integers(1, made.num_unread))
+        read += made.pop_unread(count)
+        assert made.num_read == len(read)
+    assert [*read, *made.unread] == list(range(total))
+    assert len(made.unread) == min(1, total)
 
 
-def test_a_token_without_text_is_in_the_event_where_it_comes() -> None:
-    running = sequence("abc", return_tokens=True)
-    empty, (a, b, x) = WORDS.special_tokens["<|endoftext|>"], byte_tokens("abx")
-    seen = []
-    for token_id in (empty, a, empty, b, x, empty):
-        step = running.push_text(Token(token_id))
-        running.append(token_id)
-        seen.append((step.text, [token.token_id for token in step.tokens]))
-    assert seen == [
-        ("", [empty]),
-        ("", []),
-        ("", []),
-        ("", []),
-        ("abx", [a, empty, b, x]),
-        ("", [empty]),
-    ]
+def test_reading_stops_where_the_state_is_to_be_kept() -> None:
+    made = sequence(0, 10)
+    made.keep_at = {4, 6}
+    stops = []
+    while not made.is_read:
+        made.pop_unread(made.num_to_stop)
+        stops.append(made.num_read)
+    assert stops == [4, 6, 9]
 
 
-def test_half_a_character_at_the_end_has_its_token() -> None:
-    running = sequence(num_logprobs=0)
-    first = Token(byte_tokens("é")[0], -1.5)
-    assert running.push_text(first).tokens == ()
-    assert running.flush() == ("", (first,))
-
-
-def test_tokens_come_only_if_they_are_asked_for() -> None:
-    for changes, expected in (
-        ({}, 0),
-        ({"return_tokens": True}, 1),
-        ({"num_logprobs": 0}, 1),
-        ({"score_prompt": True}, 0),
-    ):
-        running = sequence(**changes)
-        assert len(running.push_text(Token(byte_tokens("a")[0])).tokens) == expected
-
-
-def test_tokens_that_end_the_text_are_banned_until_there_are_enough() -> None:
-    request = replace(REQUEST, stop_token_ids=(7, 9), min_tokens=2)
-    for ignore_eos, expected in ((False, {5, 7, 9}), (True, {7, 9})):
-        running = TextSequence(replace(request, ignore_eos=ignore_eos), WORDS, 0.0, (5, 7))
-        assert running.end_token_ids == expected
-        for number, banned in enumerate((expected, expected, set(), set())):
-            running.num_generated = number
-            running.append(1)
-            assert set(running.decode_input(3).sampled.banned) == banned
+def test_what_is_skipped_was_read_by_another() -> None:
+    made = sequence(0, 10)
+    made.skip_to(4)
+    assert (made.num_read, made.cached_tokens, made.num_unread) == (4, 4, 5)
+    assert made.pop_unread(2) == [4, 5]
+    assert made.cached_tokens == 4

@@ -1,36 +1,60 @@
-"""Rows have one owner and keep it, warm rows give way to new sequences."""
+"""Rows stay with their one owner; kept states give way to new sequences, which is reported."""
 
 import random
 
 import pytest
 
+from server.engine.messages import RowGivenUp
 from server.engine.slots import Slots
 
 
-def test_warm_rows_are_given_up_oldest_first() -> None:
-    slots = Slots(2)
-    for name in ("a", "b"):
-        slots.acquire(name)
-        slots.keep_warm(name, f"warm-{name}")
+def slots_with_kept(num_rows: int, *state_ids: str) -> Slots:
+    slots = Slots(num_rows)
+    for state_id in state_ids:
+        slots.acquire(f"leaves {state_id}")
+        slots.keep(f"leaves {state_id}", state_id)
+    return slots
+
+
+def test_kept_rows_are_given_up_oldest_first() -> None:
+    slots = slots_with_kept(2, "a", "b")
     slots.acquire("c")
-    assert not slots.is_warm("warm-a")
-    assert slots.is_warm("warm-b")
-    assert slots.adopt("warm-b", "d")
-    assert not slots.adopt("warm-b", "e")
+    assert not slots.is_kept("a")
+    assert slots.is_kept("b")
+    assert slots.adopt("b", "d")
+    assert not slots.adopt("b", "e")
     assert not slots.can_acquire()
 
 
-def test_all_rows_are_free_at_once_and_warm_states_are_told() -> None:
-    slots = Slots(4)
-    for name in ("a", "b", "c"):
+def test_a_row_is_given_up_once_however_it_ends() -> None:
+    slots = slots_with_kept(4, "adopted", "released", "evicted", "lost")
+    assert slots.drain_given_up() == []
+    slots.adopt("adopted", "a")
+    assert not slots.adopt("adopted", "b")
+    slots.release("a")
+    slots.release("released")
+    for name in ("c", "d", "e"):
         slots.acquire(name)
-    slots.keep_warm("b", "warm")
+    slots.release_all()
+    assert slots.drain_given_up() == [
+        RowGivenUp("adopted", is_evicted=False),
+        RowGivenUp("released", is_evicted=False),
+        RowGivenUp("evicted", is_evicted=True),
+        RowGivenUp("lost", is_evicted=True),
+    ]
+    assert slots.drain_given_up() == []
+
+
+def test_all_rows_are_free_at_once() -> None:
+    slots = slots_with_kept(4, "kept")
+    for name in ("a", "b"):
+        slots.acquire(name)
     slots.release_all()
     slots.check()
-    assert (slots.num_free, slots.num_active, slots.num_warm) == (4, 0, 0)
-    assert not slots.is_warm("warm")
-    assert slots.take_evicted() == ["warm"]
-    assert slots.acquire("d") == 4
+    assert (slots.num_free, slots.num_active, slots.num_kept) == (4, 0, 0)
+    assert not slots.is_kept("kept")
+    assert {slots.acquire(name) for name in "abcd"} == {1, 2, 3, 4}
+    slots.check()
 
 
 def test_a_row_that_becomes_free_is_named() -> None:
@@ -38,9 +62,23 @@ def test_a_row_that_becomes_free_is_named() -> None:
     row = slots.acquire("a")
     assert slots.release("a") == row
     slots.acquire("b")
-    slots.keep_warm("b", "warm")
-    assert slots.release("warm") == row
+    slots.keep("b", "kept")
+    assert slots.release("kept") == row
     assert slots.num_free == 3
+
+
+@pytest.mark.parametrize("owner", ["runs", "kept"])
+def test_an_owner_has_one_row(owner: str) -> None:
+    slots = slots_with_kept(4, "kept")
+    slots.acquire("runs")
+    with pytest.raises(ValueError, match=f"'{owner}' has a row already"):
+        slots.acquire(owner)
+    slots.acquire("ends")
+    with pytest.raises(ValueError, match=f"'{owner}' has a row already"):
+        slots.keep("ends", owner)
+    slots.release_all()
+    slots.check()
+    assert slots.num_free == 4
 
 
 def test_check_finds_a_row_that_is_not_accounted_for() -> None:
@@ -56,34 +94,40 @@ def test_every_state_stays_with_its_owner_whatever_happens(seed: int) -> None:
     """Play random moves on a list of contents, which only a new owner overwrites."""
     chance, slots = random.Random(seed), Slots(6)
     content: dict[int, str] = {}
-    active, warm = list[str](), list[str]()
+    active, kept, given_up = list[str](), list[str](), list[RowGivenUp]()
 
-    def take(names: list[str]) -> str:
+    def pop(names: list[str]) -> str:
         return names.pop(chance.randrange(len(names)))
 
     for i in range(300):
-        move = chance.choice(["acquire", "warm", "adopt", "release", "forget"])
+        move = chance.choice(["acquire", "keep", "adopt", "release", "forget"])
         if move == "acquire" and slots.can_acquire():
             content[slots.acquire(f"s{i}")] = f"s{i}"
             active.append(f"s{i}")
-            warm = [name for name in warm if slots.is_warm(name)]
-        elif move == "warm" and active:
-            name = take(active)
-            slots.keep_warm(name, f"w{i}")
-            content[slots.row(f"w{i}")] = f"w{i}"
-            warm.append(f"w{i}")
-        elif move == "adopt" and warm:
-            name = take(warm)
-            assert content[slots.row(name)] == name
-            assert slots.adopt(name, f"s{i}")
+            evicted = [state_id for state_id in kept if not slots.is_kept(state_id)]
+            assert evicted in ([], kept[:1])
+            given_up += [RowGivenUp(state_id, is_evicted=True) for state_id in evicted]
+            kept = [state_id for state_id in kept if slots.is_kept(state_id)]
+        elif move == "keep" and active:
+            slots.keep(pop(active), f"k{i}")
+            content[slots.row(f"k{i}")] = f"k{i}"
+            kept.append(f"k{i}")
+        elif move == "adopt" and kept:
+            state_id = pop(kept)
+            assert content[slots.row(state_id)] == state_id
+            assert slots.adopt(state_id, f"s{i}")
             content[slots.row(f"s{i}")] = f"s{i}"
             active.append(f"s{i}")
+            given_up.append(RowGivenUp(state_id, is_evicted=False))
         elif move == "release" and active:
-            slots.release(take(active))
-        elif move == "forget" and warm:
-            slots.release(take(warm))
+            slots.release(pop(active))
+        elif move == "forget" and kept:
+            state_id = pop(kept)
+            slots.release(state_id)
+            given_up.append(RowGivenUp(state_id, is_evicted=False))
         slots.check()
-        for name in (*active, *warm):
+        for name in (*active, *kept):
             assert content[slots.row(name)] == name
         assert slots.num_active == len(active)
-        assert slots.num_warm == len(warm)
+        assert slots.num_kept == len(kept)
+    assert slots.drain_given_up() == given_up

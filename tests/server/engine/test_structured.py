@@ -21,9 +21,8 @@ from server.engine.messages import (
     NoProbabilities,
     TextDelta,
     Token,
-    Warm,
 )
-from tests.server.engine.driver import request
+from tests.server.engine.driver import request, stored
 from tests.server.engine.stepper import Stepper
 
 CHOICES = ("yes", "no", "the cat sat on the mat")
@@ -227,10 +226,10 @@ def test_a_session_goes_on_after_a_structured_turn(
     stepper: Stepper, grammars: dict[str, Grammar]
 ) -> None:
     """Its last token is read first by the next turn, as after any text that ends without one."""
-    first = asked("first", grammars["three"], keep_state=True, return_tokens=True)
+    first = asked("first", grammars["three"], keep_as="state", return_tokens=True)
     text, last = stepper.turn(first)
     assert re.fullmatch("[ab]{3}", text)
-    tokens = [token.token_id for token in told(stepper, "first")]
+    tokens = [token.token_id for token in emitted_tokens(stepper, "first")]
     assert len(tokens) == last.num_generated
     assert last.continuation is not None
     assert last.continuation.position == len(first.token_ids) + last.num_generated
@@ -238,21 +237,21 @@ def test_a_session_goes_on_after_a_structured_turn(
     following = asked(
         "second",
         grammars["choice"],
-        source=Warm(last.warm or ""),
+        source=stored(last),
         continuation=last.continuation,
         token_ids=(),
     )
     assert stepper.turn(following)[0] in CHOICES
 
 
-def told(stepper: Stepper, request_id: str) -> list[Token]:
+def emitted_tokens(stepper: Stepper, request_id: str) -> list[Token]:
     """All tokens of a text."""
     own = [event for event in stepper.events() if event.request_id == request_id]
     return [t for event in own if isinstance(event, TextDelta | Finished) for t in event.tokens]
 
 
 def first_token(stepper: Stepper, request_id: str) -> Token:
-    return told(stepper, request_id)[0]
+    return emitted_tokens(stepper, request_id)[0]
 
 
 def test_probabilities_are_the_models_own(stepper: Stepper, grammars: dict[str, Grammar]) -> None:

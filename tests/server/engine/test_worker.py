@@ -1,7 +1,5 @@
 """What is left of a turn when it ends, and whom it takes with it: the worker step by step."""
 
-import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,67 +12,29 @@ from torch import Tensor
 from model.checkpoint import Checkpoint
 from model.sampling import RecentTokens, SamplingParams
 from model.state import StatePool
-from server.engine import worker
 from server.engine.messages import (
     Continuation,
     DeadlinePassed,
     EngineRequest,
     Failed,
     Finished,
-    Fresh,
-    NoProbabilities,
-    Parked,
     RowGivenUp,
-    StateMissing,
-    Warm,
 )
-from tests.server.engine.driver import LIMITS, request
-from tests.server.engine.stepper import MOST_STEPS, Clock, Stepper, is_poison
-
-SMALL = replace(
-    LIMITS,
-    max_running=2,
-    warm_sessions=1,
-    prefill_chunk_tokens=32,
-    prefill_tokens_while_decoding=16,
+from tests.server.engine.driver import stored
+from tests.server.engine.stepper import (
+    MOST_STEPS,
+    SMALL,
+    Clock,
+    Stepper,
+    asked,
+    check_given_up,
+    is_poison,
+    keep_row,
 )
-
-
-@pytest.fixture(scope="module")
-def clock() -> Iterator[Clock]:
-    made = Clock()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(worker, "time", made)
-        yield made
-
-
-@pytest.fixture
-def stepper(checkpoint: Checkpoint, clock: Clock) -> Stepper:
-    del clock
-    return Stepper(checkpoint, SMALL)
-
-
-def asked(name: str, first: int, num_prompt: int, **changes: Any) -> EngineRequest:
-    """Prompts that differ from their first token on; positions forget what was long ago."""
-    prompt = (first, *random.Random(first).choices(range(1, 300), k=num_prompt - 1))
-    return request(name, token_ids=prompt, **changes)
-
-
-def kept(stepper: Stepper, name: str = "kept", first: int = 9) -> Finished:
-    """A turn that left its row warm."""
-    _, last = stepper.turn(asked(name, first, 7, keep_state=True))
-    assert last.warm is not None
-    return last
-
-
-def following(last: Finished, name: str, **changes: Any) -> EngineRequest:
-    assert last.continuation is not None
-    source = Warm(last.warm or "")
-    return asked(name, 50, 40, source=source, continuation=last.continuation, **changes)
 
 
 @pytest.mark.parametrize("end", ["cancel", "deadline"])
-@pytest.mark.parametrize("phase", ["reading", "reading a warm one", "decoding"])
+@pytest.mark.parametrize("phase", ["reading", "reading a kept one", "decoding"])
 def test_a_turn_that_is_ended_leaves_nothing_of_its_state(
     stepper: Stepper, clock: Clock, phase: str, end: str
 ) -> None:
@@ -82,9 +42,8 @@ def test_a_turn_that_is_ended_leaves_nothing_of_its_state(
     beside = asked("beside", 3, 20)
     expected = stepper.turn(replace(beside, request_id="alone"))[0]
     ended = asked("ended", 4, 5 if phase == "decoding" else 500, max_tokens=500, deadline=late)
-    if phase == "reading a warm one":
-        last = kept(stepper)
-        ended = replace(ended, source=Warm(last.warm or ""))
+    if phase == "reading a kept one":
+        ended = replace(ended, source=stored(keep_row(stepper)))
     stepper.submit(beside, ended)
     stepper.step(4)
     sequence = stepper.scheduler.find("ended")
@@ -137,68 +96,10 @@ def test_all_that_is_cancelled_at_once_is_gone_before_the_next_step(
     assert all(map(is_poison, stepper.pool.tensors.values()))
 
 
-@pytest.mark.parametrize("end", ["cancel", "deadline"])
-def test_a_turn_that_ends_while_it_waits_leaves_nothing_of_its_warm_state(
-    stepper: Stepper, clock: Clock, end: str
-) -> None:
-    last = kept(stepper)
-    former = stepper.position(last.warm or "")
-    stepper.submit(*(asked(f"runs-{i}", i + 1, 3, max_tokens=20) for i in range(2)))
-    stepper.step()
-    late = clock.now + 1 if end == "deadline" else None
-    stepper.submit(following(last, "ended", deadline=late))
-    stepper.step()
-    assert [s.request.request_id for s in stepper.scheduler.waiting] == ["ended"]
-    assert stepper.holds(former)
-    if end == "cancel":
-        stepper.cancel("ended")
-    clock.now += 2
-    stepper.step()
-    assert not stepper.holds(former)
-    stepper.run()
-    assert stepper.owners() == {}
-
-
 def test_a_turn_that_keeps_nothing_leaves_nothing(stepper: Stepper) -> None:
     for number, max_tokens in enumerate((0, 1, 12)):
         stepper.turn(asked(f"r{number}", 5, 40, max_tokens=max_tokens))
         assert all(map(is_poison, stepper.pool.tensors.values()))
-
-
-def test_a_released_warm_state_is_erased(stepper: Stepper) -> None:
-    last = kept(stepper)
-    assert stepper.holds(stepper.position(last.warm or ""))
-    stepper.release(last.warm or "")
-    stepper.release("unknown")
-    stepper.step()
-    assert all(map(is_poison, stepper.pool.tensors.values()))
-
-
-@pytest.mark.parametrize("source", [Fresh(), Parked(b"too short"), "parked"])
-def test_who_gets_the_row_of_an_evicted_state_sees_nothing_of_it(
-    checkpoint: Checkpoint, stepper: Stepper, source: Fresh | Parked | str
-) -> None:
-    parked = kept(Stepper(checkpoint, SMALL), "other", first=77)
-    if isinstance(source, str):
-        assert parked.state is not None
-        source = Parked(parked.state)
-    new = asked("new", 60, 5, source=source, keep_state=True)
-    expected = Stepper(checkpoint, SMALL)
-    expected.submit(new)
-    expected.run()
-
-    warm = [kept(stepper, f"kept-{i}", first=10 + i) for i in range(3)]
-    assert stepper.slots.num_free == 0
-    oldest = stepper.position(warm[0].warm or "")
-    stepper.submit(new)
-    stepper.step()
-    assert RowGivenUp(warm[0].warm or "") in stepper.delivered
-    assert not stepper.holds(oldest)
-    stepper.run()
-    assert type(stepper.last("new")) is type(expected.last("new"))
-    if isinstance(stepper.last("new"), Finished):
-        assert stepper.text("new") == expected.text("new")
-        assert stepper.finished("new").state == expected.finished("new").state
 
 
 def broken(*_: object) -> None:
@@ -208,8 +109,8 @@ def broken(*_: object) -> None:
 def test_after_an_error_in_a_step_no_state_is_left(
     stepper: Stepper, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor a warm one: an error while rows are exchanged may leave it under another's name."""
-    last = kept(stepper)
+    """Nor a kept one: an error while rows are exchanged may leave it under another's name."""
+    keep_row(stepper)
     expected, _ = stepper.turn(asked("alone", 7, 20))
     stepper.submit(asked("decodes", 5, 2, max_tokens=100), asked("reads", 6, 300))
     stepper.step(2)
@@ -218,7 +119,7 @@ def test_after_an_error_in_a_step_no_state_is_left(
         stepper.step()
     assert isinstance(stepper.last("decodes"), Failed)
     assert isinstance(stepper.last("reads"), Failed)
-    assert RowGivenUp(last.warm or "") in stepper.delivered
+    assert stepper.given_up() == [RowGivenUp("kept", is_evicted=True)]
     assert all(map(is_poison, stepper.pool.tensors.values()))
     assert stepper.turn(asked("again", 7, 20))[0] == expected
 
@@ -237,50 +138,6 @@ def test_the_engine_goes_on_where_nothing_can_be_erased(
     while stepper.has_work:
         stepper.worker.step()
     assert stepper.text("one") == expected
-
-
-WAYS = {
-    "greedy": SamplingParams(temperature=0.0),
-    "drawn": SamplingParams(seed=3),
-    "filtered": SamplingParams(seed=3, top_k=20),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_damaged_state_fails_alone(
-    checkpoint: Checkpoint, clock: Clock, way: str, value: float
-) -> None:
-    del clock
-    stepper = Stepper(checkpoint)
-    others = [asked(f"beside-{i}", i + 1, 10 + 30 * i, sampling=WAYS[way]) for i in range(3)]
-    expected = [
-        stepper.turn(replace(each, request_id=f"alone-{each.request_id}"))[0] for each in others
-    ]
-    damaged = stepper.worker._network.new_pool(1)
-    damaged.tensors["h"][0, 0, 5] = value
-    source = Parked(damaged.export_row(0))
-    bad = asked("bad", 9, 5, source=source, sampling=WAYS[way], keep_state=True)
-    stepper.submit(others[0], bad, *others[1:])
-    stepper.run()
-    assert stepper.last("bad") == NoProbabilities("bad")
-    assert stepper.text("bad") == ""
-    assert [stepper.text(each.request_id) for each in others] == expected
-    assert stepper.owners() == {}
-
-
-def test_a_state_that_is_damaged_on_the_way_fails_alone(stepper: Stepper) -> None:
-    other = asked("beside", 2, 30, max_tokens=40)
-    expected, _ = stepper.turn(replace(other, request_id="alone"))
-    stepper.submit(asked("bad", 9, 3, max_tokens=40, keep_state=True), other)
-    stepper.step(10)
-    said = stepper.text("bad")
-    stepper.pool.tensors["h"][0, stepper.owners()["bad"]] = torch.nan
-    stepper.run()
-    assert stepper.last("bad") == NoProbabilities("bad")
-    assert stepper.text("bad") == said
-    assert stepper.text("beside") == expected
-    assert stepper.owners() == {}
 
 
 def recent(token_id: int) -> bytes:
@@ -317,38 +174,13 @@ def test_a_token_that_the_model_does_not_have_fails_alone(
     assert isinstance(stepper.last("good"), Finished)
 
 
-@pytest.mark.parametrize("method", ["push_only_text", "cut", "append"])
-def test_an_error_in_one_text_ends_no_other(
-    stepper: Stepper, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    other = asked("beside", 2, 30)
-    expected, _ = stepper.turn(replace(other, request_id="alone"))
-    bad = asked("bad", 9, 3, keep_state=True)
-    whole, _ = stepper.turn(replace(bad, request_id="whole", keep_state=False))
-    if method == "cut":
-        bad = replace(bad, stop=(whole[2:4],))
-    works = getattr(Sequence, method)
-
-    def fail(self: Sequence, *arguments: object) -> object:
-        if self.request.request_id == "bad":
-            raise OSError("a secret")
-        return works(self, *arguments)
-
-    monkeypatch.setattr(Sequence, method, fail)
-    stepper.submit(bad, other)
-    stepper.run()
-    assert stepper.last("bad") == Failed("bad", worker.FAILED)
-    assert stepper.text("beside") == expected
-    assert stepper.owners() == {}
-
-
 TURNS = st.fixed_dictionaries(
     {
         "num_prompt": st.sampled_from([1, 2, 17, 70, 200]),
         "max_tokens": st.sampled_from([0, 1, 2, 9]),
-        "keep_state": st.booleans(),
+        "keeps": st.booleans(),
         "stop": st.sampled_from([(), ("a", "\n"), ("e",)]),
-        "begins": st.sampled_from(["fresh", "warm", "parked"]),
+        "begins": st.sampled_from(["fresh", "kept", "released", "again"]),
         "late": st.sampled_from([None, None, 0, 1, 4, 9]),
     }
 )
@@ -374,34 +206,46 @@ class Play:
         self.clock = clock
         self.requests = list[EngineRequest]()
         self.cancelled = set[str]()
-        self.parents: dict[str, Finished] = {}
         self.continued = set[str]()
+        self.known = list[Tensor]()
+        """Positions of states with which turns begin."""
+
         self.gone = list[Tensor]()
         """Positions of states that no one may see any more."""
 
-    def kept(self) -> list[Finished]:
-        """Turns that left a state with which no turn has begun."""
+    def ends(self) -> list[Finished]:
+        """Turns that left a state."""
         ends = [event for event in self.stepper.events() if isinstance(event, Finished)]
-        return [e for e in ends if e.state is not None and e.request_id not in self.continued]
+        return [end for end in ends if end.state is not None]
 
     def submit(self, turn: dict[str, Any]) -> None:
         turn = dict(turn)
         begins, late, num_prompt = turn.pop("begins"), turn.pop("late"), turn.pop("num_prompt")
         number = len(self.requests)
+        keep_as = f"state-{number}" if turn.pop("keeps") else None
         deadline = None if late is None else self.clock.now + late
-        made = asked(f"r{number}", number + 1, num_prompt, deadline=deadline, **turn)
-        if begins != "fresh" and (kept := self.kept()):
-            parent = kept[0]
+        made = asked(
+            f"r{number}", number + 1, num_prompt, deadline=deadline, keep_as=keep_as, **turn
+        )
+        ends = self.ends()
+        if begins != "again":
+            ends = [end for end in ends if end.request_id not in self.continued]
+        if begins != "fresh" and ends:
+            parent = ends[0]
             self.continued.add(parent.request_id)
-            self.parents[made.request_id] = parent
-            made = replace(made, continuation=parent.continuation or Continuation())
-            if begins == "warm":
-                made = replace(made, source=Warm(parent.warm or ""))
-            else:
-                self.stepper.release(parent.warm or "")
-                made = replace(made, source=Parked(parent.state or b""))
+            if begins == "released":
+                self.stepper.release(parent.kept_as or "")
+            continuation = parent.continuation or Continuation()
+            made = replace(made, source=stored(parent), continuation=continuation)
+            self.known.append(self.position(parent))
         self.requests.append(made)
         self.stepper.submit(made)
+
+    def position(self, end: Finished) -> Tensor:
+        """As `Stepper.position`, of a turn's state."""
+        pool = self.stepper.worker._network.new_pool(1)
+        pool.import_row(0, end.state or b"")
+        return pool.tensors["h"][0, 0].clone()
 
     def cancel(self, number: int) -> None:
         if self.requests:
@@ -410,8 +254,8 @@ class Play:
             self.stepper.cancel(name)
 
     def release(self, number: int) -> None:
-        if kept := self.kept():
-            self.stepper.release(kept[number % len(kept)].warm or "")
+        if ends := self.ends():
+            self.stepper.release(ends[number % len(ends)].kept_as or "")
 
     def step(self, count: int) -> None:
         for _ in range(count):
@@ -424,9 +268,9 @@ class Play:
             for each in self.requests:
                 name = each.request_id
                 is_late = isinstance(self.stepper.last(name), DeadlinePassed)
-                if name in running and (is_late or name in self.cancelled):
-                    source = each.source.name if isinstance(each.source, Warm) else name
-                    if (former := before.get(name, before.get(source))) is not None:
+                if name in running and name in before and (is_late or name in self.cancelled):
+                    former = before[name]
+                    if not any(torch.equal(former, known) for known in self.known):
                         self.gone.append(former)
             assert not any(map(self.stepper.holds, self.gone))
 
@@ -434,10 +278,10 @@ class Play:
         return self.stepper.last(each.request_id) is not None
 
 
-def alone(checkpoint: Checkpoint, each: EngineRequest, parent: Finished | None) -> object:
-    """What a turn says and leaves when nothing runs beside it."""
-    source = each.source if parent is None else Parked(parent.state or b"")
-    each = replace(each, request_id="alone", source=source, deadline=None)
+def alone(checkpoint: Checkpoint, each: EngineRequest) -> object:
+    """What a turn emits and leaves when nothing runs beside it."""
+    keep_as = each.keep_as and "state"
+    each = replace(each, request_id="alone", keep_as=keep_as, deadline=None)
     if each not in ALONE:
         text, last = Stepper(checkpoint, SMALL).turn(each)
         ALONE[each] = (text, last.reason, last.state, last.continuation)
@@ -459,19 +303,18 @@ def test_whatever_ends_when_no_row_is_lost_and_no_state_is_left(
         name = each.request_id
         match stepper.last(name):
             case Finished(reason=reason, state=state, continuation=continuation):
-                told = (stepper.text(name), reason, state, continuation)
-                assert told == alone(checkpoint, each, play.parents.get(name))
+                outcome = (stepper.text(name), reason, state, continuation)
+                assert outcome == alone(checkpoint, each)
             case DeadlinePassed():
                 assert each.deadline is not None
-            case StateMissing():
-                assert isinstance(each.source, Warm)
             case end:
                 assert end is None
                 assert name in play.cancelled
     assert stepper.slots.num_active == 0
-    assert stepper.slots.num_free + stepper.slots.num_warm == stepper.slots.num_rows
+    assert stepper.slots.num_free + stepper.slots.num_kept == stepper.slots.num_rows
     assert stepper.inbox._num_waiting == stepper.inbox._num_tokens == 0
     for name in stepper.owners():
         stepper.release(name)
     stepper.step()
     assert all(map(is_poison, stepper.pool.tensors.values()))
+    check_given_up(stepper.delivered)

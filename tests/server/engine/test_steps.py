@@ -1,0 +1,133 @@
+"""One step of several sequences: what comes of it, and whose errors it does not spread."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.checkpoint import Checkpoint
+from model.sampling import SamplingParams
+from server.engine.messages import EngineRequest, Failed, NoProbabilities, StoredState
+from server.engine.steps import FAILED, End, Outcomes, Steps
+from server.engine.text_sequence import TextSequence
+from server.metrics import Metrics
+from tests.server.engine.driver import request
+from tests.server.engine.stepper import Stepper, asked
+
+CHOICES = {
+    "greedy": SamplingParams(temperature=0.0),
+    "drawn": SamplingParams(seed=3),
+    "filtered": SamplingParams(seed=3, top_k=20),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_damaged_state_fails_alone(checkpoint: Checkpoint, choice: str, value: float) -> None:
+    stepper = Stepper(checkpoint)
+    others = [asked(f"beside-{i}", i + 1, 10 + 30 * i, sampling=CHOICES[choice]) for i in range(3)]
+    expected = [
+        stepper.turn(replace(each, request_id=f"alone-{each.request_id}"))[0] for each in others
+    ]
+    damaged = stepper.worker._network.new_pool(1)
+    damaged.tensors["h"][0, 0, 5] = value
+    source = StoredState("damaged", damaged.export_row(0))
+    bad = asked("bad", 9, 5, source=source, sampling=CHOICES[choice], keep_as="state")
+    stepper.submit(others[0], bad, *others[1:])
+    stepper.run()
+    assert stepper.last("bad") == NoProbabilities("bad")
+    assert stepper.text("bad") == ""
+    assert [stepper.text(each.request_id) for each in others] == expected
+    assert stepper.owners() == {}
+
+
+def test_a_state_that_is_damaged_on_the_way_fails_alone(stepper: Stepper) -> None:
+    other = asked("beside", 2, 30, max_tokens=40)
+    expected, _ = stepper.turn(replace(other, request_id="alone"))
+    stepper.submit(asked("bad", 9, 3, max_tokens=40, keep_as="state"), other)
+    stepper.step(10)
+    emitted = stepper.text("bad")
+    stepper.pool.tensors["h"][0, stepper.owners()["bad"]] = torch.nan
+    stepper.run()
+    assert stepper.last("bad") == NoProbabilities("bad")
+    assert stepper.text("bad") == emitted
+    assert stepper.text("beside") == expected
+    assert stepper.owners() == {}
+
+
+@pytest.mark.parametrize("method", ["push_plain", "cut", "append"])
+def test_an_error_in_one_text_ends_no_other(
+    stepper: Stepper, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    other = asked("beside", 2, 30)
+    expected, _ = stepper.turn(replace(other, request_id="alone"))
+    bad = asked("bad", 9, 3, keep_as="state")
+    whole, _ = stepper.turn(replace(bad, request_id="whole", keep_as=None))
+    if method == "cut":
+        bad = replace(bad, stop=(whole[2:4],))
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("a secret")
+
+    stepper.submit(bad, other)
+    stepper.worker._receive()
+    sequence = stepper.scheduler.find("bad")
+    assert sequence is not None
+    monkeypatch.setattr(sequence.text if method == "push_plain" else sequence, method, fail)
+    stepper.run()
+    assert stepper.last("bad") == Failed("bad", FAILED)
+    assert stepper.text("beside") == expected
+    assert stepper.owners() == {}
+
+
+def sequences(checkpoint: Checkpoint, *requests: EngineRequest) -> list[tuple[int, TextSequence]]:
+    """With a row each; their prompts are one token."""
+    made = (TextSequence(each, checkpoint.tokenizer, 0.0) for each in requests)
+    return list(enumerate(made, 1))
+
+
+def new_steps(checkpoint: Checkpoint, decoder: str) -> Steps:
+    del decoder  # the fixture that says which one a network makes
+    pool = checkpoint.network.new_pool(5)
+    return Steps(checkpoint.network.new_decoder(pool, 4), pool, Metrics())
+
+
+def test_what_has_ended_since_the_launch_gets_no_token(
+    checkpoint: Checkpoint, decoder: str
+) -> None:
+    steps = new_steps(checkpoint, decoder)
+    batch = sequences(checkpoint, *(request(name, 1) for name in ("stays", "ended", "replaced")))
+    assert steps.launch([]) is None
+    flight = steps.launch(batch)
+    assert flight is not None
+    assert [sequence.num_in_flight for _, sequence in batch] == [1, 1, 1]
+    (row, stays), _, (other_row, _) = batch
+    [(_, successor)] = sequences(checkpoint, request("successor", 1))
+    outcomes = steps.land(flight, {row: stays, other_row: successor})
+    assert [text.request_id for text in outcomes.texts] == ["stays"]
+    assert outcomes.ended == []
+    assert [sequence.num_generated for _, sequence in batch] == [1, 0, 0]
+    assert [sequence.num_in_flight for _, sequence in batch] == [0, 0, 0]
+
+
+def test_only_a_decoder_that_runs_ahead_steps_before_the_last_token_is_known(
+    checkpoint: Checkpoint, decoder: str
+) -> None:
+    steps, outcomes = new_steps(checkpoint, decoder), Outcomes()
+    careful = SamplingParams(presence_penalty=1.0)
+    batch = sequences(
+        checkpoint,
+        request("plain", 1, max_tokens=2),
+        request("last", 1, max_tokens=1),
+        request("careful", 1, sampling=careful),
+    )
+    assert steps.find_ready(batch, outcomes) == batch
+    flight = steps.launch(batch)
+    assert flight is not None
+    ahead = steps.find_ready(batch, outcomes)
+    assert ahead == (batch[:1] if decoder == "ahead" else [])
+    landed = steps.land(flight, dict(batch))
+    [(ended, end)] = landed.ended
+    assert (ended.request.request_id, end) == ("last", End("length"))
+    assert {text.request_id for text in landed.texts} == {"plain", "last", "careful"}
+    assert outcomes == Outcomes()
