@@ -1,4 +1,4 @@
-"""The tables of the embedded store, and how a file comes to have them."""
+"""The tables of the embedded store, and how its file is opened."""
 
 import sqlite3
 from pathlib import Path
@@ -9,7 +9,7 @@ from server.sessions.store import StoreError
 Durability = Literal["sync", "async"]
 
 APPLICATION_ID = 0x6C746E64
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 PAGE_BYTES = 16384
 """Large, for blobs are: that halves the time of a commit.
 
@@ -19,7 +19,7 @@ stay where they are until secure_delete zeroes them."""
 
 PADDING = f"padding BLOB NOT NULL DEFAULT (zeroblob({PAGE_BYTES}))"
 
-SESSIONS = f"""
+TABLES = f"""
 CREATE TABLE sessions (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
@@ -60,9 +60,7 @@ CREATE TABLE answers (
     UNIQUE (session_number, key),
     FOREIGN KEY (session_number, turn) REFERENCES checkpoints (session_number, turn)
 ) STRICT;
-"""
 
-RESPONSES = f"""
 CREATE TABLE responses (
     number INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE,
@@ -79,9 +77,7 @@ CREATE TABLE responses (
 CREATE INDEX responses_by_expiry ON responses (expires_at) WHERE expires_at IS NOT NULL;
 CREATE INDEX unfinished_responses ON responses (status) WHERE status IN ('queued', 'in_progress');
 CREATE INDEX responses_with_state ON responses (number) WHERE blob IS NOT NULL;
-"""
 
-OWNERS = """
 CREATE TABLE owners (
     owner TEXT PRIMARY KEY,
     num_sessions INTEGER NOT NULL,
@@ -89,9 +85,7 @@ CREATE TABLE owners (
     num_bytes INTEGER NOT NULL,
     num_responses INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
-"""
 
-ACCOUNTING = """
 CREATE TRIGGER session_added AFTER INSERT ON sessions BEGIN
     INSERT INTO owners VALUES (NEW.owner, 1, 0, 0, 0)
     ON CONFLICT DO UPDATE SET num_sessions = num_sessions + 1;
@@ -134,59 +128,23 @@ CREATE TRIGGER response_removed AFTER DELETE ON responses BEGIN
 END;
 """
 
-TABLES = SESSIONS + RESPONSES + OWNERS + ACCOUNTING
-
-FROM_1 = f"""
-DROP TRIGGER added;
-DROP TRIGGER removed;
-DROP TABLE totals;
-ALTER TABLE sessions RENAME TO old_sessions;
-ALTER TABLE checkpoints RENAME TO old_checkpoints;
-{TABLES}
-INSERT INTO sessions (number, id, owner, created_at, last_used_at, turn, num_tokens, metadata)
-    SELECT number, id, '', created_at, last_used_at, turn, num_tokens, metadata FROM old_sessions;
-INSERT INTO checkpoints (session_number, turn, num_tokens, created_at, num_bytes, blob)
-    SELECT session_number, old_checkpoints.turn, old_checkpoints.num_tokens, last_used_at,
-    num_bytes, blob FROM old_checkpoints JOIN sessions ON number = session_number;
-DROP TABLE old_checkpoints;
-DROP TABLE old_sessions;
-"""
-
-FROM_2 = f"""
-DROP TRIGGER session_added;
-DROP TRIGGER session_removed;
-DROP TRIGGER checkpoint_added;
-DROP TRIGGER checkpoint_removed;
-DROP TRIGGER answer_added;
-DROP TRIGGER answer_removed;
-ALTER TABLE owners RENAME TO old_owners;
-{RESPONSES}
-{OWNERS}
-{ACCOUNTING}
-INSERT INTO owners SELECT owner, num_sessions, num_states, num_bytes, 0 FROM old_owners;
-DROP TABLE old_owners;
-"""
-
-MIGRATIONS = {0: TABLES, 1: FROM_1, 2: FROM_2}
-"""What makes the present tables of each version's; 0 is an empty file."""
-
 
 def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
-    """The database with its present schema, locked for this process. Raises StoreError."""
+    """The database, made if there is none, locked for this process. Raises StoreError."""
     db = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-        version = _version(db, path)
+        is_new = _is_new(db, path)
         db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute(f"PRAGMA synchronous = {'FULL' if durability == 'sync' else 'NORMAL'}")
         db.execute("PRAGMA secure_delete = ON")
-        if version != SCHEMA_VERSION:
+        if is_new:
             db.executescript(
                 f"""BEGIN IMMEDIATE;
-                {MIGRATIONS[version]}
+                {TABLES}
                 PRAGMA application_id = {APPLICATION_ID};
                 PRAGMA user_version = {SCHEMA_VERSION};
                 COMMIT;
@@ -208,17 +166,18 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _version(db: sqlite3.Connection, path: Path) -> int:
+def _is_new(db: sqlite3.Connection, path: Path) -> bool:
+    """Whether the file has no tables yet. Raises StoreError for one that is not of this version."""
     application_id = db.execute("PRAGMA application_id").fetchone()[0]
-    version = int(db.execute("PRAGMA user_version").fetchone()[0])
-    if application_id == APPLICATION_ID and version > SCHEMA_VERSION:
-        raise StoreError(f"{path}: written by a newer latentd (store version {version})")
+    version = db.execute("PRAGMA user_version").fetchone()[0]
     is_empty = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
-    if application_id != APPLICATION_ID and not (is_empty and application_id == 0):
+    if is_empty and application_id == 0:
+        return True
+    if application_id != APPLICATION_ID:
         raise StoreError(f"{path}: not a latentd session store")
-    if version < 0:
-        raise StoreError(f"{path}: damaged (store version {version})")
-    return version
+    if version != SCHEMA_VERSION:
+        raise StoreError(f"{path}: store version {version}, this latentd uses {SCHEMA_VERSION}")
+    return False
 
 
 def _check_accounts(db: sqlite3.Connection) -> None:

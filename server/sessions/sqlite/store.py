@@ -20,7 +20,7 @@ class SQLiteStore:
     """
 
     def __init__(self, path: Path, durability: Durability = "sync") -> None:
-        """Open or create. Raises StoreError: damaged, foreign, newer, in use or not writable."""
+        """Open or create. Raises StoreError for a file that this server cannot use."""
         self._writer = Writer(open_store(path, durability))
         self._run = self._writer.run
         self.responses = SQLiteResponses(self._writer)

@@ -278,12 +278,14 @@ def write_database(*statements: str) -> Callable[[Path], None]:
         (Path.mkdir, "unable to open"),
         (write_database("CREATE TABLE t (x)"), "not a latentd session store"),
         (write_database("PRAGMA application_id = 1"), "not a latentd session store"),
-        (
-            write_database(
-                f"PRAGMA application_id = {APPLICATION_ID}",
-                f"PRAGMA user_version = {SCHEMA_VERSION + 1}",
-            ),
-            f"written by a newer latentd (store version {SCHEMA_VERSION + 1})",
+        *(
+            (
+                write_database(
+                    f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {version}"
+                ),
+                f"store version {version}, this latentd uses {SCHEMA_VERSION}",
+            )
+            for version in (-1, 0, SCHEMA_VERSION - 1, SCHEMA_VERSION + 1)
         ),
     ],
 )
