@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from server.api import prompts
 from server.api.answers import TIMINGS_TOLD, Answer, timing_headers
 from server.api.auth import Caller
-from server.api.parameters import EXAMPLE_SESSION, EXAMPLE_STREAM
+from server.api.schemas.base import EXAMPLE_SESSION, EXAMPLE_STREAM
 from server.api.schemas.generation import GenerationRequest
 from server.api.service import Service
 from server.api.sse import EventStream, Messages

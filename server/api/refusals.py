@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from server.api.parameters import EXAMPLE_SESSION, EXAMPLE_STREAM
 from server.api.problems import body_too_large
+from server.api.schemas.base import EXAMPLE_SESSION, EXAMPLE_STREAM
 from server.api.schemas.problems import ErrorResponse
 from server.errors import (
     DeadlineExceeded,
