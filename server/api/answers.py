@@ -223,19 +223,22 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(16)}"
 
 
+TIMING_HEADERS = {
+    "X-Queue-Time": ("queue_s", "until the request had a row of the engine"),
+    "X-Prefill-Time": ("prefill_s", "reading the prompt"),
+    "X-Time-To-First-Token": ("first_token_s", "to the first token"),
+    "X-Time-Per-Token": ("per_token_s", "between two tokens, on average"),
+    "X-Total-Time": ("total_s", "to the last token"),
+}
+"""Which field of `Timings` each tells, and what it means."""
+
 TIMINGS_TOLD: dict[str, Any] = {
     "headers": {
         name: {
             "description": f"With `timings`: seconds {what}.",
             "schema": {"type": "number", "minimum": 0, "examples": [0.0042]},
         }
-        for name, what in {
-            "X-Queue-Time": "until the request had a row of the engine",
-            "X-Prefill-Time": "reading the prompt",
-            "X-Time-To-First-Token": "to the first token",
-            "X-Time-Per-Token": "between two tokens, on average",
-            "X-Total-Time": "to the last token",
-        }.items()
+        for name, (_, what) in TIMING_HEADERS.items()
     }
 }
 """`timing_headers`, for the documentation."""
@@ -245,14 +248,8 @@ def timing_headers(timings: Timings | None) -> dict[str, str]:
     """The timings as headers, in seconds."""
     if timings is None:
         return {}
-    named = {
-        "X-Queue-Time": timings.queue_s,
-        "X-Prefill-Time": timings.prefill_s,
-        "X-Time-To-First-Token": timings.first_token_s,
-        "X-Time-Per-Token": timings.per_token_s,
-        "X-Total-Time": timings.total_s,
-    }
-    return {name: f"{value:.6f}" for name, value in named.items() if value is not None}
+    seconds = {name: getattr(timings, field) for name, (field, _) in TIMING_HEADERS.items()}
+    return {name: f"{value:.6f}" for name, value in seconds.items() if value is not None}
 
 
 def _per_token_s(choice: Choice) -> float | None:

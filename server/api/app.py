@@ -23,6 +23,7 @@ from server.api import (
     sessions,
     tokens,
 )
+from server.api.answers import TIMING_HEADERS
 from server.api.auth import Guard, KeyRing
 from server.api.conversation import Conversation
 from server.api.limits import KINDS, Limiter
@@ -49,8 +50,8 @@ KEY_FILE_INTERVAL_S = 1.0
 CORS_ALLOWED = ("Authorization", "Content-Type", "Idempotency-Key", "X-Session-ID", "Last-Event-ID")
 CORS_EXPOSED = (
     *(REQUEST_ID, "X-Session-ID", "X-Session-Turn", "X-Stream-ID", "Idempotent-Replayed"),
-    *("X-Queue-Time", "X-Prefill-Time", "X-Time-To-First-Token", "X-Time-Per-Token"),
-    *("X-Total-Time", "Retry-After"),
+    *TIMING_HEADERS,
+    "Retry-After",
     *(f"x-ratelimit-{what}-{kind}" for kind in KINDS for what in ("limit", "remaining", "reset")),
 )
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from server.api.schemas.generation import GenerationRequest
 from server.api.service import Service
 from server.api.sse import EventStream, Messages
 from server.api.turns import ChoiceSpec, Turn
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, NeedsStream
 from server.sessions.turn import TurnCondition
 
 CLIENT_CLOSED_REQUEST = 499
@@ -144,9 +144,9 @@ class Exchange:
         """Raises InvalidRequest for ways of delivery that go ill together."""
         body = self.body
         if body.stream_options is not None and not body.stream:
-            raise InvalidRequest("stream_options needs stream: true", "stream_options")
+            raise NeedsStream("stream_options")
         if body.resumable and not body.stream:
-            raise InvalidRequest("resumable needs stream: true", "resumable")
+            raise NeedsStream("resumable")
         if body.stream and body.num_generated_per_prompt > body.num_choices_per_prompt:
             raise InvalidRequest(
                 "which choices are best is known at the end only: best_of cannot be streamed",

@@ -22,7 +22,14 @@ from server.api.schemas.responses import (
 from server.api.service import Service, ServiceDep
 from server.api.sse import EventStream, Manner, Messages, events_of
 from server.api.turns import Turn
-from server.errors import Cancelled, InvalidRequest, LatentdError, NotFound, StorageFailed
+from server.errors import (
+    Cancelled,
+    InvalidRequest,
+    LatentdError,
+    NeedsStream,
+    NotFound,
+    StorageFailed,
+)
 
 log = logging.getLogger(__name__)
 router = APIRouter(
@@ -239,7 +246,7 @@ def _check(body: ResponseRequest) -> None:
     if body.ttl is not None and not body.stores:
         raise InvalidRequest("ttl is for responses that are stored", "ttl")
     if body.stream_options is not None and not body.stream:
-        raise InvalidRequest("stream_options needs stream: true", "stream_options")
+        raise NeedsStream("stream_options")
 
 
 async def _cancel(service: Service, owner: str, response_id: str) -> None:
