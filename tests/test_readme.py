@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from model import PRETRAINED
+from tests.patience import PROGRAM_S
 from tests.server.processes import server_process
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,7 @@ def run(script: str, tools: Path) -> str:
         env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PROGRAM_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

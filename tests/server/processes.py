@@ -9,6 +9,8 @@ from pathlib import Path
 
 import httpx
 
+from tests.patience import PATIENCE_S
+
 
 class ServerProcess:
     """A running server; `url` is where it listens."""
@@ -33,7 +35,7 @@ class ServerProcess:
         raise RuntimeError(f"the server ended with {self.process.wait()}: {self.facts}")
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60)
+        return httpx.Client(base_url=self.url, timeout=PATIENCE_S)
 
     def stop(self) -> int:
         """Ask it to end, and its exit status."""
@@ -46,7 +48,7 @@ class ServerProcess:
         self.wait()
 
     def wait(self) -> int:
-        status = self.process.wait(timeout=60)
+        status = self.process.wait(timeout=PATIENCE_S)
         if self.process.stdout is not None:
             self.process.stdout.close()
         return status

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from model import checkpoint
 from server.settings import Settings
+from tests.patience import PROGRAM_S
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 
@@ -22,7 +23,7 @@ def latentd(*arguments: object, **environment: str) -> subprocess.CompletedProce
         [sys.executable, "-m", "server", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PROGRAM_S,
         env={"PATH": "/usr/bin:/bin", "COLUMNS": "200", "NO_COLOR": "1", **environment},
         check=False,
     )

@@ -2,14 +2,16 @@
 
 import signal
 import threading
-import time
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.patience import PROGRAM_S, wait_until
 from tests.server.api.calls import complete, text_of
 from tests.server.processes import server_process
+
+LONG_DRAIN = ("--drain-timeout-s", str(PROGRAM_S))
 
 
 def test_it_tells_its_facts_and_ends_with_status_0(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -70,21 +72,24 @@ def test_a_killed_turn_never_happened(tiny_checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_a_stopping_server_finishes_what_runs(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+    with (
+        server_process(tiny_checkpoint, tmp_path, *LONG_DRAIN) as server,
+        server.client() as client,
+    ):
         session_id = client.post("/v1/sessions").json()["id"]
-        body = {"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "session_id": session_id}
+        body = {"prompt": "a", "max_tokens": 10_000, "ignore_eos": True, "session_id": session_id}
         answers: list[httpx.Response] = []
         thread = threading.Thread(
             target=lambda: answers.append(client.post("/v1/completions", json=body))
         )
         thread.start()
         with server.client() as other:
-            while other.get(f"/v1/sessions/{session_id}").json()["status"] != "busy":
-                pass
+            path = f"/v1/sessions/{session_id}"
+            wait_until(lambda: other.get(path).json()["status"] == "busy")
         assert server.stop() == 0
         thread.join()
     assert answers[0].status_code == 200
-    assert answers[0].json()["usage"]["completion_tokens"] == 1000
+    assert answers[0].json()["usage"]["completion_tokens"] == 10_000
     with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
         assert client.get(f"/v1/sessions/{session_id}").json()["turn"] == 1
 
@@ -92,7 +97,10 @@ def test_a_stopping_server_finishes_what_runs(tiny_checkpoint: Path, tmp_path: P
 def test_while_it_drains_it_tells_why_it_takes_nothing(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+    with (
+        server_process(tiny_checkpoint, tmp_path, *LONG_DRAIN) as server,
+        server.client() as client,
+    ):
         session_id = client.post("/v1/sessions").json()["id"]
         body = {"prompt": "a", "max_tokens": 20_000, "ignore_eos": True, "session_id": session_id}
         turn = client.stream("POST", "/v1/completions", json=body | {"stream": True})
@@ -118,7 +126,10 @@ def test_while_it_drains_it_tells_why_it_takes_nothing(
 
 
 def test_a_second_signal_ends_it_at_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+    with (
+        server_process(tiny_checkpoint, tmp_path, *LONG_DRAIN) as server,
+        server.client() as client,
+    ):
         session_id = client.post("/v1/sessions").json()["id"]
         complete(client, session_id=session_id)
         before = client.get(f"/v1/sessions/{session_id}").json()
@@ -131,10 +142,8 @@ def test_a_second_signal_ends_it_at_once(tiny_checkpoint: Path, tmp_path: Path) 
             with server.client() as other:
                 while other.get("/health/ready").status_code == 200:
                     pass
-            started = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             assert server.wait() == 128 + signal.SIGTERM
-            assert time.monotonic() - started < 5
     with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
         after = client.get(f"/v1/sessions/{session_id}").json()
         assert after | {"tier": "device"} == before
