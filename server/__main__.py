@@ -2,6 +2,7 @@
 
 import inspect
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -57,6 +58,7 @@ def serve(**flags: Any) -> None:
 
     Every option can also be set by an environment variable: --data-dir is LATENTD_DATA_DIR.
     """
+    started = time.monotonic()
     try:
         settings = read_settings({k: v for k, v in flags.items() if v is not None})
     except SettingsError as error:
@@ -69,7 +71,7 @@ def serve(**flags: Any) -> None:
     from server.sessions.store import StoreError
 
     try:
-        run(settings)
+        run(settings, started)
     except (CheckpointError, DeviceError, KeyFileError, ServeError, StoreError) as error:
         raise fail(error) from error
 
