@@ -74,7 +74,7 @@ def test_a_model_without_a_compact_form_is_refused_at_the_start(tmp_path: Path) 
     )
     folder = tmp_path / "linear"
     checkpoint.save(folder, config, LanguageModel(config).state_dict(), words, None)
-    arguments = ["serve", "--checkpoint", str(folder), "--data-dir", str(tmp_path / "data")]
+    arguments = ["serve", str(folder), "--data-dir", str(tmp_path / "data")]
     ended = CliRunner().invoke(cli, [*arguments, "--port", "0", "--parking", "compact"])
     assert ended.exit_code == 2
     [line] = ended.stderr.splitlines()
