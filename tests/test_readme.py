@@ -71,6 +71,19 @@ def test_the_tour_works_on_the_default_model(tools: Path, tmp_path: Path) -> Non
     assert "latentd_session_state_bytes" in told
 
 
+def test_the_official_client_holds_a_session_as_its_page_says(tools: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "sessions.md").read_text("utf-8")
+    assert "(docs/sessions.md#with-the-official-client)" in README
+    assert "\n## With the official client\n" in page
+    [program] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    with server_process(PRETRAINED, tmp_path / "data") as server:
+        shown = run(f"python - <<'END'\n{program.replace(LOCAL, server.url)}END\n", tools)
+        with server.client() as client:
+            [session] = client.get("/v1/sessions").json()["data"]
+    assert shown.endswith("\n2 turns\n")
+    assert (session["turn"], session["tokens"] > 80) == (2, True)
+
+
 def test_generate_and_verify_work(tools: Path) -> None:
     [generate] = [block for block in BLOCKS if block.startswith("latentd generate")]
     assert run(generate, tools).startswith("Once upon a time")

@@ -17,7 +17,7 @@ class ServerProcess:
 
     def __init__(self, checkpoint: Path, data_dir: Path, *flags: str) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LATENTD_")}
-        arguments = ["--checkpoint", str(checkpoint), "--data-dir", str(data_dir), "--port", "0"]
+        arguments = [str(checkpoint), "--data-dir", str(data_dir), "--port", "0"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "server", "serve", *arguments, *flags],
             stdout=subprocess.PIPE,

@@ -1,5 +1,6 @@
 """A server's life: what it says, how it ends, and what survives."""
 
+import re
 import signal
 import threading
 from pathlib import Path
@@ -22,9 +23,31 @@ def test_it_tells_its_facts_and_ends_with_status_0(tiny_checkpoint: Path, tmp_pa
         assert f"{model['parameters']:,} parameters" in facts["model"]
         assert f"{model['state_bytes']:,} bytes" in facts["session"]
         assert "cpu" in facts["device"]
+        assert re.fullmatch(r"backend +compiled for \w+( with [\w-]+)?", facts["backend"])
+        assert re.fullmatch(r"listening +http:\S+ +\(ready in \d+\.\d s\)", server.facts[-1])
         assert "64 on the device" in facts["fits"]
         assert (tmp_path / "data" / "sessions.sqlite3").exists()
         assert server.stop() == 0
+
+
+@pytest.mark.long
+def test_only_a_first_start_compiles_and_says_so(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "machine code"))
+    with server_process(tiny_checkpoint, tmp_path) as server:
+        loading, compiling, compiled = server.facts[:3]
+        assert server.stop() == 0
+    assert loading == f"loading    {tiny_checkpoint}"
+    assert compiling.startswith("compiling  machine code for ")
+    seconds = re.fullmatch(r"compiled   in ([\d.]+) s, kept for the next start", compiled)
+    ready = re.search(r"ready in ([\d.]+) s", server.facts[-1])
+    assert seconds is not None
+    assert ready is not None
+    assert 0 < float(seconds[1]) < float(ready[1])
+    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+        assert text_of(client)
+        assert not [line for line in server.facts if "compil" in line.split()[0]]
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
