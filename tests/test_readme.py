@@ -49,6 +49,7 @@ def test_the_two_commands_come_first() -> None:
     assert BLOCKS[1].strip() in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.long
 def test_the_tour_works_on_the_default_model(tools: Path, tmp_path: Path) -> None:
     tour = [block for block in BLOCKS if "127.0.0.1:8000" in block]
     assert len(tour) == 6
@@ -84,6 +85,7 @@ def test_the_official_client_holds_a_session_as_its_page_says(tools: Path, tmp_p
     assert (session["turn"], session["tokens"] > 80) == (2, True)
 
 
+@pytest.mark.long
 def test_generate_and_verify_work(tools: Path) -> None:
     [generate] = [block for block in BLOCKS if block.startswith("latentd generate")]
     assert run(generate, tools).startswith("Once upon a time")
@@ -91,6 +93,7 @@ def test_generate_and_verify_work(tools: Path) -> None:
     assert "FAILED" not in run(verify, tools)
 
 
+@pytest.mark.long
 def test_keys_and_limits_are_used_as_their_page_says(tools: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "keys.md").read_text("utf-8"), re.S)
     lines = [line for block in blocks for line in block.splitlines()]

@@ -93,6 +93,7 @@ def test_generate_tells_when_the_model_makes_no_sense(
     assert "no probabilities" in done.stderr.splitlines()[-1]  # a first run has compiled before
 
 
+@pytest.mark.long
 def test_generate_writes_the_prompt_and_a_text_that_the_seed_decides(
     tiny_checkpoint: Path,
 ) -> None:
@@ -104,6 +105,7 @@ def test_generate_writes_the_prompt_and_a_text_that_the_seed_decides(
     assert re.search(r"\d+ tokens, the first after \d+ ms, [\d,]+ tokens/s", first.stderr)
 
 
+@pytest.mark.long
 def test_verify_accepts_the_reference_and_rejects_anything_else(tmp_path: Path) -> None:
     source = VECTORS / "small.safetensors"
     passed = latentd("verify", source)
@@ -127,6 +129,7 @@ def test_verify_accepts_the_reference_and_rejects_anything_else(tmp_path: Path) 
     assert "missing" in refused("verify", tmp_path / "missing")
 
 
+@pytest.mark.long
 def test_import_checkpoint_makes_a_servable_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = checkpoint.read_config(tiny_checkpoint / "config.json")
     weights = checkpoint.read_weights(tiny_checkpoint / "model.safetensors")
@@ -181,6 +184,7 @@ def test_serve_refuses_a_port_in_use(tiny_checkpoint: Path, tmp_path: Path) -> N
         assert f"127.0.0.1:{port}" in refused("serve", "--port", port, *common)
 
 
+@pytest.mark.long
 def test_serve_refuses_a_foreign_store_and_a_damaged_checkpoint(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ def test_a_session_goes_on_in_the_next_process(
         assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == session["tokens"]
 
 
+@pytest.mark.long
 def test_a_killed_turn_never_happened(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
         session_id = client.post("/v1/sessions").json()["id"]
@@ -94,6 +95,7 @@ def test_a_killed_turn_never_happened(tiny_checkpoint: Path, tmp_path: Path) -> 
         assert text_of(client, session_id=session_id)
 
 
+@pytest.mark.long
 def test_a_stopping_server_finishes_what_runs(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with (
         server_process(tiny_checkpoint, tmp_path, *LONG_DRAIN) as server,
@@ -117,6 +119,7 @@ def test_a_stopping_server_finishes_what_runs(tiny_checkpoint: Path, tmp_path: P
         assert client.get(f"/v1/sessions/{session_id}").json()["turn"] == 1
 
 
+@pytest.mark.long
 def test_while_it_drains_it_tells_why_it_takes_nothing(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -148,6 +151,7 @@ def test_while_it_drains_it_tells_why_it_takes_nothing(
         assert client.get(f"/v1/sessions/{session_id}").json()["turn"] == 1
 
 
+@pytest.mark.long
 def test_a_second_signal_ends_it_at_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with (
         server_process(tiny_checkpoint, tmp_path, *LONG_DRAIN) as server,
@@ -173,6 +177,7 @@ def test_a_second_signal_ends_it_at_once(tiny_checkpoint: Path, tmp_path: Path) 
         assert text_of(client, session_id=session_id)
 
 
+@pytest.mark.long
 def test_a_turn_that_outlasts_the_drain_is_told_and_rolled_back(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

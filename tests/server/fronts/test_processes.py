@@ -21,6 +21,8 @@ from tests.patience import PATIENCE_S, PROGRAM_S, wait_until
 from tests.server.api.calls import BODY, complete, send, stream, streamed_text, text_of
 from tests.server.processes import ServerProcess, server_process
 
+pytestmark = pytest.mark.long
+
 FLAGS = ("--api-workers", "2", "--max-body-bytes", "4000000", "--stall-timeout-s", "1")
 ENDLESS = {"prompt": "a", "max_tokens": 60_000, "stream": True, "ignore_eos": True}
 
