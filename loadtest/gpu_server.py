@@ -80,7 +80,7 @@ def delivered(
 ) -> float:
     """Tokens per second that clients get over SSE from a server of the checkpoint."""
     flags = [
-        *("--checkpoint", str(folder), "--device", device.type, "--dtype", dtype),
+        *(str(folder), "--device", device.type, "--dtype", dtype),
         *("--log-level", "warning", "--max-running", str(streams), "--max-waiting", str(streams)),
         *("--warm-sessions", "0", "--api-workers", str(api_workers)),
     ]

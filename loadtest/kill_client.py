@@ -1,18 +1,18 @@
-"""A client that takes the steps of a script, and sees whatever a session shows to its owner."""
+"""A client that runs the steps of a script."""
 
-import hashlib
+import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-from loadtest.kill_scripts import Create, Delete, Fork, Rewind, Step, Take
+from loadtest.kill_look import Refused, SeenResponse, check, seen_response
+from loadtest.kill_scripts import Begin, Create, Delete, Erase, Fork, Respond, Rewind, Step, Turn
 
-
-class Refused(Exception):
-    """The server did not do what it should have done."""
+POLL_S = 0.02
+"""Between two looks at a response in the background."""
 
 
 @dataclass(frozen=True)
@@ -24,47 +24,25 @@ class Answer:
     session_turn: int | None
     prompt_tokens: int
     completion_tokens: int
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A session as the API shows it, but for its id and the hours."""
-
-    turn: int
-    tokens: int
-    num_checkpoints: int
-    checkpoints: tuple[tuple[int, int, int], ...]
-    """Turn, tokens and bytes of each."""
-
-    parent_turn: int | None
-    status: str
-
-
-World = dict[str, Seen]
-"""A client's sessions by name."""
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A session of the list, with what its metadata tell."""
-
-    id: str
-    client: int
-    life: int
-    name: str
-    facts: dict[str, Any]
+    id: str = field(compare=False)
 
 
 class Client:
-    """Takes steps. Raises Refused, and httpx.TransportError when the server dies."""
+    """Runs steps. Raises Refused, and httpx.TransportError when the server dies."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.life = 0
         """How often it has come to the end of its script."""
 
-        self.ids: dict[str, str] = {}
-        """Of its sessions, by name."""
+        self.sessions: dict[str, str] = {}
+        """Ids by name."""
+
+        self.responses: dict[str, str] = {}
+        """Ids by name, also of one whose end was not seen."""
+
+        self.erased: list[str] = []
+        """Ids of responses that must not be there any more."""
 
         self.on_last_token: Callable[[], object] = lambda: None
         """Called when a stream shows its last token, before its end."""
@@ -73,51 +51,68 @@ class Client:
         """Where the running step is, as far as can be seen from here."""
 
         self.text = ""
-        """What the running turn has said so far."""
+        """What the running step's answer has said so far."""
+
+        self.is_created = False
+        """Whether the running step's response in the background has been acknowledged."""
 
         self.replayed = False
         """Whether the last turn's answer was one that the server had kept."""
 
-    async def take(self, http: httpx.AsyncClient, step: Step, key: str) -> Answer | None:
-        """Take a step; a turn has an answer."""
-        self.phase, self.text, self.replayed = type(step).__name__.lower(), "", False
+    async def run(
+        self, http: httpx.AsyncClient, step: Step, key: str
+    ) -> Answer | SeenResponse | None:
+        """Run a step; a turn and a response have an answer."""
+        self.phase, self.text = type(step).__name__.lower(), ""
+        self.replayed = self.is_created = False
         match step:
             case Create(name):
-                body: dict[str, Any] = {"metadata": self._metadata(name)}
-                self.ids[name] = (await self._post(http, "/v1/sessions", body))["id"]
+                await self._create(http, name, "/v1/sessions", {})
             case Fork(name, source, turn):
-                path = f"/v1/sessions/{self.ids[source]}/fork"
-                body = {"turn": turn, "metadata": self._metadata(name)}
-                self.ids[name] = (await self._post(http, path, body))["id"]
+                path = f"/v1/sessions/{self.sessions[source]}/fork"
+                await self._create(http, name, path, {"turn": turn})
+            case Begin(name, response):
+                body = {"response_id": self.responses[response]}
+                await self._create(http, name, "/v1/sessions", body)
             case Rewind(name, turn):
-                await self._post(http, f"/v1/sessions/{self.ids[name]}/rewind", {"turn": turn})
+                await self._post(http, f"/v1/sessions/{self.sessions[name]}/rewind", {"turn": turn})
             case Delete(name):
-                _check(await http.delete(f"/v1/sessions/{self.ids[name]}"))
-                del self.ids[name]
-            case Take():
+                check(await http.delete(f"/v1/sessions/{self.sessions[name]}"))
+                del self.sessions[name]
+            case Erase(name):
+                check(await http.delete(f"/v1/responses/{self.responses[name]}"))
+                self.erased.append(self.responses.pop(name))
+            case Turn():
                 return await self._turn(http, step, key)
+            case Respond():
+                return await self._respond(http, step)
         return None
 
-    async def _turn(self, http: httpx.AsyncClient, step: Take, key: str) -> Answer:
-        body = {"session_id": self.ids[step.name], "expected_turn": step.turn} | step.body
-        request = http.build_request(
-            "POST", "/v1/completions", json=body, headers={"Idempotency-Key": key}
-        )
+    def notes(self, name: str) -> dict[str, str]:
+        """The metadata of what gets this name."""
+        return {"client": f"{self.number}", "life": f"{self.life}", "name": name}
+
+    async def _create(
+        self, http: httpx.AsyncClient, name: str, path: str, body: dict[str, Any]
+    ) -> None:
+        created = await self._post(http, path, body | {"metadata": self.notes(name)})
+        self.sessions[name] = created["id"]
+
+    async def _turn(self, http: httpx.AsyncClient, step: Turn, key: str) -> Answer:
+        body = {"session_id": self.sessions[step.name], "expected_turn": step.turn} | step.body
         is_stream = bool(step.body.get("stream"))
         self.phase = "prefill" if is_stream else "turn in one piece"
-        response = await http.send(request, stream=True)
-        try:
+        headers = {"Idempotency-Key": key}
+        async with http.stream("POST", "/v1/completions", json=body, headers=headers) as response:
             if response.status_code != 200:
                 await response.aread()
-            _check(response)
+            check(response)
             self.replayed = response.headers.get("Idempotent-Replayed") == "true"
             if not is_stream:
                 return _answer(json.loads(await response.aread()))
-            return await self._read(response, step.body["max_tokens"])
-        finally:
-            await response.aclose()
+            return await self._read_turn(response, step.body["max_tokens"])
 
-    async def _read(self, response: httpx.Response, max_tokens: int) -> Answer:
+    async def _read_turn(self, response: httpx.Response, max_tokens: int) -> Answer:
         """A stream. The event with a reason acknowledges the turn, whatever happens after it."""
         answer = None
         try:
@@ -136,56 +131,67 @@ class Client:
             raise Refused("the stream ended without a reason")
         return answer
 
+    async def _respond(self, http: httpx.AsyncClient, step: Respond) -> SeenResponse:
+        body = step.body | {"metadata": self.notes(step.name)}
+        if step.previous is not None:
+            body["previous_response_id"] = self.responses[step.previous]
+        if step.body.get("stream"):
+            found = await self._stream_response(http, step, body)
+        else:
+            self.phase = "background creation" if step.is_background else "response in one piece"
+            found = await self._post(http, "/v1/responses", body)
+            self._note_created(step, found["id"])
+        path = f"/v1/responses/{self.responses[step.name]}"
+        if step.is_cancelled:
+            self.phase = "cancel"
+            found = await self._post(http, f"{path}/cancel", {})
+        while found["status"] == "in_progress":
+            await asyncio.sleep(POLL_S)
+            found = check(await http.get(path)).json()
+        return seen_response(found)
+
+    async def _stream_response(
+        self, http: httpx.AsyncClient, step: Respond, body: dict[str, Any]
+    ) -> Any:
+        """The response as its last event has it; of one to be cancelled, after the first text."""
+        where = "background" if step.is_background else "response"
+        self.phase = f"{where} prefill"
+        found, num_tokens = None, 0
+        async with http.stream("POST", "/v1/responses", json=body) as response:
+            if response.status_code != 200:
+                await response.aread()
+            check(response)
+            try:
+                async for event in _events(response):
+                    if event["type"] == "response.created":
+                        self._note_created(step, event["response"]["id"])
+                    elif event["type"] == "response.output_text.delta":
+                        self.phase = f"{where} decode"
+                        self.text += event["delta"]
+                        num_tokens += len(event["logprobs"])
+                        if step.is_cancelled:
+                            return {"status": "in_progress"}
+                        if num_tokens == step.body["max_output_tokens"]:
+                            self.phase = f"{where} commit"
+                            self.on_last_token()
+                    elif event["type"] in ("response.completed", "response.incomplete"):
+                        found = event["response"]
+            except httpx.TransportError:
+                if found is None:
+                    raise
+        if found is None:
+            raise Refused("the stream ended without a response")
+        if seen_response(found).text != self.text:
+            raise Refused(f"the stream said {self.text!r}, its end {found}")
+        return found
+
+    def _note_created(self, step: Respond, response_id: str) -> None:
+        self.responses[step.name] = response_id
+        if step.is_background:
+            self.is_created, self.phase = True, "background"
+
     async def _post(self, http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Any:
-        return _check(await http.post(path, json=body)).json()
-
-    def _metadata(self, name: str) -> dict[str, str]:
-        return {"client": f"{self.number}", "life": f"{self.life}", "name": name}
-
-
-async def list_sessions(http: httpx.AsyncClient) -> list[Listed]:
-    """All that the server has."""
-    found: list[Listed] = []
-    page: dict[str, Any] = {"has_more": True, "last_id": None}
-    while page["has_more"]:
-        after = {} if page["last_id"] is None else {"after": page["last_id"]}
-        page = _check(await http.get("/v1/sessions", params={"limit": 100} | after)).json()
-        for facts in page["data"]:
-            told = facts["metadata"]
-            listed = Listed(
-                facts["id"], int(told["client"]), int(told["life"]), told["name"], facts
-            )
-            found.append(listed)
-    return found
-
-
-async def look(http: httpx.AsyncClient, sessions: Sequence[Listed], life: int) -> World:
-    """What a client's sessions are; one of another life of the client gets a name of its own."""
-    world = World()
-    for session in sessions:
-        response = _check(await http.get(f"/v1/sessions/{session.id}/turns"))
-        facts, kept = session.facts, response.json()["data"]
-        name = session.name if session.life == life else f"{session.name} of life {session.life}"
-        world[name] = Seen(
-            turn=facts["turn"],
-            tokens=facts["tokens"],
-            num_checkpoints=facts["checkpoints"],
-            checkpoints=tuple((c["turn"], c["tokens"], c["bytes"]) for c in kept),
-            parent_turn=None if facts["parent"] is None else facts["parent"]["turn"],
-            status=facts["status"],
-        )
-    return world
-
-
-async def state_digest(http: httpx.AsyncClient, session_id: str) -> str:
-    """Digest of an exported state: the facts of its header, whatever their order, and its bits."""
-    response = await http.get(f"/v1/sessions/{session_id}/state")
-    if response.status_code == 404:
-        return "nothing"  # before the first turn
-    blob = _check(response).content
-    end = 8 + int.from_bytes(blob[:8], "little")
-    header = json.dumps(json.loads(blob[8:end]), sort_keys=True)
-    return hashlib.sha256(header.encode() + blob[end:]).hexdigest()
+        return check(await http.post(path, json=body)).json()
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[Any]:
@@ -205,10 +211,5 @@ def _answer(completion: Any, text: str | None = None) -> Answer:
         session_turn=completion["session_turn"],
         prompt_tokens=usage["prompt_tokens"],
         completion_tokens=usage["completion_tokens"],
+        id=completion["id"],
     )
-
-
-def _check(response: httpx.Response) -> httpx.Response:
-    if not response.is_success:
-        raise Refused(f"{response.status_code}: {response.text}")
-    return response

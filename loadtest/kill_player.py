@@ -1,26 +1,33 @@
 """A client whose server is killed again and again, and what it holds against its server."""
 
 import asyncio
-from collections import Counter
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import httpx
 
-from loadtest.kill_client import (
-    Answer,
-    Client,
+from loadtest.kill_client import Answer, Client
+from loadtest.kill_look import (
+    INTERRUPTED,
     Listed,
     Refused,
+    SeenResponse,
+    SeenSession,
     World,
+    check,
+    judge,
     list_sessions,
-    look,
+    look_at_responses,
+    look_at_sessions,
+    response_digest,
     state_digest,
 )
-from loadtest.kill_scripts import Step, Take
+from loadtest.kill_scripts import Respond, Step, Turn
+from loadtest.kill_tally import Tally
 
-Verdict = Literal["as acknowledged", "committed", "lost", "half applied"]
+MOST_ERASED = 20
+"""Of a client's responses that were erased, so many are asked for again after a kill; the last."""
 
 
 @dataclass(frozen=True)
@@ -30,34 +37,9 @@ class Scene:
     step: Step
     before: World
     after: World
-    answer: Answer | None
+    answer: Answer | SeenResponse | None
     digests: dict[str, str]
-    """Of the states of the sessions after it."""
-
-
-@dataclass
-class Tally:
-    """What happened, and everything that should not have."""
-
-    kills: Counter[str] = field(default_factory=Counter)
-    """Kills that hit at least one step in this phase, or none at all."""
-
-    hits: Counter[str] = field(default_factory=Counter)
-    """Steps that were in this phase when the server was killed."""
-
-    acknowledged: Counter[str] = field(default_factory=Counter)
-    in_flight: Counter[str] = field(default_factory=Counter)
-    committed: Counter[str] = field(default_factory=Counter)
-    """Of those in flight, steps that were found to have taken place."""
-
-    replays: int = 0
-    states_compared: int = 0
-    problems: list[tuple[str, str]] = field(default_factory=list)
-    """Kind and story of each."""
-
-    def count(self, kind: str) -> int:
-        """Problems of this kind."""
-        return sum(kind == found for found, _ in self.problems)
+    """Of the states of sessions and responses after it."""
 
 
 @dataclass(frozen=True)
@@ -75,33 +57,34 @@ class Moment:
     """Phases of the steps in flight when the server was killed."""
 
 
-def judge(before: World, after: World, seen: World) -> Verdict:
-    """What became of a step; `after` is the same as `before` if none was in flight."""
-    if seen == before:
-        return "as acknowledged"
-    if seen == after:
-        return "committed"
-    for name in before.keys() & after.keys():
-        if name not in seen or seen[name].turn < min(before[name].turn, after[name].turn):
-            return "lost"
-    return "half applied"
-
-
 async def rehearse(http: httpx.AsyncClient, number: int, steps: Sequence[Step]) -> list[Scene]:
-    """Take the steps of a client on a server that nobody kills."""
-    client, scenes, before = Client(number), list[Scene](), World()
+    """Run the steps of a client on a server that nobody kills."""
+    client, scenes, before, digests = Client(number), list[Scene](), World(), dict[str, str]()
     for index, step in enumerate(steps):
-        answer = await client.take(http, step, f"{index}")
+        answer = await client.run(http, step, f"{index}")
         listed = [session for session in await list_sessions(http) if session.client == number]
-        after = await look(http, listed, client.life)
-        digests = {session.name: await state_digest(http, session.id) for session in listed}
+        sessions = await look_at_sessions(http, listed, client.life)
+        responses = await look_at_responses(http, client.responses)
+        known = {name: digests[name] for name in responses if name in digests}
+        new = await _digests(http, client, [*sessions, *(responses.keys() - known.keys())])
+        digests = known | new
+        after: World = {**sessions, **responses}
         scenes.append(Scene(step, before, after, answer, digests))
         before = after
     return scenes
 
 
+async def _digests(http: httpx.AsyncClient, client: Client, names: Sequence[str]) -> dict[str, str]:
+    return {
+        name: await state_digest(http, client.sessions[name])
+        if name in client.sessions
+        else await response_digest(http, client.responses[name], client.notes("probe"))
+        for name in names
+    }
+
+
 class Player:
-    """Takes the steps of its scenes from first to last and then anew, from server to server."""
+    """Runs the steps of its scenes from first to last and then anew, from server to server."""
 
     def __init__(self, number: int, scenes: Sequence[Scene], tally: Tally) -> None:
         self._scenes = scenes
@@ -110,18 +93,21 @@ class Player:
         self._index = 0
         self._in_flight = False
         self._found = False
-        """Whether the turn to take was found to be committed, and must be replayed."""
+        """Whether the turn to run was found to be committed, and must be replayed."""
+
+        self._last_turn: Answer | None = None
+        """The answer of the step before, if that was a turn."""
 
         self._is_out = False
         """Something was wrong: it takes no more part."""
 
     async def play(self, http: httpx.AsyncClient, moment: Moment) -> None:
-        """Take steps until the server is killed."""
+        """Run steps until the server is killed."""
         self._client.on_last_token = moment.last_token.set
         while not moment.killed.is_set() and not self._is_out:
             self._in_flight = True
             try:
-                answer = await self._client.take(http, self._scene.step, self._key)
+                answer = await self._client.run(http, self._scene.step, self._key)
             except httpx.TransportError as error:
                 if not moment.killed.is_set():
                     self._problem("refused", repr(error))
@@ -135,36 +121,103 @@ class Player:
                 self._note_answer(answer)
 
     async def check(
-        self, http: httpx.AsyncClient, sessions: Sequence[Listed], compare: Sequence[str]
+        self,
+        http: httpx.AsyncClient,
+        sessions: Sequence[Listed],
+        share: float,
+        chance: random.Random,
     ) -> None:
-        """See whether a new server has what it must have; `compare` names states to export."""
+        """See whether a new server has what it must have, and this share of the states."""
         if self._is_out:
             return
-        scene = self._scene
-        seen = await look(http, sessions, self._client.life)
+        try:
+            await self._check(http, sessions, share, chance)
+        except Refused as error:
+            self._problem("refused", str(error))
+
+    async def _check(
+        self,
+        http: httpx.AsyncClient,
+        sessions: Sequence[Listed],
+        share: float,
+        chance: random.Random,
+    ) -> None:
+        client, scene = self._client, self._scene
+        erased = {f"erased {id}": id for id in client.erased[-MOST_ERASED:]}
+        seen: World = {**await look_at_sessions(http, sessions, client.life)}
+        seen |= await look_at_responses(http, client.responses | erased)
+        client.sessions = {session.name: session.id for session in sessions}
+        if self._in_flight and client.is_created:
+            await self._check_background(http, scene.step.name, seen)
+        for name in client.responses.keys() - seen.keys():
+            client.erased.append(client.responses.pop(name))
         before = scene.after if self._found else scene.before
         verdict = judge(before, scene.after if self._in_flight else before, seen)
         if verdict in ("lost", "half applied"):
             self._problem(verdict, f"{seen} after {before}; in flight: {self._in_flight}")
             return
-        self._client.ids = {session.name: session.id for session in sessions}
         is_after = self._found or verdict == "committed"
         digests = scene.digests if is_after else self._scenes[self._index - 1].digests
-        for name in self._client.ids.keys() & set(compare):
-            self._tally.states_compared += 1
-            if await state_digest(http, self._client.ids[name]) != digests[name]:
+        names = [name for name in sorted(seen) if chance.random() < share]
+        for name, digest in (await _digests(http, client, names)).items():
+            if digest != digests[name]:
                 self._problem("wrong state", f"{name}: {seen[name]}")
+        for one in seen.values():
+            self._tally.verified["sessions" if isinstance(one, SeenSession) else "responses"] += 1
+        self._tally.verified["erased responses"] += len(erased)
+        self._tally.verified["states"] += len(names)
         if verdict == "committed":
             self._tally.committed[self._kind] += 1
-            if isinstance(scene.step, Take):
+            if isinstance(scene.step, Turn):
                 self._found = True
             else:
                 self._advance()
+        elif self._last_turn is not None and not self._found:
+            await self._replay(http, self._last_turn)
         self._in_flight = False
+
+    async def _check_background(self, http: httpx.AsyncClient, name: str, seen: World) -> None:
+        """Its creation was acknowledged: it is there, whole or as failed. The latter is erased."""
+        if name not in seen:
+            self._problem("lost", f"background {name} is not there")
+        elif seen[name] == INTERRUPTED:
+            response_id = self._client.responses[name]
+            if await response_digest(http, response_id, self._client.notes("probe")) != "nothing":
+                self._problem("half applied", f"interrupted {name} has a state")
+            check(await http.delete(f"/v1/responses/{response_id}"))
+            self._tally.interrupted += 1
+            del seen[name]
+
+    async def _replay(self, http: httpx.AsyncClient, last: Answer) -> None:
+        """Run the turn before again: its answer was kept."""
+        step, key = self._scenes[self._index - 1].step, f"{self._client.life}/{self._index - 1}"
+        answer = await self._client.run(http, step, key)
+        self._tally.replays += 1
+        is_same = isinstance(answer, Answer) and (answer, answer.id) == (last, last.id)
+        if not (is_same and self._client.replayed):
+            self._problem("wrong replay", f"{answer}, not {last}")
 
     @property
     def number(self) -> int:
         return self._client.number
+
+    @property
+    def responses(self) -> Iterable[str]:
+        """Ids of those that must be there."""
+        return self._client.responses.values()
+
+    @property
+    def erased(self) -> Iterable[str]:
+        """Ids of responses that must not be there any more."""
+        return self._client.erased
+
+    def answers(self) -> dict[str, SeenResponse]:
+        """What all of its responses must be, by name."""
+        return {
+            scene.step.name: scene.answer
+            for scene in self._scenes
+            if isinstance(scene.answer, SeenResponse)
+        }
 
     @property
     def _scene(self) -> Scene:
@@ -172,34 +225,43 @@ class Player:
 
     @property
     def _kind(self) -> str:
-        return "turns" if isinstance(self._scene.step, Take) else "other steps"
+        match self._scene.step:
+            case Turn():
+                return "turns"
+            case Respond() as step:
+                return "background responses" if step.is_background else "responses"
+            case _:
+                return "other steps"
 
     @property
     def _key(self) -> str:
         return f"{self._client.life}/{self._index}"
 
-    def _note_answer(self, answer: Answer | None) -> None:
+    def _note_answer(self, answer: Answer | SeenResponse | None) -> None:
         self._tally.acknowledged[self._kind] += 1
         self._tally.replays += self._client.replayed
         if answer != self._scene.answer:
             self._problem("wrong text", f"{answer}, not {self._scene.answer}")
         if self._client.replayed != self._found:
             self._problem("half applied", f"replayed: {self._client.replayed}")
-        self._advance()
+        self._advance(answer if isinstance(answer, Answer) else None)
 
     def _note_hit(self) -> None:
         self._tally.hits[self._client.phase] += 1
         if not self._found:
             self._tally.in_flight[self._kind] += 1
-        expected = self._scene.answer
-        if expected is not None and not expected.text.startswith(self._client.text):
+        step, expected = self._scene.step, self._scene.answer
+        if expected is None or (isinstance(step, Respond) and step.is_cancelled):
+            return  # what a cancelled response had said is kept nowhere
+        if not expected.text.startswith(self._client.text):
             self._problem("wrong text", f"{self._client.text!r}, not {expected.text!r}")
 
-    def _advance(self) -> None:
-        self._found = False
+    def _advance(self, answer: Answer | None = None) -> None:
+        """To the next step; `answer` if this one was a turn that was seen to its end."""
+        self._found, self._last_turn = False, answer
         self._index += 1
         if self._index == len(self._scenes):
-            self._index = 0
+            self._index, self._last_turn = 0, None
             self._client.life += 1
 
     def _problem(self, kind: str, story: str) -> None:

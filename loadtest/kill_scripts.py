@@ -1,4 +1,4 @@
-"""What the clients of `kill_sessions` do: scripts that depend on nothing but a seed."""
+"""What the clients of `loadtest.kill` do: scripts that depend on nothing but a seed."""
 
 import random
 from collections.abc import Iterator
@@ -8,8 +8,11 @@ from typing import Any
 KEEP_TURNS = 4
 """Of the servers, so that turns also erase checkpoints."""
 
-MAIN, FORK = "main", "fork"
-"""Names of a client's sessions; each has at most these two at a time."""
+MAIN, FORK, BEGUN = "main", "fork", "begun"
+"""Names of a client's sessions; the last one begins at a response."""
+
+ENDLESS = 50_000
+"""Tokens of a response that is cancelled: more than it ever comes to."""
 
 TEXT = "the cat sat on a mat and then it saw two small dogs who ran to see an old red hat"
 WORDS = TEXT.split()
@@ -22,8 +25,8 @@ class Create:
 
 
 @dataclass(frozen=True)
-class Take:
-    """A turn; `body` is what is asked for, without the session."""
+class Turn:
+    """`body` is what is asked for, without the session."""
 
     name: str
     turn: int
@@ -52,7 +55,36 @@ class Delete:
     name: str
 
 
-Step = Create | Take | Rewind | Fork | Delete
+@dataclass(frozen=True)
+class Respond:
+    """A stored response that goes on from a previous one or from nothing."""
+
+    name: str
+    previous: str | None
+    body: dict[str, Any]
+    is_cancelled: bool = False
+
+    @property
+    def is_background(self) -> bool:
+        return bool(self.body.get("background"))
+
+
+@dataclass(frozen=True)
+class Begin:
+    """A session that begins where a response ended."""
+
+    name: str
+    response: str
+
+
+@dataclass(frozen=True)
+class Erase:
+    """The end of a stored response."""
+
+    name: str
+
+
+Step = Create | Turn | Rewind | Fork | Delete | Respond | Begin | Erase
 
 
 @dataclass
@@ -63,7 +95,7 @@ class _Outline:
     kept: dict[int, bool] = field(default_factory=lambda: {0: False})
     """Turns that can be gone back to; whether an empty prompt goes on from there."""
 
-    def taken(self, goes_on: bool) -> None:
+    def advance(self, goes_on: bool) -> None:
         self.turn += 1
         self.kept[self.turn] = goes_on
         for turn in [t for t in self.kept if 0 < t <= self.turn - KEEP_TURNS]:
@@ -75,11 +107,20 @@ class _Outline:
 
 
 def script(seed: int, client: int) -> list[Step]:
-    """All that a client does from the creation of its session to the end of the last one."""
-    return list(_steps(random.Random(f"{seed}/{client}")))
+    """All that a client does from the creation of its first session to the end of the last one."""
+    chance = random.Random(f"{seed}/{client}")
+    parts, steps = [_sessions(chance), _responses(chance)], list[Step]()
+    while parts:
+        part = chance.choice(parts)
+        step = next(part, None)
+        if step is None:
+            parts.remove(part)
+        else:
+            steps.append(step)
+    return steps
 
 
-def _steps(chance: random.Random) -> Iterator[Step]:
+def _sessions(chance: random.Random) -> Iterator[Step]:
     sessions = {MAIN: _Outline()}
 
     def turns(fewest: int, most: int) -> Iterator[Step]:
@@ -109,14 +150,46 @@ def _steps(chance: random.Random) -> Iterator[Step]:
             yield from turns(1, 2)
 
 
-def _turn(chance: random.Random, name: str, session: _Outline) -> Take:
-    body: dict[str, Any] = {
-        "prompt": " ".join(chance.choices(WORDS, k=chance.randint(1, 30))),
-        "max_tokens": chance.randint(5, 60),
-        "seed": chance.getrandbits(63),
-        "temperature": chance.choice((0.0, 0.7, 1.0, 1.6)),
-        "ignore_eos": chance.random() < 0.8,
-    }
+def _responses(chance: random.Random) -> Iterator[Step]:
+    """A tree of responses, of which some are erased early, and a session that begins at one."""
+    names, usable = list[str](), list[str]()
+    for number in range(chance.randint(5, 8)):
+        previous = chance.choice([None, *usable, *usable[-1:]])
+        step = _response(chance, f"response {number}", previous)
+        yield step
+        names.append(step.name)
+        if not step.is_cancelled:
+            usable.append(step.name)
+        if len(names) > 2 and chance.random() < 0.3:
+            erased = names.pop(chance.randrange(len(names)))
+            usable = [name for name in usable if name != erased]
+            yield Erase(erased)
+    if usable:
+        begun = _Outline(1, {1: False})
+        yield Begin(BEGUN, chance.choice(usable))
+        for _ in range(chance.randint(1, 3)):
+            yield _turn(chance, BEGUN, begun)
+        yield Delete(BEGUN)
+    for name in chance.sample(names, len(names)):
+        yield Erase(name)
+
+
+def _response(chance: random.Random, name: str, previous: str | None) -> Respond:
+    text = " ".join(chance.choices(WORDS, k=chance.randint(1, 30)))
+    body = _sampling(chance) | {"input": text, "max_output_tokens": chance.randint(5, 60)}
+    is_cancelled = chance.random() < 0.15
+    if is_cancelled:
+        body |= {"max_output_tokens": ENDLESS, "ignore_eos": True, "stop": None}
+    if is_cancelled or chance.random() < 0.4:
+        body["background"] = True
+    if chance.random() < 0.6:
+        body |= {"stream": True, "include": ["message.output_text.logprobs"]}
+    return Respond(name, previous, body, is_cancelled)
+
+
+def _turn(chance: random.Random, name: str, session: _Outline) -> Turn:
+    text = " ".join(chance.choices(WORDS, k=chance.randint(1, 30)))
+    body = _sampling(chance) | {"prompt": text, "max_tokens": chance.randint(5, 60)}
     kind = chance.random()
     if kind < 0.25 and session.kept[session.turn]:
         body["prompt"] = ""
@@ -124,14 +197,23 @@ def _turn(chance: random.Random, name: str, session: _Outline) -> Take:
         body["prompt"] = " ".join(chance.choices(WORDS, k=chance.randint(100, 1000)))
     elif kind < 0.35:
         body["max_tokens"] = 0
+    if chance.random() < 0.7:
+        body |= {"stream": True, "stream_options": {"continuous_usage_stats": True}}
+    turn = Turn(name, session.turn, body)
+    session.advance(body["ignore_eos"] and "stop" not in body and body["max_tokens"] > 0)
+    return turn
+
+
+def _sampling(chance: random.Random) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "seed": chance.getrandbits(63),
+        "temperature": chance.choice((0.0, 0.7, 1.0, 1.6)),
+        "ignore_eos": chance.random() < 0.8,
+    }
     if chance.random() < 0.4:
         body |= {"presence_penalty": 0.6, "frequency_penalty": 0.3, "repetition_penalty": 1.2}
     if chance.random() < 0.3:
         body |= {"top_p": 0.9, "top_k": 50}
     if chance.random() < 0.15:
         body["stop"] = chance.choice(STOPS)
-    if chance.random() < 0.7:
-        body |= {"stream": True, "stream_options": {"continuous_usage_stats": True}}
-    take = Take(name, session.turn, body)
-    session.taken(body["ignore_eos"] and "stop" not in body and body["max_tokens"] > 0)
-    return take
+    return body

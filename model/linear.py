@@ -79,13 +79,23 @@ class PackedLinear(nn.Module):
         return y
 
 
-def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `PackedLinear` works for a network on this device, found out by doing it."""
+def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
+    """Why `PackedLinear` does not work for a network on this device, found out by running it.
+
+    Empty if it does.
+    """
     if device.type != "cpu" or dtype != torch.float32:
-        return False
+        return "only float32 networks on a CPU are compiled"
     weight, x = torch.ones(2, 3), torch.ones(1, 3)
     try:
-        return torch.equal(PackedLinear(weight, None, "float32")(x), F.linear(x, weight))
-    except Exception as error:  # Numba is missing, or this machine is none that it knows
-        log.warning("nothing is compiled for this CPU, steps will be slower: %s", error)
-        return False
+        from model.cpu.compilation import can_fuse
+
+        if not can_fuse():
+            return "the processor has no fused multiply-add"
+        if torch.equal(PackedLinear(weight, None, "float32")(x), F.linear(x, weight)):
+            return ""
+        reason = "compiled code gives wrong results"
+    except Exception as error:  # Numba is missing, or does not know this machine
+        reason = f"Numba: {error}"
+    log.warning("nothing is compiled for this CPU, steps will be slower: %s", reason)
+    return reason

@@ -17,7 +17,7 @@ from model import WeightDtype, kernels
 from model.attention import CHUNK, EMPTY, Attention, AttentionState, absorb, chunked, step
 from model.config import ModelConfig
 from model.decoding import Decoder, DirectDecoder
-from model.linear import NarrowLinear, PackedLinear, can_compile
+from model.linear import NarrowLinear, PackedLinear, why_not_compiled
 from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
 
 if TYPE_CHECKING:
@@ -186,6 +186,8 @@ class LanguageModel(nn.Module):
         self._unembed: NarrowLinear | PackedLinear | None = None
         self._compiled: CompiledNetwork | None = None
         self._fused: FusedNetwork | None = None
+        self.backend = "plain torch"
+        """What prefill and step run as and, once packed, why; in words."""
 
     def pack(self, dtype: WeightDtype = "float32") -> "LanguageModel":
         """Make the network one that only serves: weights in this dtype, in the order of reading.
@@ -193,15 +195,21 @@ class LanguageModel(nn.Module):
         On a CPU it is compiled, on a GPU it becomes Triton kernels. It computes the same as before
         but for the rounding of weights, has no gradients, and cannot be saved.
         """
-        if can_compile(self.device, self.embed.weight.dtype):
+        reason = why_not_compiled(self.device, self.embed.weight.dtype)
+        if not reason:
             self._unembed = unembed = self._narrow(PackedLinear, dtype)
+            from model.cpu.compilation import target
             from model.cpu.serving import CompiledNetwork
 
             self._compiled = CompiledNetwork(self, unembed)
+            self.backend = f"compiled for {target()}"
         elif self.device.type == "cuda" and kernels.is_available():
             self.fuse(dtype)
-        elif dtype != "float32":
-            self._unembed = self._narrow(NarrowLinear, dtype)
+        else:
+            missing = "Triton is not installed" if self.device.type == "cuda" else reason
+            self.backend = f"plain torch ({missing})"
+            if dtype != "float32":
+                self._unembed = self._narrow(NarrowLinear, dtype)
         return self
 
     def fuse(self, dtype: WeightDtype = "float32") -> "LanguageModel":
@@ -210,6 +218,7 @@ class LanguageModel(nn.Module):
 
         self._unembed = unembed = self._narrow(NarrowLinear, dtype)
         self._fused = FusedNetwork(self, unembed)
+        self.backend = "Triton kernels"
         return self
 
     def _narrow(self, kind: type[Narrow], dtype: WeightDtype) -> Narrow:
@@ -225,13 +234,6 @@ class LanguageModel(nn.Module):
     def is_compiled(self) -> bool:
         """Whether prefill and step run as compiled code."""
         return self._compiled is not None
-
-    @property
-    def way(self) -> str:
-        """What prefill and step run as, in words."""
-        if self._fused is not None:
-            return "Triton kernels"
-        return "compiled" if self.is_compiled else "plain torch"
 
     @property
     def weight_bytes(self) -> int:

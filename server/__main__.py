@@ -2,18 +2,20 @@
 
 import inspect
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from model import PRETRAINED, WeightDtype
 from server.cli import keys, session
 from server.cli.failure import fail
-from server.settings import Settings, SettingsError, read_settings
+from server.settings import Group, Settings, SettingsError, read_settings
 
 app = typer.Typer(
     help="An inference server for language models whose memory does not grow.",
@@ -24,41 +26,61 @@ app = typer.Typer(
 app.add_typer(session.app, name="session")
 app.add_typer(keys.app, name="keys")
 
+Folder = Annotated[
+    Path, typer.Option(help="Folder of the model.", show_default="the one in this package")
+]
+
 
 def main() -> None:
     """Entry point of `latentd`."""
     app()
 
 
-def _flags_from_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give the command one option per field of Settings, unset unless given."""
-    options = []
+def _parameters_from_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give the command the model as its argument and one option per other field of Settings.
+
+    All are unset unless given, so that the environment counts. A default stands in the help text.
+    """
+    groups = list(Group)
+    parameters = []
     for name, field in Settings.model_fields.items():
+        [group] = (each for each in field.metadata if isinstance(each, Group))
         kind: Any = field.annotation
         kind = list[str] if kind == tuple[str, ...] else kind
-        default = "" if field.default in (None, ()) else str(field.default)
-        option = typer.Option(help=field.description, show_default=default or False)
-        options.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[kind | None, option],
-            )
+        choices = [each for each in (kind, *get_args(kind)) if get_origin(each) is Literal]
+        facts = [" | ".join(get_args(each)) for each in choices]
+        if field.default not in (None, "", (), PRETRAINED):
+            facts.append(f"default: {field.default}")
+        text = escape(field.description or "")
+        if facts:
+            text += f" [dim]{escape('[' + '; '.join(facts) + ']')}[/dim]"
+        info: Any
+        if name == "checkpoint":
+            info = typer.Argument(metavar="MODEL", help=text, show_default=False)
+        else:
+            info = typer.Option(help=text, show_default=False, metavar="", rich_help_panel=group)
+        parameter = inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[kind | None, info],
         )
-    command.__dict__["__signature__"] = inspect.Signature(options)
+        parameters.append((groups.index(group), parameter))
+    parameters.sort(key=lambda pair: pair[0])
+    command.__dict__["__signature__"] = inspect.Signature([each for _, each in parameters])
     return command
 
 
 @app.command()
-@_flags_from_settings
-def serve(**flags: Any) -> None:
+@_parameters_from_settings
+def serve(**given: Any) -> None:
     """Serve a model over HTTP until SIGTERM or Ctrl-C.
 
-    Every option can also be set by an environment variable: --data-dir is LATENTD_DATA_DIR.
+    Environment variables do the same: LATENTD_DATA_DIR is --data-dir, LATENTD_CHECKPOINT is MODEL.
     """
+    started = time.monotonic()
     try:
-        settings = read_settings({k: v for k, v in flags.items() if v is not None})
+        settings = read_settings({k: v for k, v in given.items() if v is not None})
     except SettingsError as error:
         raise fail(error) from error
     from model.checkpoint import CheckpointError
@@ -69,7 +91,7 @@ def serve(**flags: Any) -> None:
     from server.sessions.store import StoreError
 
     try:
-        run(settings)
+        run(settings, started)
     except (CheckpointError, DeviceError, KeyFileError, ServeError, StoreError) as error:
         raise fail(error) from error
 
@@ -122,7 +144,7 @@ def chat(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    checkpoint: Annotated[Path, typer.Option(help="Folder of the model.")] = PRETRAINED,
+    checkpoint: Folder = PRETRAINED,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, max=10, help="0: always the likeliest.")] = (
         0.7
@@ -196,7 +218,7 @@ def verify(
 @app.command("inspect")
 def inspect_state(
     file: Annotated[Path, typer.Argument(help="Exported state of a session.")],
-    checkpoint: Annotated[Path, typer.Option(help="Folder of the model.")] = PRETRAINED,
+    checkpoint: Folder = PRETRAINED,
 ) -> None:
     """Tell what is in an exported state, and whether a server of the model would import it.
 

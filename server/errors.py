@@ -48,6 +48,13 @@ class InvalidRequest(LatentdError):
         )
 
 
+class NeedsStream(InvalidRequest):
+    """A parameter that has a meaning for streams only, in a request without one."""
+
+    def __init__(self, param: str) -> None:
+        super().__init__(f"{param} needs stream: true", param)
+
+
 class NotFound(InvalidRequest):
     """What the request names does not exist."""
 

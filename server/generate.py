@@ -2,11 +2,12 @@
 
 import queue
 import sys
+from functools import partial
 from pathlib import Path
 
-from model import WeightDtype, checkpoint
+from model import WeightDtype
 from model.sampling import SamplingParams
-from server.engine.device import choose_device, choose_dtype, choose_threads
+from server.engine.device import choose_device, choose_dtype, choose_threads, load
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import (
     Continuation,
@@ -39,7 +40,8 @@ def generate(
     Raises CheckpointError, DeviceError and GenerateError.
     """
     device, _ = choose_device(device_name)
-    loaded = checkpoint.load(folder, device, choose_dtype(dtype, device))
+    report = partial(print, file=sys.stderr, flush=True)
+    loaded = load(folder, device, choose_dtype(dtype, device), report)
     choose_threads(threads, loaded.network)
     bos = loaded.network.config.bos_token_id
     token_ids = (*([] if bos is None else [bos]), *loaded.tokenizer.encode(prompt))

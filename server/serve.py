@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -17,7 +18,7 @@ from model.checkpoint import Checkpoint
 from server.api.app import create_app, drain
 from server.api.conversation import TemplateFault
 from server.connections import uvicorn_config
-from server.engine.device import choose_device, choose_dtype, choose_threads
+from server.engine.device import choose_device, choose_dtype, choose_threads, load
 from server.fronts.carrier import App
 from server.fronts.keeper import FrontFailed, Keeper
 from server.keys import KeyFileError, read_keys
@@ -33,8 +34,8 @@ class ServeError(Exception):
     """The server cannot start; one line says why."""
 
 
-def serve(settings: Settings) -> None:
-    """Run a server until SIGTERM or SIGINT.
+def serve(settings: Settings, started: float) -> None:
+    """Run a server until SIGTERM or SIGINT. `started` is when the start began (monotonic).
 
     Raises ServeError, CheckpointError, DeviceError, StoreError and KeyFileError before it
     has started.
@@ -48,16 +49,17 @@ def serve(settings: Settings) -> None:
         listeners = [stack.enter_context(_bind(settings.host, settings.port))]
         if settings.api_workers > 1:
             listeners = _share(listeners[0], settings.api_workers, stack)
-        _serve_on(listeners, settings)
+        _serve_on(listeners, settings, started)
 
 
-def _serve_on(listeners: Sequence[socket.socket], settings: Settings) -> None:
+def _serve_on(listeners: Sequence[socket.socket], settings: Settings, started: float) -> None:
     device, device_reason = choose_device(settings.device)
-    print(f"loading    {settings.checkpoint}; a first start also compiles code", flush=True)
-    loaded = checkpoint.load(settings.checkpoint, device, choose_dtype(settings.dtype, device))
+    report = partial(print, flush=True)
+    report(f"loading    {settings.checkpoint}")
+    loaded = load(settings.checkpoint, device, choose_dtype(settings.dtype, device), report)
     device_reason += f", {choose_threads(settings.threads, loaded.network)}"
     store = SQLiteStore(settings.data_dir / STORE_FILE, settings.durability)
-    print(_facts(settings, loaded, device_reason), flush=True)
+    report(_facts(settings, loaded, device_reason))
     try:
         app = create_app(settings, loaded, store)
     except TemplateFault as error:
@@ -69,9 +71,10 @@ def _serve_on(listeners: Sequence[socket.socket], settings: Settings) -> None:
     config = uvicorn_config(app, settings, LAST_BYTES_S)
     try:
         if settings.api_workers == 1:
-            _Server(config, partial(drain, app)).run(list(listeners))
+            _Server(config, partial(drain, app), started).run(list(listeners))
         else:
-            _FrontedServer(config, partial(drain, app), app, settings).run(list(listeners))
+            fronted = _FrontedServer(config, partial(drain, app), started, app, settings)
+            fronted.run(list(listeners))
     except FrontFailed as error:
         raise ServeError(str(error)) from error
 
@@ -83,10 +86,14 @@ class _Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, drain: Callable[[], Coroutine[None, None, None]]
+        self,
+        config: uvicorn.Config,
+        drain: Callable[[], Coroutine[None, None, None]],
+        started: float,
     ) -> None:
         super().__init__(config)
         self._drain = drain
+        self._started = started
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
         self._num_signals = 0
@@ -97,7 +104,8 @@ class _Server(uvicorn.Server):
         for listener in (sockets or [])[:1]:
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            print(f"listening  http://{shown}:{port}", flush=True)
+            ready_s = time.monotonic() - self._started
+            print(f"listening  http://{shown}:{port}  (ready in {ready_s:.1f} s)", flush=True)
 
     async def _listen(self, sockets: list[socket.socket]) -> None:
         await super().startup(sockets)
@@ -129,10 +137,11 @@ class _FrontedServer(_Server):
         self,
         config: uvicorn.Config,
         drain: Callable[[], Coroutine[None, None, None]],
+        started: float,
         app: App,
         settings: Settings,
     ) -> None:
-        super().__init__(config, drain)
+        super().__init__(config, drain, started)
         self._app = app
         self._settings = settings
         self._keeper: Keeper | None = None
@@ -199,6 +208,7 @@ def _facts(settings: Settings, loaded: Checkpoint, device: str) -> str:
             f"model      {settings.served_name}: {network.num_parameters:,} parameters, "
             f"{settings.checkpoint}",
             f"device     {device}",
+            f"backend    {network.backend}",
             f"session    {state_bytes:,} bytes, at any length",
             f"fits       {rows:,} on the device, {settings.host_cache_bytes // state_bytes:,} in "
             f"host memory, about {free // (state_bytes * turns):,} on disk with {turns} turns each",

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -20,6 +21,18 @@ class SettingsError(ValueError):
     """A setting is unknown or has a wrong value; the message names it and the value."""
 
 
+class Group(StrEnum):
+    """What a setting belongs to, in the order of `latentd serve --help`."""
+
+    MODEL = "Model"
+    ENGINE = "Engine"
+    SESSIONS = "Sessions"
+    HTTP = "HTTP"
+    KEYS = "Keys and limits"
+    STORAGE = "Storage"
+    LOGS = "Logs and metrics"
+
+
 class Settings(BaseSettings):
     """Settings of `latentd serve`; a flag wins over its environment variable."""
 
@@ -27,229 +40,256 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, frozen=True, extra="forbid", protected_namespaces=()
     )
 
-    checkpoint: Path = Field(PRETRAINED, description="Folder of the model to serve.")
-    model_name: str = Field(
+    checkpoint: Annotated[Path, Group.MODEL] = Field(
+        PRETRAINED,
+        description="Folder of the model to serve; if not given, the one in this package.",
+    )
+    model_name: Annotated[str, Group.MODEL] = Field(
         "", description="Name that clients use for the model; the checkpoint folder's if empty."
     )
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
-    api_workers: int = Field(
+    host: Annotated[str, Group.HTTP] = Field("127.0.0.1", description="Address to listen on.")
+    port: Annotated[int, Group.HTTP] = Field(
+        8000, ge=0, le=65535, description="Port to listen on; 0: any free one."
+    )
+    api_workers: Annotated[int, Group.HTTP] = Field(
         1,
         ge=1,
         description="Processes that own the clients' connections. With 1 the engine's process does "
         "that too; more are for thousands of tokens a second (see docs/serving.md).",
     )
-    data_dir: Path = Field(
+    data_dir: Annotated[Path, Group.STORAGE] = Field(
         platformdirs.user_data_path("latentd"), description="Folder of the session store."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
-    dtype: WeightDtype | None = Field(
+    device: Annotated[Literal["auto", "cpu", "cuda"], Group.MODEL] = Field(
+        "auto", description="Where the model runs."
+    )
+    dtype: Annotated[WeightDtype | None, Group.MODEL] = Field(
         None,
         description="Weights of matrix products; fewer bits are faster and a little less exact. If "
         "not given, float32 on a CPU and bfloat16 on a GPU. "
         "States are float32 in all cases, and a session may go on with another dtype.",
     )
-    threads: int | None = Field(
+    threads: Annotated[int | None, Group.MODEL] = Field(
         None,
         ge=1,
         description="CPU threads for the model; if not given, one for a small model, else torch's "
         "choice.",
     )
-    max_running: int = Field(32, ge=1, description="Sequences that run together.")
-    warm_sessions: int = Field(
+    max_running: Annotated[int, Group.ENGINE] = Field(
+        32, ge=1, description="Sequences that run together."
+    )
+    warm_sessions: Annotated[int, Group.SESSIONS] = Field(
         32, ge=0, description="Sessions that keep their state on the device between turns."
     )
-    max_waiting: int = Field(256, ge=1, description="Sequences that may wait; more are refused.")
-    max_waiting_tokens: int = Field(
+    max_waiting: Annotated[int, Group.ENGINE] = Field(
+        256, ge=1, description="Sequences that may wait; more are refused."
+    )
+    max_waiting_tokens: Annotated[int, Group.ENGINE] = Field(
         1 << 20,
         ge=1,
         description="Prompt tokens of sequences that wait; requests with more are refused.",
     )
-    prefill_chunk_tokens: int = Field(
+    prefill_chunk_tokens: Annotated[int, Group.ENGINE] = Field(
         512,
         ge=1,
         description="Prompt tokens that a step reads while nothing decodes, in whole chunks of "
         "16 and at least one. Of longer prompts at most 3/4 of --max-running are read together, so "
         "that shorter ones get through.",
     )
-    prefill_tokens_while_decoding: int = Field(
+    prefill_tokens_while_decoding: Annotated[int, Group.ENGINE] = Field(
         16,
         ge=1,
         description="Prompt tokens that a step reads while sequences decode, in whole chunks of 16 "
         "(of 64 where the model is not compiled) and at least one. More reads prompts faster and "
         "makes the running streams slower.",
     )
-    prefix_cache_bytes: int = Field(
+    prefix_cache_bytes: Annotated[int, Group.ENGINE] = Field(
         64 << 20,
         ge=0,
         description="Device memory for states after beginnings that prompts have in common, which "
         "are then read once; 0: none.",
     )
-    request_timeout_s: float | None = Field(
+    request_timeout_s: Annotated[float | None, Group.KEYS] = Field(
         None,
         gt=0,
         allow_inf_nan=False,
         description="Seconds until a request must have ended: the most that its timeout may be, "
         "and what it gets without one; no limit if not given.",
     )
-    max_told_logprobs: int = Field(
+    max_told_logprobs: Annotated[int, Group.KEYS] = Field(
         1 << 18,
         ge=0,
         description="Most log-probabilities that an answer may have: one for each token told, and "
         "those beside it.",
     )
-    max_prompt_tokens: int = Field(131_072, ge=1, description="Longest prompt of one request.")
-    max_tokens_limit: int = Field(65_536, ge=1, description="Largest max_tokens of a request.")
-    default_max_tokens: int = Field(16, ge=0, description="max_tokens of a completion without it.")
-    default_chat_max_tokens: int = Field(
+    max_prompt_tokens: Annotated[int, Group.KEYS] = Field(
+        131_072, ge=1, description="Longest prompt of one request."
+    )
+    max_tokens_limit: Annotated[int, Group.KEYS] = Field(
+        65_536, ge=1, description="Largest max_tokens of a request."
+    )
+    default_max_tokens: Annotated[int, Group.KEYS] = Field(
+        16, ge=0, description="max_tokens of a completion without it."
+    )
+    default_chat_max_tokens: Annotated[int, Group.KEYS] = Field(
         1024, ge=0, description="max_completion_tokens of a chat without it."
     )
-    max_logprobs: int = Field(
+    max_logprobs: Annotated[int, Group.KEYS] = Field(
         20, ge=0, description="Most probable tokens that can be asked for beside each token."
     )
-    max_n: int = Field(16, ge=1, description="Most choices per prompt.")
-    max_stop: int = Field(16, ge=1, description="Most stop strings of a request.")
-    max_logit_bias: int = Field(300, ge=0, description="Most tokens of a request's logit_bias.")
-    max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body.")
-    max_header_bytes: int = Field(
+    max_n: Annotated[int, Group.KEYS] = Field(16, ge=1, description="Most choices per prompt.")
+    max_stop: Annotated[int, Group.KEYS] = Field(
+        16, ge=1, description="Most stop strings of a request."
+    )
+    max_logit_bias: Annotated[int, Group.KEYS] = Field(
+        300, ge=0, description="Most tokens of a request's logit_bias."
+    )
+    max_body_bytes: Annotated[int, Group.HTTP] = Field(
+        4 << 20, ge=1024, description="Largest request body."
+    )
+    max_header_bytes: Annotated[int, Group.HTTP] = Field(
         32 << 10, ge=1024, description="Bytes of a request's path and headers."
     )
-    max_headers: int = Field(100, ge=1, description="Headers of a request.")
-    stall_timeout_s: float = Field(
+    max_headers: Annotated[int, Group.HTTP] = Field(100, ge=1, description="Headers of a request.")
+    stall_timeout_s: Annotated[float, Group.HTTP] = Field(
         60.0,
         gt=0,
         allow_inf_nan=False,
         description="Seconds in which a client whose buffers are full must read on; otherwise it "
         "counts as gone, and its turn is rolled back.",
     )
-    header_timeout_s: float = Field(
+    header_timeout_s: Annotated[float, Group.HTTP] = Field(
         30.0,
         gt=0,
         allow_inf_nan=False,
         description="Seconds in which a client must have told a request's headers.",
     )
-    body_timeout_s: float = Field(
+    body_timeout_s: Annotated[float, Group.HTTP] = Field(
         60.0,
         gt=0,
         allow_inf_nan=False,
         description="Seconds in which a request's body must have arrived.",
     )
-    keep_alive_timeout_s: int = Field(
+    keep_alive_timeout_s: Annotated[int, Group.HTTP] = Field(
         5, ge=1, description="Seconds that a connection may stay without a request."
     )
-    host_cache_bytes: int = Field(
+    host_cache_bytes: Annotated[int, Group.SESSIONS] = Field(
         256 << 20, ge=0, description="Host memory for parked states; 0: none."
     )
-    durability: Literal["sync", "async"] = Field(
+    durability: Annotated[Literal["sync", "async"], Group.STORAGE] = Field(
         "sync",
         description="sync: a turn is on the disk before its last event. async: it survives the end "
         "of the process, but the last turns may be lost when the machine loses its power.",
     )
-    keep_turns: int = Field(
+    keep_turns: Annotated[int, Group.SESSIONS] = Field(
         8, ge=1, description="Turns of a session whose states are kept, to fork or rewind to."
     )
-    session_ttl_s: float | None = Field(
+    session_ttl_s: Annotated[float | None, Group.SESSIONS] = Field(
         None,
         gt=0,
         allow_inf_nan=False,
         description="Seconds without use after which a session is erased: the most that its ttl "
         "may be, and what it gets without one; never if not given.",
     )
-    response_ttl_s: float | None = Field(
+    response_ttl_s: Annotated[float | None, Group.SESSIONS] = Field(
         30 * 86400.0,
         gt=0,
         description="Seconds after which a stored response is erased: the most that its ttl may "
         "be, and what it gets without one; inf: never.",
     )
-    sweep_interval_s: float = Field(
+    sweep_interval_s: Annotated[float, Group.STORAGE] = Field(
         30.0,
         gt=0,
         allow_inf_nan=False,
         description="Seconds between looks for expired sessions and responses to erase, which "
         "clients do not see meanwhile.",
     )
-    max_sessions: int | None = Field(None, ge=0, description="Most sessions in all.")
-    max_store_bytes: int | None = Field(
+    max_sessions: Annotated[int | None, Group.STORAGE] = Field(
+        None, ge=0, description="Most sessions in all."
+    )
+    max_store_bytes: Annotated[int | None, Group.STORAGE] = Field(
         None, ge=0, description="Most bytes in the store: states, kept answers and responses."
     )
-    max_sessions_per_key: int | None = Field(None, ge=0, description="Most sessions of a key.")
-    max_responses_per_key: int | None = Field(
+    max_sessions_per_key: Annotated[int | None, Group.KEYS] = Field(
+        None, ge=0, description="Most sessions of a key."
+    )
+    max_responses_per_key: Annotated[int | None, Group.KEYS] = Field(
         None, ge=0, description="Most stored responses of a key."
     )
-    max_bytes_per_key: int | None = Field(
+    max_bytes_per_key: Annotated[int | None, Group.KEYS] = Field(
         None, ge=0, description="Most bytes of a key's states, kept answers and responses."
     )
-    api_key: Annotated[tuple[str, ...], NoDecode] = Field(
+    api_key: Annotated[tuple[str, ...], NoDecode, Group.KEYS] = Field(
         (),
         description="Keys that clients must show, in the variable with commas between them; each "
         "sees its own sessions only. Without any key, everybody may do everything.",
     )
-    key_file: Path | None = Field(
+    key_file: Annotated[Path | None, Group.KEYS] = Field(
         None,
         description="File of further keys, which latentd keys makes and revokes while the server "
         "runs (see docs/keys.md).",
     )
-    guard_metrics: bool = Field(
+    guard_metrics: Annotated[bool, Group.LOGS] = Field(
         True, description="Whether /metrics needs a key, where anything does."
     )
-    key_requests_per_minute: int | None = Field(
+    key_requests_per_minute: Annotated[int | None, Group.KEYS] = Field(
         None,
         ge=1,
         description="Requests that read or write text which a key may make in a minute, if its "
         "entry in the key file says nothing else; no limit if not given. Without keys, all clients "
         "together count as one key.",
     )
-    key_tokens_per_minute: int | None = Field(
+    key_tokens_per_minute: Annotated[int | None, Group.KEYS] = Field(
         None,
         ge=1,
         description="Tokens that a key may have read and generated in a minute, likewise.",
     )
-    key_concurrent_requests: int | None = Field(
+    key_concurrent_requests: Annotated[int | None, Group.KEYS] = Field(
         None, ge=1, description="Requests of a key that may wait or run together, likewise."
     )
-    requests_per_minute: int | None = Field(
+    requests_per_minute: Annotated[int | None, Group.KEYS] = Field(
         None, ge=1, description="Requests in a minute of all keys together; no limit if not given."
     )
-    tokens_per_minute: int | None = Field(
+    tokens_per_minute: Annotated[int | None, Group.KEYS] = Field(
         None, ge=1, description="Tokens in a minute of all keys together; no limit if not given."
     )
-    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+    cors_origins: Annotated[tuple[str, ...], NoDecode, Group.HTTP] = Field(
         (),
         description="Origins of web pages that may use the server, such as https://example.com, in "
         "the variable with commas between them; *: any.",
     )
-    keepalive_s: float = Field(
+    keepalive_s: Annotated[float, Group.HTTP] = Field(
         15.0,
         gt=0,
         allow_inf_nan=False,
         description="Silence on a stream after which a comment is sent.",
     )
-    grammar_timeout_s: float = Field(
+    grammar_timeout_s: Annotated[float, Group.KEYS] = Field(
         5.0,
         gt=0,
         allow_inf_nan=False,
         description="Seconds to compile a schema, regular expression or grammar of a request.",
     )
-    max_resumable_streams: int = Field(
+    max_resumable_streams: Annotated[int, Group.HTTP] = Field(
         64, ge=0, description="Streams that can be resumed; the oldest ended ones make room."
     )
-    stream_buffer_bytes: int = Field(
+    stream_buffer_bytes: Annotated[int, Group.HTTP] = Field(
         4 << 20, ge=1024, description="Most bytes kept of a resumable stream; its oldest events go."
     )
-    stream_ttl_s: float = Field(
+    stream_ttl_s: Annotated[float, Group.HTTP] = Field(
         300.0,
         ge=0,
         allow_inf_nan=False,
         description="Seconds that a resumable stream can be read after its end.",
     )
-    drain_timeout_s: float = Field(
+    drain_timeout_s: Annotated[float, Group.HTTP] = Field(
         30.0,
         ge=0,
         allow_inf_nan=False,
         description="Time for running turns to finish when the server stops; what is left is "
         "rolled back.",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Group.LOGS] = Field(
         "info", description="Least severe messages to log."
     )
 

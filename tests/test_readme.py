@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from model import PRETRAINED
+from tests.patience import PROGRAM_S
 from tests.server.processes import server_process
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,7 @@ def run(script: str, tools: Path) -> str:
         env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PROGRAM_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -48,6 +49,7 @@ def test_the_two_commands_come_first() -> None:
     assert BLOCKS[1].strip() in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.long
 def test_the_tour_works_on_the_default_model(tools: Path, tmp_path: Path) -> None:
     tour = [block for block in BLOCKS if "127.0.0.1:8000" in block]
     assert len(tour) == 6
@@ -70,6 +72,20 @@ def test_the_tour_works_on_the_default_model(tools: Path, tmp_path: Path) -> Non
     assert "latentd_session_state_bytes" in told
 
 
+def test_the_official_client_holds_a_session_as_its_page_says(tools: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "sessions.md").read_text("utf-8")
+    assert "(docs/sessions.md#with-the-official-client)" in README
+    assert "\n## With the official client\n" in page
+    [program] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    with server_process(PRETRAINED, tmp_path / "data") as server:
+        shown = run(f"python - <<'END'\n{program.replace(LOCAL, server.url)}END\n", tools)
+        with server.client() as client:
+            [session] = client.get("/v1/sessions").json()["data"]
+    assert shown.endswith("\n2 turns\n")
+    assert (session["turn"], session["tokens"] > 80) == (2, True)
+
+
+@pytest.mark.long
 def test_generate_and_verify_work(tools: Path) -> None:
     [generate] = [block for block in BLOCKS if block.startswith("latentd generate")]
     assert run(generate, tools).startswith("Once upon a time")
@@ -77,6 +93,7 @@ def test_generate_and_verify_work(tools: Path) -> None:
     assert "FAILED" not in run(verify, tools)
 
 
+@pytest.mark.long
 def test_keys_and_limits_are_used_as_their_page_says(tools: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "keys.md").read_text("utf-8"), re.S)
     lines = [line for block in blocks for line in block.splitlines()]

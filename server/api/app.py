@@ -25,6 +25,7 @@ from server.api import (
 )
 from server.api.auth import Guard, KeyRing
 from server.api.conversation import Conversation
+from server.api.generation.deliver import TIMING_HEADERS
 from server.api.generation.router import Router
 from server.api.limits import KINDS, Limiter
 from server.api.middleware import REQUEST_ID, RequestMiddleware
@@ -48,8 +49,8 @@ KEY_FILE_INTERVAL_S = 1.0
 CORS_ALLOWED = ("Authorization", "Content-Type", "Idempotency-Key", "X-Session-ID", "Last-Event-ID")
 CORS_EXPOSED = (
     *(REQUEST_ID, "X-Session-ID", "X-Session-Turn", "X-Stream-ID", "Idempotent-Replayed"),
-    *("X-Queue-Time", "X-Prefill-Time", "X-Time-To-First-Token", "X-Time-Per-Token"),
-    *("X-Total-Time", "Retry-After"),
+    *TIMING_HEADERS,
+    "Retry-After",
     *(f"x-ratelimit-{what}-{kind}" for kind in KINDS for what in ("limit", "remaining", "reset")),
 )
 log = logging.getLogger(__name__)

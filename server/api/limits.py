@@ -11,10 +11,9 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
-from limits import RateLimitItem, RateLimitItemPerMinute
+from limits import RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
@@ -30,24 +29,19 @@ Kind = Literal["requests", "tokens"]
 KINDS: tuple[Kind, ...] = ("requests", "tokens")
 
 
-@dataclass(frozen=True)
-class _Limit:
+class _Limit(RateLimitItemPerMinute):
     """So many requests or tokens a minute, of one caller or of all."""
 
-    whose: str
-    kind: Kind
-    item: RateLimitItem
+    __slots__ = ("_owner", "code", "kind")
 
-    @property
-    def key(self) -> str:
-        """Where the library keeps the count."""
-        return self.item.key_for(self.whose, self.kind)
+    def __init__(self, amount: int, kind: Kind, whose: str) -> None:
+        super().__init__(amount, namespace=f"{kind}/{whose}")
+        self.kind = kind
+        self.code = f"{kind}_per_minute"
+        self._owner = "the server's" if whose == EVERY_CALLER else "your"
 
-    @property
-    def told(self) -> str:
-        """For messages."""
-        whose = "the server's limit" if self.whose == EVERY_CALLER else "your limit"
-        return f"{whose} of {self.item.amount} {self.kind} a minute"
+    def __str__(self) -> str:
+        return f"{self._owner} limit of {self.amount} {self.kind} a minute"
 
 
 class Limiter:
@@ -89,20 +83,20 @@ class Limiter:
         waits = list[tuple[float, _Limit]]()
         for limit in self._limits(caller):
             cost = 1 if limit.kind == "requests" else max(1, num_tokens)
-            if cost > limit.item.amount:
+            if cost > limit.amount:
                 raise InvalidRequest(
                     f"the prompt has {num_tokens} tokens, counted once for each choice, and can "
-                    f"never fit into {limit.told}",
-                    code=_code(limit.kind),
+                    f"never fit into {limit}",
+                    code=limit.code,
                 )
-            if not await self._windows.test(limit.item, limit.whose, limit.kind, cost=cost):
+            if not await self._windows.test(limit, cost=cost):
                 waits.append((await self._wait_s(limit, cost), limit))
         if waits:
             wait_s, limit = max(waits, key=lambda wait: wait[0])
             seconds = math.floor(wait_s) + 1
             raise RateLimited(
-                f"this request would exceed {limit.told}; try again in {seconds} s",
-                _code(limit.kind),
+                f"this request would exceed {limit}; try again in {seconds} s",
+                limit.code,
                 seconds,
             )
 
@@ -111,30 +105,30 @@ class Limiter:
         for limit in self._limits(caller):
             if limit.kind == kind and count:
                 await self._storage.acquire_sliding_window_entry(
-                    limit.key, sys.maxsize, limit.item.get_expiry(), count
+                    limit.key_for(), sys.maxsize, limit.get_expiry(), count
                 )
 
     async def headers(self, caller: Caller) -> dict[str, str]:
         """What an answer tells of the limits: of each kind, the one that leaves least."""
         found = dict[Kind, tuple[int, _Limit]]()
         for limit in self._limits(caller):
-            stats = await self._windows.get_window_stats(limit.item, limit.whose, limit.kind)
+            stats = await self._windows.get_window_stats(limit)
             if limit.kind not in found or stats.remaining < found[limit.kind][0]:
                 found[limit.kind] = stats.remaining, limit
         headers = {}
         for kind, (remaining, limit) in found.items():
-            reset_s = await self._wait_s(limit, limit.item.amount)
-            headers[f"x-ratelimit-limit-{kind}"] = str(limit.item.amount)
+            reset_s = await self._wait_s(limit, limit.amount)
+            headers[f"x-ratelimit-limit-{kind}"] = str(limit.amount)
             headers[f"x-ratelimit-remaining-{kind}"] = str(remaining)
             headers[f"x-ratelimit-reset-{kind}"] = _duration(reset_s)
         return headers
 
     def _limits(self, caller: Caller) -> Iterator[_Limit]:
         for whose, limits in ((caller.owner, caller.limits), (EVERY_CALLER, self._overall)):
-            if limits.requests_per_minute is not None:
-                yield _Limit(whose, "requests", RateLimitItemPerMinute(limits.requests_per_minute))
-            if limits.tokens_per_minute is not None:
-                yield _Limit(whose, "tokens", RateLimitItemPerMinute(limits.tokens_per_minute))
+            for kind in KINDS:
+                amount = getattr(limits, f"{kind}_per_minute")
+                if amount is not None:
+                    yield _Limit(amount, kind, whose)
 
     async def _wait_s(self, limit: _Limit, cost: int) -> float:
         """Seconds until `cost` fits, if nothing else is used until then; any time later it does.
@@ -142,11 +136,10 @@ class Limiter:
         It fits while weighted < room. In this window weighted = previous * left / expiry + current
         with `left` seconds of it still to come; in the next one what is now current has that place.
         """
-        expiry = limit.item.get_expiry()
-        previous, left, current, current_left = await self._storage.get_sliding_window(
-            limit.key, expiry
-        )
-        room = limit.item.amount - cost + 1
+        expiry = limit.get_expiry()
+        window = await self._storage.get_sliding_window(limit.key_for(), expiry)
+        previous, left, current, current_left = window
+        room = limit.amount - cost + 1
         if previous * left / expiry + current < room:
             return 0.0
         if current < room:
@@ -177,10 +170,6 @@ class Allowance:
             self._has_left = True
             self._limiter.leave(self._caller)
             await self._limiter.record(self._caller, "tokens", num_generated)
-
-
-def _code(kind: Kind) -> str:
-    return f"{kind}_per_minute"
 
 
 def _duration(seconds: float) -> str:

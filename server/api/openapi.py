@@ -1,26 +1,20 @@
 """`/openapi.json`: what the framework finds out, and what it does not know."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from server.api.examples.answers import ANSWERS
-from server.api.examples.requests import REQUESTS
 from server.api.refusals import add_examples
 from server.api.schemas.chat import ChatChunk
-from server.api.schemas.generation import SEED_MAX, SEED_MIN, GenerationRequest, SamplingRequest
+from server.api.schemas.generation import SEED_MAX, SEED_MIN
 from server.api.schemas.responses import ResponseEvent
 from server.settings import Settings
 
 REF = "#/components/schemas/{model}"
 EVENTS = (ChatChunk, ResponseEvent)
 """What only comes in streams, which the framework does not see."""
-
-PARTS = (GenerationRequest, SamplingRequest)
-"""What requests have in common: examples of these are examples of all that are made from them."""
 
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
 FRAMEWORKS_OWN = ("HTTPValidationError", "ValidationError")
@@ -92,8 +86,7 @@ def _complete(document: dict[str, Any], settings: Settings) -> None:
         schemas.pop(name, None)
     schemas |= _schemas_of_events()
     _bound(schemas, settings)
-    for name, schema in schemas.items():
-        _exemplify(schema, _examples(name))
+    _exemplify(schemas)
     for operation in _operations(document):
         _drop_validation_error(operation)
         add_examples(operation)
@@ -155,27 +148,45 @@ def _bounds(name: str, settings: Settings) -> dict[str, Schema]:
     }
 
 
-def _examples(name: str) -> list[BaseModel]:
-    """Those of the model of this name, and of what it has in common with others."""
-    of_it = [example for example in (*REQUESTS, *ANSWERS) if type(example).__name__ == name]
-    kind = type(of_it[0]) if of_it else BaseModel
-    shared = [example for example in REQUESTS if type(example) in PARTS]
-    return of_it + [example for example in shared if issubclass(kind, type(example))]
+def _exemplify(schemas: dict[str, Schema]) -> None:
+    """Give each model and each of its fields an example."""
+    examples = {name: _example_of_model(schema, schemas) for name, schema in schemas.items()}
+    for name, schema in schemas.items():
+        for field in schema.get("properties", {}).values():
+            field["examples"] = [_example(field, schemas)]
+        schema["examples"] = [examples[name]]
 
 
-def _exemplify(schema: Schema, examples: Iterable[BaseModel]) -> None:
-    """An example of the whole, and of each field what the examples have in it.
+def _example_of_model(schema: Schema, schemas: dict[str, Schema]) -> Any:
+    """All its fields; where the model has an example, the fields in it and those always present."""
+    fields, required = schema.get("properties", {}), schema.get("required", [])
+    given: list[dict[str, Any]] = schema.get("examples", [])
+    found = {
+        name: _example(field, schemas)
+        for name, field in fields.items()
+        if not given or name in required or field.get("default") is not None
+    }
+    shown = {name: value for name, value in found.items() if name in required or value is not None}
+    return shown | dict(*given)
 
-    A field without any takes one value only, if at all.
-    """
-    told = [e.model_dump(mode="json", by_alias=True, exclude_unset=True) for e in examples]
-    if told:
-        schema["examples"] = told[:1]
-    for name, field in schema.get("properties", {}).items():
-        values = [example[name] for example in told if example.get(name) is not None]
-        only = field.get("const", field.get("default"))
-        field["examples"] = _different(values) or [only]
 
-
-def _different(values: list[Any]) -> list[Any]:
-    return [value for at, value in enumerate(values) if value not in values[:at]]
+def _example(schema: Schema, schemas: dict[str, Schema]) -> Any:
+    """Its own example, or else what its kind tells. Raises ValueError for one without either."""
+    match schema:
+        case {"examples": [value, *_]} | {"const": value} | {"enum": [value, *_]}:
+            return value
+        case {"default": value} if value is not None:
+            return value
+        case {"$ref": reference}:
+            return _example_of_model(schemas[reference.rpartition("/")[-1]], schemas)
+        case {"anyOf": [part, *_]} | {"oneOf": [part, *_]}:
+            return _example(part, schemas)
+        case {"type": "array", "items": item}:
+            return [_example(item, schemas)]
+        case {"type": "boolean"}:
+            return True
+        case {"type": "integer"}:
+            return int(schema.get("minimum", 0))  # the framework writes bounds as floats
+        case {"type": "null"}:
+            return None
+    raise ValueError(f"it has no example: {schema}")

@@ -4,12 +4,8 @@ from typing import Annotated
 
 from fastapi import Header, Path, Query
 
-from server.api.schemas.base import LARGEST, Text
+from server.api.schemas.base import EXAMPLE_RESPONSE, EXAMPLE_SESSION, EXAMPLE_STREAM, LARGEST, Text
 from server.api.schemas.sessions import Ttl, TurnNumber
-
-EXAMPLE_SESSION = "sess_h4kJ0cX2mVq9Zt7RbWnYs1LdPfGaEuQo"
-EXAMPLE_STREAM = "chatcmpl-4f0c1b7e9d2a46538c71e0f4a9b3d652"
-EXAMPLE_RESPONSE = "resp_Qm3xT8vLc0ZrJ5wKpBn2YdHsFgAeUi7o"
 
 SessionId = Annotated[str, Path(description="The session's id.", examples=[EXAMPLE_SESSION])]
 ResponseId = Annotated[str, Path(description="The response's id.", examples=[EXAMPLE_RESPONSE])]

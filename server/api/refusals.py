@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from server.api.parameters import EXAMPLE_SESSION, EXAMPLE_STREAM
 from server.api.problems import body_too_large
+from server.api.schemas.base import EXAMPLE_SESSION, EXAMPLE_STREAM
 from server.api.schemas.problems import ErrorResponse
 from server.errors import (
     DeadlineExceeded,
@@ -12,6 +12,7 @@ from server.errors import (
     InternalError,
     InvalidRequest,
     LatentdError,
+    NeedsStream,
     NotFound,
     RateLimited,
     SessionBusy,
@@ -33,7 +34,7 @@ class _Refusal:
 ALL = (
     _Refusal(
         "The request is wrong: the message says what would be right, `param` where.",
-        InvalidRequest("stream_options needs stream: true", "stream_options"),
+        NeedsStream("stream_options"),
     ),
     _Refusal(
         "The server asks for a key, and the request has none that it knows.",

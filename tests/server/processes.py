@@ -9,13 +9,15 @@ from pathlib import Path
 
 import httpx
 
+from tests.patience import PATIENCE_S
+
 
 class ServerProcess:
     """A running server; `url` is where it listens."""
 
     def __init__(self, checkpoint: Path, data_dir: Path, *flags: str) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LATENTD_")}
-        arguments = ["--checkpoint", str(checkpoint), "--data-dir", str(data_dir), "--port", "0"]
+        arguments = [str(checkpoint), "--data-dir", str(data_dir), "--port", "0"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "server", "serve", *arguments, *flags],
             stdout=subprocess.PIPE,
@@ -33,7 +35,7 @@ class ServerProcess:
         raise RuntimeError(f"the server ended with {self.process.wait()}: {self.facts}")
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60)
+        return httpx.Client(base_url=self.url, timeout=PATIENCE_S)
 
     def stop(self) -> int:
         """Ask it to end, and its exit status."""
@@ -46,7 +48,7 @@ class ServerProcess:
         self.wait()
 
     def wait(self) -> int:
-        status = self.process.wait(timeout=60)
+        status = self.process.wait(timeout=PATIENCE_S)
         if self.process.stdout is not None:
             self.process.stdout.close()
         return status

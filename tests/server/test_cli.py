@@ -5,14 +5,20 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
 from model import checkpoint
-from server.settings import Settings
+from server.__main__ import app
+from server.settings import Group, Settings
+from tests.patience import PROGRAM_S
+from tests.server.cli import commands as in_process
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 
@@ -22,7 +28,7 @@ def latentd(*arguments: object, **environment: str) -> subprocess.CompletedProce
         [sys.executable, "-m", "server", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PROGRAM_S,
         env={"PATH": "/usr/bin:/bin", "COLUMNS": "200", "NO_COLOR": "1", **environment},
         check=False,
     )
@@ -37,11 +43,40 @@ def refused(*arguments: object, **environment: str) -> str:
     return done.stderr
 
 
-def test_serve_help_names_every_setting() -> None:
-    shown = latentd("serve", "--help").stdout
-    for name in Settings.model_fields:
-        assert f"--{name.replace('_', '-')}" in shown
+def commands(command: Any, *names: str) -> Iterator[tuple[tuple[str, ...], set[str]]]:
+    """Every command by its names, with all names of its options."""
+    opts = {opt for each in command.params for opt in (*each.opts, *each.secondary_opts)}
+    yield names, {opt for opt in opts if opt.startswith("-")}
+    for name, child in getattr(command, "commands", {}).items():
+        yield from commands(child, *names, name)
+
+
+@pytest.mark.parametrize(("names", "options"), [*commands(typer.main.get_command(app))])
+def test_help_on_80_columns_cuts_nothing(names: tuple[str, ...], options: set[str]) -> None:
+    shown = in_process.told(*names, "--help", COLUMNS="80")
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+    assert options <= set(re.findall(r"[\w-]+", shown))
+
+
+def test_serve_help_has_every_setting_in_its_group() -> None:
+    shown = in_process.told("serve", "--help", COLUMNS="80")
+    panels = {each[1]: each[2] for each in re.finditer(r"╭─ ([\w ]+) ─+╮\n(.*?)╰", shown, re.S)}
+    assert list(panels) == ["Arguments", "Options", *Group]
+    assert "MODEL" in panels["Arguments"]
+    for name, group in {
+        "device": Group.MODEL,
+        "prefill_tokens_while_decoding": Group.ENGINE,
+        "session_ttl_s": Group.SESSIONS,
+        "port": Group.HTTP,
+        "key_file": Group.KEYS,
+        "data_dir": Group.STORAGE,
+        "log_level": Group.LOGS,
+    }.items():
+        assert f"--{name.replace('_', '-')} " in panels[group]
+    assert len(re.findall(r"│ --", shown)) == len(Settings.model_fields)  # --help, but no MODEL
     assert "LATENTD_DATA_DIR" in shown
+    assert "debug | info | warning | error; default: info" in re.sub(r" *│\n│ *", " ", shown)
 
 
 def test_generate_tells_when_the_model_makes_no_sense(
@@ -53,9 +88,12 @@ def test_generate_tells_when_the_model_makes_no_sense(
     weights["lnorm.weight"].fill_(1e38)
     weights["lnorm.bias"].fill_(1e38)
     save_file(weights, folder / "model.safetensors")
-    assert "no probabilities" in refused("generate", "the cat", "--checkpoint", folder)
+    done = latentd("generate", "the cat", "--checkpoint", folder)
+    assert done.returncode == 2
+    assert "no probabilities" in done.stderr.splitlines()[-1]  # a first run has compiled before
 
 
+@pytest.mark.long
 def test_generate_writes_the_prompt_and_a_text_that_the_seed_decides(
     tiny_checkpoint: Path,
 ) -> None:
@@ -67,6 +105,7 @@ def test_generate_writes_the_prompt_and_a_text_that_the_seed_decides(
     assert re.search(r"\d+ tokens, the first after \d+ ms, [\d,]+ tokens/s", first.stderr)
 
 
+@pytest.mark.long
 def test_verify_accepts_the_reference_and_rejects_anything_else(tmp_path: Path) -> None:
     source = VECTORS / "small.safetensors"
     passed = latentd("verify", source)
@@ -90,6 +129,7 @@ def test_verify_accepts_the_reference_and_rejects_anything_else(tmp_path: Path) 
     assert "missing" in refused("verify", tmp_path / "missing")
 
 
+@pytest.mark.long
 def test_import_checkpoint_makes_a_servable_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = checkpoint.read_config(tiny_checkpoint / "config.json")
     weights = checkpoint.read_weights(tiny_checkpoint / "model.safetensors")
@@ -123,18 +163,15 @@ def test_import_checkpoint_makes_a_servable_folder(tiny_checkpoint: Path, tmp_pa
         ({"LATENTD_PORT": "70000"}, [], "LATENTD_PORT: '70000'"),
         ({}, ["--port", "70000"], "--port: 70000"),
         ({"LATENTD_DEVICE": "tpu"}, [], "LATENTD_DEVICE: 'tpu'"),
-        ({}, ["--checkpoint", "/nowhere"], "/nowhere: no such checkpoint folder"),
+        ({"LATENTD_CHECKPOINT": "/nowhere"}, [], "/nowhere: no such checkpoint folder"),
+        ({"LATENTD_CHECKPOINT": "/else"}, ["/nowhere"], "/nowhere: no such checkpoint folder"),
         ({}, ["--host", "256.0.0.1"], "256.0.0.1"),
     ],
 )
 def test_serve_refuses_wrong_settings(
-    tiny_checkpoint: Path,
-    tmp_path: Path,
-    environment: dict[str, str],
-    flags: list[str],
-    named: str,
+    tmp_path: Path, environment: dict[str, str], flags: list[str], named: str
 ) -> None:
-    common = ["serve", "--data-dir", tmp_path, "--port", 0, "--checkpoint", tiny_checkpoint]
+    common = ["serve", "--data-dir", tmp_path, "--port", 0]
     if "LATENTD_PORT" in environment or "--port" in flags:
         common = common[:3]
     assert named in refused(*common, *flags, **environment)
@@ -143,28 +180,29 @@ def test_serve_refuses_wrong_settings(
 def test_serve_refuses_a_port_in_use(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        common = ("--data-dir", tmp_path, "--checkpoint", tiny_checkpoint)
+        common = (tiny_checkpoint, "--data-dir", tmp_path)
         assert f"127.0.0.1:{port}" in refused("serve", "--port", port, *common)
 
 
+@pytest.mark.long
 def test_serve_refuses_a_foreign_store_and_a_damaged_checkpoint(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     common = ("serve", "--port", 0, "--data-dir", tmp_path)
     (tmp_path / "sessions.sqlite3").write_bytes(b"not a database" * 500)
-    assert "sessions.sqlite3: damaged" in refused(*common, "--checkpoint", tiny_checkpoint)
+    assert "sessions.sqlite3: damaged" in refused(*common, tiny_checkpoint)
     copy = tmp_path / "copy"
     shutil.copytree(tiny_checkpoint, copy)
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "model.safetensors: not a safetensors file" in refused(*common, "--checkpoint", copy)
+    assert "model.safetensors: not a safetensors file" in refused(*common, copy)
 
 
 def test_a_key_file_that_cannot_be_used_is_named_before_the_model_is_loaded(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "keys.json"
-    arguments = ("serve", "--key-file", file, "--checkpoint", tmp_path / "none")
+    arguments = ("serve", tmp_path / "none", "--key-file", file)
     assert refused(*arguments) == f"latentd: {file}: No such file or directory\n"
     file.write_text('{"keys": [{}]}')
     assert "keys.0.name: Field required" in refused(*arguments)

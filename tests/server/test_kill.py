@@ -1,19 +1,23 @@
 """Killing servers loses nothing, and the proof of it would see it if it did."""
 
+import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
 
-from loadtest import kill_sessions
-from loadtest.kill_client import Seen, World
-from loadtest.kill_player import Verdict, judge
+from loadtest import kill
+from loadtest.kill_look import INTERRUPTED, SeenResponse, SeenSession, Verdict, World, judge
 
 
-def seen(turn: int, *kept: int) -> Seen:
-    return Seen(turn, 10 * turn, len(kept), tuple((t, 10 * t, 1000) for t in kept), None, "idle")
+def seen(turn: int, *kept: int) -> SeenSession:
+    return SeenSession(
+        turn, 10 * turn, len(kept), tuple((t, 10 * t, 1000) for t in kept), None, "idle"
+    )
 
 
 ONE, TWO, THREE = seen(1, 1), seen(2, 2, 1), seen(3, 3, 2, 1)
+WHOLE, CUT = SeenResponse("completed", "a text"), SeenResponse("completed", "a te")
 
 
 @pytest.mark.parametrize(
@@ -35,6 +39,13 @@ ONE, TWO, THREE = seen(1, 1), seen(2, 2, 1), seen(3, 3, 2, 1)
         ({"a": THREE}, {"a": ONE}, {"a": seen(1, 3, 2, 1)}, "half applied"),
         ({}, {"a": ONE}, {"a": seen(0)}, "half applied"),
         ({"a": TWO}, {}, {"a": seen(2)}, "half applied"),
+        ({}, {"r": WHOLE}, {}, "as acknowledged"),
+        ({}, {"r": WHOLE}, {"r": WHOLE}, "committed"),
+        ({"r": WHOLE}, {}, {}, "committed"),
+        ({"r": WHOLE}, {"r": WHOLE}, {}, "lost"),
+        ({}, {"r": WHOLE}, {"r": CUT}, "half applied"),
+        ({"r": WHOLE}, {"r": WHOLE}, {"r": INTERRUPTED}, "half applied"),
+        ({}, {}, {"erased r": WHOLE}, "half applied"),
     ],
 )
 def test_a_crash_leaves_a_step_undone_or_done(
@@ -45,8 +56,13 @@ def test_a_crash_leaves_a_step_undone_or_done(
 
 @pytest.mark.long
 def test_nothing_is_lost_when_servers_are_killed(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    tally = kill_sessions.run(tiny_checkpoint, tmp_path, kills=6, sessions=16, seed=1)
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    (checkpoint / "chat_template.jinja").write_text(template)
+    tally = asyncio.run(kill.run(checkpoint, tmp_path, kills=4, servers=2, clients=8, seed=1))
     assert tally.problems == []
-    assert tally.acknowledged["turns"] > 50
-    assert tally.in_flight["turns"] > 10
-    assert tally.states_compared > 20
+    assert tally.in_flight.total() > 10
+    for kind in ("turns", "responses", "background responses"):
+        assert tally.acknowledged[kind] > 5, kind
+    for what in ("sessions", "responses", "states"):
+        assert tally.verified[what] > 10, what

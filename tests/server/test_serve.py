@@ -1,15 +1,18 @@
 """A server's life: what it says, how it ends, and what survives."""
 
+import re
 import signal
 import threading
-import time
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.patience import PROGRAM_S, wait_until
 from tests.server.api.calls import complete, text_of
 from tests.server.processes import server_process
+
+LONG_DRAIN = ("--drain-timeout-s", str(PROGRAM_S))
 
 
 def test_it_tells_its_facts_and_ends_with_status_0(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -20,9 +23,31 @@ def test_it_tells_its_facts_and_ends_with_status_0(tiny_checkpoint: Path, tmp_pa
         assert f"{model['parameters']:,} parameters" in facts["model"]
         assert f"{model['state_bytes']:,} bytes" in facts["session"]
         assert "cpu" in facts["device"]
+        assert re.fullmatch(r"backend +compiled for \w+( with [\w-]+)?", facts["backend"])
+        assert re.fullmatch(r"listening +http:\S+ +\(ready in \d+\.\d s\)", server.facts[-1])
         assert "64 on the device" in facts["fits"]
         assert (tmp_path / "data" / "sessions.sqlite3").exists()
         assert server.stop() == 0
+
+
+@pytest.mark.long
+def test_only_a_first_start_compiles_and_says_so(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "machine code"))
+    with server_process(tiny_checkpoint, tmp_path) as server:
+        loading, compiling, compiled = server.facts[:3]
+        assert server.stop() == 0
+    assert loading == f"loading    {tiny_checkpoint}"
+    assert compiling.startswith("compiling  machine code for ")
+    seconds = re.fullmatch(r"compiled   in ([\d.]+) s, kept for the next start", compiled)
+    ready = re.search(r"ready in ([\d.]+) s", server.facts[-1])
+    assert seconds is not None
+    assert ready is not None
+    assert 0 < float(seconds[1]) < float(ready[1])
+    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+        assert text_of(client)
+        assert not [line for line in server.facts if "compil" in line.split()[0]]
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
@@ -47,6 +72,7 @@ def test_a_session_goes_on_in_the_next_process(
         assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == session["tokens"]
 
 
+@pytest.mark.long
 def test_a_killed_turn_never_happened(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
         session_id = client.post("/v1/sessions").json()["id"]
@@ -69,30 +95,38 @@ def test_a_killed_turn_never_happened(tiny_checkpoint: Path, tmp_path: Path) -> 
         assert text_of(client, session_id=session_id)
 
 
+@pytest.mark.long
 def test_a_stopping_server_finishes_what_runs(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+    with (
+        server_process(tiny_checkpoint, tmp_path, *LONG_DRAIN) as server,
+        server.client() as client,
+    ):
         session_id = client.post("/v1/sessions").json()["id"]
-        body = {"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "session_id": session_id}
+        body = {"prompt": "a", "max_tokens": 10_000, "ignore_eos": True, "session_id": session_id}
         answers: list[httpx.Response] = []
         thread = threading.Thread(
             target=lambda: answers.append(client.post("/v1/completions", json=body))
         )
         thread.start()
         with server.client() as other:
-            while other.get(f"/v1/sessions/{session_id}").json()["status"] != "busy":
-                pass
+            path = f"/v1/sessions/{session_id}"
+            wait_until(lambda: other.get(path).json()["status"] == "busy")
         assert server.stop() == 0
         thread.join()
     assert answers[0].status_code == 200
-    assert answers[0].json()["usage"]["completion_tokens"] == 1000
+    assert answers[0].json()["usage"]["completion_tokens"] == 10_000
     with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
         assert client.get(f"/v1/sessions/{session_id}").json()["turn"] == 1
 
 
+@pytest.mark.long
 def test_while_it_drains_it_tells_why_it_takes_nothing(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+    with (
+        server_process(tiny_checkpoint, tmp_path, *LONG_DRAIN) as server,
+        server.client() as client,
+    ):
         session_id = client.post("/v1/sessions").json()["id"]
         body = {"prompt": "a", "max_tokens": 20_000, "ignore_eos": True, "session_id": session_id}
         turn = client.stream("POST", "/v1/completions", json=body | {"stream": True})
@@ -117,8 +151,12 @@ def test_while_it_drains_it_tells_why_it_takes_nothing(
         assert client.get(f"/v1/sessions/{session_id}").json()["turn"] == 1
 
 
+@pytest.mark.long
 def test_a_second_signal_ends_it_at_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
+    with (
+        server_process(tiny_checkpoint, tmp_path, *LONG_DRAIN) as server,
+        server.client() as client,
+    ):
         session_id = client.post("/v1/sessions").json()["id"]
         complete(client, session_id=session_id)
         before = client.get(f"/v1/sessions/{session_id}").json()
@@ -131,16 +169,15 @@ def test_a_second_signal_ends_it_at_once(tiny_checkpoint: Path, tmp_path: Path) 
             with server.client() as other:
                 while other.get("/health/ready").status_code == 200:
                     pass
-            started = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             assert server.wait() == 128 + signal.SIGTERM
-            assert time.monotonic() - started < 5
     with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
         after = client.get(f"/v1/sessions/{session_id}").json()
         assert after | {"tier": "device"} == before
         assert text_of(client, session_id=session_id)
 
 
+@pytest.mark.long
 def test_a_turn_that_outlasts_the_drain_is_told_and_rolled_back(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -13,11 +13,11 @@ from server.api.generation.generation import read_generation
 from server.api.generation.prompts import Prompt
 from server.api.generation.shape import TurnShape
 from server.api.generation.turn import Replay, open_turn
-from server.api.parameters import EXAMPLE_SESSION, EXAMPLE_STREAM
+from server.api.schemas.base import EXAMPLE_SESSION, EXAMPLE_STREAM
 from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.generation import GenerationRequest
 from server.api.service import Service
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, NeedsStream
 from server.sessions.ledger import Head, NextTurn
 
 TIMING_HEADERS_DOC: dict[str, Any] = {
@@ -102,9 +102,9 @@ async def answer_turn(
 def _check_delivery(body: GenerationRequest) -> None:
     """Raises InvalidRequest for ways of delivery that go ill together."""
     if body.stream_options is not None and not body.stream:
-        raise InvalidRequest("stream_options needs stream: true", "stream_options")
+        raise NeedsStream("stream_options")
     if body.resumable and not body.stream:
-        raise InvalidRequest("resumable needs stream: true", "resumable")
+        raise NeedsStream("resumable")
     if body.stream and body.num_generated_per_prompt > body.num_choices_per_prompt:
         raise InvalidRequest(
             "which choices are best is known at the end only: best_of cannot be streamed",

@@ -79,6 +79,11 @@ Text = Annotated[str, AfterValidator(_check_unicode)]
 WHOLE = WrapValidator(_take_whole)
 """Annotates integers and lists of them."""
 
+EXAMPLE_SESSION = "sess_h4kJ0cX2mVq9Zt7RbWnYs1LdPfGaEuQo"
+EXAMPLE_STREAM = "chatcmpl-4f0c1b7e9d2a46538c71e0f4a9b3d652"
+EXAMPLE_RESPONSE = "resp_Qm3xT8vLc0ZrJ5wKpBn2YdHsFgAeUi7o"
+EXAMPLE_MESSAGE = "msg_7d1f0a52c8e94b63a1f2d3c4b5a69788"
+
 LARGEST = 2**53
 """Beyond it not every program that reads JSON has integers."""
 
@@ -96,6 +101,9 @@ Stop = Annotated[
     | Annotated[list[StopString], Field(fail_fast=True), Tag("(texts)")],
     Discriminator(lambda value: "(texts)" if isinstance(value, list) else "(text)"),
 ]
+UnixSecond = Annotated[int, Field(examples=[1_767_225_600])]
+UnixTime = Annotated[float, Field(examples=[1_767_225_600.5])]
+AnswerTokenIds = Annotated[list[int], Field(examples=[[7, 205, 2]])]
 
 
 class AnswerModel(BaseModel):

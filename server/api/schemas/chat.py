@@ -2,9 +2,20 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
-from server.api.schemas.base import LARGEST, WHOLE, AnswerModel, Refused, RequestModel, Text
+from server.api.schemas.base import (
+    EXAMPLE_SESSION,
+    EXAMPLE_STREAM,
+    LARGEST,
+    WHOLE,
+    AnswerModel,
+    AnswerTokenIds,
+    Refused,
+    RequestModel,
+    Text,
+    UnixSecond,
+)
 from server.api.schemas.generation import GenerationRequest, Timings, Usage
 
 NO_TOOLS = "this server's models call no tools"
@@ -17,7 +28,7 @@ class TextPart(RequestModel):
     type: Literal["text"]
     """Other kinds of content are not supported."""
 
-    text: Text
+    text: Text = Field(examples=["Who sat on the mat?"])
     """What it says."""
 
 
@@ -36,13 +47,13 @@ Content = Annotated[
 class Message(RequestModel):
     """What somebody said."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"] = Field(examples=["user"])
     """developer means the same as system."""
 
-    content: Content
+    content: Content = Field(examples=["Who sat on the mat?"])
     """A text, or a list of text parts, which are joined."""
 
-    name: Text | None = None
+    name: Text | None = Field(None, examples=["Ada"])
     """Who speaks, for models whose template has a place for it."""
 
     refusal: Annotated[None, Refused("messages have no refusals here")] = None
@@ -60,27 +71,31 @@ class Message(RequestModel):
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"max_completion_tokens": 16}]})
+
     messages: Annotated[list[Message], Field(fail_fast=True)]
     """The conversation; with a session, only what was said since its last turn, and nothing at all
     to let the model go on with its last message."""
 
-    max_completion_tokens: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(
+        None, examples=[16]
+    )
     """Tokens to generate at most; the newer name of max_tokens."""
 
     logprobs: bool | None = None
     """Tell the log-probability of each token: the model's, before penalties, temperature and
     filters."""
 
-    top_logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[2])
     """So many of the most probable tokens beside each; needs `logprobs`."""
 
-    metadata: dict[Text, Text] | None = None
+    metadata: dict[Text, Text] | None = Field(None, examples=[{"topic": "cats"}])
     """Your notes on the request; they change nothing."""
 
-    safety_identifier: Text | None = None
+    safety_identifier: Text | None = Field(None, examples=["user-17"])
     """Your name for who asks; it changes nothing."""
 
-    prompt_cache_key: Text | None = None
+    prompt_cache_key: Text | None = Field(None, examples=["cats"])
     """A hint that this server does not need: common beginnings are found without it."""
 
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
@@ -126,14 +141,14 @@ class ChatRequest(GenerationRequest):
 class TopLogprob(AnswerModel):
     """A token that could have come, and how probable it was."""
 
-    token: str
+    token: str = Field(examples=[" cat"])
     """Its text, with replacement characters where it is not whole characters; the name of a token
     without text."""
 
-    logprob: float
+    logprob: float = Field(examples=[-0.31])
     """Natural logarithm of its probability."""
 
-    bytes: list[int]
+    bytes: list[int] = Field(examples=[[32, 99, 97, 116]])
     """Its text in UTF-8; nothing for tokens without text."""
 
 
@@ -160,7 +175,7 @@ class AssistantMessage(AnswerModel):
     role: Literal["assistant"] = "assistant"
     """Who said it."""
 
-    content: str
+    content: str = Field(examples=["The cat."])
     """The text."""
 
     refusal: None = None
@@ -182,26 +197,26 @@ class ChatChoice(AnswerModel):
     finish_reason: Literal["stop", "length"]
     """stop: the model, a stop string or a stop token ended it; length: the token limit did."""
 
-    stop_reason: str | int | None = None
+    stop_reason: str | int | None = Field(None, examples=["\n\n"])
     """The stop string or stop token that ended it."""
 
-    token_ids: list[int] | None = None
+    token_ids: AnswerTokenIds | None = None
     """The text's tokens, if asked for."""
 
 
 class ChatAnswer(AnswerModel):
     """What a chat's answer and each of its events have in common."""
 
-    id: str
+    id: str = Field(examples=[EXAMPLE_STREAM])
     """The answer's id, which is also that of a resumable stream."""
 
-    created: int
+    created: UnixSecond
     """Unix seconds."""
 
-    model: str
+    model: str = Field(examples=["latentd"])
     """The model's name."""
 
-    system_fingerprint: str
+    system_fingerprint: str = Field(examples=["fp_3b1c9a7d52e0"])
     """Which weights and tokenizer they were."""
 
     service_tier: Literal["default"] = "default"
@@ -210,16 +225,16 @@ class ChatAnswer(AnswerModel):
     usage: Usage | None = None
     """Tokens; in a stream only where asked for."""
 
-    session_id: str | None = None
+    session_id: str | None = Field(None, examples=[EXAMPLE_SESSION])
     """The session of which this is a turn."""
 
-    session_turn: int | None = None
+    session_turn: int | None = Field(None, examples=[4])
     """The session's turn that this is, once it is committed."""
 
     timings: Timings | None = None
     """If asked for, with the end of the last choice."""
 
-    prompt_token_ids: list[int] | None = None
+    prompt_token_ids: AnswerTokenIds | None = None
     """The prompt's tokens, if asked for; in a stream, in the first event."""
 
 
@@ -239,7 +254,7 @@ class Delta(AnswerModel):
     role: Literal["assistant"] | None = None
     """In a choice's first event."""
 
-    content: str | None = None
+    content: str | None = Field(None, examples=[" cat"])
     """Text that follows the text so far."""
 
 
@@ -258,10 +273,10 @@ class ChatChunkChoice(AnswerModel):
     finish_reason: Literal["stop", "length"] | None = None
     """null until the choice ends."""
 
-    stop_reason: str | int | None = None
+    stop_reason: str | int | None = Field(None, examples=["\n\n"])
     """The stop string or stop token that ended it."""
 
-    token_ids: list[int] | None = None
+    token_ids: AnswerTokenIds | None = None
     """The tokens whose text begins here, if asked for."""
 
 

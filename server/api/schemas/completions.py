@@ -2,26 +2,37 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from server.api.schemas.base import LARGEST, WHOLE, AnswerModel, Prompt, Refused
+from server.api.schemas.base import (
+    EXAMPLE_SESSION,
+    LARGEST,
+    WHOLE,
+    AnswerModel,
+    AnswerTokenIds,
+    Prompt,
+    Refused,
+    UnixSecond,
+)
 from server.api.schemas.generation import GenerationRequest, Timings, Usage
 
 
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
-    prompt: Prompt | None
+    model_config = ConfigDict(json_schema_extra={"examples": [{"max_tokens": 16}]})
+
+    prompt: Prompt | None = Field(examples=["The cat sat on"])
     """Text, token ids, or a list of either. null: nothing, to go on with a session."""
 
     echo: bool | None = None
     """Begin the text with the prompt; with `logprobs`, tell the prompt's probabilities, too."""
 
-    logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[2])
     """Tell the log-probability of each token and of so many of the most probable ones. They are
     the model's, before penalties, temperature and filters."""
 
-    best_of: Annotated[int, Field(ge=1, le=LARGEST), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1, le=LARGEST), WHOLE] | None = Field(None, examples=[2])
     """Generate so many choices and answer with the `n` of the highest log-probability a token."""
 
     suffix: Annotated[None, Refused("this model cannot write what comes before a text", "")] = None
@@ -57,16 +68,18 @@ class CompletionRequest(GenerationRequest):
 class CompletionLogprobs(AnswerModel):
     """Four lists of one length: an entry a token."""
 
-    tokens: list[str]
+    tokens: list[str] = Field(examples=[[" the"]])
     """A token's text; `bytes:\\x..` where it is not whole characters."""
 
-    token_logprobs: list[float | None]
+    token_logprobs: list[float | None] = Field(examples=[[-0.27]])
     """null for a prompt's first token, before which there is nothing."""
 
-    top_logprobs: list[dict[str, float] | None] | None
+    top_logprobs: list[dict[str, float] | None] | None = Field(
+        examples=[[{" the": -0.27, " a": -2.05}]]
+    )
     """The most probable tokens, and the token itself; null if none were asked for."""
 
-    text_offset: list[int]
+    text_offset: list[int] = Field(examples=[[14]])
     """Where in the choice's text the token begins, in characters."""
 
 
@@ -76,7 +89,7 @@ class CompletionChoice(AnswerModel):
     index: int
     """Its number among all choices: those of the first prompt first."""
 
-    text: str
+    text: str = Field(examples=[" the mat."])
     """The text."""
 
     logprobs: CompletionLogprobs | None = None
@@ -86,32 +99,32 @@ class CompletionChoice(AnswerModel):
     """stop: the model, a stop string or a stop token ended it; length: max_tokens did; null: more
     is to come."""
 
-    stop_reason: str | int | None = None
+    stop_reason: str | int | None = Field(None, examples=["\n\n"])
     """The stop string or stop token that ended it."""
 
-    token_ids: list[int] | None = None
+    token_ids: AnswerTokenIds | None = None
     """The text's tokens, if asked for."""
 
-    prompt_token_ids: list[int] | None = None
+    prompt_token_ids: AnswerTokenIds | None = None
     """The prompt's tokens, if asked for."""
 
 
 class Completion(AnswerModel):
     """The answer of `POST /v1/completions`, and each event of a stream."""
 
-    id: str
+    id: str = Field(examples=["cmpl-0a6d3e91f7c24b58a3e6d90b17f4c2d8"])
     """The answer's id, which is also that of a resumable stream."""
 
     object: Literal["text_completion"] = "text_completion"
     """The kind of object."""
 
-    created: int
+    created: UnixSecond
     """Unix seconds."""
 
-    model: str
+    model: str = Field(examples=["latentd"])
     """The model's name."""
 
-    system_fingerprint: str
+    system_fingerprint: str = Field(examples=["fp_3b1c9a7d52e0"])
     """Which weights and tokenizer they were."""
 
     choices: list[CompletionChoice]
@@ -120,10 +133,10 @@ class Completion(AnswerModel):
     usage: Usage | None = None
     """Tokens; in a stream only where asked for."""
 
-    session_id: str | None = None
+    session_id: str | None = Field(None, examples=[EXAMPLE_SESSION])
     """The session of which this is a turn."""
 
-    session_turn: int | None = None
+    session_turn: int | None = Field(None, examples=[4])
     """The session's turn that this is, once it is committed."""
 
     timings: Timings | None = None

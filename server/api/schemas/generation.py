@@ -5,7 +5,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from server.api.schemas.base import LARGEST, WHOLE, AnswerModel, RequestModel, Stop, Text, TokenIds
+from server.api.schemas.base import (
+    EXAMPLE_SESSION,
+    LARGEST,
+    WHOLE,
+    AnswerModel,
+    RequestModel,
+    Stop,
+    Text,
+    TokenIds,
+)
 from server.api.schemas.structure import ResponseFormat, StructuredOutputs
 
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
@@ -30,43 +39,43 @@ class StreamOptions(RequestModel):
 class SamplingRequest(RequestModel):
     """Parameters of every request that generates text."""
 
-    model: Text | None = None
+    model: Text | None = Field(None, examples=["latentd"])
     """The model's name; without it, the one that is served."""
 
-    min_tokens: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[1])
     """Before so many tokens nothing ends the text: no end token, no stop token, no stop string."""
 
-    temperature: Annotated[float, Field(ge=0, le=10)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=10)] | None = Field(None, examples=[0.7])
     """0: always the most probable token. Default 1."""
 
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, examples=[0.95])
     """Choose among the most probable tokens that together have this probability."""
 
-    top_k: Annotated[int, Field(ge=-1, le=LARGEST), WHOLE] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=LARGEST), WHOLE] | None = Field(None, examples=[40])
     """Choose among so many of the most probable tokens. 0 and -1: no limit."""
 
-    min_p: Probability | None = None
+    min_p: Probability | None = Field(None, examples=[0.05])
     """Choose among tokens with at least this fraction of the largest probability."""
 
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(None, examples=[1.1])
     """Divides the positive logits of the last 1,024 tokens and multiplies negative ones."""
 
-    frequency_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = Field(None, examples=[0.2])
     """Subtracted from a logit for each time that its token was generated lately."""
 
-    presence_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = Field(None, examples=[0.1])
     """Subtracted once from the logit of a token that was generated lately."""
 
-    logit_bias: LogitBias | None = None
+    logit_bias: LogitBias | None = Field(None, examples=[{"42": -100.0}])
     """Added to logits, by token id, which JSON writes as a string."""
 
-    seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX), WHOLE] | None = Field(None, examples=[7])
     """The same seed gives the same text for the same request."""
 
-    stop: Stop | None = None
+    stop: Stop | None = Field(None, examples=[["\n\n"]])
     """Strings that end the text; they are not part of it."""
 
-    stop_token_ids: Annotated[TokenIds, Field(max_length=256)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=256)] | None = Field(None, examples=[[2]])
     """Tokens that end the text, also with `ignore_eos`; they are not part of it."""
 
     include_stop_str_in_output: bool | None = None
@@ -81,12 +90,12 @@ class SamplingRequest(RequestModel):
     timings: bool | None = None
     """Tell how long the parts of the work took."""
 
-    timeout: Annotated[float, Field(gt=0)] | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = Field(None, examples=[5.0])
     """Seconds from the request's arrival in which it must end. One that does not is dropped where
     it is, a session's turn rolled back: status 504, or an error event in a stream, with the code
     `deadline_exceeded`."""
 
-    user: Text | None = None
+    user: Text | None = Field(None, examples=["user-17"])
     """Your name for who asks; it changes nothing."""
 
     structured_outputs: StructuredOutputs | None = None
@@ -161,13 +170,13 @@ class SamplingRequest(RequestModel):
 class GenerationRequest(SamplingRequest):
     """Parameters of completions and chats."""
 
-    session_id: Text | None = None
+    session_id: Text | None = Field(None, examples=[EXAMPLE_SESSION])
     """Take the session's next turn: send only what is new."""
 
-    expected_turn: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = None
+    expected_turn: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[3])
     """The turn that the session must be at; otherwise the answer is 409 `turn_mismatch`."""
 
-    max_tokens: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[16])
     """Tokens to generate at most. 0 only reads the prompt."""
 
     n: Annotated[int, Field(ge=1, le=LARGEST), WHOLE] | None = None
@@ -225,7 +234,7 @@ class GenerationRequest(SamplingRequest):
 class PromptTokensDetails(AnswerModel):
     """Of the prompt's tokens."""
 
-    cached_tokens: int
+    cached_tokens: int = Field(examples=[2])
     """Prompt tokens that did not need to be read: those that the session held already, or the
     beginning of a prompt that the server has read before. In a stream a prompt's beginning counts
     from the end of its choices."""
@@ -234,13 +243,13 @@ class PromptTokensDetails(AnswerModel):
 class Usage(AnswerModel):
     """Tokens of a request. Those that a session held already count as prompt tokens, too."""
 
-    prompt_tokens: int
+    prompt_tokens: int = Field(examples=[6])
     """Tokens before the answer, those of the session's past included."""
 
-    completion_tokens: int
+    completion_tokens: int = Field(examples=[3])
     """Tokens generated, those of choices that are not in the answer included."""
 
-    total_tokens: int
+    total_tokens: int = Field(examples=[9])
     """Both together."""
 
     prompt_tokens_details: PromptTokensDetails
@@ -250,22 +259,22 @@ class Usage(AnswerModel):
 class Timings(AnswerModel):
     """Where the time went, in seconds; of several choices, that of the slowest."""
 
-    queue_s: float
+    queue_s: float = Field(examples=[0.0004])
     """Until the request had a row of the engine."""
 
-    prefill_s: float
+    prefill_s: float = Field(examples=[0.0031])
     """Reading the prompt, from then on."""
 
-    first_token_s: float | None
+    first_token_s: float | None = Field(examples=[0.0042])
     """From the request's submission to its first token; null if none was generated."""
 
-    per_token_s: float | None
+    per_token_s: float | None = Field(examples=[0.0011])
     """Between two tokens, on average; null with fewer than two."""
 
-    total_s: float
+    total_s: float = Field(examples=[0.0064])
     """From the submission to the last token."""
 
-    cached_tokens: int
+    cached_tokens: int = Field(examples=[2])
     """Prompt tokens that were not read, since the server had read them before."""
 
     resumed_tokens: int

@@ -2,9 +2,19 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
-from server.api.schemas.base import LARGEST, WHOLE, AnswerModel, Refused, RequestModel, Text
+from server.api.schemas.base import (
+    EXAMPLE_MESSAGE,
+    EXAMPLE_RESPONSE,
+    LARGEST,
+    WHOLE,
+    AnswerModel,
+    Refused,
+    RequestModel,
+    Text,
+    UnixSecond,
+)
 from server.api.schemas.chat import NO_TOOLS, TEXT_ONLY, TokenLogprob, kind_of_content
 from server.api.schemas.generation import SamplingRequest, Timings
 from server.api.schemas.sessions import Metadata, Ttl
@@ -26,11 +36,11 @@ class InputPart(RequestModel):
     type: Literal["input_text", "output_text"]
     """Other kinds of content are not supported."""
 
-    text: Text
+    text: Text = Field(examples=["Who sat on the mat?"])
     """What it says."""
 
     annotations: Annotated[None, Refused(TEXT_ONLY, [])] = None
-    logprobs: list[Any] | None = None
+    logprobs: list[Any] | None = Field(None, examples=[[]])
     """As it came with an earlier answer; it changes nothing."""
 
 
@@ -40,23 +50,23 @@ class InputMessage(RequestModel):
     type: Literal["message"] | None = None
     """Other kinds of items are not supported."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"] = Field(examples=["user"])
     """developer means the same as system."""
 
     content: Annotated[
         Annotated[Text, Tag("(text)")]
         | Annotated[list[InputPart], Field(min_length=1, fail_fast=True), Tag("(parts)")],
         Discriminator(kind_of_content),
-    ]
+    ] = Field(examples=["Who sat on the mat?"])
     """A text, or a list of text parts, which are joined."""
 
-    id: Text | None = None
+    id: Text | None = Field(None, examples=[EXAMPLE_MESSAGE])
     """As it came with an earlier answer; it changes nothing."""
 
     status: Literal["completed", "incomplete"] | None = None
     """As it came with an earlier answer; it changes nothing."""
 
-    phase: Text | None = None
+    phase: Text | None = Field(None, examples=["final_answer"])
     """As it came with an earlier answer; it changes nothing."""
 
     @property
@@ -110,14 +120,18 @@ class ResponseStreamOptions(RequestModel):
 class ResponseRequest(SamplingRequest):
     """`POST /v1/responses`."""
 
-    input: Input | None = None
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"input": "Who sat on the mat?", "max_output_tokens": 16}]}
+    )
+
+    input: Input | None = Field(None, examples=["Who sat on the mat?"])
     """A user's text, or messages. Only what is new, with `previous_response_id`."""
 
-    instructions: Text | None = None
+    instructions: Text | None = Field(None, examples=["Answer in one word."])
     """A system message before the input. The state of a response includes the instructions that
     came before it: they cannot be taken back, only added to."""
 
-    previous_response_id: Text | None = None
+    previous_response_id: Text | None = Field(None, examples=[EXAMPLE_RESPONSE])
     """Go on from the end of this response, whatever has gone on from there already."""
 
     store: bool | None = None
@@ -126,7 +140,9 @@ class ResponseRequest(SamplingRequest):
     background: bool | None = None
     """Answer at once and go on without the connection; needs `store`."""
 
-    max_output_tokens: Annotated[int, Field(ge=1, le=LARGEST), WHOLE] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=LARGEST), WHOLE] | None = Field(
+        None, examples=[16]
+    )
     """Tokens to generate at most."""
 
     metadata: Metadata | None = None
@@ -135,7 +151,7 @@ class ResponseRequest(SamplingRequest):
     ttl: Ttl | None = None
     """Seconds after which a stored response is erased."""
 
-    top_logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[2])
     """So many of the most probable tokens beside each; needs the include below."""
 
     include: list[Literal["message.output_text.logprobs"]] | None = None
@@ -153,10 +169,10 @@ class ResponseRequest(SamplingRequest):
     service_tier: Literal["auto", "default"] | None = None
     """There is one tier."""
 
-    safety_identifier: Text | None = None
+    safety_identifier: Text | None = Field(None, examples=["user-17"])
     """Your name for who asks; it changes nothing."""
 
-    prompt_cache_key: Text | None = None
+    prompt_cache_key: Text | None = Field(None, examples=["cats"])
     """A hint that this server does not need: common beginnings are found without it."""
 
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
@@ -233,10 +249,10 @@ class OutputText(AnswerModel):
     type: Literal["output_text"] = "output_text"
     """The kind of part."""
 
-    text: str
+    text: str = Field(examples=["The cat."])
     """The text."""
 
-    annotations: list[Any] = Field(default_factory=list)
+    annotations: list[Any] = Field(default_factory=list, examples=[[]])
     """Always empty."""
 
     logprobs: list[TokenLogprob] = Field(default_factory=list)
@@ -246,13 +262,13 @@ class OutputText(AnswerModel):
 class OutputMessage(AnswerModel):
     """A message that the model wrote."""
 
-    id: str
+    id: str = Field(examples=[EXAMPLE_MESSAGE])
     """Its id."""
 
     type: Literal["message"] = "message"
     """The kind of item."""
 
-    status: Literal["in_progress", "completed", "incomplete"]
+    status: Literal["in_progress", "completed", "incomplete"] = Field(examples=["completed"])
     """incomplete: the token limit ended it."""
 
     role: Literal["assistant"] = "assistant"
@@ -265,7 +281,7 @@ class OutputMessage(AnswerModel):
 class InputTokensDetails(AnswerModel):
     """Of the input's tokens."""
 
-    cached_tokens: int
+    cached_tokens: int = Field(examples=[2])
     """Tokens that did not need to be read: those of earlier responses, or a beginning that the
     server has read before."""
 
@@ -283,29 +299,29 @@ class OutputTokensDetails(AnswerModel):
 class ResponseUsage(AnswerModel):
     """Tokens of a response. Those of earlier responses count as input, too."""
 
-    input_tokens: int
+    input_tokens: int = Field(examples=[6])
     """Tokens before the output, those of earlier responses included."""
 
     input_tokens_details: InputTokensDetails
     """Which of them cost nothing."""
 
-    output_tokens: int
+    output_tokens: int = Field(examples=[3])
     """Tokens generated."""
 
     output_tokens_details: OutputTokensDetails
     """Of those generated."""
 
-    total_tokens: int
+    total_tokens: int = Field(examples=[9])
     """All together."""
 
 
 class ResponseError(AnswerModel):
     """Why a response failed."""
 
-    code: str
+    code: str = Field(examples=["internal_error"])
     """The kind of fault."""
 
-    message: str
+    message: str = Field(examples=["the server failed; its log tells more"])
     """What happened."""
 
 
@@ -319,29 +335,33 @@ class IncompleteDetails(AnswerModel):
 class ToldFormat(AnswerModel):
     """What the text was to be like."""
 
-    format: dict[str, Any]
+    format: dict[str, Any] = Field(examples=[{"type": "text"}])
     """As it was asked for."""
 
 
 class ResponseObject(AnswerModel):
     """A response. Once stored it does not change, and any number of others can go on from it."""
 
-    id: str
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"error": None, "incomplete_details": None}]}
+    )
+
+    id: str = Field(examples=[EXAMPLE_RESPONSE])
     """Its id, for `previous_response_id` and all calls under `/v1/responses`."""
 
     object: Literal["response"] = "response"
     """The kind of object."""
 
-    created_at: int
+    created_at: UnixSecond
     """Unix seconds."""
 
-    completed_at: int | None
+    completed_at: UnixSecond | None
     """Unix seconds of its end; null before."""
 
-    status: Status
+    status: Status = Field(examples=["completed"])
     """How it stands."""
 
-    background: bool
+    background: bool = Field(examples=[False])
     """Whether it goes on without a connection."""
 
     error: ResponseError | None
@@ -350,13 +370,13 @@ class ResponseObject(AnswerModel):
     incomplete_details: IncompleteDetails | None
     """Why it is incomplete."""
 
-    instructions: str | None
+    instructions: str | None = Field(examples=["Answer in one word."])
     """As they were given."""
 
-    max_output_tokens: int | None
+    max_output_tokens: int | None = Field(examples=[16])
     """As it was given."""
 
-    model: str
+    model: str = Field(examples=["latentd"])
     """The model's name."""
 
     output: list[OutputMessage]
@@ -365,7 +385,7 @@ class ResponseObject(AnswerModel):
     parallel_tool_calls: bool = True
     """No model here calls tools."""
 
-    previous_response_id: str | None
+    previous_response_id: str | None = Field(examples=["resp_Zc81Lw0uYb4NqEsVtKx6RmJaPgDhOi2f"])
     """The response that it went on from."""
 
     service_tier: Literal["default"] = "default"
@@ -374,7 +394,7 @@ class ResponseObject(AnswerModel):
     store: bool
     """Whether it is kept."""
 
-    temperature: float
+    temperature: float = Field(examples=[1.0])
     """The temperature."""
 
     text: ToldFormat
@@ -383,13 +403,13 @@ class ResponseObject(AnswerModel):
     tool_choice: Literal["auto"] = "auto"
     """No model here calls tools."""
 
-    tools: list[Any] = Field(default_factory=list)
+    tools: list[Any] = Field(default_factory=list, examples=[[]])
     """No model here calls tools."""
 
     top_logprobs: int
     """Most probable tokens beside each."""
 
-    top_p: float
+    top_p: float = Field(examples=[1.0])
     """The top_p."""
 
     truncation: Literal["disabled"] = "disabled"
@@ -398,10 +418,10 @@ class ResponseObject(AnswerModel):
     usage: ResponseUsage | None
     """Tokens; null before the end."""
 
-    user: str | None
+    user: str | None = Field(examples=["user-17"])
     """As it was given."""
 
-    metadata: dict[str, str]
+    metadata: dict[str, str] = Field(examples=[{"topic": "cats"}])
     """Your notes."""
 
     timings: Timings | None = None
@@ -411,7 +431,7 @@ class ResponseObject(AnswerModel):
 class ResponseDeleted(AnswerModel):
     """A response that is no more."""
 
-    id: str
+    id: str = Field(examples=[EXAMPLE_RESPONSE])
     """What it was called."""
 
     object: Literal["response"] = "response"
@@ -423,6 +443,14 @@ class ResponseDeleted(AnswerModel):
 
 class ResponseEvent(AnswerModel):
     """An event of a response's stream. Which fields it has depends on its type."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"output_index": 0, "item_id": EXAMPLE_MESSAGE, "content_index": 0, "delta": " cat"}
+            ]
+        }
+    )
 
     type: Literal[
         "response.created",
@@ -437,10 +465,10 @@ class ResponseEvent(AnswerModel):
         "response.completed",
         "response.incomplete",
         "response.failed",
-    ]
+    ] = Field(examples=["response.output_text.delta"])
     """What happened."""
 
-    sequence_number: int
+    sequence_number: int = Field(examples=[4])
     """Its place in the stream, from 0 on."""
 
     response: ResponseObject | None = None
@@ -452,7 +480,7 @@ class ResponseEvent(AnswerModel):
     item: OutputMessage | None = None
     """The message as it is now."""
 
-    item_id: str | None = None
+    item_id: str | None = Field(None, examples=[EXAMPLE_MESSAGE])
     """The message's id."""
 
     content_index: int | None = None
@@ -461,10 +489,10 @@ class ResponseEvent(AnswerModel):
     part: OutputText | None = None
     """The text as it is now."""
 
-    delta: str | None = None
+    delta: str | None = Field(None, examples=[" cat"])
     """Text that follows the text so far."""
 
-    text: str | None = None
+    text: str | None = Field(None, examples=["The cat."])
     """The whole text."""
 
     logprobs: list[TokenLogprob] | None = None

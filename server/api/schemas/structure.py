@@ -8,18 +8,25 @@ from pydantic_core import PydanticCustomError
 from server.api.schemas.base import RequestModel, Text
 
 JsonSchema = dict[str, Any] | bool
+PERSON: JsonSchema = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+"""The example."""
 
 
 class NamedSchema(RequestModel):
     """A JSON schema with a name."""
 
-    name: Annotated[Text, Field(min_length=1, max_length=64)]
+    name: Annotated[Text, Field(min_length=1, max_length=64)] = Field(examples=["person"])
     """Yours; the text does not depend on it."""
 
-    description: Text | None = None
+    description: Text | None = Field(None, examples=["Somebody."])
     """Yours; the text does not depend on it."""
 
-    schema_: Annotated[JsonSchema | None, Field(alias="schema")] = None
+    schema_: Annotated[JsonSchema | None, Field(alias="schema")] = Field(None, examples=[PERSON])
     """The JSON schema; without it, any JSON object. What cannot be enforced is refused."""
 
     strict: bool | None = None
@@ -83,23 +90,28 @@ class StructuredOutputs(RequestModel):
         json_schema_extra={
             "oneOf": [
                 {"required": [name], "properties": {name: given}} for name, given in _GIVEN.items()
-            ]
+            ],
+            "examples": [{"choice": ["yes", "no"]}],
         }
     )
 
-    json_: Annotated[JsonSchema | Text | None, Field(alias="json")] = None
+    json_: Annotated[JsonSchema | Text | None, Field(alias="json")] = Field(None, examples=[PERSON])
     """A JSON schema, or its text."""
 
     json_object: bool | None = None
     """Any JSON object."""
 
-    regex: Annotated[Text, Field(min_length=1)] | None = None
+    regex: Annotated[Text, Field(min_length=1)] | None = Field(None, examples=["[0-9]{4}"])
     """A regular expression that the whole text matches, in the syntax of Rust's regex crate."""
 
-    grammar: Annotated[Text, Field(min_length=1)] | None = None
+    grammar: Annotated[Text, Field(min_length=1)] | None = Field(
+        None, examples=['root ::= "yes" | "no"']
+    )
     """A context-free grammar: llguidance's Lark if it has a rule `start`, else llama.cpp's GBNF."""
 
-    choice: Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None = None
+    choice: Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None = Field(
+        None, examples=[["yes", "no"]]
+    )
     """One of these strings."""
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The tables of the embedded store, and how a file comes to have them."""
+"""The tables of the embedded store, and how its file is opened."""
 
 import os
 import sqlite3
@@ -123,20 +123,20 @@ BEGIN INSERT OR IGNORE INTO files_to_delete VALUES (OLD.state_id); END;
 
 
 def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
-    """The database with its present schema, locked for this process. Raises StoreError."""
+    """The database, made if there is none, locked for this process. Raises StoreError."""
     db = None
     try:
         path.parent.mkdir(0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
         path.chmod(0o600)  # SQLite gives its other files the modes of this one
         db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-        version = _version(db, path)
+        is_new = _is_new(db, path)
         db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute(f"PRAGMA synchronous = {'FULL' if durability == 'sync' else 'NORMAL'}")
         db.execute("PRAGMA secure_delete = ON")
-        if version == 0:
+        if is_new:
             db.executescript(
                 f"""BEGIN IMMEDIATE;
                 {TABLES}
@@ -162,18 +162,18 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _version(db: sqlite3.Connection, path: Path) -> int:
+def _is_new(db: sqlite3.Connection, path: Path) -> bool:
+    """Whether the file has no tables yet. Raises StoreError for one that is not of this version."""
     application_id = db.execute("PRAGMA application_id").fetchone()[0]
-    version = int(db.execute("PRAGMA user_version").fetchone()[0])
-    if application_id == APPLICATION_ID and version not in (0, SCHEMA_VERSION):
-        raise StoreError(
-            f"{path}: written by another latentd (store version {version}, this is "
-            f"{SCHEMA_VERSION})"
-        )
+    version = db.execute("PRAGMA user_version").fetchone()[0]
     is_empty = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
-    if application_id != APPLICATION_ID and not (is_empty and application_id == 0):
+    if is_empty and application_id == 0:
+        return True
+    if application_id != APPLICATION_ID:
         raise StoreError(f"{path}: not a latentd session store")
-    return version
+    if version != SCHEMA_VERSION:
+        raise StoreError(f"{path}: store version {version}, this latentd uses {SCHEMA_VERSION}")
+    return False
 
 
 def _check_accounts(db: sqlite3.Connection) -> None:

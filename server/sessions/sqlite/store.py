@@ -36,7 +36,7 @@ class SQLiteStore:
     """
 
     def __init__(self, path: Path, durability: Durability = "sync") -> None:
-        """Open or create. Raises StoreError: damaged, foreign, other version, in use, read-only."""
+        """Open or create. Raises StoreError for a file that this server cannot use."""
         db = open_store(path, durability)
         try:
             self._files = StateFiles(

@@ -1,13 +1,27 @@
 """Requests to the completions endpoint, and what comes back, taken apart."""
 
 import json
+import socket
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 from server.api.schemas.completions import Completion
+from tests.patience import PATIENCE_S
 
 BODY: dict[str, Any] = {"prompt": "the cat", "max_tokens": 24, "seed": 7, "ignore_eos": True}
+
+
+def send(url: str, body: dict[str, Any], **headers: str) -> socket.socket:
+    """A connection on which a completion was asked for; closing it is leaving."""
+    address = urlsplit(url)
+    content = json.dumps(body).encode()
+    facts = {"host": "a", "content-type": "application/json", "content-length": str(len(content))}
+    head = "".join(f"{name}: {value}\r\n" for name, value in (facts | headers).items())
+    connection = socket.create_connection((address.hostname, address.port or 80), PATIENCE_S)
+    connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + content)
+    return connection
 
 
 def complete(client: httpx.Client, **changes: object) -> dict[str, Any]:

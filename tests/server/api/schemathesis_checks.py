@@ -57,6 +57,8 @@ def streams_end_properly(
     if not response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
         return
     text = response.content.decode()
+    if not text and "after=" in str(response.request.url):
+        return  # nothing is behind the last event
     assert text.endswith("\n\n"), text[-200:]
     events = [fields(event) for event in text[:-2].split("\n\n")]
     first = int(events[0]["id"])

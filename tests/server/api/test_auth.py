@@ -1,7 +1,6 @@
 """Keys: who has none gets nothing, and nobody sees another's sessions."""
 
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from server.api.auth import KeyRing
 from server.errors import Unauthorized
 from server.keys import Limits, add_key, revoke_key
 from server.settings import Settings
+from tests.patience import PATIENCE_S, wait_until
 from tests.server.api.calls import BODY, complete
 from tests.server.live import LiveServer, live_server, tiny_settings
 
@@ -38,7 +38,7 @@ def guarded(
 @contextmanager
 def client_with(server: LiveServer, key: str | None) -> Iterator[httpx.Client]:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    with httpx.Client(base_url=server.url, timeout=60, headers=headers) as client:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE_S, headers=headers) as client:
         yield client
 
 
@@ -211,13 +211,6 @@ def status(server: LiveServer, key: str, path: str = "/v1/sessions") -> int:
         return client.get(path).status_code
 
 
-def wait_for(server: LiveServer, key: str, expected: int) -> None:
-    deadline = time.monotonic() + 10
-    while status(server, key) != expected:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_keys_of_file_and_settings_work_together_until_revoked(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -231,9 +224,9 @@ def test_keys_of_file_and_settings_work_together_until_revoked(
         assert [status(server, key) for key in (*secrets.values(), "alpha")] == [200] * 3
         assert status(server, "gamma") == 401
         revoke_key(file, "a")
-        wait_for(server, secrets["a"], 401)
+        wait_until(lambda: status(server, secrets["a"]) == 401)
         _, late = add_key(file, "late", Limits())
-        wait_for(server, late, 200)
+        wait_until(lambda: status(server, late) == 200)
         assert [status(server, key) for key in (secrets["b"], "alpha")] == [200] * 2
         assert status(server, secrets["b"], f"/v1/sessions/{session_id}") == 404
 

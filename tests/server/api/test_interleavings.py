@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from server.sessions.codec import read
+from tests.patience import PATIENCE_S
 from tests.server.live import LiveServer, live_server, tiny_settings
 
 KEPT = 3
@@ -231,7 +232,7 @@ async def play_together(
     server: LiveServer, twins: Twins, lives: list[list[tuple[str, int]]]
 ) -> None:
     async with (
-        httpx.AsyncClient(base_url=server.url, timeout=60) as client,
+        httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client,
         asyncio.TaskGroup() as group,
     ):
         for steps in lives:

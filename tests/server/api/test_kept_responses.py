@@ -8,6 +8,7 @@ from pathlib import Path
 from server.serve import STORE_FILE
 from server.sessions.sqlite.store import SQLiteStore
 from server.sessions.store import ResponseRecord, ResponseStatus
+from tests.patience import wait_until
 from tests.server.live import live_server, tiny_settings
 
 
@@ -43,10 +44,7 @@ def test_what_was_interrupted_is_told_and_what_is_over_is_erased(
     )
     often = tiny_settings(tiny_checkpoint, tmp_path, sweep_interval_s=0.05)
     with live_server(often) as server, server.client() as client:
-        deadline = time.monotonic() + 10
-        while "\nlatentd_responses 2.0" not in client.get("/metrics").text:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: "\nlatentd_responses 2.0" in client.get("/metrics").text)
     records = {n: asyncio.run(found(path, n)) for n in ("interrupted", "over", "kept")}
     assert records["over"] is None
     assert records["kept"] is not None

@@ -72,6 +72,15 @@ def test_answers(
     }
 
 
+def texts(answers: list[dict[str, Any]]) -> dict[int, str]:
+    """The text of each choice."""
+    told = dict[int, str]()
+    for choice in (choice for answer in answers for choice in answer["choices"]):
+        parts = choice.get("message") or choice.get("delta") or {"content": choice.get("text")}
+        told[choice["index"]] = told.get(choice["index"], "") + (parts.get("content") or "")
+    return told
+
+
 @pytest.mark.parametrize(
     ("path", "body", "shape"),
     [
@@ -84,8 +93,10 @@ def test_answers(
 def test_chunks(
     client: httpx.Client, path: str, body: dict[str, Any], shape: type[BaseModel]
 ) -> None:
-    chunks = events(client, path, body)
-    assert len(chunks) > 2
+    asked = {name: value for name, value in body.items() if name != "stream_options"}
+    whole, chunks = json.loads(answer(client, path, asked)), events(client, path, body)
+    assert texts(chunks) == texts([whole])
+    assert chunks[-1].get("usage") == (whole["usage"] if "stream_options" in body else None)
     for chunk in chunks:
         for choice in chunk["choices"]:
             assert {"index", "finish_reason", "logprobs"} <= choice.keys()

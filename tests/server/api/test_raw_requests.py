@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.server.live import LiveServer
 
 OBJECT = b'{"prompt": "the cat", "max_tokens": 1}'
@@ -26,7 +27,9 @@ def post(body: bytes, *headers: bytes, path: bytes = b"/v1/completions") -> byte
 def exchange(server: LiveServer, request: bytes) -> tuple[int, bytes]:
     """Status and body of what comes back until the server closes the connection."""
     address = urlsplit(server.url)
-    with socket.create_connection((address.hostname, address.port or 80), timeout=20) as connection:
+    with socket.create_connection(
+        (address.hostname, address.port or 80), timeout=PATIENCE_S
+    ) as connection:
         connection.sendall(request)
         with connection.makefile("rb") as answer:
             head, _, body = answer.read().partition(b"\r\n\r\n")

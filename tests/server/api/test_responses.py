@@ -1,7 +1,6 @@
 """`/v1/responses` through a real server."""
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import httpx
 import pytest
 
 from server.api.schemas.responses import ResponseEvent, ResponseObject
+from tests.patience import wait_until
 from tests.server.api.chats import make_checkpoint
 from tests.server.live import LiveServer, live_server, tiny_settings
 
@@ -77,13 +77,11 @@ def text(response: dict[str, Any]) -> str:
 
 
 def wait_for(client: httpx.Client, response_id: str, *statuses: str) -> dict[str, Any]:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        found = dict(client.get(f"{URL}/{response_id}").json())
-        if found["status"] in statuses:
-            return found
-        time.sleep(0.02)
-    raise TimeoutError(f"{response_id} is {found['status']}")
+    def found() -> dict[str, Any]:
+        return dict(client.get(f"{URL}/{response_id}").json())
+
+    wait_until(lambda: found()["status"] in statuses)
+    return found()
 
 
 def test_a_response_has_openais_shape_and_can_be_retrieved(client: httpx.Client) -> None:

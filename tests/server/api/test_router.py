@@ -3,8 +3,8 @@
 import asyncio
 
 import pytest
-
 from server.api.router import MOST_APART, Aborted, EventQueue
+
 from server.engine.messages import Event, Failed, PromptScored, TextDelta, Token
 
 
@@ -98,7 +98,7 @@ def test_a_silence_is_told_once_it_has_been_long_enough() -> None:
         for _ in range(2):
             started = loop.time()
             assert not await queue.wait(0.1)
-            assert 0.1 <= loop.time() - started < 1
+            assert loop.time() - started >= 0.1
         loop.call_later(0.2, queue.put, delta(0))
         assert await queue.wait()  # whoever does not ask is not told
         queue.close()

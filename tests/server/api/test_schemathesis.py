@@ -16,6 +16,8 @@ import pytest
 from tests.server.api.chats import make_checkpoint
 from tests.server.live import LiveServer, live_server, tiny_settings
 
+pytestmark = pytest.mark.long
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 KEY = "the-key"

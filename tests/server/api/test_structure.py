@@ -9,6 +9,7 @@ import httpx
 import jsonschema
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.server.api.chats import make_checkpoint
 from tests.server.live import LiveServer, live_server, tiny_settings
 
@@ -30,7 +31,7 @@ GBNF = 'root ::= "a" root "b" | "c"'
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = make_checkpoint(tmp_path_factory.mktemp("chat") / "model")
-    settings = tiny_settings(folder, tmp_path_factory.mktemp("data"), grammar_timeout_s=2)
+    settings = tiny_settings(folder, tmp_path_factory.mktemp("data"), grammar_timeout_s=PATIENCE_S)
     with live_server(settings) as running:
         yield running
 

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tests.patience import PATIENCE_S
+
 START = """\
 import fcntl, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C reaches whom the terminal controls
@@ -17,7 +19,6 @@ from server.__main__ import main
 main()
 """
 CTRL_C, CTRL_D = "\x03", "\x04"
-PATIENCE_S = 60.0
 AGAIN_S = 5.0
 
 

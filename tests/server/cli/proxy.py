@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 
+from tests.patience import PATIENCE_S
+
 Spoil = Callable[[Iterator[bytes]], Iterator[bytes]]
 """From the chunks of a stream to what the client gets; then the connection breaks off, unless the
 stream has its end."""
@@ -54,7 +56,7 @@ def proxy(upstream: str) -> Iterator[Proxy]:
                 name: value for name, value in self.headers.items() if name.lower() != "host"
             }
             with (
-                httpx.Client(base_url=running.upstream, timeout=60) as client,
+                httpx.Client(base_url=running.upstream, timeout=PATIENCE_S) as client,
                 client.stream(self.command, self.path, headers=headers, content=body) as answer,
             ):
                 self.send_response(answer.status_code)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from server.cli import dialogue
 from server.cli.client import event_data
 from server.cli.terminal import ORDERS
+from tests.patience import PATIENCE_S, PROGRAM_S
 from tests.server.api.chats import make_checkpoint
 from tests.server.cli.commands import latentd
 from tests.server.cli.conftest import KEY
@@ -111,7 +112,7 @@ def test_lines_come_from_a_pipe_and_plain_text_goes_to_one(
         [sys.executable, "-m", "server", "chat", *map(str, SHORT)],
         input=b"the cat\n\nand then\n",
         capture_output=True,
-        timeout=120,
+        timeout=PROGRAM_S,
         env={"PATH": os.environ["PATH"], "LATENT_URL": chatting.url, "PYTHONUTF8": "1"},
         check=False,
     )
@@ -452,7 +453,7 @@ def test_a_session_that_stays_busy(
 
     def stay(chunks: Iterator[bytes]) -> Iterator[bytes]:
         yield from fail_early(chunks)
-        released.wait(60)  # and the server's connection stays open
+        released.wait(PATIENCE_S)  # and the server's connection stays open
 
     between.spoils.append(stay)
     try:

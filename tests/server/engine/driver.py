@@ -19,6 +19,7 @@ from server.engine.messages import (
     TextDelta,
 )
 from server.metrics import Metrics
+from tests.patience import PATIENCE_S
 
 LIMITS = EngineLimits(
     max_running=4,
@@ -48,7 +49,7 @@ class Driver:
     def wait(self, condition: Callable[[list[Event]], bool]) -> list[Event]:
         """Collect events until the condition holds on all of them."""
         while not condition(self.seen):
-            for event in self.events.get(timeout=60):
+            for event in self.events.get(timeout=PATIENCE_S):
                 if isinstance(event, RowGivenUp):
                     self.given_up.append(event)
                 else:

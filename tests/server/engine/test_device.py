@@ -27,7 +27,7 @@ def network() -> LanguageModel:
 
 
 def test_a_small_network_has_one_thread(network: LanguageModel) -> None:
-    assert choose_threads(None, network.pack()) == "1 thread, compiled"
+    assert choose_threads(None, network.pack()) == "1 thread"
     assert torch.get_num_threads() == 1
 
 
@@ -36,14 +36,14 @@ def test_a_large_network_has_as_many_as_torch_wants(
 ) -> None:
     network.pack("int8")
     monkeypatch.setattr(device, "FEW_BYTES", network.num_parameters + 1)
-    assert choose_threads(None, network) == "1 thread, compiled"
+    assert choose_threads(None, network) == "1 thread"
     torch.set_num_threads(2)
     monkeypatch.setattr(device, "FEW_BYTES", network.num_parameters)
-    assert choose_threads(None, network) == "2 threads, compiled"
+    assert choose_threads(None, network) == "2 threads"
 
 
 def test_what_is_asked_for_is_done(network: LanguageModel) -> None:
-    assert choose_threads(3, network) == "3 threads, plain torch"
+    assert choose_threads(3, network) == "3 threads"
     assert torch.get_num_threads() == 3
 
 
@@ -62,8 +62,8 @@ def test_a_gpu_has_bfloat16_weights_unless_others_are_asked_for() -> None:
 
 
 @pytest.mark.skipif(not kernels.is_available(), reason="needs Triton")
-def test_kernels_are_told_of(network: LanguageModel) -> None:
-    assert choose_threads(1, network.fuse()) == "1 thread, Triton kernels"
+def test_the_kernels_are_a_backend(network: LanguageModel) -> None:
+    assert network.fuse().backend == "Triton kernels"
 
 
 def test_a_gpu_without_triton_says_so(
@@ -71,4 +71,4 @@ def test_a_gpu_without_triton_says_so(
 ) -> None:
     monkeypatch.setattr(kernels, "is_available", lambda: False)
     monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
-    assert choose_threads(1, network) == "1 thread, plain torch, Triton is not installed"
+    assert network.pack().backend == "plain torch (Triton is not installed)"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from model.checkpoint import Checkpoint
 from server.engine.messages import DeadlinePassed, EngineRequest, Finished
 from tests.server.engine.driver import LIMITS, Driver, following, request
+from tests.server.engine.stepper import Stepper
 
 CACHE_BYTES = 64 << 20
 SYSTEM = tuple(i * 31 % 299 + 1 for i in range(1000))
@@ -64,15 +65,20 @@ def test_many_at_once_read_a_common_beginning_once(driver: Driver, sharing: Driv
 
 
 def test_waiting_for_a_beginning_goes_on_when_its_reader_is_cancelled(
-    driver: Driver, sharing: Driver
+    driver: Driver, checkpoint: Checkpoint
 ) -> None:
+    sharing = Stepper(checkpoint, replace(LIMITS, max_running=32, prefix_cache_bytes=CACHE_BYTES))
     long = tuple(i * 17 % 299 + 1 for i in range(20_000))
     others = [after(f"other-{i}", (*long[:6000], i + 1, 7)) for i in range(3)]
-    sharing.engine.submit(after("reader", long), *others)
-    sharing.engine.cancel("reader")
+    sharing.submit(after("reader", long), *others)
+    sharing.step(2)
+    sharing.cancel("reader")
+    sharing.run()
     for each in others:
-        assert outcome(sharing, each) == end(driver, each)
-    assert sharing.value("prefix_cache_hits_total") == 2
+        last = sharing.finished(each.request_id)
+        found = (sharing.text(each.request_id), last.state, last.continuation)
+        assert found == end(driver, each)
+    assert sharing.worker._metrics.prefix_cache_hits_total._value.get() == 2
 
 
 def test_waiting_for_a_beginning_goes_on_when_its_reader_is_late(sharing: Driver) -> None:

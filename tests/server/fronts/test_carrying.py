@@ -12,6 +12,7 @@ from server.fronts.carrier import App, Carrier
 from server.fronts.frames import ANSWER_WINDOW_BYTES, PIECE_BYTES, REQUEST_WINDOW_BYTES, Kind
 from server.fronts.gateway import Gateway
 from server.fronts.link import Link
+from tests.patience import PATIENCE_S, until
 
 Message = MutableMapping[str, Any]
 SCOPE = {
@@ -95,7 +96,7 @@ async def echo(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             await main()
 
     asyncio.run(bounded())
@@ -125,8 +126,9 @@ def test_an_app_that_does_not_read_holds_up_the_body() -> None:
         async with carried(app) as (gateway, _, _):
             client = Client(LARGE)
             request = asyncio.create_task(gateway(dict(SCOPE), client.receive, client.send))
+            await until(lambda: client.num_received >= REQUEST_WINDOW_BYTES)
             await asyncio.sleep(0.1)
-            assert 0 < client.num_received <= REQUEST_WINDOW_BYTES + 50_000
+            assert client.num_received <= REQUEST_WINDOW_BYTES + 50_000
             asked.set()
             await request
             assert client.body == LARGE
@@ -171,6 +173,7 @@ def test_a_client_that_does_not_read_holds_up_the_app() -> None:
         async with carried(app) as (gateway, _, _):
             client = Client(reads=False)
             request = asyncio.create_task(gateway(dict(SCOPE), client.receive, client.send))
+            await until(lambda: num_sent >= ANSWER_WINDOW_BYTES)
             await asyncio.sleep(0.1)
             assert num_sent <= ANSWER_WINDOW_BYTES + PIECE_BYTES
             client.read()
@@ -183,12 +186,13 @@ def test_a_client_that_does_not_read_holds_up_the_app() -> None:
 @pytest.mark.parametrize("is_stalled", [False, True])
 def test_an_app_hears_that_its_client_has_gone(is_stalled: bool) -> None:
     async def main() -> None:
-        heard = asyncio.Event()
+        begun, heard = asyncio.Event(), asyncio.Event()
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             del scope
             await body_of(receive)
             await send({"type": "http.response.start", "status": 200, "headers": []})
+            begun.set()
             if is_stalled:
                 for _ in range(1000):
                     await send(
@@ -200,6 +204,7 @@ def test_an_app_hears_that_its_client_has_gone(is_stalled: bool) -> None:
         async with carried(app) as (gateway, _, _):
             client = Client(reads=not is_stalled)
             request = asyncio.create_task(gateway(dict(SCOPE), client.receive, client.send))
+            await begun.wait()
             await asyncio.sleep(0.05)
             assert not heard.is_set()
             client.go()
@@ -212,22 +217,23 @@ def test_an_app_hears_that_its_client_has_gone(is_stalled: bool) -> None:
 
 def test_a_front_that_is_lost_disconnects_its_requests() -> None:
     async def main() -> None:
-        heard = asyncio.Event()
+        begun, heard = asyncio.Event(), asyncio.Event()
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             del scope, send
             await body_of(receive)
+            begun.set()
             await receive()
             heard.set()
 
         async with carried(app) as (gateway, _, said):
             client = Client()
             request = asyncio.create_task(gateway(dict(SCOPE), client.receive, client.send))
-            await asyncio.sleep(0.05)
+            await begun.wait()
             gateway.link.close()
             await heard.wait()
             request.cancel()
-            assert said == ["lost"]
+            await until(lambda: said == ["lost"])
 
     run(main)
 
@@ -256,7 +262,6 @@ def test_ready_and_stop_cross() -> None:
         async with carried(echo) as (gateway, core, said):
             gateway.link.send(Kind.READY)
             core.send(Kind.STOP)
-            await asyncio.sleep(0.05)
-            assert sorted(said) == ["ready", "stop"]
+            await until(lambda: sorted(said) == ["ready", "stop"])
 
     run(main)

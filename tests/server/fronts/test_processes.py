@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -18,8 +17,11 @@ import torch
 from model import checkpoint, tokenizer
 from model.config import ModelConfig
 from model.network import LanguageModel
-from tests.server.api.calls import BODY, complete, stream, streamed_text, text_of
+from tests.patience import PATIENCE_S, PROGRAM_S, wait_until
+from tests.server.api.calls import BODY, complete, send, stream, streamed_text, text_of
 from tests.server.processes import ServerProcess, server_process
+
+pytestmark = pytest.mark.long
 
 FLAGS = ("--api-workers", "2", "--max-body-bytes", "4000000", "--stall-timeout-s", "1")
 ENDLESS = {"prompt": "a", "max_tokens": 60_000, "stream": True, "ignore_eos": True}
@@ -62,7 +64,7 @@ def fronts(server: ServerProcess) -> list[int]:
 
 def connect(server: ServerProcess) -> socket.socket:
     where = urlsplit(server.url)
-    return socket.create_connection((where.hostname, where.port or 0), 10)
+    return socket.create_connection((where.hostname, where.port or 0), PATIENCE_S)
 
 
 def rest(connection: socket.socket) -> bytes:
@@ -100,10 +102,7 @@ def running(client: httpx.Client) -> float:
 
 
 def wait_until_running(client: httpx.Client, count: int) -> None:
-    deadline = time.monotonic() + 10
-    while (now := running(client)) != count:
-        assert time.monotonic() < deadline, now
-        time.sleep(0.02)
+    wait_until(lambda: running(client) == count)
 
 
 def is_alive(pid: int) -> bool:
@@ -114,10 +113,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 10
-    while any(map(is_alive, pids)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: not any(map(is_alive, pids)))
 
 
 def test_an_answer_is_the_same_whole_and_as_a_stream(fronted: ServerProcess) -> None:
@@ -156,13 +152,12 @@ def test_a_resumable_stream_goes_on_over_another_connection(fronted: ServerProce
     with fronted.client() as client:
         with client.stream("POST", "/v1/completions", json=body) as response:
             stream_id, lines = response.headers["X-Stream-ID"], response.iter_lines()
-            while (line := next(lines)) != "id: 5":
-                pass
-        after = {"Last-Event-ID": line[4:]}
+            seen = int(next(line for line in lines if line.startswith("id: "))[4:])
+        after = {"Last-Event-ID": str(seen)}
     with fronted.client() as client:
         rest = client.get(f"/v1/streams/{stream_id}", headers=after).text
     ids = [int(line[4:]) for line in rest.split("\n") if line.startswith("id: ")]
-    assert ids == list(range(6, 6 + len(ids)))
+    assert ids == list(range(seen + 1, seen + 1 + len(ids)))
     assert rest.endswith(f"data: [DONE]\nid: {ids[-1]}\n\n")
 
 
@@ -174,10 +169,7 @@ def test_a_client_that_goes_frees_its_row(fronted: ServerProcess) -> None:
             wait_until_running(client, 1)
         wait_until_running(client, 0)
         whole = ENDLESS | {"stream": False}
-        with closing(connect(fronted)) as connection:
-            content = json.dumps(whole).encode()
-            head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json"
-            connection.sendall(head + b"\r\ncontent-length: %d\r\n\r\n" % len(content) + content)
+        with closing(send(fronted.url, whole)):
             wait_until_running(client, 1)
         wait_until_running(client, 0)
 
@@ -227,10 +219,7 @@ def test_a_client_that_does_not_read_is_let_go(fronted: ServerProcess) -> None:
         stalled.sendall(head + b"content-length: %d\r\n\r\n" % len(content) + content)
         wait_until_running(client, 8)
         generated = metric(client, "latentd_generation_tokens_total")
-        deadline = time.monotonic() + 20
-        while running(client):  # long before all its tokens are there
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until_running(client, 0)
         generated = metric(client, "latentd_generation_tokens_total") - generated
     assert generated < 8 * 1500 * 0.9
 
@@ -241,33 +230,31 @@ def test_a_front_that_is_killed_is_replaced_and_its_turns_roll_back(
     before = fronts(fronted)
     with fronted.client() as client:
         session_id = client.post("/v1/sessions").json()["id"]
-    content = json.dumps(ENDLESS | {"session_id": session_id}).encode()
-    with closing(connect(fronted)) as connection:
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
-        connection.sendall(head + b"content-length: %d\r\n\r\n" % len(content) + content)
+    with closing(send(fronted.url, ENDLESS | {"session_id": session_id})) as connection:
         connection.recv(100)
         killed = owner(fronted, connection)
         os.kill(killed, signal.SIGKILL)
         assert b"[DONE]" not in rest(connection)
-    deadline = time.monotonic() + 20
-    while len(after := fronts(fronted)) < 2 or killed in after:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert set(before) - {killed} < set(after)
+    wait_until(lambda: len(fronts(fronted)) == 2 and killed not in fronts(fronted))
+    assert set(before) - {killed} < set(fronts(fronted))
+    with fronted.client() as client:
+        wait_until_running(client, 0)
+        path = f"/v1/sessions/{session_id}"
+        wait_until(lambda: client.get(path).json()["status"] == "idle")
     for _ in range(10):  # by the new one, too
         with fronted.client() as client:
             session = client.get(f"/v1/sessions/{session_id}").json()
             assert (session["turn"], session["status"]) == (0, "idle")
     with fronted.client() as client:
-        assert running(client) == 0
         assert text_of(client, session_id=session_id)
 
 
 def test_signals_drain_and_then_everything_is_gone(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with server_process(tiny_checkpoint, tmp_path, *FLAGS) as server, server.client() as client:
+    flags = (*FLAGS, "--drain-timeout-s", str(PROGRAM_S))
+    with server_process(tiny_checkpoint, tmp_path, *flags) as server, server.client() as client:
         pids = fronts(server)
         session_id = client.post("/v1/sessions").json()["id"]
-        body = ENDLESS | {"max_tokens": 4000, "session_id": session_id}
+        body = ENDLESS | {"max_tokens": 20_000, "session_id": session_id}
         with client.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
@@ -301,6 +288,6 @@ def test_without_its_core_no_front_stays(fronted: ServerProcess) -> None:
         reader.start()
         wait_until_running(other, 1)
         fronted.kill()
-        reader.join(10)
+        reader.join(PATIENCE_S)
         assert ended
         wait_until_gone(pids)

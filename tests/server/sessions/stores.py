@@ -11,6 +11,7 @@ import pytest
 
 from server.sessions.sqlite.store import SQLiteStore
 from server.sessions.store import KeptAnswer, SessionRecord, StoreError, Turn
+from tests.patience import until
 
 FILE = "sessions.sqlite3"
 
@@ -69,6 +70,11 @@ async def writer_held(store: SQLiteStore) -> AsyncIterator[None]:
     finally:
         go.set()
         await waiting
+
+
+async def until_waiting(store: SQLiteStore, count: int = 1) -> None:
+    """Until so many calls wait for the store's thread, which is held."""
+    await until(lambda: store._writer._jobs.qsize() == count)
 
 
 @contextmanager

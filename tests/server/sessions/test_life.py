@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from server.sessions.turn import TurnCondition
 
 from server.errors import (
     KeyReused,
@@ -20,8 +21,7 @@ from server.errors import (
     TurnMismatch,
     UnfitState,
 )
-from server.sessions.turn import TurnCondition
-from tests.server.sessions.stores import commit, raw, writer_held
+from tests.server.sessions.stores import commit, raw, until_waiting, writer_held
 from tests.server.sessions.worlds import CODEC, ME, World, state, world
 
 
@@ -351,7 +351,7 @@ def test_a_rewind_whose_caller_leaves_is_whole(tmp_path: Path) -> None:
             await w.advance(name, state(b"b"), "row")
             async with writer_held(w.store):
                 leaving = asyncio.create_task(w.sessions.rewind(ME, name, 1))
-                await asyncio.sleep(0.02)
+                await until_waiting(w.store)
                 leaving.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await leaving

@@ -27,7 +27,7 @@ from server.errors import (
 from server.sessions.codec import SessionState
 from server.sessions.quota import Quotas
 from server.sessions.store import ResponseRecord, Usage
-from tests.server.sessions.stores import forbidden, raw, writer_held
+from tests.server.sessions.stores import forbidden, raw, until_waiting, writer_held
 from tests.server.sessions.worlds import CODEC, ME, World, state, world
 
 BLOB = CODEC.encode(state())
@@ -176,7 +176,7 @@ def test_a_commit_whose_caller_leaves_takes_place(tmp_path: Path) -> None:
         async with world(tmp_path) as w:
             async with writer_held(w.store):
                 leaving = asyncio.create_task(respond(w, "a", b"a"))
-                await asyncio.sleep(0.05)
+                await until_waiting(w.store)
                 leaving.cancel()
                 await asyncio.sleep(0.02)
                 assert not leaving.done()  # it waits for its commit
@@ -192,7 +192,7 @@ def test_the_end_is_on_the_disk_before_it_is_told(tmp_path: Path) -> None:
         async with world(tmp_path) as w:
             async with writer_held(w.store):
                 committing = asyncio.create_task(respond(w, "a", b"a"))
-                await asyncio.sleep(0.05)
+                await until_waiting(w.store)
                 assert not committing.done()
             await committing
 
@@ -338,7 +338,7 @@ def test_of_two_ends_the_first_counts(tmp_path: Path) -> None:
             assert (await w.responses.get(ME, "a")).status == "cancelled"
             async with w.responses.begin(ME, None, "b") as turn, writer_held(w.store):
                 committing = asyncio.create_task(turn.commit(state(b"b"), None, body()))
-                await asyncio.sleep(0.05)
+                await until_waiting(w.store)
                 assert not await w.responses.finish_without_state(ME, "b", body("cancelled"))
             await committing
             assert (await w.responses.get(ME, "b")).status == "completed"
@@ -364,9 +364,9 @@ def test_what_is_deleted_while_it_is_made_does_not_come_back(
                 else:
                     async with writer_held(w.store):
                         committing = asyncio.create_task(turn.commit(state(b"a"), "row", body()))
-                        await asyncio.sleep(0.05)
+                        await until_waiting(w.store)
                         deleting = asyncio.create_task(w.responses.delete(ME, "a"))
-                        await asyncio.sleep(0.01)
+                        await until_waiting(w.store, 2)
                     await deleting
                     with pytest.raises(ResponseGone):
                         await committing
@@ -414,13 +414,13 @@ def test_a_state_that_is_read_while_it_is_deleted_is_not_cached(tmp_path: Path) 
     async def main() -> None:
         async with world(tmp_path) as w:
             await respond(w, "a", b"a")
-            found = asyncio.Event()
+            found, deleted = asyncio.Event(), asyncio.Event()
             real = w.store.responses.load_blob
 
             async def load_blob(name: str) -> bytes | None:
                 blob = await real(name)
                 found.set()
-                await asyncio.sleep(0.05)
+                await deleted.wait()
                 return blob
 
             w.places.forget("a")
@@ -428,6 +428,7 @@ def test_a_state_that_is_read_while_it_is_deleted_is_not_cached(tmp_path: Path) 
                 loading = asyncio.create_task(after(w, "a"))
                 await found.wait()
                 await w.responses.delete(ME, "a")
+                deleted.set()
                 assert await loading == state(b"a")
             assert "a" not in w.cache
 

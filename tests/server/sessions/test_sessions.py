@@ -11,7 +11,8 @@ import pytest
 
 from server.errors import InvalidRequest, NotFound, SessionBusy, StorageFailed
 from server.sessions.codec import Codec
-from tests.server.sessions.stores import commit, forbidden, raw, writer_held
+from tests.patience import PATIENCE_S
+from tests.server.sessions.stores import commit, forbidden, raw, until_waiting, writer_held
 from tests.server.sessions.worlds import (
     CACHED_BYTES,
     CODEC,
@@ -97,16 +98,16 @@ def test_a_cached_state_needs_no_store(tmp_path: Path) -> None:
             session_id = await w.new()
             await w.advance(session_id, state(b"a"))
             async with w.sessions.turn(ME, session_id) as turn, writer_held(w.store):
-                assert await asyncio.wait_for(turn.load(), 5) == state(b"a")
+                assert await asyncio.wait_for(turn.load(), PATIENCE_S) == state(b"a")
         async with world(tmp_path) as w:
             async with w.sessions.turn(ME, session_id) as turn:
                 async with writer_held(w.store):
                     loading = asyncio.create_task(turn.load())
-                    await asyncio.sleep(0.05)
+                    await until_waiting(w.store)
                     assert not loading.done()
                 await loading
                 async with writer_held(w.store):
-                    assert await asyncio.wait_for(turn.load(), 5) == state(b"a")
+                    assert await asyncio.wait_for(turn.load(), PATIENCE_S) == state(b"a")
             assert w.metrics.registry.get_sample_value("latentd_session_load_seconds_count") == 2
 
     asyncio.run(main())
@@ -183,7 +184,7 @@ def test_a_commit_outlives_its_caller_and_keeps_the_lock(tmp_path: Path, num_can
             await begun.wait()
             async with writer_held(w.store):
                 go.set()
-                await asyncio.sleep(0.05)
+                await until_waiting(w.store)
                 for _ in range(num_cancels):
                     caller.cancel()
                     await asyncio.sleep(0.01)
@@ -395,7 +396,7 @@ def test_a_deletion_that_fails_keeps_no_state_in_memory(tmp_path: Path) -> None:
             await w.advance(session_id, state(b"a"), warm="row")
             forbid = forbidden(w.store, sqlite3.SQLITE_DELETE, "sessions")
             with forbid, pytest.raises(StorageFailed):
-                await asyncio.wait_for(w.delete(session_id), 5)
+                await asyncio.wait_for(w.delete(session_id), PATIENCE_S)
             assert session_id not in w.cache
             assert w.forgotten == ["row"]
             assert await w.tier(session_id) == "store"

@@ -20,6 +20,7 @@ from server.sessions.sqlite.schema import APPLICATION_ID, SCHEMA_VERSION
 from server.sessions.sqlite.store import SQLiteStore
 from server.sessions.sqlite.writer import MOST_TOGETHER
 from server.sessions.store import StoreError, Turn, Usage
+from tests.patience import PATIENCE_S
 from tests.server.sessions.stores import (
     FILE,
     blob_of,
@@ -246,10 +247,10 @@ def test_closing_finishes_what_was_asked_for_and_refuses_the_rest(tmp_path: Path
             closing = asyncio.create_task(store.close())
             await asyncio.sleep(0)
             with pytest.raises(StorageFailed, match="closed"):
-                await asyncio.wait_for(store.create(record("d")), 5)
+                await asyncio.wait_for(store.create(record("d")), PATIENCE_S)
         await asyncio.gather(*asked, closing)
         with pytest.raises(StorageFailed, match="closed"):
-            await asyncio.wait_for(store.get("a"), 5)
+            await asyncio.wait_for(store.get("a"), PATIENCE_S)
         await store.close()
         async with opened(tmp_path) as again:
             assert [found.id for found in await listed(again)] == ["c", "b", "a"]
@@ -278,12 +279,14 @@ def write_database(*statements: str) -> Callable[[Path], None]:
         (Path.mkdir, "unable to open"),
         (write_database("CREATE TABLE t (x)"), "not a latentd session store"),
         (write_database("PRAGMA application_id = 1"), "not a latentd session store"),
-        (
-            write_database(
-                f"PRAGMA application_id = {APPLICATION_ID}",
-                f"PRAGMA user_version = {SCHEMA_VERSION + 1}",
-            ),
-            f"written by a newer latentd (store version {SCHEMA_VERSION + 1})",
+        *(
+            (
+                write_database(
+                    f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {version}"
+                ),
+                f"store version {version}, this latentd uses {SCHEMA_VERSION}",
+            )
+            for version in (-1, 0, SCHEMA_VERSION - 1, SCHEMA_VERSION + 1)
         ),
     ],
 )

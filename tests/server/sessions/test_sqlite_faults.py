@@ -16,6 +16,7 @@ from server.errors import StorageFailed, StorageFull
 from server.sessions.sqlite.schema import PAGE_BYTES
 from server.sessions.sqlite.store import SQLiteStore
 from server.sessions.store import SessionRecord, StoreError, Usage
+from tests.patience import PATIENCE_S
 from tests.server.sessions.stores import (
     FILE,
     blob_of,
@@ -73,7 +74,7 @@ def test_a_transaction_that_cannot_commit_fails_for_everyone(tmp_path: Path) -> 
                     asyncio.gather(
                         *(commit(store, name, 1, b"one") for name in "ab"), return_exceptions=True
                     ),
-                    5,
+                    PATIENCE_S,
                 )
             assert [type(answer) for answer in answers] == [StorageFailed] * 2
             assert (await listed(store), store.total) == before
@@ -96,12 +97,12 @@ def test_a_transaction_that_cannot_even_roll_back_does_not_stop_the_store(tmp_pa
                 db.set_authorizer(decide)
 
             with pytest.raises(StorageFailed):
-                await asyncio.wait_for(store._run(forbid_the_end), 5)
+                await asyncio.wait_for(store._run(forbid_the_end), PATIENCE_S)
             with pytest.raises(StorageFailed):
-                await asyncio.wait_for(store.get("a"), 5)
+                await asyncio.wait_for(store.get("a"), PATIENCE_S)
             store._writer.db.set_authorizer(None)
             with suppress(StorageFailed):
-                await asyncio.wait_for(store.get("a"), 5)
+                await asyncio.wait_for(store.get("a"), PATIENCE_S)
             assert await store.get("a") == record("a")
 
     asyncio.run(main())
@@ -157,9 +158,9 @@ async def use(folder: Path, made: dict[str, tuple[SessionRecord, bytes]]) -> boo
         return False
     for name, (expected, blob) in made.items():
         with suppress(StorageFailed):
-            assert await asyncio.wait_for(store.get(name), 5) == expected
+            assert await asyncio.wait_for(store.get(name), PATIENCE_S) == expected
         with suppress(StorageFailed):
-            loaded = await asyncio.wait_for(blob_of(store, name), 5)
+            loaded = await asyncio.wait_for(blob_of(store, name), PATIENCE_S)
             assert loaded is not None
             assert loaded not in [other for _, other in made.values() if other != blob]
     for call in (
@@ -169,8 +170,8 @@ async def use(folder: Path, made: dict[str, tuple[SessionRecord, bytes]]) -> boo
         store.delete("session-5"),
     ):
         with suppress(StorageFailed):
-            await asyncio.wait_for(call, 5)
-    await asyncio.wait_for(store.close(), 5)
+            await asyncio.wait_for(call, PATIENCE_S)
+    await asyncio.wait_for(store.close(), PATIENCE_S)
     return True
 
 
@@ -213,7 +214,7 @@ async def read_everything(folder: Path, names: list[str]) -> None:
             for name in names:
                 for call in (store.get(name), blob_of(store, name), store.list("", 3, name, 0.0)):
                     with suppress(StorageFailed):
-                        await asyncio.wait_for(call, 5)
+                        await asyncio.wait_for(call, PATIENCE_S)
 
 
 def test_a_store_without_its_accounts_is_refused(tmp_path: Path) -> None:

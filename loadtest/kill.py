@@ -1,0 +1,211 @@
+"""Proof that kill -9 loses nothing: sessions and responses under load, against a twin.
+
+    python -m loadtest.kill --kills 200 --servers 4 --clients 16 --seed 0
+
+Every client follows a script of turns, rewinds, forks and deletions of sessions and of stored
+responses, whole, streamed, in the background and cancelled, again and again. A server that nobody
+kills first shows what must come of each step. Then servers on one data folder are killed at seeded
+moments: after some number of steps, or once a stream shows its last token, so that its turn is
+being committed. After each restart a client's sessions and responses must be what the last
+acknowledged step left, or what the step in flight makes of them, and nothing else. A response in
+the background whose creation was acknowledged is there, whole or as failed. The last turn is asked
+for again and must be answered with the answer that was kept; then the step in flight is run again.
+All texts must be those of the first server, and so must exported states, bit for bit. Ends with
+status 1 if anything was not.
+"""
+
+import asyncio
+import random
+import re
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+
+from loadtest.kill_file import Account, check_file
+from loadtest.kill_look import list_sessions, look_at_sessions
+from loadtest.kill_player import Moment, Player, Scene, rehearse
+from loadtest.kill_scripts import KEEP_TURNS, script
+from loadtest.kill_tally import Tally, report
+from model import PRETRAINED
+from server.serve import STORE_FILE
+from tests.server.processes import ServerProcess
+
+KEEP = ("--keep-turns", str(KEEP_TURNS))
+FEW_ROWS = ("--warm-sessions", "5")
+"""So that turns begin from warm rows, from host memory and from the store."""
+
+MOST_STEPS = 6
+"""Of a client, on average, before its server is killed; most kills come sooner."""
+
+STEP_S = 0.1
+"""A kill comes at most so long after a step's end."""
+
+AT_LAST_TOKENS = 0.4
+"""Share of the kills that wait for the last token of a stream."""
+
+COMMIT_S = 0.008
+"""They come at most so long after it."""
+
+PATIENCE_S = 300
+"""With a server whose machine may have other work."""
+
+COMPARED = 0.25
+"""Share of the sessions and responses whose states are exported after a restart."""
+
+
+async def run(
+    checkpoint: Path, folder: Path, *, kills: int, servers: int, clients: int, seed: int
+) -> Tally:
+    """Kill servers of this checkpoint; the folder gets their data."""
+    tally = Tally()
+    async with _server(checkpoint, folder / "twin", *KEEP) as server, _http(server) as http:
+        scripts = [script(seed, number) for number in range(clients)]
+        stories = await asyncio.gather(
+            *(rehearse(http, number, steps) for number, steps in enumerate(scripts))
+        )
+    await asyncio.gather(
+        *(
+            _kill_repeatedly(
+                *(checkpoint, folder / f"{number}", stories, tally),
+                kills=kills // servers + (number < kills % servers),
+                chance=random.Random(f"{seed}/{number}"),
+            )
+            for number in range(servers)
+        )
+    )
+    return tally
+
+
+async def _kill_repeatedly(
+    checkpoint: Path,
+    data: Path,
+    stories: Sequence[Sequence[Scene]],
+    tally: Tally,
+    *,
+    kills: int,
+    chance: random.Random,
+) -> None:
+    """Servers on one data folder, one after the other."""
+    players = [Player(number, scenes, tally) for number, scenes in enumerate(stories)]
+    for _ in range(kills):
+        async with _server(checkpoint, data, *KEEP, *FEW_ROWS) as server:
+            await _check_and_kill(server, players, tally, chance)
+    async with _server(checkpoint, data, *KEEP, *FEW_ROWS) as server:
+        account = await _check_at_the_end(server, players, tally)
+        await asyncio.to_thread(server.stop)
+    check_file(data / STORE_FILE, account, players, tally)
+
+
+@asynccontextmanager
+async def _server(checkpoint: Path, data: Path, *flags: str) -> AsyncIterator[ServerProcess]:
+    server = await asyncio.to_thread(ServerProcess, checkpoint, data, *flags)
+    try:
+        yield server
+    finally:
+        await asyncio.to_thread(server.kill)
+
+
+def _http(server: ServerProcess) -> httpx.AsyncClient:
+    """A connection for each request: one that is kept may be closed by the server as it is used."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S, limits=limits)
+
+
+async def _check_and_kill(
+    server: ServerProcess, players: list[Player], tally: Tally, chance: random.Random
+) -> None:
+    async with _http(server) as http:
+        await _check(http, players, COMPARED, chance)
+        moment = Moment()
+        waiting = asyncio.create_task(_wait(moment, MOST_STEPS * len(players), chance))
+        playing = asyncio.create_task(_play(http, players, moment))
+        await asyncio.wait([waiting, playing], return_when=asyncio.FIRST_COMPLETED)
+        moment.killed.set()
+        server.process.kill()
+        waiting.cancel()
+        await playing
+    tally.kills.update(set(moment.hits) or {"idle"})
+
+
+async def _play(http: httpx.AsyncClient, players: list[Player], moment: Moment) -> None:
+    await asyncio.gather(*(player.play(http, moment) for player in players))
+
+
+async def _wait(moment: Moment, most_steps: int, chance: random.Random) -> None:
+    """Until it is time for a kill."""
+    at_last_token = chance.random() < AT_LAST_TOKENS
+    for _ in range(round(most_steps * chance.random() ** 2)):
+        await moment.steps.acquire()
+    if at_last_token:
+        moment.last_token.clear()
+        await moment.last_token.wait()
+    await asyncio.sleep(chance.uniform(0, COMMIT_S if at_last_token else STEP_S))
+
+
+async def _check(
+    http: httpx.AsyncClient, players: list[Player], share: float, chance: random.Random
+) -> None:
+    listed = await list_sessions(http)
+    for player in players:
+        own = [session for session in listed if session.client == player.number]
+        await player.check(http, own, share, chance)
+
+
+async def _check_at_the_end(server: ServerProcess, players: list[Player], tally: Tally) -> Account:
+    """The server's account of what it holds."""
+    async with _http(server) as http:
+        await _check(http, players, 1, random.Random(0))
+        listed = await list_sessions(http)
+        looks = [await look_at_sessions(http, [session], session.life) for session in listed]
+        metrics = (await http.get("/metrics")).text
+    account = Account(
+        sessions=_metric(metrics, 'latentd_sessions{tier="store"}'),
+        responses=_metric(metrics, "latentd_responses"),
+        states=_metric(metrics, "latentd_session_checkpoints"),
+        num_bytes=_metric(metrics, 'latentd_session_bytes{tier="store"}'),
+        checkpoints=sorted(
+            kept for sessions in looks for one in sessions.values() for kept in one.checkpoints
+        ),
+    )
+    if account.sessions != len(listed):
+        tally.problems.append(("wrong account", f"{account}, sessions: {len(listed)}"))
+    return account
+
+
+def _metric(text: str, name: str) -> int:
+    [value] = re.findall(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+    return int(float(value))
+
+
+def main(
+    kills: Annotated[int, typer.Option(help="How often a server is killed.")] = 200,
+    servers: Annotated[int, typer.Option(help="At a time, on a data folder each.")] = 4,
+    clients: Annotated[
+        int, typer.Option(help="Of a server; each has sessions and responses of its own.")
+    ] = 16,
+    seed: Annotated[int, typer.Option(help="Of scripts and moments.")] = 0,
+    checkpoint: Annotated[Path, typer.Option(help="Folder of the model.")] = PRETRAINED,
+) -> None:
+    """Kill servers, print what happened."""
+    with tempfile.TemporaryDirectory() as folder:
+        tally = asyncio.run(
+            run(
+                *(checkpoint, Path(folder)),
+                kills=kills,
+                servers=servers,
+                clients=clients,
+                seed=seed,
+            )
+        )
+    report(tally, kills)
+    if tally.problems:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,81 @@
+"""The store's file once its server has ended: whole, with what the server accounted for."""
+
+import json
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtest.kill_look import INTERRUPTED, seen_response
+from loadtest.kill_player import Player
+from loadtest.kill_tally import Tally
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a store holds."""
+
+    sessions: int
+    responses: int
+    states: int
+    num_bytes: int
+    checkpoints: list[tuple[int, int, int]]
+    """Turn, tokens and bytes of each."""
+
+
+def check_file(path: Path, expected: Account, players: Sequence[Player], tally: Tally) -> None:
+    """Hold the file against the server's account, and each response against what it must be."""
+    db = sqlite3.connect(path)
+    try:
+        [integrity] = db.execute("PRAGMA integrity_check").fetchone()
+        dangling = db.execute("PRAGMA foreign_key_check").fetchall()
+        account = _account(db)
+        responses = db.execute("SELECT id, body, blob IS NOT NULL FROM responses").fetchall()
+    finally:
+        db.close()
+    if integrity != "ok" or dangling:
+        tally.problems.append(("damaged file", f"{integrity}, {dangling}"))
+    if account != expected:
+        tally.problems.append(("wrong account", f"file {account}, server {expected}"))
+    _check_responses(responses, players, tally)
+
+
+def _check_responses(
+    rows: Sequence[tuple[str, str, int]], players: Sequence[Player], tally: Tally
+) -> None:
+    """Those too whose ids nobody has seen, for their server was killed before it answered."""
+    erased = {response_id for player in players for response_id in player.erased}
+    seen_ids = {response_id for player in players for response_id in player.responses}
+    answers = [player.answers() for player in players]
+    for response_id, body, has_state in rows:
+        found = json.loads(body)
+        seen, notes = seen_response(found), found["metadata"]
+        is_interrupted = found["background"] and seen == INTERRUPTED
+        if response_id in erased:
+            tally.problems.append(("came back", body))
+        elif not is_interrupted and seen != answers[int(notes["client"])][notes["name"]]:
+            tally.problems.append(("wrong text", body))
+        elif bool(has_state) != seen.has_state:
+            tally.problems.append(("half applied", f"state: {has_state}, {body}"))
+        else:
+            known = "acknowledged" if response_id in seen_ids else "not acknowledged"
+            tally.verified[f"responses of the file that were {known}"] += 1
+
+
+def _account(db: sqlite3.Connection) -> Account:
+    [sessions] = db.execute("SELECT count(*) FROM sessions").fetchone()
+    responses, with_state, response_bytes = db.execute(
+        """SELECT count(*), count(blob),
+        coalesce(sum(length(CAST(body AS BLOB)) + coalesce(length(blob), 0)), 0) FROM responses"""
+    ).fetchone()
+    checkpoints = db.execute("SELECT turn, num_tokens, length(blob) FROM checkpoints").fetchall()
+    [answer_bytes] = db.execute(
+        "SELECT coalesce(sum(length(CAST(answer AS BLOB))), 0) FROM answers"
+    ).fetchone()
+    return Account(
+        sessions=sessions,
+        responses=responses,
+        states=with_state + len(checkpoints),
+        num_bytes=response_bytes + answer_bytes + sum(size for _, _, size in checkpoints),
+        checkpoints=sorted(checkpoints),
+    )

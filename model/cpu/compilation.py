@@ -1,0 +1,61 @@
+"""When Numba compiles, and for which processor."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from numba.core import event, registry
+
+VECTORS = {"+avx512f": "AVX-512", "+avx2": "AVX2", "+neon": "NEON"}
+"""By LLVM's name of the feature, widest first."""
+
+
+def target() -> str:
+    """Architecture and vector instructions that compiled code is for, in words."""
+    architecture, features = _target()
+    vectors = [name for feature, name in VECTORS.items() if feature in features]
+    return " with ".join([architecture, *vectors[:1]])
+
+
+def can_fuse() -> bool:
+    """Whether the processor has fused multiply-adds.
+
+    Where it has none, each one of a product would be a call of the C library.
+    """
+    architecture, features = _target()
+    return architecture != "x86_64" or "+fma" in features
+
+
+def _target() -> tuple[str, list[str]]:
+    triple, _, features = registry.cpu_target.target_context.codegen().magic_tuple()
+    return triple.split("-")[0], features.split(",")
+
+
+@contextmanager
+def watch(begun: Callable[[], None], ended: Callable[[float], None]) -> Iterator[None]:
+    """Call `begun` when the first function is compiled, and `ended` with the seconds of all.
+
+    Neither is called if all machine code is there already.
+    """
+    listener = _FirstCompilation(begun)
+    # A dispatcher's event leaves out the machine code of the whole; the lock is held for all of it.
+    with (
+        event.install_listener("numba:compile", listener),
+        event.install_listener("numba:compiler_lock", event.TimingListener()) as timer,
+    ):
+        yield
+    if listener.happened:
+        ended(timer.duration)
+
+
+class _FirstCompilation(event.Listener):  # type: ignore[misc]  # Numba has no types
+    def __init__(self, begun: Callable[[], None]) -> None:
+        self._begun = begun
+        self.happened = False
+
+    def on_start(self, event: object) -> None:
+        del event
+        if not self.happened:
+            self.happened = True
+            self._begun()
+
+    def on_end(self, event: object) -> None: ...
