@@ -1,6 +1,7 @@
 """The engine's worker without its thread: a test says when a step is, and looks at every row."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -76,6 +77,13 @@ class Stepper:
             if self.has_work:
                 self.worker.step()
                 self.check()
+
+    def step_until(self, condition: Callable[[], bool]) -> None:
+        for _ in range(MOST_STEPS):
+            if condition():
+                return
+            self.step()
+        raise AssertionError("the condition does not come true")
 
     def run(self) -> None:
         """Until all has ended."""

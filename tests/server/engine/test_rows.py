@@ -103,8 +103,7 @@ def test_a_state_whose_row_is_needed_while_the_turn_waits_is_imported(
     stepper.submit(waits)
     stepper.step()
     assert stepper.slots.is_kept("kept")
-    while stepper.slots.is_kept("kept"):
-        stepper.step()
+    stepper.step_until(lambda: not stepper.slots.is_kept("kept"))
     assert [s.request.request_id for s in stepper.scheduler.waiting] == ["waits"]
     stepper.run()
     assert imported == [last.state]
@@ -279,8 +278,7 @@ def test_a_row_that_is_given_up_before_its_state_has_come_is_not_reported_later(
 ) -> None:
     stepper.submit(asked("ends", 1, 3, max_tokens=1, keep_as="kept"))
     stepper.submit(asked("runs", 2, 3, max_tokens=50))
-    while not stepper.slots.is_kept("kept"):
-        stepper.step()
+    stepper.step_until(lambda: stepper.slots.is_kept("kept"))
     if end == "released":
         stepper.release("kept")
     elif end == "evicted":
