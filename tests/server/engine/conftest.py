@@ -31,15 +31,15 @@ GENERATE = (
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.module.__name__.rpartition(".")[2] in GENERATE:
-        metafunc.fixturenames.append("decoder")
         metafunc.parametrize("decoder", ["direct", "ahead"], indirect=True, scope="module")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)  # else pytest drops it where a test has parameters
 def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
     """How the network's steps are launched."""
-    with running_beside() if request.param == "ahead" else nullcontext():
-        yield request.param
+    kind = getattr(request, "param", "direct")
+    with running_beside() if kind == "ahead" else nullcontext():
+        yield kind
 
 
 @pytest.fixture(scope="session")
