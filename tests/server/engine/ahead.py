@@ -1,5 +1,6 @@
 """What a device does beside the host, on the CPU: steps that run ahead, states that come later."""
 
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,15 +14,16 @@ from model.state import StatePool
 from model.transfer import DirectTransfer
 
 
-@dataclass
+@dataclass(eq=False)
 class Later:
     """A step that is computed, while the host is to believe that it is not."""
 
     decoded: Decoded
-    line: deque["Later"] = field(repr=False)
+    line: "deque[weakref.ref[Later]]" = field(repr=False)
+    """Steps whose tokens nobody has taken, but for those that nobody will take after an error."""
 
     def take(self) -> Decoded:
-        assert self.line.popleft() is self, "steps are taken in the order of their launches"
+        assert self.line.popleft()() is self, "steps are taken in the order of their launches"
         return self.decoded
 
 
@@ -32,7 +34,7 @@ class AheadDecoder:
 
     def __init__(self, network: LanguageModel, pool: StatePool) -> None:
         self._direct = DirectDecoder(network, pool)
-        self._line = deque[Later]()
+        self._line = deque[weakref.ref[Later]]()
         self._next: dict[int, int | None] = {}
         self._positions: dict[int, int] = {}
         self.num_ahead = 0
@@ -42,6 +44,8 @@ class AheadDecoder:
         self._direct.prepare()
 
     def launch(self, inputs: Sequence[DecodeInput]) -> Later:
+        while self._line and self._line[0]() is None:
+            self._line.popleft()
         assert len(self._line) < 2
         assert len({each.row for each in inputs}) == len(inputs)
         token_ids = list[int | None]([None] * len(inputs))
@@ -56,7 +60,7 @@ class AheadDecoder:
                 token_ids[i] = token_id
                 self._next[inputs[i].row] = None if token_id in inputs[i].ends else token_id
         later = Later(Decoded(token_ids, scored), self._line)
-        self._line.append(later)
+        self._line.append(weakref.ref(later))
         return later
 
     def _known(self, each: DecodeInput) -> DecodeInput:
