@@ -12,10 +12,12 @@ from contextlib import contextmanager
 
 from tests.patience import PATIENCE_S
 
-START = """\
+START = f"""\
 import fcntl, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C reaches whom the terminal controls
 from server.__main__ import main
+from server.cli import dialogue
+dialogue.SETTLE_S = {PATIENCE_S}
 main()
 """
 CTRL_C, CTRL_D = "\x03", "\x04"

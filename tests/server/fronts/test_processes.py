@@ -208,7 +208,7 @@ def test_what_is_not_http_and_what_is_too_large_are_refused(fronted: ServerProce
 
 
 def test_a_client_that_does_not_read_is_let_go(fronted: ServerProcess) -> None:
-    content = json.dumps(ENDLESS | {"logprobs": 20, "n": 8, "max_tokens": 1500}).encode()
+    content = json.dumps(ENDLESS | {"logprobs": 4, "n": 8, "max_tokens": 6000}).encode()
     with closing(socket.socket()) as stalled, fronted.client() as client:
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         where = urlsplit(fronted.url)
@@ -219,7 +219,7 @@ def test_a_client_that_does_not_read_is_let_go(fronted: ServerProcess) -> None:
         generated = metric(client, "latentd_generation_tokens_total")
         wait_until_running(client, 0)
         generated = metric(client, "latentd_generation_tokens_total") - generated
-    assert generated < 8 * 1500 * 0.9
+    assert generated < 8 * 6000 * 0.9  # long before all its tokens are there
 
 
 def test_a_front_that_is_killed_is_replaced_and_its_turns_roll_back(
