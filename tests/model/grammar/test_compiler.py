@@ -154,7 +154,7 @@ def test_a_closed_compiler_compiles_nothing(moment: str, tokens: Tokenizer) -> N
 
     async def run() -> None:
         if moment == "at work":
-            await made.compile_within(GrammarSpec("regex", "a"), PATIENCE_S)
+            await made.compile_within(GrammarSpec("regex", "b"), PATIENCE_S)
         hostile = asyncio.create_task(
             made.compile_within(GrammarSpec("json_schema", ENDLESS), PROGRAM_S)
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.server.api.chats import make_checkpoint
 from tests.server.live import LiveServer, live_server, tiny_settings
 
@@ -56,7 +57,8 @@ def run(
         *("--config-file", str(HERE / "schemathesis.toml"), "run", f"{server.url}/openapi.json"),
         *("--phases", "examples,coverage,fuzzing", "--max-examples", str(num_examples)),
         *("--mode", "all", "--checks", "all", "--seed", SEED, "--continue-on-failure"),
-        *("--request-timeout", "30", "--generation-database", "none"),
+        *("--request-timeout", str(PATIENCE_S), "--suppress-health-check", "too_slow"),
+        *("--generation-database", "none"),
         *("--report", "json", "--report-json-path", str(report), *flags),
     ]
     extra = {"SCHEMATHESIS_HOOKS": f"tests.server.api.{hooks}", "PYTHONPATH": str(ROOT)}

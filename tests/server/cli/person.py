@@ -12,10 +12,13 @@ from contextlib import contextmanager
 
 from tests.patience import PATIENCE_S
 
-START = """\
-import fcntl, termios
+START = f"""\
+import fcntl, signal, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C reaches whom the terminal controls
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell began with `&`
 from server.__main__ import main
+from server.cli import dialogue
+dialogue.SETTLE_S = {PATIENCE_S}
 main()
 """
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -43,7 +46,7 @@ class Person:
         """
         deadline = time.monotonic() + PATIENCE_S
         while not (found := re.search(pattern, self._unread)):
-            patience_s = deadline - time.monotonic()
+            patience_s = max(0.0, deadline - time.monotonic())
             if again and patience_s > AGAIN_S:
                 ready, _, _ = select.select([self._terminal], [], [], AGAIN_S)
                 if not ready:
