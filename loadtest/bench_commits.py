@@ -12,10 +12,9 @@ from typing import Any
 import httpx
 import numpy as np
 
-from server.sessions.sqlite.schema import Durability, open_store
+from server.sessions.sqlite.schema import Durability
 from server.sessions.sqlite.store import SQLiteStore
-from server.sessions.sqlite.writer import Writer
-from server.sessions.store import SessionRecord, Turn
+from server.sessions.store import Entry, NewState
 from tests.server.processes import server_process
 
 DURABILITIES: tuple[Durability, ...] = ("sync", "async")
@@ -24,22 +23,16 @@ TOKENS_TOGETHER = 16
 """Of each of the turns that finish together."""
 
 
-class CountingWriter(Writer):
-    """Counts its transactions."""
+def count_transactions(store: SQLiteStore) -> list[int]:
+    """The sizes of the store's transactions from now on."""
+    sizes, run = list[int](), store._writer._run_together
 
-    num_transactions = 0
+    def counted(jobs: Sequence[Any]) -> None:
+        sizes.append(len(jobs))
+        run(jobs)
 
-    def _run_together(self, jobs: Sequence[Any]) -> None:
-        self.num_transactions += 1
-        super()._run_together(jobs)
-
-
-class CountingStore(SQLiteStore):
-    """A store whose writer counts."""
-
-    def __init__(self, path: Path, durability: Durability) -> None:
-        self._writer = self.writer = CountingWriter(open_store(path, durability))
-        self._run = self._writer.run
+    store._writer._run_together = counted  # type: ignore[method-assign]
+    return sizes
 
 
 def print_commits(
@@ -73,23 +66,25 @@ async def _in_the_store(
     path: Path, durability: Durability, blob: bytes, sessions: int, rounds: int
 ) -> tuple[list[float], int]:
     """Seconds of each commit, and transactions in all, when all sessions commit at once."""
-    store, now = CountingStore(path, durability), time.time()
+    store, now = SQLiteStore(path, durability), time.time()
 
-    async def commit(session_id: str, turn: int) -> float:
+    async def commit(name: str, turn: int) -> float:
+        entry = Entry("session", name, "", now, now, turn, num_tokens=turn)
+        state = NewState(f"{name}-{turn}", blob)
         started = time.perf_counter()
-        await store.commit(session_id, Turn(turn, turn, now, blob), KEEP_TURNS)
+        await store.advance(entry, state, KEEP_TURNS)
         return time.perf_counter() - started
 
     try:
         names = [f"{number}" for number in range(sessions)]
         for name in names:
-            await store.create(SessionRecord(name, now, now))
+            await store.insert(Entry("session", name, "", now, now))
         for turn in range(1, KEEP_TURNS + 1):
             await asyncio.gather(*(commit(name, turn) for name in names))
-        store.writer.num_transactions, times = 0, list[float]()
+        transactions, times = count_transactions(store), list[float]()
         for turn in range(KEEP_TURNS + 1, KEEP_TURNS + 1 + rounds):
             times += await asyncio.gather(*(commit(name, turn) for name in names))
-        return times, store.writer.num_transactions
+        return times, len(transactions)
     finally:
         await store.close()
 

@@ -21,7 +21,7 @@ from model.network import LanguageModel
 from model.sampling import SamplingParams
 from model.state import StatePool
 from server.engine.inbox import Inbox
-from server.engine.messages import Continuation, EngineRequest, Event, Evicted, Fresh, Submit
+from server.engine.messages import Continuation, EngineRequest, Event, RowGivenUp, Submit
 from server.engine.scheduler import EngineLimits
 from server.engine.worker import Worker
 from server.metrics import Metrics
@@ -75,14 +75,14 @@ def _run(loaded: checkpoint.Checkpoint, rows: int, tokens: int) -> float:
     inbox = Inbox(limits.max_waiting, limits.max_waiting_tokens)
     num_events = 0
 
-    def deliver(events: list[Event | Evicted]) -> None:
+    def deliver(events: list[Event | RowGivenUp]) -> None:
         nonlocal num_events
         num_events += len(events)
 
     worker = Worker(loaded, limits, inbox, deliver, Metrics())
     for row in range(rows):
         request = EngineRequest(
-            *(f"r{row}", Fresh(), Continuation(), PROMPT, tokens, SamplingParams(seed=row)),
+            *(f"r{row}", None, Continuation(), PROMPT, tokens, SamplingParams(seed=row)),
             ignore_eos=True,
         )
         inbox.submit(Submit(request, time.monotonic()))

@@ -30,7 +30,7 @@ from model.sampling import SamplingParams
 from server.api.app import engine_limits
 from server.engine.device import choose_device, choose_threads
 from server.engine.engine import Engine
-from server.engine.messages import Continuation, EngineRequest, Event, Evicted, Finished, Fresh
+from server.engine.messages import Continuation, EngineRequest, Event, Finished, RowGivenUp
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -45,7 +45,9 @@ class BareEngine:
         choose_threads(threads, checkpoint.network)
         self.checkpoint = checkpoint
         self.ids = tuple(checkpoint.tokenizer.encode(PROMPT))
-        self.happened: queue.SimpleQueue[tuple[float, list[Event | Evicted]]] = queue.SimpleQueue()
+        self.happened: queue.SimpleQueue[tuple[float, list[Event | RowGivenUp]]] = (
+            queue.SimpleQueue()
+        )
         limits = engine_limits(Settings())
         self.engine = Engine(checkpoint, limits, self._deliver, Metrics())
         self.engine.start()
@@ -54,7 +56,7 @@ class BareEngine:
         self, name: str, ids: tuple[int, ...], tokens: int, grammar: Grammar | None = None
     ) -> None:
         sampling = SamplingParams(temperature=0.8, seed=len(name))
-        request = EngineRequest(name, Fresh(), Continuation(), ids, tokens, sampling)
+        request = EngineRequest(name, None, Continuation(), ids, tokens, sampling)
         self.engine.submit(replace(request, ignore_eos=True, grammar=grammar))
 
     def rate(self, streams: int, tokens: int, grammar: Grammar | None = None) -> float:
@@ -82,7 +84,7 @@ class BareEngine:
         )
         return statistics.median(before[100:]), max(during)
 
-    def _gaps(self, is_last: Callable[[int, list[Event | Evicted]], bool]) -> list[float]:
+    def _gaps(self, is_last: Callable[[int, list[Event | RowGivenUp]], bool]) -> list[float]:
         """Between the steps until the last one; in each, every running stream has its token."""
         moments = []
         while True:
@@ -91,7 +93,7 @@ class BareEngine:
             if is_last(len(moments), events):
                 return [b - a for a, b in pairwise(moments)]
 
-    def _deliver(self, events: list[Event | Evicted]) -> None:
+    def _deliver(self, events: list[Event | RowGivenUp]) -> None:
         self.happened.put((time.perf_counter(), events))
 
 

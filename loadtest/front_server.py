@@ -17,7 +17,7 @@ from typer.main import get_command
 
 from model.checkpoint import Checkpoint
 from server.__main__ import app
-from server.engine.messages import EngineRequest, Event, Evicted, Finished, TextDelta, Timings
+from server.engine.messages import EngineRequest, Event, Finished, RowGivenUp, TextDelta, Timings
 from server.engine.scheduler import EngineLimits
 from server.engine.worker import Deliver
 from server.metrics import Metrics
@@ -81,7 +81,7 @@ class StandIn:
             if (ahead := due - time.perf_counter()) > 0:
                 time.sleep(ahead)
             text = f"{MARK}{time.monotonic_ns() // 1000} "
-            events: list[Event | Evicted] = [
+            events: list[Event | RowGivenUp] = [
                 TextDelta(request.request_id, text)
                 for request in requests
                 if request.request_id not in self._cancelled

@@ -23,7 +23,7 @@ from model.network import LanguageModel
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from server.engine.engine import Engine, EngineLimits
-from server.engine.messages import Continuation, EngineRequest, Event, Evicted, Finished, Fresh
+from server.engine.messages import Continuation, EngineRequest, Event, Finished, RowGivenUp
 from server.metrics import Metrics
 
 LETTERS = "abcdefghij"
@@ -44,7 +44,7 @@ def engine_rate(
 ) -> float:
     """Tokens per second of so many streams, at the engine's boundary."""
     loaded = checkpoint.load(folder, device, dtype)
-    happened: queue.SimpleQueue[list[Event | Evicted]] = queue.SimpleQueue()
+    happened: queue.SimpleQueue[list[Event | RowGivenUp]] = queue.SimpleQueue()
     limits = EngineLimits(streams, 0, streams, 100 * streams, 512, 512, 0)
     engine = Engine(loaded, limits, happened.put, Metrics())
     engine.start()
@@ -54,7 +54,7 @@ def engine_rate(
             engine.submit(
                 *(
                     EngineRequest(
-                        *(f"{count}-{i}", Fresh(), Continuation(), (1,), count),
+                        *(f"{count}-{i}", None, Continuation(), (1,), count),
                         sampling=SamplingParams(temperature=0.8, seed=i),
                         ignore_eos=True,
                     )

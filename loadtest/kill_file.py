@@ -30,7 +30,10 @@ def check_file(path: Path, expected: Account, players: Sequence[Player], tally: 
         [integrity] = db.execute("PRAGMA integrity_check").fetchone()
         dangling = db.execute("PRAGMA foreign_key_check").fetchall()
         account = _account(db)
-        responses = db.execute("SELECT id, body, blob IS NOT NULL FROM responses").fetchall()
+        responses = db.execute(
+            """SELECT id, body, EXISTS (SELECT 1 FROM checkpoints WHERE entry_number = number)
+            FROM entries WHERE kind = 'response'"""
+        ).fetchall()
     finally:
         db.close()
     if integrity != "ok" or dangling:
@@ -63,19 +66,19 @@ def _check_responses(
 
 
 def _account(db: sqlite3.Connection) -> Account:
-    [sessions] = db.execute("SELECT count(*) FROM sessions").fetchone()
-    responses, with_state, response_bytes = db.execute(
-        """SELECT count(*), count(blob),
-        coalesce(sum(length(CAST(body AS BLOB)) + coalesce(length(blob), 0)), 0) FROM responses"""
-    ).fetchone()
-    checkpoints = db.execute("SELECT turn, num_tokens, length(blob) FROM checkpoints").fetchall()
-    [answer_bytes] = db.execute(
-        "SELECT coalesce(sum(length(CAST(answer AS BLOB))), 0) FROM answers"
+    counts = dict(db.execute("SELECT kind, count(*) FROM entries GROUP BY kind").fetchall())
+    kept = db.execute(
+        """SELECT kind, checkpoints.turn, checkpoints.num_tokens, coalesce(length(blob),
+        checkpoints.num_bytes) FROM checkpoints JOIN entries ON number = entry_number"""
+    ).fetchall()
+    [other_bytes] = db.execute(
+        """SELECT (SELECT coalesce(sum(length(CAST(answer AS BLOB))), 0) FROM answers)
+        + (SELECT coalesce(sum(length(CAST(body AS BLOB))), 0) FROM entries)"""
     ).fetchone()
     return Account(
-        sessions=sessions,
-        responses=responses,
-        states=with_state + len(checkpoints),
-        num_bytes=response_bytes + answer_bytes + sum(size for _, _, size in checkpoints),
-        checkpoints=sorted(checkpoints),
+        sessions=counts.get("session", 0),
+        responses=counts.get("response", 0),
+        states=len(kept),
+        num_bytes=other_bytes + sum(size for *_, size in kept),
+        checkpoints=sorted(tuple(each) for kind, *each in kept if kind == "session"),
     )
