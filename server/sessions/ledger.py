@@ -286,11 +286,12 @@ class Ledger:
         await self.get(owner, "session", session_id)
         with self._lock(session_id):
             before = await self.get(owner, "session", session_id)
-            rewound = await self._store.rewind(session_id, turn, time.time())
-            if rewound is None:
-                raise await self._no_turn(session_id, turn)
-            if rewound.state_id != before.state_id:
+            if turn != before.turn:  # first: nothing stays if the caller is cancelled
                 self._tiers.forget(before.state_id)
+            rewound = await self._store.rewind(session_id, turn, time.time())
+        if rewound is None:
+            raise await self._no_turn(session_id, turn)
+        self._tiers.report()
         return rewound
 
     async def export(
@@ -329,9 +330,10 @@ class Ledger:
         Raises NotFound, SessionBusy and StorageFailed.
         """
         making = self._open.get(entry_id)
-        if kind == "response" and making is not None and making.belongs_to(owner):
+        if kind == "response" and making is not None and making.is_for(owner, kind):
             making.is_deleted = True
-            await self._erase(kind, entry_id, making.state_id)
+            async with making.writing:  # what it writes just now is there when it is erased
+                await self._erase(kind, entry_id, making.state_id)
             return
         entry = await self.get(owner, kind, entry_id)
         with self._lock(entry_id) if kind == "session" else nullcontext():
@@ -397,7 +399,7 @@ class Ledger:
     async def _continuable(self, owner: str, source: After) -> Entry:
         """A response that has a state. Raises NotFound and InvalidRequest."""
         making = self._open.get(source.response_id)
-        if making is not None and making.entry is not None and making.belongs_to(owner):
+        if making is not None and making.entry is not None and making.is_for(owner, "response"):
             entry = making.entry
         else:
             entry = await self.get(owner, "response", source.response_id, source.param)
