@@ -23,7 +23,7 @@ from server.errors import (
 from server.metrics import Metrics
 from server.sessions.codec import BlobError, Codec
 from server.sessions.ledger_turn import LedgerTurn, not_found, unanswered, with_body
-from server.sessions.quota import Quota
+from server.sessions.quota import Quota, Reservation
 from server.sessions.store import (
     Checkpoint,
     Entry,
@@ -197,9 +197,10 @@ class Ledger:
             case NewResponse(response_id, ttl_s):
                 entry = self._new_response(owner, response_id, ttl_s)
         size = self._codec.usual_blob_bytes
-        async with self._quota.reserve(owner, entry.kind, num_bytes=size):
+        async with self._quota.reserve(owner, entry.kind, num_bytes=size) as reservation:
             with self._lock(entry.id):
-                self._open[entry.id] = turn = self._turn(entry, start, False)
+                turn = self._turn(entry, start, False, reservation=reservation)
+                self._open[entry.id] = turn
                 yield turn
 
     def _turn(
@@ -208,9 +209,10 @@ class Ledger:
         start: Entry | None,
         is_stored: bool,
         answer: KeptAnswer | None = None,
+        reservation: Reservation | None = None,
     ) -> LedgerTurn:
         parts = (self._store, self._codec, self._tiers, self._metrics, self._keep_turns)
-        return LedgerTurn(*parts, entry, start, is_stored=is_stored, answer=answer)
+        return LedgerTurn(*parts, entry, start, is_stored, answer, reservation)
 
     async def get(self, owner: str, kind: Kind, entry_id: str, param: str | None = None) -> Entry:
         """A session, or a stored response, finished or in the background. `param` named it.

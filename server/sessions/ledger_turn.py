@@ -18,6 +18,7 @@ from server.errors import (
 )
 from server.metrics import Metrics
 from server.sessions.codec import BlobError, Codec, SessionState
+from server.sessions.quota import Reservation
 from server.sessions.store import Entry, KeptAnswer, Kind, NewState, Status, Store
 from server.sessions.tiers import Tiers
 
@@ -37,11 +38,12 @@ class LedgerTurn:
         keep_turns: int,
         entry: Entry | None,
         start: Entry | None,
-        *,
         is_stored: bool,
-        answer: KeptAnswer | None = None,
+        answer: KeptAnswer | None,
+        reservation: Reservation | None,
     ) -> None:
-        """`answer`: the key under which the turn's answer is to be kept, without the answer."""
+        """`answer`: the key under which the turn's answer is to be kept, without the answer.
+        `reservation`: space for a new entry."""
         self._store = store
         self._codec = codec
         self._tiers = tiers
@@ -50,6 +52,7 @@ class LedgerTurn:
         self._is_stored = is_stored
         self._is_over = False
         self._answer = answer
+        self._reservation = reservation
         self.writing = asyncio.Lock()
         """Held while the entry is being written."""
 
@@ -131,6 +134,8 @@ class LedgerTurn:
         entry = with_body(self.entry, body)
         await self._write(entry, None)
         self._is_stored, self.entry = True, entry
+        if self._reservation is not None:
+            self._reservation.new = None
 
     async def commit(self, state: SessionState, state_id: str, body: str | None) -> None:
         """Make the turn durable; on return it survives a crash.
