@@ -23,7 +23,7 @@ from server.errors import (
 from server.metrics import Metrics
 from server.sessions.codec import BlobError, Codec
 from server.sessions.ledger_turn import LedgerTurn, not_found, unanswered, with_body
-from server.sessions.quota import Quota
+from server.sessions.quota import Quota, Reservation
 from server.sessions.store import (
     Checkpoint,
     Entry,
@@ -197,9 +197,10 @@ class Ledger:
             case NewResponse(response_id, ttl_s):
                 entry = self._new_response(owner, response_id, ttl_s)
         size = self._codec.usual_blob_bytes
-        async with self._quota.reserve(owner, entry.kind, num_bytes=size):
+        async with self._quota.reserve(owner, entry.kind, num_bytes=size) as reservation:
             with self._lock(entry.id):
-                self._open[entry.id] = turn = self._turn(entry, start, False)
+                turn = self._turn(entry, start, False, reservation=reservation)
+                self._open[entry.id] = turn
                 yield turn
 
     def _turn(
@@ -208,9 +209,10 @@ class Ledger:
         start: Entry | None,
         is_stored: bool,
         answer: KeptAnswer | None = None,
+        reservation: Reservation | None = None,
     ) -> LedgerTurn:
         parts = (self._store, self._codec, self._tiers, self._metrics, self._keep_turns)
-        return LedgerTurn(*parts, entry, start, is_stored=is_stored, answer=answer)
+        return LedgerTurn(*parts, entry, start, is_stored, answer, reservation)
 
     async def get(self, owner: str, kind: Kind, entry_id: str, param: str | None = None) -> Entry:
         """A session, or a stored response, finished or in the background. `param` named it.
@@ -286,11 +288,12 @@ class Ledger:
         await self.get(owner, "session", session_id)
         with self._lock(session_id):
             before = await self.get(owner, "session", session_id)
-            rewound = await self._store.rewind(session_id, turn, time.time())
-            if rewound is None:
-                raise await self._no_turn(session_id, turn)
-            if rewound.state_id != before.state_id:
+            if turn != before.turn:  # first: nothing stays if the caller is cancelled
                 self._tiers.forget(before.state_id)
+            rewound = await self._store.rewind(session_id, turn, time.time())
+        if rewound is None:
+            raise await self._no_turn(session_id, turn)
+        self._tiers.report()
         return rewound
 
     async def export(
@@ -329,9 +332,10 @@ class Ledger:
         Raises NotFound, SessionBusy and StorageFailed.
         """
         making = self._open.get(entry_id)
-        if kind == "response" and making is not None and making.belongs_to(owner):
+        if kind == "response" and making is not None and making.is_for(owner, kind):
             making.is_deleted = True
-            await self._erase(kind, entry_id, making.state_id)
+            async with making.writing:  # what it writes just now is there when it is erased
+                await self._erase(kind, entry_id, making.state_id)
             return
         entry = await self.get(owner, kind, entry_id)
         with self._lock(entry_id) if kind == "session" else nullcontext():
@@ -397,7 +401,7 @@ class Ledger:
     async def _continuable(self, owner: str, source: After) -> Entry:
         """A response that has a state. Raises NotFound and InvalidRequest."""
         making = self._open.get(source.response_id)
-        if making is not None and making.entry is not None and making.belongs_to(owner):
+        if making is not None and making.entry is not None and making.is_for(owner, "response"):
             entry = making.entry
         else:
             entry = await self.get(owner, "response", source.response_id, source.param)

@@ -18,6 +18,7 @@ from server.errors import (
 )
 from server.metrics import Metrics
 from server.sessions.codec import BlobError, Codec, SessionState
+from server.sessions.quota import Reservation
 from server.sessions.store import Entry, KeptAnswer, Kind, NewState, Status, Store
 from server.sessions.tiers import Tiers
 
@@ -37,11 +38,12 @@ class LedgerTurn:
         keep_turns: int,
         entry: Entry | None,
         start: Entry | None,
-        *,
         is_stored: bool,
-        answer: KeptAnswer | None = None,
+        answer: KeptAnswer | None,
+        reservation: Reservation | None,
     ) -> None:
-        """`answer`: the key under which the turn's answer is to be kept, without the answer."""
+        """`answer`: the key under which the turn's answer is to be kept, without the answer.
+        `reservation`: space for a new entry."""
         self._store = store
         self._codec = codec
         self._tiers = tiers
@@ -50,6 +52,10 @@ class LedgerTurn:
         self._is_stored = is_stored
         self._is_over = False
         self._answer = answer
+        self._reservation = reservation
+        self.writing = asyncio.Lock()
+        """Held while the entry is being written."""
+
         self.entry = entry
         """What the turn advances, as it was stored last; None: nothing is kept."""
 
@@ -76,9 +82,13 @@ class LedgerTurn:
             self.entry is not None and self.entry.kind == "response"
         )
 
-    def belongs_to(self, owner: str) -> bool:
-        """Whether this is an owner's, and can be stored still."""
-        return self.entry is not None and self.entry.owner == owner and not self.is_deleted
+    def is_for(self, owner: str, kind: Kind) -> bool:
+        """Whether it makes an owner's entry of this kind, which can still be stored."""
+        return (
+            self.entry is not None
+            and (self.entry.owner, self.entry.kind) == (owner, kind)
+            and not self.is_deleted
+        )
 
     async def load(self) -> SessionState | None:
         """The state that the turn continues from, from host memory or the store.
@@ -98,8 +108,8 @@ class LedgerTurn:
             num_forgotten = self._tiers.num_forgotten
             blob = await self._store.load(start.id, start.turn)
             if blob is None:
-                if start.kind == "response":
-                    raise not_found("response", start.id, "previous_response_id")
+                if await self._store.get(start.kind, start.id) is None:
+                    raise not_found(start.kind, start.id, "previous_response_id")
                 raise self.damaged("it is missing")
             try:
                 state = await asyncio.to_thread(self._codec.decode, blob)
@@ -122,12 +132,10 @@ class LedgerTurn:
         if self.entry is None:
             raise InternalError("nothing is kept of this turn")
         entry = with_body(self.entry, body)
-        await self._store.insert(entry)
+        await self._write(entry, None)
         self._is_stored, self.entry = True, entry
-        if self.is_deleted:
-            await self._store.delete(entry.kind, entry.id)
-            raise ResponseGone(entry.id)
-        self._tiers.report()
+        if self._reservation is not None:
+            self._reservation.new = None
 
     async def commit(self, state: SessionState, state_id: str, body: str | None) -> None:
         """Make the turn durable; on return it survives a crash.
@@ -149,7 +157,7 @@ class LedgerTurn:
         with self._metrics.session_commit_seconds.time():
             state = replace(state, turn=entry.turn)
             blob = await asyncio.to_thread(self._codec.encode, state)
-            await self._write(entry, NewState(state_id, blob, answer))
+            await self._end(entry, NewState(state_id, blob, answer))
         before, num_kept = self.entry.state_id, min(entry.num_checkpoints + 1, self._keep_turns)
         self.entry = replace(entry, state_id=state_id, num_checkpoints=num_kept)
         self._tiers.cache(state_id, state, replaced=before)
@@ -164,23 +172,28 @@ class LedgerTurn:
         if self._is_over or not self._is_stored:
             return
         with suppress(ResponseGone):
-            await self._write(with_body(self.entry, body), None)
+            await self._end(with_body(self.entry, body), None)
 
-    async def _write(self, entry: Entry, state: NewState | None) -> None:
-        if self.is_deleted:
-            raise ResponseGone(entry.id)
+    async def _end(self, entry: Entry, state: NewState | None) -> None:
         self._is_over = True
         try:
-            if self._is_stored:
-                is_written = await self._store.advance(entry, state, self._keep_turns)
-            else:
-                await self._store.insert(entry, state)
-                is_written = True
+            await self._write(entry, state)
         except StorageFailed:
             self._is_over = False
             raise
-        finally:
-            self._tiers.report()
+
+    async def _write(self, entry: Entry, state: NewState | None) -> None:
+        async with self.writing:
+            if self.is_deleted:
+                raise ResponseGone(entry.id)
+            try:
+                if self._is_stored:
+                    is_written = await self._store.advance(entry, state, self._keep_turns)
+                else:
+                    await self._store.insert(entry, state)
+                    is_written = True
+            finally:
+                self._tiers.report()
         if not is_written and entry.kind == "session":
             raise StorageFailed(f"session {entry.id} is not at turn {entry.turn - 1} any more")
         if not is_written or self.is_deleted:

@@ -5,7 +5,6 @@ reservation is counted before the store is asked what it holds: what is committe
 twice then, never not at all.
 """
 
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -31,52 +30,58 @@ class Quotas:
         return any(limit is not None for limit in limits)
 
 
+@dataclass(eq=False)
+class Reservation:
+    """Space that the store does not count yet."""
+
+    owner: str
+    new: Kind | None
+    """Kind of the entry that is to be added; None: none, or the store has it by now."""
+
+    num_bytes: int
+
+
 class Quota:
     """Space in a store. Belongs to the event loop."""
 
     def __init__(self, store: Store, quotas: Quotas) -> None:
         self._store = store
         self._quotas = quotas
-        self._entries: dict[Kind, Counter[str]] = {"session": Counter(), "response": Counter()}
-        self._bytes = Counter[str]()
+        self._reserved = set[Reservation]()
 
     @asynccontextmanager
     async def reserve(
         self, owner: str, new: Kind | None = None, *, num_bytes: int = 0
-    ) -> AsyncIterator[None]:
+    ) -> AsyncIterator[Reservation]:
         """Hold space for an owner's new entry, or none, and bytes while they are being written.
 
         Raises QuotaExceeded and StorageFull.
         """
-        reserved = [(self._bytes, num_bytes)]
-        if new is not None:
-            reserved.append((self._entries[new], 1))
-        for counter, count in reserved:
-            counter[owner] += count
+        reservation = Reservation(owner, new, num_bytes)
+        self._reserved.add(reservation)
         try:
             self._check_total(new, num_bytes)
             await self._check_owner(owner, new, num_bytes)
-            yield
+            yield reservation
         finally:
-            for counter, count in reserved:
-                counter[owner] -= count
-                if not counter[owner]:
-                    del counter[owner]
+            self._reserved.remove(reservation)
 
     def _check_total(self, new: Kind | None, num_bytes: int) -> None:
         quotas, total = self._quotas, self._store.total
-        num_sessions = total.num_sessions + self._entries["session"].total()
+        num_sessions = total.num_sessions + sum(r.new == "session" for r in self._reserved)
         if new == "session" and _exceeds(num_sessions, quotas.sessions):
             raise StorageFull(f"this server holds {total.num_sessions} sessions already")
-        if num_bytes and _exceeds(total.num_bytes + self._bytes.total(), quotas.bytes):
+        all_bytes = total.num_bytes + sum(r.num_bytes for r in self._reserved)
+        if num_bytes and _exceeds(all_bytes, quotas.bytes):
             raise StorageFull(f"this server holds {total.num_bytes} bytes of sessions already")
 
     async def _check_owner(self, owner: str, new: Kind | None, num_bytes: int) -> None:
         quotas = self._quotas
         if not quotas.limit_owners:
             return
-        all_bytes = self._bytes[owner]
-        num_reserved = 0 if new is None else self._entries[new][owner]
+        reserved = [r for r in self._reserved if r.owner == owner]
+        num_reserved = sum(r.new == new for r in reserved)
+        all_bytes = sum(r.num_bytes for r in reserved)
         used = await self._store.usage(owner)
         match new:
             case "session" if _exceeds(used.num_sessions + num_reserved, quotas.sessions_per_owner):

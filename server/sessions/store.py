@@ -120,8 +120,9 @@ class Store(Protocol):
     """When a call that writes returns, what it wrote survives the process and the machine.
 
     Every call raises StorageFailed when the disk does; the store is then as before the call. Calls
-    take effect in the order in which they were made. Unless it is said otherwise a call takes a
-    time that depends neither on the length of a conversation nor on the number of entries.
+    take effect in the order in which they were made, but those that write a large state later.
+    Unless it is said otherwise a call takes a time that depends neither on the length of a
+    conversation nor on the number of entries.
     """
 
     @property

@@ -22,6 +22,8 @@ class StateFiles:
         self._sync = sync
         folder.mkdir(0o700, exist_ok=True)
         folder.chmod(0o700)
+        if sync:
+            _sync_folder(folder.parent)
 
     def write(self, state_id: str, blob: bytes) -> None:
         """On return the file survives a crash. Raises OSError, and leaves nothing behind then."""
@@ -37,11 +39,11 @@ class StateFiles:
                     os.fsync(file.fileno())
             unfinished.rename(path)
             if self._sync:
-                self._sync_folder()
+                _sync_folder(self._folder)
         except BaseException:
-            with suppress(OSError):
-                unfinished.unlink(missing_ok=True)
-            self.delete(state_id)
+            for left in (unfinished, path):
+                with suppress(OSError):
+                    left.unlink(missing_ok=True)
             raise
 
     def read(self, state_id: str) -> bytes | None:
@@ -52,9 +54,8 @@ class StateFiles:
             return None
 
     def delete(self, state_id: str) -> None:
-        """Also of one that is not there; one that cannot be deleted goes at the next start."""
-        with suppress(OSError):
-            (self._folder / state_id).unlink(missing_ok=True)
+        """Also of one that is not there. Raises OSError."""
+        (self._folder / state_id).unlink(missing_ok=True)
 
     def sweep(self, known: Collection[str]) -> None:
         """Delete all files but those of these states. Raises OSError."""
@@ -62,9 +63,10 @@ class StateFiles:
             if path.name not in known:
                 path.unlink()
 
-    def _sync_folder(self) -> None:
-        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

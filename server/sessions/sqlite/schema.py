@@ -2,6 +2,7 @@
 
 import os
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -127,8 +128,9 @@ def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
     db = None
     try:
         path.parent.mkdir(0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-        path.chmod(0o600)  # SQLite gives its other files the modes of this one
+        # Only a new file: closing one gives up every lock that this process has on it.
+        with suppress(OSError):  # SQLite will say what is wrong
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         is_new = _is_new(db, path)
         db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
@@ -148,6 +150,8 @@ def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("BEGIN IMMEDIATE")
         db.execute("COMMIT")
+        for private in (path, path.with_name(f"{path.name}-wal")):
+            private.chmod(0o600)  # of a new store they had this mode from the first byte
         _check_accounts(db)
         db.executescript(FILES_TO_DELETE)
     except (sqlite3.Error, OSError, StoreError, TypeError, ValueError) as error:

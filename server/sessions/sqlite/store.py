@@ -4,7 +4,6 @@ import asyncio
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 from server.sessions.sqlite.files import StateFiles
@@ -231,7 +230,7 @@ class SQLiteStore:
     async def close(self) -> None:
         """Finish what was asked for and close the file."""
         await self._writer.close()
-        self._threads.shutdown()
+        await asyncio.to_thread(self._threads.shutdown)
 
     async def _write(
         self, work: Callable[[sqlite3.Connection], bool], state: NewState | None
@@ -244,14 +243,7 @@ class SQLiteStore:
             await loop.run_in_executor(self._threads, self._files.write, state.id, state.blob)
         except OSError as error:
             raise storage_error(error) from error
-        is_written = False
-        try:
-            is_written = await self._run(work)
-        finally:
-            if not is_written:
-                with suppress(RuntimeError):  # closed: it is swept at the next start
-                    self._threads.submit(self._files.delete, state.id)
-        return is_written
+        return await self._run(work, file=state.id)
 
     async def _read_file(self, state_id: str) -> bytes | None:
         loop = asyncio.get_running_loop()

@@ -30,7 +30,10 @@ T = TypeVar("T")
 class _Job:
     work: Callable[[sqlite3.Connection], Any]
     erases: bool
-    """What it deletes must not stay in the write-ahead log."""
+    """What it deletes must not stay on the disk."""
+
+    file: str | None
+    """The state whose file goes unless the work returns True."""
 
     loop: asyncio.AbstractEventLoop
     answer: "asyncio.Future[Any]"
@@ -53,13 +56,23 @@ class Writer:
         self._thread = threading.Thread(target=self._main, name="session-store", daemon=True)
         self._thread.start()
 
-    async def run(self, work: Callable[[sqlite3.Connection], T], *, erases: bool = False) -> T:
-        """What `work` returns, once it is durable. Raises StorageFailed."""
+    async def run(
+        self,
+        work: Callable[[sqlite3.Connection], T],
+        *,
+        erases: bool = False,
+        file: str | None = None,
+    ) -> T:
+        """What `work` returns, once it is durable. Raises StorageFailed.
+
+        `file`: the state whose file the work refers to; it is deleted if the work fails or returns
+        False, also when nobody waits any more.
+        """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
         if self._closing:
             raise StorageFailed("the session store is closed")
-        self._jobs.put(_Job(work, erases, loop, answer))
+        self._jobs.put(_Job(work, erases, file, loop, answer))
         return await answer
 
     async def close(self) -> None:
@@ -92,7 +105,6 @@ class Writer:
                     self.db.execute("ROLLBACK")
         else:
             self.total = total
-            self._delete_files()
             failed = self._erase(any(job.erases for job in jobs))
             if failed is not None:
                 results = [
@@ -100,25 +112,15 @@ class Writer:
                     for job, result in zip(jobs, results, strict=True)
                 ]
         for job, result in zip(jobs, results, strict=True):
+            if job.file is not None and result is not True:
+                with contextlib.suppress(OSError):  # it goes at the next start
+                    self._files.delete(job.file)
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
                 job.loop.call_soon_threadsafe(_answer, job.answer, result)
 
-    def _delete_files(self) -> None:
-        """Delete the files of states that no checkpoint has any more; what fails waits for the next
-        start."""
-        try:
-            states = self.db.execute("SELECT state_id FROM files_to_delete").fetchall()
-            for (state_id,) in states:
-                others = "SELECT 1 FROM checkpoints WHERE state_id = ? AND blob IS NULL"
-                if self.db.execute(others, [state_id]).fetchone() is None:
-                    self._files.delete(state_id)
-            if states:
-                self.db.execute("DELETE FROM files_to_delete")
-        except sqlite3.Error as error:
-            log.warning("files of erased states stay for now: %s", one_line(error))
-
     def _erase(self, something_deleted: bool) -> StorageFailed | None:
-        """Empty the write-ahead log if it holds what was deleted, now or when this failed before.
+        """Empty the write-ahead log if it holds what was deleted, now or when this failed before,
+        and delete the files of states that no checkpoint has any more.
 
         Returns why it failed; it is tried again after the next transaction.
         """
@@ -126,10 +128,20 @@ class Writer:
         try:
             if self._must_erase:
                 self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        except sqlite3.Error as error:
+            self._must_erase = False
+            self._delete_files()
+        except (sqlite3.Error, OSError) as error:
             return storage_error(error)
-        self._must_erase = False
         return None
+
+    def _delete_files(self) -> None:
+        states = self.db.execute("SELECT state_id FROM files_to_delete").fetchall()
+        for (state_id,) in states:
+            others = "SELECT 1 FROM checkpoints WHERE state_id = ? AND blob IS NULL"
+            if self.db.execute(others, [state_id]).fetchone() is None:
+                self._files.delete(state_id)
+        if states:
+            self.db.execute("DELETE FROM files_to_delete")
 
     def _run_one(self, job: _Job) -> Any:
         """The job's result, or the error that undid it and nothing else."""
