@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ MAY_IMPORT = {
         *("model", VERSION, "server.api", "server.sessions", "server.engine"),
         *("server.keys", *LEAVES),
     ),
+    "server.api.schemas": ("model", "server.api.schemas"),
     "server.generate": ("model", "server.engine", *LEAVES),
     "server.connections": LEAVES,
     "server.fronts": ("server.fronts", "server.connections", *LEAVES),
@@ -127,9 +129,12 @@ def late():
         ("server.errors", "server.settings.Settings", False),
         ("server.sessions.sqlite", "server.engine.messages.Parked", False),
         ("server.engine.engine", "server.sessions.codec.Codec", False),
-        ("server.engine.engine", "server.api.turns.Turn", False),
-        ("server.sessions.sessions", "server.api.turns", False),
-        ("server.api.turns", "server.sessions.codec.Codec", True),
+        ("server.engine.engine", "server.api.generation.turn.AdmittedTurn", False),
+        ("server.sessions.ledger", "server.api.generation.turn", False),
+        ("server.api.generation.turn", "server.sessions.codec.SessionState", True),
+        ("server.api.schemas.chat", "server.api.schemas.base.Prompt", True),
+        ("server.api.schemas.chat", "server.api.service.Service", False),
+        ("server.api.schemas.chat", "server.sessions.store.Entry", False),
         ("server.api.app", "server.serve.serve", False),
         ("server.fronts.carrier", "server.api.app", False),
         ("server.api.app", "server.fronts.carrier.App", False),
@@ -143,7 +148,7 @@ def late():
         ("server.cli.inspect", "server.sessions.codec.Codec", True),
         ("server.cli.inspect", "server.engine.engine.Engine", False),
         ("server.api.auth", "server.keys.digest", True),
-        ("server.sessions.sessions", "server.keys.digest", False),
+        ("server.sessions.ledger", "server.keys.digest", False),
         ("server.cli.keys", "server.keys.add_key", True),
         ("server.cli.keys", "server.api.limits.Limiter", False),
         ("server.api.app", "server.cli.client.Client", False),
@@ -158,6 +163,66 @@ def test_the_rules_say_what_the_design_says(module: str, imported: str, allowed:
 def test_a_module_imports_only_what_is_below_it(module: str) -> None:
     ours = [name for name in imports_of(module) if name.split(".")[0] in ("model", "server")]
     assert [name for name in ours if not is_allowed(module, name)] == []
+
+
+def modules_of(module: str) -> set[str]:
+    """The modules of the program that a module imports, or of which it imports a part."""
+    found = set[str]()
+    for name in imports_of(module):
+        parent = name.rpartition(".")[0]
+        found |= {known for known in (name, parent) if known in MODULES}
+    return found - {module}
+
+
+ROUTES = {
+    module
+    for module in MODULES
+    if is_within(module, "server.api") and "fastapi.APIRouter" in imports_of(module)
+}
+"""Modules that answer at paths."""
+
+
+def layer(module: str) -> str:
+    """The part of server.api to which a module belongs, from the one that knows least on."""
+    if module in ROUTES:
+        return "routes"
+    if module in ("server.api.app", "server.api.openapi"):
+        return "app"
+    inner = [part for part in ("schemas", "generation") if is_within(module, f"server.api.{part}")]
+    return inner[0] if inner else "parts"
+
+
+MAY_KNOW = {
+    "schemas": {"schemas"},
+    "parts": {"schemas", "parts"},
+    "generation": {"schemas", "parts", "generation"},
+    "routes": {"schemas", "parts", "generation"},
+    "app": {"schemas", "parts", "generation", "routes", "app"},
+}
+"""Layers of server.api: a request goes from the routes down, and no route knows another one."""
+
+ROUTER = "server.api.generation.router"
+"""Part of the service, which every layer but the schemas knows; it knows no other itself."""
+
+
+def test_the_routes_are_found() -> None:
+    expected = {"chat", "completions", "health", "models", "responses", "resumption", "sessions"}
+    assert {f"server.api.{name}" for name in expected | {"tokens"}} == ROUTES
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if is_within(m, "server.api")))
+def test_a_request_goes_down_through_the_layers(module: str) -> None:
+    known = {name for name in modules_of(module) if is_within(name, "server.api")}
+    if module == ROUTER:
+        assert not known
+    if module == "server.api.service":
+        known.remove(ROUTER)
+    assert {name for name in known if layer(name) not in MAY_KNOW[layer(module)]} == set()
+
+
+def test_no_modules_of_the_server_import_each_other_in_a_circle() -> None:
+    within = [module for module in MODULES if is_within(module, "server")]
+    TopologicalSorter({module: modules_of(module) for module in within}).prepare()
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

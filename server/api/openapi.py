@@ -31,9 +31,10 @@ lists, any request may get 400 `invalid_http` or 431 `headers_too_large` for wha
 HTTP, 404 `not_found` for a path and 405 `method_not_allowed` for a method that there is not, and
 413 `body_too_large`. Parameters that are not known are refused, not ignored.
 
-A stream is made of server-sent events. Each has an `id:`, its number from 0 on; lines that begin
-with a colon are signs of life. The last event of completions and chats is `data: [DONE]`; that of
-a response is `response.completed`, `response.incomplete` or `response.failed`.
+A stream is made of server-sent events; comments, lines that begin with a colon, fill silences.
+Where a stream can be resumed, each event has an `id:`, its number from 0 on. The last event of
+completions and chats is `data: [DONE]`; that of a response is `response.completed`,
+`response.incomplete` or `response.failed`.
 """
 
 TAGS = [

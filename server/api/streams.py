@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -145,16 +146,24 @@ class Streams:
         self._limits = limits
         self._clock = clock
         self._streams: OrderedDict[str, Stream] = OrderedDict()
+        self._num_running = 0
 
-    def check_space(self) -> None:
-        """Raises Overloaded when as many streams run as may."""
-        self.forget_expired()
-        running = sum(stream.ended_at is None for stream in self._streams.values())
-        if running >= self._limits.max_streams:
-            raise Overloaded(f"{running} resumable streams are running already", "too_many_streams")
+    @contextmanager
+    def space(self) -> Iterator[None]:
+        """Space for a stream, while its turn runs. Raises Overloaded when as many run as may."""
+        if self._num_running >= self._limits.max_streams:
+            raise Overloaded(
+                f"{self._num_running} resumable streams are running already", "too_many_streams"
+            )
+        self._num_running += 1
+        try:
+            yield
+        finally:
+            self._num_running -= 1
 
     def add(self, owner: str, stream_id: str) -> Stream:
-        """A new stream. The oldest ended ones make space for it."""
+        """A new stream, for which there is space. The oldest ended ones are forgotten for it."""
+        self.forget_expired()
         stream = Stream(stream_id, owner, self._limits.max_bytes)
         ended = [s for s in self._streams.values() if s.ended_at is not None]
         for old in ended[: max(0, len(self._streams) + 1 - self._limits.max_streams)]:

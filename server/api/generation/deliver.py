@@ -12,7 +12,7 @@ from server.api.generation.shape import Shape, as_json
 from server.api.generation.turn import AdmittedTurn
 from server.api.schemas.generation import Timings
 from server.api.sse import EVENT_STREAM, NO_BUFFERING, EventSink, Piece
-from server.errors import Cancelled, LatentdError
+from server.errors import Cancelled, InternalError, LatentdError
 
 CLIENT_CLOSED_REQUEST = 499
 OUTCOME = "latentd.outcome"
@@ -71,8 +71,8 @@ async def deliver(turn: AdmittedTurn, answer: Answer, shape: Shape[Any], sink: S
                 await turn.commit(body, answer.num_generated)
             await sink.send([piece for delta in deltas for piece in shape.pieces(delta)])
         await sink.send(shape.closing())
-    except LatentdError as error:
-        ended_by = error
+    except Exception as error:
+        ended_by = error if isinstance(error, LatentdError) else InternalError()
         raise
     finally:
         await turn.close(as_json(shape.failed(ended_by)), answer.num_generated)

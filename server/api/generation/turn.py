@@ -95,6 +95,7 @@ class AdmittedTurn:
 
     def submit(self) -> None:
         """Queue every choice, or none. Raises Overloaded and ShuttingDown."""
+        self._service.check_ready()
         self._service.engine.submit(*self.requests)
         self._queue = self._service.router.open(self._running)
         self._service.open_turns.add(self)
@@ -143,14 +144,24 @@ class AdmittedTurn:
     async def commit(self, body: str | None, num_generated: int) -> None:
         """Make the turn durable, then unlock what it held. `num_generated` tokens are charged.
 
-        Raises StorageFailed and ResponseGone.
+        A cancellation that comes meanwhile is too late, if the commit succeeds: the turn is
+        complete, and whoever follows it sees its end. Raises StorageFailed and ResponseGone.
         """
+        try:
+            await run_to_end(self._commit(body, num_generated))
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._is_committed or task is None:
+                raise
+            task.uncancel()
+
+    async def _commit(self, body: str | None, num_generated: int) -> None:
         if self._opened.entry is not None:
             if self._after is None or self.keep_as is None:
                 raise InternalError("the engine ended a turn without its state")
-            await run_to_end(self._opened.commit(self._after, self.keep_as, body))
+            await self._opened.commit(self._after, self.keep_as, body)
         self._is_committed = True
-        await run_to_end(self._unlock(num_generated))
+        await self._unlock(num_generated)
 
     async def close(self, body: str | None, num_generated: int) -> None:
         """Stop what still runs, and unlock what it holds, which is as its last commit left it.
@@ -200,12 +211,12 @@ async def open_turn(
     """
     started = time.monotonic()
     service.check_ready()
-    if generation.is_detached:
-        service.streams.check_space()
     allowance = service.limiter.enter(caller)
     stack = AsyncExitStack()
     turn: AdmittedTurn | None = None
     try:
+        if generation.is_detached:
+            stack.enter_context(service.streams.space())
         opened = await stack.enter_async_context(service.ledger.begin(caller.owner, source, target))
         if isinstance(opened, KeptAnswer):
             await allowance.leave(0)

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,21 +38,26 @@ def text_of(client: httpx.Client, **changes: object) -> str:
     return str(complete(client, **changes)["choices"][0]["text"])
 
 
-def stream(client: httpx.Client, **changes: object) -> list[tuple[str, Any]]:
-    """Ids and data of a stream's events."""
+def stream(client: httpx.Client, **changes: object) -> list[Any]:
+    """What the events of a plain stream say."""
     response = client.post("/v1/completions", json=BODY | {"stream": True} | changes)
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
-    events = []
-    for block in response.text.strip().split("\n\n"):
-        lines = [line for line in block.split("\n") if not line.startswith(":")]
-        fields = dict(line.split(": ", 1) for line in lines)
-        data = fields["data"]
-        events.append((fields["id"], data if data == "[DONE]" else json.loads(data)))
-    return events
+    return list(plain_events(response.text))
 
 
-def streamed_text(events: list[tuple[str, Any]], index: int = 0) -> str:
+def plain_events(text: str) -> Iterator[Any]:
+    """What events without ids say; each event and each comment is a block of its own."""
+    *blocks, last = text.split("\n\n")
+    assert last == ""
+    for block in blocks:
+        if block != ": keep-alive":
+            name, data = block.split(": ", 1)
+            assert (name, data.count("\n")) == ("data", 0), block
+            yield data if data == "[DONE]" else json.loads(data)
+
+
+def streamed_text(events: list[Any], index: int = 0) -> str:
     """The text of one choice of a stream."""
-    choices = [c for _, event in events[:-1] for c in event["choices"]]
+    choices = [c for event in events[:-1] for c in event["choices"]]
     return "".join(choice["text"] for choice in choices if choice["index"] == index)

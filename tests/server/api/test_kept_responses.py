@@ -7,27 +7,28 @@ from pathlib import Path
 
 from server.serve import STORE_FILE
 from server.sessions.sqlite.store import SQLiteStore
-from server.sessions.store import ResponseRecord, ResponseStatus
+from server.sessions.store import Entry, Status
 from tests.patience import wait_until
 from tests.server.live import live_server, tiny_settings
 
 
-def left_over(name: str, status: ResponseStatus, expires_at: float | None) -> ResponseRecord:
-    return ResponseRecord(name, "", 1.0, expires_at, status, json.dumps({"status": status}))
+def left_over(name: str, status: Status, expires_at: float | None) -> Entry:
+    body = json.dumps({"status": status})
+    return Entry("response", name, "", 1.0, 1.0, expires_at=expires_at, status=status, body=body)
 
 
-async def leave(path: Path, *records: ResponseRecord) -> None:
+async def leave(path: Path, *entries: Entry) -> None:
     store = SQLiteStore(path)
-    for record in records:
-        await store.responses.insert(record)
+    for entry in entries:
+        await store.insert(entry)
     await store.close()
 
 
-async def found(path: Path, name: str) -> ResponseRecord | None:
+async def stored(path: Path, name: str) -> Entry | None:
     store = SQLiteStore(path)
-    record = await store.responses.get(name)
+    entry = await store.get("response", name)
     await store.close()
-    return record
+    return entry
 
 
 def test_what_was_interrupted_is_told_and_what_is_over_is_erased(
@@ -45,9 +46,9 @@ def test_what_was_interrupted_is_told_and_what_is_over_is_erased(
     often = tiny_settings(tiny_checkpoint, tmp_path, sweep_interval_s=0.05)
     with live_server(often) as server, server.client() as client:
         wait_until(lambda: "\nlatentd_responses 2.0" in client.get("/metrics").text)
-    records = {n: asyncio.run(found(path, n)) for n in ("interrupted", "over", "kept")}
-    assert records["over"] is None
-    assert records["kept"] is not None
-    assert records["kept"].status == "completed"
-    assert records["interrupted"] is not None
-    assert records["interrupted"].status == "failed"
+    found = {n: asyncio.run(stored(path, n)) for n in ("interrupted", "over", "kept")}
+    assert found["over"] is None
+    assert found["kept"] is not None
+    assert found["kept"].status == "completed"
+    assert found["interrupted"] is not None
+    assert found["interrupted"].status == "failed"

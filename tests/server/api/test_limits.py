@@ -60,9 +60,9 @@ async def use(limits: Limiter, who: Caller, num_tokens: int = 1, num_generated: 
     try:
         await allowance.check(num_tokens)
         await allowance.charge(num_tokens)
-        allowance.saw(0, num_generated, is_whole=True)
+        await allowance.leave(num_generated)
     finally:
-        await allowance.leave()
+        await allowance.leave(0)
 
 
 async def refusal(limits: Limiter, who: Caller, num_tokens: int = 1) -> tuple[str | None, int]:
@@ -173,17 +173,13 @@ def test_places_are_given_back_once() -> None:
         assert caught.value.code == "concurrent_requests"
         assert caught.value.headers["Retry-After"] == "1"
         limits.enter(caller("key_b", concurrent_requests=2))
-        first.saw(0, 1, is_whole=False)
-        first.saw(0, 2, is_whole=False)
-        first.saw(1, 1, is_whole=False)
-        first.saw(1, 2, is_whole=True)
-        for _ in range(3):
-            await first.leave()
+        for num_generated in (5, 7, 0):
+            await first.leave(num_generated)
         limits.enter(who)
         with pytest.raises(RateLimited):
             limits.enter(who)
         assert (await limits.headers(who))["x-ratelimit-remaining-tokens"] == "95"
-        await second.leave()
+        await second.leave(0)
 
     run(main)
 

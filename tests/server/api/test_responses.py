@@ -58,18 +58,31 @@ def respond(client: httpx.Client, **changes: object) -> dict[str, Any]:
 def stream(client: httpx.Client, **changes: object) -> list[dict[str, Any]]:
     response = client.post(URL, json=BODY | {"stream": True} | changes)
     assert response.status_code == 200, response.text
-    return events_of(response.text)
+    return events_of(response.text, has_ids=False)
 
 
-def events_of(text: str) -> list[dict[str, Any]]:
-    """Events, each checked against the documented schema and its own name and number."""
+def events_of(text: str, *, has_ids: bool) -> list[dict[str, Any]]:
+    """Events, each checked against the documented schema and its own name and number.
+
+    A comment is a block of its own where events have no ids, and a line of the next event where
+    they have.
+    """
     events = []
-    for block in text.replace(": keep-alive\n", "").strip().split("\n\n"):
+    comment = ": keep-alive\n" if has_ids else ": keep-alive\n\n"
+    for block in text.replace(comment, "").removesuffix("\n\n").split("\n\n"):
         fields = dict(line.split(": ", 1) for line in block.split("\n"))
         event = ResponseEvent.model_validate_json(fields["data"], extra="forbid")
-        assert (fields["event"], fields["id"]) == (event.type, str(event.sequence_number))
+        number = {"id": str(event.sequence_number)} if has_ids else {}
+        assert fields == {"event": event.type, "data": fields["data"]} | number
         events.append(json.loads(fields["data"]))
     return events
+
+
+def follow(client: httpx.Client, response_id: str) -> list[dict[str, Any]]:
+    """The events of a response in the background, from the first one to its end."""
+    response = client.get(f"{URL}/{response_id}", params={"stream": True})
+    assert response.status_code == 200, response.text
+    return events_of(response.text, has_ids=True)
 
 
 def text(response: dict[str, Any]) -> str:
@@ -182,7 +195,7 @@ def test_in_the_background_it_goes_on_alone(client: httpx.Client) -> None:
     found = wait_for(client, made["id"], "incomplete")
     assert text(found) == text(respond(client))
     response = client.get(f"{URL}/{made['id']}", params={"stream": True, "starting_after": 4})
-    assert events_of(response.text)[0]["sequence_number"] == 5
+    assert events_of(response.text, has_ids=True)[0]["sequence_number"] == 5
     respond(client, previous_response_id=made["id"])
 
 
@@ -193,7 +206,7 @@ def test_a_stream_in_the_background_survives_its_connection(client: httpx.Client
         first = next(line for line in lines if line.startswith("data: "))
     response_id = json.loads(first[6:])["response"]["id"]
     response = client.get(f"{URL}/{response_id}", params={"stream": True, "starting_after": 0})
-    events = events_of(response.text)
+    events = events_of(response.text, has_ids=True)
     assert events[0]["sequence_number"] == 1
     assert events[-1]["response"] == wait_for(client, response_id, "incomplete")
 
@@ -226,7 +239,7 @@ def test_a_deadline_in_the_background_is_told(client: httpx.Client) -> None:
     made = respond(client, background=True, timeout=0.05, **LONG)
     found = wait_for(client, made["id"], "failed")
     assert found["error"]["code"] == "deadline_exceeded"
-    events = events_of(client.get(f"{URL}/{made['id']}", params={"stream": True}).text)
+    events = follow(client, made["id"])
     assert events[-1]["type"] == "response.failed"
     assert events[-1]["response"]["error"] == found["error"]
 

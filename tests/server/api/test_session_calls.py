@@ -252,7 +252,7 @@ def test_a_turn_can_expect_the_one_before(client: httpx.Client, session_id: str)
         assert response.headers["x-should-retry"] == "false"
     assert get(client, session_id) == before
     events = stream(client, session_id=session_id, expected_turn=1)
-    turns = [event.get("session_turn") for _, event in events[:-1]]
+    turns = [event.get("session_turn") for event in events[:-1]]
     assert (turns[-1], set(turns[:-1])) == (2, {None})
     response = client.post("/v1/completions", json=BODY | {"expected_turn": 0})
     assert error(response)[:2] == (400, "expected_turn")

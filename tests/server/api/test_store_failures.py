@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from server.sessions.sqlite.store import SQLiteStore
-from server.sessions.store import Turn
+from server.sessions.store import NewState
 from tests.patience import wait_until
 from tests.server.api.calls import BODY, complete, stream, text_of
 from tests.server.api.test_session_calls import content, error
@@ -32,7 +32,7 @@ def alone(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[LiveServer]:
 
 
 def store_of(server: LiveServer) -> SQLiteStore:
-    store = server.service.sessions._store
+    store = server.service.ledger._store
     assert isinstance(store, SQLiteStore)
     return store
 
@@ -66,9 +66,9 @@ def test_a_full_disk_is_told_and_nothing_is_lost(alone: LiveServer) -> None:
                 assert error(answer) == (507, None, "storage_full")
                 assert answer.headers["x-should-retry"] == "false"
             events = stream(client, session_id=session_id)
-            assert events[-1][1] == "[DONE]"
-            assert events[-2][1]["error"]["code"] == "storage_full"
-            assert all(e["choices"][0]["finish_reason"] is None for _, e in events[:-2])
+            assert events[-1] == "[DONE]"
+            assert events[-2]["error"]["code"] == "storage_full"
+            assert all(e["choices"][0]["finish_reason"] is None for e in events[:-2])
             assert error(client.post(f"/v1/sessions/{session_id}/fork"))[0] == 507
             blob = client.get(f"/v1/sessions/{session_id}/state").content
             assert error(client.post("/v1/sessions/import", content=blob))[0] == 507
@@ -106,11 +106,15 @@ def test_a_damaged_state_is_named_and_an_earlier_one_can_be_used(alone: LiveServ
         session_id = client.post("/v1/sessions").json()["id"]
         complete(client, session_id=session_id)
         good = client.get(f"/v1/sessions/{session_id}/state").content
-        damaged = Turn(2, 99, 1.0, good[:-1] + bytes([good[-1] ^ 1]))
-        service = store_of(alone)
-        loop = asyncio.new_event_loop()
-        loop.run_until_complete(service.commit(session_id, damaged, keep=8))
-        loop.close()
+        damaged = NewState("damaged", good[:-1] + bytes([good[-1] ^ 1]))
+        store = store_of(alone)
+
+        async def damage() -> None:
+            entry = await store.get("session", session_id)
+            assert entry is not None
+            assert await store.advance(replace(entry, turn=2), damaged, keep=8)
+
+        asyncio.run(damage())
         answer = client.post("/v1/completions", json=BODY | {"session_id": session_id})
         assert error(answer) == (503, None, "session_damaged")
         assert answer.headers["x-should-retry"] == "false"
@@ -126,7 +130,7 @@ def test_a_forged_state_fails_alone_and_is_told(alone: LiveServer) -> None:
     """Its checksum is right and its numbers are finite, but the model can make nothing of them."""
     with alone.client() as client:
         session_id = client.post("/v1/sessions", json={"prompt": "the cat"}).json()["id"]
-        codec = alone.service.sessions._codec
+        codec = alone.service.ledger._codec
         whole = codec.decode(client.get(f"/v1/sessions/{session_id}/state").content)
         large = np.full(8, 1e308).tobytes()
         forged = codec.encode(replace(whole, state=large + whole.state[len(large) :]))

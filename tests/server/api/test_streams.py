@@ -1,20 +1,18 @@
 """Streams that outlive their connection: replay, bounds, ownership, cancelling."""
 
 import asyncio
-import itertools
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from pydantic import BaseModel
 
-from server.api.sse import KEEP_ALIVE
-from server.api.streams import EventLog, StreamLimits, Streams
+from server.api.sse import KEEP_ALIVE_WITH_IDS
+from server.api.streams import EventLog, Stream, StreamLimits, Streams
 from server.errors import EventsGone, NotFound, Overloaded
-from tests.patience import until, wait_until
+from tests.patience import wait_until
 from tests.server.api.calls import BODY, text_of
 from tests.server.live import LiveServer, live_server, tiny_settings
 
@@ -22,28 +20,22 @@ LONG = {"stream": True, "resumable": True, "max_tokens": 60_000}
 SHORT = {"stream": True, "resumable": True}
 
 
-class Said(BaseModel):
-    number: int
-
-
-async def nothing() -> None:
-    pass
-
-
 async def read(log: EventLog, start: int = 0) -> list[bytes]:
-    return [event async for event in log.follow(start, 0.01)]
+    return [events async for events in log.follow(start, 0.01) if events != KEEP_ALIVE_WITH_IDS]
 
 
 def test_a_log_keeps_its_last_events_within_its_bytes() -> None:
     async def main() -> None:
         log = EventLog(max_bytes=50)
-        for number in range(100):
-            log.append(b"%09d" % number)
-        log.append(b"x" * 200)  # larger than all: it alone is kept
+        for number in range(0, 100, 4):
+            await log.append([b"%09d" % each for each in range(number, number + 4)])
+        assert (log.first, log.num_events) == (95, 100)
+        await log.append([b"x" * 200])  # larger than all: it alone is kept
         assert (log.first, log.num_events) == (100, 101)
-        log.append(b"last")
+        await log.append([b"last"])
         log.end()
         assert await read(log, 101) == [b"last"]
+        assert await read(log, 102) == []
 
     asyncio.run(main())
 
@@ -51,19 +43,23 @@ def test_a_log_keeps_its_last_events_within_its_bytes() -> None:
 def test_readers_follow_what_comes_and_leave_a_sign_when_nothing_does() -> None:
     async def main() -> None:
         log, seen = EventLog(1000), list[bytes]()
-        log.append(b"0")
+        silent = asyncio.Event()
+        await log.append([b"0"])
 
         async def follow() -> None:
-            async for event in log.follow(0, 0.02):
-                seen.append(event)
+            async for events in log.follow(0, 0.001):
+                seen.append(events)
+                if events == KEEP_ALIVE_WITH_IDS:
+                    silent.set()
 
         reader = asyncio.create_task(follow())
-        await until(lambda: KEEP_ALIVE in seen)
-        log.append(b"1")
-        log.append(b"2")
-        log.end()
-        await reader
-        assert [event for event in seen if event != KEEP_ALIVE] == [b"0", b"1", b"2"]
+        async with asyncio.timeout(60):
+            await silent.wait()
+            await log.append([b"1", b"2"])
+            log.end()
+            await reader
+        # What waits together comes together.
+        assert [events for events in seen if events != KEEP_ALIVE_WITH_IDS] == [b"0", b"12"]
 
     asyncio.run(main())
 
@@ -71,32 +67,28 @@ def test_readers_follow_what_comes_and_leave_a_sign_when_nothing_does() -> None:
 def test_a_reader_who_falls_behind_what_is_kept_is_let_go() -> None:
     async def main() -> None:
         log = EventLog(max_bytes=10)
-        log.append(b"0" * 8)
-        follower = log.follow(0, 1)
+        await log.append([b"0" * 8])
+        follower = log.follow(0, 60)
         assert await anext(follower) == b"0" * 8
-        log.append(b"1" * 8)
-        log.append(b"2" * 8)
+        await log.append([b"1" * 8])
+        await log.append([b"2" * 8])
         with pytest.raises(StopAsyncIteration):
             await anext(follower)
 
     asyncio.run(main())
 
 
-def test_ended_streams_make_room_and_are_forgotten_in_time() -> None:
+def test_ended_streams_make_space_and_are_forgotten_in_time() -> None:
     now = 1000.0
-
-    async def messages(count: float) -> AsyncIterator[list[BaseModel] | None]:
-        for number in itertools.takewhile(lambda n: n < count, itertools.count()):
-            yield [Said(number=number)]
-            await asyncio.sleep(0)
 
     async def main() -> None:
         nonlocal now
         streams = Streams(StreamLimits(2, 1000, ttl_s=10), clock=lambda: now)
         for name in ("a", "b", "c"):
-            streams.check_room()
-            stream = streams.start("me", name, messages(1), nothing)
-            await read(stream.log)
+            with streams.space():
+                stream = streams.add("me", name)
+            assert streams.expires_at(stream) is None
+            stream.end("completed")
             stream.ended_at = now
         with pytest.raises(NotFound):
             streams.get("me", "a")
@@ -106,39 +98,45 @@ def test_ended_streams_make_room_and_are_forgotten_in_time() -> None:
         now += 10
         with pytest.raises(NotFound):
             streams.get("me", "c")
-        endless = [streams.start("me", name, messages(float("inf")), nothing) for name in "de"]
-        with pytest.raises(Overloaded):
-            streams.check_room()
-        await streams.close()
-        assert [stream.status for stream in endless] == ["cancelled", "cancelled"]
+        with streams.space(), streams.space(), pytest.raises(Overloaded), streams.space():
+            pass
+        with streams.space():
+            pass
 
     asyncio.run(main())
 
 
-def test_a_turn_that_is_cancelled_is_closed_and_says_so() -> None:
-    closed = list[bool]()
+def test_what_fills_a_stream_is_cancelled_and_waited_for() -> None:
+    """Also if it has not begun yet; whoever cancels it twice waits once."""
+    ended = list[str]()
 
-    async def messages() -> AsyncIterator[list[BaseModel] | None]:
-        yield [Said(number=0)]
-        await asyncio.sleep(60)
-
-    async def close() -> None:
-        closed.append(True)
+    async def fill(stream: Stream) -> None:
+        try:
+            await stream.log.append([b"0"])
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+            ended.append(stream.id)
+            stream.end("cancelled")
 
     async def main() -> None:
-        streams = Streams(StreamLimits(2, 1000, ttl_s=10))
-        stream = streams.start("me", "a", messages(), close)
-        await until(lambda: stream.log.num_events)
-        await stream.cancel()
-        await stream.cancel()
-        assert closed
-        first, error, done = await read(stream.log)
-        assert b'"number":0' in first
-        assert b'"code":"cancelled"' in error
-        assert b"[DONE]" in done
-        stream.log.append(b"x" * 1000)
-        with pytest.raises(EventsGone, match="from 3 on"):
-            stream.response(1, start=0, headers={})
+        streams = Streams(StreamLimits(4, 1000, ttl_s=10))
+        for name in ("a", "b", "c", "d"):
+            stream = streams.add("me", name)
+            stream.start(fill(stream))
+        await streams.get("me", "a").cancel()
+        await streams.get("me", "a").cancel()
+        assert ended == ["a"]
+        await streams.delete("me", "b")
+        with pytest.raises(NotFound):
+            streams.get("me", "b")
+        await streams.close()
+        assert ended == ["a", "b", "c", "d"]
+        assert await read(streams.get("me", "c").log) == [b"0"]
+        stream = streams.get("me", "a")
+        await stream.log.append([b"x" * 1000])
+        with pytest.raises(EventsGone, match="from 1 on"):
+            stream.response(1, start=0)
 
     asyncio.run(main())
 
@@ -226,8 +224,8 @@ def test_without_resumable_a_lost_connection_ends_the_turn(
     body = BODY | {"stream": True, "max_tokens": 60_000, "session_id": session_id}
     with client.stream("POST", "/v1/completions", json=body) as response:
         assert "X-Stream-ID" not in response.headers
-        lines = response.iter_lines()
-        stream_id = json.loads(next(events_of(lines))[1])["id"]
+        first = next(line for line in response.iter_lines() if line.startswith("data: "))
+        stream_id = json.loads(first[6:])["id"]
     keyed.wait_until_idle()
     assert client.get(f"/v1/sessions/{session_id}").json()["turn"] == 0
     assert client.get(f"/v1/streams/{stream_id}").status_code == 404

@@ -124,8 +124,7 @@ def test_an_answer_is_the_same_whole_and_as_a_stream(fronted: ServerProcess) -> 
     with fronted.client() as client:
         events = stream(client, max_tokens=200, stream_options={"include_usage": True})
         assert streamed_text(events) == text_of(client, max_tokens=200)
-        assert [event_id for event_id, _ in events] == [str(i) for i in range(len(events))]
-        assert events[-2][1]["usage"]["completion_tokens"] == 200
+        assert events[-2]["usage"]["completion_tokens"] == 200
 
 
 def test_many_requests_share_a_connection(fronted: ServerProcess) -> None:

@@ -16,8 +16,8 @@ def choice_of(client: httpx.Client, **changes: object) -> dict[str, Any]:
     return dict(complete(client, **changes)["choices"][0])
 
 
-def choices_in(events: list[tuple[str, Any]], index: int = 0) -> Iterator[dict[str, Any]]:
-    for _, event in events[:-1]:
+def choices_in(events: list[Any], index: int = 0) -> Iterator[dict[str, Any]]:
+    for event in events[:-1]:
         yield from (choice for choice in event["choices"] if choice["index"] == index)
 
 
@@ -224,8 +224,8 @@ def test_timings_on_request(client: httpx.Client, session_id: str) -> None:
     again = complete(client, timings=True, session_id=session_id)["timings"]
     assert again["resumed_tokens"] == tokens
     events = stream(client, timings=True)
-    assert [("timings" in event) for _, event in events[:-1]].count(True) == 1
-    assert "timings" in events[-2][1]
+    assert [("timings" in event) for event in events[:-1]].count(True) == 1
+    assert "timings" in events[-2]
     assert "timings" not in complete(client)
     json.dumps(timings)
 

@@ -3,8 +3,8 @@
 import asyncio
 
 import pytest
-from server.api.router import MOST_APART, Aborted, EventQueue
 
+from server.api.generation.router import MOST_APART, Aborted, EventQueue
 from server.engine.messages import Event, Failed, PromptScored, TextDelta, Token
 
 
