@@ -6,7 +6,6 @@ over is swept at the next start.
 """
 
 import os
-from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,11 +56,9 @@ class StateFiles:
         """Also of one that is not there. Raises OSError."""
         (self._folder / state_id).unlink(missing_ok=True)
 
-    def sweep(self, known: Collection[str]) -> None:
-        """Delete all files but those of these states. Raises OSError."""
-        for path in self._folder.iterdir():
-            if path.name not in known:
-                path.unlink()
+    def names(self) -> set[str]:
+        """Of all files: state ids, and what was never completed. Raises OSError."""
+        return {path.name for path in self._folder.iterdir()}
 
 
 def _sync_folder(path: Path) -> None:

@@ -157,7 +157,7 @@ def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
     except (sqlite3.Error, OSError, StoreError, TypeError, ValueError) as error:
         if db is not None:
             db.close()
-        raise StoreError(_reason(path, error)) from error
+        raise StoreError(reason(path, error)) from error
     return db
 
 
@@ -194,7 +194,8 @@ def _check_accounts(db: sqlite3.Connection) -> None:
             raise ValueError(f"it has {counted} {what} and accounts for {noted}")
 
 
-def _reason(path: Path, error: Exception) -> str:
+def reason(path: Path, error: Exception) -> str:
+    """Why the store cannot be opened, in one line."""
     code = getattr(error, "sqlite_errorcode", None)
     match code:
         case sqlite3.SQLITE_BUSY:

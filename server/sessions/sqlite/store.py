@@ -8,7 +8,7 @@ from pathlib import Path
 
 from server.sessions.sqlite.files import StateFiles
 from server.sessions.sqlite.rows import ENTRY, body_bytes, entry_of, find_entry, insert_entry
-from server.sessions.sqlite.schema import Durability, open_store
+from server.sessions.sqlite.schema import Durability, open_store, reason
 from server.sessions.sqlite.writer import Writer, storage_error
 from server.sessions.store import (
     Checkpoint,
@@ -41,11 +41,10 @@ class SQLiteStore:
             self._files = StateFiles(
                 path.with_name(f"{path.name}-states"), sync=durability == "sync"
             )
-            rows = db.execute("SELECT DISTINCT state_id FROM checkpoints WHERE blob IS NULL")
-            self._files.sweep({state_id for (state_id,) in rows})
-        except OSError as error:
+            _sweep(db, self._files)
+        except (OSError, sqlite3.Error) as error:
             db.close()
-            raise StoreError(f"{path}: {error}") from error
+            raise StoreError(reason(path, error)) from error
         self._writer = Writer(db, self._files)
         self._run = self._writer.run
         self._threads = ThreadPoolExecutor(FILE_THREADS, "state-files")
@@ -251,6 +250,20 @@ class SQLiteStore:
             return await loop.run_in_executor(self._threads, self._files.read, state_id)
         except OSError as error:
             raise storage_error(error) from error
+
+
+def _sweep(db: sqlite3.Connection, files: StateFiles) -> None:
+    """Delete files that no checkpoint has, which only a crash leaves.
+
+    An index can be damaged and still be readable: the table has the last word. Raises OSError.
+    """
+    left_over = files.names()
+    for source in ("checkpoints", "checkpoints NOT INDEXED"):
+        if left_over:
+            rows = db.execute(f"SELECT state_id FROM {source} WHERE blob IS NULL")
+            left_over -= {state_id for (state_id,) in rows}
+    for name in left_over:
+        files.delete(name)
 
 
 def _add_checkpoint(db: sqlite3.Connection, number: int, entry: Entry, state: NewState) -> None:

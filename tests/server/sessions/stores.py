@@ -3,21 +3,47 @@
 import asyncio
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from server.sessions.sqlite import store as sqlite_store
 from server.sessions.sqlite.store import SQLiteStore
-from server.sessions.store import KeptAnswer, SessionRecord, StoreError, Turn
-from tests.patience import until
+from server.sessions.store import Entry, KeptAnswer, Kind, NewState, Status, StoreError
 
 FILE = "sessions.sqlite3"
+FILES = f"{FILE}-states"
+KINDS: tuple[Kind, ...] = ("session", "response")
+PATIENCE_S = 60.0
 
 
-def record(name: str, **metadata: str) -> SessionRecord:
-    return SessionRecord(name, 1.0, 2.0, metadata=metadata)
+def session(name: str, **metadata: str) -> Entry:
+    """One without a turn."""
+    return Entry("session", name, "", 1.0, 2.0, metadata=metadata)
+
+
+def response(name: str, *, owner: str = "", body: str = '{"é": 1}') -> Entry:
+    """A finished one, without a state."""
+    return Entry("response", name, owner, 1.0, 2.0, status="completed", body=body)
+
+
+def pending(name: str, owner: str = "") -> Entry:
+    return replace(response(name, owner=owner), status="queued")
+
+
+def new(kind: Kind, name: str) -> Entry:
+    """A session without a turn, or a response that is not finished."""
+    return session(name) if kind == "session" else pending(name)
+
+
+def new_state(name: str, turn: int, blob: bytes, answer: KeptAnswer | None = None) -> NewState:
+    """Its id depends on all of these."""
+    return NewState(f"{name}-{turn}-{zlib.crc32(blob):08x}", blob, answer)
 
 
 @asynccontextmanager
@@ -29,6 +55,23 @@ async def opened(folder: Path) -> AsyncIterator[SQLiteStore]:
         await store.close()
 
 
+def advanced(before: Entry, turn: int) -> Entry:
+    """After a turn, with ten tokens for each of its turns; a response is complete then."""
+    status: Status | None = None if before.kind == "session" else "completed"
+    entry = replace(before, last_used_at=100.0 + turn, turn=turn, num_tokens=10 * turn)
+    return replace(entry.used(entry.last_used_at), status=status)
+
+
+async def insert(store: SQLiteStore, entry: Entry, blob: bytes | None = None) -> Entry:
+    """Add an entry, with the state after its present turn; as the store shows it then."""
+    if blob is None:
+        await store.insert(entry)
+        return entry
+    state = new_state(entry.id, entry.turn, blob)
+    await store.insert(entry, state)
+    return replace(entry, state_id=state.id, num_checkpoints=1)
+
+
 async def commit(
     store: SQLiteStore,
     name: str,
@@ -37,20 +80,30 @@ async def commit(
     *,
     keep: int = 1,
     answer: KeptAnswer | None = None,
-) -> None:
-    """A turn after which the session has ten tokens for each of its turns."""
-    await store.commit(name, Turn(turn, 10 * turn, 100.0 + turn, blob, answer), keep)
+    kind: Kind = "session",
+    ttl_s: float | None = None,
+) -> bool:
+    """The entry's next turn."""
+    before = replace(new(kind, name), ttl_s=ttl_s)
+    state = new_state(name, turn, blob, answer)
+    return await store.advance(advanced(before, turn), state, keep)
 
 
-async def blob_of(store: SQLiteStore, name: str) -> bytes | None:
-    """What the session's present state is kept as."""
-    found = await store.get(name)
-    return None if found is None else await store.load_blob(name, found.turn)
+async def found(store: SQLiteStore, name: str, kind: Kind = "session") -> Entry:
+    entry = await store.get(kind, name)
+    assert entry is not None
+    return entry
 
 
-async def listed(store: SQLiteStore) -> list[SessionRecord]:
-    """All sessions of the owner that `record` names."""
-    return await store.list("", 1000, None, 0.0)
+async def blob_of(store: SQLiteStore, name: str, kind: Kind = "session") -> bytes | None:
+    """What the entry's present state is kept as."""
+    entry = await store.get(kind, name)
+    return None if entry is None else await store.load(name, entry.turn)
+
+
+async def listed(store: SQLiteStore) -> list[Entry]:
+    """All sessions of the nameless owner."""
+    return await store.list("session", "", 1000, None, 0.0)
 
 
 @asynccontextmanager
@@ -72,9 +125,38 @@ async def writer_held(store: SQLiteStore) -> AsyncIterator[None]:
         await waiting
 
 
-async def until_waiting(store: SQLiteStore, count: int = 1) -> None:
-    """Until so many calls wait for the store's thread, which is held."""
-    await until(lambda: store._writer._jobs.qsize() == count)
+async def until(is_so: Callable[[], bool]) -> None:
+    """Wait for it."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
+
+
+async def until_queued(store: SQLiteStore, count: int = 1) -> None:
+    """Wait until so much waits for the store's thread."""
+    await until(lambda: store._writer._jobs.qsize() >= count)
+
+
+@contextmanager
+def states_in_files(from_bytes: int = 1) -> Iterator[None]:
+    """States of this size and more are large, as it were."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite_store, "LARGE_BYTES", from_bytes)
+        yield
+
+
+@contextmanager
+def full_disk(store: SQLiteStore, num_pages: int = 0) -> Iterator[None]:
+    """The database may only grow by so many pages."""
+    db = store._writer.db
+    [used] = db.execute("PRAGMA page_count").fetchone()
+    [most] = db.execute("PRAGMA max_page_count").fetchone()
+    db.execute(f"PRAGMA max_page_count = {used + num_pages}")
+    try:
+        yield
+    finally:
+        db.execute(f"PRAGMA max_page_count = {most}")
 
 
 @contextmanager
@@ -104,4 +186,9 @@ def refusal(path: Path) -> str:
 
 def raw(folder: Path) -> bytes:
     """Every byte that the store has on the disk."""
-    return b"".join(file.read_bytes() for file in sorted(folder.iterdir()))
+    return b"".join(file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file())
+
+
+def state_files(folder: Path) -> set[str]:
+    """Names of the files of large states."""
+    return {path.name for path in (folder / FILES).iterdir()}

@@ -7,6 +7,7 @@ import random
 import sqlite3
 import time
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -15,50 +16,69 @@ import pytest
 from server.errors import StorageFailed, StorageFull
 from server.sessions.sqlite.schema import PAGE_BYTES
 from server.sessions.sqlite.store import SQLiteStore
-from server.sessions.store import SessionRecord, StoreError, Usage
-from tests.patience import PATIENCE_S
+from server.sessions.store import Entry, Kind, StoreError, Usage
 from tests.server.sessions.stores import (
     FILE,
+    KINDS,
+    PATIENCE_S,
+    advanced,
     blob_of,
     commit,
     forbidden,
+    found,
+    full_disk,
+    insert,
     listed,
+    new,
     opened,
     raw,
-    record,
     refusal,
+    response,
+    session,
+    state_files,
+    states_in_files,
+    until_queued,
     writer_held,
 )
 
 
-def test_a_full_disk_fails_one_turn_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_disk_fails_one_turn_and_nothing_else(tmp_path: Path, kind: Kind) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
             for name in "ab":
-                await store.create(record(name))
-                await commit(store, name, 1, b"one")
-            before = (await listed(store), store.total)
-            [num_pages] = store._writer.db.execute("PRAGMA page_count").fetchone()
-            store._writer.db.execute(f"PRAGMA max_page_count = {num_pages + 4}")
-            for _ in range(3):
-                with pytest.raises(StorageFailed, match="full"):
-                    await commit(store, "a", 2, bytes(50 * PAGE_BYTES))
-                assert (await listed(store), store.total) == before
-                assert await blob_of(store, "a") == b"one"
-            async with writer_held(store):
-                asked = asyncio.gather(
-                    commit(store, "a", 2, bytes(50 * PAGE_BYTES)),
-                    commit(store, "b", 2, b"small"),
-                    return_exceptions=True,
-                )
-                await asyncio.sleep(0)
-            failed, done = await asked
-            assert (type(failed), done) == (StorageFull, None)
-            assert [await blob_of(store, name) for name in "ab"] == [b"one", b"small"]
-            assert await store.delete("b")
-            store._writer.db.execute("PRAGMA max_page_count = 10000")
-            await commit(store, "a", 2, bytes(50 * PAGE_BYTES))
-            assert store.total == Usage(1, 1, 50 * PAGE_BYTES)
+                await store.insert(new(kind, name))
+                if kind == "session":
+                    await commit(store, name, 1, b"one")
+            turn = 2 if kind == "session" else 1
+            large = bytes(50 * PAGE_BYTES)
+            before = ([await found(store, name, kind) for name in "ab"], store.total)
+            blob = await blob_of(store, "a", kind)
+            with full_disk(store, 4):
+                for _ in range(3):
+                    with pytest.raises(StorageFull, match="full") as caught:
+                        await commit(store, "a", turn, large, kind=kind)
+                    assert (caught.value.status, caught.value.code) == (507, "storage_full")
+                    with pytest.raises(StorageFull):
+                        await insert(store, advanced(new(kind, "c"), 1), large)
+                    assert await store.get(kind, "c") is None
+                    now = ([await found(store, name, kind) for name in "ab"], store.total)
+                    assert now == before
+                    assert await blob_of(store, "a", kind) == blob
+                async with writer_held(store):
+                    asked = asyncio.gather(
+                        commit(store, "a", turn, large, kind=kind),
+                        commit(store, "b", turn, b"small", kind=kind),
+                        return_exceptions=True,
+                    )
+                    await until_queued(store, 2)
+                failed, done = await asked
+                assert isinstance(failed, StorageFull)
+                assert done is True
+                assert [await blob_of(store, name, kind) for name in "ab"] == [blob, b"small"]
+                assert await store.delete(kind, "b")
+            assert await commit(store, "a", turn, large, kind=kind)
+            assert store.total.num_states == 1
 
     asyncio.run(main())
 
@@ -67,7 +87,7 @@ def test_a_transaction_that_cannot_commit_fails_for_everyone(tmp_path: Path) -> 
     async def main() -> None:
         async with opened(tmp_path) as store:
             for name in "ab":
-                await store.create(record(name))
+                await store.insert(session(name))
             before = (await listed(store), store.total)
             with forbidden(store, sqlite3.SQLITE_TRANSACTION, "COMMIT"):
                 answers = await asyncio.wait_for(
@@ -79,7 +99,7 @@ def test_a_transaction_that_cannot_commit_fails_for_everyone(tmp_path: Path) -> 
             assert [type(answer) for answer in answers] == [StorageFailed] * 2
             assert (await listed(store), store.total) == before
             await commit(store, "a", 1, b"again")
-            assert store.total == Usage(2, 1, 5)
+            assert store.total == Usage(2, 0, 1, 5)
 
     asyncio.run(main())
 
@@ -87,7 +107,7 @@ def test_a_transaction_that_cannot_commit_fails_for_everyone(tmp_path: Path) -> 
 def test_a_transaction_that_cannot_even_roll_back_does_not_stop_the_store(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
-            await store.create(record("a"))
+            await store.insert(session("a"))
 
             def forbid_the_end(db: sqlite3.Connection) -> None:
                 def decide(asked: int, argument: str | None, *_: str | None) -> int:
@@ -99,53 +119,60 @@ def test_a_transaction_that_cannot_even_roll_back_does_not_stop_the_store(tmp_pa
             with pytest.raises(StorageFailed):
                 await asyncio.wait_for(store._run(forbid_the_end), PATIENCE_S)
             with pytest.raises(StorageFailed):
-                await asyncio.wait_for(store.get("a"), PATIENCE_S)
+                await asyncio.wait_for(store.get("session", "a"), PATIENCE_S)
             store._writer.db.set_authorizer(None)
             with suppress(StorageFailed):
-                await asyncio.wait_for(store.get("a"), PATIENCE_S)
-            assert await store.get("a") == record("a")
+                await asyncio.wait_for(store.get("session", "a"), PATIENCE_S)
+            assert await store.get("session", "a") == session("a")
 
     asyncio.run(main())
 
 
-def test_when_erasing_fails_the_deletion_says_so_and_is_completed_later(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_when_erasing_fails_the_deletion_says_so_and_is_completed_later(
+    tmp_path: Path, kind: Kind
+) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
             for name in "ab":
-                await store.create(record(name, text=f"<secret of {name}>"))
+                await store.insert(replace(new(kind, name), body=f"<secret of {name}>"))
+            await store.insert(session("c"))
             with forbidden(store, sqlite3.SQLITE_PRAGMA, "wal_checkpoint"):
                 async with writer_held(store):
                     asked = asyncio.gather(
-                        store.delete("a"), commit(store, "b", 1, b"one"), return_exceptions=True
+                        store.delete(kind, "a"),
+                        commit(store, "c", 1, b"one"),
+                        return_exceptions=True,
                     )
-                    await asyncio.sleep(0)
+                    await until_queued(store, 2)
                 deleted, done = await asked
-                assert (type(deleted), done) == (StorageFailed, None)
-                assert store.total == Usage(1, 1, 3)
+                assert isinstance(deleted, StorageFailed)
+                assert done is True
+                assert await store.get(kind, "a") is None
                 assert b"<secret of a>" in raw(tmp_path)
-            assert await blob_of(store, "b") == b"one"
+            assert await blob_of(store, "c") == b"one"
             assert b"<secret of a>" not in raw(tmp_path)
             assert b"<secret of b>" in raw(tmp_path)
 
     asyncio.run(main())
 
 
-async def fill(folder: Path) -> dict[str, tuple[SessionRecord, bytes]]:
+async def fill(folder: Path) -> dict[str, tuple[Entry, bytes]]:
     """A closed store of several kinds of pages, and what is in it."""
-    chance, made = random.Random(1), dict[str, tuple[SessionRecord, bytes]]()
+    chance, made = random.Random(1), dict[str, tuple[Entry, bytes]]()
     async with opened(folder) as store:
         for number in range(12):
             name = f"session-{number}"
-            await store.create(record(name, text="t" * chance.randrange(400)))
+            await store.insert(session(name, text="t" * chance.randrange(400)))
             blob = chance.randbytes(chance.choice([300, 3000, 9000]))
             await commit(store, name, 1, blob)
-            found = await store.get(name)
-            assert found is not None
-            made[name] = (found, blob)
+            made[name] = (await found(store, name), blob)
+        for number in range(4):  # their pages are damaged, too
+            await insert(store, replace(response(f"response-{number}"), turn=1), bytes(3000))
     return made
 
 
-async def use(folder: Path, made: dict[str, tuple[SessionRecord, bytes]]) -> bool:
+async def use(folder: Path, made: dict[str, tuple[Entry, bytes]]) -> bool:
     """Do everything with a damaged store; only failures that the protocol names may come out.
 
     Nothing false may come out either, but for damage inside of a blob, which the codec finds.
@@ -158,7 +185,7 @@ async def use(folder: Path, made: dict[str, tuple[SessionRecord, bytes]]) -> boo
         return False
     for name, (expected, blob) in made.items():
         with suppress(StorageFailed):
-            assert await asyncio.wait_for(store.get(name), PATIENCE_S) == expected
+            assert await asyncio.wait_for(store.get("session", name), PATIENCE_S) == expected
         with suppress(StorageFailed):
             loaded = await asyncio.wait_for(blob_of(store, name), PATIENCE_S)
             assert loaded is not None
@@ -166,8 +193,8 @@ async def use(folder: Path, made: dict[str, tuple[SessionRecord, bytes]]) -> boo
     for call in (
         listed(store),
         commit(store, "session-3", 2, bytes(5000)),
-        store.create(record("new")),
-        store.delete("session-5"),
+        store.insert(session("new")),
+        store.delete("session", "session-5"),
     ):
         with suppress(StorageFailed):
             await asyncio.wait_for(call, PATIENCE_S)
@@ -179,7 +206,8 @@ def put_alone(data: bytes, folder: Path) -> None:
     """Make the store's file, and nothing beside it, the only file of the folder."""
     folder.mkdir(exist_ok=True)
     for file in folder.iterdir():
-        file.unlink()
+        if file.is_file():
+            file.unlink()
     (folder / FILE).write_bytes(data)
 
 
@@ -212,18 +240,13 @@ async def read_everything(folder: Path, names: list[str]) -> None:
     with suppress(StoreError):
         async with opened(folder) as store:
             for name in names:
-                for call in (store.get(name), blob_of(store, name), store.list("", 3, name, 0.0)):
+                for call in (
+                    store.get("session", name),
+                    blob_of(store, name),
+                    store.list("session", "", 3, name, 0.0),
+                ):
                     with suppress(StorageFailed):
                         await asyncio.wait_for(call, PATIENCE_S)
-
-
-def test_a_store_without_its_accounts_is_refused(tmp_path: Path) -> None:
-    asyncio.run(fill(tmp_path))
-    db = sqlite3.connect(tmp_path / FILE)
-    db.execute("DELETE FROM owners")
-    db.commit()
-    db.close()
-    assert "damaged" in refusal(tmp_path / FILE)
 
 
 def test_a_cut_file_is_refused(tmp_path: Path) -> None:
@@ -235,32 +258,34 @@ def test_a_cut_file_is_refused(tmp_path: Path) -> None:
 
 
 NAMES = ("a", "b", "c", "d")
+LARGE_FROM = 20_000
 
 
 def content(name: str, turn: int) -> bytes:
-    """The blob of a session's turn, of another size each time."""
+    """The blob of a session's turn, of another size each time; the larger half are files."""
     chance = random.Random(f"{name} {turn}")
     return chance.randbytes(chance.randrange(1, 40_000))
 
 
-def commit_until_killed(path: str, told: Connection) -> None:
-    """In another process: commit turns of all sessions together, and tell which are durable."""
+def commit_until_killed(path: str, results: Connection) -> None:
+    """In another process: commit turns of all sessions together, and report which are durable."""
 
     async def go_on(store: SQLiteStore, name: str) -> None:
-        found = await store.get(name)
-        if found is None:
-            await store.create(record(name))
-        turn = 0 if found is None else found.turn
+        last = await store.get("session", name)
+        if last is None:
+            await store.insert(session(name))
+        turn = 0 if last is None else last.turn
         while True:
             turn += 1
             await commit(store, name, turn, content(name, turn))
-            told.send((name, turn))
+            results.send((name, turn))
 
     async def main() -> None:
         store = SQLiteStore(Path(path))
         await asyncio.gather(*(go_on(store, name) for name in NAMES))
 
-    asyncio.run(main())
+    with states_in_files(LARGE_FROM):
+        asyncio.run(main())
 
 
 def kill_while_committing(path: Path, chance: random.Random) -> dict[str, int]:
@@ -288,19 +313,22 @@ def kill_while_committing(path: Path, chance: random.Random) -> dict[str, int]:
 def test_no_acknowledged_turn_is_lost_by_kill_9(tmp_path: Path) -> None:
     async def check(acknowledged: dict[str, int]) -> None:
         async with opened(tmp_path) as store:
-            sizes, num_sessions = [], 0
+            sizes, num_sessions, files = list[int](), 0, set[str | None]()
             for name in NAMES:
-                found = await store.get(name)
-                num_sessions += found is not None
-                if found is None or found.turn == 0:
+                last = await store.get("session", name)
+                num_sessions += last is not None
+                if last is None or last.turn == 0:
                     assert name not in acknowledged
                     continue
-                assert found.turn - acknowledged.get(name, found.turn) in (0, 1)
-                assert found.num_tokens == 10 * found.turn
-                blob = content(name, found.turn)
+                assert last.turn - acknowledged.get(name, last.turn) in (0, 1)
+                assert last.num_tokens == 10 * last.turn
+                blob = content(name, last.turn)
                 assert await blob_of(store, name) == blob
                 sizes.append(len(blob))
-            assert store.total == Usage(num_sessions, len(sizes), sum(sizes))
+                if len(blob) >= LARGE_FROM:
+                    files.add(last.state_id)
+            assert store.total == Usage(num_sessions, 0, len(sizes), sum(sizes))
+            assert state_files(tmp_path) == files
 
     chance = random.Random(0)
     for _ in range(8):
