@@ -14,6 +14,12 @@ TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
 """
+STRICT = (
+    '{%- if messages[-1].content == "no" -%}{{ raise_exception("not this") }}{%- endif -%}'
+    + TEMPLATE
+)
+"""Refuses a conversation that ends with "no"."""
+
 SPECIAL = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from server.sessions.codec import read
 from tests.patience import PATIENCE_S
+from tests.server.api.calls import plain_events
 from tests.server.live import LiveServer, live_server, tiny_settings
 
 KEPT = 3
+PATIENCE_S = 60.0
 History = tuple[int, ...]
 """The seeds of a session's turns: they tell everything about them."""
 
@@ -237,3 +239,72 @@ async def play_together(
     ):
         for steps in lives:
             group.create_task(Session(client, twins).live(steps))
+
+
+NUM_SESSIONS = 8
+NUM_TURNS = 12
+
+
+class Conversation:
+    """A session whose turns are streamed, and repeated as long as they are refused."""
+
+    def __init__(self, client: httpx.AsyncClient, twins: Twins, history: History) -> None:
+        self._client = client
+        self._twins = twins
+        self._history = history
+
+    async def hold(self) -> int:
+        """All of its turns. Returns how often one was refused."""
+        session_id = (await self._client.post("/v1/sessions")).json()["id"]
+        num_refused = 0
+        for number, seed in enumerate(self._history, 1):
+            body = request(seed) | {"session_id": session_id, "stream": True}
+            async with asyncio.timeout(PATIENCE_S):
+                while not await self._turn(number, body):
+                    num_refused += 1
+                    await asyncio.sleep(0.01)
+        session = (await self._client.get(f"/v1/sessions/{session_id}")).json()
+        assert (session["turn"], session["status"]) == (len(self._history), "idle")
+        blob = (await self._client.get(f"/v1/sessions/{session_id}/state")).content
+        assert tensors(blob) == self._twins.known[self._history][1]
+        return num_refused
+
+    async def _turn(self, number: int, body: dict[str, Any]) -> bool:
+        """Whether it was run; then it came to its end."""
+        response = await self._client.post("/v1/completions", json=body)
+        if response.status_code == 429:
+            assert response.json()["error"]["code"] == "queue_full"
+            return False
+        assert response.status_code == 200, response.text
+        *events, done = plain_events(response.text)
+        assert done == "[DONE]"
+        assert [event for event in events if "error" in event] == []
+        assert events[-1]["session_turn"] == number
+        text = "".join(event["choices"][0]["text"] for event in events)
+        assert text == self._twins.known[self._history[:number]][0]
+        return True
+
+
+def test_a_stream_that_began_comes_to_its_end(
+    tiny_checkpoint: Path, tmp_path: Path, twins: Twins
+) -> None:
+    """However few rows and places there are, what refuses a turn does so by its status."""
+    limits = {"max_running": 2, "warm_sessions": 2, "max_waiting": 3}
+    histories = [
+        tuple(range(100 + first, 100 + first + NUM_TURNS))
+        for first in range(0, NUM_SESSIONS * NUM_TURNS, NUM_TURNS)
+    ]
+    for history in histories:
+        twins.after(history)
+
+    async def all_of_them(server: LiveServer) -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
+            lives = [Conversation(client, twins, history).hold() for history in histories]
+            num_refused = sum(await asyncio.gather(*lives))
+        value = server.service.metrics.registry.get_sample_value
+        told = value("latentd_admission_rejections_total", {"reason": "queue_full"}) or 0
+        assert told == num_refused
+
+    with live_server(tiny_settings(tiny_checkpoint, tmp_path, **limits)) as server:
+        asyncio.run(all_of_them(server))
+        server.wait_until_idle()

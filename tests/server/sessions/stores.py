@@ -3,9 +3,8 @@
 import asyncio
 import sqlite3
 import threading
-import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,11 @@ import pytest
 from server.sessions.sqlite import store as sqlite_store
 from server.sessions.sqlite.store import SQLiteStore
 from server.sessions.store import Entry, KeptAnswer, Kind, NewState, Status, StoreError
+from tests.patience import until
 
 FILE = "sessions.sqlite3"
 FILES = f"{FILE}-states"
 KINDS: tuple[Kind, ...] = ("session", "response")
-PATIENCE_S = 60.0
 
 
 def session(name: str, **metadata: str) -> Entry:
@@ -123,14 +122,6 @@ async def writer_held(store: SQLiteStore) -> AsyncIterator[None]:
     finally:
         go.set()
         await waiting
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    """Wait for it."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.001)
 
 
 async def until_queued(store: SQLiteStore, count: int = 1) -> None:

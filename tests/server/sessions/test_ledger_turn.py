@@ -37,16 +37,15 @@ from server.sessions.codec import Codec, SessionState
 from server.sessions.ledger import After, Head, NextTurn, new_state_id
 from server.sessions.ledger_turn import LedgerTurn
 from server.sessions.store import Entry, Kind, NewState, Usage
+from tests.patience import PATIENCE_S, until
 from tests.server.sessions.stores import (
     FILES,
     KINDS,
-    PATIENCE_S,
     forbidden,
     full_disk,
     raw,
     state_files,
     states_in_files,
-    until,
     until_queued,
     writer_held,
 )

@@ -19,10 +19,10 @@ from server.errors import StorageFailed
 from server.sessions.sqlite.store import SQLiteStore
 from server.sessions.sqlite.writer import MOST_TOGETHER
 from server.sessions.store import Entry, KeptAnswer, Kind, StoreError, Usage
+from tests.patience import PATIENCE_S
 from tests.server.sessions.stores import (
     FILE,
     KINDS,
-    PATIENCE_S,
     advanced,
     blob_of,
     commit,

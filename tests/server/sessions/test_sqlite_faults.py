@@ -17,10 +17,10 @@ from server.errors import StorageFailed, StorageFull
 from server.sessions.sqlite.schema import PAGE_BYTES
 from server.sessions.sqlite.store import SQLiteStore
 from server.sessions.store import Entry, Kind, StoreError, Usage
+from tests.patience import PATIENCE_S
 from tests.server.sessions.stores import (
     FILE,
     KINDS,
-    PATIENCE_S,
     advanced,
     blob_of,
     commit,

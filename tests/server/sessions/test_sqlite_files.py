@@ -15,10 +15,10 @@ from server.errors import StorageFailed, StorageFull
 from server.sessions.sqlite.files import StateFiles
 from server.sessions.sqlite.store import LARGE_BYTES, SQLiteStore
 from server.sessions.store import Usage
+from tests.patience import PATIENCE_S, until
 from tests.server.sessions.stores import (
     FILE,
     FILES,
-    PATIENCE_S,
     advanced,
     blob_of,
     commit,
@@ -33,7 +33,6 @@ from tests.server.sessions.stores import (
     session,
     state_files,
     states_in_files,
-    until,
     until_queued,
     writer_held,
 )

@@ -79,7 +79,7 @@ def written_by(version: int) -> Callable[[Path], None]:
 
 
 def another(version: int) -> str:
-    return f"written by another latentd (store version {version}, this is {SCHEMA_VERSION})"
+    return f"store version {version}, this latentd uses {SCHEMA_VERSION}"
 
 
 @pytest.mark.parametrize(

@@ -12,18 +12,11 @@ from server.api.generation.prompts import SHORT_TEXT, ChatPrompt, TextPrompt, en
 from server.api.service import Service
 from server.engine.messages import Continuation
 from server.errors import InvalidRequest
-from tests.server.api.chats import make_checkpoint
+from tests.server.api.chats import STRICT, make_checkpoint
 from tests.server.api.generation.services import running_service
 from tests.server.live import tiny_settings
 
 LATER = Continuation(position=9, pending=(7,))
-STRICT = """\
-{%- for message in messages -%}
-{%- if message.content == "no" -%}{{ raise_exception("not this") }}{%- endif -%}
-<|{{ message.role }}|>{{ message.content }}<|end|>
-{%- endfor -%}
-{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
-"""
 
 
 def run(folder: Path, data: Path, main: Any) -> None:
