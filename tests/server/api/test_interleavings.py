@@ -20,7 +20,6 @@ from tests.server.api.calls import plain_events
 from tests.server.live import LiveServer, live_server, tiny_settings
 
 KEPT = 3
-PATIENCE_S = 60.0
 History = tuple[int, ...]
 """The seeds of a session's turns: they tell everything about them."""
 

@@ -37,7 +37,7 @@ class World:
         """One of each kind that runs a turn."""
         turn = {"session_id": self.session_id, "max_tokens": 2, "stream": True}
         completion = turn | {"prompt": [5, 6, 7, 8]}
-        response = {"input": "the cat", "previous_response_id": self.response_id}
+        response: dict[str, Any] = {"input": "the cat", "previous_response_id": self.response_id}
         response |= {"max_output_tokens": 2}
         return {
             "completion": ("/v1/completions", completion),
@@ -58,7 +58,7 @@ class World:
             "streams": set(service.streams._streams),
             "space": service.streams._num_running,
             "running": dict(service.limiter._running),
-            "reserved": service.ledger._quota._bytes.total(),
+            "reserved": len(service.ledger._quota._reserved),
             "turns": len(service.open_turns._turns),
         }
 

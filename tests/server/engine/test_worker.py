@@ -125,6 +125,12 @@ def test_after_an_error_in_a_step_no_state_is_left(
     assert stepper.turn(asked("again", 7, 20))[0] == expected
 
 
+def run_unchecked(stepper: Stepper) -> None:
+    """`Stepper.run`, whatever free rows hold."""
+    while stepper.has_work:
+        stepper.worker.step()
+
+
 def test_the_engine_goes_on_where_nothing_can_be_erased(
     stepper: Stepper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,12 +139,10 @@ def test_the_engine_goes_on_where_nothing_can_be_erased(
     with monkeypatch.context() as patched:
         patched.setattr(StatePool, "poison", broken)
         stepper.submit(asked("ends", 5, 1, max_tokens=1))
-        while stepper.has_work:
-            stepper.worker.step()
+        run_unchecked(stepper)
     assert isinstance(stepper.last("ends"), Failed)
     stepper.submit(one)
-    while stepper.has_work:
-        stepper.worker.step()
+    run_unchecked(stepper)
     assert stepper.text("one") == expected
 
 

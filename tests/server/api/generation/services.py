@@ -122,7 +122,7 @@ async def tokens_charged(service: Service) -> int:
 async def check_nothing_held(service: Service) -> None:
     """Nothing is locked, allowed, listened to or running, and rows are those that are known."""
     assert not service.ledger._open
-    assert not service.ledger._quota._bytes
+    assert not service.ledger._quota._reserved
     assert not service.limiter._running
     assert not service.router._queues
     assert not service.open_turns._turns
