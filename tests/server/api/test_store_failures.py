@@ -160,7 +160,7 @@ def test_expired_sessions_are_erased_when_the_disk_works_again(
         client.post("/v1/sessions", json={"ttl": 1000, "prompt": "the cat"})
         with broken_disk(server):
             later = SimpleNamespace(time=lambda: time.time() + 2000)
-            monkeypatch.setattr("server.sessions.sessions.time", later)
+            monkeypatch.setattr("server.sessions.ledger.time", later)
             before = num_failed()
             wait_until(lambda: num_failed() > before + 1)
             assert stored() == 1
