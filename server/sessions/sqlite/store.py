@@ -240,7 +240,7 @@ class SQLiteStore:
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._threads, self._files.write, state.id, state.blob)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: the store is closed
             raise storage_error(error) from error
         return await self._run(work, file=state.id)
 
