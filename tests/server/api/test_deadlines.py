@@ -45,7 +45,6 @@ def test_a_late_answer_is_an_error_that_is_not_to_be_repeated(
     events = stream(client, max_tokens=60_000, timeout=0.2, n=3)
     check_late(events[-2]["error"])
     assert events[-1] == "[DONE]"
-    assert len(events) > 3
     server.wait_until_idle()
     assert sample(client, "requests_total", **labels) == before + 2
 

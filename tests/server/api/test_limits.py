@@ -342,7 +342,7 @@ def test_a_client_that_leaves_gives_its_place_back(limited: LiveServer, stream: 
                     refused = client.post("/v1/completions", json=BODY)
                     assert refused.json()["error"]["code"] == "concurrent_requests"
                     assert refused.headers["Retry-After"] == "1"
-                    for _ in range(400):  # more than 100 tokens, an event of three lines each
+                    for _ in range(400):  # more than 100 tokens, an event of two lines each
                         next(lines)
             else:
                 with pytest.raises(httpx.ReadTimeout):
