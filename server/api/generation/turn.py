@@ -7,6 +7,7 @@ deadline, a grammar that has no way on, the device, the storage at its commit, a
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack
@@ -36,11 +37,14 @@ from server.errors import (
     InternalError,
     InvalidRequest,
     ShuttingDown,
+    StorageFailed,
 )
 from server.sessions.codec import SessionState
 from server.sessions.ledger import Source, Target, new_state_id
 from server.sessions.ledger_turn import LedgerTurn
 from server.sessions.store import KeptAnswer
+
+log = logging.getLogger(__name__)
 
 TextEvent = PromptScored | TextDelta | Finished
 """What an answer is made of."""
@@ -184,6 +188,8 @@ class AdmittedTurn:
                 if self.keep_as is not None:
                     service.ledger.tiers.release(self.keep_as)
                 await self._opened.abandon(body)
+        except StorageFailed as error:  # it is reported as interrupted when the disk permits
+            log.warning("the end of a response cannot be stored: %s", error)
         finally:
             service.open_turns.discard(self)
             await self._unlock(num_generated)
