@@ -53,6 +53,7 @@ def _edges(bound: Number) -> tuple[Decimal, Decimal]:
     """The value as it is written and as it is stored, in order. They differ for 1e23."""
     if isinstance(bound, int):
         return Decimal(bound), Decimal(bound)
+    bound += 0.0  # -0.0 is 0.0
     written = Decimal(repr(bound))
     stored = Decimal(bound) if abs(bound) > EXACT else written
     return min(written, stored), max(written, stored)

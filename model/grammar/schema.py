@@ -4,93 +4,37 @@ The library keeps numbers as 64-bit floats. A schema whose numbers that changes 
 grammar here, in which the library is asked for the parts that it gets right.
 """
 
-import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
-from functools import partial, reduce
-from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import unquote
+from typing import Any
 
-from llguidance import LLMatcher
-
+from model.grammar.demands import HANDLED
 from model.grammar.errors import GrammarError, one_line, shortened
-from model.grammar.lark import quoted
-from model.grammar.numbers import (
-    EXACT,
-    Number,
-    float_from,
-    integer_from,
-    integer_range,
-    number_range,
+from model.grammar.json_values import fraction, numbers_in
+from model.grammar.schema_nodes import (
+    DEFINITIONS,
+    MAX_MULTIPLE,
+    NUMERIC,
+    SCHEMA_LISTS,
+    SCHEMA_MAPS,
+    SCHEMAS,
+    is_changed,
+    nodes,
+    refusal,
 )
+from model.grammar.schema_writer import Writer, library
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
+MAX_DIGITS = 400
+"""Of a bound."""
 
-AFTER_ITEM, AFTER_KEY = ", ?", ": ?"
-"""What may stand between JSON's values: texts have one line, compact or as `json.dumps` writes it.
-Where more white space may come, a weak model goes on with it for ever, or for as long as it may."""
-
-OPTIONS: "JsonCompileOptions" = {
-    "whitespace_flexible": False,
-    "item_separator": AFTER_ITEM,
-    "key_separator": AFTER_KEY,
-    "coerce_one_of": False,
-    "lenient": False,
-}
-
-MAX_DIGITS, MAX_MULTIPLE, MAX_LISTED = 400, 2**32 - 1, 1000
-"""Of a bound; of `multipleOf` in the library; of multiples that are listed one by one."""
-
-LOWER, UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
-NUMERIC = (*LOWER, *UPPER, "multipleOf")
 COUNTS = (
     *("minLength", "maxLength", "minItems", "maxItems"),
     *("minProperties", "maxProperties", "minContains", "maxContains"),
 )
-GROUPS = {
-    "string": ("minLength", "maxLength", "pattern", "format"),
-    "array": ("items", "prefixItems", "minItems", "maxItems"),
-    "object": ("properties", "required", "additionalProperties"),
-}
-GROUP_OF = {keyword: group for group, keywords in GROUPS.items() for keyword in keywords}
-HANDLED = {"type", "enum", "const", "$ref", "allOf", "anyOf", "oneOf", *NUMERIC, *GROUP_OF}
-UNSUPPORTED = {
-    *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems"),
-    *("unevaluatedItems", "additionalItems", "propertyNames", "patternProperties"),
-    *("minProperties", "maxProperties", "dependentRequired", "dependentSchemas", "dependencies"),
-    *("unevaluatedProperties", "$dynamicRef", "$recursiveRef"),
-}
-"""Beside numbers that the library changes; otherwise it enforces some of them."""
-
-SCHEMA_MAPS = ("properties", "patternProperties", "dependentSchemas")
-SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
-SCHEMAS = (
-    *("items", "additionalItems", "additionalProperties", "contains", "propertyNames"),
-    *("not", "if", "then", "else", "unevaluatedItems", "unevaluatedProperties"),
-)
-DEFINITIONS = ("$defs", "definitions")
-TYPES = ("null", "boolean", "number", "string", "array", "object")
-
-CHARACTER = r'(?:\\["\\bfnrt]|[^"\\\x00-\x1F\x7F])'
-"""Of a property's name: each has one spelling, so that two names are not one."""
-
-T = TypeVar("T", int, float)
-Bound = tuple[Number, bool]
-"""A bound, and whether it is exclusive."""
-
+LISTS = ("allOf", "anyOf", "oneOf", "enum")
 JOINING = {"$ref", "allOf", "anyOf", "oneOf"}
-
-Part = tuple[str, dict[str, Any]]
-"""A schema with its place, which says what it is."""
-
-
-class _Nothing(Exception):
-    """No value keeps to this."""
 
 
 def library_schema(source: str) -> str:
@@ -98,34 +42,21 @@ def library_schema(source: str) -> str:
     try:
         schema = json.loads(source, parse_float=_float)
         if schema is True:
-            return _library("{}")
+            return library("{}")
         if schema is False:
             raise GrammarError("the schema false allows nothing")
         if not isinstance(schema, dict):
             raise GrammarError("a schema is a JSON object, true or false")
         _check(schema)
-        if any(_is_changed(node) for _, node in _nodes(schema, schema)):
-            return _Writer(schema).grammar()
-        return _library(json.dumps(schema))
+        if any(is_changed(node) for _, node in nodes(schema, schema)):
+            return Writer(schema).grammar()
+        return library(json.dumps(schema))
     except RecursionError as error:
         raise GrammarError("the schema is nested too deeply") from error
     except ValueError as error:
         if isinstance(error, GrammarError):
             raise
         raise GrammarError(one_line(f"the schema is not JSON: {error}")) from error
-
-
-def _library(schema: str) -> str:
-    try:
-        return LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
-    except ValueError as error:
-        raise GrammarError(one_line(str(error))) from error
-
-
-def _refusal(place: str, why: str) -> GrammarError:
-    """The end of a long place says more than its beginning."""
-    shown = place if len(place) <= 100 else f"...{place[-97:]}"
-    return GrammarError(one_line(f"{shown}: {why}"))
 
 
 def _float(text: str) -> float:
@@ -135,539 +66,38 @@ def _float(text: str) -> float:
     return value
 
 
-def _nodes(
-    schema: Any, root: Any, place: str = "#", seen: set[int] | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The schema and those in it, each with its place; with a root, its definitions and whatever
-    is referred to."""
-    seen = set() if seen is None else seen
-    if not isinstance(schema, dict) or id(schema) in seen:
-        return
-    seen.add(id(schema))
-    yield place, schema
-    maps = SCHEMA_MAPS if root is None else (*SCHEMA_MAPS, *DEFINITIONS)
-    inside: list[tuple[str, Any]] = []
-    for keyword, value in schema.items():
-        if keyword in maps and isinstance(value, dict):
-            inside += [(f"{place}/{keyword}/{_escaped(name)}", sub) for name, sub in value.items()]
-        elif keyword in SCHEMA_LISTS and isinstance(value, list):
-            inside += [(f"{place}/{keyword}/{i}", sub) for i, sub in enumerate(value)]
-        elif keyword in SCHEMAS:
-            inside.append((f"{place}/{keyword}", value))
-        elif keyword == "$ref" and root is not None and isinstance(value, str):
-            inside += [(value, sub) for sub in _pointed(root, value)]
-    for where, sub in inside:
-        yield from _nodes(sub, root, where, seen)
-
-
-def _pointed(root: Any, reference: str) -> list[Any]:
-    """What a reference within the schema points at, if there is such a thing."""
-    found, (base, _, pointer) = root, reference.partition("#")
-    if base or (pointer and not pointer.startswith("/")):
-        return []
-    for name in unquote(pointer).split("/")[1:]:
-        name = name.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, dict) and name in found:
-            found = found[name]
-        elif isinstance(found, list) and name.isdecimal() and int(name) < len(found):
-            found = found[int(name)]
-        else:
-            return []
-    return [found]
-
-
-def _escaped(name: str) -> str:
-    return name.replace("~", "~0").replace("/", "~1")
-
-
 def _check(schema: dict[str, Any]) -> None:
     """Refuse numbers that mean nothing, and write counts as integers."""
     multiples: set[Fraction] = set()
     is_merged = False
-    for place, node in _nodes(schema, schema):
+    for place, node in nodes(schema, schema):
         if "x-guidance" in node:
             raise GrammarError("x-guidance is not supported in a schema")
         for keyword, value in node.items():
             if keyword not in (*SCHEMA_MAPS, *SCHEMA_LISTS, *SCHEMAS, *DEFINITIONS) and any(
                 isinstance(number, float) and not math.isfinite(number)
-                for number in _numbers(value)
+                for number in numbers_in(value)
             ):
-                raise _refusal(f"{place}/{keyword}", "the number is not a 64-bit float")
+                raise refusal(f"{place}/{keyword}", "the number is not a 64-bit float")
             if keyword in NUMERIC:
                 if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise _refusal(place, f"{keyword} must be a number")
+                    raise refusal(place, f"{keyword} must be a number")
                 if abs(value) >= 10**MAX_DIGITS:
-                    raise _refusal(place, f"{keyword} has more than {MAX_DIGITS} digits")
+                    raise refusal(place, f"{keyword} has more than {MAX_DIGITS} digits")
             if keyword in COUNTS and isinstance(value, float) and value.is_integer():
                 node[keyword] = int(value)
+            if keyword in LISTS and not isinstance(value, list):
+                raise refusal(place, f"{keyword} must be a list")
+        kinds = node.get("type", [])
+        if not isinstance(kinds, str | list) or not all(isinstance(kind, str) for kind in kinds):
+            raise refusal(place, "type must be a string or a list of strings")
         if "multipleOf" in node:
             if node["multipleOf"] <= 0:
-                raise _refusal(place, "multipleOf must be greater than 0")
-            multiples.add(_fraction(node["multipleOf"]))
+                raise refusal(place, "multipleOf must be greater than 0")
+            multiples.add(fraction(node["multipleOf"]))
         is_merged |= "allOf" in node
         is_merged |= bool(len(node.keys() & HANDLED) > 1 and node.keys() & JOINING)
     scale = math.lcm(*(multiple.denominator for multiple in multiples))
     together = math.prod(int(multiple * scale) for multiple in multiples)
     if is_merged and len(multiples) > 1 and together > MAX_MULTIPLE:
         raise GrammarError("values of multipleOf that may meet are too large together")
-
-
-def _numbers(value: Any) -> Iterator[Number]:
-    """Those of a JSON value."""
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(inner)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield value
-
-
-def _fraction(value: Number) -> Fraction:
-    """The value as it is written."""
-    return Fraction(repr(value))
-
-
-def _is_changed(node: dict[str, Any]) -> bool:
-    """The library would not keep to the numbers of this schema; those in it are not looked at."""
-    if any(abs(node[keyword]) > EXACT for keyword in NUMERIC if keyword in node):
-        return True
-    if "multipleOf" in node and _fraction(node["multipleOf"]).numerator > MAX_MULTIPLE:
-        return True
-    if node.keys() & {"exclusiveMinimum", "exclusiveMaximum"} and node.get("type") != "integer":
-        return True  # as decimals, and 0 is not always kept out
-    listed = [node.get("const"), node.get("enum")]
-    return any(abs(n) > EXACT for n in _numbers(listed) if isinstance(n, int))
-
-
-def _literal(value: Any) -> str:
-    """The value in Lark."""
-    if isinstance(value, dict):
-        pairs = [f"{_literal(name)} COLON {_literal(inner)}" for name, inner in value.items()]
-        return f'"{{" {" COMMA ".join(pairs)} "}}"'
-    if isinstance(value, list):
-        return f'"[" {" COMMA ".join(map(_literal, value))} "]"'
-    if isinstance(value, float) and value.is_integer() and abs(value) <= EXACT and value:
-        value = int(value)
-    return quoted(json.dumps(value, ensure_ascii=False))
-
-
-def _type_of(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "boolean"
-    if isinstance(value, int | float):
-        return "number"
-    if isinstance(value, str):
-        return "string"
-    return "array" if isinstance(value, list) else "object"
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """As JSON: 1 is 1.0 and not true."""
-    if _type_of(one) != _type_of(other):
-        return False
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
-    return bool(one == other)
-
-
-@dataclass
-class _Demands:
-    """What several schemas ask for together."""
-
-    types: set[str] = field(default_factory=lambda: set(TYPES))
-    integer: bool = False
-    numeric: dict[str, list[Number]] = field(default_factory=dict)
-    listed: list[list[Any]] = field(default_factory=list)
-    groups: dict[str, Part] = field(default_factory=dict)
-
-    def add(self, place: str, schema: dict[str, Any]) -> None:
-        for keyword, value in schema.items():
-            if keyword in UNSUPPORTED and value is not False:
-                raise _refusal(place, f"{keyword} beside numbers that need more than 64 bits")
-            if keyword in NUMERIC:
-                self.numeric.setdefault(keyword, []).append(value)
-            elif keyword in ("enum", "const"):
-                self.listed.append(value if keyword == "enum" else [value])
-            elif keyword in GROUP_OF:
-                if self.groups.setdefault(GROUP_OF[keyword], (place, schema))[0] != place:
-                    raise _refusal(place, f"{keyword} beside a reference, anyOf, oneOf or allOf")
-            elif keyword == "type":
-                types = {value} if isinstance(value, str) else set(value)
-                if unknown := types - {*TYPES, "integer"}:
-                    raise _refusal(place, f"the type {min(unknown)} is unknown")
-                self.integer |= "integer" in types and "number" not in types
-                self.types &= {"number" if name == "integer" else name for name in types}
-
-    def values(self) -> list[Any]:
-        """Those of the lists that the types and the bounds allow."""
-        first, *others = self.listed
-        return [
-            value
-            for value in first
-            if _type_of(value) in self.types
-            and all(any(_equal(value, other) for other in listed) for listed in others)
-            and (_type_of(value) != "number" or self._allows(_fraction(value)))
-        ]
-
-    def _allows(self, number: Fraction) -> bool:
-        kept = {
-            "minimum": lambda bound: number >= bound,
-            "exclusiveMinimum": lambda bound: number > bound,
-            "maximum": lambda bound: number <= bound,
-            "exclusiveMaximum": lambda bound: number < bound,
-            "multipleOf": lambda bound: (number / bound).denominator == 1,
-        }
-        return not (self.integer and number.denominator > 1) and all(
-            kept[keyword](_fraction(bound))
-            for keyword, bounds in self.numeric.items()
-            for bound in bounds
-        )
-
-    def bounds(self, keywords: tuple[str, str]) -> list[tuple[Number, bool]]:
-        """Bounds on one side; exclusive ones are marked."""
-        return [
-            (bound, keyword == keywords[1])
-            for keyword in keywords
-            for bound in self.numeric.get(keyword, [])
-        ]
-
-
-class _Writer:
-    """Writes a schema as a grammar in Lark."""
-
-    def __init__(self, root: dict[str, Any]) -> None:
-        self._root = root
-        self._names: dict[object, str] = {}
-        self._numbers = itertools.count()
-        self._lines = [f"COMMA: /{AFTER_ITEM}/", f"COLON: /{AFTER_KEY}/"]
-        self._has_ids = any("$id" in node for place, node in _nodes(root, root) if place != "#")
-
-    def grammar(self) -> str:
-        """The whole schema's."""
-        try:
-            self._lines.append(f"start: {self._rule([('#', self._root)])}")
-        except _Nothing as error:
-            raise GrammarError("no text keeps to this") from error
-        return LLMatcher.grammar_from_lark("\n".join(self._lines))
-
-    def _rule(self, parts: Sequence[tuple[str, Any]]) -> str:
-        """The name of a rule for what keeps to all of these schemas. Raises _Nothing."""
-        return self._named(tuple(place for place, _ in parts), lambda: self._body(parts))
-
-    def _named(self, key: object, body: Callable[[], str]) -> str:
-        if key not in self._names:
-            name = self._names[key] = f"r{next(self._numbers)}"
-            try:
-                self._lines.append(f"{name}: {body()}")
-            except _Nothing:
-                del self._names[key]
-                raise
-        return self._names[key]
-
-    def _inline(self, schema: dict[str, Any]) -> str:
-        """What the library does."""
-        draft = {"$schema": self._root["$schema"]} if "$schema" in self._root else {}
-        kept = {name: value for name, value in schema.items() if name not in DEFINITIONS}
-        text = json.dumps(draft | kept | {"x-guidance": OPTIONS})
-        return self._named(text, lambda: f"%json {text}")
-
-    def _body(self, parts: Sequence[tuple[str, Any]]) -> str:
-        flat = self._flattened(parts)
-        if not flat:
-            return self._inline({})
-        if len(flat) == 1 and not any(
-            "$ref" in node or _is_changed(node) for _, node in _nodes(flat[0][1], None)
-        ):
-            return self._inline(flat[0][1])
-        if (options := self._options(flat)) is not None:
-            return self._either([partial(self._rule, some) for some in options])
-        demands = self._demands(flat)
-        if demands.listed:
-            return self._values(demands, flat[0][0])
-        easy = [
-            name
-            for name in TYPES
-            if name in demands.types
-            and not (name == "number" and (demands.numeric or demands.integer))
-            and not (name in ("array", "object") and name in demands.groups)
-        ]
-        strings = demands.groups.get("string", ("", {}))[1]
-        bodies: list[Callable[[], str]] = []
-        if easy:
-            text = {name: strings[name] for name in GROUPS["string"] if name in strings}
-            bodies.append(partial(self._inline, {"type": easy} | text))
-        hard = demands.types.difference(easy)
-        if "number" in hard:
-            bodies.append(partial(self._number, demands, flat[0][0]))
-        if "array" in hard:
-            bodies.append(partial(self._array, *demands.groups["array"]))
-        if "object" in hard:
-            bodies.append(partial(self._object, *demands.groups["object"]))
-        return self._either(bodies)
-
-    def _either(self, bodies: Sequence[Callable[[], str]]) -> str:
-        found: dict[str, None] = {}
-        for body in bodies:
-            try:
-                found[body()] = None
-            except _Nothing:
-                continue
-        if not found:
-            raise _Nothing
-        return " | ".join(found)
-
-    def _flattened(self, parts: Sequence[tuple[str, Any]]) -> list[Part]:
-        """With what is referred to, and without allOf; none that demands nothing."""
-        found: dict[str, dict[str, Any]] = {}
-        left, seen = list(parts), set()
-        while left:
-            place, schema = left.pop(0)
-            if schema is False:
-                raise _Nothing
-            if schema is True or place in seen:
-                continue
-            seen.add(place)
-            if not isinstance(schema, dict):
-                raise _refusal(place, "a schema is a JSON object, true or false")
-            reference = schema.get("$ref")
-            if reference is not None:
-                left.append((str(reference), self._target(place, reference)))
-            for i, sub in enumerate(schema.get("allOf", [])):
-                left.append((f"{place}/allOf/{i}", sub))
-            own = {name: schema[name] for name in schema if name not in ("$ref", "allOf")}
-            if own.keys() & (HANDLED | UNSUPPORTED):
-                found[place] = own
-        return list(found.items())
-
-    def _target(self, place: str, reference: object) -> Any:
-        found = _pointed(self._root, reference) if isinstance(reference, str) else []
-        if not found or self._has_ids:
-            raise _refusal(place, f"the reference {reference} beside numbers of more than 64 bits")
-        return found[0]
-
-    def _options(self, parts: list[Part]) -> list[list[tuple[str, Any]]] | None:
-        """One list of schemas for each option of the first anyOf or oneOf."""
-        for i, (place, schema) in enumerate(parts):
-            for keyword in ("anyOf", "oneOf"):
-                if keyword in schema:
-                    own = {name: schema[name] for name in schema if name != keyword}
-                    rest = [*parts[:i], (f"{place} without {keyword}", own), *parts[i + 1 :]]
-                    options = [
-                        [*rest, (f"{place}/{keyword}/{j}", option)]
-                        for j, option in enumerate(schema[keyword])
-                    ]
-                    if keyword == "oneOf" and not all(
-                        self._are_distinct(one, other)
-                        for j, one in enumerate(options)
-                        for other in options[:j]
-                    ):
-                        raise _refusal(place, "options of oneOf may hold at once")
-                    return options
-        return None
-
-    def _demands(self, parts: list[Part]) -> _Demands:
-        demands = _Demands()
-        for place, schema in parts:
-            demands.add(place, schema)
-        return demands
-
-    def _are_distinct(self, one: Sequence[Any], other: Sequence[Any]) -> bool:
-        """Nothing keeps to both, for a reason that is seen easily."""
-        try:
-            first, second = self._flattened(one), self._flattened(other)
-        except _Nothing:
-            return True
-        for here, there in ((first, second), (second, first)):
-            if (options := self._options(here)) is not None:
-                return all(self._are_distinct(option, there) for option in options)
-        a, b = self._demands(first), self._demands(second)
-        for demands in (a, b):
-            if demands.listed:
-                demands.types = {_type_of(value) for value in demands.values()}
-        if not a.types & b.types:
-            return True
-        if a.listed and b.listed:
-            return not any(_equal(x, y) for x in a.values() for y in b.values())
-        if a.types & b.types != {"object"} or not {"object"} <= a.groups.keys() & b.groups.keys():
-            return False
-        sides = [demands.groups["object"] for demands in (a, b)]
-        names = set.intersection(*(set(schema.get("required", [])) for _, schema in sides))
-        return any(
-            self._are_distinct(*([_member(place, schema, name)] for place, schema in sides))
-            for name in names
-        )
-
-    def _values(self, demands: _Demands, place: str) -> str:
-        values = demands.values()
-        if not values:
-            raise _Nothing
-        for kind in {_type_of(value) for value in values} & demands.groups.keys():
-            raise _refusal(place, f"enum beside what else {kind}s have to be")
-        return " | ".join(map(_literal, values))
-
-    def _number(self, demands: _Demands, place: str) -> str:
-        lower = demands.bounds(LOWER)
-        upper = [(-bound, exclusive) for bound, exclusive in demands.bounds(UPPER)]
-        if demands.numeric.get("multipleOf"):
-            return self._multiple(demands, place, lower, upper)
-        ranges: list[Callable[[], str]] = []
-        if demands.integer or any(abs(bound) > EXACT for bound, _ in (*lower, *upper)):
-            ranges.append(lambda: integer_range(*_edges(integer_from, lower, upper)))
-        if not demands.integer:
-            ranges.append(lambda: number_range(*_edges(float_from, lower, upper)))
-        try:
-            return self._terminal(self._either(ranges))
-        except OverflowError as error:
-            raise _refusal(place, "a bound is beyond those of 64-bit floats") from error
-
-    def _terminal(self, expression: str) -> str:
-        """The name of a terminal."""
-        name = f"T{len(self._lines)}"
-        self._lines.append(f"{name}: {expression}")
-        return name
-
-    def _multiple(
-        self, demands: _Demands, place: str, lower: list[Bound], upper: list[Bound]
-    ) -> str:
-        """Multiples are listed, or left to the library with bounds that are multiples."""
-        step = reduce(_common, map(_fraction, demands.numeric["multipleOf"]))
-        if demands.integer:
-            step = _common(step, Fraction(1))
-        low, high = _edges(partial(_factor_from, step), lower, upper)
-        if low is not None and high is not None and high - low < MAX_LISTED:
-            listed = (_decimal_text(factor * step) for factor in range(low, high + 1))
-            return " | ".join(map(quoted, listed))
-        inline: dict[str, Any] = {"type": "integer" if demands.integer else "number"}
-        inline["multipleOf"] = _plain(step)
-        for keyword, factor in (("minimum", low), ("maximum", high)):
-            if factor is not None:
-                inline[keyword] = _plain(factor * step)
-        if _is_changed(inline) or any(_fraction(n) > EXACT for n in _numbers(inline)):
-            raise _refusal(place, "multipleOf with numbers that need more than 64 bits")
-        return self._inline(inline)
-
-    def _object(self, place: str, schema: dict[str, Any]) -> str:
-        properties, required = schema.get("properties", {}), schema.get("required", [])
-        if not isinstance(properties, dict):
-            raise _refusal(place, "properties must be an object")
-        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            raise _refusal(place, "required must be a list of strings")
-        names = list(dict.fromkeys([*properties, *required]))
-        members: list[tuple[str, bool]] = []
-        for name in names:
-            try:
-                value = self._rule([_member(place, schema, name)])
-            except _Nothing:
-                if name in required:
-                    raise
-                continue
-            members.append((f"{_literal(name)} COLON {value}", name in required))
-        others = f'/"{CHARACTER}*"/'
-        if names:
-            others += f" & ~({'|'.join(map(_literal, names))})"
-        after, first = '""', '""'
-        try:
-            value = self._rule([_member(place, schema, None)])
-            other = f"{self._terminal(others)} COLON {value}"
-            after = self._named((place, "others"), lambda: f"(COMMA {other})*")
-            first = f"({other} {after})?"
-        except _Nothing:
-            pass
-        for member, is_required in reversed(members):
-            rest = after
-            begun = f"{member} {rest}"
-            first = begun if is_required else f"{begun} | {self._own(first)}"
-            next_member = f"COMMA {member}" if is_required else f"(COMMA {member})?"
-            after = self._own(f"{next_member} {rest}")
-        return f'"{{" {self._own(first)} "}}"'
-
-    def _own(self, body: str) -> str:
-        """A rule of its own."""
-        return self._named(object(), lambda: body)
-
-    def _array(self, place: str, schema: dict[str, Any]) -> str:
-        first, rest = schema.get("prefixItems", []), schema.get("items", True)
-        least, most = schema.get("minItems", 0), schema.get("maxItems")
-        if not isinstance(first, list) or isinstance(rest, list):
-            raise _refusal(place, "items as a list beside numbers that need more than 64 bits")
-        for keyword in ("minItems", "maxItems"):
-            count = schema.get(keyword, 0)
-            if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 2**31:
-                raise _refusal(place, f"{keyword} must be a number from 0 to {2**31 - 1:,}")
-        items: list[str] = []
-        for i, sub in enumerate(first):
-            try:
-                items.append(self._rule([(f"{place}/prefixItems/{i}", sub)]))
-            except _Nothing:
-                most, rest = i if most is None else min(i, most), False
-                break
-        try:
-            more = self._rule([(f"{place}/items", rest)])
-        except _Nothing:
-            more = None
-            most = len(items) if most is None else min(len(items), most)
-        if most is not None and least > most:
-            raise _Nothing
-        items = items[:most]
-        tail = ""
-        if more is not None and (most is None or most > len(items)):
-            fewest = max(least - len(items), 0)
-            limit = "" if most is None else most - len(items)
-            if items:
-                tail = f"(COMMA {more}){{{fewest},{limit}}}"
-            else:
-                limit = "" if most is None else most - 1
-                tail = f"{more} (COMMA {more}){{{max(fewest - 1, 0)},{limit}}}"
-                tail = tail if least else f"({tail})?"
-        for i, item in reversed(list(enumerate(items))):
-            tail = f"{'COMMA ' if i else ''}{item} {tail}"
-            tail = tail if i < least else f"({tail})?"
-        return f'"[" {tail} "]"'
-
-
-def _member(place: str, schema: dict[str, Any], name: str | None) -> tuple[str, Any]:
-    """The schema of a property; of the others without a name."""
-    if name is not None and name in schema.get("properties", {}):
-        return f"{place}/properties/{_escaped(name)}", schema["properties"][name]
-    return f"{place}/additionalProperties", schema.get("additionalProperties", True)
-
-
-def _edges(
-    least: Callable[[Number, bool], T], lower: list[Bound], upper: list[Bound]
-) -> tuple[T | None, T | None]:
-    """The narrowest of bounds on both sides; those above have come with the other sign."""
-    low = max((least(*bound) for bound in lower), default=None)
-    high = max((least(*bound) for bound in upper), default=None)
-    if low is not None and high is not None and low > -high:
-        raise _Nothing
-    return low, None if high is None else -high
-
-
-def _factor_from(step: Fraction, bound: Number, exclusive: bool) -> int:
-    """The first multiple of a step that a lower bound allows."""
-    factor = math.ceil(_fraction(bound) / step)
-    return factor + 1 if exclusive and factor * step == _fraction(bound) else factor
-
-
-def _common(one: Fraction, other: Fraction) -> Fraction:
-    """The least common multiple."""
-    scale = math.lcm(one.denominator, other.denominator)
-    return Fraction(math.lcm(int(one * scale), int(other * scale)), scale)
-
-
-def _decimal_text(value: Fraction) -> str:
-    """A fraction that has a finite decimal, written without an exponent."""
-    if value.denominator == 1:
-        return str(value.numerator)
-    digits = 0
-    while (value * 10**digits).denominator > 1:
-        digits += 1
-    whole, fraction = divmod(abs(int(value * 10**digits)), 10**digits)
-    return f"{'-' if value < 0 else ''}{whole}.{fraction:0{digits}}"
-
-
-def _plain(value: Fraction) -> Number:
-    return value.numerator if value.denominator == 1 else float(value)

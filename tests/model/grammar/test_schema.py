@@ -186,6 +186,8 @@ def test_a_text_keeps_to_any_numbers(
         ({"items": INT64, "allOf": [{"maxItems": 3}]}, "maxItems beside a reference"),
         ({"oneOf": [{"type": "number"}, {"type": "integer", "minimum": 2**60}]}, "#: options of"),
         ({"$ref": "http://a/b", "minimum": 2**60}, "#: the reference http://a/b"),
+        ({"allOf": 3, "minimum": 2**60}, "#: allOf must be a list"),
+        ({"items": {"type": [{}]}}, "#/items: type must be a string or a list of strings"),
         ({"type": "int", "minimum": 2**60}, "#: the type int is unknown"),
         ({"allOf": [{"multipleOf": 65536}, {"multipleOf": 65537}]}, "values of multipleOf"),
     ],
