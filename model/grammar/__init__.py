@@ -5,8 +5,9 @@ token which tokens may come next. Matching is done by the llguidance library.
 """
 
 from model.grammar.compiler import GrammarCompiler
+from model.grammar.errors import GrammarBusyError, GrammarError
 from model.grammar.matching import Grammar, Matcher, fill_masks
-from model.grammar.source import GrammarBusyError, GrammarError, GrammarSpec
+from model.grammar.source import GrammarSpec
 
 __all__ = [
     "Grammar",

@@ -7,8 +7,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from model.grammar.errors import GrammarBusyError, GrammarError
 from model.grammar.matching import Grammar
-from model.grammar.source import GrammarBusyError, GrammarError, GrammarSpec
+from model.grammar.source import GrammarSpec
 from model.grammar.trial import TrialProcess
 from model.grammar.vocabulary import Vocabulary
 from model.tokenizer import Tokenizer

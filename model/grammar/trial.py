@@ -15,7 +15,8 @@ import sys
 import threading
 from dataclasses import asdict, dataclass
 
-from model.grammar.source import GrammarBusyError, GrammarError, GrammarSpec, library_source
+from model.grammar.errors import GrammarBusyError, GrammarError
+from model.grammar.source import GrammarSpec, library_source
 from model.grammar.vocabulary import Vocabulary
 from model.tokenizer import Tokenizer
 

@@ -6,7 +6,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
-from model.grammar.source import GrammarError, one_line
+from model.grammar.errors import GrammarError, one_line
 from model.tokenizer import Tokenizer
 
 LIMITS = LLParserLimits(

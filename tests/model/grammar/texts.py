@@ -76,3 +76,11 @@ def is_text(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def accepts(grammar: Grammar, tokens: Tokenizer, text: str) -> bool:
+    """The text may be written, byte by byte, and end there."""
+    matcher = grammar.matcher()
+    return all(
+        matcher.accept(tokens.token_bytes.index(bytes([byte]))) for byte in text.encode()
+    ) and (matcher.may_end)
