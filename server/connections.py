@@ -286,15 +286,21 @@ class BoundedProtocol(HttpToolsProtocol):
         that is written to it is answered by a reset, which the next write notices.
         """
         cycle.waiting_for_100_continue = False
-        if not cycle.response_started:
-            cycle.transport = begun = _BegunTransport(self.transport)
-            self._probe(cycle, begun)
+        cycle.transport = begun = _BegunTransport(self.transport)
+        self._probe(cycle, begun, 0)
 
-    def _probe(self, cycle: RequestResponseCycle, begun: "_BegunTransport") -> None:
-        if not cycle.response_started and begun.num_written < len(ANSWER_START):
-            delay_s = PROBE_S * 3**begun.num_written
+    def _probe(
+        self, cycle: RequestResponseCycle, begun: "_BegunTransport", num_probes: int
+    ) -> None:
+        if cycle.response_complete or num_probes == len(ANSWER_START):
+            return
+        if not cycle.response_started:
             begun.write_one_byte()
-            self._probe_timer = self.loop.call_later(delay_s, self._probe, cycle, begun)
+        elif cycle.chunked_encoding:
+            self.transport.write(b"0")  # with which the size of the next chunk may begin
+        self._probe_timer = self.loop.call_later(
+            PROBE_S * 3**num_probes, self._probe, cycle, begun, num_probes + 1
+        )
 
     def _start_timer(self) -> None:
         if self._timer is None:

@@ -440,6 +440,23 @@ def test_a_client_that_has_gone_is_not_answered(
     patient.wait_until_idle()
 
 
+def test_a_client_that_has_gone_waits_no_more(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Though nothing of the answer but its headers could be sent to it yet."""
+    body = b'{"prompt": "a", "max_tokens": 60000, "ignore_eos": true, "stream": true}'
+    request = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+    settings = tiny_settings(tiny_checkpoint, tmp_path, max_running=1, keepalive_s=10 * PATIENCE_S)
+    with live_server(settings) as server, closing(connect(server)) as first:
+        first.sendall(request)
+        server.wait_until_running(1)
+        with closing(connect(server)) as second:
+            second.sendall(request)
+            assert second.recv(65536).startswith(b"HTTP/1.1 200 OK")
+            wait_until(lambda: server.num_waiting() == 1)
+            second.shutdown(socket.SHUT_WR)
+        wait_until(lambda: server.num_waiting() == 0)
+        assert server.num_answered("cancelled") == 1
+
+
 class Recorder(asyncio.Transport):
     """A connection without a network."""
 
