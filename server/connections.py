@@ -1,5 +1,8 @@
-"""What a connection may cost: time, bytes and headers before it has said what it wants, and time
-while it does not take what it asked for."""
+"""HTTP/1.1 connections: their framing, and what they may cost.
+
+Bounded are the time, bytes and headers until a request is known, the requests that are sent ahead,
+and the time while a client does not read its answer.
+"""
 
 import asyncio
 import json
@@ -9,7 +12,9 @@ from http import HTTPStatus
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.errors import InvalidRequest, LatentdError
 from server.settings import Settings
@@ -20,39 +25,74 @@ SETTINGS = (
 )
 """The settings that are used here, by name."""
 
+PIECE_BYTES = 1024
+"""Parsed at once, except of a body of known length: bounds the requests that are parsed ahead."""
 
-class HeadersTooLarge(ValueError):
-    """Ends the parsing of a request."""
+CHUNK_FRAMING_BYTES = 16
+"""Bytes around each chunk of a body that do not count as headers."""
+
+ANSWER_START = b"HTTP/1.1 "
+"""The first bytes of every answer."""
+
+PROBE_S = 0.05
+"""Seconds before the second probe of a half-closed connection; each later pause is three times as
+long."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which by itself waits for ever for headers, and for slow readers.
+    """uvicorn's protocol with bounds, and with the parts of HTTP/1.1 that it leaves out.
 
     A request's headers must be complete `header_timeout_s` after the connection was made or, on one
     that was used before, after the first byte that follows the answer. Once the buffers to a client
     are full, it must take most of what is in them within `stall_timeout_s`; otherwise it has gone.
+    Trailers and chunk extensions count as headers. While a request is unanswered, what follows it
+    stays unparsed, except for the rest of a piece, and reading stops when that is much.
+
+    Offers to upgrade are ignored (RFC 9110, 7.8). HTTP/1.0 clients get no chunks. A client that
+    closes only its sending side gets its answers.
     """
 
     settings: Settings
+    flow: "_Flow"
 
     _is_busy = False
     """Whether a request's headers are complete and it is not answered yet."""
 
     _is_in_body = False
-    _num_header_bytes = 0
-    """Of headers that are not complete yet."""
+    _is_half_closed = False
+    """Whether the client sends no more."""
 
-    _is_too_large = False
+    _num_header_bytes = 0
+    """Bytes of the request that is being parsed, without its body."""
+
+    _num_trailers = 0
+    _num_body_bytes_left = 0
+    """Of a body of known length."""
+
+    _running: RequestResponseCycle | None = None
+    """The request that is being answered, or the last one; `cycle` is the last one parsed."""
+
+    _refusal: LatentdError | None = None
+    """The answer to a request that cannot be parsed, while earlier ones are unanswered."""
+
     _timer: TimerHandle | None = None
     _stall_timer: TimerHandle | None = None
+    _probe_timer: TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _Flow(transport)
+        self._unread = bytearray()
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._stop_stall_timer()
+        if self._probe_timer is not None:
+            self._probe_timer.cancel()
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -67,48 +107,199 @@ class BoundedProtocol(HttpToolsProtocol):
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        self._num_header_bytes += len(data)
-        super().data_received(data)
-        if self.transport.is_closing():
-            return
-        if not self._is_busy:
-            self._start_timer()
-        if not self._is_in_body and self._num_header_bytes > self.settings.max_header_bytes:
-            self._is_too_large = True
-            self.send_400_response("")
+        if self._is_waiting:
+            self._hold(data)
+        else:
+            self._parse(data)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether the connection stays: until what was asked for is answered."""
+        is_incomplete = self._is_in_body and not self.pipeline
+        if not self._is_busy or is_incomplete or self._running is None:
+            return False
+        self._is_half_closed = True
+        self._watch(self._running)
+        return True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_body:  # a trailer, which is no header (RFC 9110, 6.5.1)
+            self._num_trailers += 1
+        else:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise InvalidRequest("this server is no proxy", code="invalid_http")
+            return  # `_feed` parses it again
         num_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-        settings = self.settings
-        if num_bytes > settings.max_header_bytes or len(self.headers) > settings.max_headers:
-            self._is_too_large = True
-            raise HeadersTooLarge  # the parser ends, and what calls it answers
+        if num_bytes > self.settings.max_header_bytes:
+            raise self._too_large()
+        self._check_number_of_headers()
+        self._num_header_bytes = num_bytes  # without what follows them in the piece
+        self._num_body_bytes_left = next(
+            (int(value) for name, value in self.headers if name == b"content-length"), 0
+        )
         self._is_busy = self._is_in_body = True
         self._stop_timer()
         super().on_headers_complete()
 
+    def on_chunk_header(self) -> None:
+        """Called by the parser."""
+        self._num_header_bytes -= CHUNK_FRAMING_BYTES
+
+    def on_body(self, body: bytes) -> None:
+        self._num_header_bytes -= len(body)
+        if self._num_body_bytes_left:
+            self._num_body_bytes_left -= len(body)
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
-        self._is_in_body, self._num_header_bytes = False, 0
+        if self.parser.should_upgrade():
+            return
+        self._is_in_body, self._num_header_bytes, self._num_trailers = False, 0, 0
+        if not self._is_busy:  # it was answered before all of it had come
+            self._stop_timer()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         self._is_busy = bool(self.pipeline)
+        self.flow.is_full = self.flow.is_full and self._is_busy
         super().on_response_complete()
+        if self._is_busy or self.transport.is_closing():
+            return
+        if self._refusal is not None:
+            self._close_with(self._refusal)
+        elif self._unread:
+            data = bytes(self._unread)
+            self._unread.clear()
+            self._parse(data)
+        if self._is_half_closed and not self._is_busy:
+            self.transport.close()
 
-    def send_400_response(self, msg: str) -> None:
-        """What cannot be parsed never gets to the application, but its answer has the same form."""
-        self.transport.write(_answer(self._problem(msg)))
-        self.transport.close()
+    @property
+    def _is_waiting(self) -> bool:
+        """Whether no more is parsed until an answer is complete."""
+        return self._is_busy and not self._is_in_body
 
-    def _problem(self, message: str) -> LatentdError:
-        if not self._is_too_large:
-            return InvalidRequest(message, code="invalid_http")
-        settings = self.settings
+    def _hold(self, data: bytes | memoryview) -> None:
+        self._unread += data
+        if len(self._unread) > HIGH_WATER_LIMIT:
+            self.flow.is_full = True
+            self.flow.pause_reading()
+
+    def _parse(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        rest = memoryview(data)
+        while rest and not self._is_waiting:
+            try:
+                num_parsed = self._feed(rest[: self._num_body_bytes_left or PIECE_BYTES])
+            except LatentdError as error:
+                self._refuse(error)
+                return
+            except HttpParserError as error:
+                cause = error.__context__  # raised by a callback
+                if not isinstance(cause, LatentdError):
+                    cause = InvalidRequest("Invalid HTTP request received.", code="invalid_http")
+                self._refuse(cause)
+                return
+            rest = rest[num_parsed:]
+        if rest:
+            self._hold(rest)
+        if not self._is_busy and (self._num_header_bytes or self._is_in_body):
+            self._start_timer()
+
+    def _feed(self, piece: memoryview) -> int:
+        """Parse a piece; returns how many of its bytes were parsed.
+
+        Raises HttpParserError and LatentdError.
+        """
+        num_parsed = len(piece)
+        self._num_header_bytes += num_parsed
+        try:
+            self.parser.feed_data(piece)
+        except HttpParserUpgrade as stop:
+            # llhttp takes what follows for another protocol, so it must not see the offer.
+            num_parsed = stop.args[0]
+            self._num_header_bytes -= len(piece) - num_parsed
+            head = b"%b %b HTTP/%b\r\n" % (
+                *(self.parser.get_method(), self.url),
+                self.parser.get_http_version().encode(),
+            )
+            headers = (b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade")
+            self.parser = HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.parser.feed_data(head + b"".join(headers) + b"\r\n")
+        if self._num_header_bytes > self.settings.max_header_bytes:
+            raise self._too_large()
+        self._check_number_of_headers()
+        return num_parsed
+
+    def _check_number_of_headers(self) -> None:
+        if len(self.headers or ()) + self._num_trailers > self.settings.max_headers:
+            raise self._too_large()
+
+    def _too_large(self) -> LatentdError:
         return InvalidRequest(
-            f"the headers are more than {settings.max_headers} or longer than "
-            f"{settings.max_header_bytes} bytes",
+            f"the headers are more than {self.settings.max_headers} or longer than "
+            f"{self.settings.max_header_bytes} bytes",
             code="headers_too_large",
             status=HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+        )
+
+    def _refuse(self, problem: LatentdError) -> None:
+        """Answer the request that is being parsed, in its turn, and close the connection."""
+        if self._is_in_body and self.pipeline:
+            self.pipeline.popleft()
+        elif self._is_in_body:
+            if self.cycle.response_started:  # too late for another answer
+                self.transport.close()
+            else:
+                self._close_with(problem)
+            return
+        self._is_in_body = False
+        if self._is_busy:
+            self._refusal = problem
+        else:
+            self._close_with(problem)
+
+    def _close_with(self, problem: LatentdError) -> None:
+        """What cannot be parsed never gets to the application, but its answer has the same form."""
+        self.transport.write(_answer(problem))
+        self.transport.close()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Callable[..., Any]) -> None:
+        self._running = cycle
+        if cycle.scope["http_version"] != "1.1":
+            app = _without_chunks(cycle, app)
+        if self._is_half_closed:
+            self._watch(cycle)
+        super()._start_asgi_task(cycle, app)
+
+    def _watch(self, cycle: RequestResponseCycle) -> None:
+        """Notice that a client has gone that sends no more.
+
+        The end of its sending looks the same whether it still reads or not. If it does not, a byte
+        that is written to it is answered by a reset, which the next write notices.
+        """
+        cycle.waiting_for_100_continue = False
+        cycle.transport = begun = _BegunTransport(self.transport)
+        self._probe(cycle, begun, 0)
+
+    def _probe(
+        self, cycle: RequestResponseCycle, begun: "_BegunTransport", num_probes: int
+    ) -> None:
+        if cycle.response_complete or num_probes == len(ANSWER_START):
+            return
+        if not cycle.response_started:
+            begun.write_one_byte()
+        elif cycle.chunked_encoding:
+            self.transport.write(b"0")  # with which the size of the next chunk may begin
+        self._probe_timer = self.loop.call_later(
+            PROBE_S * 3**num_probes, self._probe, cycle, begun, num_probes + 1
         )
 
     def _start_timer(self) -> None:
@@ -124,6 +315,39 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
+
+
+class _Flow(FlowControl):
+    """Reading stays paused, whoever resumes it, while too much is unread."""
+
+    is_full = False
+
+    def resume_reading(self) -> None:
+        if not self.is_full:
+            super().resume_reading()
+
+
+class _BegunTransport(asyncio.Transport):
+    """A connection on which the first bytes of an answer are written before the rest is known."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        super().__init__()
+        self._transport = transport
+        self.num_written = 0
+
+    def write_one_byte(self) -> None:
+        self._transport.write(ANSWER_START[self.num_written : self.num_written + 1])
+        self.num_written += 1
+
+    def write(self, data: "bytes | bytearray | memoryview[Any]") -> None:
+        self._transport.write(data[self.num_written :])
+        self.num_written = 0
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
 
 
 def uvicorn_config(
@@ -150,3 +374,21 @@ def _answer(problem: LatentdError) -> bytes:
         "connection: close\r\n\r\n"
     )
     return head.encode() + body
+
+
+def _without_chunks(cycle: RequestResponseCycle, app: Callable[..., Any]) -> Callable[..., Any]:
+    """For HTTP/1.0, where the end of the connection ends a body (RFC 9112, 6.1 and 6.3)."""
+    cycle.keep_alive = False
+    cycle.waiting_for_100_continue = False
+
+    async def run(scope: Any, receive: Any, send: Callable[[Any], Any]) -> None:
+        async def send_without_chunks(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                cycle.chunked_encoding = False
+            else:  # of unknown length: each part may be the last
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, send_without_chunks)
+
+    return run

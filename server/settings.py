@@ -148,9 +148,11 @@ class Settings(BaseSettings):
         4 << 20, ge=1024, description="Largest request body."
     )
     max_header_bytes: Annotated[int, Group.HTTP] = Field(
-        32 << 10, ge=1024, description="Bytes of a request's path and headers."
+        32 << 10, ge=1024, description="Bytes of a request's path, headers and trailers."
     )
-    max_headers: Annotated[int, Group.HTTP] = Field(100, ge=1, description="Headers of a request.")
+    max_headers: Annotated[int, Group.HTTP] = Field(
+        100, ge=1, description="Headers and trailers of a request."
+    )
     stall_timeout_s: Annotated[float, Group.HTTP] = Field(
         60.0,
         gt=0,
@@ -171,7 +173,10 @@ class Settings(BaseSettings):
         description="Seconds in which a request's body must have arrived.",
     )
     keep_alive_timeout_s: Annotated[int, Group.HTTP] = Field(
-        5, ge=1, description="Seconds that a connection may stay without a request."
+        75,
+        ge=1,
+        description="Seconds that a connection may stay without a request; longer than clients and "
+        "proxies keep theirs, or their next request is lost.",
     )
     host_cache_bytes: Annotated[int, Group.SESSIONS] = Field(
         256 << 20, ge=0, description="Host memory for parked states; 0: none."

@@ -1,5 +1,6 @@
 """Connections: what says nothing, too little or too much is cut; what only takes long is not."""
 
+import asyncio
 import json
 import select
 import socket
@@ -7,12 +8,15 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import pytest
+from uvicorn.server import ServerState
 
-from tests.patience import PATIENCE_S, wait_until
+from server.connections import BoundedProtocol, uvicorn_config
+from server.settings import Settings
+from tests.patience import PATIENCE_S, until, wait_until
 from tests.server.api.calls import complete
 from tests.server.live import LiveServer, live_server, tiny_settings
 
@@ -245,3 +249,288 @@ def test_requests_in_one_piece_are_answered_in_order(connection: socket.socket) 
 def test_what_is_not_http_gets_an_error_object(connection: socket.socket) -> None:
     connection.sendall(b"hello\r\n\r\n")
     assert parsed(rest(connection)) == (400, "invalid_http")
+
+
+BODY = b'{"prompt": "a", "max_tokens": 1}'
+OTHER = b"GET /v1/models/smuggled HTTP/1.1\r\nhost: a\r\n\r\n"
+OFFERS = {
+    "none": b"",
+    "h2c": b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMA\r\n",
+    "websocket": b"Connection: keep-alive, upgrade\r\nUpgrade: websocket\r\n",
+    "two": b"upgrade: a\r\nconnection: upgrade\r\nupgrade: b/1, c\r\n",
+}
+
+
+def statuses(raw: bytes) -> list[int]:
+    return [int(part[:3]) for part in raw.split(b"HTTP/1.1 ")[1:]]
+
+
+def with_length(body: bytes) -> tuple[bytes, bytes]:
+    return b"content-length: %d\r\n" % len(body), body
+
+
+def in_chunks(body: bytes) -> tuple[bytes, bytes]:
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    return b"transfer-encoding: chunked\r\n", chunks + b"0\r\nx-trailer: a\r\n\r\n"
+
+
+@pytest.mark.parametrize("is_later", [False, True])
+@pytest.mark.parametrize("framed", [with_length, in_chunks])
+@pytest.mark.parametrize("offer", OFFERS)
+def test_an_offer_to_upgrade_is_ignored(
+    connection: socket.socket, offer: str, framed: Any, is_later: bool
+) -> None:
+    """The body is the request's, in the same packet and in a later one."""
+    for content, expected in ((BODY, 200), (OTHER, 400)):
+        header, body = framed(content)
+        request = POST + OFFERS[offer] + header
+        if is_later:
+            connection.sendall(request + b"expect: 100-continue\r\n\r\n")
+            assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            connection.sendall(body)
+        else:
+            connection.sendall(request + b"\r\n" + body)
+        assert answer(connection)[0] == expected
+    connection.sendall(b"GET /v1/models/x HTTP/1.1\r\nhost: a\r\n" + OFFERS[offer] + b"\r\n")
+    assert "'x'" in answer(connection)[1]["error"]["message"]
+
+
+def test_offers_do_not_disorder_a_pipeline(connection: socket.socket) -> None:
+    header, body = with_length(BODY)
+    one = POST + OFFERS["h2c"] + header + b"\r\n" + body
+    last = b"GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close, upgrade\r\nupgrade: a\r\n\r\n"
+    connection.sendall(3 * (one + OTHER) + last)
+    assert statuses(rest(connection)) == 3 * [200, 404] + [200]
+
+
+@pytest.mark.parametrize("target", [b"a:443", b"/v1/models"])
+def test_nothing_goes_through_a_tunnel(connection: socket.socket, target: bytes) -> None:
+    connection.sendall(b"CONNECT " + target + b" HTTP/1.1\r\nhost: a\r\n\r\n" + OTHER)
+    assert parsed(rest(connection)) == (400, "invalid_http")
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_old_clients_get_no_chunks(
+    connection: socket.socket, version: bytes, is_stream: bool
+) -> None:
+    body = json.dumps(json.loads(BODY) | {"stream": is_stream}).encode()
+    head = POST.replace(b"1.1", version) + b"connection: close\r\n"
+    connection.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+    head, _, content = rest(connection).partition(b"\r\n\r\n")
+    assert statuses(head) == [200]
+    is_chunked = b"transfer-encoding: chunked" in head.lower()
+    assert is_chunked == (is_stream and version == b"1.1")
+    if is_stream and not is_chunked:
+        assert content.startswith(b"data: ")
+        assert content.endswith(b"data: [DONE]\n\n")
+    elif not is_stream:
+        assert b"content-length: %d\r\n" % len(content) in head.lower()
+        assert json.loads(content)["object"] == "text_completion"
+
+
+def test_old_clients_are_not_asked_to_continue(connection: socket.socket) -> None:
+    connection.sendall(POST.replace(b"1.1", b"1.0") + b"expect: 100-continue\r\n")
+    connection.sendall(b"content-length: %d\r\n\r\n" % len(BODY) + BODY)
+    assert statuses(rest(connection)) == [200]
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b"0\r\n" + b"a:\r\n" * 21,
+        b"0\r\na: " + b"b" * 3000,
+        b"0\r\n" + b"a" * 3000,
+        b"0;" + b"a" * 3000,
+        b"1;" + b"a" * 1500 + b"\r\n \r\n" + b"1;" + b"a" * 1500,
+    ],
+)
+def test_what_follows_the_headers_counts_as_headers(connection: socket.socket, tail: bytes) -> None:
+    connection.sendall(POST + b"transfer-encoding: chunked\r\n\r\n" + tail)
+    assert parsed(rest(connection)) == (431, "headers_too_large")
+
+
+def test_trailers_are_no_headers(connection: socket.socket) -> None:
+    chunks = b"%x;a=b\r\n%b\r\n0\r\nx-session-id: none\r\n\r\n" % (len(BODY), BODY)
+    connection.sendall(POST + b"transfer-encoding: chunked\r\n\r\n" + chunks)
+    assert answer(connection)[0] == 200
+
+
+def test_every_request_sent_ahead_is_answered_in_order(connection: socket.socket) -> None:
+    """Of every size: also where one ends in the middle of a piece, and where it fills many."""
+    numbers = range(400)
+    requests = []
+    for number in numbers:
+        body = b"%d%b" % (number, b" " * (37 * number % 3000))
+        framed = (with_length, in_chunks)[number % 2](body)
+        head = b"POST /v1/none HTTP/1.1\r\nhost: a\r\nx-request-id: id-%d-\r\n" % number
+        requests.append(head + b"\r\n".join(framed))
+    requests.append(b"GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+    sent = b"".join(requests)
+    connection.setblocking(False)
+    raw, is_open = b"", True
+    while is_open:
+        readable, writable, _ = select.select([connection], [connection] if sent else [], [])
+        if writable:
+            sent = sent[connection.send(sent[:100_000]) :]
+        if readable:
+            part = connection.recv(65536)
+            raw, is_open = raw + part, bool(part)
+    assert statuses(raw) == len(numbers) * [404] + [200]
+    places = [raw.index(b"id-%d-" % number) for number in numbers]
+    assert places == sorted(places)
+
+
+def test_a_fault_is_answered_in_its_turn(connection: socket.socket) -> None:
+    """What was asked for before it is answered whole."""
+    body = b'{"prompt": "a", "max_tokens": 30, "ignore_eos": true, "stream": true}'
+    good = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+    for bad in (b"x\r\n\r\n", POST + b"transfer-encoding: chunked\r\n\r\nx"):
+        with closing(socket.create_connection(connection.getpeername(), PATIENCE_S)) as other:
+            other.sendall(good + bad)
+            raw = rest(other)
+        assert statuses(raw) == [200, 400]
+        assert b"data: [DONE]\n\n\r\n0\r\n\r\nHTTP/1.1 400" in raw
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_client_that_sends_no_more_is_answered(patient: LiveServer, is_stream: bool) -> None:
+    """Long after it has said so, and whatever it had sent ahead."""
+    asked = {"prompt": "a", "max_tokens": 3000, "ignore_eos": True, "stream": is_stream}
+    body = json.dumps(asked).encode()
+    with closing(connect(patient)) as connection:
+        connection.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
+        patient.wait_until_running(1)
+        connection.sendall(OTHER)
+        connection.shutdown(socket.SHUT_WR)
+        raw = rest(connection)
+    assert raw.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert raw.count(b"HTTP/1.1 404 Not Found\r\n") == 1
+    if is_stream:
+        assert b"data: [DONE]\n\n" in raw
+    else:
+        content = raw.partition(b"\r\n\r\n")[2].partition(b"HTTP/1.1 404")[0]
+        assert json.loads(content)["usage"]["completion_tokens"] == 3000
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /v1/mod", POST + b"content-length: 9\r\n\r\n{"])
+def test_half_a_request_and_no_more_to_come_is_cut(patient: LiveServer, sent: bytes) -> None:
+    with closing(connect(patient)) as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        assert rest(connection) == b""
+
+
+@pytest.mark.parametrize("ahead", [b"", OTHER])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_client_that_has_gone_is_not_answered(
+    patient: LiveServer, is_stream: bool, ahead: bytes
+) -> None:
+    """Though the end of its sending is all that the server sees at first."""
+    cancelled = patient.num_answered("cancelled")
+    asked = {"prompt": "a", "max_tokens": 60_000, "ignore_eos": True, "stream": is_stream}
+    body = json.dumps(asked).encode()
+    with closing(connect(patient)) as connection:
+        connection.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
+        patient.wait_until_running(1)
+        connection.sendall(ahead)
+        if is_stream:
+            connection.shutdown(socket.SHUT_WR)  # so that what is unread resets nothing yet
+    wait_until(lambda: patient.num_answered("cancelled") == cancelled + 1)
+    patient.wait_until_idle()
+
+
+def test_a_client_that_has_gone_waits_no_more(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Though nothing of the answer but its headers could be sent to it yet."""
+    body = b'{"prompt": "a", "max_tokens": 60000, "ignore_eos": true, "stream": true}'
+    request = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+    settings = tiny_settings(tiny_checkpoint, tmp_path, max_running=1, keepalive_s=10 * PATIENCE_S)
+    with live_server(settings) as server, closing(connect(server)) as first:
+        first.sendall(request)
+        server.wait_until_running(1)
+        with closing(connect(server)) as second:
+            second.sendall(request)
+            assert second.recv(65536).startswith(b"HTTP/1.1 200 OK")
+            wait_until(lambda: server.num_waiting() == 1)
+            second.shutdown(socket.SHUT_WR)
+        wait_until(lambda: server.num_waiting() == 0)
+        assert server.num_answered("cancelled") == 1
+
+
+class Recorder(asyncio.Transport):
+    """A connection without a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.reads = True
+        self._is_closing = False
+
+    def write(self, data: "bytes | bytearray | memoryview[Any]") -> None:
+        self.written += data
+
+    def close(self) -> None:
+        self._is_closing = True
+
+    def is_closing(self) -> bool:
+        return self._is_closing
+
+    def pause_reading(self) -> None:
+        self.reads = False
+
+    def resume_reading(self) -> None:
+        self.reads = True
+
+
+def test_requests_sent_ahead_are_bounded(tmp_path: Path) -> None:
+    """In number and in bytes, though the application looks out for a disconnect."""
+    may_answer = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["path"] == "/"
+        watching = asyncio.ensure_future(receive())
+        await may_answer.wait()
+        watching.cancel()
+        headers = [(b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 204, "headers": headers})
+        await send({"type": "http.response.body"})
+
+    async def send_ahead() -> None:
+        settings = Settings(checkpoint=tmp_path)
+        config = uvicorn_config(app, settings, 1)
+        protocol = cast(Any, config.http)(config, ServerState(), {})
+        assert isinstance(protocol, BoundedProtocol)
+        transport = Recorder()
+        protocol.connection_made(transport)
+        num_sent = 0
+        for _ in range(10):
+            for _ in range(100):
+                if transport.reads:
+                    protocol.data_received(b"GET / HTTP/1.1\r\n\r\n" * 1000)
+                    num_sent += 1000
+            assert not transport.reads
+            assert len(protocol.pipeline) < 100
+            await asyncio.sleep(0)  # the application runs
+        assert num_sent < 10_000
+        may_answer.set()
+        await until(lambda: transport.written.count(b" 204 ") == num_sent)
+        assert transport.reads
+        protocol.connection_lost(None)
+
+    asyncio.run(send_ahead())
+
+
+def test_an_idle_connection_outlives_those_of_clients(tmp_path: Path) -> None:
+    """httpx keeps its own for 5 s, aiohttp for 15 s, nginx for 60 s."""
+    assert Settings(checkpoint=tmp_path).keep_alive_timeout_s > 60
+
+
+def test_a_request_answered_early_leaves_an_idle_connection(impatient: LiveServer) -> None:
+    """It is not cut as one that has begun a request."""
+    with closing(connect(impatient)) as connection:
+        connection.sendall(b"POST /v1/none HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\na")
+        assert answer(connection)[0] == 404
+        connection.sendall(b"bcd")
+        time.sleep(HEADER_S * 1.5)
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n")
+        assert answer(connection)[0] == 200
