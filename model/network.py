@@ -176,7 +176,10 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_sz, config.d_emb)
+        # Given its weight: else it is drawn twice, and for that a network without memory imports
+        # torch's compiler, which takes as long as torch.
+        weight = torch.empty(config.vocab_sz, config.d_emb)
+        self.embed = nn.Embedding(config.vocab_sz, config.d_emb, _weight=weight)
         self.embed_pos = LatentPosition(config.d_emb)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.lnorm = nn.LayerNorm(config.d_emb)
