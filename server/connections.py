@@ -130,7 +130,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                raise InvalidRequest("this server is no proxy", code="invalid_http")
+                raise InvalidRequest(
+                    "CONNECT is not supported: this server is not a proxy", code="invalid_http"
+                )
             return  # `_feed` parses it again
         num_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if num_bytes > self.settings.max_header_bytes:
@@ -233,6 +235,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.parser = HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
             self.parser.feed_data(head + b"".join(headers) + b"\r\n")
+        self._num_header_bytes = max(self._num_header_bytes, 0)  # small chunks earn no credit
         if self._num_header_bytes > self.settings.max_header_bytes:
             raise self._too_large()
         self._check_number_of_headers()
