@@ -14,6 +14,7 @@ AFTER_ITEM, AFTER_KEY = ", ?", ": ?"
 """What may stand between JSON's values: texts have one line, compact or as `json.dumps` writes it.
 Where more white space may come, a weak model goes on with it for ever, or for as long as it may."""
 
+MAX_SOURCE_BYTES = 256 * 1024
 MESSAGE_CHARACTERS = 200
 """A source that is refused must not come back as its own error message."""
 
@@ -56,6 +57,11 @@ class GrammarSpec:
             return sum(len(part.encode()) for part in parts)
         except UnicodeEncodeError as error:
             raise GrammarError("the source has half of a surrogate pair") from error
+
+    def check_size(self) -> None:
+        """Raises GrammarError for a source that is too large."""
+        if self.num_bytes > MAX_SOURCE_BYTES:
+            raise GrammarError(f"the source has more than {MAX_SOURCE_BYTES:,} bytes")
 
 
 def library_source(spec: GrammarSpec) -> str:
