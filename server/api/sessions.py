@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter, ValidationError
 
 from server.api.auth import Caller, CallerDep, OwnerDep
+from server.api.bodies import JSONRoute
 from server.api.generation.answer import Answer
 from server.api.generation.deliver import Reply, deliver
 from server.api.generation.generation import read_generation
@@ -56,6 +57,7 @@ TURN_TOLD = {
 }
 METADATA: TypeAdapter[dict[str, str]] = TypeAdapter(Metadata)
 router = APIRouter(
+    route_class=JSONRoute,
     prefix=PREFIX,
     tags=["sessions"],
     responses=refusals(*GUARDED),
