@@ -6,7 +6,6 @@ request that could be answered, and to make, to refuse and to free them holds th
 
 import json
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from email.message import Message
 from typing import Any
 
@@ -23,7 +22,6 @@ from server.api import problems
 from server.api.service import get_service
 from server.api.texts import SHORT
 from server.errors import InvalidRequest
-from server.settings import Settings
 
 MAX_NAMES = MAX_CONTAINERS = 16_384
 """Members of all objects of a body, and objects and lists. A chat of 5,000 messages has fewer."""
@@ -48,8 +46,8 @@ class JSONRoute(APIRoute):
             except ClientDisconnect as error:
                 raise HTTPException(400) from error
             if content:
-                parse = _Body(content, adapter, service.settings).parse
-                read.value = await service.texts.run(len(content), parse)
+                most = service.settings.max_waiting_tokens
+                read.value = await service.texts.run(len(content), parse, content, adapter, most)
             return await handle(read)
 
         return read
@@ -64,24 +62,17 @@ class ReadRequest(Request):
         return self.value
 
 
-@dataclass(frozen=True)
-class _Body:
-    content: bytes
-    adapter: TypeAdapter[Any]
-    settings: Settings
-
-    def parse(self) -> Any:
-        """What the body says, validated. Raises InvalidRequest naming the first thing wrong."""
-        content = self.content
-        if (encoding := json.detect_encoding(content)) not in ("utf-8", "utf-8-sig"):
-            content = content.decode(encoding, "replace").encode()
-        if len(content) > SHORT:
-            check_shape(content, self.settings.max_waiting_tokens)
-        try:
-            return self.adapter.validate_python(_loads(content))
-        except ValidationError as error:
-            found = error.errors(include_url=False)
-        raise problems.describe(found, found[0]["loc"])
+def parse(content: bytes, adapter: TypeAdapter[Any], max_values: int) -> Any:
+    """What a body says, validated. Raises InvalidRequest naming the first thing wrong."""
+    if (encoding := json.detect_encoding(content)) not in ("utf-8", "utf-8-sig"):
+        content = content.decode(encoding, "replace").encode()
+    if len(content) > SHORT:
+        check_shape(content, max_values)
+    try:
+        return adapter.validate_python(_loads(content))
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+    raise problems.describe(found, found[0]["loc"])
 
 
 def _is_json(content_type: str) -> bool:
@@ -161,7 +152,9 @@ class _Marks:
             name = json.loads(self._content[start : int(self._places[colon])])
         except ValueError:
             return None
-        return problems.shortened(name) if isinstance(name, str) else None
+        if not isinstance(name, str):
+            return None
+        return problems.shortened(name.encode(errors="replace").decode())
 
     def _is(self, marks: bytes) -> NDArray[np.bool_]:
         return np.isin(self._kinds, np.frombuffer(marks, np.uint8))

@@ -235,7 +235,7 @@ async def _create_with_prompt(
     service: Service, caller: Caller, prompt: Prompt, target: NewSession
 ) -> Entry:
     """A session whose first turn read the prompt. Raises InvalidRequest and what a turn does."""
-    asked = CompletionRequest(prompt=prompt, max_tokens=0)
+    asked = CompletionRequest.model_construct(prompt=prompt, max_tokens=0)  # it is valid
     if len(asked.prompts) != 1 or not asked.prompts[0]:
         raise InvalidRequest("a session begins with one text, which is not empty", "prompt")
     generation = await read_generation(service, asked)

@@ -21,6 +21,7 @@ TOO_MUCH: list[tuple[Any, str | None, str]] = [
     ({"a": [0] * (MAX_VALUES + 1)}, "a", "values"),
     ({f"a{i}": 1 for i in range(MANY)}, f"a{MAX_NAMES}", "names"),
     ([0] * (MAX_VALUES + 2), None, "values"),
+    ({f"\ud800{i}": 1 for i in range(MANY)}, f"?{MAX_NAMES}", "names"),
     ({'{"[,:\\': [0] * (MAX_VALUES + 1)}, '{"[,:\\', "values"),
 ]
 

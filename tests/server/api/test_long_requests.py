@@ -43,6 +43,7 @@ CALLS: dict[str, tuple[str, Callable[[], str], int]] = {
         400,
     ),
     "session's metadata": ("sessions", lambda: names("0", '{"metadata":{', "}}"), 400),
+    "a session's prompt": ("sessions", lambda: repeat("10", '{"prompt":[', "]}"), 400),
     "biases": ("completions", lambda: names('"x"', '{"prompt":"a","logit_bias":{', "}}"), 400),
     "prompts": ("completions", lambda: repeat("[1]", '{"prompt":[', "]}"), 400),
     "texts": ("completions", lambda: repeat('"a"', '{"prompt":[', "]}"), 400),
