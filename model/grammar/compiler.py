@@ -14,7 +14,6 @@ from model.grammar.trial import TrialProcess
 from model.grammar.vocabulary import Vocabulary
 from model.tokenizer import Tokenizer
 
-MAX_SOURCE_BYTES = 256 * 1024
 KEPT_GRAMMARS, KEPT_BYTES = 64, 4 * 1024 * 1024
 """Compiled sources that are kept, and the size of their sources together. What the library holds
 for one is 0.2 MiB as a rule, and more for one that finds out much about its tokens; that one is
@@ -50,8 +49,7 @@ class GrammarCompiler:
 
         Raises GrammarError if it is wrong, too large or takes too long, and GrammarBusyError.
         """
-        if spec.num_bytes > MAX_SOURCE_BYTES:
-            raise GrammarError(f"the source has more than {MAX_SOURCE_BYTES:,} bytes")
+        spec.check_size()
         if (known := self._kept.get(spec)) is not None:
             return _granted(known)
         try:

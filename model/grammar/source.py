@@ -13,6 +13,8 @@ from model.grammar.schema import library_schema
 
 Kind = Literal["json_object", "json_schema", "regex", "grammar", "choice"]
 
+MAX_SOURCE_BYTES = 256 * 1024
+
 _QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?![/*])(?:\\.|[^/\\\n])+/|//[^\n]*|#[^\n]*')
 _IS_LARK = re.compile(r"^\s*([?!]?start\s*(\[[^\]]*\]\s*)?:(?!:)|%llguidance\b)", re.MULTILINE)
 _UNWANTED_OPTION = re.compile(r"\b(temperature|max_tokens|stop|stop_capture)\s*=")
@@ -43,6 +45,11 @@ class GrammarSpec:
             return sum(len(part.encode()) for part in parts)
         except UnicodeEncodeError as error:
             raise GrammarError("the source has half of a surrogate pair") from error
+
+    def check_size(self) -> None:
+        """Raises GrammarError for a source that is too large."""
+        if self.num_bytes > MAX_SOURCE_BYTES:
+            raise GrammarError(f"the source has more than {MAX_SOURCE_BYTES:,} bytes")
 
 
 def library_source(spec: GrammarSpec) -> str:

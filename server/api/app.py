@@ -83,6 +83,7 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: Store) -> Fast
                 chore.cancel()
             await asyncio.wait(chores)
             await service.streams.close()
+            await asyncio.to_thread(service.texts.close)
             await asyncio.to_thread(service.grammars.close)
             await asyncio.to_thread(service.engine.stop)
             await store.close()

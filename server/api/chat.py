@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from server.api.auth import CallerDep
+from server.api.bodies import JSONRoute
 from server.api.generation.chat_shape import ChatShape
 from server.api.generation.prompts import ChatPrompt, said
 from server.api.generation.session_turn import ANSWER_HEADERS_DOC, SessionHeaders, answer_turn
@@ -13,7 +14,7 @@ from server.api.service import ServiceDep
 from server.api.sse import events_of
 from server.errors import InvalidRequest
 
-router = APIRouter(tags=["chat"], responses=refusals(*GUARDED))
+router = APIRouter(route_class=JSONRoute, tags=["chat"], responses=refusals(*GUARDED))
 
 
 @router.post(

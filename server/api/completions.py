@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from server.api.auth import CallerDep
+from server.api.bodies import JSONRoute
 from server.api.generation.completion_shape import CompletionShape
 from server.api.generation.prompts import TextPrompt
 from server.api.generation.session_turn import ANSWER_HEADERS_DOC, SessionHeaders, answer_turn
@@ -12,7 +13,7 @@ from server.api.schemas.completions import Completion, CompletionRequest
 from server.api.service import ServiceDep
 from server.api.sse import events_of
 
-router = APIRouter(tags=["completions"], responses=refusals(*GUARDED))
+router = APIRouter(route_class=JSONRoute, tags=["completions"], responses=refusals(*GUARDED))
 
 
 @router.post(

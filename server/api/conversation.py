@@ -14,7 +14,10 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, TooManyTokens
+
+ENCODED_TOGETHER = 256
+"""Pieces of a prompt between the names of special tokens in it."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,15 @@ class Conversation:
             "eos_token": "" if eos is None else tokenizer.name_of(eos),
         }
 
-    def begin(self, messages: Sequence[Said]) -> list[int]:
-        """Tokens of a whole conversation, up to where the answer begins. Raises UnfitMessages."""
-        return self._encode([_facts(message) for message in messages])
+    def begin(self, messages: Sequence[Said], max_tokens: int) -> list[int]:
+        """Tokens of a whole conversation, up to where the answer begins.
 
-    def go_on(self, messages: Sequence[Said]) -> list[int]:
-        """Tokens between the last answer and the next one. Raises UnfitMessages.
+        Raises UnfitMessages, and TooManyTokens.
+        """
+        return self._encode([_facts(message) for message in messages], max_tokens)
+
+    def go_on(self, messages: Sequence[Said], max_tokens: int) -> list[int]:
+        """Tokens between the last answer and the next one. Raises UnfitMessages and TooManyTokens.
 
         No messages: nothing, so that the last answer itself goes on.
         """
@@ -70,10 +76,15 @@ class Conversation:
             return []
         answer = secrets.token_hex(16)
         before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-        return self._encode(before + [_facts(message) for message in messages], behind=answer)
+        facts = before + [_facts(message) for message in messages]
+        return self._encode(facts, max_tokens, behind=answer)
 
-    def _encode(self, messages: list[dict[str, str]], behind: str = "") -> list[int]:
+    def _encode(
+        self, messages: list[dict[str, str]], max_tokens: int, behind: str = ""
+    ) -> list[int]:
         """Special tokens are those of the template only: in a message their names are text."""
+        num_characters = sum(len(message["content"]) for message in messages)
+        self._tokenizer.check_length(num_characters, max_tokens)
         mark = f"\ue000{secrets.token_hex(8)}\ue001"
         for message in messages:
             for name in self._tokenizer.special_tokens:
@@ -83,9 +94,12 @@ class Conversation:
             _, found, text = text.partition(behind)
             if not found:
                 raise UnfitMessages("it does not show earlier answers, so that no chat can go on")
-        ids = list[int]()
-        for part in text.split(mark):
-            ids += self._tokenizer.encode(part)
+        ids, parts = list[int](), text.split(mark)
+        for start in range(0, len(parts), ENCODED_TOGETHER):
+            for encoded in self._tokenizer.encode_batch(parts[start : start + ENCODED_TOGETHER]):
+                ids += encoded
+            if len(ids) > max_tokens:
+                raise TooManyTokens(len(ids))
         return ids
 
     def _render(self, messages: list[dict[str, str]]) -> str:

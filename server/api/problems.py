@@ -1,7 +1,8 @@
 """Every error becomes OpenAI's error object, whoever raised it."""
 
 import http
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,6 +22,8 @@ from server.errors import (
 from server.metrics import Metrics
 
 LONGEST_ECHO = 200
+_ECHO = reprlib.Repr()
+_ECHO.maxstring = _ECHO.maxlong = _ECHO.maxother = LONGEST_ECHO
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -63,37 +66,43 @@ def body_too_large() -> InvalidRequest:
     )
 
 
-def _describe(request: Request, problems: Sequence[Any]) -> InvalidRequest:
-    """The first problem, with the path of its field and what was given, cut to a few words."""
-    problem = problems[0]
-    path = [str(part) for part in problem["loc"][1:]]
-    kind = problem["type"]
-    if kind == "json_invalid":
-        reason = problem.get("ctx", {}).get("error", "")
-        where = f"{reason} at character {path[0]}"
-        return InvalidRequest(f"the body is not JSON: {where}", code="invalid_json")
-    if not path and kind != "missing":
-        given = request.headers.get("content-type")
-        if given is None or "json" not in given:
-            said = "without a Content-Type" if given is None else f"of type {given[:LONGEST_ECHO]}"
-            return InvalidRequest(
-                f"the body is {said}; it must be application/json",
-                code="unsupported_media_type",
-                status=415,
-            )
-        return InvalidRequest("the body must be a JSON object", code="invalid_body")
-    param = _field(path)
+def describe(found: Sequence[Mapping[str, Any]], path: Sequence[int | str]) -> InvalidRequest:
+    """The first of a validation's errors, with the path of its field and what was given, cut to a
+    few words."""
+    problem = found[0]
+    param, kind = _field([str(part) for part in path]), problem["type"]
     if kind == "missing":
         named = f"{param} is required" if param else "a body is required"
         return InvalidRequest(named, param, "missing_required_parameter")
+    if not path:
+        return InvalidRequest("the body must be a JSON object", code="invalid_body")
     if kind == "extra_forbidden":
         return InvalidRequest(f"{param}: there is no such parameter", param, "unknown_parameter")
     if kind == "unsupported":
         return InvalidRequest(f"{param}: {problem['msg']}", param, "unsupported_parameter")
-    given = repr(problem.get("input"))
-    if len(given) > LONGEST_ECHO:
-        given = given[:LONGEST_ECHO] + "…"
+    given = shortened(_ECHO.repr(problem.get("input")))
     return InvalidRequest(f"{param}: {problem['msg']}, not {given}", param, "invalid_value")
+
+
+def shortened(text: str) -> str:
+    """So much of what a client sent as an answer may have."""
+    return text if len(text) <= LONGEST_ECHO else text[:LONGEST_ECHO] + "…"
+
+
+def _describe(request: Request, found: Sequence[Any]) -> InvalidRequest:
+    """What the framework finds wrong with a request: a parameter, or a body that is not JSON."""
+    path = found[0]["loc"][1:]
+    if path or found[0]["type"] == "missing":
+        return describe(found, path)
+    given = request.headers.get("content-type")
+    if given is not None and "json" in given:
+        return describe(found, path)
+    said = "without a Content-Type" if given is None else f"of type {shortened(given)}"
+    return InvalidRequest(
+        f"the body is {said}; it must be application/json",
+        code="unsupported_media_type",
+        status=415,
+    )
 
 
 def _field(path: Sequence[str]) -> str | None:

@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from server.api.auth import CallerDep, OwnerDep
+from server.api.bodies import JSONRoute
 from server.api.conversation import Said
 from server.api.generation.answer import Answer
 from server.api.generation.deliver import EventStream, reply
@@ -25,6 +26,7 @@ from server.errors import InternalError, InvalidRequest, NeedsStream, NotFound
 from server.sessions.ledger import After, NewResponse, new_response_id
 
 router = APIRouter(
+    route_class=JSONRoute,
     prefix="/v1/responses",
     tags=["responses"],
     responses=refusals(*GUARDED),
@@ -115,7 +117,9 @@ async def cancel_response(
     One that has ended stays as it is.
     """
     record = await service.ledger.get(owner, "response", response_id)
-    if not ResponseObject.model_validate_json(record.body or "").background:
+    body = record.body or ""
+    parse = ResponseObject.model_validate_json
+    if not (await service.texts.run(len(body), parse, body)).background:
         raise InvalidRequest(
             "only a response in the background can be cancelled; any other ends with its "
             "connection",

@@ -12,6 +12,7 @@ from server.api.conversation import Conversation
 from server.api.generation.router import Router
 from server.api.limits import Limiter
 from server.api.streams import Streams
+from server.api.texts import Texts
 from server.engine.engine import Engine
 from server.errors import ShuttingDown
 from server.metrics import Metrics
@@ -69,6 +70,7 @@ class Service:
     """How messages become a prompt; None for a model without a chat template."""
 
     limiter: Limiter
+    texts: Texts = field(default_factory=Texts)
     open_turns: OpenTurns = field(default_factory=OpenTurns)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the server is about to stop: no new turns."""

@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter, ValidationError
 
 from server.api.auth import Caller, CallerDep, OwnerDep
+from server.api.bodies import JSONRoute
 from server.api.generation.answer import Answer
 from server.api.generation.deliver import Reply, deliver
 from server.api.generation.generation import read_generation
@@ -56,6 +57,7 @@ TURN_TOLD = {
 }
 METADATA: TypeAdapter[dict[str, str]] = TypeAdapter(Metadata)
 router = APIRouter(
+    route_class=JSONRoute,
     prefix=PREFIX,
     tags=["sessions"],
     responses=refusals(*GUARDED),
@@ -233,7 +235,7 @@ async def _create_with_prompt(
     service: Service, caller: Caller, prompt: Prompt, target: NewSession
 ) -> Entry:
     """A session whose first turn read the prompt. Raises InvalidRequest and what a turn does."""
-    asked = CompletionRequest(prompt=prompt, max_tokens=0)
+    asked = CompletionRequest.model_construct(prompt=prompt, max_tokens=0)  # it is valid
     if len(asked.prompts) != 1 or not asked.prompts[0]:
         raise InvalidRequest("a session begins with one text, which is not empty", "prompt")
     generation = await read_generation(service, asked)

@@ -98,8 +98,10 @@ class EventSink:
         self._number = 0
         self.silence_s = silence_s
 
-    async def send(self, pieces: Iterable[Piece]) -> None:
-        events = [self._event(piece) for piece in pieces]
+    def encode(self, pieces: Iterable[Piece]) -> list[bytes]:
+        return [self._event(piece) for piece in pieces]
+
+    async def send(self, events: list[bytes]) -> None:
         if events:
             await self._write(events)
 
@@ -109,7 +111,7 @@ class EventSink:
     async def done(self) -> None:
         """End the stream."""
         if self._format.ends_with_done:
-            await self.send([DONE])
+            await self.send(self.encode([DONE]))
 
     def _event(self, piece: Piece) -> bytes:
         number, self._number = self._number, self._number + 1

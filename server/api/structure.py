@@ -6,6 +6,7 @@ from model.grammar import Grammar, GrammarBusyError, GrammarError, GrammarSpec
 from server.api.schemas.generation import SamplingRequest
 from server.api.schemas.structure import JsonSchemaFormat, StructuredOutputs, TextFormat
 from server.api.service import Service
+from server.api.texts import LONG
 from server.errors import InvalidRequest, Overloaded
 
 
@@ -15,7 +16,9 @@ async def read_grammar(service: Service, body: SamplingRequest) -> Grammar | Non
     Raises InvalidRequest for a source that is wrong, or takes too long, and Overloaded when too
     many others are being compiled.
     """
-    asked = _asked(body)
+    if body.structured_outputs is None and body.asked_format is None:
+        return None
+    asked = await service.texts.run(LONG, _asked_within_bounds, body)
     if asked is None:
         return None
     spec, param = asked
@@ -25,6 +28,18 @@ async def read_grammar(service: Service, body: SamplingRequest) -> Grammar | Non
         raise InvalidRequest(str(error), param, "invalid_grammar") from error
     except GrammarBusyError as error:
         raise Overloaded(str(error), "grammar_queue_full") from error
+
+
+def _asked_within_bounds(body: SamplingRequest) -> tuple[GrammarSpec, str] | None:
+    """`_asked`, which is not too large. Raises InvalidRequest."""
+    asked = _asked(body)
+    if asked is not None:
+        spec, param = asked
+        try:
+            spec.check_size()
+        except GrammarError as error:
+            raise InvalidRequest(str(error), param, "invalid_grammar") from error
+    return asked
 
 
 def _asked(body: SamplingRequest) -> tuple[GrammarSpec, str] | None:

@@ -1,8 +1,11 @@
 """`/tokenize` and `/detokenize`: what the model reads of a text."""
 
-from fastapi import APIRouter, Depends
+from collections.abc import Sequence
+
+from fastapi import APIRouter, Depends, Response
 
 from server.api.auth import get_owner
+from server.api.bodies import JSONRoute
 from server.api.generation.generation import check_ids, check_model
 from server.api.generation.prompts import ChatPrompt, encode, said
 from server.api.refusals import GUARDED, JSON, refusals
@@ -14,43 +17,46 @@ from server.api.schemas.tokens import (
     TokenizerInfo,
 )
 from server.api.service import Service, ServiceDep
+from server.api.texts import to_json_list
 from server.engine.messages import Continuation
 from server.errors import InvalidRequest
 
 router = APIRouter(
+    route_class=JSONRoute,
     dependencies=[Depends(get_owner)],
     tags=["tokens"],
     responses=refusals(*GUARDED),
 )
 
 
-@router.post("/tokenize", responses=refusals(*JSON, 404))
-async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Tokenized:
+@router.post("/tokenize", response_model=Tokenized, responses=refusals(*JSON, 404))
+async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
     """The tokens of a text, or of a conversation by the model's chat template."""
     check_model(service, body.model)
     adds = body.add_special_tokens is None or body.add_special_tokens
     bos = service.checkpoint.network.config.bos_token_id
+    texts, most = service.texts, service.settings.max_waiting_tokens
+    ids: Sequence[int]
     match body.prompt, body.messages:
         case str(text), None:
-            ids = await encode(service, text)
-            ids = (bos, *ids) if adds and bos is not None else ids
+            ids = await texts.run(len(text), encode, service, text, most)
+            ids = [bos, *ids] if adds and bos is not None else ids
         case None, list(messages):
             [ids] = await ChatPrompt(service, said(messages), "messages").read(Continuation())
             ids = ids if adds or ids[:1] != (bos,) else ids[1:]
         case _:
             raise InvalidRequest("give a prompt or messages, one of them", "prompt")
-    names = None
-    if body.return_token_strs:
-        names = [service.checkpoint.tokenizer.name_of(token_id) for token_id in ids]
-    return Tokenized(count=len(ids), tokens=list(ids), token_strs=names, max_model_len=None)
+    content = await texts.run(len(ids), _tokenized, service, ids, bool(body.return_token_strs))
+    return Response(content, media_type="application/json")
 
 
-@router.post("/detokenize", responses=refusals(*JSON, 404))
-async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Detokenized:
+@router.post("/detokenize", response_model=Detokenized, responses=refusals(*JSON, 404))
+async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
     """The text of tokens. What was tokenised without `add_special_tokens` comes back as it was."""
     check_model(service, body.model)
     check_ids(service, body.tokens, "tokens")
-    return Detokenized(prompt=service.checkpoint.tokenizer.decode(body.tokens, names=True))
+    content = await service.texts.run(len(body.tokens), _detokenized, service, body.tokens)
+    return Response(content, media_type="application/json")
 
 
 @router.get("/tokenizer_info")
@@ -65,6 +71,19 @@ async def tokenizer_info(service: ServiceDep) -> TokenizerInfo:
         vocab_size=config.vocab_sz,
         chat_template=service.checkpoint.chat_template,
     )
+
+
+def _tokenized(service: Service, ids: Sequence[int], with_names: bool) -> bytes:
+    """The answer, written without its model: it may have a million tokens."""
+    name_of = service.checkpoint.tokenizer.name_of
+    names = to_json_list([name_of(i) for i in ids]) if with_names else b"null"
+    fields = (len(ids), to_json_list(ids), names)
+    return b'{"count":%d,"tokens":%s,"token_strs":%s,"max_model_len":null}' % fields
+
+
+def _detokenized(service: Service, ids: Sequence[int]) -> str:
+    text = service.checkpoint.tokenizer.decode(ids, names=True)
+    return Detokenized(prompt=text).model_dump_json()
 
 
 def _name(service: Service, token_id: int | None) -> str | None:

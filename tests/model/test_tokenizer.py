@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from model import tokenizer
-from model.tokenizer import Detokenizer, Tokenizer, TokenizerError
+from model.tokenizer import Detokenizer, Tokenizer, TokenizerError, TooManyTokens
 
 TEXTS = ["the cat sat on the mat, and the café was naïve 日本語 🙂🙂 " * 3, "  two\n\n\tspaces"]
 SPECIAL = ["<|endoftext|>", "<|user|>"]
@@ -48,6 +48,29 @@ def test_names_of_special_tokens_can_be_spelt_out() -> None:
 @given(st.lists(ANY_TEXT, max_size=5))
 def test_a_batch_is_encoded_as_its_texts(texts: list[str]) -> None:
     assert WORDS.encode_batch(texts) == [WORDS.encode(text) for text in texts]
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(SPECIAL)))
+def test_the_faster_call_gives_the_tokens_of_the_plain_one(parts: list[str]) -> None:
+    text = "".join(parts)
+    assert WORDS.encode(text) == WORDS._inner.encode(text, add_special_tokens=False).ids
+
+
+@given(ANY_TEXT, st.integers(0, 20))
+def test_a_text_with_more_tokens_than_it_may_have_is_refused(text: str, most: int) -> None:
+    ids = WORDS.encode(text)
+    if len(ids) <= most:
+        assert WORDS.encode(text, most) == ids
+        WORDS.check_length(len(text), most)
+    else:
+        with pytest.raises(TooManyTokens) as caught:
+            WORDS.encode(text, most)
+        assert most < caught.value.num_tokens <= len(ids)
+
+
+def test_a_text_that_is_far_too_long_is_refused_by_its_length() -> None:
+    with pytest.raises(TooManyTokens):
+        WORDS.check_length(1_000_000, 100)
 
 
 @given(ANY_TEXT)

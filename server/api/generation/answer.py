@@ -11,6 +11,9 @@ from server.api.schemas.generation import PromptTokensDetails, Timings, Usage
 from server.engine.messages import EngineRequest, Finished, PromptScored, Token
 from server.engine.messages import Timings as EngineTimings
 
+TOKEN_SIZE = 16
+"""A token with probabilities takes as long to render as so many characters."""
+
 
 class Delta(NamedTuple):
     """What one event added to a choice."""
@@ -150,6 +153,12 @@ class Answer:
             end = event.reason, event.stopped_by
             return Delta(index, event.text, event.tokens, offsets, False, *end, usage)
         return Delta(index, event.text, event.tokens, offsets, usage=usage)
+
+    @property
+    def size(self) -> int:
+        """How much a rendering of all of it goes through, for `Texts.run`."""
+        told = sum(len(c.generated.tokens) + len(c.prompt.tokens) for c in self.choices)
+        return TOKEN_SIZE * told + sum(len(c.prompt_ids) + len(c.text) for c in self.choices)
 
     @property
     def is_finished(self) -> bool:

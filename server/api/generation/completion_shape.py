@@ -144,7 +144,7 @@ class CompletionShape(TurnShape[CompletionRequest]):
 
     def _logprobs(self, tokens: Iterable[Token], offsets: Iterable[int]) -> CompletionLogprobs:
         tokens = list(tokens)
-        return CompletionLogprobs(
+        return CompletionLogprobs.model_construct(  # as many as a prompt has
             tokens=[self._name(token.token_id) for token in tokens],
             token_logprobs=[token.logprob for token in tokens],
             top_logprobs=[self._top(token) for token in tokens] if self.body.logprobs else None,

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.generation.answer import Answer
+from server.api.generation.answer import TOKEN_SIZE, Answer, Delta
 from server.api.generation.shape import Shape, as_json
-from server.api.generation.turn import AdmittedTurn
+from server.api.generation.turn import AdmittedTurn, TextEvent
 from server.api.schemas.generation import Timings
 from server.api.sse import EVENT_STREAM, NO_BUFFERING, EventSink, Piece
 from server.errors import Cancelled, InternalError, LatentdError
@@ -34,8 +34,11 @@ class Sink(Protocol):
     silence_s: float | None
     """After so many seconds without a piece `keep_alive` is called; None: never."""
 
-    async def send(self, pieces: Iterable[Piece]) -> None:
-        """Pieces that are there at once."""
+    def encode(self, pieces: Iterable[Piece]) -> list[bytes]:
+        """The pieces as they will be sent."""
+
+    async def send(self, events: list[bytes]) -> None:
+        """What is there at once."""
 
     async def keep_alive(self) -> None: ...
 
@@ -45,7 +48,12 @@ class Reply:
 
     silence_s: float | None = None
 
-    async def send(self, pieces: Iterable[Piece]) -> None:
+    def encode(self, pieces: Iterable[Piece]) -> list[bytes]:
+        """Nothing."""
+        del pieces
+        return []
+
+    async def send(self, events: list[bytes]) -> None:
         """Does nothing."""
 
     async def keep_alive(self) -> None:
@@ -59,18 +67,29 @@ async def deliver(turn: AdmittedTurn, answer: Answer, shape: Shape[Any], sink: S
     `commit` raise.
     """
     ended_by: LatentdError = Cancelled()
+    run = turn.texts.run
+
+    def add(events: list[tuple[int, TextEvent]]) -> list[Delta]:
+        return [answer.add(index, event) for index, event in events]
+
+    def encode(deltas: list[Delta]) -> list[bytes]:
+        return sink.encode(piece for delta in deltas for piece in shape.pieces(delta))
+
     try:
-        await sink.send(shape.opening())
+        await sink.send(await run(answer.size, lambda: sink.encode(shape.opening())))
         async for events in turn.events(sink.silence_s):
             if events is None:
                 await sink.keep_alive()
                 continue
-            deltas = [answer.add(index, event) for index, event in events]
+            size = TOKEN_SIZE * sum(len(event.tokens) for _, event in events)
+            deltas = await run(size, add, events)
             if answer.is_finished:
-                body = as_json(shape.whole()) if turn.needs_body else None
+                size, body = answer.size, None  # the last events may have all of it
+                if turn.needs_body:
+                    body = await run(size, shape.to_json)
                 await turn.commit(body, answer.num_generated)
-            await sink.send([piece for delta in deltas for piece in shape.pieces(delta)])
-        await sink.send(shape.closing())
+            await sink.send(await run(size, encode, deltas))
+        await sink.send(await run(answer.size, lambda: sink.encode(shape.closing())))
     except Exception as error:
         ended_by = error if isinstance(error, LatentdError) else InternalError()
         raise
@@ -88,7 +107,7 @@ async def deliver_events(
         await deliver(turn, answer, shape, sink)
     except LatentdError as error:
         outcome = error.outcome
-        await sink.send([shape.failure(error)])
+        await sink.send(sink.encode([shape.failure(error)]))
     await sink.done()
     return outcome
 
@@ -111,7 +130,8 @@ async def reply(
     finally:
         await turn.close(None, answer.num_generated)  # the delivery may not have begun
     headers = headers | timing_headers(shape.timings)
-    return Response(shape.to_json(), media_type="application/json", headers=headers)
+    body = await turn.texts.run(answer.size, shape.to_json)
+    return Response(body, media_type="application/json", headers=headers)
 
 
 class EventStream(Response):

@@ -30,7 +30,7 @@ async def _run(stream: Stream, turn: AdmittedTurn, answer: Answer, shape: Shape[
             status = "completed"
     except asyncio.CancelledError:
         status = "cancelled"
-        await sink.send([shape.failure(Cancelled())])
+        await sink.send(sink.encode([shape.failure(Cancelled())]))
         await sink.done()
     finally:
         stream.end(status)

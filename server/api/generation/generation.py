@@ -94,12 +94,7 @@ class Generation:
     def _check_prompt(self, settings: Settings, ids: tuple[int, ...], start: Continuation) -> None:
         limit = settings.max_prompt_tokens
         if len(ids) > limit:
-            raise InvalidRequest(
-                f"the prompt has {len(ids)} tokens, the most in one request is {limit}; a session "
-                "can read any number in several requests",
-                self.prompt_name,
-                "context_length_exceeded",
-            )
+            raise too_long(len(ids), limit, self.prompt_name)
         if not ids and not start.pending and self.template.max_tokens > 0:
             raise InvalidRequest(
                 "the prompt is empty and there is nothing to continue: it needs at least one token",
@@ -160,9 +155,19 @@ def check_model(service: Service, name: str | None) -> None:
 def check_ids(service: Service, token_ids: Sequence[int], param: str) -> None:
     """Raises InvalidRequest for a token that the model does not have."""
     vocab_sz = service.checkpoint.network.config.vocab_sz
-    outside = next((token_id for token_id in token_ids if token_id >= vocab_sz), None)
-    if outside is not None:
-        raise InvalidRequest(f"token id {outside} is not below {vocab_sz}", param)
+    largest = max(token_ids, default=0)
+    if largest >= vocab_sz:
+        raise InvalidRequest(f"token id {largest} is not below {vocab_sz}", param)
+
+
+def too_long(num_tokens: int, most: int, param: str) -> InvalidRequest:
+    """A prompt has more tokens than a request may have."""
+    return InvalidRequest(
+        f"the prompt has {num_tokens} tokens, the most in one request is {most}; a session can "
+        "read any number in several requests",
+        param,
+        "context_length_exceeded",
+    )
 
 
 def _max_tokens(settings: Settings, body: SamplingRequest) -> int:

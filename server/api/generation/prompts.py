@@ -1,19 +1,19 @@
 """Prompts: what a request says, as tokens that follow what a turn continues from."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from model.tokenizer import TooManyTokens
 from server.api.conversation import Said, UnfitMessages
-from server.api.generation.generation import check_ids
+from server.api.generation.generation import check_ids, too_long
 from server.api.schemas.chat import Message
 from server.api.service import Service
 from server.engine.messages import Continuation
 from server.errors import InvalidRequest
 
-SHORT_TEXT = 2048
-"""Characters that are tokenised faster than a thread is asked to do it."""
+MESSAGE_CHARACTERS = 64
+"""A message takes as long to render, besides its text."""
 
 
 class Prompt(Protocol):
@@ -31,12 +31,16 @@ class TextPrompt:
     texts: Sequence[str | list[int]]
 
     async def read(self, start: Continuation) -> list[tuple[int, ...]]:
+        return await self.service.texts.run(sum(map(len, self.texts)), self._read, start)
+
+    def _read(self, start: Continuation) -> list[tuple[int, ...]]:
         bos = self.service.checkpoint.network.config.bos_token_id
         prefix = () if bos is None or start.position else (bos,)
         prompts = list[tuple[int, ...]]()
         for text in self.texts:
             if isinstance(text, str):
-                prompts.append((*prefix, *await encode(self.service, text)))
+                most = self.service.settings.max_prompt_tokens
+                prompts.append((*prefix, *encode(self.service, text, most)))
             else:
                 check_ids(self.service, text, "prompt")
                 prompts.append(tuple(text))
@@ -61,8 +65,12 @@ class ChatPrompt:
         if not self.messages and not start.position:
             raise InvalidRequest("a conversation begins with at least one message", self.param)
         render = conversation.go_on if start.position else conversation.begin
+        size = sum(MESSAGE_CHARACTERS + len(message.text) for message in self.messages)
+        most = self.service.settings.max_prompt_tokens
         try:
-            ids = await asyncio.to_thread(render, self.messages)
+            ids = await self.service.texts.run(size, render, self.messages, most)
+        except TooManyTokens as error:
+            raise too_long(error.num_tokens, most, self.param) from error
         except UnfitMessages as error:
             raise InvalidRequest(
                 f"this model's chat template does not take these messages: {error}", self.param
@@ -78,9 +86,9 @@ def said(messages: Sequence[Message]) -> list[Said]:
     return [Said(message.role, message.text, message.name) for message in messages]
 
 
-async def encode(service: Service, text: str) -> tuple[int, ...]:
-    """Tokens of a text; a long one does not hold up the event loop."""
-    tokenizer = service.checkpoint.tokenizer
-    if len(text) <= SHORT_TEXT:
-        return tuple(tokenizer.encode(text))
-    return tuple(await asyncio.to_thread(tokenizer.encode, text))
+def encode(service: Service, text: str, max_tokens: int) -> list[int]:
+    """Tokens of a prompt. Raises InvalidRequest where there are more than `max_tokens`."""
+    try:
+        return service.checkpoint.tokenizer.encode(text, max_tokens)
+    except TooManyTokens as error:
+        raise too_long(error.num_tokens, max_tokens, "prompt") from error

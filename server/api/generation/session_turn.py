@@ -17,6 +17,7 @@ from server.api.schemas.base import EXAMPLE_SESSION, EXAMPLE_STREAM
 from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.generation import GenerationRequest
 from server.api.service import Service
+from server.api.texts import LONG
 from server.errors import InvalidRequest, NeedsStream
 from server.sessions.ledger import Head, NextTurn
 
@@ -76,19 +77,30 @@ async def answer_turn(
     source = target = None
     if session_id is not None:
         source = Head(session_id, body.expected_turn)
-        target = NextTurn(given.idempotency_key, _identity(body))
+        key = given.idempotency_key
+        identity = "" if key is None else await service.texts.run(LONG, _identity, body)
+        target = NextTurn(key, identity)
     turn = await open_turn(service, caller, source, target, generation, prompt)
     headers = {} if session_id is None else {"X-Session-ID": session_id}
     if isinstance(turn, Replay):
-        return shape_type.replay(turn.body, body, headers | {"Idempotent-Replayed": "true"})
-    answer = Answer(
-        turn,
-        service.checkpoint.tokenizer,
-        new_id(shape_type.id_prefix),
-        num_per_prompt=generation.num_per_prompt,
-        echoes=isinstance(body, CompletionRequest) and bool(body.echo),
-        counts_usage=body.wants_usage_in_events,
-    )
+        headers["Idempotent-Replayed"] = "true"
+        size = len(turn.body)
+        return await service.texts.run(size, shape_type.replay, turn.body, body, headers)
+    echoes = isinstance(body, CompletionRequest) and bool(body.echo)
+    try:
+        answer = await service.texts.run(
+            sum(len(choice.token_ids) for choice in turn.requests) if echoes else 0,
+            Answer,
+            turn,
+            service.checkpoint.tokenizer,
+            new_id(shape_type.id_prefix),
+            num_per_prompt=generation.num_per_prompt,
+            echoes=echoes,
+            counts_usage=body.wants_usage_in_events,
+        )
+    except BaseException:
+        await turn.close(None, 0)
+        raise
     shape = shape_type(service, body, answer)
     keepalive_s = service.settings.keepalive_s
     if body.resumable:

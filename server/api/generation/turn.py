@@ -82,6 +82,9 @@ class AdmittedTurn:
         self._after: SessionState | None = None
         self._is_committed = False
         self._is_closed = False
+        self.texts = service.texts
+        """Threads for an answer that is long."""
+
         self.requests = requests
         self.start = requests[0].continuation
         """What the choices continue from."""

@@ -1,5 +1,7 @@
 """What requests of all kinds are made of."""
 
+import math
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import (
@@ -13,8 +15,11 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import no_info_plain_validator_function
+
+VALIDATED_TOGETHER = 65_536
+"""Items of a list."""
 
 
 def _kind_of_prompt(value: Any) -> str:
@@ -28,7 +33,18 @@ def _kind_of_prompt(value: Any) -> str:
 
 
 def _take_whole(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    """For JSON, and so for its schemas, 1.0 is an integer."""
+    """For JSON, and so for its schemas, 1.0 is an integer.
+
+    A long list is validated in parts, between which other threads can have the GIL.
+    """
+    if isinstance(value, list) and len(value) > VALIDATED_TOGETHER:
+        checked = []
+        for start in range(0, len(value), VALIDATED_TOGETHER):
+            try:
+                checked += _take_whole(value[start : start + VALIDATED_TOGETHER], validate)
+            except ValidationError as error:
+                raise _further_on(error, start) from None
+        return checked
     try:
         return validate(value)
     except ValidationError:
@@ -36,6 +52,20 @@ def _take_whole(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         if whole == value and whole is not value:
             return validate(whole)
         raise
+
+
+def _further_on(error: ValidationError, start: int) -> ValidationError:
+    """The first error of a part of a list, as one of the list."""
+    first = error.errors(include_url=False)[0]
+    match first["loc"]:
+        case (int(index), *inner):
+            place: tuple[int | str, ...] = (start + index, *inner)
+        case place:
+            pass
+    details = InitErrorDetails(
+        type=first["type"], loc=place, input=first["input"], ctx=first.get("ctx", {})
+    )
+    return ValidationError.from_exception_data(error.title, [details])
 
 
 def _whole(value: Any) -> Any:
@@ -47,9 +77,39 @@ def _whole(value: Any) -> Any:
 
 def _check_unicode(text: str) -> str:
     """JSON can spell half of a surrogate pair, which no encoding of text has a place for."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise PydanticCustomError("text", "Text must not contain an unpaired surrogate")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise _unpaired() from None
     return text
+
+
+def _unpaired() -> PydanticCustomError:
+    return PydanticCustomError("text", "Text must not contain an unpaired surrogate")
+
+
+def _check_json(value: Any) -> Any:
+    """What is kept or handed on as JSON: Unicode, finite and of a depth that can be written."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return value
+        level = [inner for outer in level for inner in _parts(outer)]
+    raise PydanticCustomError("depth", "JSON must not be nested deeper than {n}", {"n": MAX_DEPTH})
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    match value:
+        case str():
+            _check_unicode(value)
+        case float() if not math.isfinite(value):
+            raise PydanticCustomError("finite_number", "Numbers must be finite")
+        case dict():
+            return (*value, *value.values())
+        case list():
+            return value
+    return ()
 
 
 class Refused:
@@ -74,6 +134,12 @@ class Refused:
         if not any(type(value) is type(v) and value == v for v in self._harmless):
             raise PydanticCustomError("unsupported", "{why}", {"why": self._why})
 
+
+MAX_DEPTH = 128
+"""Levels of JSON of any form. The library that writes JSON stops at about 255."""
+
+AS_JSON = AfterValidator(_check_json)
+"""Annotates what may be any JSON."""
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
 WHOLE = WrapValidator(_take_whole)

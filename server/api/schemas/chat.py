@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, PlainSerializer, Tag
 
 from server.api.schemas.base import (
     EXAMPLE_SESSION,
@@ -89,7 +89,9 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[2])
     """So many of the most probable tokens beside each; needs `logprobs`."""
 
-    metadata: dict[Text, Text] | None = Field(None, examples=[{"topic": "cats"}])
+    metadata: Annotated[dict[Text, Text], Field(fail_fast=True)] | None = Field(
+        None, examples=[{"topic": "cats"}]
+    )
     """Your notes on the request; they change nothing."""
 
     safety_identifier: Text | None = Field(None, examples=["user-17"])
@@ -138,10 +140,15 @@ class ChatRequest(GenerationRequest):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
+def _same(text: str) -> str:
+    """Called for each token, so that other threads can have the GIL while many are written."""
+    return text
+
+
 class TopLogprob(AnswerModel):
     """A token that could have come, and how probable it was."""
 
-    token: str = Field(examples=[" cat"])
+    token: Annotated[str, PlainSerializer(_same)] = Field(examples=[" cat"])
     """Its text, with replacement characters where it is not whole characters; the name of a token
     without text."""
 

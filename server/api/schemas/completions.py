@@ -1,6 +1,7 @@
 """`/v1/completions` in OpenAI's shapes."""
 
-from typing import Annotated, Literal
+from functools import cached_property
+from typing import Annotated, Literal, cast
 
 from pydantic import ConfigDict, Field
 
@@ -55,14 +56,15 @@ class CompletionRequest(GenerationRequest):
     def scores_prompt(self) -> bool:
         return bool(self.echo) and self.logprobs is not None
 
-    @property
+    @cached_property
     def prompts(self) -> list[str | list[int]]:
         """Every prompt of the request, each a text or token ids."""
         prompt = self.prompt
         if prompt is None or isinstance(prompt, str):
             return [prompt or ""]
-        several = [item for item in prompt if not isinstance(item, int)]
-        return several or [[item for item in prompt if isinstance(item, int)]]
+        if prompt and isinstance(prompt[0], str | list):
+            return cast(list[str | list[int]], prompt)
+        return [cast(list[int], prompt)]
 
 
 class CompletionLogprobs(AnswerModel):

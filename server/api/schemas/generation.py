@@ -22,7 +22,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
-    Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
+    Field(fail_fast=True, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
 ]
 
 

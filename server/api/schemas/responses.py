@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from server.api.schemas.base import (
+    AS_JSON,
     EXAMPLE_MESSAGE,
     EXAMPLE_RESPONSE,
     LARGEST,
@@ -40,7 +41,7 @@ class InputPart(RequestModel):
     """What it says."""
 
     annotations: Annotated[None, Refused(TEXT_ONLY, [])] = None
-    logprobs: list[Any] | None = Field(None, examples=[[]])
+    logprobs: Annotated[list[Any] | None, AS_JSON] = Field(None, examples=[[]])
     """As it came with an earlier answer; it changes nothing."""
 
 
@@ -154,7 +155,12 @@ class ResponseRequest(SamplingRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[2])
     """So many of the most probable tokens beside each; needs the include below."""
 
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: (
+        Annotated[
+            list[Literal["message.output_text.logprobs"]], Field(max_length=16, fail_fast=True)
+        ]
+        | None
+    ) = None
     """What else to tell: the log-probability of each token."""
 
     text: TextOptions | None = None

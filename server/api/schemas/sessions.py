@@ -21,7 +21,7 @@ Metadata = Annotated[
         Annotated[Text, Field(min_length=1, max_length=64)],
         Annotated[Text, Field(max_length=512)],
     ],
-    Field(max_length=16, examples=[{"topic": "cats"}]),
+    Field(max_length=16, fail_fast=True, examples=[{"topic": "cats"}]),
 ]
 Ttl = Annotated[float, Field(gt=0, le=10**9, examples=[3600.0])]
 TurnNumber = Annotated[int, Field(ge=0, le=LARGEST, examples=[1]), WHOLE]

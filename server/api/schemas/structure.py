@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.schemas.base import RequestModel, Text
+from server.api.schemas.base import AS_JSON, RequestModel, Text
 
 JsonSchema = dict[str, Any] | bool
 PERSON: JsonSchema = {
@@ -26,7 +26,9 @@ class NamedSchema(RequestModel):
     description: Text | None = Field(None, examples=["Somebody."])
     """Yours; the text does not depend on it."""
 
-    schema_: Annotated[JsonSchema | None, Field(alias="schema")] = Field(None, examples=[PERSON])
+    schema_: Annotated[JsonSchema | None, Field(alias="schema"), AS_JSON] = Field(
+        None, examples=[PERSON]
+    )
     """The JSON schema; without it, any JSON object. What cannot be enforced is refused."""
 
     strict: bool | None = None
@@ -95,7 +97,9 @@ class StructuredOutputs(RequestModel):
         }
     )
 
-    json_: Annotated[JsonSchema | Text | None, Field(alias="json")] = Field(None, examples=[PERSON])
+    json_: Annotated[JsonSchema | Text | None, Field(alias="json"), AS_JSON] = Field(
+        None, examples=[PERSON]
+    )
     """A JSON schema, or its text."""
 
     json_object: bool | None = None

@@ -11,6 +11,7 @@ from server.api.schemas.chat import Message
 from tests.server.api.chats import SPECIAL, TEMPLATE
 
 WORDS = tokenizer.train(["the cat sat on the mat and then"], 310, SPECIAL)
+MOST = 10_000
 NAMES = {token_id: name for name, token_id in WORDS.special_tokens.items()}
 
 
@@ -39,27 +40,27 @@ def test_turns_together_are_the_conversation_rendered_whole(
     first: str, answer: str, second: str
 ) -> None:
     chat = conversation()
-    turns = chat.begin(said(first)), chat.go_on(said(second))
-    whole = chat.begin(said(first, answer, second))
+    turns = chat.begin(said(first), MOST), chat.go_on(said(second), MOST)
+    whole = chat.begin(said(first, answer, second), MOST)
     assert shown(turns[0]) + answer + shown(turns[1]) == shown(whole)
 
 
 @given(contents)
 def test_special_tokens_come_from_the_template_only(content: str) -> None:
     chat, words = conversation(), WORDS.special_tokens
-    ids = chat.begin(said(content))
+    ids = chat.begin(said(content), MOST)
     assert [i for i in ids if i in NAMES] == [
         words["<|user|>"],
         words["<|end|>"],
         words["<|assistant|>"],
     ]
     assert shown(ids) == f"<|user|>{content}<|end|><|assistant|>"
-    first = chat.go_on(said(content))
+    first = chat.go_on(said(content), MOST)
     assert next(i for i in first if i in NAMES) == words["<|end|>"]
 
 
 def test_nothing_new_adds_nothing() -> None:
-    assert conversation().go_on([]) == []
+    assert conversation().go_on([], MOST) == []
 
 
 def test_a_message_of_parts_is_their_text() -> None:
@@ -70,11 +71,11 @@ def test_a_message_of_parts_is_their_text() -> None:
 
 def test_a_developer_is_the_system() -> None:
     message = Said("developer", "be kind")
-    assert "<|system|>be kind<|end|>" in shown(conversation().begin([message]))
+    assert "<|system|>be kind<|end|>" in shown(conversation().begin([message], MOST))
 
 
 def test_templates_know_the_names_of_the_first_and_last_token() -> None:
-    ids = conversation("{{ bos_token }}a{{ eos_token }}").begin(said("x"))
+    ids = conversation("{{ bos_token }}a{{ eos_token }}").begin(said("x"), MOST)
     assert (ids[0], ids[-1]) == (0, 4)
 
 
@@ -90,12 +91,12 @@ def test_templates_know_the_names_of_the_first_and_last_token() -> None:
 )
 def test_what_a_template_refuses_is_the_clients_to_know(template: str, reason: str) -> None:
     with pytest.raises(UnfitMessages, match=reason):
-        conversation(template).begin(said("x"))
+        conversation(template).begin(said("x"), MOST)
 
 
 def test_a_template_that_hides_answers_cannot_go_on_with_a_session() -> None:
     with pytest.raises(UnfitMessages, match="does not show earlier answers"):
-        conversation("{{ messages[-1].content }}").go_on(said("x"))
+        conversation("{{ messages[-1].content }}").go_on(said("x"), MOST)
 
 
 def test_what_is_no_template_is_found_at_the_start() -> None:

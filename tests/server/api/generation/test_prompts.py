@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from server.api.conversation import Said
-from server.api.generation.prompts import SHORT_TEXT, ChatPrompt, TextPrompt, encode
+from server.api.generation.prompts import ChatPrompt, TextPrompt
 from server.api.service import Service
+from server.api.texts import SHORT
 from server.engine.messages import Continuation
 from server.errors import InvalidRequest
 from tests.server.api.chats import STRICT, make_checkpoint
@@ -55,8 +56,27 @@ def test_a_token_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None
 
 def test_a_long_text_has_the_tokens_that_it_would_have_in_short(tmp_path: Path) -> None:
     async def main(service: Service) -> None:
-        text = "the cat sat on the mat " * SHORT_TEXT
-        assert await encode(service, text) == tuple(service.checkpoint.tokenizer.encode(text))
+        text = "the cat sat on the mat " * SHORT
+        [ids] = await texts(service, text).read(LATER)
+        assert ids == tuple(service.checkpoint.tokenizer.encode(text))
+
+    run(make_checkpoint(tmp_path / "model"), tmp_path, main)
+
+
+def test_a_text_that_is_too_long_is_refused_before_it_is_tokenised(tmp_path: Path) -> None:
+    async def main(service: Service) -> None:
+        most = service.settings.max_prompt_tokens
+        for text in ("x" * (100 * most), "the cat " * most):
+            with pytest.raises(
+                InvalidRequest, match=f"the most in one request is {most}"
+            ) as caught:
+                await texts(service, text).read(Continuation())
+            assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
+            with pytest.raises(
+                InvalidRequest, match=f"the most in one request is {most}"
+            ) as caught:
+                await chat(service, [("user", text)], "input").read(Continuation())
+            assert (caught.value.param, caught.value.code) == ("input", "context_length_exceeded")
 
     run(make_checkpoint(tmp_path / "model"), tmp_path, main)
 

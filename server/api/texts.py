@@ -1,0 +1,55 @@
+"""Threads for what clients send and get: bodies, texts and answers that are long.
+
+The store and the engine have threads of their own, so that no client's text holds them up.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from pydantic_core import to_json
+
+SHORT = 2048
+"""Bytes, or items of a list, that are handled faster than a thread is asked to do it."""
+
+LONG = 256 * 1024
+"""More than these are handled one after the other: tokenising needs about a hundred times the
+memory of its text. Also the size of what may be long."""
+
+THREADS = 2
+WRITTEN_TOGETHER = 16_384
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Texts:
+    """Runs work whose length a client decides. For one event loop."""
+
+    def __init__(self) -> None:
+        self._long = ThreadPoolExecutor(1, "long-text")
+        self._others = ThreadPoolExecutor(THREADS, "text")
+
+    async def run(self, size: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """The work's result; `size` is the number of bytes or items that it goes through.
+
+        The work must not hold the GIL for long: neither in one call of a library nor by freeing
+        hundreds of thousands of objects together. Raises what the work raises.
+        """
+        if size <= SHORT:
+            return work(*args, **kwargs)
+        pool = self._long if size > LONG else self._others
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(pool, lambda: work(*args, **kwargs))
+
+    def close(self) -> None:
+        """Wait for what runs; what has not begun is dropped."""
+        for pool in (self._long, self._others):
+            pool.shutdown(cancel_futures=True)
+
+
+def to_json_list(items: Sequence[int] | Sequence[str]) -> bytes:
+    """The items as JSON, in parts, so that the GIL is free between them."""
+    starts = range(0, len(items), WRITTEN_TOGETHER)
+    parts = (to_json(items[start : start + WRITTEN_TOGETHER])[1:-1] for start in starts)
+    return b"[" + b",".join(parts) + b"]"
