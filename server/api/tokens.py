@@ -5,7 +5,7 @@ from fastapi import APIRouter, Depends
 from server.api.auth import get_owner
 from server.api.generation.generation import check_ids, check_model
 from server.api.generation.prompts import ChatPrompt, encode, said
-from server.api.refusals import GUARDED, JSON, refusals
+from server.api.refusals import BODY, GUARDED, refusals
 from server.api.schemas.tokens import (
     Detokenized,
     DetokenizeRequest,
@@ -24,7 +24,7 @@ router = APIRouter(
 )
 
 
-@router.post("/tokenize", responses=refusals(*JSON, 404))
+@router.post("/tokenize", responses=refusals(*BODY, 404))
 async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Tokenized:
     """The tokens of a text, or of a conversation by the model's chat template."""
     check_model(service, body.model)
@@ -45,7 +45,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Tokenized:
     return Tokenized(count=len(ids), tokens=list(ids), token_strs=names, max_model_len=None)
 
 
-@router.post("/detokenize", responses=refusals(*JSON, 404))
+@router.post("/detokenize", responses=refusals(*BODY, 404))
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Detokenized:
     """The text of tokens. What was tokenised without `add_special_tokens` comes back as it was."""
     check_model(service, body.model)
