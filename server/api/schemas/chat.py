@@ -207,6 +207,9 @@ class AssistantMessage(AnswerModel):
     refusal: None = None
     """Always null."""
 
+    annotations: list[Any] = Field(default_factory=list, examples=[[]])
+    """Always empty."""
+
 
 class ChatChoice(AnswerModel):
     """One answer to the conversation."""
