@@ -209,6 +209,13 @@ class Settings(BaseSettings):
         description="Seconds between looks for expired sessions and responses to erase, which "
         "clients do not see meanwhile.",
     )
+    busy_wait_s: Annotated[float, Group.SESSIONS] = Field(
+        1.5,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds that a turn waits for the one before it, which may just be rolled "
+        "back because its client has gone; then it is refused.",
+    )
     max_sessions: Annotated[int | None, Group.STORAGE] = Field(
         None, ge=0, description="Most sessions in all."
     )
@@ -262,6 +269,11 @@ class Settings(BaseSettings):
         (),
         description="Origins of web pages that may use the server, such as https://example.com, in "
         "the variable with commas between them; *: any.",
+    )
+    unknown_parameters: Annotated[Literal["refuse", "ignore"], Group.HTTP] = Field(
+        "refuse",
+        description="What becomes of parameters of a request that nobody knows; one that is "
+        "ignored is logged once.",
     )
     keepalive_s: Annotated[float, Group.HTTP] = Field(
         15.0,

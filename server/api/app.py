@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 
 from model.checkpoint import Checkpoint
 from model.grammar import GrammarCompiler
@@ -29,6 +28,8 @@ from server.api.generation.deliver import TIMING_HEADERS
 from server.api.generation.router import Router
 from server.api.limits import KINDS, Limiter
 from server.api.middleware import REQUEST_ID, RequestMiddleware
+from server.api.pages import PageMiddleware
+from server.api.schemas.unknown import UnknownParameters
 from server.api.service import Service
 from server.api.streams import StreamLimits, Streams
 from server.engine.engine import Engine, EngineLimits
@@ -46,11 +47,10 @@ from server.settings import Settings
 KEY_FILE_INTERVAL_S = 1.0
 """Between two looks at the key file, which are a stat each while nothing changes."""
 
-CORS_ALLOWED = ("Authorization", "Content-Type", "Idempotency-Key", "X-Session-ID", "Last-Event-ID")
-CORS_EXPOSED = (
+EXPOSED_TO_PAGES = (
     *(REQUEST_ID, "X-Session-ID", "X-Session-Turn", "X-Stream-ID", "Idempotent-Replayed"),
     *TIMING_HEADERS,
-    "Retry-After",
+    *("Retry-After", "x-should-retry", "Content-Disposition", "Allow", "Accept-Encoding"),
     *(f"x-ratelimit-{what}-{kind}" for kind in KINDS for what in ("limit", "remaining", "reset")),
 )
 log = logging.getLogger(__name__)
@@ -105,18 +105,13 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: Store) -> Fast
         RequestMiddleware,
         metrics=metrics,
         limiter=limiter,
+        unknown=UnknownParameters(settings.unknown_parameters),
         body_timeout_s=settings.body_timeout_s,
         max_body_bytes=settings.max_body_bytes,
         max_bytes_by_path={sessions.PREFIX + sessions.IMPORT: codec.most_blob_bytes},
     )
     if settings.cors_origins:  # around the others, so that web pages can read their errors
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=CORS_ALLOWED,
-            expose_headers=CORS_EXPOSED,
-        )
+        app.add_middleware(PageMiddleware, origins=settings.cors_origins, exposed=EXPOSED_TO_PAGES)
     return app
 
 
@@ -238,6 +233,7 @@ def _build(
             codec,
             metrics,
             keep_turns=settings.keep_turns,
+            busy_wait_s=settings.busy_wait_s,
             max_response_ttl_s=settings.response_ttl_s,
         ),
         engine=engine,

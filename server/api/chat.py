@@ -8,7 +8,7 @@ from server.api.generation.chat_shape import ChatShape
 from server.api.generation.prompts import ChatPrompt, said
 from server.api.generation.session_turn import ANSWER_HEADERS_DOC, SessionHeaders, answer_turn
 from server.api.parameters import IdempotencyKey, SessionHeader
-from server.api.refusals import GUARDED, JSON, TURN, refusals
+from server.api.refusals import BODY, GUARDED, TURN, refusals
 from server.api.schemas.chat import ChatCompletion, ChatRequest
 from server.api.service import ServiceDep
 from server.api.sse import events_of
@@ -20,7 +20,7 @@ router = APIRouter(route_class=JSONRoute, tags=["chat"], responses=refusals(*GUA
 @router.post(
     "/v1/chat/completions",
     response_model=ChatCompletion,
-    responses=refusals(*JSON, 409, *TURN)
+    responses=refusals(*BODY, 409, *TURN)
     | {200: {"headers": ANSWER_HEADERS_DOC} | events_of("ChatChunk")},
 )
 async def create_chat_completion(

@@ -8,10 +8,11 @@ from server.api.generation.completion_shape import CompletionShape
 from server.api.generation.prompts import TextPrompt
 from server.api.generation.session_turn import ANSWER_HEADERS_DOC, SessionHeaders, answer_turn
 from server.api.parameters import IdempotencyKey, SessionHeader
-from server.api.refusals import GUARDED, JSON, TURN, refusals
+from server.api.refusals import BODY, GUARDED, TURN, refusals
 from server.api.schemas.completions import Completion, CompletionRequest
 from server.api.service import ServiceDep
 from server.api.sse import events_of
+from server.errors import InvalidRequest
 
 router = APIRouter(route_class=JSONRoute, tags=["completions"], responses=refusals(*GUARDED))
 
@@ -19,7 +20,7 @@ router = APIRouter(route_class=JSONRoute, tags=["completions"], responses=refusa
 @router.post(
     "/v1/completions",
     response_model=Completion,
-    responses=refusals(*JSON, 409, *TURN)
+    responses=refusals(*BODY, 409, *TURN)
     | {200: {"headers": ANSWER_HEADERS_DOC} | events_of("Completion")},
 )
 async def create_completion(
@@ -37,6 +38,10 @@ async def create_completion(
     again: the same request gets the same answer, for as long as the turn's checkpoint is kept.
     Without a session nothing could be done twice, and the key has no effect.
     """
+    if body.best_of is not None and body.best_of < body.num_choices_per_prompt:
+        raise InvalidRequest(
+            f"best_of is {body.best_of}, the least is n, {body.num_choices_per_prompt}", "best_of"
+        )
     given = SessionHeaders(x_session_id, idempotency_key)
     prompt = TextPrompt(service, body.prompts)
     return await answer_turn(request, service, caller, body, given, prompt, CompletionShape)

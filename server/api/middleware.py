@@ -17,8 +17,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import problems
 from server.api.auth import CALLER
+from server.api.encodings import decoded
 from server.api.limits import Limiter
 from server.api.problems import render
+from server.api.schemas.unknown import POLICY, UnknownParameters
 from server.errors import InternalError
 from server.metrics import Metrics
 
@@ -39,6 +41,7 @@ class RequestMiddleware:
         app: ASGIApp,
         metrics: Metrics,
         limiter: Limiter,
+        unknown: UnknownParameters,
         body_timeout_s: float,
         max_body_bytes: int,
         max_bytes_by_path: Mapping[str, int],
@@ -47,6 +50,7 @@ class RequestMiddleware:
         self._app = app
         self._metrics = metrics
         self._limiter = limiter
+        self._unknown = unknown
         self._body_timeout_s = body_timeout_s
         self._max_body_bytes = max_body_bytes
         self._max_bytes_by_path = max_bytes_by_path
@@ -62,6 +66,7 @@ class RequestMiddleware:
         given = headers.get(REQUEST_ID, "")
         request_id = given if _GOOD_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         status, started = 0, time.monotonic()
+        POLICY.set(self._unknown)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -79,7 +84,8 @@ class RequestMiddleware:
                 await render(problems.body_too_large())(scope, receive, send_with_id)
             else:
                 in_time = _in_time(receive, self._body_timeout_s)
-                await self._app(scope, _limited(in_time, most), send_with_id)
+                body = decoded(_limited(in_time, most), headers, most)
+                await self._app(scope, body, send_with_id)
         except Exception:  # the last place where a fault can still become an answer
             log.exception("request %s failed", request_id)
             if status == 0:

@@ -16,7 +16,10 @@ REF = "#/components/schemas/{model}"
 EVENTS = (ChatChunk, ResponseEvent)
 """What only comes in streams, which the framework does not see."""
 
-TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
+TOKEN_LIMITS = (
+    *("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"),
+    "min_tokens",
+)
 FRAMEWORKS_OWN = ("HTTPValidationError", "ValidationError")
 
 DESCRIPTION = """\

@@ -71,6 +71,9 @@ TurnQuery = Annotated[
 WantsStream = Annotated[
     bool, Query(description="Tell the events of a response in the background.", examples=[True])
 ]
+IncludeObfuscation = Annotated[
+    bool, Query(description="Not supported: events are not padded.", examples=[False])
+]
 StartingAfter = Annotated[
     int | None,
     Query(

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from server.api.encodings import UNDECODABLE
 from server.errors import (
     InvalidRequest,
     LatentdError,
@@ -131,6 +132,12 @@ def _from_http(request: Request, error: HTTPException) -> LatentdError:
             message, code = "the body did not arrive in time", "request_timeout"
         case 413:
             return body_too_large()
+        case 415:
+            given = request.headers.get("content-encoding", "")[:LONGEST_ECHO]
+            message = f"a body with Content-Encoding {given} cannot be decoded here"
+            code = "unsupported_content_encoding"
+        case 400 if error.detail == UNDECODABLE:
+            message, code = UNDECODABLE, "invalid_body"
         case 400:
             message, code = "the body cannot be read as JSON", "invalid_body"
         case _:

@@ -61,7 +61,7 @@ ALL = (
     ),
     _Refusal("The body is larger than this server accepts.", body_too_large()),
     _Refusal(
-        "The body is not said to be JSON.",
+        "The body is not said to be JSON, or has a Content-Encoding that is not decoded here.",
         InvalidRequest(
             "the body is of type text/plain; it must be application/json",
             code="unsupported_media_type",
@@ -96,8 +96,7 @@ BY_STATUS = {refusal.example.status: refusal for refusal in ALL}
 
 ALWAYS = (500,)
 GUARDED = (401, *ALWAYS)
-BODY = (400, 408, 413)
-JSON = (*BODY, 415)
+BODY = (400, 408, 413, 415)
 STORED = (404, 503)
 """What is asked of one session or response."""
 

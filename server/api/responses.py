@@ -13,15 +13,22 @@ from server.api.generation.prompts import ChatPrompt
 from server.api.generation.response_shape import ResponseShape, first_object
 from server.api.generation.session_turn import TIMING_HEADERS_DOC
 from server.api.generation.turn import Replay, open_turn
-from server.api.parameters import ResponseId, StartingAfter, WantsStream
-from server.api.refusals import GUARDED, JSON, STORED, TURN, WRITTEN, refusals
+from server.api.parameters import (
+    IncludeObfuscation,
+    LastEventId,
+    ResponseId,
+    StartingAfter,
+    WantsStream,
+)
+from server.api.refusals import BODY, GUARDED, STORED, TURN, WRITTEN, refusals
+from server.api.schemas.generation import NO_PADDING
 from server.api.schemas.responses import (
     ResponseDeleted,
     ResponseObject,
     ResponseRequest,
 )
 from server.api.service import Service, ServiceDep
-from server.api.sse import events_of
+from server.api.sse import AT_END, events_of
 from server.errors import InternalError, InvalidRequest, NeedsStream, NotFound
 from server.sessions.ledger import After, NewResponse, new_response_id
 
@@ -36,7 +43,7 @@ router = APIRouter(
 @router.post(
     "",
     response_model=ResponseObject,
-    responses=refusals(*JSON, *TURN)
+    responses=refusals(*BODY, *TURN)
     | {200: {"headers": TIMING_HEADERS_DOC} | events_of("ResponseEvent")},
 )
 async def create_response(
@@ -72,7 +79,7 @@ async def create_response(
 @router.get(
     "/{response_id}",
     response_model=ResponseObject,
-    responses=refusals(400, 410, *STORED) | {200: events_of("ResponseEvent")},
+    responses=refusals(400, 410, *STORED) | AT_END | {200: events_of("ResponseEvent")},
 )
 async def get_response(
     response_id: ResponseId,
@@ -80,12 +87,16 @@ async def get_response(
     owner: OwnerDep,
     stream: WantsStream = False,
     starting_after: StartingAfter = None,
+    include_obfuscation: IncludeObfuscation = False,
+    last_event_id: LastEventId = None,
 ) -> Response:
     """A stored response.
 
     With `stream`, the events of one in the background, those to come included; with
-    `starting_after`, those behind the event of that number.
+    `starting_after` or `Last-Event-ID`, those behind the event of that number.
     """
+    if include_obfuscation:
+        raise InvalidRequest(NO_PADDING, "include_obfuscation", "unsupported_parameter")
     if not stream and starting_after is not None:
         raise InvalidRequest("starting_after needs stream=true", "starting_after")
     record = await service.ledger.get(owner, "response", response_id)
@@ -100,7 +111,10 @@ async def get_response(
             "stream",
             "events_gone",
         ) from error
-    start = 0 if starting_after is None else starting_after + 1
+    if last_event_id is not None:  # of a client that has reconnected, to the same address
+        start = found.number_behind(last_event_id)
+    else:
+        start = 0 if starting_after is None else starting_after + 1
     return found.response(service.settings.keepalive_s, start=start)
 
 
@@ -143,7 +157,7 @@ async def delete_response(
 
 def _check(body: ResponseRequest) -> None:
     """Raises InvalidRequest for parameters that go ill together."""
-    if body.top_logprobs is not None and not body.include:
+    if body.top_logprobs is not None and not body.includes_logprobs:
         raise InvalidRequest(
             "top_logprobs needs include: ['message.output_text.logprobs']", "top_logprobs"
         )

@@ -7,9 +7,8 @@ from server.api.parameters import AfterEvent, LastEventId, StreamId
 from server.api.refusals import GUARDED, refusals
 from server.api.schemas.streams import StreamDeleted, StreamInfo
 from server.api.service import Service, ServiceDep
-from server.api.sse import events_of
+from server.api.sse import AT_END, events_of
 from server.api.streams import Stream
-from server.errors import InvalidRequest
 
 router = APIRouter(
     prefix="/v1/streams",
@@ -21,7 +20,9 @@ router = APIRouter(
 @router.get(
     "/{stream_id}",
     response_class=Response,
-    responses=refusals(400, 410) | {200: events_of("Completion", "ChatChunk", "ResponseEvent")},
+    responses=refusals(400, 410)
+    | AT_END
+    | {200: events_of("Completion", "ChatChunk", "ResponseEvent")},
 )
 async def resume_stream(
     stream_id: StreamId,
@@ -37,7 +38,7 @@ async def resume_stream(
     """
     stream = service.streams.get(owner, stream_id)
     given = after if last_event_id is None else last_event_id
-    start = 0 if given is None else _number(given, stream) + 1
+    start = 0 if given is None else stream.number_behind(given)
     return stream.response(service.settings.keepalive_s, start=start)
 
 
@@ -57,18 +58,6 @@ async def delete_stream(stream_id: StreamId, service: ServiceDep, owner: OwnerDe
     """Cancel a stream and forget what it told."""
     await service.streams.delete(owner, stream_id)
     return StreamDeleted(id=stream_id)
-
-
-def _number(given: str, stream: Stream) -> int:
-    """The number of an event of this stream. Raises InvalidRequest."""
-    number = int(given) if given.isascii() and given.isdecimal() and len(given) < 16 else -1
-    if not 0 <= number < stream.log.num_events:
-        raise InvalidRequest(
-            f"{given[:40]!r} is not the id of an event of this stream: those so far are 0 to "
-            f"{stream.log.num_events - 1}",
-            "Last-Event-ID",
-        )
-    return number
 
 
 def _render(service: Service, stream: Stream) -> StreamInfo:

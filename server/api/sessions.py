@@ -19,7 +19,7 @@ from server.api.parameters import (
     TtlQuery,
     TurnQuery,
 )
-from server.api.refusals import BODY, GUARDED, JSON, STORED, TURN, WRITTEN, refusals
+from server.api.refusals import BODY, GUARDED, STORED, TURN, WRITTEN, refusals
 from server.api.schemas.base import Prompt
 from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.sessions import (
@@ -64,7 +64,7 @@ router = APIRouter(
 )
 
 
-@router.post("", status_code=201, responses=refusals(*JSON, *TURN))
+@router.post("", status_code=201, responses=refusals(*BODY, *TURN))
 async def create_session(
     service: ServiceDep, caller: CallerDep, body: CreateSessionRequest | None = None
 ) -> Session:
@@ -155,7 +155,7 @@ async def list_turns(session_id: SessionId, service: ServiceDep, owner: OwnerDep
 @router.post(
     "/{session_id}/fork",
     status_code=201,
-    responses=refusals(*JSON, *STORED, 429, *WRITTEN),
+    responses=refusals(*BODY, *STORED, 429, *WRITTEN),
 )
 async def fork_session(
     session_id: SessionId, service: ServiceDep, owner: OwnerDep, body: ForkRequest | None = None
@@ -171,7 +171,7 @@ async def fork_session(
     return _render(service, record)
 
 
-@router.post("/{session_id}/rewind", responses=refusals(*JSON, *STORED, 409, *WRITTEN))
+@router.post("/{session_id}/rewind", responses=refusals(*BODY, *STORED, 409, *WRITTEN))
 async def rewind_session(
     session_id: SessionId, body: RewindRequest, service: ServiceDep, owner: OwnerDep
 ) -> Session:

@@ -3,7 +3,6 @@
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
-from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
 from server.api.schemas.problems import ErrorResponse
@@ -17,6 +16,11 @@ where events have ids, the comment stands before the next event."""
 DONE = b"[DONE]"
 EVENT_STREAM = "text/event-stream"
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+AT_END: dict[int | str, dict[str, Any]] = {
+    204: {"description": "The stream has ended, and no event follows the last one that you have."}
+}
+"""The documentation of a stream that is resumed behind its end."""
 
 Piece = BaseModel | bytes
 """What an event says: a model, or what one would be as JSON."""
@@ -64,13 +68,21 @@ def events_of(*models: str) -> dict[str, Any]:
     return {"content": {"text/event-stream": {"schema": event}}}
 
 
+LINE_SEPARATORS = {c.encode(): b"\\u%04x" % ord(c) for c in "\u2028\u2029\x85"}
+"""Not ends of lines in JSON and in a stream of events, but for clients that split lines otherwise;
+JSON may escape them."""
+
+
 def encode_event(piece: Piece, number: int | None = None, name: str | None = None) -> bytes:
     """A piece as an event, with its number where the stream can be resumed."""
-    if isinstance(piece, bytes):  # in one line, and without a name
-        ending = b"\n\n" if number is None else b"\nid: %d\n\n" % number
-        return b"data: " + piece + ending
-    data = piece.model_dump_json(exclude_unset=True)
-    return format_sse_event(data_str=data, id=None if number is None else str(number), event=name)
+    data = piece
+    if not isinstance(data, bytes):
+        data = data.model_dump_json(exclude_unset=True).encode()
+    for separator, escaped in LINE_SEPARATORS.items():
+        data = data.replace(separator, escaped)
+    event = b"" if name is None else b"event: %s\n" % name.encode()
+    ending = b"\n\n" if number is None else b"\nid: %d\n\n" % number
+    return b"".join((event, b"data: ", data, ending))
 
 
 class SSEFormat:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
+from fastapi import Response
 from fastapi.responses import StreamingResponse
 
 from server.api.sse import EVENT_STREAM, KEEP_ALIVE_WITH_IDS, NO_BUFFERING
-from server.errors import EventsGone, NotFound, Overloaded
+from server.errors import EventsGone, InvalidRequest, NotFound, Overloaded
 
 Status = Literal["in_progress", "completed", "failed", "cancelled"]
 
@@ -111,12 +112,30 @@ class Stream:
             self._task.cancel()
             await asyncio.wait([self._task])
 
+    def number_behind(self, event_id: str) -> int:
+        """The number of the event that follows the one with this id. Raises InvalidRequest."""
+        given = event_id
+        number = int(given) if given.isascii() and given.isdecimal() and len(given) < 16 else -1
+        if not 0 <= number < self.log.num_events:
+            raise InvalidRequest(
+                f"{given[:40]!r} is not the id of an event of this stream: those so far are 0 to "
+                f"{self.log.num_events - 1}",
+                "Last-Event-ID",
+            )
+        return number + 1
+
     def response(
         self, keepalive_s: float, *, start: int = 0, headers: dict[str, str] | None = None
-    ) -> StreamingResponse:
-        """Its events from number `start` on. Raises EventsGone if they are not kept any more."""
+    ) -> Response:
+        """Its events from number `start` on. Raises EventsGone if they are not kept any more.
+
+        No content when all have been sent and no more will come: an EventSource, which would ask
+        for ever otherwise, stops at that.
+        """
         if start < self.log.first:
             raise EventsGone(self.id, self.log.first)
+        if self.ended_at is not None and start >= self.log.num_events:
+            return Response(status_code=204, headers=headers)
         return StreamingResponse(
             self.log.follow(start, keepalive_s),
             media_type=EVENT_STREAM,

@@ -9,6 +9,13 @@ from server.api.service import Service
 from server.api.texts import LONG
 from server.errors import InvalidRequest, Overloaded
 
+GUIDED = "guided_"
+STRUCTURES = (
+    "structured_outputs",
+    *(f"{GUIDED}{kind}" for kind in ("json", "regex", "grammar", "choice")),
+)
+"""Parameters that ask for a structure, beside OpenAI's."""
+
 
 async def read_grammar(service: Service, body: SamplingRequest) -> Grammar | None:
     """What the text has to keep to, compiled off the event loop; None if it is free.
@@ -44,15 +51,19 @@ def _asked_within_bounds(body: SamplingRequest) -> tuple[GrammarSpec, str] | Non
 
 def _asked(body: SamplingRequest) -> tuple[GrammarSpec, str] | None:
     """The source, and the parameter that it comes from. Raises InvalidRequest."""
-    given = body.asked_format
-    wanted = None if isinstance(given, TextFormat) else given
-    if body.structured_outputs is None:
-        return None if wanted is None else (_of_format(wanted), body.format_name)
-    if wanted is not None:
-        raise InvalidRequest(
-            f"give {body.format_name} or structured_outputs, one of them", "structured_outputs"
-        )
-    return _of_outputs(body.structured_outputs)
+    given = [body.format_name] if not isinstance(body.asked_format, TextFormat | None) else []
+    given += [name for name in STRUCTURES if getattr(body, name) is not None]
+    if len(given) > 1:
+        raise InvalidRequest(f"give {given[0]} or {given[1]}, one of them", given[1])
+    match given:
+        case []:
+            return None
+        case ["structured_outputs"]:
+            return _of_outputs(body.structured_outputs or StructuredOutputs())
+        case [name] if name.startswith(GUIDED):
+            outputs = StructuredOutputs(**{name.removeprefix(GUIDED): getattr(body, name)})
+            return _of_outputs(outputs)[0], name
+    return _of_format(body.asked_format), body.format_name
 
 
 def _of_format(given: object) -> GrammarSpec:

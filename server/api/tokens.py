@@ -8,7 +8,7 @@ from server.api.auth import get_owner
 from server.api.bodies import JSONRoute
 from server.api.generation.generation import check_ids, check_model
 from server.api.generation.prompts import ChatPrompt, encode, said
-from server.api.refusals import GUARDED, JSON, refusals
+from server.api.refusals import BODY, GUARDED, refusals
 from server.api.schemas.tokens import (
     Detokenized,
     DetokenizeRequest,
@@ -29,7 +29,7 @@ router = APIRouter(
 )
 
 
-@router.post("/tokenize", response_model=Tokenized, responses=refusals(*JSON, 404))
+@router.post("/tokenize", response_model=Tokenized, responses=refusals(*BODY, 404))
 async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
     """The tokens of a text, or of a conversation by the model's chat template."""
     check_model(service, body.model)
@@ -50,7 +50,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
     return Response(content, media_type="application/json")
 
 
-@router.post("/detokenize", response_model=Detokenized, responses=refusals(*JSON, 404))
+@router.post("/detokenize", response_model=Detokenized, responses=refusals(*BODY, 404))
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
     """The text of tokens. What was tokenised without `add_special_tokens` comes back as it was."""
     check_model(service, body.model)

@@ -8,8 +8,8 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 
 from server.errors import (
@@ -110,19 +110,25 @@ class Ledger:
         metrics: Metrics,
         *,
         keep_turns: int = 8,
+        busy_wait_s: float = 1.5,
         max_response_ttl_s: float | None = None,
     ) -> None:
-        """`max_response_ttl_s`: seconds that a response is kept, at most and by default; None: no
-        end."""
+        """`busy_wait_s`: seconds to wait for a session that is busy, perhaps with a turn whose
+        client has just gone. `max_response_ttl_s`: seconds that a response is kept, at most and by
+        default; None: no end."""
         self._store = store
         self._tiers = tiers
         self._quota = quota
         self._codec = codec
         self._metrics = metrics
         self._keep_turns = keep_turns
+        self._busy_wait_s = busy_wait_s
         self._max_response_ttl_s = max_response_ttl_s
         self._open: dict[str, LedgerTurn | None] = {}
         """Entries that a turn is advancing, or that are being rewound or erased."""
+
+        self._unlocked: dict[str, asyncio.Event] = {}
+        """Of those that somebody waits for."""
 
     @property
     def state_bytes(self) -> int:
@@ -163,11 +169,10 @@ class Ledger:
         if session_id in self._open:
             await self.get(owner, "session", session_id)
             kept = await self._kept_answer(session_id, target)
-            if kept is None:
-                raise SessionBusy(session_id)
-            yield kept
-            return
-        with self._lock(session_id):
+            if kept is not None:
+                yield kept
+                return
+        async with self._lock(session_id):
             entry = await self.get(owner, "session", session_id)
             kept = await self._kept_answer(session_id, target)
             if kept is not None:
@@ -197,11 +202,11 @@ class Ledger:
             case NewResponse(response_id, ttl_s):
                 entry = self._new_response(owner, response_id, ttl_s)
         size = self._codec.usual_blob_bytes
-        async with self._quota.reserve(owner, entry.kind, num_bytes=size) as reservation:
-            with self._lock(entry.id):
-                turn = self._turn(entry, start, False, reservation=reservation)
-                self._open[entry.id] = turn
-                yield turn
+        reserving = self._quota.reserve(owner, entry.kind, num_bytes=size)
+        async with reserving as reservation, self._lock(entry.id):
+            turn = self._turn(entry, start, False, reservation=reservation)
+            self._open[entry.id] = turn
+            yield turn
 
     def _turn(
         self,
@@ -286,7 +291,7 @@ class Ledger:
     async def rewind(self, owner: str, session_id: str, turn: int) -> Entry:
         """Go back to a turn; those after it are erased. Raises NotFound and SessionBusy."""
         await self.get(owner, "session", session_id)
-        with self._lock(session_id):
+        async with self._lock(session_id):
             before = await self.get(owner, "session", session_id)
             if turn != before.turn:  # first: nothing stays if the caller is cancelled
                 self._tiers.forget(before.state_id)
@@ -337,8 +342,9 @@ class Ledger:
             async with making.writing:  # what it writes just now is there when it is erased
                 await self._erase(kind, entry_id, making.state_id)
             return
-        entry = await self.get(owner, kind, entry_id)
-        with self._lock(entry_id) if kind == "session" else nullcontext():
+        await self.get(owner, kind, entry_id)
+        async with self._lock(entry_id) if kind == "session" else nullcontext():
+            entry = await self.get(owner, kind, entry_id)
             if not await self._erase(kind, entry_id, entry.state_id):
                 raise not_found(kind, entry_id)
 
@@ -352,7 +358,7 @@ class Ledger:
         for found in await self._store.expired(time.time(), SWEPT_TOGETHER):
             if found.id in self._open:
                 continue
-            with self._lock(found.id):
+            async with self._lock(found.id):
                 entry = await self._store.get(found.kind, found.id)
                 if entry is not None and _has_expired(entry):
                     await self._erase(entry.kind, entry.id, entry.state_id)
@@ -433,8 +439,13 @@ class Ledger:
             "response", response_id, owner, now, now, expires_at=expires_at, status="in_progress"
         )
 
-    @contextmanager
-    def _lock(self, entry_id: str) -> Iterator[None]:
+    @asynccontextmanager
+    async def _lock(self, entry_id: str) -> AsyncIterator[None]:
+        """Waits a while for an entry that is busy. Raises SessionBusy when it stays so."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._busy_wait_s):
+                while entry_id in self._open:  # whoever else waited may have been first
+                    await self._unlocked.setdefault(entry_id, asyncio.Event()).wait()
         if entry_id in self._open:
             raise SessionBusy(entry_id)
         self._open[entry_id] = None
@@ -442,6 +453,9 @@ class Ledger:
             yield
         finally:
             del self._open[entry_id]
+            unlocked = self._unlocked.pop(entry_id, None)
+            if unlocked is not None:
+                unlocked.set()
 
     def _is_over(self, entry: Entry) -> bool:
         """Whether its time is over; while a turn runs it is not."""

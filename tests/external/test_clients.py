@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from model import PRETRAINED
-from tests.patience import PROGRAM_S
+from tests.patience import PATIENCE_S, PROGRAM_S
 from tests.server.live import LiveServer, live_server, tiny_settings
 
 pytestmark = pytest.mark.external
@@ -50,10 +50,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
         yield running
 
 
-def run(*command: str) -> None:
+def run(*command: str) -> str:
+    """What it writes."""
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM_S, env=offline)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def program(name: str) -> str:
@@ -127,3 +129,31 @@ for responses in (False, True):
 
 def test_langchain_streams_a_chat(server: LiveServer) -> None:
     run(sys.executable, "-c", LANGCHAIN, server.url)
+
+
+COMPLIANT = {
+    "open-responses": (
+        *("basic-response", "system-prompt", "multi-turn", "assistant-phase"),
+        *("streaming-response", "streaming-usage", "response-output-phase-schema"),
+    ),
+    "openai-chat": (
+        *("chat-basic-response", "chat-system-prompt", "chat-multi-turn"),
+        *("chat-streaming-response", "chat-streaming-usage"),
+    ),
+}
+"""All but tools, images, reasoning, compaction, and an error for want of a model's name, which is
+not needed here."""
+
+
+@pytest.mark.parametrize("format", COMPLIANT)
+def test_answers_have_the_shapes_of_the_specification(server: LiveServer, format: str) -> None:
+    told = run(
+        *(program("llm-comply"), "--base-url", f"{server.url}/v1", "--model", "latentd"),
+        *("--api-key", "none", "--format", format, "--filter", ",".join(COMPLIANT[format])),
+        *("--timeout", str(PATIENCE_S), "--json"),
+    )
+    outcomes = {
+        test["id"]: (test["status"], test.get("errors"), test.get("warnings"))
+        for test in json.loads(told)["results"]
+    }
+    assert outcomes == dict.fromkeys(COMPLIANT[format], ("passed", None, None))

@@ -101,7 +101,8 @@ class ChatShape(TurnShape[ChatRequest]):
             yield self._chunk(delta.choice, MessageDelta(), end, delta.usage)
 
     def _whole_choice(self, index: int, choice: Choice) -> ChatChoice:
-        message = AssistantMessage(role="assistant", content="".join(choice.text), refusal=None)
+        text = "".join(choice.text)
+        message = AssistantMessage(role="assistant", content=text, refusal=None, annotations=[])
         return ChatChoice.model_validate(
             {
                 "index": index,

@@ -111,6 +111,7 @@ async def read_generation(
     many grammars are being compiled.
     """
     check_model(service, body.model)
+    _check_aliases(body)
     settings = service.settings
     max_tokens = _max_tokens(settings, body)
     _check_limits(settings, body, max_tokens)
@@ -140,6 +141,14 @@ async def read_generation(
         prompt_name=body.prompt_name,
         logprobs_name=body.logprobs_name,
     )
+
+
+def _check_aliases(body: SamplingRequest) -> None:
+    """Raises InvalidRequest for two names of one thing with different values."""
+    for name, alias in (("repetition_penalty", "repeat_penalty"), (body.limit_name, "n_predict")):
+        values = {getattr(body, name), getattr(body, alias)} - {None}
+        if len(values) > 1:
+            raise InvalidRequest(f"{name} and {alias} are one parameter, and differ", alias)
 
 
 def check_model(service: Service, name: str | None) -> None:
@@ -222,6 +231,10 @@ def _sampling(service: Service, body: SamplingRequest) -> SamplingParams:
         )
         if (value := getattr(body, name)) is not None
     }
+    if body.repeat_penalty is not None:
+        given["repetition_penalty"] = body.repeat_penalty
+    if body.top_p == 0:
+        given["temperature"] = 0
     return SamplingParams(
         **given,
         top_k=max(0, body.top_k or 0),

@@ -146,7 +146,7 @@ class ResponseShape(Shape[ResponseRequest]):
 
     def _logprobs(self, tokens: Sequence[Token]) -> list[TokenLogprob]:
         """If asked for."""
-        return told_tokens(self.tokenizer, tokens) if self.body.include else []
+        return told_tokens(self.tokenizer, tokens) if self.body.includes_logprobs else []
 
     def _usage(self) -> ResponseUsage:
         usage = self.answer.usage
@@ -193,6 +193,12 @@ def first_object(service: Service, body: ResponseRequest, response_id: str) -> R
         "tools": [],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": DEFAULT_TOP_P if body.top_p is None else body.top_p,
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "reasoning": None,
+        "max_tool_calls": None,
+        "safety_identifier": body.safety_identifier,
+        "prompt_cache_key": body.prompt_cache_key,
         "truncation": "disabled",
         "usage": None,
         "user": body.user,

@@ -10,13 +10,17 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    GetJsonSchemaHandler,
     Tag,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import no_info_plain_validator_function
+
+from server.api.schemas.unknown import POLICY
 
 VALIDATED_TOGETHER = 65_536
 """Items of a list."""
@@ -141,6 +145,26 @@ MAX_DEPTH = 128
 AS_JSON = AfterValidator(_check_json)
 """Annotates what may be any JSON."""
 
+
+class Neutral:
+    """Annotates a parameter that changes nothing here, whatever its value, which is not kept."""
+
+    def __init__(self, why: str, example: Any) -> None:
+        self._why = why
+        self._example = example
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        del source, handler
+        return no_info_plain_validator_function(lambda _: None)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        del schema, handler
+        return {
+            "description": f"{self._why}; it changes nothing.",
+            "examples": [self._example],
+        }
+
+
 Text = Annotated[str, AfterValidator(_check_unicode)]
 WHOLE = WrapValidator(_take_whole)
 """Annotates integers and lists of them."""
@@ -179,7 +203,7 @@ class AnswerModel(BaseModel):
 
 
 class RequestModel(BaseModel):
-    """Strict about types and names; an explicit null means the default."""
+    """Strict about types and names; an explicit null means the default, also in unknown names."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -188,3 +212,25 @@ class RequestModel(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unknown(cls, value: Any) -> Any:
+        """Without the unknown names that ask for nothing, or that the server ignores."""
+        if not isinstance(value, dict):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = value.keys() - known
+        if not unknown:
+            return value
+        policy = POLICY.get()
+        dropped = {name for name in unknown if value[name] is None or policy.ignores(name)}
+        return {name: part for name, part in value.items() if name not in dropped}
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        schema = handler(core_schema)
+        handler.resolve_ref_schema(schema)["additionalProperties"] = {"type": "null"}
+        return schema

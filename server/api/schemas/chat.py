@@ -1,6 +1,6 @@
 """`/v1/chat/completions` in OpenAI's shapes."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, PlainSerializer, Tag
 
@@ -11,6 +11,7 @@ from server.api.schemas.base import (
     WHOLE,
     AnswerModel,
     AnswerTokenIds,
+    Neutral,
     Refused,
     RequestModel,
     Text,
@@ -20,6 +21,18 @@ from server.api.schemas.generation import GenerationRequest, Timings, Usage
 
 NO_TOOLS = "this server's models call no tools"
 TEXT_ONLY = "this server's models read and write text only"
+ONE_TIER = "there is one tier"
+NO_MODERATION = "this server moderates nothing"
+
+
+def as_it_came(example: Any) -> Neutral:
+    """Part of an earlier answer, which is sent back whole."""
+    return Neutral("As it came with an earlier answer", example)
+
+
+def cache_hint(example: Any) -> Neutral:
+    """Where a beginning that prompts have in common ends, and how long to keep it."""
+    return Neutral("A hint on beginnings of prompts, which are found without it", example)
 
 
 class TextPart(RequestModel):
@@ -30,6 +43,8 @@ class TextPart(RequestModel):
 
     text: Text = Field(examples=["Who sat on the mat?"])
     """What it says."""
+
+    prompt_cache_breakpoint: Annotated[None, cache_hint({"mode": "explicit"})] = None
 
 
 def kind_of_content(value: Any) -> str:
@@ -50,28 +65,45 @@ class Message(RequestModel):
     role: Literal["system", "developer", "user", "assistant"] = Field(examples=["user"])
     """developer means the same as system."""
 
-    content: Content = Field(examples=["Who sat on the mat?"])
-    """A text, or a list of text parts, which are joined."""
+    content: Content | None = Field(examples=["Who sat on the mat?"])
+    """A text, or a list of text parts, which are joined. null, of an answer: it has no text."""
 
     name: Text | None = Field(None, examples=["Ada"])
     """Who speaks, for models whose template has a place for it."""
 
     refusal: Annotated[None, Refused("messages have no refusals here")] = None
     tool_calls: Annotated[None, Refused(NO_TOOLS, [])] = None
+    tool_call_id: Annotated[None, Refused(NO_TOOLS)] = None
     function_call: Annotated[None, Refused(NO_TOOLS)] = None
     audio: Annotated[None, Refused(TEXT_ONLY)] = None
+    annotations: Annotated[None, as_it_came([])] = None
+    parsed: Annotated[None, as_it_came({"name": "Ada"})] = None
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "".join(part.text for part in self.content)
+
+
+class PromptCacheOptions(RequestModel):
+    """How OpenAI is to keep beginnings of prompts."""
+
+    mode: Annotated[None, cache_hint("implicit")] = None
+    ttl: Annotated[None, cache_hint("30m")] = None
+    prewarm: Annotated[None, Refused("an answer is generated in any case", False)] = None
+    comparison_response_id: Annotated[None, Refused("there are no cache diagnostics")] = None
 
 
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"max_completion_tokens": 16}]})
+
+    limit_names: ClassVar[tuple[str, ...]] = (
+        "max_completion_tokens",
+        *GenerationRequest.limit_names,
+    )
 
     messages: Annotated[list[Message], Field(fail_fast=True)]
     """The conversation; with a session, only what was said since its last turn, and nothing at all
@@ -103,9 +135,10 @@ class ChatRequest(GenerationRequest):
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     """A hint that this server does not need."""
 
-    service_tier: Literal["auto", "default"] | None = None
-    """There is one tier."""
+    prompt_cache_options: PromptCacheOptions | None = None
+    """Hints that this server does not need."""
 
+    service_tier: Annotated[None, Refused(ONE_TIER, "auto", "default")] = None
     store: Annotated[None, Refused("chats are kept in sessions: send a session_id", False)] = None
     modalities: Annotated[None, Refused(TEXT_ONLY, ["text"])] = None
     audio: Annotated[None, Refused(TEXT_ONLY)] = None
@@ -117,6 +150,7 @@ class ChatRequest(GenerationRequest):
     prediction: Annotated[None, Refused("this server predicts no outputs")] = None
     reasoning_effort: Annotated[None, Refused("this server's models do not reason", "none")] = None
     verbosity: Annotated[None, Refused("this server's models know no verbosity", "medium")] = None
+    moderation: Annotated[None, Refused(NO_MODERATION)] = None
     web_search_options: Annotated[None, Refused("this server searches nothing")] = None
 
     @property
@@ -128,16 +162,8 @@ class ChatRequest(GenerationRequest):
         return "top_logprobs"
 
     @property
-    def limit_name(self) -> str:
-        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-
-    @property
     def prompt_name(self) -> str:
         return "messages"
-
-    @property
-    def token_limit(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 def _same(text: str) -> str:
@@ -187,6 +213,9 @@ class AssistantMessage(AnswerModel):
 
     refusal: None = None
     """Always null."""
+
+    annotations: list[Any] = Field(default_factory=list, examples=[[]])
+    """Always empty."""
 
 
 class ChatChoice(AnswerModel):

@@ -1,7 +1,7 @@
 """What completions and chats have in common: how to choose tokens, how to deliver them."""
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -10,16 +10,26 @@ from server.api.schemas.base import (
     LARGEST,
     WHOLE,
     AnswerModel,
+    Refused,
     RequestModel,
     Stop,
     Text,
     TokenIds,
 )
-from server.api.schemas.structure import ResponseFormat, StructuredOutputs
+from server.api.schemas.structure import (
+    PERSON,
+    Choices,
+    JsonSchema,
+    ResponseFormat,
+    Source,
+    StructuredOutputs,
+)
 
+NO_PADDING = "events are not padded"
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+RepetitionPenalty = Annotated[float, Field(gt=0, le=10)]
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
     Field(fail_fast=True, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
@@ -35,9 +45,14 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool | None = None
     """Put the usage so far into every event."""
 
+    include_obfuscation: Annotated[None, Refused(NO_PADDING, False)] = None
+
 
 class SamplingRequest(RequestModel):
     """Parameters of every request that generates text."""
+
+    limit_names: ClassVar[tuple[str, ...]] = ("max_tokens", "n_predict")
+    """Parameters that bound the tokens to generate; the first one that is given counts."""
 
     model: Text | None = Field(None, examples=["latentd"])
     """The model's name; without it, the one that is served."""
@@ -48,8 +63,9 @@ class SamplingRequest(RequestModel):
     temperature: Annotated[float, Field(ge=0, le=10)] | None = Field(None, examples=[0.7])
     """0: always the most probable token. Default 1."""
 
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, examples=[0.95])
-    """Choose among the most probable tokens that together have this probability."""
+    top_p: Probability | None = Field(None, examples=[0.95])
+    """Choose among the most probable tokens that together have this probability. 0: always the
+    most probable token."""
 
     top_k: Annotated[int, Field(ge=-1, le=LARGEST), WHOLE] | None = Field(None, examples=[40])
     """Choose among so many of the most probable tokens. 0 and -1: no limit."""
@@ -57,8 +73,11 @@ class SamplingRequest(RequestModel):
     min_p: Probability | None = Field(None, examples=[0.05])
     """Choose among tokens with at least this fraction of the largest probability."""
 
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(None, examples=[1.1])
+    repetition_penalty: RepetitionPenalty | None = Field(None, examples=[1.1])
     """Divides the positive logits of the last 1,024 tokens and multiplies negative ones."""
+
+    repeat_penalty: RepetitionPenalty | None = Field(None, examples=[1.1])
+    """llama.cpp's name of `repetition_penalty`."""
 
     frequency_penalty: Penalty | None = Field(None, examples=[0.2])
     """Subtracted from a logit for each time that its token was generated lately."""
@@ -101,6 +120,24 @@ class SamplingRequest(RequestModel):
     structured_outputs: StructuredOutputs | None = None
     """What the text has to keep to."""
 
+    guided_json: JsonSchema | Text | None = Field(None, examples=[PERSON])
+    """An older name of `structured_outputs.json`."""
+
+    guided_regex: Source | None = Field(None, examples=["[0-9]{4}"])
+    """An older name of `structured_outputs.regex`."""
+
+    guided_grammar: Source | None = Field(None, examples=['root ::= "yes" | "no"'])
+    """An older name of `structured_outputs.grammar`."""
+
+    guided_choice: Choices | None = Field(None, examples=[["yes", "no"]])
+    """An older name of `structured_outputs.choice`."""
+
+    n_predict: Annotated[int, Field(ge=-1, le=LARGEST), WHOLE] | None = Field(None, examples=[16])
+    """llama.cpp's name of the token limit; -1: the server's default."""
+
+    cache_prompt: bool | None = None
+    """A hint that this server does not need: common beginnings are found without it."""
+
     @property
     def asked_format(self) -> ResponseFormat | None:
         """What the text has to keep to, said in OpenAI's way."""
@@ -138,12 +175,14 @@ class SamplingRequest(RequestModel):
     @property
     def token_limit(self) -> int | None:
         """Tokens to generate at most, if the request says it."""
-        return None
+        limit: int | None = getattr(self, self.limit_name)
+        return None if limit == -1 else limit
 
     @property
     def limit_name(self) -> str:
         """The parameter that `token_limit` comes from."""
-        return "max_tokens"
+        given = (name for name in self.limit_names if getattr(self, name) is not None)
+        return next(given, self.limit_names[0])
 
     @property
     def prompt_name(self) -> str:
@@ -198,10 +237,6 @@ class GenerationRequest(SamplingRequest):
     @property
     def num_choices_per_prompt(self) -> int:
         return 1 if self.n is None else self.n
-
-    @property
-    def token_limit(self) -> int | None:
-        return self.max_tokens
 
     @property
     def returns_tokens(self) -> bool:

@@ -1,23 +1,33 @@
 """`/v1/responses` in OpenAI's shapes."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from server.api.schemas.base import (
-    AS_JSON,
     EXAMPLE_MESSAGE,
     EXAMPLE_RESPONSE,
     LARGEST,
     WHOLE,
     AnswerModel,
+    Neutral,
     Refused,
     RequestModel,
     Text,
     UnixSecond,
 )
-from server.api.schemas.chat import NO_TOOLS, TEXT_ONLY, TokenLogprob, kind_of_content
-from server.api.schemas.generation import SamplingRequest, Timings
+from server.api.schemas.chat import (
+    NO_MODERATION,
+    NO_TOOLS,
+    ONE_TIER,
+    TEXT_ONLY,
+    PromptCacheOptions,
+    TokenLogprob,
+    as_it_came,
+    cache_hint,
+    kind_of_content,
+)
+from server.api.schemas.generation import NO_PADDING, SamplingRequest, Timings
 from server.api.schemas.sessions import Metadata, Ttl
 from server.api.schemas.structure import (
     FORMAT,
@@ -28,6 +38,17 @@ from server.api.schemas.structure import (
     TextFormat,
 )
 
+LOGPROBS = "message.output_text.logprobs"
+Includable = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
 
@@ -40,9 +61,10 @@ class InputPart(RequestModel):
     text: Text = Field(examples=["Who sat on the mat?"])
     """What it says."""
 
-    annotations: Annotated[None, Refused(TEXT_ONLY, [])] = None
-    logprobs: Annotated[list[Any] | None, AS_JSON] = Field(None, examples=[[]])
-    """As it came with an earlier answer; it changes nothing."""
+    annotations: Annotated[None, as_it_came([])] = None
+    logprobs: Annotated[None, as_it_came([])] = None
+    parsed: Annotated[None, as_it_came({"name": "Ada"})] = None
+    prompt_cache_breakpoint: Annotated[None, cache_hint({"mode": "explicit"})] = None
 
 
 class InputMessage(RequestModel):
@@ -61,14 +83,9 @@ class InputMessage(RequestModel):
     ] = Field(examples=["Who sat on the mat?"])
     """A text, or a list of text parts, which are joined."""
 
-    id: Text | None = Field(None, examples=[EXAMPLE_MESSAGE])
-    """As it came with an earlier answer; it changes nothing."""
-
-    status: Literal["completed", "incomplete"] | None = None
-    """As it came with an earlier answer; it changes nothing."""
-
-    phase: Text | None = Field(None, examples=["final_answer"])
-    """As it came with an earlier answer; it changes nothing."""
+    id: Annotated[None, as_it_came(EXAMPLE_MESSAGE)] = None
+    status: Annotated[None, as_it_came("completed")] = None
+    phase: Annotated[None, as_it_came("final_answer")] = None
 
     @property
     def text(self) -> str:
@@ -115,7 +132,22 @@ class TextOptions(RequestModel):
 class ResponseStreamOptions(RequestModel):
     """How a stream tells."""
 
-    include_obfuscation: Annotated[None, Refused("events are not padded", False)] = None
+    include_obfuscation: Annotated[None, Refused(NO_PADDING, False)] = None
+
+
+def of_reasoning(example: str) -> Neutral:
+    """What is to be shown of reasoning."""
+    return Neutral("There is no reasoning to show", example)
+
+
+class Reasoning(RequestModel):
+    """What a model that reasons is to do; of reasoning that is not there nothing can be told."""
+
+    effort: Annotated[None, Refused("this server's models do not reason", "none")] = None
+    mode: Annotated[None, Refused("this server's models do not reason", "standard")] = None
+    context: Annotated[None, of_reasoning("auto")] = None
+    summary: Annotated[None, of_reasoning("auto")] = None
+    generate_summary: Annotated[None, of_reasoning("auto")] = None
 
 
 class ResponseRequest(SamplingRequest):
@@ -124,6 +156,8 @@ class ResponseRequest(SamplingRequest):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"input": "Who sat on the mat?", "max_output_tokens": 16}]}
     )
+
+    limit_names: ClassVar[tuple[str, ...]] = ("max_output_tokens", "n_predict")
 
     input: Input | None = Field(None, examples=["Who sat on the mat?"])
     """A user's text, or messages. Only what is new, with `previous_response_id`."""
@@ -155,13 +189,9 @@ class ResponseRequest(SamplingRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[2])
     """So many of the most probable tokens beside each; needs the include below."""
 
-    include: (
-        Annotated[
-            list[Literal["message.output_text.logprobs"]], Field(max_length=16, fail_fast=True)
-        ]
-        | None
-    ) = None
-    """What else to tell: the log-probability of each token."""
+    include: Annotated[list[Includable], Field(max_length=16, fail_fast=True)] | None = None
+    """What else to tell: the log-probability of each token. The others are of reasoning and tools,
+    which are not there."""
 
     text: TextOptions | None = None
     """What the text is to be like."""
@@ -172,8 +202,7 @@ class ResponseRequest(SamplingRequest):
     truncation: Literal["auto", "disabled"] | None = None
     """Nothing needs to be cut off: a context has no longest length here."""
 
-    service_tier: Literal["auto", "default"] | None = None
-    """There is one tier."""
+    service_tier: Annotated[None, Refused(ONE_TIER, "auto", "default")] = None
 
     safety_identifier: Text | None = Field(None, examples=["user-17"])
     """Your name for who asks; it changes nothing."""
@@ -184,20 +213,35 @@ class ResponseRequest(SamplingRequest):
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     """A hint that this server does not need."""
 
+    prompt_cache_options: PromptCacheOptions | None = None
+    """Hints that this server does not need."""
+
+    reasoning: Reasoning | None = None
+    """What a model that reasons is to do."""
+
     tools: Annotated[None, Refused(NO_TOOLS, [])] = None
     tool_choice: Annotated[None, Refused(NO_TOOLS, "none", "auto")] = None
     parallel_tool_calls: Annotated[None, Refused(NO_TOOLS, False, True)] = None
     max_tool_calls: Annotated[None, Refused(NO_TOOLS)] = None
-    reasoning: Annotated[None, Refused("this server's models do not reason")] = None
     prompt: Annotated[None, Refused("this server keeps no prompt templates")] = None
     conversation: Annotated[
         None, Refused("go on with previous_response_id, or chat with a session_id")
     ] = None
-    context_management: Annotated[None, Refused("a context has no longest length here")] = None
+    context_management: Annotated[None, Refused("a context has no longest length here", [])] = None
+    background_options: Annotated[
+        None, Refused("there is one kind of background", {}, {"completion_window": "soonest"})
+    ] = None
+    moderation: Annotated[None, Refused(NO_MODERATION)] = None
+    access_programs: Annotated[None, Refused("this server has no access programs", {})] = None
+    image: Annotated[None, Refused(TEXT_ONLY, {})] = None
 
     @property
     def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.include else None
+        return (self.top_logprobs or 0) if self.includes_logprobs else None
+
+    @property
+    def includes_logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ())
 
     @property
     def logprobs_name(self) -> str:
@@ -208,16 +252,8 @@ class ResponseRequest(SamplingRequest):
         return "text.format"
 
     @property
-    def limit_name(self) -> str:
-        return "max_output_tokens"
-
-    @property
     def prompt_name(self) -> str:
         return "input"
-
-    @property
-    def token_limit(self) -> int | None:
-        return self.max_output_tokens
 
     @property
     def stores(self) -> bool:
@@ -417,6 +453,24 @@ class ResponseObject(AnswerModel):
 
     top_p: float = Field(examples=[1.0])
     """The top_p."""
+
+    presence_penalty: float = 0.0
+    """The presence_penalty."""
+
+    frequency_penalty: float = 0.0
+    """The frequency_penalty."""
+
+    reasoning: None = None
+    """No model here reasons."""
+
+    max_tool_calls: None = None
+    """No model here calls tools."""
+
+    safety_identifier: str | None = Field(None, examples=["user-17"])
+    """As it was given."""
+
+    prompt_cache_key: str | None = Field(None, examples=["cats"])
+    """As it was given."""
 
     truncation: Literal["disabled"] = "disabled"
     """Nothing is ever cut off."""

@@ -8,6 +8,8 @@ from pydantic_core import PydanticCustomError
 from server.api.schemas.base import AS_JSON, RequestModel, Text
 
 JsonSchema = dict[str, Any] | bool
+Source = Annotated[Text, Field(min_length=1)]
+Choices = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 PERSON: JsonSchema = {
     "type": "object",
     "properties": {"name": {"type": "string"}},
@@ -105,17 +107,13 @@ class StructuredOutputs(RequestModel):
     json_object: bool | None = None
     """Any JSON object."""
 
-    regex: Annotated[Text, Field(min_length=1)] | None = Field(None, examples=["[0-9]{4}"])
+    regex: Source | None = Field(None, examples=["[0-9]{4}"])
     """A regular expression that the whole text matches, in the syntax of Rust's regex crate."""
 
-    grammar: Annotated[Text, Field(min_length=1)] | None = Field(
-        None, examples=['root ::= "yes" | "no"']
-    )
+    grammar: Source | None = Field(None, examples=['root ::= "yes" | "no"'])
     """A context-free grammar: llguidance's Lark if it has a rule `start`, else llama.cpp's GBNF."""
 
-    choice: Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None = Field(
-        None, examples=[["yes", "no"]]
-    )
+    choice: Choices | None = Field(None, examples=[["yes", "no"]])
     """One of these strings."""
 
     @model_validator(mode="after")

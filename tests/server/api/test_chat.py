@@ -65,6 +65,7 @@ def test_an_answer_has_openais_shape(client: httpx.Client) -> None:
         "role": "assistant",
         "content": content(answer),
         "refusal": None,
+        "annotations": [],
     }
     assert answer["usage"]["completion_tokens"] == 12
     # <|endoftext|><|user|>the cat<|end|><|assistant|>

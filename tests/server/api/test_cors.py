@@ -10,6 +10,10 @@ from tests.server.api.calls import BODY
 from tests.server.live import LiveServer, live_server, tiny_settings
 
 PAGE = "https://page.example"
+ASKS_FROM_OUTSIDE = {
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Private-Network": "true",
+}
 KEY = {"Authorization": "Bearer alpha"}
 
 
@@ -39,7 +43,10 @@ def names(response: httpx.Response, header: str) -> set[str]:
 
 
 def test_a_preflight_needs_no_key(page: httpx.Client) -> None:
-    wanted = "authorization,content-type,idempotency-key,last-event-id,x-session-id"
+    wanted = (
+        "authorization,content-type,idempotency-key,last-event-id,x-session-id,x-request-id,"
+        "x-stainless-lang,x-stainless-retry-count,openai-organization,user-agent,x-what-comes-next"
+    )
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": wanted}
     for path in ("/v1/completions", "/v1/sessions"):
         response = page.options(path, headers=asked)
@@ -47,6 +54,23 @@ def test_a_preflight_needs_no_key(page: httpx.Client) -> None:
         assert response.headers["access-control-allow-origin"] == PAGE
         assert names(response, "access-control-allow-headers") >= set(wanted.split(","))
         assert names(response, "access-control-allow-methods") == {"get", "post", "delete"}
+        assert "access-control-allow-private-network" not in response.headers
+
+
+def test_a_public_page_may_ask_a_private_address(page: httpx.Client) -> None:
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Private-Network": "true",
+    }
+    response = page.options("/v1/completions", headers=asked)
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-private-network"] == "true"
+
+
+def test_a_method_that_nothing_has_is_refused(page: httpx.Client) -> None:
+    response = page.options("/v1/models", headers={"Access-Control-Request-Method": "PUT"})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "cors_refused"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +97,7 @@ def test_every_answer_may_be_read(
     assert response.status_code == status
     assert response.headers["access-control-allow-origin"] == PAGE
     exposed = names(response, "access-control-expose-headers")
-    assert exposed >= {"x-request-id", "x-session-id", "retry-after"}
+    assert exposed >= {"x-request-id", "x-session-id", "retry-after", "x-should-retry"}
     assert {name for name in response.headers if name.startswith("x-ratelimit")} <= exposed
 
 
@@ -85,10 +109,15 @@ def test_a_stream_may_be_read(page: httpx.Client) -> None:
 
 def test_other_pages_may_not(page: httpx.Client) -> None:
     page.headers["Origin"] = "https://other.example"
-    asked = {"Access-Control-Request-Method": "POST"}
-    assert page.options("/v1/completions", headers=asked).status_code == 400
-    response = page.get("/v1/models", headers=KEY)
-    assert "access-control-allow-origin" not in response.headers
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Private-Network": "true",
+    }
+    refused = page.options("/v1/completions", headers=asked)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "cors_refused"
+    for response in (refused, page.get("/v1/models", headers=KEY), page.get("/v1/models")):
+        assert not [name for name in response.headers if name.startswith("access-control")]
 
 
 def test_no_page_may_by_default(client: httpx.Client) -> None:

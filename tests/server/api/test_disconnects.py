@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.patience import PATIENCE_S, until, wait_until
-from tests.server.api.calls import BODY, complete
+from tests.server.api.calls import BODY, complete, send
 from tests.server.live import LiveServer, live_server, tiny_settings
 
 NUM_CLIENTS = 200
@@ -22,7 +22,12 @@ ENDLESS = BODY | {"max_tokens": 60_000}
 @pytest.fixture
 def server(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[LiveServer]:
     settings = tiny_settings(
-        tiny_checkpoint, tmp_path, max_running=8, warm_sessions=4, max_waiting=256
+        tiny_checkpoint,
+        tmp_path,
+        max_running=8,
+        warm_sessions=4,
+        max_waiting=256,
+        busy_wait_s=PATIENCE_S,
     )
     with live_server(settings) as running:
         yield running
@@ -89,6 +94,24 @@ def test_two_hundred_clients_leave_at_any_moment(server: LiveServer) -> None:
             for state in ("free", "running", "warm")
         }
         assert slots == {"free": 12, "running": 0, "warm": 0}
+
+
+def test_after_a_stop_button_the_next_turn_comes_at_once(server: LiveServer) -> None:
+    with server.client() as client:
+        session_id = client.post("/v1/sessions").json()["id"]
+        turn = ENDLESS | {"session_id": session_id}
+        for number in range(20):
+            with send(server.url, turn | {"stream": True}) as running:
+                assert running.recv(1)
+            if number % 2:
+                turns = {"turn": number // 2 + 1}
+                response = client.post(f"/v1/sessions/{session_id}/rewind", json=turns)
+                assert response.status_code == 200, response.text
+            else:
+                answer = complete(client, session_id=session_id, max_tokens=1)
+                assert answer["session_turn"] == number // 2 + 1
+        server.wait_until_idle()
+        assert not server.service.ledger._unlocked
 
 
 @pytest.mark.parametrize("stream", [False, True])

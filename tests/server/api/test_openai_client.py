@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
@@ -140,6 +142,43 @@ def test_chats(alpha: openai.OpenAI) -> None:
     ) as helped:
         deltas = [event.delta for event in helped if event.type == "content.delta"]
     assert "".join(deltas) == content
+
+
+ENDS = {"structured_outputs": {"choice": ["the mat"]}}
+
+
+class Person(pydantic.BaseModel):
+    """Somebody."""
+
+    age: Literal[7]
+
+
+def test_what_it_dumps_of_an_answer_is_a_message(alpha: openai.OpenAI) -> None:
+    said: Any = [{"role": "user", "content": "the cat"}]
+    chats = alpha.chat.completions
+    asked: Any = {"model": "latentd", "messages": said, "max_completion_tokens": 30}
+    with chats.stream(**asked, extra_body=ENDS) as events:
+        streamed = events.get_final_completion()
+    parsed = chats.parse(**asked, response_format=Person)
+    assert parsed.choices[0].message.parsed == Person(age=7)
+    for answer in (chats.create(**asked), streamed, parsed):
+        message = answer.choices[0].message.model_dump(warnings=False)
+        then = chats.create(**asked | {"messages": [*said, message, *said]})
+        assert then.choices[0].message.role == "assistant"
+
+
+def test_what_it_dumps_of_a_response_is_input(alpha: openai.OpenAI) -> None:
+    said: Any = [{"role": "user", "content": "the cat"}]
+    asked: Any = {"model": "latentd", "max_output_tokens": 30, "store": False}
+    responses = alpha.responses
+    with responses.stream(**asked, input=said, extra_body=ENDS) as events:
+        streamed = events.get_final_response()
+    parsed = responses.parse(**asked, input=said, text_format=Person)
+    assert parsed.output_parsed == Person(age=7)
+    include: Any = ["message.output_text.logprobs"]
+    for answer in (responses.create(**asked, input=said, include=include), streamed, parsed):
+        items: Any = [item.model_dump(warnings=False) for item in answer.output]
+        assert responses.create(**asked, input=said + items + said).output
 
 
 def test_responses_go_on_from_one_another(alpha: openai.OpenAI) -> None:

@@ -31,7 +31,7 @@ WRONG_BODIES: list[tuple[dict[str, Any], int, str, str]] = [
     ({"max_tokens": 10**30}, 400, "max_tokens", "invalid_value"),
     ({"temperature": -0.1}, 400, "temperature", "invalid_value"),
     ({"temperature": True}, 400, "temperature", "invalid_value"),
-    ({"top_p": 0}, 400, "top_p", "invalid_value"),
+    ({"top_p": -0.1}, 400, "top_p", "invalid_value"),
     ({"top_p": 1.1}, 400, "top_p", "invalid_value"),
     ({"top_k": -2}, 400, "top_k", "invalid_value"),
     ({"min_p": 2}, 400, "min_p", "invalid_value"),

@@ -310,7 +310,7 @@ def test_responses_survive_a_restart(folder: Path, tmp_path: Path) -> None:
         ),
         ({"max_output_tokens": 0}, "max_output_tokens", "invalid_value"),
         ({"tools": [{"type": "web_search"}]}, "tools", "unsupported_parameter"),
-        ({"reasoning": {"effort": "high"}}, "reasoning", "unsupported_parameter"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort", "unsupported_parameter"),
         ({"conversation": "conv_1"}, "conversation", "unsupported_parameter"),
         ({"background": True, "store": False}, "store", "invalid_value"),
         ({"ttl": 5, "store": False}, "ttl", "invalid_value"),
@@ -341,3 +341,28 @@ def test_only_what_is_in_the_background_can_be_followed(
     response = client.get(f"{URL}/{made['id']}", params=params)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+def test_a_response_goes_on_behind_the_last_event_id(client: httpx.Client) -> None:
+    """Rather than behind `starting_after`, which is still in the address of who reconnects."""
+    asked = {"input": "the cat", "max_output_tokens": 4, "background": True}
+    made = client.post(URL, json=asked).json()
+    url = f"{URL}/{made['id']}?stream=true"
+
+    def numbers(url: str, last: object) -> list[int]:
+        headers = {} if last is None else {"Last-Event-ID": str(last)}
+        response = client.get(url, headers=headers)
+        assert response.status_code in (200, 204), response.text
+        lines = response.text.splitlines()
+        return [int(line[4:]) for line in lines if line.startswith("id: ")]
+
+    every = numbers(url, None)
+    assert every == list(range(len(every)))
+    assert numbers(url, 2) == numbers(f"{url}&starting_after=0", 2) == every[3:]
+    assert numbers(f"{url}&starting_after=2", None) == every[3:]
+    assert client.get(url, headers={"Last-Event-ID": str(every[-1])}).status_code == 204
+    assert client.get(f"{url}&starting_after={every[-1]}").status_code == 204
+    refused = client.get(url, headers={"Last-Event-ID": "x"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "Last-Event-ID")
+    refused = client.get(f"{url}&include_obfuscation=true")
+    assert refused.json()["error"]["code"] == "unsupported_parameter"

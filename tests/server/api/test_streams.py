@@ -212,6 +212,16 @@ def test_a_lost_connection_loses_nothing(client: httpx.Client, num_chars: int) -
     assert {json.loads(data)["id"] for _, data in rest[:-1]} == {stream_id}
 
 
+def test_behind_the_last_event_comes_nothing(client: httpx.Client) -> None:
+    """An EventSource asks again after every end, until it gets 204."""
+    stream_id, seen = begin(client, 1, **SHORT)
+    last = resume(client, stream_id, seen[-1][0])[-1][0]
+    for asked in ({"headers": {"Last-Event-ID": str(last)}}, {"params": {"after": str(last)}}):
+        response = client.get(f"/v1/streams/{stream_id}", **asked)  # type: ignore[arg-type]
+        assert (response.status_code, response.content) == (204, b"")
+    assert [number for number, _ in resume(client, stream_id, last - 1)] == [last]
+
+
 def test_two_readers_get_the_same(client: httpx.Client) -> None:
     stream_id, _ = begin(client, 1, **SHORT)
     assert resume(client, stream_id, None) == resume(client, stream_id, None)

@@ -1,0 +1,49 @@
+"""Web pages of other origins: which may use the server (CORS)."""
+
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.api.problems import render
+from server.errors import InvalidRequest
+
+METHODS = ("GET", "POST", "DELETE")
+
+
+class PageMiddleware(CORSMiddleware):
+    """Pages of the listed origins may send any header, also from a public page to a private
+    address, and read ours. Others get no permission, and an error where they ask for one."""
+
+    def __init__(self, app: ASGIApp, origins: tuple[str, ...], exposed: tuple[str, ...]) -> None:
+        """`exposed`: headers of answers that they may read."""
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=METHODS,
+            allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=exposed,
+        )
+
+    async def simple_response(
+        self, scope: Scope, receive: Receive, send: Send, request_headers: Headers
+    ) -> None:
+        if self.is_allowed_origin(request_headers.get("origin", "")):
+            await super().simple_response(scope, receive, send, request_headers)
+        else:
+            await self.app(scope, receive, send)
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        origin, method = (
+            request_headers[name][:80] for name in ("origin", "access-control-request-method")
+        )
+        if not self.is_allowed_origin(request_headers["origin"]):
+            return render(
+                InvalidRequest(f"pages of {origin} may not use this server", code="cors_refused")
+            )
+        if method not in METHODS:
+            return render(
+                InvalidRequest(f"pages may not use the method {method}", code="cors_refused")
+            )
+        return super().preflight_response(request_headers)
