@@ -72,7 +72,12 @@ WantsStream = Annotated[
     bool, Query(description="Tell the events of a response in the background.", examples=[True])
 ]
 IncludeObfuscation = Annotated[
-    bool, Query(description="Not supported: events are not padded.", examples=[False])
+    bool,
+    Query(
+        description="Not supported: events are not padded.",
+        examples=[False],
+        json_schema_extra={"const": False},
+    ),
 ]
 StartingAfter = Annotated[
     int | None,
