@@ -5,7 +5,6 @@ begins with what the template writes between an answer and the messages that fol
 """
 
 import datetime
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -15,6 +14,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.tokenizer import Tokenizer
+from server.api.special_names import Marks, SpecialNames, random_digits
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Conversation:
             self._template = environment.from_string(template)
         except jinja2.TemplateSyntaxError as error:
             raise TemplateFault(f"line {error.lineno}: {error.message}") from error
-        self._tokenizer = tokenizer
+        self._special = SpecialNames(tokenizer)
         self._names = {
             "bos_token": "" if bos is None else tokenizer.name_of(bos),
             "eos_token": "" if eos is None else tokenizer.name_of(eos),
@@ -59,7 +59,7 @@ class Conversation:
 
     def begin(self, messages: Sequence[Said]) -> list[int]:
         """Tokens of a whole conversation, up to where the answer begins. Raises UnfitMessages."""
-        return self._encode([_facts(message) for message in messages])
+        return self._encode(messages)
 
     def go_on(self, messages: Sequence[Said]) -> list[int]:
         """Tokens between the last answer and the next one. Raises UnfitMessages.
@@ -68,25 +68,31 @@ class Conversation:
         """
         if not messages:
             return []
-        answer = secrets.token_hex(16)
+        answer = random_digits()
         before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-        return self._encode(before + [_facts(message) for message in messages], behind=answer)
+        return self._encode(messages, before, behind=answer)
 
-    def _encode(self, messages: list[dict[str, str]], behind: str = "") -> list[int]:
-        """Special tokens are those of the template only: in a message their names are text."""
-        mark = f"\ue000{secrets.token_hex(8)}\ue001"
-        for message in messages:
-            for name in self._tokenizer.special_tokens:
-                message["content"] = message["content"].replace(name, name[0] + mark + name[1:])
-        text = self._render(messages)
+    def _encode(
+        self, messages: Sequence[Said], before: Sequence[dict[str, str]] = (), behind: str = ""
+    ) -> list[int]:
+        """Special tokens are those of the template only: in what users write, names are text.
+
+        Roles are no user's text: templates make special tokens of them.
+        """
+        marks = Marks(random_digits(), random_digits())
+        marked = [
+            {
+                part: text if part == "role" else self._special.mark(text, marks)
+                for part, text in _facts(message).items()
+            }
+            for message in messages
+        ]
+        text = self._render([*before, *marked])
         if behind:
             _, found, text = text.partition(behind)
             if not found:
                 raise UnfitMessages("it does not show earlier answers, so that no chat can go on")
-        ids = list[int]()
-        for part in text.split(mark):
-            ids += self._tokenizer.encode(part)
-        return ids
+        return self._special.encode(text, marks)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         try:
