@@ -100,7 +100,7 @@ class Generation:
                 self.prompt_name,
                 "context_length_exceeded",
             )
-        if not ids and not start.pending and self.template.max_tokens > 0:
+        if not ids and not start.position and self.template.max_tokens > 0:
             raise InvalidRequest(
                 "the prompt is empty and there is nothing to continue: it needs at least one token",
                 self.prompt_name,

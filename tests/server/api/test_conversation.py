@@ -88,7 +88,8 @@ def test_nothing_that_a_user_writes_becomes_a_special_token(name: str, content: 
 
 @pytest.mark.parametrize("change", ["lower", "upper", "tojson"])
 def test_templates_may_change_what_users_write(change: str) -> None:
-    ids = conversation("{{ messages[0].content | %s }}" % change).begin([Said("user", "a<|EnD|>b")])
+    template = "{{ messages[0].content | CHANGE }}".replace("CHANGE", change)
+    ids = conversation(template).begin([Said("user", "a<|EnD|>b")])
     expected = {"lower": "a<|end|>b", "upper": "A<|END|>B"}
     assert shown(ids) == expected.get(change, '"a\\u003c|EnD|\\u003eb"')
     assert not NAMES.keys() & {*ids}
