@@ -3,7 +3,8 @@
 A step is launched, and its tokens are taken later. Where the device works beside the host, the next
 step is launched before the tokens of this one are known: what a row reads is then what its own last
 step chose, which the host need not see. A row whose last token ends its text, or is none, is left
-as it is by steps that were launched before the host knew.
+as it is by steps that were launched before the host knew. It can go on later: the distribution
+after its last token can be had again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,8 @@ class DecodeInput(NamedTuple):
     """In the pool."""
 
     token_id: int | None
-    """To be read; None for the one that the row's last step chose, if it goes on after it."""
+    """To be read; None for the one that the row's last step chose, if it goes on after it, or if
+    nothing is to be read."""
 
     sampled: SampledRow
     """How to choose the next token. Where none is given, its position is that of an earlier step:
@@ -38,6 +40,10 @@ class DecodeInput(NamedTuple):
 
     ends: frozenset[int] = frozenset()
     """Tokens that end the row's text; at most `MOST_ENDS` where the next step is launched ahead."""
+
+    resumes: bool = False
+    """Nothing is read: choose what follows the token that the row's last step read. Its next step
+    is not launched ahead."""
 
     num_logprobs: int | None = None
     """None, or so many of the most probable tokens with the token's own probability."""
@@ -99,11 +105,7 @@ class DirectDecoder:
         prepare()
 
     def launch(self, inputs: Sequence[DecodeInput]) -> Done:
-        ids = [each.token_id for each in inputs]
-        if None in ids:
-            raise ValueError("no step runs ahead here: every row is given its token")
-        rows = [each.row for each in inputs]
-        logits = self._network.step(torch.tensor(ids), self._pool, rows)
+        logits = self._logits(inputs)
         asked = [i for i, each in enumerate(inputs) if each.num_logprobs is not None]
         model_logits = logits[asked] if asked else None  # a copy, before penalties
         token_ids = sample(logits, [each.sampled for each in inputs])
@@ -113,3 +115,20 @@ class DirectDecoder:
         num_top = [inputs[i].num_logprobs or 0 for i in asked]
         scored = zip(asked, score(model_logits, chosen, num_top), strict=True)
         return Done(Decoded(token_ids, dict(scored)))
+
+    def _logits(self, inputs: Sequence[DecodeInput]) -> torch.Tensor:
+        """After each row's token, or the last one that it read `[inputs, vocab_sz]`."""
+        network, pool = self._network, self._pool
+        reading = [i for i, each in enumerate(inputs) if not each.resumes]
+        ids = [inputs[i].token_id for i in reading]
+        if None in ids:
+            raise ValueError("no step runs ahead here: every row is given its token")
+        if len(reading) == len(inputs):
+            return network.step(torch.tensor(ids), pool, [each.row for each in inputs])
+        logits = torch.empty(len(inputs), network.config.vocab_sz, device=pool.device)
+        resuming = [i for i, each in enumerate(inputs) if each.resumes]
+        logits[resuming] = network.logits(pool, [inputs[i].row for i in resuming])
+        if reading:
+            rows = [inputs[i].row for i in reading]
+            logits[reading] = network.step(torch.tensor(ids), pool, rows)
+        return logits

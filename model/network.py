@@ -2,7 +2,7 @@
 
 Parameter names are those of the reference implementation, so its state dicts load unchanged. A
 sequence's state is the position state h, one vector, and one attention state (m, Z, S, n) per
-layer.
+layer; and what the last layer made of the last token, from which alone the next one can be chosen.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -270,6 +270,7 @@ class LanguageModel(nn.Module):
         keys, sums = (*heads, c.d_key), (*heads, c.d_key, c.d_val)
         tensors = [
             TensorSpec("h", (1, c.d_emb), "float64", 0.0),
+            TensorSpec("last", (1, c.d_emb), dtype, 0.0),
             TensorSpec("m", keys, dtype, EMPTY),
             TensorSpec("z", keys, dtype, 0.0),
             TensorSpec("s", sums, dtype, 0.0),
@@ -374,7 +375,10 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """Advance `rows` by one token each: token_ids `[batch]` -> logits `[batch, vocab_sz]`."""
+        """Advance `rows` by one token each: token_ids `[batch]` -> logits `[batch, vocab_sz]`.
+
+        A step alone writes the rows' `last`, for `logits`.
+        """
         if self._compiled is not None:
             return self._compiled.step(token_ids, pool, rows)
         if self._fused is not None:
@@ -391,7 +395,18 @@ class LanguageModel(nn.Module):
             x = layer.merge(x, step(q, k, v, selected))
             if not isinstance(index, slice):
                 _assign(states, index, selected)
+        pool.tensors["last"][0, index] = x
         return self._logits(x)
+
+    @torch.inference_mode()
+    def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
+        """Logits `[batch, vocab_sz]` after the last token of `rows`, which a step has read: those
+        that it returned. Nothing is read."""
+        if self._compiled is not None:
+            return self._compiled.logits(pool, rows)
+        if self._fused is not None:
+            return self._fused.logits(pool, rows)
+        return self._logits(pool.tensors["last"][0, _index(pool, rows)])
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         emb: Tensor = self.embed(token_ids)

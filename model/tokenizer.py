@@ -86,7 +86,8 @@ class Tokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text in which the names of special tokens are text like any other."""
-        return list(self._plain.encode(text, add_special_tokens=False).ids)
+        [encoding] = self._plain.encode_batch_fast([text], add_special_tokens=False)
+        return list[int](encoding.ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once, in parallel."""

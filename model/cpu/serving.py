@@ -40,21 +40,18 @@ class CompiledNetwork:
 
     def forward(
         self, token_ids: NDArray[np.int64], lengths: Sequence[int], pool: StatePool,
-        rows: Sequence[int], *, read: Sequence[int],
+        rows: Sequence[int], *, read: Sequence[int], keeps_last: bool = False,
     ) -> Tensor:  # fmt: skip
         """Advance the rows in place by so many tokens each, those of the first sequence first.
 
         token_ids `[sum of lengths]` -> logits of all tokens of the sequences whose places are in
-        `read`, one sequence after another `[their tokens, vocab_sz]`.
+        `read`, one sequence after another `[their tokens, vocab_sz]`. `keeps_last`, for lengths of
+        1: keep what `logits` needs.
         Raises IndexError for a token or row that there is not, ValueError for a foreign pool.
         """
-        if pool.spec != self._spec or pool.device.type != "cpu":
-            raise ValueError("the pool was not made by this network's new_pool")
-        index, counts = np.array(rows, np.int64), np.array(lengths, np.int64)
-        if len(index) != len(counts) or index.min() < 0 or index.max() >= pool.num_rows:
-            raise IndexError(f"{len(counts)} sequences for rows {list(rows)} of {pool.num_rows}")
-        if len(set(rows)) != len(rows):
-            raise IndexError(f"rows {list(rows)}: one comes twice")
+        index, counts = self._index(pool, rows), np.array(lengths, np.int64)
+        if len(index) != len(counts):
+            raise IndexError(f"{len(counts)} sequences for rows {list(rows)}")
         if min(lengths) < 1 or counts.sum() != len(token_ids):
             raise IndexError(f"{len(token_ids)} tokens for sequences of {list(lengths)}")
         if token_ids.min() < 0 or token_ids.max() >= self._vocab_sz:
@@ -62,18 +59,14 @@ class CompiledNetwork:
         starts = np.concatenate([[0], counts.cumsum()])
         places = _places(starts, read)
         logits = torch.empty(len(places), self._vocab_sz)
-        a = self._fixed.copy()
+        a = self._arguments(pool, index)
         room = _room_for(len(token_ids), a)
-        a[step.TOKENS], a[step.SEQUENCES] = len(token_ids), len(rows)
-        a[step.POOL_ROWS] = pool.num_rows
+        a[step.TOKENS] = len(token_ids)
         a[step.IDS], a[step.STARTS] = token_ids.ctypes.data, starts.ctypes.data
-        a[step.INDEX] = index.ctypes.data
         a[step.NUM_READ], a[step.READ] = len(places), places.ctypes.data
         a[step.LOGITS] = logits.data_ptr()
-        names = ("h", "m", "z", "s", "z_low", "s_low", "n")
-        for place, name in zip(range(step.H, step.N + 1), names, strict=True):
-            tensor = pool.tensors.get(name)
-            a[place] = 0 if tensor is None else tensor.data_ptr()
+        if not keeps_last:
+            a[step.LAST] = 0
         run_team(self._function, a)
         del room  # until here compiled code writes to it
         return logits
@@ -105,7 +98,41 @@ class CompiledNetwork:
     def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
         """`LanguageModel.step`: token_ids `[batch]` -> logits `[batch, vocab_sz]`."""
         ids = np.ascontiguousarray(token_ids.numpy(), np.int64)
-        return self.forward(ids, [1] * len(rows), pool, rows, read=range(len(rows)))
+        count = len(rows)
+        return self.forward(ids, [1] * count, pool, rows, read=range(count), keeps_last=True)
+
+    def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
+        """`LanguageModel.logits`: of each row `[batch, vocab_sz]`."""
+        index = self._index(pool, rows)
+        logits = torch.empty(len(rows), self._vocab_sz)
+        a = self._arguments(pool, index)
+        room = _room_for(len(rows), a)
+        a[step.LOGITS] = logits.data_ptr()
+        run_team(self._function, a)
+        del room  # until here compiled code writes to it
+        return logits
+
+    def _index(self, pool: StatePool, rows: Sequence[int]) -> NDArray[np.int64]:
+        """Raises ValueError for a foreign pool, IndexError for a row that there is not."""
+        if pool.spec != self._spec or pool.device.type != "cpu":
+            raise ValueError("the pool was not made by this network's new_pool")
+        index = np.array(rows, np.int64)
+        if index.min() < 0 or index.max() >= pool.num_rows:
+            raise IndexError(f"rows {list(rows)} of {pool.num_rows}")
+        if len(set(rows)) != len(rows):
+            raise IndexError(f"rows {list(rows)}: one comes twice")
+        return index
+
+    def _arguments(self, pool: StatePool, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """A call's arguments as far as network, pool and rows decide them; the others are 0."""
+        a = self._fixed.copy()
+        a[step.SEQUENCES], a[step.INDEX] = len(index), index.ctypes.data
+        a[step.POOL_ROWS] = pool.num_rows
+        names = ("h", "last", "m", "z", "s", "z_low", "s_low", "n")
+        for place, name in zip(range(step.H, step.N + 1), names, strict=True):
+            tensor = pool.tensors.get(name)
+            a[place] = 0 if tensor is None else tensor.data_ptr()
+        return a
 
     def _fixed_arguments(
         self, network: "LanguageModel", unembed: PackedLinear

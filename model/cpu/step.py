@@ -17,11 +17,11 @@ from model.cpu.products import BLOCK, number, product
 # The call reads its arguments, numbers and addresses, from one array of int64 in this order.
 (
     TOKENS, SEQUENCES, D_EMB, HEADS, D_KEY, D_VAL, LAYERS, VOCAB, LOG_VALUES, POOL_ROWS,
-    IDS, STARTS, INDEX, NUM_READ, READ, LOGITS, H, M, Z, S, Z_LOW, S_LOW, N,
+    IDS, STARTS, INDEX, NUM_READ, READ, LOGITS, H, LAST, M, Z, S, Z_LOW, S_LOW, N,
     X, NORMED, PROJECTED, Y, GATES, GLU,
     EMBED, POSITION, NORM, UNEMBED, LAYER_TABLE,
     THREAD, THREADS, BARRIER, NUM_FORWARD,
-) = range(38)  # fmt: skip
+) = range(39)  # fmt: skip
 
 # A product's.
 (
@@ -60,12 +60,30 @@ def _wait(barrier: Any) -> None:
 
 
 @jit
+def _unembed(a: Any, x: Any, places: Any, weight_dtype: Any, tid: Any, n: Any) -> None:
+    """Logits of some rows of x, in the order of their places."""
+    count, d, vocab = len(places), a[D_EMB], a[VOCAB]
+    normed = _array(a[NORMED], (count, d), float32)
+    at = _array(a[NORM], (2,), int64)
+    gain, offset = _array(at[0], (d,), float32), _array(at[1], (d,), float32)
+    for i in range(tid, count, n):
+        place = places[i]
+        layer_norm(x[place : place + 1], gain, offset, normed[i : i + 1], 0, 1)
+    _wait(a[BARRIER])
+    w, scale, bias = _weight(_array(a[UNEMBED], (3,), int64), 0, d, vocab, weight_dtype)
+    logits = _array(a[LOGITS], (count, vocab), float32)
+    product(normed, w, scale, bias, logits, False, tid, n)
+
+
+@jit
 def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
     """Read tokens into states; logits after some of them. Every thread of a team runs it.
 
     The tokens of all sequences stand one after another, those of i from starts[i] to starts[i + 1].
     Each goes through attention as in a decoding step, so it does not matter how many come at once.
-    NUM_READ tokens, whose places are in READ, get logits: in the order of the places.
+    NUM_READ tokens, whose places are in READ, get logits: in the order of the places. Where LAST is
+    not 0, each sequence reads one token and keeps what the last layer made of it; and where IDS is
+    0, none reads any, and the logits are those after what was so kept.
     """
     tid, n, barrier = int64(0), int64(1), a[BARRIER]
     if barrier:
@@ -81,6 +99,10 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
     projected = _array(a[PROJECTED], (tokens, heads * per_head), float32)
     y = _array(a[Y], (tokens, heads * d_val), float32)
     gates, gated = _array(a[GATES], (tokens, 2 * d), float32), _array(a[GLU], (tokens, d), float32)
+    last = _array(a[LAST], (pool if a[LAST] else 0, d), float32)
+    if not a[IDS]:
+        _unembed(a, last, index, weight_dtype, tid, n)
+        return
     h = _array(a[H], (pool, d), float64)
     m = _array(a[M], (num_layers, pool, heads, d_key), float32)
     z = _array(a[Z], (num_layers, pool, heads, d_key), float32)
@@ -133,15 +155,10 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
         w, scale, bias = _weight(at, 8, d, d, weight_dtype)
         product(gated, w, scale, bias, x, True, tid, n)
         _wait(barrier)
-    at = _array(a[NORM], (2,), int64)
-    gain, offset = _array(at[0], (d,), float32), _array(at[1], (d,), float32)
-    for i in range(tid, num_read, n):
-        t = read[i]
-        layer_norm(x[t : t + 1], gain, offset, normed[i : i + 1], 0, 1)
-    _wait(barrier)
-    w, scale, bias = _weight(_array(a[UNEMBED], (3,), int64), 0, d, vocab, weight_dtype)
-    logits = _array(a[LOGITS], (num_read, vocab), float32)
-    product(normed[:num_read], w, scale, bias, logits, False, tid, n)
+    if a[LAST]:
+        for t in range(tid, tokens, n):
+            last[index[t]] = x[t]
+    _unembed(a, x, read, weight_dtype, tid, n)
 
 
 @jit

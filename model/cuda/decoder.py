@@ -85,11 +85,18 @@ class GraphDecoder:
         step, buffers = self._steps[size], self._buffers[0]
         self._buffers.rotate(-1)
         # What runs ahead is what the device chooses, or it would not know what to read.
-        on_device = [each.token_id is None or _on_device(each.sampled) for each in inputs]
+        on_device = [
+            not each.resumes and (each.token_id is None or _on_device(each.sampled))
+            for each in inputs
+        ]
         self._tell(inputs, on_device)
         buffers.fill(inputs, on_device, size)
         step.inputs.copy_(buffers.inputs[: 3 * size].view(3, size), non_blocking=True)
         step.launch()
+        resuming = [i for i, each in enumerate(inputs) if each.resumes]
+        if resuming:
+            logits = self._network.logits(self._pool, [inputs[i].row for i in resuming])
+            step.logits.index_copy_(0, to_device(resuming, torch.int64, self._device), logits)
         buffers.chosen[:size].copy_(step.chosen, non_blocking=True)
         asked = [i for i, each in enumerate(inputs) if each.num_logprobs is not None]
         by_host = [i for i, chooses in enumerate(on_device) if not chooses]
@@ -162,7 +169,7 @@ class _Buffers:
         count = len(inputs)
         places = self.inputs[: 3 * size].view(3, size).numpy()
         places[:, count:] = NO_ROW
-        places[0, :count] = [each.row for each in inputs]
+        places[0, :count] = [NO_ROW if each.resumes else each.row for each in inputs]
         places[1, :count] = [
             NO_TOKEN if each.token_id is None else each.token_id for each in inputs
         ]

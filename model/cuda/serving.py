@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model.attention import CHUNK, AttentionState
 from model.cuda.graphs import move, to_device
 from model.kernels import attention, linear, position
+from model.kernels.rows import write_rows
 from model.linear import NarrowLinear
 from model.state import StatePool
 
@@ -80,11 +81,17 @@ class FusedNetwork:
             q, k, v = self._project(block, x, x.shape[:1])
             y = attention.step(q, k, v, state, rows)
             x = self._merge(block, x, y.flatten(1))
+        write_rows(x, pool.tensors["last"][0], rows)
         return linear.linear(x, *self._unembed, norm=self._norm, out=logits)
 
     def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
         """`LanguageModel.step`: token_ids `[batch]` -> logits `[batch, vocab_sz]`."""
         return self.decode(move(token_ids.int(), pool.device), self._index(pool, rows), pool)
+
+    def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
+        """`LanguageModel.logits`: of each row `[batch, vocab_sz]`."""
+        x = pool.tensors["last"][0].index_select(0, self._index(pool, rows))
+        return linear.linear(x, *self._unembed, norm=self._norm)
 
     def prefill(
         self, token_ids: Tensor, lengths: Sequence[int], pool: StatePool, rows: Sequence[int],

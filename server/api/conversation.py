@@ -5,7 +5,6 @@ begins with what the template writes between an answer and the messages that fol
 """
 
 import datetime
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -14,10 +13,8 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from model.tokenizer import Tokenizer, TooManyTokens
-
-ENCODED_TOGETHER = 256
-"""Pieces of a prompt between the names of special tokens in it."""
+from model.tokenizer import Tokenizer
+from server.api.special_names import Marks, SpecialNames, random_digits
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,7 @@ class Conversation:
         except jinja2.TemplateSyntaxError as error:
             raise TemplateFault(f"line {error.lineno}: {error.message}") from error
         self._tokenizer = tokenizer
+        self._special = SpecialNames(tokenizer)
         self._names = {
             "bos_token": "" if bos is None else tokenizer.name_of(bos),
             "eos_token": "" if eos is None else tokenizer.name_of(eos),
@@ -65,7 +63,7 @@ class Conversation:
 
         Raises UnfitMessages, and TooManyTokens.
         """
-        return self._encode([_facts(message) for message in messages], max_tokens)
+        return self._encode(messages, max_tokens)
 
     def go_on(self, messages: Sequence[Said], max_tokens: int) -> list[int]:
         """Tokens between the last answer and the next one. Raises UnfitMessages and TooManyTokens.
@@ -74,33 +72,36 @@ class Conversation:
         """
         if not messages:
             return []
-        answer = secrets.token_hex(16)
+        answer = random_digits()
         before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-        facts = before + [_facts(message) for message in messages]
-        return self._encode(facts, max_tokens, behind=answer)
+        return self._encode(messages, max_tokens, before, behind=answer)
 
     def _encode(
-        self, messages: list[dict[str, str]], max_tokens: int, behind: str = ""
+        self,
+        messages: Sequence[Said],
+        max_tokens: int,
+        before: Sequence[dict[str, str]] = (),
+        behind: str = "",
     ) -> list[int]:
-        """Special tokens are those of the template only: in a message their names are text."""
-        num_characters = sum(len(message["content"]) for message in messages)
-        self._tokenizer.check_length(num_characters, max_tokens)
-        mark = f"\ue000{secrets.token_hex(8)}\ue001"
-        for message in messages:
-            for name in self._tokenizer.special_tokens:
-                message["content"] = message["content"].replace(name, name[0] + mark + name[1:])
-        text = self._render(messages)
+        """Special tokens are those of the template only: in what users write, names are text.
+
+        Roles are no user's text: templates make special tokens of them.
+        """
+        self._tokenizer.check_length(sum(len(each.text) for each in messages), max_tokens)
+        marks = Marks(random_digits(), random_digits())
+        marked = [
+            {
+                part: text if part == "role" else self._special.mark(text, marks)
+                for part, text in _facts(message).items()
+            }
+            for message in messages
+        ]
+        text = self._render([*before, *marked])
         if behind:
             _, found, text = text.partition(behind)
             if not found:
                 raise UnfitMessages("it does not show earlier answers, so that no chat can go on")
-        ids, parts = list[int](), text.split(mark)
-        for start in range(0, len(parts), ENCODED_TOGETHER):
-            for encoded in self._tokenizer.encode_batch(parts[start : start + ENCODED_TOGETHER]):
-                ids += encoded
-            if len(ids) > max_tokens:
-                raise TooManyTokens(len(ids))
-        return ids
+        return self._special.encode(text, marks, max_tokens)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         try:

@@ -28,7 +28,8 @@ class Continuation:
     """Tokens of the sequence so far, those pending included."""
 
     pending: tuple[int, ...] = ()
-    """The last of them that are not in the state yet; they are read first."""
+    """The last of them that are not in the state yet; they are read first. None is where a text
+    ended before the token that was sampled last: the state itself tells what can follow."""
 
     undecoded: bytes = b""
     """Bytes of the generated text that began a character, at most three."""
@@ -47,11 +48,14 @@ class EngineRequest:
 
     continuation: Continuation
     token_ids: tuple[int, ...]
-    """The prompt. With the pending tokens it may only be empty if nothing is to be generated."""
+    """The prompt. May be empty unless text is to be generated where there are no tokens at all."""
 
     max_tokens: int
     sampling: "SamplingParams"
     stop: tuple[str, ...] = ()
+    """Texts that end the text. The name of a special token stands for the token as well, as if its
+    id were among `stop_token_ids`."""
+
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the text as the model's end tokens do, also with `ignore_eos`."""

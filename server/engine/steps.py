@@ -11,7 +11,6 @@ from model.decoding import Decoder, Launched
 from model.logprobs import Scored
 from model.state import StatePool
 from server.engine.messages import (
-    EngineRequest,
     Failed,
     GrammarFailed,
     NoProbabilities,
@@ -146,8 +145,8 @@ class Steps:
         sequence.num_generated += 1
         request = sequence.request
         ends = token_id in sequence.end_token_ids
-        if ends and not (request.include_stop and token_id in request.stop_token_ids):
-            return _end_by(token_id, request)
+        if ends and not (request.include_stop and token_id in sequence.stop_token_ids):
+            return End("stop", sequence.end_by(token_id))
         if sequence.matcher is not None:
             sequence.matcher.accept(token_id)  # what fails here is reported before the next token
         # The step that was launched ahead reads the token, unless that ends the text.
@@ -174,10 +173,5 @@ class Steps:
         if stop is not None:
             return End("stop", stop)
         if ends:
-            return _end_by(token_id, request)
+            return End("stop", sequence.end_by(token_id))
         return End("length") if sequence.num_generated >= request.max_tokens else None
-
-
-def _end_by(token_id: int, request: EngineRequest) -> End:
-    """The end by a token: the client's own, or the model's."""
-    return End("stop", token_id if token_id in request.stop_token_ids else None)

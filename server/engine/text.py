@@ -64,6 +64,17 @@ class OutputText:
         """Whether text that is not certain began at the anchor asked for last."""
 
         self._since_anchor = ""
+        """Emitted text after the anchor."""
+
+        self._tokens_since = list[tuple[int, int | None]]()
+        """Tokens after the anchor with the number of characters after it, uncertain ones included,
+        with which each ends; None within a character."""
+
+        self._anchor_at = 0
+        """Characters before the anchor."""
+
+        self._undecoded_there = undecoded
+        """`undecoded` at the anchor."""
 
     @property
     def is_never_held(self) -> bool:
@@ -86,7 +97,8 @@ class OutputText:
         back: the step asks for an anchor.
         """
         num_held, start = len(self._held), self._length
-        whole_before = not self.has_anchor or not self.undecoded
+        undecoded = self.undecoded
+        whole_before = not self.has_anchor or not undecoded
         text = self._held + self._detokenizer.push(token.token_id)
         self._length += len(text) - num_held
         stop, end = self._find_stop(text, num_held, may_stop=may_stop)
@@ -95,8 +107,12 @@ class OutputText:
         begins_here = whole_before and end >= num_held
         if begins_here:
             self.has_anchor, self._since_anchor = False, text[num_held:end]
+            self._anchor_at, self._undecoded_there = start, undecoded
+            self._tokens_since.clear()
         else:
             self._since_anchor += certain
+        ends_at = None if self.undecoded else self._length - self._anchor_at
+        self._tokens_since.append((token.token_id, ends_at))
         uncertain = end < len(text) or bool(self.undecoded)
         if self._rules.returns_tokens:
             self._held_tokens.append((start, token))
@@ -110,12 +126,19 @@ class OutputText:
             wants_anchor=wants_anchor,
         )
 
-    def cut(self) -> str:
-        """End where the emitted text ends. Returns what of it came after the anchor."""
-        self._detokenizer = Detokenizer(self._tokenizer)
+    def cut(self) -> tuple[list[int], str]:
+        """End where the emitted text ends. Returns what of it came after the anchor: the tokens
+        that end in it, and its rest, in the middle of the next one."""
+        emitted, num_kept, end = self._since_anchor, 0, 0
+        for count, (_, ends_at) in enumerate(self._tokens_since, 1):
+            if ends_at is not None and ends_at <= len(emitted):
+                num_kept, end = count, ends_at
+        kept = [token_id for token_id, _ in self._tokens_since[:num_kept]]
+        undecoded = b"" if kept or emitted else self._undecoded_there
+        self._detokenizer = Detokenizer(self._tokenizer, undecoded)
         self._held_tokens.clear()
         self.has_anchor = False
-        return self._since_anchor
+        return kept, emitted[end:]
 
     def flush(self) -> tuple[str, tuple[Token, ...]]:
         """The text held back, now that nothing can complete a stop string, and its tokens."""

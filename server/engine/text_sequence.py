@@ -40,7 +40,14 @@ class TextSequence(Sequence):
         super().__init__(request, submitted_at)
         self._tokenizer = tokenizer
         ends = () if request.ignore_eos else eos_token_ids
-        self.end_token_ids = frozenset((*ends, *request.stop_token_ids))
+        special = tokenizer.special_tokens
+        self._named_stops = {special[name]: name for name in request.stop if name in special}
+        """Special tokens have no text: a stop string that names one is found by its id."""
+
+        self.stop_token_ids = frozenset((*request.stop_token_ids, *self._named_stops))
+        """Tokens with which the client lets the text end."""
+
+        self.end_token_ids = self.stop_token_ids.union(ends)
         """Tokens that end the text."""
 
         self._ignored_ends = frozenset(eos_token_ids) - self.end_token_ids
@@ -94,6 +101,7 @@ class TextSequence(Sequence):
         """Whether another step can be launched for it before the token of the last is known."""
         return (
             self._is_plain
+            and not (self._input is not None and self._input.resumes)
             and self.request.min_tokens <= self.num_generated
             and self.num_generated + self.num_in_flight < self.request.max_tokens
         )
@@ -106,11 +114,19 @@ class TextSequence(Sequence):
             if self._input.token_id is not None:
                 self._input = self._input._replace(token_id=None)
             return self._input
+        unread = self.unread
+        if unread:
+            self.pop_unread(1)
         sampled = SampledRow(
             self.request.sampling, self.position, self.recent, tuple(self._banned), self._mask
         )
         self._input = DecodeInput(
-            row, self.pop_unread(1)[0], sampled, self.end_token_ids, self.request.num_logprobs
+            row=row,
+            token_id=unread[0] if unread else None,
+            sampled=sampled,
+            ends=self.end_token_ids,
+            resumes=not unread,
+            num_logprobs=self.request.num_logprobs,
         )
         return self._input
 
@@ -149,18 +165,25 @@ class TextSequence(Sequence):
     def cut(self) -> RowState | None:
         """End the sequence where its emitted text ends; called instead of `append`.
 
-        Returns the state to go back to, None if the present one is right. Emitted text that this
-        state does not include is tokenised anew and left unread.
+        Returns the state to go back to, None if the present one is right. Emitted tokens that this
+        state does not include are left unread; what is emitted of one more is tokenised anew.
         """
         anchor = self._anchor if self.text.has_anchor else None
         if anchor is not None:
             self.position = anchor.position
             self.recent = RecentTokens.from_bytes(anchor.recent)
-        self._tokens, self.num_read = self._tokenizer.encode(self.text.cut()), 0
+        kept, rest = self.text.cut()
+        self._tokens, self.num_read = [*kept, *self._tokenizer.encode_text(rest)], 0
         self.position += len(self._tokens)
         for token_id in self._tokens:
             self.recent.append(token_id, generated=True)
         return None if anchor is None else anchor.state
+
+    def end_by(self, token_id: int) -> str | int | None:
+        """What of the client's ended the text with this token; None if only the model did."""
+        if token_id in self.request.stop_token_ids:
+            return token_id
+        return self._named_stops.get(token_id)
 
     def continuation(self) -> Continuation:
         """What the next turn continues from."""

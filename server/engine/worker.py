@@ -187,7 +187,7 @@ class Worker:
                 self._drop(sequence)
                 self._end(NoProbabilities(request.request_id))
                 continue
-            if request.max_tokens and not sequence.unread:
+            if request.max_tokens and not sequence.unread and not request.continuation.position:
                 self._drop(sequence)
                 self._end(Failed(request.request_id, "there is no token to read"))
                 continue

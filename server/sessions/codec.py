@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from model.sampling import RecentTokens
 from model.state import TensorSpec, split_state
 
-FORMAT, VERSION = "latentd-session", "3"
+FORMAT, VERSION = "latentd-session", "4"
 RECENT = "recent"
 LARGEST = 1 << 53
 LONGEST_MESSAGE = 300

@@ -1,5 +1,6 @@
 """The network is the paper's: the reference's outputs, however a sequence is cut and batched."""
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -110,8 +111,9 @@ def test_the_papers_state_has_its_numbers_and_the_two_maxima() -> None:
     assert papers == 609_024
     maxima = 24 * 24 * (32 + 32)
     kept_exact = 4 * 768 + 24 * 24 * (32 * 32 + 32)
-    assert spec.num_bytes == 4 * (papers + maxima) + kept_exact == 3_194_880
-    names = ["h", "m", "z", "s", "z_low", "s_low", "n"]
+    last = 4 * 768
+    assert spec.num_bytes == 4 * (papers + maxima) + kept_exact + last == 3_197_952
+    names = ["h", "last", "m", "z", "s", "z_low", "s_low", "n"]
     assert [tensor.name for tensor in spec.tensors] == names
     dtypes = {t.name: t.dtype for t in spec.tensors if t.dtype != "float32"}
     assert dtypes == {"h": "float64", "z_low": "int8", "s_low": "int8"}
@@ -119,8 +121,16 @@ def test_the_papers_state_has_its_numbers_and_the_two_maxima() -> None:
 
 def test_linear_values_need_no_maximum_of_values() -> None:
     spec = linear_network().state_spec
-    assert [tensor.name for tensor in spec.tensors] == ["h", "m", "z", "s", "z_low", "s_low"]
-    assert spec.num_bytes == 8 * 24 + 2 * 2 * (4 * (2 * 8 + 8 * 6) + 8 + 8 * 6)
+    assert [tensor.name for tensor in spec.tensors] == [
+        "h",
+        "last",
+        "m",
+        "z",
+        "s",
+        "z_low",
+        "s_low",
+    ]
+    assert spec.num_bytes == (8 + 4) * 24 + 2 * 2 * (4 * (2 * 8 + 8 * 6) + 8 + 8 * 6)
 
 
 def test_the_size_of_a_state_does_not_depend_on_what_it_has_seen() -> None:
@@ -372,6 +382,33 @@ def test_a_row_that_was_reset_is_as_new() -> None:
         network.prefill(ids, [30], pool, [1])
         network.step(ids[:, 0], pool, [1])
     assert used.export_row(1) == fresh.export_row(1)
+
+
+@pytest.mark.parametrize("values", ["log", "linear"])
+@pytest.mark.parametrize("kind", ["plain", "packed", "fused"])
+def test_the_last_logits_can_be_had_again(kind: str, values: str, device: torch.device) -> None:
+    """Of any rows, in any order, also after the states were moved; nothing is changed by that."""
+    made = linear_network() if values == "linear" else reference("small").network
+    network = copy.deepcopy(made)
+    if kind == "packed":
+        network.pack()
+    elif kind == "fused":
+        network.to(device).fuse()
+    pool = filled_pool(network, 6)
+    rows = [4, 1, 5]
+    logits = network.step(torch.tensor([7, 8, 9]), pool, rows)
+    before = [pool.export_row(row) for row in range(6)]
+    again = network.logits(pool, [1, 5, 4])
+    assert [pool.export_row(row) for row in range(6)] == before
+    moved = network.new_pool(2)
+    moved.import_row(1, before[5])
+    alone = network.logits(moved, [1])
+    if kind == "plain":  # whose sums depend on the size of the batch
+        torch.testing.assert_close(again, logits[[1, 2, 0]], rtol=0, atol=LOGITS_TOLERANCE)
+        torch.testing.assert_close(alone, logits[[2]], rtol=0, atol=LOGITS_TOLERANCE)
+    else:
+        assert torch.equal(again, logits[[1, 2, 0]])
+        assert torch.equal(alone, logits[[2]])
 
 
 def test_states_are_replaced_where_chosen() -> None:

@@ -95,7 +95,7 @@ class Generation:
         limit = settings.max_prompt_tokens
         if len(ids) > limit:
             raise too_long(len(ids), limit, self.prompt_name)
-        if not ids and not start.pending and self.template.max_tokens > 0:
+        if not ids and not start.position and self.template.max_tokens > 0:
             raise InvalidRequest(
                 "the prompt is empty and there is nothing to continue: it needs at least one token",
                 self.prompt_name,

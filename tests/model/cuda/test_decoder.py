@@ -97,6 +97,26 @@ def test_a_row_that_has_ended_is_left_as_it_is_and_the_others_go_on(pair: Pair) 
     assert [pair.state(place) == states[place] for place in range(3)] == [False, True, False]
 
 
+def test_a_row_that_has_ended_can_go_on_beside_others(pair: Pair) -> None:
+    """What it chose is chosen again, and nothing is read for that."""
+    expected, _ = on_host(3)
+    end = expected[0].token_ids[1]
+    assert end is not None
+    first = pair.launch(*(one(place, 0, 5, ends=frozenset({end})) for place in range(3)))
+    second = pair.launch(*(one(place, 1, None) for place in range(3)))
+    assert (first.take().token_ids[1], second.take().token_ids[1]) == (end, None)
+    state = pair.state(1)
+    resumed = one(1, 0, None, resumes=True, num_logprobs=2)
+    third = pair.launch(one(0, 2, None), resumed, one(2, 2, None)).take()
+    assert third.token_ids == [expected[2].token_ids[0], end, expected[2].token_ids[2]]
+    ours, theirs = third.scored[1], expected[0].scored[1]
+    assert ours is not None
+    assert theirs is not None
+    assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+    assert pair.state(1) == state
+    assert pair.launch(one(1, 1, end)).take().token_ids == [expected[1].token_ids[1]]
+
+
 def test_a_smaller_batch_does_not_see_the_rows_of_the_last(pair: Pair) -> None:
     pair.launch(*(one(place, 0, 5) for place in range(3))).take()
     before = [pair.state(place) for place in range(3)]

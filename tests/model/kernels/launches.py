@@ -15,6 +15,7 @@ from model.kernels import position as recurrence
 from model.kernels.attention import absorb, chunked, step
 from model.kernels.inputs import take_inputs
 from model.kernels.linear import linear
+from model.kernels.rows import write_rows
 from model.kernels.sampling import choose
 from model.linear import narrow
 
@@ -63,6 +64,7 @@ def sampling(vocab: int) -> None:
     rows = torch.zeros(3, dtype=torch.int32)
     choose(torch.zeros(3, vocab), rows, SamplerTable(4, torch.device("cpu")), rows.clone())
     take_inputs(torch.zeros(3, 5, dtype=torch.int32), rows)
+    write_rows(torch.zeros(3, 768), torch.zeros(4, 768), rows)
 
 
 LAUNCHES: dict[str, Callable[[], None]] = {

@@ -118,6 +118,16 @@ def test_no_messages_let_the_last_answer_go_on(client: httpx.Client) -> None:
     assert "".join(parts) == content(chat(client))
 
 
+def test_an_answer_that_has_ended_goes_on(client: httpx.Client) -> None:
+    """After an end of text, and where a stop string has cut it."""
+    whole = content(chat(client))
+    for changes in ({"ignore_eos": False, "logit_bias": {"0": 100}}, {"stop": whole[0]}):
+        session_id = client.post("/v1/sessions").json()["id"]
+        first = chat(client, session_id=session_id, **changes)
+        assert (content(first), first["choices"][0]["finish_reason"]) == ("", "stop")
+        assert content(chat(client, session_id=session_id, messages=[])) == whole
+
+
 def test_a_turn_with_a_key_is_taken_once(client: httpx.Client) -> None:
     session_id = client.post("/v1/sessions").json()["id"]
     headers = {"Idempotency-Key": "one"}

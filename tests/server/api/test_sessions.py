@@ -72,19 +72,42 @@ def test_a_session_is_named_by_header_too(client: httpx.Client, session_id: str)
 
 @pytest.mark.parametrize(
     ("changes", "param"),
-    [({"n": 2}, "n"), ({"prompt": ["a", "b"]}, "prompt"), ({"prompt": ""}, "prompt")],
+    [({"n": 2}, "n"), ({"prompt": ["a", "b"]}, "prompt")],
 )
 def test_what_a_turn_cannot_be(
     client: httpx.Client, session_id: str, changes: dict[str, Any], param: str
 ) -> None:
-    if changes == {"prompt": ""}:  # with nothing to continue, once the end token was sampled
-        first = complete(client, session_id=session_id, ignore_eos=False, logit_bias={"0": 100})
-        assert first["choices"][0]["finish_reason"] == "stop"
     before = get(client, session_id)
     response = client.post("/v1/completions", json=BODY | {"session_id": session_id} | changes)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
     assert get(client, session_id) == before
     assert text_of(client, session_id=session_id)
+
+
+def test_a_session_goes_on_after_every_end(client: httpx.Client, server: LiveServer) -> None:
+    """On an empty prompt comes what would have come without the end."""
+
+    def generate(**changes: Any) -> dict[str, Any]:
+        return dict(complete(client, return_token_ids=True, **changes)["choices"][0])
+
+    [name, *_] = server.service.checkpoint.tokenizer.special_tokens
+    [end] = server.service.checkpoint.network.config.eos_token_ids
+    whole = generate()["token_ids"]
+    only_end = {"logit_bias": {str(end): 100}}
+    ends: dict[str, tuple[dict[str, Any], object]] = {
+        "end token": (only_end | {"ignore_eos": False}, None),
+        "its name": (only_end | {"stop": [name]}, name),
+        "stop token": ({"stop_token_ids": [whole[5]]}, whole[5]),
+        "length": ({"max_tokens": 3}, None),
+    }
+    for title, (changes, reason) in ends.items():
+        session_id = client.post("/v1/sessions").json()["id"]
+        first = generate(session_id=session_id, **changes)
+        expected = "length" if title == "length" else "stop"
+        assert (first["finish_reason"], first["stop_reason"]) == (expected, reason)
+        count = len(whole) - len(first["token_ids"])
+        rest = generate(session_id=session_id, prompt="", max_tokens=count)
+        assert first["token_ids"] + rest["token_ids"] == whole, title
 
 
 def test_a_session_read_without_an_answer(client: httpx.Client, session_id: str) -> None:

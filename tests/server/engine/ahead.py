@@ -50,9 +50,12 @@ class AheadDecoder:
         assert len({each.row for each in inputs}) == len(inputs)
         token_ids = list[int | None]([None] * len(inputs))
         scored = {}
-        going = [i for i, each in enumerate(inputs) if self._token(each) is not None]
+        going = [
+            i for i, each in enumerate(inputs) if each.resumes or self._token(each) is not None
+        ]
         if going:
-            self.num_ahead += sum(inputs[i].token_id is None for i in going)
+            ahead = [i for i in going if not inputs[i].resumes and inputs[i].token_id is None]
+            self.num_ahead += len(ahead)
             step = [self._known(inputs[i]) for i in going]
             decoded = self._launch(step)
             scored = {going[place]: each for place, each in decoded.scored.items()}
@@ -65,6 +68,8 @@ class AheadDecoder:
 
     def _known(self, each: DecodeInput) -> DecodeInput:
         """With the token to read, and the position of the one to choose."""
+        if each.resumes:
+            return each
         position = each.sampled.position
         if each.token_id is None:
             position = self._positions[each.row] + 1

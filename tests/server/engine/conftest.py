@@ -20,6 +20,7 @@ from tests.server.engine.stepper import SMALL, Clock, Stepper
 GENERATE = (
     "test_engine",
     "test_prefixes",
+    "test_resuming",
     "test_rows",
     "test_scoring",
     "test_steps",

@@ -110,7 +110,8 @@ def test_stop_string_leaves_the_session_where_the_text_ends(
     ids = [*asked.token_ids]
     generated = seen - len(ids)
     ids += _sampled_ids(driver, asked, generated)
-    checkpoint.network.prefill(torch.tensor([ids]), [seen], expected, [0])
+    checkpoint.network.prefill(torch.tensor([ids[:-1]]), [seen - 1], expected, [0])
+    checkpoint.network.step(torch.tensor(ids[-1:]), expected, [0])
     for name, values in expected.tensors.items():
         torch.testing.assert_close(pool.tensors[name], values, rtol=1e-4, atol=1e-4)
     kept = [*ids[len(asked.token_ids) :], *last.continuation.pending]

@@ -215,8 +215,7 @@ def adopt_and_cancel(stepper: Stepper, last: Finished) -> None:
 
 
 def adopt_and_fail(stepper: Stepper, last: Finished) -> None:
-    nothing = replace(last.continuation or Continuation(), pending=())
-    stepper.submit(following(last, "fails", token_ids=(), continuation=nothing))
+    stepper.submit(following(last, "fails", token_ids=(), continuation=Continuation()))
     stepper.run()
     assert isinstance(stepper.last("fails"), Failed)
 

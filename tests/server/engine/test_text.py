@@ -95,7 +95,7 @@ def test_an_anchor_is_asked_for_where_text_begins_that_may_be_cut_away() -> None
     ends = output("abc", can_rewind=True)
     *_, last = [ends.push(Token(token_id), may_stop=True) for token_id in byte_tokens("xabc")]
     assert (last.stop, last.cuts_token, last.text) == ("abc", True, "")
-    assert ends.cut() == ""
+    assert ends.cut() == ([], "")
     assert not any(
         output(*stop, can_rewind=can_rewind).push(Token(a), may_stop=True).wants_anchor
         for stop, can_rewind in (((), True), (("ab",), False))
