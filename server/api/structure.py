@@ -23,7 +23,7 @@ async def read_grammar(service: Service, body: SamplingRequest) -> Grammar | Non
     Raises InvalidRequest for a source that is wrong, or takes too long, and Overloaded when too
     many others are being compiled.
     """
-    if body.structured_outputs is None and body.asked_format is None:
+    if body.asked_format is None and all(getattr(body, name) is None for name in STRUCTURES):
         return None
     asked = await service.texts.run(LONG, _asked_within_bounds, body)
     if asked is None:

@@ -6,6 +6,7 @@ The store and the engine have threads of their own, so that no client's text hol
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import ParamSpec, TypeVar
 
 from pydantic_core import to_json
@@ -40,7 +41,8 @@ class Texts:
             return work(*args, **kwargs)
         pool = self._long if size > LONG else self._others
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(pool, lambda: work(*args, **kwargs))
+        context = copy_context()  # validation asks what to do with unknown parameters
+        return await loop.run_in_executor(pool, lambda: context.run(work, *args, **kwargs))
 
     def close(self) -> None:
         """Wait for what runs; what has not begun is dropped."""

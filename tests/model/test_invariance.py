@@ -74,7 +74,10 @@ def test_a_prompt_read_by_steps_is_the_whole_one(name: str) -> None:
     pool = network.new_pool(1)
     for token_id in ids:
         network.step(token_id[None], pool, [0])
-    assert pool.export_row(0) == alone(network, ids).export_row(0)
+    read = alone(network, ids)
+    for tensor, values in pool.tensors.items():
+        if tensor != "last":  # what the next token is chosen from comes of steps alone
+            assert torch.equal(values, read.tensors[tensor]), tensor
 
 
 @each_network

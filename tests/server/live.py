@@ -82,5 +82,6 @@ def live_server(settings: Settings, send_buffer_bytes: int | None = None) -> Ite
 
 
 def tiny_settings(folder: Path, data_dir: Path, **changes: object) -> Settings:
-    """Settings for the tiny checkpoint, whatever the environment says."""
-    return Settings.model_validate({"checkpoint": folder, "data_dir": data_dir, **changes})
+    """For the tiny checkpoint, whatever the environment says. Nobody waits for a busy session."""
+    usual = {"checkpoint": folder, "data_dir": data_dir, "busy_wait_s": 0}
+    return Settings.model_validate(usual | changes)

@@ -92,7 +92,7 @@ def test_a_whole_state_is_shown(
     assert verdict(done.stdout).startswith("ok: ")
     shown = fields(done.stdout)
     assert shown == {
-        **{"format": "latentd-session", "version": "3", "dtype": "float32"},
+        **{"format": "latentd-session", "version": "4", "dtype": "float32"},
         **{"turn": "4", "position": "70", "pending": "[5]", "undecoded": "e2"},
         **{"fingerprint": outline.fingerprint, "model": "this one", "checksum": "ok"},
         "size": f"{len(blob):,} bytes",

@@ -187,9 +187,9 @@ def test_the_message_names_what_differs() -> None:
     assert "belongs to model 999999999999, this is 0123456789ab" in refusal(
         Codec("9" * 64, SPEC, VOCAB).encode(SESSION)
     )
-    for version in ("1", "2", "4"):
+    for version in ("1", "3", "5"):
         said = refusal(forged(version=version))
-        assert f"version is '{version}', this program reads '3'" in said
+        assert f"version is '{version}', this program reads '4'" in said
     assert "dtype is 'float16', this model has 'float64'" in refusal(forged(dtype="float16"))
     assert "format is 'gguf'" in refusal(forged(format="gguf"))
     no_checksum = HEADER["__metadata__"] | {"sha256": ""}

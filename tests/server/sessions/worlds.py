@@ -201,6 +201,7 @@ async def world(
             metrics,
             keep_turns=keep_turns,
             max_response_ttl_s=max_response_ttl_s,
+            busy_wait_s=0,
         )
         yield World(ledger, tiers, released, store, cache, metrics)
     finally:
