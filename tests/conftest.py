@@ -24,6 +24,20 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 
+KERNELS = ("kernels", "cuda")
+"""Folders whose tests run Triton's kernels."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of kernels are the GPU's; interpreted, they take too long for the quick lane."""
+    for item in items:
+        if item.path.parent.name in KERNELS or "gpu" in item.keywords:
+            item.add_marker(pytest.mark.gpu)
+            if "TRITON_INTERPRET" in os.environ:
+                item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> None:
     """Let Triton's interpreter prepare a module once, and not at each call of a function in it.

@@ -11,12 +11,6 @@ OF_KERNELS = [Path(__file__).parent / name for name in ("kernels", "cuda")]
 collect_ignore = [] if kernels.is_available() else OF_KERNELS
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if any(folder in item.path.parents for folder in OF_KERNELS):
-            item.add_marker("gpu")
-
-
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where kernels run."""

@@ -113,6 +113,7 @@ def grown(
     return torch.cat([x.flatten() for x in found]), torch.cat([x.flatten() for x in expected])
 
 
+@pytest.mark.long
 @paths(kernel_tokens=40)
 @both_values
 def test_a_large_sum_still_grows_by_what_is_added(

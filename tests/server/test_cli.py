@@ -79,6 +79,7 @@ def test_serve_help_has_every_setting_in_its_group() -> None:
     assert "debug | info | warning | error; default: info" in re.sub(r" *│\n│ *", " ", shown)
 
 
+@pytest.mark.long
 def test_generate_tells_when_the_model_makes_no_sense(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -177,6 +178,7 @@ def test_serve_refuses_wrong_settings(
     assert named in refused(*common, *flags, **environment)
 
 
+@pytest.mark.long
 def test_serve_refuses_a_port_in_use(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -198,6 +200,7 @@ def test_serve_refuses_a_foreign_store_and_a_damaged_checkpoint(
     assert "model.safetensors: not a safetensors file" in refused(*common, copy)
 
 
+@pytest.mark.long
 def test_a_key_file_that_cannot_be_used_is_named_before_the_model_is_loaded(
     tmp_path: Path,
 ) -> None:

@@ -162,6 +162,7 @@ def test_an_idle_connection_is_closed(tiny_checkpoint: Path, tmp_path: Path) -> 
         assert time.monotonic() - started > IDLE_S * 0.9
 
 
+@pytest.mark.long
 def test_an_answer_may_take_longer_than_the_request(impatient: LiveServer) -> None:
     with impatient.client() as client:
         started = time.monotonic()

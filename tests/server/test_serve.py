@@ -50,6 +50,7 @@ def test_only_a_first_start_compiles_and_says_so(
         assert not [line for line in server.facts if "compil" in line.split()[0]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_a_session_goes_on_in_the_next_process(
     tiny_checkpoint: Path, tmp_path: Path, end: str
