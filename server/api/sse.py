@@ -78,8 +78,9 @@ def encode_event(piece: Piece, number: int | None = None, name: str | None = Non
     data = piece
     if not isinstance(data, bytes):
         data = data.model_dump_json(exclude_unset=True).encode()
-    for separator, escaped in LINE_SEPARATORS.items():
-        data = data.replace(separator, escaped)
+    if not data.isascii():
+        for separator, escaped in LINE_SEPARATORS.items():
+            data = data.replace(separator, escaped)
     event = b"" if name is None else b"event: %s\n" % name.encode()
     ending = b"\n\n" if number is None else b"\nid: %d\n\n" % number
     return b"".join((event, b"data: ", data, ending))
