@@ -163,6 +163,22 @@ def test_a_resumable_stream_goes_on_over_another_connection(fronted: ServerProce
     assert rest.endswith(f"data: [DONE]\nid: {ids[-1]}\n\n")
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_client_that_sends_no_more_is_answered(fronted: ServerProcess, is_stream: bool) -> None:
+    """Also one that offered to upgrade."""
+    body = json.dumps(BODY | {"max_tokens": 500, "ignore_eos": True, "stream": is_stream}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    offer = b"connection: upgrade\r\nupgrade: h2c\r\n"
+    with closing(connect(fronted)) as connection:
+        connection.sendall(head + offer + b"content-length: %d\r\n\r\n" % len(body) + body)
+        connection.shutdown(socket.SHUT_WR)
+        with connection.makefile("rb") as answer:
+            raw = answer.read()
+    assert raw.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert raw.count(b"HTTP/1.1") == 1
+    assert (b"data: [DONE]\n\n" if is_stream else b'"completion_tokens":500') in raw
+
+
 def test_a_client_that_goes_frees_its_row(fronted: ServerProcess) -> None:
     with fronted.client() as client:
         with client.stream("POST", "/v1/completions", json=ENDLESS) as response:
@@ -293,19 +309,3 @@ def test_without_its_core_no_front_stays(fronted: ServerProcess) -> None:
         reader.join(PATIENCE_S)
         assert ended
         wait_until_gone(pids)
-
-
-@pytest.mark.parametrize("is_stream", [False, True])
-def test_a_client_that_sends_no_more_is_answered(fronted: ServerProcess, is_stream: bool) -> None:
-    """Also one that offered to upgrade."""
-    body = json.dumps(BODY | {"max_tokens": 500, "ignore_eos": True, "stream": is_stream}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
-    offer = b"connection: upgrade\r\nupgrade: h2c\r\n"
-    with closing(connect(fronted)) as connection:
-        connection.sendall(head + offer + b"content-length: %d\r\n\r\n" % len(body) + body)
-        connection.shutdown(socket.SHUT_WR)
-        with connection.makefile("rb") as answer:
-            raw = answer.read()
-    assert raw.startswith(b"HTTP/1.1 200 OK\r\n")
-    assert raw.count(b"HTTP/1.1") == 1
-    assert (b"data: [DONE]\n\n" if is_stream else b'"completion_tokens":500') in raw
