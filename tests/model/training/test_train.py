@@ -13,11 +13,12 @@ import typer
 from torch import Tensor
 from typer.testing import CliRunner
 
-from model import checkpoint, tokenizer, train
+from model import checkpoint, tokenizer
 from model.config import ModelConfig
-from model.evaluate import bits_per_byte
 from model.network import LanguageModel
-from model.train import Recipe, Schedule, Trainer, encode_documents
+from model.training import train
+from model.training.evaluate import bits_per_byte
+from model.training.train import Recipe, Schedule, Trainer, encode_documents
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(vocab_sz=50, d_emb=16, n_layers=2, n_heads=2, d_key=4, d_val=4)

@@ -1,6 +1,6 @@
 """Train a checkpoint on text; start it again with the same arguments to go on where it stopped.
 
-    python -m model.train --out runs/tales --train tales.txt --valid held_out.txt --tokens 20000000
+    python -m model.training.train --out runs/tales --train tales.txt --valid held_out.txt --tokens 20000000
 
 Truncated backpropagation through time: each lane of the batch reads a document in consecutive
 chunks, and its latent state is carried from one to the next without its gradient.
@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from model import checkpoint, tokenizer
 from model.config import ModelConfig
-from model.corpus import Lanes, read_documents
-from model.evaluate import bits_per_byte
 from model.network import LanguageModel
 from model.tokenizer import Tokenizer
+from model.training.corpus import Lanes, read_documents
+from model.training.evaluate import bits_per_byte
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = """\
