@@ -26,6 +26,15 @@ class ModelConfig(BaseModel):
     values: Literal["log", "linear"] = "log"
     """`log`: the network computes log v and passes log y on (v > 0). `linear`: v of any sign."""
 
+    decay: bool = False
+    """Beyond the paper: each key channel forgets its past at a rate that depends on the token."""
+
+    token_shift: bool = False
+    """Beyond the paper: queries, keys and values are mixed with those of the token before."""
+
+    output_gate: bool = False
+    """Beyond the paper: what attention read is multiplied by a gate made of the layer's input."""
+
     bos_token_id: TokenId | None = None
     """Put before a text prompt that starts a fresh state. None: nothing is put there."""
 
@@ -35,6 +44,12 @@ class ModelConfig(BaseModel):
     @property
     def log_values(self) -> bool:
         return self.values == "log"
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """Names of what goes beyond the paper."""
+        names = ("decay", "token_shift", "output_gate")
+        return tuple(name for name in names if getattr(self, name))
 
     @model_validator(mode="after")
     def _tokens_are_in_the_vocabulary(self) -> Self:

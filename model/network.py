@@ -5,6 +5,8 @@ sequence's state is the position state h, one vector, and one attention state (m
 layer.
 """
 
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import WeightDtype, kernels
-from model.attention import CHUNK, EMPTY, Attention, AttentionState, absorb, chunked, step
+from model.attention import CHUNK, EMPTY, Attention, AttentionState, absorb, chunked, on_grid, step
 from model.config import ModelConfig
 from model.decoding import Decoder, DirectDecoder
 from model.linear import NarrowLinear, PackedLinear, can_compile
@@ -24,7 +26,19 @@ if TYPE_CHECKING:
     from model.cpu.serving import CompiledNetwork
     from model.cuda.serving import FusedNetwork
 
+log = logging.getLogger(__name__)
+
 Narrow = TypeVar("Narrow", NarrowLinear, PackedLinear)
+
+FASTEST_DECAY = 0.5
+"""The most that a key channel forgets with a token, in nats. So no chunk of 64 tokens spans more
+than 32 nats by decay alone, which float32 holds with its digits."""
+
+SLOWEST_DECAY = 2.0**-12
+"""In nats a token, where a new network's decays begin; they are spread from the fastest to it."""
+
+DECAY_RANK = 32
+"""Numbers that a token's decays are made of."""
 
 TakeLogits = Callable[[Tensor], None]
 """Takes logits `[tokens, vocab_sz]` after the next tokens of a sequence, which it may keep."""
@@ -119,8 +133,48 @@ def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum(a, b) + (a - b).abs().neg().exp().log1p()
 
 
+@dataclass(frozen=True)
+class Projected:
+    """What a layer makes of its input before attention."""
+
+    q: Tensor
+    """`[batch, tokens, heads, d_k]`, like k"""
+    k: Tensor
+    v: Tensor
+    """v, or log v. `[batch, tokens, heads, d_v]`"""
+    log_f: Tensor | None
+    """What is left of the past in each key channel, with `decay`; the shape of k"""
+    gate: Tensor | None
+    """`[batch, tokens, heads * d_v]`, with `output_gate`"""
+    inputs: Tensor
+    """With `token_shift`, first the one before these tokens. `[batch, tokens (+ 1), d_emb]`"""
+
+    def mask(self, padding: Tensor | None, *, log_values: bool) -> "Projected":
+        """Make the tokens where `padding` `[batch, tokens]` holds leave a state as it was."""
+        if padding is None:
+            return self
+        mask = padding[..., None, None]
+        k, v = mask_padding(self.k, self.v, padding, log_values=log_values)
+        log_f = None if self.log_f is None else self.log_f.masked_fill(mask, 0.0)
+        return replace(self, q=self.q.masked_fill(mask, 0.0), k=k, v=v, log_f=log_f)
+
+    def last(self, padding: Tensor | None) -> Tensor:
+        """The input of each sequence's last token, with `token_shift`. `[batch, d_emb]`"""
+        if padding is None:
+            return self.inputs[:, -1]
+        lengths = padding.logical_not().sum(1)
+        return self.inputs[torch.arange(len(lengths), device=lengths.device), lengths]
+
+
 class Layer(nn.Module):
-    """x + FF2(attention(FF1(x))): the residual layer of the reference implementation."""
+    """x + FF2(attention(FF1(x))): the residual layer of the reference implementation.
+
+    Of the input u = LayerNorm(x), the extensions make
+
+        token_shift   p_t + mix * (p_{t-1} - p_t) of p = Linear(u), before the first token u = 0
+        decay         log f = -FASTEST_DECAY * sigmoid(Linear(Linear(u)))
+        output_gate   y * silu(Linear(u)) for y
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -135,31 +189,71 @@ class Layer(nn.Module):
             nn.GLU(dim=-1),
             nn.Linear(d_emb, d_emb, bias=False),
         )
+        self.mix = nn.Parameter(torch.rand(heads * sum(self.split))) if config.token_shift else None
+        self.decay = self.gate = None
+        if config.decay:
+            rates = nn.Linear(DECAY_RANK, heads * config.d_key)
+            slowest = math.log(SLOWEST_DECAY / FASTEST_DECAY)
+            with torch.no_grad():
+                rates.bias.copy_(torch.linspace(0.0, slowest, config.d_key).repeat(heads))
+            self.decay = nn.Sequential(nn.Linear(d_emb, DECAY_RANK, bias=False), rates)
+        if config.output_gate:
+            self.gate = nn.Linear(d_emb, heads * config.d_val, bias=False)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x `[..., d_emb]` -> q, k `[..., heads, d_k]` and v, or log v, `[..., heads, d_v]`."""
-        q, k, v = self.feedforward1(x).unflatten(-1, (self.heads, -1)).split(self.split, -1)
-        return q, k, v
+    def project(self, x: Tensor, last: Tensor | None = None) -> Projected:
+        """x `[batch, tokens, d_emb]`; `last` `[batch, d_emb]` with `token_shift`."""
+        norm, linear = self.feedforward1
+        u = norm(x)
+        if self.mix is None or last is None:
+            inputs, projected = u, linear(u)
+        else:
+            inputs = torch.cat([last.to(u.dtype).unsqueeze(1), u], 1)
+            projected = linear(inputs)
+            before, now = projected[:, :-1], projected[:, 1:]
+            projected = now + self.mix * (before - now)
+        q, k, v = projected.unflatten(-1, (self.heads, -1)).split(self.split, -1)
+        log_f = gate = None
+        if self.decay is not None:
+            rates: Tensor = self.decay(u).to(x.dtype).sigmoid()
+            log_f = on_grid(-FASTEST_DECAY * rates).view(k.shape)
+        if self.gate is not None:
+            gate = F.silu(self.gate(u))
+        return Projected(q, k, v, log_f, gate, inputs)
 
-    def merge(self, x: Tensor, y: Tensor) -> Tensor:
+    def merge(self, x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
         """Add what attention read, y `[..., heads, d_v]`, to x `[..., d_emb]`."""
-        added: Tensor = self.feedforward2(y.flatten(-2))
+        y = y.flatten(-2)
+        added: Tensor = self.feedforward2(y if gate is None else y * gate)
         return x + added
 
     def forward(
         self, x: Tensor, state: AttentionState, attention: Attention, padding: Tensor | None
     ) -> tuple[Tensor, AttentionState]:
         """x `[batch, tokens, d_emb]` -> the same shape, and the state after the last token."""
-        q, k, v = self.project(x)
+        made = self.project(x, state.last)
+        last = None if state.last is None else made.last(padding).to(state.last.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            q, k, v = (t.to(state.m.dtype) for t in (q, k, v))
-            if padding is not None:
-                q = q.masked_fill(padding[..., None, None], 0.0)
-                k, v = mask_padding(k, v, padding, log_values=state.n is not None)
-            y, state = attention(q, k, v, state)
+            p = made.mask(padding, log_values=state.n is not None)
+            q, k, v = (t.to(state.m.dtype) for t in (p.q, p.k, p.v))
+            y, state = attention(q, k, v, state, p.log_f)
         if padding is not None:
             y = y.masked_fill(padding[..., None, None], 0.0)
-        return self.merge(x, y.to(x.dtype)), state
+        return self.merge(x, y.to(x.dtype), made.gate), replace(state, last=last)
+
+    def absorb(self, x: Tensor, state: AttentionState, padding: Tensor | None) -> AttentionState:
+        """The state that `forward` ends in, without reading it."""
+        p = self.project(x, state.last).mask(padding, log_values=state.n is not None)
+        last = None if state.last is None else p.last(padding)
+        return replace(absorb(p.k, p.v, state, p.log_f), last=last)
+
+    def step(self, x: Tensor, state: AttentionState) -> Tensor:
+        """One token, updating `state` in place: x `[batch, d_emb]` -> the same shape."""
+        p = self.project(x.unsqueeze(1), state.last)
+        log_f = None if p.log_f is None else p.log_f[:, 0]
+        y = step(p.q[:, 0], p.k[:, 0], p.v[:, 0], state, log_f)
+        if state.last is not None:
+            state.last.copy_(p.last(None))
+        return self.merge(x, y, None if p.gate is None else p.gate[:, 0])
 
 
 def mask_padding(
@@ -190,10 +284,20 @@ class LanguageModel(nn.Module):
     def pack(self, dtype: WeightDtype = "float32") -> "LanguageModel":
         """Make the network one that only serves: weights in this dtype, in the order of reading.
 
-        On a CPU it is compiled, on a GPU it becomes Triton kernels. It computes the same as before
-        but for the rounding of weights, has no gradients, and cannot be saved.
+        On a CPU it is compiled, on a GPU it becomes Triton kernels; with extensions of the paper's
+        network it stays plain torch. It computes the same as before but for the rounding of
+        weights, has no gradients, and cannot be saved.
         """
-        if can_compile(self.device, self.embed.weight.dtype):
+        if self.config.extensions:
+            log.warning(
+                "the network has %s: it runs as plain torch, which is slower than compiled code",
+                " and ".join(self.config.extensions),
+            )
+            if can_compile(self.device, self.embed.weight.dtype):
+                self._unembed = self._narrow(PackedLinear, dtype)
+            elif dtype != "float32":
+                self._unembed = self._narrow(NarrowLinear, dtype)
+        elif can_compile(self.device, self.embed.weight.dtype):
             self._unembed = unembed = self._narrow(PackedLinear, dtype)
             from model.cpu.serving import CompiledNetwork
 
@@ -273,6 +377,8 @@ class LanguageModel(nn.Module):
             tensors += [TensorSpec("z_low", keys, "int8", 0), TensorSpec("s_low", sums, "int8", 0)]
         if c.log_values:
             tensors.append(TensorSpec("n", (*heads, c.d_val), dtype, EMPTY))
+        if c.token_shift:
+            tensors.append(TensorSpec("last", (c.n_layers, c.d_emb), dtype, 0.0))
         return StateSpec(tuple(tensors))
 
     def new_pool(self, num_rows: int) -> StatePool:
@@ -362,10 +468,7 @@ class LanguageModel(nn.Module):
                 for start in range(0, lengths[place], CHUNK):
                     take(self._logits(x[place, start : min(start + CHUNK, lengths[place])]))
             return
-        _, k, v = layer.project(x)
-        if padding is not None:
-            k, v = mask_padding(k, v, padding, log_values=self.config.log_values)
-        _assign(states, index, absorb(k, v, states.select(index)))
+        _assign(states, index, layer.absorb(x, states.select(index), padding))
 
     @torch.inference_mode()
     def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
@@ -382,8 +485,7 @@ class LanguageModel(nn.Module):
         x = emb + after.to(emb.dtype)
         for layer, states in zip(self.blocks, AttentionState.of_layers(pool), strict=True):
             selected = states.select(index)
-            q, k, v = layer.project(x)
-            x = layer.merge(x, step(q, k, v, selected))
+            x = layer.step(x, selected)
             if not isinstance(index, slice):
                 _assign(states, index, selected)
         return self._logits(x)

@@ -1,6 +1,6 @@
 """Train a checkpoint on text; start it again with the same arguments to go on where it stopped.
 
-    python -m model.training.train --out runs/tales --train tales.txt --valid held_out.txt --tokens 20000000
+    python -m model.training.train --out runs/tales --train tales.txt --valid held_out.txt
 
 Truncated backpropagation through time: each lane of the batch reads a document in consecutive
 chunks, and its latent state is carried from one to the next without its gradient.
@@ -187,7 +187,7 @@ def _save(out: Path, trainer: Trainer, words: Tokenizer) -> None:
     (out / f".{TRAIN_STATE}").replace(out / TRAIN_STATE)
 
 
-def _beginning(texts: list[str], num_characters: int | None) -> list[str]:
+def beginning(texts: list[str], num_characters: int | None) -> list[str]:
     """The first documents, the last one cut, with this many characters in all; None: all."""
     if num_characters is None:
         return texts
@@ -282,7 +282,7 @@ def main(
     def measure(limit: int | None) -> str:
         network.eval()
         values = (
-            f"{bits_per_byte(network, words, _beginning(texts, limit)):.4f} {file.name}"
+            f"{bits_per_byte(network, words, beginning(texts, limit)):.4f} {file.name}"
             for file, texts in held_out.items()
         )
         line = "held-out bits per byte " + ", ".join(values)
