@@ -76,6 +76,8 @@ class CompactForm:
         shapes = {tensor.name: tensor.shape for tensor in spec.tensors}
         if "n" not in shapes:
             raise ValueError("no compact form for linear values: sums of both signs have no bound")
+        if "last" in shapes:
+            raise ValueError("no compact form for the last inputs that token_shift has")
         if any(t.dtype != "float32" for t in spec.tensors if t.name in ("m", "z", "s", "n")):
             raise ValueError("no compact form for sums that are not float32")
         self._spec = spec

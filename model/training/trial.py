@@ -25,8 +25,8 @@ from model.training.evaluate import bits_per_byte
 from model.training.train import SPECIAL_TOKENS, Recipe, Trainer, beginning, encode_documents
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": {},
     "decay + shift + gate": {"decay": True, "token_shift": True, "output_gate": True},
+    "paper": {},
     "gate": {"output_gate": True},
     "decay + shift": {"decay": True, "token_shift": True},
     "decay": {"decay": True},

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.attention import Attention, chunked, quadratic
+from model.compact import compact_form
 from model.config import ModelConfig
 from model.network import FASTEST_DECAY, LanguageModel
 from model.transfer import new_transfer
@@ -172,6 +173,17 @@ def test_a_session_that_moves_continues_to_the_bit(chosen: tuple[str, ...]) -> N
     assert torch.equal(here, there)
     other.reset(1)
     assert other.export_row(1) == made.new_pool(1).export_row(0)
+
+
+@each_network
+def test_a_compact_state_is_never_one_that_lost_something(chosen: tuple[str, ...]) -> None:
+    made = network(chosen)
+    pool = made.new_pool(1)
+    made.prefill(IDS[:1], [LENGTH], pool, [0])
+    form = compact_form(made.state_spec)
+    assert (form is None) is ("token_shift" in chosen)
+    packed = form and form.pack(pool.export_row(0))
+    assert (packed is None) is ("token_shift" in chosen or "decay" in chosen)
 
 
 @each_network
