@@ -34,31 +34,39 @@ from model.network import LanguageModel
 from model.tokenizer import Tokenizer
 from model.training.corpus import Lanes, read_documents
 from model.training.evaluate import bits_per_byte
+from model.training.requests import CHAT_TEMPLATE
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
-CHAT_TEMPLATE = """\
+LINES_TEMPLATE = """\
 {#- Stories, not a dialogue, are what this model has read: messages follow each other as lines. -#}
 {%- for message in messages -%}
 {{ message.content + "\\n" }}
 {%- endfor -%}
 """
 TRAIN_STATE = "train_state.pt"
+ENCODED_TOGETHER = 64
+"""Texts: what the tokenizer returns takes far more memory than its token ids."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate over the training: linear warm-up, then a half cosine down to a tenth."""
+    """Learning rate over the training: linear warm-up, then a half cosine down to a tenth.
+
+    A training that begins with tokens that its weights have seen warms up too, to where the cosine
+    is then: its optimizer knows nothing.
+    """
 
     peak: float
     warmup_tokens: int
     total_tokens: int
+    start_tokens: int = 0
 
     def learning_rate(self, tokens: int) -> float:
         """At the step that begins after this many tokens."""
-        if tokens < self.warmup_tokens:
-            return self.peak * (tokens + 1) / self.warmup_tokens
-        done = (tokens - self.warmup_tokens) / max(1, self.total_tokens - self.warmup_tokens)
-        return self.peak * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))
+        warm = min(1.0, (tokens - self.start_tokens + 1) / max(1, self.warmup_tokens))
+        falling = self.total_tokens - self.warmup_tokens
+        done = max(0, tokens - self.warmup_tokens) / max(1, falling)
+        return self.peak * warm * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,7 @@ class Recipe:
     learning_rate: float
     weight_decay: float
     seed: int
+    start_tokens: int = 0
 
 
 class Trainer:
@@ -86,9 +95,11 @@ class Trainer:
         self._bf16 = bf16
         self.recipe = recipe
         self.lanes = Lanes(documents, recipe.lanes, recipe.chunk_tokens, recipe.seed)
-        self.schedule = Schedule(recipe.learning_rate, recipe.tokens // 50, recipe.tokens)
+        self.schedule = Schedule(
+            recipe.learning_rate, recipe.tokens // 50, recipe.tokens, recipe.start_tokens
+        )
         self.optimizer = _optimizer(network, recipe.weight_decay)
-        self.tokens = 0
+        self.tokens = recipe.start_tokens
         self._fresh = network.empty_state(recipe.lanes)
         self._state = self._fresh
 
@@ -154,7 +165,10 @@ def encode_documents(
     """Each text between `bos` and `eos`; long ones in pieces that begin with `bos` too."""
     start = [] if config.bos_token_id is None else [config.bos_token_id]
     documents = []
-    for ids in words.encode_batch(texts):
+    for ids in itertools.chain.from_iterable(
+        words.encode_batch(texts[i : i + ENCODED_TOGETHER])
+        for i in range(0, len(texts), ENCODED_TOGETHER)
+    ):
         pieces = [ids[i : i + longest] for i in range(0, len(ids), longest)]
         pieces[-1] = [*pieces[-1], *config.eos_token_ids[:1]]
         documents += [torch.tensor([*start, *piece]) for piece in pieces if start or len(piece) > 1]
@@ -180,9 +194,9 @@ def _prepare(
     return LanguageModel(config).to(device), words
 
 
-def _save(out: Path, trainer: Trainer, words: Tokenizer) -> None:
+def _save(out: Path, trainer: Trainer, words: Tokenizer, template: str) -> None:
     network = trainer.network
-    checkpoint.save(out, network.config, network.state_dict(), words, CHAT_TEMPLATE)
+    checkpoint.save(out, network.config, network.state_dict(), words, template)
     torch.save(trainer.state_dict(), out / f".{TRAIN_STATE}")
     (out / f".{TRAIN_STATE}").replace(out / TRAIN_STATE)
 
@@ -226,6 +240,18 @@ def main(
     n_heads: Annotated[int, typer.Option(min=1)] = 8,
     d_key: Annotated[int, typer.Option(min=1)] = 32,
     d_val: Annotated[int, typer.Option(min=1)] = 32,
+    signed_values: Annotated[bool, typer.Option(help="Values of any sign, not log v.")] = False,
+    decay: Annotated[
+        bool, typer.Option(help="Each key channel forgets, beyond the paper.")
+    ] = False,
+    token_shift: Annotated[bool, typer.Option(help="Mix with the last token's.")] = False,
+    output_gate: Annotated[bool, typer.Option(help="A gate on what attention read.")] = False,
+    chat: Annotated[
+        bool, typer.Option(help="The text has the requests of model.training.requests.")
+    ] = False,
+    start_tokens: Annotated[
+        int, typer.Option(min=0, help="Of --tokens, those that --init has been trained on.")
+    ] = 0,
     save_every_s: Annotated[float, typer.Option(help="Seconds between saved states.")] = 300,
     held_out_characters: Annotated[
         int, typer.Option(min=1, help="Of each file, while training; all at the end.")
@@ -240,6 +266,7 @@ def main(
     """Train on text and write a checkpoint."""
     console = Console()
     torch.manual_seed(seed)
+    template = CHAT_TEMPLATE if chat else LINES_TEMPLATE
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         texts = [text for file in train for text in read_documents(file)]
@@ -253,6 +280,10 @@ def main(
             n_heads=n_heads,
             d_key=d_key,
             d_val=d_val,
+            values="linear" if signed_values else "log",
+            decay=decay,
+            token_shift=token_shift,
+            output_gate=output_gate,
         )
         network, words = _prepare(out, init, texts, shape, place)
         console.print(f"{network.num_parameters:,} parameters on {place}; reading the text")
@@ -266,6 +297,7 @@ def main(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             seed=seed,
+            start_tokens=start_tokens,
         )
         trainer = Trainer(
             network, documents, recipe, bf16=place.type == "cuda" if bf16 is None else bf16
@@ -300,14 +332,14 @@ def main(
             progress.update(task, completed=trainer.tokens, speed=speed, loss=smooth)
             if time.monotonic() - saved > save_every_s:
                 pace = (trainer.tokens - saved_tokens) / (time.monotonic() - saved)
-                _save(out, trainer, words)
+                _save(out, trainer, words, template)
                 line = measure(held_out_characters)
                 progress.update(task, held_out=line)
                 console.print(
                     f"{trainer.tokens:,} tokens, {pace:,.0f}/s, loss {smooth:.3f}, {line}"
                 )
                 saved, saved_tokens = time.monotonic(), trainer.tokens
-    _save(out, trainer, words)
+    _save(out, trainer, words, template)
     console.print(f"{trainer.tokens:,} tokens, {measure(None)}")
 
 
