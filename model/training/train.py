@@ -82,6 +82,7 @@ class Recipe:
     weight_decay: float
     seed: int
     start_tokens: int = 0
+    train_characters: int | None = None
 
 
 class Trainer:
@@ -249,6 +250,9 @@ def main(
     chat: Annotated[
         bool, typer.Option(help="The text has the requests of model.training.requests.")
     ] = False,
+    train_characters: Annotated[
+        int | None, typer.Option(min=1, help="Of each file, from its start; default: all.")
+    ] = None,
     start_tokens: Annotated[
         int, typer.Option(min=0, help="Of --tokens, those that --init has been trained on.")
     ] = 0,
@@ -269,7 +273,9 @@ def main(
     template = CHAT_TEMPLATE if chat else LINES_TEMPLATE
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        texts = [text for file in train for text in read_documents(file)]
+        texts = [
+            text for file in train for text in beginning(read_documents(file), train_characters)
+        ]
         held_out = {file: read_documents(file) for file in valid}
         if without := [str(file) for file, documents in held_out.items() if not documents]:
             raise ValueError(f"{without[0]}: there is no text in it")
@@ -298,6 +304,7 @@ def main(
             weight_decay=weight_decay,
             seed=seed,
             start_tokens=start_tokens,
+            train_characters=train_characters,
         )
         trainer = Trainer(
             network, documents, recipe, bf16=place.type == "cuda" if bf16 is None else bf16

@@ -116,6 +116,7 @@ def test_another_recipe_is_refused_by_its_setting() -> None:
         "weight_decay": 0.0,
         "seed": 1,
         "start_tokens": 100,
+        "train_characters": 1000,
     }
     assert list(changes) == [field.name for field in dataclasses.fields(Recipe)]
     for name, value in changes.items():
@@ -298,9 +299,12 @@ def test_a_training_may_start_from_a_checkpoint(
 
 def test_the_command_makes_what_it_is_asked_for(tales: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    more = {"tokens": 100, "train_characters": 50}
     flags = ["--signed-values", "--decay", "--token-shift", "--output-gate", "--chat"]
-    code, printed = run([*command(tales, out, tokens=100), *flags])
+    code, printed = run([*command(tales, out, **more), *flags])
     assert code == 0, printed
+    (num_tokens,) = re.findall(r"(\d+) tokens of text", printed)
+    assert 10 < int(num_tokens) <= 50 + 2 * 2
     loaded = checkpoint.load(out, CPU)
     assert loaded.network.config.extensions == ("decay", "token_shift", "output_gate")
     assert not loaded.network.config.log_values
