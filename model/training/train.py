@@ -89,9 +89,18 @@ class Trainer:
     """A network, its optimizer, and where the lanes and their latent states stand."""
 
     def __init__(
-        self, network: LanguageModel, documents: list[Tensor], recipe: Recipe, *, bf16: bool = False
+        self,
+        network: LanguageModel,
+        documents: list[Tensor],
+        recipe: Recipe,
+        *,
+        bf16: bool = False,
+        compiled: bool = False,
     ) -> None:
         """`bf16`: matrix products outside of the attention run in bfloat16."""
+        if compiled:
+            for part in (network.embed_pos, *network.blocks):
+                part.compile()
         self.network = network
         self._bf16 = bf16
         self.recipe = recipe
@@ -266,6 +275,9 @@ def main(
         bool | None,
         typer.Option(help="Matrix products in bfloat16; default: on cuda. On a CPU with it, 1.3x."),
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option(help="Compile first, which takes minutes and a C++ compiler: 1.5x.")
+    ] = False,
 ) -> None:
     """Train on text and write a checkpoint."""
     console = Console()
@@ -307,7 +319,11 @@ def main(
             train_characters=train_characters,
         )
         trainer = Trainer(
-            network, documents, recipe, bf16=place.type == "cuda" if bf16 is None else bf16
+            network,
+            documents,
+            recipe,
+            bf16=place.type == "cuda" if bf16 is None else bf16,
+            compiled=compiled,
         )
         if (out / TRAIN_STATE).exists():
             trainer.load_state_dict(

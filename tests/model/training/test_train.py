@@ -78,6 +78,17 @@ def test_matrix_products_in_bfloat16_are_close_but_not_the_same() -> None:
     assert rough != exact
 
 
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about itself
+def test_compiled_code_has_the_same_losses() -> None:
+    def losses(compiled: bool) -> list[float]:
+        made = network(n_layers=1, decay=True, token_shift=True, output_gate=True)
+        trainer = Trainer(made, documents(49, 49), RECIPE, compiled=compiled)
+        return [trainer.step() for _ in range(3)]
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-4)
+
+
 @pytest.mark.parametrize("num_before", [1, 4, 9])
 @pytest.mark.parametrize("values", ["log", "linear"])
 def test_a_training_taken_up_again_has_exactly_the_same_losses(
