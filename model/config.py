@@ -7,6 +7,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 PositiveInt = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
 
+FASTEST_DECAY = 0.5
+"""The most that a key channel forgets with a token, in nats. So no chunk of 64 tokens spans more
+than 32 nats by decay alone, which float32 holds with its digits."""
+
+SLOWEST_DECAY = 2.0**-12
+"""In nats a token, where a new network's decays begin; they are spread from the fastest to it."""
+
+DECAY_RANK = 32
+"""Numbers that a token's decays are made of."""
+
 
 class ModelConfig(BaseModel):
     """Arguments of the reference's `ModelConfig`, plus what serving needs to know.

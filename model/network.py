@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model import WeightDtype, kernels
 from model.attention import CHUNK, EMPTY, Attention, AttentionState, absorb, chunked, on_grid, step
-from model.config import ModelConfig
+from model.config import DECAY_RANK, FASTEST_DECAY, SLOWEST_DECAY, ModelConfig
 from model.decoding import Decoder, DirectDecoder
 from model.linear import NarrowLinear, PackedLinear, can_compile
 from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
@@ -29,16 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Narrow = TypeVar("Narrow", NarrowLinear, PackedLinear)
-
-FASTEST_DECAY = 0.5
-"""The most that a key channel forgets with a token, in nats. So no chunk of 64 tokens spans more
-than 32 nats by decay alone, which float32 holds with its digits."""
-
-SLOWEST_DECAY = 2.0**-12
-"""In nats a token, where a new network's decays begin; they are spread from the fastest to it."""
-
-DECAY_RANK = 32
-"""Numbers that a token's decays are made of."""
 
 TakeLogits = Callable[[Tensor], None]
 """Takes logits `[tokens, vocab_sz]` after the next tokens of a sequence, which it may keep."""
@@ -284,27 +274,24 @@ class LanguageModel(nn.Module):
     def pack(self, dtype: WeightDtype = "float32") -> "LanguageModel":
         """Make the network one that only serves: weights in this dtype, in the order of reading.
 
-        On a CPU it is compiled, on a GPU it becomes Triton kernels; with extensions of the paper's
-        network it stays plain torch. It computes the same as before but for the rounding of
+        On a CPU it is compiled, on a GPU it becomes Triton kernels, but for what goes beyond the
+        paper, which stays plain torch there. It computes the same as before but for the rounding of
         weights, has no gradients, and cannot be saved.
         """
-        if self.config.extensions:
-            log.warning(
-                "the network has %s: it runs as plain torch, which is slower than compiled code",
-                " and ".join(self.config.extensions),
-            )
-            if can_compile(self.device, self.embed.weight.dtype):
-                self._unembed = self._narrow(PackedLinear, dtype)
-            elif dtype != "float32":
-                self._unembed = self._narrow(NarrowLinear, dtype)
-        elif can_compile(self.device, self.embed.weight.dtype):
+        if can_compile(self.device, self.embed.weight.dtype):
             self._unembed = unembed = self._narrow(PackedLinear, dtype)
             from model.cpu.serving import CompiledNetwork
 
             self._compiled = CompiledNetwork(self, unembed)
-        elif self.device.type == "cuda" and kernels.is_available():
-            self.fuse(dtype)
-        elif dtype != "float32":
+            return self
+        if self.device.type == "cuda" and kernels.is_available():
+            if not self.config.extensions:
+                return self.fuse(dtype)
+            log.warning(
+                "no Triton kernels for a network with %s: it runs as plain torch, which is slower",
+                ", ".join(self.config.extensions),
+            )
+        if dtype != "float32":
             self._unembed = self._narrow(NarrowLinear, dtype)
         return self
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from model.attention import Attention, chunked, quadratic
 from model.compact import compact_form
-from model.config import ModelConfig
-from model.network import FASTEST_DECAY, LanguageModel
+from model.config import FASTEST_DECAY, ModelConfig
+from model.network import LanguageModel
 from model.transfer import new_transfer
 
 NAMES = ("decay", "token_shift", "output_gate")
@@ -187,18 +187,29 @@ def test_a_compact_state_is_never_one_that_lost_something(chosen: tuple[str, ...
 
 
 @each_network
-def test_packed_it_runs_as_plain_torch_and_says_so(
-    chosen: tuple[str, ...], caplog: pytest.LogCaptureFixture
-) -> None:
-    packed = copy.deepcopy(network(chosen))
-    with caplog.at_level(logging.WARNING):
-        packed.pack()
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"the network has {' and '.join(chosen)}: it runs as plain torch")
-    assert packed.way == "plain torch"
+@both_values
+def test_packed_it_is_compiled_and_computes_the_same(chosen: tuple[str, ...], values: str) -> None:
+    packed, wanted = copy.deepcopy(network(chosen, values)).pack(), expected(chosen, values)
+    assert packed.is_compiled
     pool = packed.new_pool(2)
-    packed.prefill(IDS[:, :-1], [LENGTH - 1] * 2, pool, [0, 1])
-    assert_logits(packed.step(IDS[:, -1], pool, [0, 1]), expected(chosen)[:, -1])
+    for start, end in ((0, 1), (1, 66), (66, 100)):
+        packed.prefill(IDS[:, start:end], [end - start] * 2, pool, [1, 0])
+    for place in range(100, LENGTH):
+        assert_logits(packed.step(IDS[:, place], pool, [1, 0]), wanted[:, place])
+
+
+def test_without_kernels_for_it_a_gpu_runs_plain_torch_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("model.network.can_compile", lambda *_: False)
+    monkeypatch.setattr("model.network.kernels.is_available", lambda: True)
+    packed = copy.deepcopy(network(("decay", "output_gate")))
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
+        patched.setattr(LanguageModel, "device", torch.device("cuda"))
+        packed.pack()
+    assert packed.way == "plain torch"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("no Triton kernels for a network with decay, output_gate: it runs as")
 
 
 def test_a_new_networks_decays_are_spread_and_bounded() -> None:
