@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.attention import Attention, chunked, quadratic
+from model.attention import GRID, Attention, chunked, quadratic
 from model.compact import compact_form
 from model.config import FASTEST_DECAY, ModelConfig
 from model.network import LanguageModel
@@ -52,6 +52,57 @@ def expected(chosen: tuple[str, ...], values: str = "log") -> Tensor:
 
 def assert_logits(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=TOLERANCE)
+
+
+def by_hand(made: LanguageModel, token_ids: Tensor) -> Tensor:
+    """Logits of one sequence `[tokens]`, one token after another, by the equations alone."""
+    c, weights = made.config, made.double().state_dict()
+    d_key, heads = c.d_key, c.n_heads
+    state: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    h, rows = torch.zeros(c.d_emb).double(), []
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    for token_id in token_ids:
+        emb = weights["embed.weight"][token_id]
+        a, b = linear("embed_pos.dense", emb).chunk(2)
+        h = torch.logaddexp(F.logsigmoid(a) + h, b)
+        x = emb + h
+        for i in range(c.n_layers):
+            layer = f"layers.{i}"
+            u = norm(f"{layer}.feedforward1.0", x)
+            nothing = (torch.zeros_like(u), torch.zeros(heads, d_key), torch.zeros(()))
+            before, z, s = state.get(i, nothing)
+            p = linear(f"{layer}.feedforward1.1", u)
+            if c.token_shift:
+                p = p.lerp(linear(f"{layer}.feedforward1.1", before), weights[f"{layer}.mix"])
+            q, k, v = p.view(heads, -1).split((d_key, d_key, c.d_val), -1)
+            f = torch.ones(heads, d_key).double()
+            if c.decay:
+                rates = linear(f"{layer}.decay.1", linear(f"{layer}.decay.0", u)).sigmoid()
+                f = ((-FASTEST_DECAY * rates / GRID).round() * GRID).exp().view(heads, d_key)
+            v = v.exp() if c.log_values else v
+            z = f * z + k.exp()
+            s = f.unsqueeze(-1) * s + k.exp().unsqueeze(-1) * v.unsqueeze(-2)
+            y = (q.exp().unsqueeze(-1) * s).sum(-2) / (q.exp() * z).sum(-1, keepdim=True)
+            y = (y.log() if c.log_values else y).flatten()
+            if c.output_gate:
+                y = y * F.silu(linear(f"{layer}.gate", u))
+            y = F.glu(linear(f"{layer}.feedforward2.0", y))
+            x, state[i] = x + linear(f"{layer}.feedforward2.2", y), (u, z, s)
+        rows.append(F.linear(norm("lnorm", x), weights["embed.weight"]))
+    return torch.stack(rows)
+
+
+@each_network
+@both_values
+def test_the_definition_is_what_the_equations_say(chosen: tuple[str, ...], values: str) -> None:
+    found = by_hand(copy.deepcopy(network(chosen, values)), IDS[0, :40])
+    torch.testing.assert_close(found, expected(chosen, values)[0, :40], rtol=0, atol=1e-9)
 
 
 @each_network
