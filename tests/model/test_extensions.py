@@ -80,7 +80,7 @@ def by_hand(made: LanguageModel, token_ids: Tensor) -> Tensor:
             p = linear(f"{layer}.feedforward1.1", u)
             if c.token_shift:
                 p = p.lerp(linear(f"{layer}.feedforward1.1", before), weights[f"{layer}.mix"])
-            q, k, v = p.view(heads, -1).split((d_key, d_key, c.d_val), -1)
+            q, k, v = p.view(heads, -1).tensor_split((d_key, 2 * d_key), -1)
             f = torch.ones(heads, d_key).double()
             if c.decay:
                 rates = linear(f"{layer}.decay.1", linear(f"{layer}.decay.0", u)).sigmoid()
