@@ -32,7 +32,7 @@ from model import checkpoint, tokenizer
 from model.config import ModelConfig
 from model.network import LanguageModel
 from model.tokenizer import Tokenizer
-from model.training.corpus import Lanes, read_documents
+from model.training.corpus import IGNORED, Lanes, read_documents
 from model.training.evaluate import bits_per_byte
 from model.training.requests import CHAT_TEMPLATE
 
@@ -97,10 +97,14 @@ class Trainer:
         bf16: bool = False,
         compiled: bool = False,
     ) -> None:
-        """`bf16`: matrix products outside of the attention run in bfloat16."""
+        """`bf16`: matrix products outside of the attention run in bfloat16.
+
+        `compiled`: for chunks of full length alone, to which shorter ones are padded.
+        """
         if compiled:
             for part in (network.embed_pos, *network.blocks):
-                part.compile()
+                part.compile(dynamic=False)
+        self._least_tokens = recipe.chunk_tokens if compiled else 0
         self.network = network
         self._bf16 = bf16
         self.recipe = recipe
@@ -116,8 +120,11 @@ class Trainer:
     def step(self) -> float:
         """One optimizer step on one chunk of every lane; the mean loss in nats per token."""
         network, batch = self.network, self.lanes.next()
+        missing = (0, max(0, self._least_tokens - batch.inputs.shape[1]))
         inputs, targets, fresh = (
-            t.to(network.device) for t in (batch.inputs, batch.targets, batch.fresh)
+            F.pad(batch.inputs, missing).to(network.device),
+            F.pad(batch.targets, missing, value=IGNORED).to(network.device),
+            batch.fresh.to(network.device),
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate(self.tokens)
@@ -336,13 +343,14 @@ def main(
 
     def measure(limit: int | None) -> str:
         network.eval()
-        values = (
-            f"{bits_per_byte(network, words, beginning(texts, limit)):.4f} {file.name}"
-            for file, texts in held_out.items()
-        )
-        line = "held-out bits per byte " + ", ".join(values)
+        # Not compiled: each length of a text would be again.
+        with torch.compiler.set_stance("force_eager"):
+            values = [
+                f"{bits_per_byte(network, words, beginning(texts, limit)):.4f} {file.name}"
+                for file, texts in held_out.items()
+            ]
         network.train()
-        return line
+        return "held-out bits per byte " + ", ".join(values)
 
     with _progress(console) as progress:
         task = progress.add_task("", total=tokens, speed=0.0, loss=math.nan, held_out="")
