@@ -384,6 +384,7 @@ def test_a_row_that_was_reset_is_as_new() -> None:
     assert used.export_row(1) == fresh.export_row(1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("values", ["log", "linear"])
 @pytest.mark.parametrize("kind", ["plain", "packed", "fused"])
 def test_the_last_logits_can_be_had_again(kind: str, values: str, device: torch.device) -> None:

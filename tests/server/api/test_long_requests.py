@@ -138,6 +138,7 @@ async def longest_tick_s(work: "asyncio.Task[int]") -> float:
     return longest
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CALLS)
 def test_others_are_served_meanwhile(name: str, tmp_path: Path) -> None:
     path, make, expected = CALLS[name]
