@@ -157,8 +157,8 @@ class Answer:
     @property
     def size(self) -> int:
         """How much a rendering of all of it goes through, for `Texts.run`."""
-        told = sum(len(c.generated.tokens) + len(c.prompt.tokens) for c in self.choices)
-        return TOKEN_SIZE * told + sum(len(c.prompt_ids) + len(c.text) for c in self.choices)
+        num_tokens = sum(len(c.generated.tokens) + len(c.prompt.tokens) for c in self.choices)
+        return TOKEN_SIZE * num_tokens + sum(len(c.prompt_ids) + len(c.text) for c in self.choices)
 
     @property
     def is_finished(self) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from server.api.generation.answer import Answer, Choice, Delta
+from server.api.generation.answer import Choice, Delta
 from server.api.generation.shape import TurnShape, usage_fields
 from server.api.probabilities import told_tokens
 from server.api.schemas.chat import (
@@ -16,7 +16,6 @@ from server.api.schemas.chat import (
 )
 from server.api.schemas.chat import Delta as MessageDelta
 from server.api.schemas.generation import Usage
-from server.api.service import Service
 from server.api.sse import Piece
 from server.engine.messages import Token
 
@@ -27,12 +26,6 @@ class ChatShape(TurnShape[ChatRequest]):
     """`ChatCompletion` and `ChatChunk` objects."""
 
     id_prefix = "chatcmpl"
-
-    def __init__(self, service: Service, body: ChatRequest, answer: Answer) -> None:
-        super().__init__(service, body, answer)
-        self._is_plain = (
-            not body.logprobs and not body.return_token_ids and not body.wants_usage_in_events
-        )
 
     def opening(self) -> Iterator[ChatChunk]:
         """The role of each choice."""
@@ -128,12 +121,12 @@ class ChatShape(TurnShape[ChatRequest]):
     ) -> ChatChunk:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | fields
         return ChatChunk.model_validate(
-            self.facts | self.usage_fields(usage) | (first or {}) | OBJECT | {"choices": [choice]}
+            self.facts
+            | usage_fields(self.body, usage)
+            | (first or {})
+            | OBJECT
+            | {"choices": [choice]}
         )
-
-    @property
-    def _usage(self) -> Usage | None:
-        return self.answer.usage if self.body.wants_usage_in_events else None
 
     def _prompt_ids(self) -> dict[str, object]:
         if not self.body.return_token_ids:

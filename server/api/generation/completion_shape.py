@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from server.api.generation.answer import Answer, Delta
+from server.api.generation.answer import Delta
 from server.api.generation.shape import TurnShape, usage_fields
 from server.api.schemas.completions import (
     Completion,
@@ -11,8 +11,6 @@ from server.api.schemas.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from server.api.schemas.generation import Usage
-from server.api.service import Service
 from server.api.sse import Piece
 from server.engine.messages import Token
 
@@ -21,12 +19,6 @@ class CompletionShape(TurnShape[CompletionRequest]):
     """`Completion` objects."""
 
     id_prefix = "cmpl"
-
-    def __init__(self, service: Service, body: CompletionRequest, answer: Answer) -> None:
-        super().__init__(service, body, answer)
-        self._is_plain = (
-            body.logprobs is None and not body.return_token_ids and not body.wants_usage_in_events
-        )
 
     def opening(self) -> Iterator[Completion]:
         """The prompts, unless their probabilities are to come with them."""
@@ -116,11 +108,7 @@ class CompletionShape(TurnShape[CompletionRequest]):
         choice = CompletionChoice(
             index=delta.choice, text=delta.text, finish_reason=delta.reason, **fields
         )
-        return self._completion([choice], **self.usage_fields(delta.usage or self._usage))
-
-    @property
-    def _usage(self) -> Usage | None:
-        return self.answer.usage if self.body.wants_usage_in_events else None
+        return self._completion([choice], **usage_fields(self.body, delta.usage or self._usage))
 
     def _completion(self, choices: list[CompletionChoice], **fields: object) -> Completion:
         """A completion object with these choices."""

@@ -94,7 +94,8 @@ async def deliver(turn: AdmittedTurn, answer: Answer, shape: Shape[Any], sink: S
         ended_by = error if isinstance(error, LatentdError) else InternalError()
         raise
     finally:
-        await turn.close(as_json(shape.failed(ended_by)), answer.num_generated)
+        body = None if turn.is_committed else as_json(shape.failed(ended_by))
+        await turn.close(body, answer.num_generated)
 
 
 async def deliver_events(

@@ -37,6 +37,7 @@ class Shape(Generic[Body]):
         self.body = body
         self.tokenizer = service.checkpoint.tokenizer
         self._templates: dict[int, TextTemplate] = {}
+        self._json: str | None = None
         self._constant: dict[str, Any] = {
             "id": answer.id,
             "created": answer.created,
@@ -71,8 +72,10 @@ class Shape(Generic[Body]):
         return error_piece(error)
 
     def to_json(self) -> str:
-        """`whole`, as text."""
-        return as_json(self.whole()) or ""
+        """`whole`, as text; written once, for what is stored and what is sent."""
+        if self._json is None:
+            self._json = as_json(self.whole()) or ""
+        return self._json
 
     @property
     def timings(self) -> Timings | None:
@@ -101,6 +104,15 @@ class TurnShape(Shape[Turned]):
     id_prefix: str
     """What the answer's id begins with."""
 
+    def __init__(self, service: Service, body: Turned, answer: Answer) -> None:
+        super().__init__(service, body, answer)
+        self._is_plain = (
+            body.num_logprobs is None
+            and not body.return_token_ids
+            and not body.wants_usage_in_events
+        )
+        """Whether an event with a text has nothing else."""
+
     @classmethod
     def replay(cls, known: str, body: Turned, headers: dict[str, str]) -> Response:
         """The answer of a turn that was committed before; its text comes in one piece."""
@@ -115,9 +127,10 @@ class TurnShape(Shape[Turned]):
     def replay_pieces(cls, known: str, body: Turned) -> Iterable[Piece]:
         """The events of a stream for an answer that is known already."""
 
-    def usage_fields(self, usage: Usage | None) -> dict[str, Usage | None]:
-        """The usage in an event with text: where it comes at the end, the others have null."""
-        return usage_fields(self.body, usage)
+    @property
+    def _usage(self) -> Usage | None:
+        """Tokens so far, where every event has them."""
+        return self.answer.usage if self.body.wants_usage_in_events else None
 
 
 def as_json(model: BaseModel | None) -> str | None:

@@ -80,7 +80,9 @@ class AdmittedTurn:
         self._running = {request.request_id: i for i, request in enumerate(requests)}
         self._queue = EventQueue()
         self._after: SessionState | None = None
-        self._is_committed = False
+        self.is_committed = False
+        """Whether its end is durable, if anything of it is kept."""
+
         self._is_closed = False
         self.texts = service.texts
         """Threads for an answer that is long."""
@@ -158,7 +160,7 @@ class AdmittedTurn:
             await run_to_end(self._commit(body, num_generated))
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if not self._is_committed or task is None:
+            if not self.is_committed or task is None:
                 raise
             task.uncancel()
 
@@ -167,7 +169,7 @@ class AdmittedTurn:
             if self._after is None or self.keep_as is None:
                 raise InternalError("the engine ended a turn without its state")
             await self._opened.commit(self._after, self.keep_as, body)
-        self._is_committed = True
+        self.is_committed = True
         await self._unlock(num_generated)
 
     async def close(self, body: str | None, num_generated: int) -> None:
@@ -187,7 +189,7 @@ class AdmittedTurn:
         for request_id in self._running:
             service.engine.cancel(request_id)
         try:
-            if not self._is_committed:
+            if not self.is_committed:
                 if self.keep_as is not None:
                     service.ledger.tiers.release(self.keep_as)
                 await self._opened.abandon(body)
