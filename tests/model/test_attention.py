@@ -221,6 +221,7 @@ def test_any_split_gives_the_same(
     check_any_split(parts, log_values, steep(sum(lengths), steepness, seed))
 
 
+@pytest.mark.long
 @kernels_too
 @settings(max_examples=3 if INTERPRETED else 25, deadline=None)
 @given(data=st.data(), log_values=st.booleans(), steepness=st.sampled_from([1.0, 30.0]))
@@ -355,6 +356,7 @@ def test_any_finite_input_gives_finite_results(
     check_finite([chunked, stepped], q, k + shift, v, log_values)
 
 
+@pytest.mark.long
 @kernels_too
 @settings(max_examples=8 if INTERPRETED else 25, deadline=None)
 @given(

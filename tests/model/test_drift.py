@@ -134,6 +134,7 @@ def test_without_what_rounding_lost_it_would_not(log_values: bool) -> None:
     assert (found - expected).abs().max() > 0.1 * expected.min()
 
 
+@pytest.mark.long
 @paths(kernel_tokens=10)
 def test_keys_that_rise_a_little_with_every_token_do_not_spoil_the_past(
     read: Read, most: int | None

@@ -62,6 +62,7 @@ def spoil_weights(tensors: Tensors) -> None:
     tensors["weights.lnorm.weight"] *= 1.0001
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "spoil",
     [

@@ -157,6 +157,7 @@ def test_import_checkpoint_makes_a_servable_folder(tiny_checkpoint: Path, tmp_pa
     assert not out.exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("environment", "flags", "named"),
     [

@@ -63,9 +63,10 @@ def test_nothing_is_lost_when_servers_are_killed(tiny_checkpoint: Path, tmp_path
     checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "model")
     template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
     (checkpoint / "chat_template.jinja").write_text(template)
+    acknowledged = ("turns", "responses", "background responses")
     expected = Counter(
         {
-            **{f"acknowledged {kind}": 5 for kind in ("turns", "responses", "background responses")},
+            **{f"acknowledged {kind}": 5 for kind in acknowledged},
             **{f"verified {what}": 10 for what in ("sessions", "responses", "states")},
             "in flight": 10,
         }

@@ -321,6 +321,7 @@ def test_a_model_without_end_tokens(tokens: Tokenizer) -> None:
         made.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "spec",
     [

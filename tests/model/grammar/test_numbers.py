@@ -5,6 +5,7 @@ import re
 from decimal import Decimal
 from fractions import Fraction
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -48,6 +49,7 @@ def texts(draw: st.DrawFn, bound: float) -> str:
     return f"{nearest + off * scale:f}"
 
 
+@pytest.mark.long
 @settings(max_examples=600, deadline=None)
 @given(data=st.data(), low=st.none() | FLOATS, high=st.none() | FLOATS)
 def test_numbers_of_a_range(data: st.DataObject, low: float | None, high: float | None) -> None:

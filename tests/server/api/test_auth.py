@@ -69,6 +69,7 @@ CALLS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "path"), CALLS)
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer wrong", "Basic alpha"])
 def test_without_a_known_key_nothing_is_done(

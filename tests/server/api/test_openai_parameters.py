@@ -52,6 +52,7 @@ def text(path: str, answer: dict[str, Any]) -> str:
     return str(choice["text"] if path == COMPLETIONS else choice["message"]["content"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("path", "name"), NAMES)
 def test_every_name_is_known(client: httpx.Client, path: str, name: str) -> None:
     values: list[Any] = [STRANGE, "strange", 10**6, [], {}, True]
@@ -61,6 +62,7 @@ def test_every_name_is_known(client: httpx.Client, path: str, name: str) -> None
         assert error.get("code") != "unknown_parameter" or error["param"].startswith(f"{name}.")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("path", "name"), NAMES)
 def test_null_asks_for_nothing(client: httpx.Client, path: str, name: str) -> None:
     if name not in ("messages", "prompt", "input"):

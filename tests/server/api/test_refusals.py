@@ -242,6 +242,7 @@ def world(server: LiveServer) -> Iterator[World]:
     server.wait_until_idle()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda r: f"{r.status}-{r.code}-{r.of[0]}")
 def test_a_refusal_is_a_status(start: Callable[..., LiveServer], refusal: Refusal) -> None:
     with world(start(**refusal.settings)) as w, refusal.meanwhile(w):

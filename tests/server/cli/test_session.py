@@ -231,6 +231,7 @@ def test_delete_erases_all_that_it_can(server: LiveServer, client: httpx.Client)
     assert told(server, "delete", ids[2]).split() == [ids[2]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strange", ["nobody", "no/body", "..", "{}?x", "{}#", "é", " "])
 @pytest.mark.parametrize(
     "command", [["show"], ["turns"], ["export"], ["fork"], ["rewind", 1], ["delete"]]
@@ -324,6 +325,7 @@ def another_server(status: int, body: bytes, headers: dict[str, str]) -> Iterato
             thread.join()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("status", [200, 204, 307, 404, 500])
 @pytest.mark.parametrize("body", [b"", b"<html>", b"{}", b"[1]", b"null", b"\xff", b'{"error": 1}'])
 def test_a_server_of_another_kind(status: int, body: bytes) -> None:

@@ -96,6 +96,7 @@ def test_a_session_goes_on_behind_a_stop_token_that_it_includes(
     assert end.state == stepper.finished(choice).state
 
 
+@pytest.mark.long
 @each_choice
 @pytest.mark.parametrize("min_tokens", [0, 7])
 @pytest.mark.parametrize("include_stop", [False, True])

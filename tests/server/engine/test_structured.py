@@ -98,6 +98,7 @@ def test_a_complete_text_ends_whatever_else_is_asked_for(
         assert (last.reason, last.stopped_by) == ("stop", None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.3}, {"min_p": 0.5}])
 @pytest.mark.parametrize("ignore_eos", [False, True])
 def test_a_text_keeps_to_its_schema(
