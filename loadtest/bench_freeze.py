@@ -1,6 +1,7 @@
 """How long one client's request keeps the server from the others, by the kind of its body.
 
     python -m loadtest.bench_freeze
+    python -m loadtest.bench_freeze "tokenised, words" "a prompt"
 
 A server of the default model. A process sends each body three times, one after the other, while
 this one asks for /health/live without a pause. The longest answer counts, since every time has the
@@ -13,6 +14,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from typing import Annotated
 
 import typer
 
@@ -103,12 +105,16 @@ def send(port: int, name: str) -> int:
     return [ask(port, "POST", path, body) for _ in range(TIMES)][-1]
 
 
-def main() -> None:
+def main(
+    kinds: Annotated[
+        list[str] | None, typer.Argument(help="Bodies to send; all if not given.")
+    ] = None,
+) -> None:
     """Print the longest wait of another client by the kind of the body."""
     spawn = multiprocessing.get_context("spawn")
     with server("--log-level", "warning") as port, ProcessPoolExecutor(1, spawn) as sender:
         sender.submit(send, port, "nothing large").result()
-        for name in BODIES:
+        for name in kinds or BODIES:
             sending, longest_s = sender.submit(send, port, name), 0.0
             while not sending.done():
                 started = time.perf_counter()

@@ -82,12 +82,14 @@ class Tokenizer:
         [encoding] = self._inner.encode_batch_fast([text], add_special_tokens=False)
         if max_tokens is not None and len(encoding) > max_tokens:
             raise TooManyTokens(len(encoding))
-        return list[int](encoding.ids)
+        ids: list[int] = encoding.ids
+        return ids
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text in which the names of special tokens are text like any other."""
         [encoding] = self._plain.encode_batch_fast([text], add_special_tokens=False)
-        return list[int](encoding.ids)
+        ids: list[int] = encoding.ids
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once, in parallel."""
@@ -102,8 +104,10 @@ class Tokenizer:
     def decode(self, token_ids: Iterable[int], *, names: bool = False) -> str:
         """Text of a whole sequence; special tokens have none, or are there by their names."""
         special = {i: name.encode() for name, i in self.special_tokens.items()} if names else {}
-        parts = [special.get(token_id) or self.bytes_of(token_id) for token_id in token_ids]
-        return b"".join(parts).decode("utf-8", "replace")
+        written = bytearray()  # by many parts, since one join of a million would hold the GIL
+        for token_id in token_ids:
+            written += special.get(token_id) or self.bytes_of(token_id)
+        return written.decode("utf-8", "replace")
 
     @functools.cached_property
     def _longest_token(self) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from server.api.schemas.problems import ErrorResponse
+from server.api.texts import dump_json
 from server.errors import LatentdError
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -77,7 +78,7 @@ def encode_event(piece: Piece, number: int | None = None, name: str | None = Non
     """A piece as an event, with its number where the stream can be resumed."""
     data = piece
     if not isinstance(data, bytes):
-        data = data.model_dump_json(exclude_unset=True).encode()
+        data = dump_json(data)
     if not data.isascii():
         for separator, escaped in LINE_SEPARATORS.items():
             data = data.replace(separator, escaped)

@@ -3,6 +3,7 @@
 import json
 
 from model.grammar import Grammar, GrammarBusyError, GrammarError, GrammarSpec
+from model.grammar.source import MAX_SOURCE_BYTES
 from server.api.schemas.generation import SamplingRequest
 from server.api.schemas.structure import JsonSchemaFormat, StructuredOutputs, TextFormat
 from server.api.service import Service
@@ -68,15 +69,29 @@ def _asked(body: SamplingRequest) -> tuple[GrammarSpec, str] | None:
 
 def _of_format(given: object) -> GrammarSpec:
     if isinstance(given, JsonSchemaFormat) and given.json_schema.schema_ is not None:
-        return GrammarSpec("json_schema", json.dumps(given.json_schema.schema_))
+        return GrammarSpec("json_schema", _source(given.json_schema.schema_))
     return GrammarSpec("json_object")
+
+
+def _source(schema: object) -> str:
+    """A schema as JSON, written in parts, between which other threads can have the GIL.
+
+    Of one that is too large only so much that this shows.
+    """
+    parts, size = list[str](), 0
+    for part in json.JSONEncoder().iterencode(schema):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_SOURCE_BYTES:
+            break
+    return "".join(parts)
 
 
 def _of_outputs(given: StructuredOutputs) -> tuple[GrammarSpec, str]:
     """Exactly one of them is given."""
     name = "structured_outputs"
     if given.json_ is not None:
-        source = given.json_ if isinstance(given.json_, str) else json.dumps(given.json_)
+        source = given.json_ if isinstance(given.json_, str) else _source(given.json_)
         return GrammarSpec("json_schema", source), f"{name}.json"
     if given.regex is not None:
         return GrammarSpec("regex", given.regex), f"{name}.regex"

@@ -4,11 +4,12 @@ The store and the engine have threads of their own, so that no client's text hol
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import ParamSpec, TypeVar
 
+from pydantic import BaseModel
 from pydantic_core import to_json
 
 SHORT = 2048
@@ -50,7 +51,46 @@ class Texts:
             pool.shutdown(cancel_futures=True)
 
 
-def to_json_list(items: Sequence[int] | Sequence[str]) -> bytes:
+def dump_json(model: BaseModel) -> bytes:
+    """The fields of a model that are set, as JSON; in parts where a list in it is long."""
+    if not _is_long(model):
+        return model.model_dump_json(exclude_unset=True).encode()
+    return b"".join(_parts(model))
+
+
+def _is_long(value: object) -> bool:
+    if isinstance(value, BaseModel):
+        return any(map(_is_long, vars(value).values()))
+    if not isinstance(value, list) or not value:
+        return False
+    return len(value) > SHORT or (isinstance(value[0], BaseModel) and any(map(_is_long, value)))
+
+
+def _parts(value: object) -> Iterator[bytes]:
+    """Of a value's JSON."""
+    if isinstance(value, BaseModel) and _is_long(value):
+        separator = b"{"
+        for name in (name for name in type(value).model_fields if name in value.model_fields_set):
+            yield b'%s"%s":' % (separator, name.encode())
+            yield from _parts(getattr(value, name))
+            separator = b","
+        yield b"}"
+    elif isinstance(value, BaseModel):
+        yield value.model_dump_json(exclude_unset=True).encode()
+    elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+        separator = b"["
+        for item in value:
+            yield separator
+            yield from _parts(item)
+            separator = b","
+        yield b"]"
+    elif isinstance(value, list):
+        yield to_json_list(value)
+    else:
+        yield to_json(value)
+
+
+def to_json_list(items: Sequence[object]) -> bytes:
     """The items as JSON, in parts, so that the GIL is free between them."""
     starts = range(0, len(items), WRITTEN_TOGETHER)
     parts = (to_json(items[start : start + WRITTEN_TOGETHER])[1:-1] for start in starts)

@@ -21,6 +21,7 @@ from server.api.sse import (
     error_piece,
 )
 from server.api.templates import TextTemplate
+from server.api.texts import dump_json
 from server.errors import LatentdError
 
 Body = TypeVar("Body", bound=SamplingRequest)
@@ -134,7 +135,7 @@ class TurnShape(Shape[Turned]):
 
 
 def as_json(model: BaseModel | None) -> str | None:
-    return None if model is None else model.model_dump_json(exclude_unset=True)
+    return None if model is None else dump_json(model).decode()
 
 
 def usage_fields(body: GenerationRequest, usage: Usage | None) -> dict[str, Usage | None]:

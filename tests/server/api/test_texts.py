@@ -6,8 +6,9 @@ import threading
 
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
-from server.api.texts import LONG, SHORT, WRITTEN_TOGETHER, Texts, to_json_list
+from server.api.texts import LONG, SHORT, WRITTEN_TOGETHER, Texts, dump_json, to_json_list
 from tests.patience import PATIENCE_S
 
 
@@ -65,3 +66,42 @@ def test_what_has_not_begun_is_dropped_at_the_end() -> None:
 def test_a_list_is_written_as_it_would_be_in_one(names: list[str], count: int) -> None:
     items = (names * count)[:count] if names else []
     assert json.loads(to_json_list(items)) == items
+
+
+class Entry(BaseModel):
+    name: str
+    bytes: list[int] | None = None
+
+
+class Part(BaseModel):
+    entries: list[Entry] = []
+    ids: list[int] | None = None
+    tops: list[dict[str, float] | None] = []
+
+
+class Whole(BaseModel):
+    before: str | None = None
+    parts: list[Part] = []
+    part: Part | None = None
+    after: float = 0.5
+
+
+ENTRIES = st.builds(Entry, name=st.text()) | st.builds(
+    Entry, name=st.text(), bytes=st.lists(st.integers(0, 255))
+)
+
+
+@given(
+    entry=ENTRIES,
+    num_entries=st.sampled_from([1, SHORT, SHORT + 1]),
+    num_ids=st.sampled_from([0, 1, SHORT + 1, WRITTEN_TOGETHER + 1]),
+    place=st.sampled_from(["part", "parts"]),
+)
+def test_a_long_model_is_written_as_a_short_one(
+    entry: Entry, num_entries: int, num_ids: int, place: str
+) -> None:
+    tops = [{"é": -0.25}, None] * (num_entries // 2)
+    part = Part(entries=[entry] * num_entries, ids=list(range(num_ids)), tops=tops)
+    small = Part(entries=[entry])
+    whole = Whole(after=0.1, **({"part": part} if place == "part" else {"parts": [small, part]}))
+    assert dump_json(whole).decode() == whole.model_dump_json(exclude_unset=True)
