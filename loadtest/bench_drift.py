@@ -77,7 +77,7 @@ def _attend_all(k: Any, v: Any, m: Any, z: Any, s: Any, z_low: Any, s_low: Any, 
         np.empty((3, D), np.float32),
     )
     for t in range(len(k)):
-        attend(k[t], k[t], v[t], m, z, s, z_low, s_low, n, True, y, keys, vals)
+        attend(k[t], k[t], v[t], m, z, s, z_low, s_low, n, True, False, y, keys, vals)
 
 
 def read_compiled(k: Floats, v: Floats, state: AttentionState) -> None:

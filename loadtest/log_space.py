@@ -31,7 +31,8 @@ class LogSpaceForm:
         decay = F.logsigmoid(a).cumsum(1)
         x = emb + decay + torch.logaddexp(self.h.unsqueeze(1), (b - decay).logcumsumexp(1))
         for layer in network.blocks:
-            q, k, log_v = layer.project(x)
+            p = layer.project(x)
+            q, k, log_v = p.q, p.k, p.v
             h_s = (k.unsqueeze(-1) + log_v.unsqueeze(-2)).logcumsumexp(1)
             h_z = k.logcumsumexp(1)
             x = layer.merge(x, _read(q, h_s, h_z))
@@ -46,7 +47,8 @@ class LogSpaceForm:
         self.h = torch.logaddexp(F.logsigmoid(a) + self.h, b)
         x = emb + self.h
         for number, layer in enumerate(network.blocks):
-            q, k, log_v = layer.project(x)
+            p = layer.project(x.unsqueeze(1))
+            q, k, log_v = p.q[:, 0], p.k[:, 0], p.v[:, 0]
             h_s, h_z = self.h_s[number], self.h_z[number]
             torch.logaddexp(h_s, k.unsqueeze(-1) + log_v.unsqueeze(-2), out=h_s)
             torch.logaddexp(h_z, k, out=h_z)

@@ -19,6 +19,8 @@ and the whole past fits in a state of fixed size. Inside of the functions, per h
     e      exp(q + m), scaled so that its largest channel is 1; large keys are
            taken relative to the largest m first, or q would lose digits        [d_k]
     y      sum_j e_j S_j / sum_j e_j Z_j, times exp(n) with log values          [d_v]
+    f      what a key channel keeps of its past; the paper's is 1               [d_k]
+    D      sum of log f from the beginning of a chunk to a token, D <= 0        [d_k]
 
 The state kept here is (m, Z, S, n): sums relative to a running maximum. In exact arithmetic it is
 the paper's (H_Z, H_S); in float32 it is far closer to it than logs of sums are.
@@ -28,14 +30,25 @@ shrink by at least e, so that no error of a factor near 1 is repeated a million 
 and S stand `z_low` and `s_low`, one byte a number: what rounding lost of the sum, in 256ths of its
 last place, given back with the next token. A sum of 10 million terms is as good as one of a few.
 
+Beyond the paper a key channel may decay: before each token its past is multiplied by f,
+
+    H_Z[t] = logaddexp(H_Z[t-1] + log f_t, k_t)
+    H_S[t] = logaddexp(H_S[t-1] + log f_t, k_t + log v_t).
+
+Only m moves, by log f; Z and S stay as they are. Seen from the beginning of a chunk, token t finds
+key i at k_i - D_i + D_t: attention without decay, of keys k - D and queries q + D. A maximum of
+such keys is a whole number above the m before the chunk, so that sums are still rescaled rarely;
+and log f is a multiple of 2^-16, so that float32 adds up m without an error while |m| <= 256.
+
 Queries, keys and values are `[batch, tokens, heads, d]`, states `[batch, heads, ...]`. With log
 values the argument `v` is log v and the result is log y. A padding token has k = -inf and v = -inf
-(0 with linear values); it leaves the state as it was, and its own output has no meaning.
+(0 with linear values), and log f = 0; it leaves the state as it was, and its own output has no
+meaning.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +60,9 @@ EMPTY = -1e30
 
 CHUNK = 64
 """Tokens whose mutual attention is one matrix product in `chunked`."""
+
+GRID = 2.0**-16
+"""What log f is a multiple of. A channel that would forget less than half of it never forgets."""
 
 SMALLEST = 1e-28
 """A sum relative to its largest term's reference may have lost terms if it is smaller than this."""
@@ -72,6 +88,8 @@ class AttentionState:
     """int8, the shape of z; None where nobody goes on for millions of tokens, as in training."""
     s_low: Tensor | None = None
     """int8, the shape of s"""
+    previous: Tensor | None = None
+    """The layer's normed input of the previous token, with `token_shift`. `[batch, d_emb]`"""
 
     @staticmethod
     def empty(
@@ -127,18 +145,27 @@ class AttentionState:
         return AttentionState(m, (h_z - m).exp(), (relative - n.unsqueeze(-2)).exp(), n)
 
 
-Attention = Callable[[Tensor, Tensor, Tensor, AttentionState], tuple[Tensor, AttentionState]]
-"""What `quadratic` and `chunked` share: (q, k, v, state) -> (y, state after the last token)."""
+class Attention(Protocol):
+    """What `quadratic` and `chunked` share."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, log_f: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        """y, and the state after the last token; log_f `[batch, tokens, heads, d_k]`, None: 0."""
 
 
 def quadratic(
-    q: Tensor, k: Tensor, v: Tensor, state: AttentionState
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, log_f: Tensor | None = None
 ) -> tuple[Tensor, AttentionState]:
     """The definition, eq. 1: every query against every key, all in logarithms. The oracle.
 
     Compute and memory grow with the square of the number of tokens. A carried state enters as d_k
     earlier tokens, one per key channel: key H_Z[j] in channel j alone, value S_j / Z_j.
     """
+    end = absorb(k, v, state, log_f)
+    if log_f is not None:
+        fallen = log_f.cumsum(1)
+        q, k = q + fallen, k - fallen
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     tokens, log_values = q.shape[2], state.n is not None
     h_s, h_z = state.to_paper()
@@ -155,23 +182,34 @@ def quadratic(
     else:
         past = torch.where(seen, state.s / state.z.unsqueeze(-1), 0.0)
         y = log_weights.exp() @ torch.cat([past, v], 2)
-    return y.transpose(1, 2), absorb(k.transpose(1, 2), v.transpose(1, 2), state)
+    return y.transpose(1, 2), end
 
 
-def absorb(k: Tensor, v: Tensor, state: AttentionState) -> AttentionState:
+def on_grid(log_f: Tensor) -> Tensor:
+    """The nearest multiples of `GRID`; the gradient is as if they were log_f."""
+    return (log_f.detach() / GRID).round() * GRID + (log_f - log_f.detach())
+
+
+def absorb(
+    k: Tensor, v: Tensor, state: AttentionState, log_f: Tensor | None = None
+) -> AttentionState:
     """The state after all tokens of k and v, without reading it: that of `chunked`."""
     k, v = _pad_to_chunks(k, -torch.inf), _pad_to_chunks(v, _neutral_value(state))
-    return _sum(k, v, state, CHUNK).end
+    log_f = None if log_f is None else _pad_to_chunks(log_f, 0.0)
+    return _sum(k, v, state, CHUNK, log_f).end
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, state: AttentionState) -> Tensor:
+def step(
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, log_f: Tensor | None = None
+) -> Tensor:
     """One token for each sequence, updating `state` in place; the paper's recurrent mode.
 
-    q, k `[batch, heads, d_k]`, v `[batch, heads, d_v]` -> `[batch, heads, d_v]`. Cost and memory do
-    not depend on how many tokens the state has seen.
+    q, k, log_f `[batch, heads, d_k]`, v `[batch, heads, d_v]` -> `[batch, heads, d_v]`. Cost and
+    memory do not depend on how many tokens the state has seen.
     """
-    m = torch.maximum(state.m, k.ceil())
-    kept, weight = (state.m - m).exp_(), (k - m).exp_()
+    before = state.m if log_f is None else state.m + log_f
+    m = _raised(before, k)
+    kept, weight = (before - m).exp_(), (k - m).exp_()
     state.m.copy_(m)
     if state.n is None:
         u, kept_s = v, kept.unsqueeze(-1)
@@ -226,7 +264,7 @@ def _ratio(numerator: Tensor, denominator: Tensor, n: Tensor | None) -> Tensor:
 
 
 def chunked(
-    q: Tensor, k: Tensor, v: Tensor, state: AttentionState
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, log_f: Tensor | None = None
 ) -> tuple[Tensor, AttentionState]:
     """Many tokens at once as matrix products, from a carried state; differentiable.
 
@@ -242,15 +280,16 @@ def chunked(
     q, k, v = (
         _pad_to_chunks(x, pad) for x, pad in ((q, 0.0), (k, -torch.inf), (v, _neutral_value(state)))
     )
-    y, end = _in_halves(q, k, v, state, CHUNK)
+    log_f = None if log_f is None else _pad_to_chunks(log_f, 0.0)
+    y, end = _in_halves(q, k, v, state, CHUNK, log_f)
     return y[:, :tokens], end
 
 
 def _in_halves(
-    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, size: int
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, size: int, log_f: Tensor | None
 ) -> tuple[Tensor, AttentionState]:
     """`chunked` for a multiple of `size` tokens, in chunks of this size or smaller ones."""
-    sums = _sum(k, v, state, size)
+    sums = _sum(k, v, state, size, log_f)
     y, exact = _read(q, sums)
     if size == 1 or bool(exact.all()):
         return y, sums.end
@@ -258,12 +297,15 @@ def _in_halves(
     again_for = torch.ones_like(exact) if y.requires_grad else ~exact
     rows = again_for.nonzero().squeeze(1)
     q, k, v, again = q[rows], k[rows], v[rows], state.select(rows)
+    early = late = None
     num_chunks = q.shape[1] // size
     if num_chunks == 1:
         size //= 2
     half = size * max(1, num_chunks // 2)
-    first, again = _in_halves(q[:, :half], k[:, :half], v[:, :half], again, size)
-    second, _ = _in_halves(q[:, half:], k[:, half:], v[:, half:], again, size)
+    if log_f is not None:
+        early, late = log_f[rows, :half], log_f[rows, half:]
+    first, again = _in_halves(q[:, :half], k[:, :half], v[:, :half], again, size, early)
+    second, _ = _in_halves(q[:, half:], k[:, half:], v[:, half:], again, size, late)
     whole = torch.cat([first, second], 1)
     return whole if y.requires_grad else y.index_copy_(0, rows, whole), sums.end
 
@@ -276,8 +318,10 @@ class _Sums:
     """Reference of each chunk's exponentials. `[batch, heads, chunks, d_k]`"""
     n: Tensor | None
     """`[batch, heads, chunks, d_v]` with log values"""
+    fallen: Tensor | None
+    """D of each token. `[batch, heads, chunks, size, d_k]` where keys decay"""
     a: Tensor
-    """exp(k - m). `[batch, heads, chunks, size, d_k]`"""
+    """exp(k - D - m). `[batch, heads, chunks, size, d_k]`"""
     u: Tensor
     """exp(log v - n), or v. `[batch, heads, chunks, size, d_v]`"""
     z: Tensor
@@ -288,11 +332,18 @@ class _Sums:
     """After the last chunk."""
 
 
-def _sum(k: Tensor, v: Tensor, state: AttentionState, size: int) -> _Sums:
-    """Add up the tokens chunk by chunk; k, v `[batch, chunks * size, heads, d]`."""
+def _sum(k: Tensor, v: Tensor, state: AttentionState, size: int, log_f: Tensor | None) -> _Sums:
+    """Add up the tokens chunk by chunk; k, v, log_f `[batch, chunks * size, heads, d]`."""
     k, v = _into_chunks(k, size), _into_chunks(v, size)
-    m, kept_m = _references(k.detach(), state.m)
-    a = (k - m.unsqueeze(3)).exp()
+    if log_f is None:
+        fallen = None
+        m, kept_m = _references(k.detach(), state.m)
+        end_m = m[:, :, -1]
+    else:
+        fallen = _into_chunks(log_f, size).cumsum(3)
+        m, kept_m, end_m = _falling_references((k - fallen).detach(), state.m, fallen[..., -1, :])
+    a = k - m.unsqueeze(3)
+    a = (a if fallen is None else a - fallen).exp()
     if state.n is None:
         n, u, kept = None, v, kept_m.unsqueeze(-1)
     else:
@@ -302,8 +353,8 @@ def _sum(k: Tensor, v: Tensor, state: AttentionState, size: int) -> _Sums:
     z, end_z, z_low = _carry(a.sum(3), kept_m, state.z, state.z_low)
     s, end_s, s_low = _carry(a.mT @ u, kept, state.s, state.s_low)
     end_n = None if n is None else n[:, :, -1]
-    end = AttentionState(m[:, :, -1], end_z, end_s, end_n, z_low, s_low)
-    return _Sums(m, n, a, u, z, s, end)
+    end = AttentionState(end_m, end_z, end_s, end_n, z_low, s_low)
+    return _Sums(m, n, fallen, a, u, z, s, end)
 
 
 def _read(q: Tensor, sums: _Sums) -> tuple[Tensor, Tensor]:
@@ -311,7 +362,11 @@ def _read(q: Tensor, sums: _Sums) -> tuple[Tensor, Tensor]:
     m, n, a, u = sums.m, sums.n, sums.a, sums.u
     q = _into_chunks(q, a.shape[3])
     top = m.amax(-1, keepdim=True)
-    logits = q + (m - top).unsqueeze(3)
+    relative = (m - top).unsqueeze(3)
+    if sums.fallen is not None:
+        relative = relative + sums.fallen
+        relative = relative - relative.detach().amax(-1, keepdim=True)
+    logits = q + relative
     e = (logits - logits.detach().amax(-1, keepdim=True)).exp()
     weights = (e @ a.mT).tril()
     numerator = torch.baddbmm(
@@ -350,6 +405,29 @@ def _references(x: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
     """
     at_end = torch.cat([carried.detach().unsqueeze(2), x.amax(3).ceil()], 2).cummax(2).values
     return at_end[:, :, 1:], (at_end[:, :, :-1] - at_end[:, :, 1:]).exp()
+
+
+def _falling_references(
+    x: Tensor, carried: Tensor, fallen: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_references` where m falls by `fallen` over each chunk; and m after the last one.
+
+    x `[batch, heads, chunks, size, d]` relative to the beginnings of the chunks, carried
+    `[batch, heads, d]`, fallen `[batch, heads, chunks, d]`.
+    """
+    references, kept = [], []
+    for largest, fall in zip(x.amax(3).unbind(2), fallen.unbind(2), strict=True):
+        references.append(_raised(carried.detach(), largest))
+        kept.append((carried - references[-1]).exp())
+        carried = references[-1] + fall
+    return torch.stack(references, 2), torch.stack(kept, 2), carried
+
+
+def _raised(m: Tensor, k: Tensor) -> Tensor:
+    """The smallest number not below m or k that is m and a whole number."""
+    below = m.floor()
+    # Not + (m - below): where that is 0, -0 keeps its sign, as in the paper's form.
+    return torch.maximum(m, (k - (m - below)).ceil() - (below - m))
 
 
 def _carry(

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from model import WeightDtype, tokenizer
-from model.config import ModelConfig, describe
+from model.config import EXTENSIONS, ModelConfig, describe
 from model.files import write_file
 from model.network import LanguageModel
 from model.state import StateSpec
@@ -118,7 +118,9 @@ def save(
     else:
         write_file(folder / CHAT_TEMPLATE, chat_template.encode())
     write_file(folder / WEIGHTS, safetensors.torch.save(tensors))
-    write_file(folder / CONFIG, config.model_dump_json(indent=2).encode() + b"\n")
+    # A paper's network has the config, and so the fingerprint, that it had before extensions.
+    off = {name for name in EXTENSIONS if name not in config.extensions}
+    write_file(folder / CONFIG, config.model_dump_json(indent=2, exclude=off).encode() + b"\n")
 
 
 def import_state_dict(

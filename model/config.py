@@ -7,6 +7,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 PositiveInt = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
 
+FASTEST_DECAY = 0.5
+"""The most that a key channel forgets with a token, in nats. So no chunk of 64 tokens spans more
+than 32 nats by decay alone, which float32 holds with its digits."""
+
+SLOWEST_DECAY = 2.0**-12
+"""In nats a token, where a new network's decays begin; they are spread from the fastest to it."""
+
+DECAY_RANK = 32
+"""Numbers that a token's decays are made of."""
+
+EXTENSIONS = ("decay", "token_shift", "output_gate")
+"""Options that go beyond the paper."""
+
 
 class ModelConfig(BaseModel):
     """Arguments of the reference's `ModelConfig`, plus what serving needs to know.
@@ -26,6 +39,15 @@ class ModelConfig(BaseModel):
     values: Literal["log", "linear"] = "log"
     """`log`: the network computes log v and passes log y on (v > 0). `linear`: v of any sign."""
 
+    decay: bool = False
+    """Beyond the paper: each key channel forgets its past at a rate that depends on the token."""
+
+    token_shift: bool = False
+    """Beyond the paper: queries, keys and values are mixed with those of the token before."""
+
+    output_gate: bool = False
+    """Beyond the paper: what attention read is multiplied by a gate made of the layer's input."""
+
     bos_token_id: TokenId | None = None
     """Put before a text prompt that starts a fresh state. None: nothing is put there."""
 
@@ -35,6 +57,11 @@ class ModelConfig(BaseModel):
     @property
     def log_values(self) -> bool:
         return self.values == "log"
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """Names of those that are on."""
+        return tuple(name for name in EXTENSIONS if getattr(self, name))
 
     @model_validator(mode="after")
     def _tokens_are_in_the_vocabulary(self) -> Self:

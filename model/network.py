@@ -5,6 +5,7 @@ sequence's state is the position state h, one vector, and one attention state (m
 layer; and what the last layer made of the last token, from which alone the next one can be chosen.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import WeightDtype, kernels
-from model.attention import CHUNK, EMPTY, Attention, AttentionState, absorb, chunked, step
-from model.config import ModelConfig
+from model.attention import CHUNK, EMPTY, Attention, AttentionState, absorb, chunked, on_grid, step
+from model.config import DECAY_RANK, FASTEST_DECAY, SLOWEST_DECAY, ModelConfig
 from model.decoding import Decoder, DirectDecoder
 from model.linear import NarrowLinear, PackedLinear, why_not_compiled
 from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
@@ -119,8 +120,48 @@ def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum(a, b) + (a - b).abs().neg().exp().log1p()
 
 
+@dataclass(frozen=True)
+class Projected:
+    """What a layer makes of its input before attention."""
+
+    q: Tensor
+    """`[batch, tokens, heads, d_k]`, like k"""
+    k: Tensor
+    v: Tensor
+    """v, or log v. `[batch, tokens, heads, d_v]`"""
+    log_f: Tensor | None
+    """What is left of the past in each key channel, with `decay`; the shape of k"""
+    gate: Tensor | None
+    """`[batch, tokens, heads * d_v]`, with `output_gate`"""
+    inputs: Tensor
+    """With `token_shift`, first the one before these tokens. `[batch, tokens (+ 1), d_emb]`"""
+
+    def mask(self, padding: Tensor | None, *, log_values: bool) -> "Projected":
+        """Make the tokens where `padding` `[batch, tokens]` holds leave a state as it was."""
+        if padding is None:
+            return self
+        mask = padding[..., None, None]
+        k, v = mask_padding(self.k, self.v, padding, log_values=log_values)
+        log_f = None if self.log_f is None else self.log_f.masked_fill(mask, 0.0)
+        return replace(self, q=self.q.masked_fill(mask, 0.0), k=k, v=v, log_f=log_f)
+
+    def last_input(self, padding: Tensor | None) -> Tensor:
+        """The input of each sequence's last token, with `token_shift`. `[batch, d_emb]`"""
+        if padding is None:
+            return self.inputs[:, -1]
+        lengths = padding.logical_not().sum(1)
+        return self.inputs[torch.arange(len(lengths), device=lengths.device), lengths]
+
+
 class Layer(nn.Module):
-    """x + FF2(attention(FF1(x))): the residual layer of the reference implementation."""
+    """x + FF2(attention(FF1(x))): the residual layer of the reference implementation.
+
+    Of the input u = LayerNorm(x), the extensions make
+
+        token_shift   p_t + mix * (p_{t-1} - p_t) of p = Linear(u), before the first token u = 0
+        decay         log f = -FASTEST_DECAY * sigmoid(Linear(Linear(u)))
+        output_gate   y * silu(Linear(u)) for y
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -135,31 +176,73 @@ class Layer(nn.Module):
             nn.GLU(dim=-1),
             nn.Linear(d_emb, d_emb, bias=False),
         )
+        self.mix = nn.Parameter(torch.rand(heads * sum(self.split))) if config.token_shift else None
+        self.decay = self.gate = None
+        if config.decay:
+            rates = nn.Linear(DECAY_RANK, heads * config.d_key)
+            slowest = math.log(SLOWEST_DECAY / FASTEST_DECAY)
+            with torch.no_grad():
+                rates.bias.copy_(torch.linspace(0.0, slowest, config.d_key).repeat(heads))
+            self.decay = nn.Sequential(nn.Linear(d_emb, DECAY_RANK, bias=False), rates)
+        if config.output_gate:
+            self.gate = nn.Linear(d_emb, heads * config.d_val, bias=False)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x `[..., d_emb]` -> q, k `[..., heads, d_k]` and v, or log v, `[..., heads, d_v]`."""
-        q, k, v = self.feedforward1(x).unflatten(-1, (self.heads, -1)).split(self.split, -1)
-        return q, k, v
+    def project(self, x: Tensor, previous: Tensor | None = None) -> Projected:
+        """x `[batch, tokens, d_emb]`; `previous` `[batch, d_emb]` with `token_shift`."""
+        norm, linear = self.feedforward1
+        u = norm(x)
+        if self.mix is None or previous is None:
+            inputs, projected = u, linear(u)
+        else:
+            inputs = torch.cat([previous.to(u.dtype).unsqueeze(1), u], 1)
+            projected = linear(inputs)
+            before, now = projected[:, :-1], projected[:, 1:]
+            projected = now + self.mix * (before - now)
+        q, k, v = projected.unflatten(-1, (self.heads, -1)).split(self.split, -1)
+        log_f = gate = None
+        if self.decay is not None:
+            rates: Tensor = self.decay(u).to(x.dtype).sigmoid()
+            log_f = on_grid(-FASTEST_DECAY * rates).view(k.shape)
+        if self.gate is not None:
+            gate = F.silu(self.gate(u))
+        return Projected(q, k, v, log_f, gate, inputs)
 
-    def merge(self, x: Tensor, y: Tensor) -> Tensor:
+    def merge(self, x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
         """Add what attention read, y `[..., heads, d_v]`, to x `[..., d_emb]`."""
-        added: Tensor = self.feedforward2(y.flatten(-2))
+        y = y.flatten(-2)
+        added: Tensor = self.feedforward2(y if gate is None else y * gate)
         return x + added
 
     def forward(
         self, x: Tensor, state: AttentionState, attention: Attention, padding: Tensor | None
     ) -> tuple[Tensor, AttentionState]:
         """x `[batch, tokens, d_emb]` -> the same shape, and the state after the last token."""
-        q, k, v = self.project(x)
+        made = self.project(x, state.previous)
+        previous = state.previous
+        if previous is not None:
+            previous = made.last_input(padding).to(previous.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            q, k, v = (t.to(state.m.dtype) for t in (q, k, v))
-            if padding is not None:
-                q = q.masked_fill(padding[..., None, None], 0.0)
-                k, v = mask_padding(k, v, padding, log_values=state.n is not None)
-            y, state = attention(q, k, v, state)
+            p = made.mask(padding, log_values=state.n is not None)
+            q, k, v = (t.to(state.m.dtype) for t in (p.q, p.k, p.v))
+            y, state = attention(q, k, v, state, p.log_f)
         if padding is not None:
             y = y.masked_fill(padding[..., None, None], 0.0)
-        return self.merge(x, y.to(x.dtype)), state
+        return self.merge(x, y.to(x.dtype), made.gate), replace(state, previous=previous)
+
+    def absorb(self, x: Tensor, state: AttentionState, padding: Tensor | None) -> AttentionState:
+        """The state that `forward` ends in, without reading it."""
+        p = self.project(x, state.previous).mask(padding, log_values=state.n is not None)
+        previous = None if state.previous is None else p.last_input(padding)
+        return replace(absorb(p.k, p.v, state, p.log_f), previous=previous)
+
+    def step(self, x: Tensor, state: AttentionState) -> Tensor:
+        """One token, updating `state` in place: x `[batch, d_emb]` -> the same shape."""
+        p = self.project(x.unsqueeze(1), state.previous)
+        log_f = None if p.log_f is None else p.log_f[:, 0]
+        y = step(p.q[:, 0], p.k[:, 0], p.v[:, 0], state, log_f)
+        if state.previous is not None:
+            state.previous.copy_(p.last_input(None))
+        return self.merge(x, y, None if p.gate is None else p.gate[:, 0])
 
 
 def mask_padding(
@@ -195,8 +278,9 @@ class LanguageModel(nn.Module):
     def pack(self, dtype: WeightDtype = "float32") -> "LanguageModel":
         """Make the network one that only serves: weights in this dtype, in the order of reading.
 
-        On a CPU it is compiled, on a GPU it becomes Triton kernels. It computes the same as before
-        but for the rounding of weights, has no gradients, and cannot be saved.
+        On a CPU it is compiled, on a GPU it becomes Triton kernels, unless it has extensions: then
+        it stays plain torch there. It computes the same as before but for the rounding of weights,
+        has no gradients, and cannot be saved.
         """
         reason = why_not_compiled(self.device, self.embed.weight.dtype)
         if not reason:
@@ -206,17 +290,24 @@ class LanguageModel(nn.Module):
 
             self._compiled = CompiledNetwork(self, unembed)
             self.backend = f"compiled for {target()}"
-        elif self.device.type == "cuda" and kernels.is_available():
-            self.fuse(dtype)
-        else:
-            missing = "Triton is not installed" if self.device.type == "cuda" else reason
-            self.backend = f"plain torch ({missing})"
-            if dtype != "float32":
-                self._unembed = self._narrow(NarrowLinear, dtype)
+            return self
+        if self.device.type == "cuda":
+            reason = kernels.missing_for(self.config)
+            if not reason and kernels.is_available():
+                return self.fuse(dtype)
+            reason = reason or "Triton is not installed"
+        self.backend = f"plain torch ({reason})"
+        if dtype != "float32":
+            self._unembed = self._narrow(NarrowLinear, dtype)
         return self
 
     def fuse(self, dtype: WeightDtype = "float32") -> "LanguageModel":
-        """`pack` into Triton kernels: for a GPU, or for a CPU in Triton's interpreter."""
+        """`pack` into Triton kernels: for a GPU, or for a CPU in Triton's interpreter.
+
+        Raises ValueError naming what the config has and the kernels have not.
+        """
+        if missing := kernels.missing_for(self.config):
+            raise ValueError(missing)
         from model.cuda.serving import FusedNetwork
 
         self._unembed = unembed = self._narrow(NarrowLinear, dtype)
@@ -279,6 +370,8 @@ class LanguageModel(nn.Module):
             tensors += [TensorSpec("z_low", keys, "int8", 0), TensorSpec("s_low", sums, "int8", 0)]
         if c.log_values:
             tensors.append(TensorSpec("n", (*heads, c.d_val), dtype, EMPTY))
+        if c.token_shift:
+            tensors.append(TensorSpec("previous", (c.n_layers, c.d_emb), dtype, 0.0))
         return StateSpec(tuple(tensors))
 
     def new_pool(self, num_rows: int) -> StatePool:
@@ -368,10 +461,7 @@ class LanguageModel(nn.Module):
                 for start in range(0, lengths[place], CHUNK):
                     take(self._logits(x[place, start : min(start + CHUNK, lengths[place])]))
             return
-        _, k, v = layer.project(x)
-        if padding is not None:
-            k, v = mask_padding(k, v, padding, log_values=self.config.log_values)
-        _assign(states, index, absorb(k, v, states.select(index)))
+        _assign(states, index, layer.absorb(x, states.select(index), padding))
 
     @torch.inference_mode()
     def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
@@ -391,8 +481,7 @@ class LanguageModel(nn.Module):
         x = emb + after.to(emb.dtype)
         for layer, states in zip(self.blocks, AttentionState.of_layers(pool), strict=True):
             selected = states.select(index)
-            q, k, v = layer.project(x)
-            x = layer.merge(x, step(q, k, v, selected))
+            x = layer.step(x, selected)
             if not isinstance(index, slice):
                 _assign(states, index, selected)
         pool.tensors["last"][0, index] = x

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numba import float32, float64, int8, int32
 
+from model.attention import GRID
+from model.config import FASTEST_DECAY
 from model.cpu.functions import bits, exp, from_bits, jit, jit_sum, log, log1p
 
 TINY = 1.1754944e-38
@@ -62,6 +64,30 @@ def glu(x: Any, y: Any, tid: int, n: int) -> None:
 
 
 @jit
+def decay(rates: Any, m: Any) -> None:
+    """m gains log f, as `Layer` makes it of a token's rates: both `[d_k]`, of one head."""
+    for j in range(len(m)):
+        log_f = float32(FASTEST_DECAY) / (float32(1.0) + exp(-rates[j]))
+        m[j] -= np.rint(log_f * float32(1 / GRID)) * float32(GRID)
+
+
+@jit
+def mix(p: Any, share: Any, before: Any) -> None:
+    """p += share * (before - p), and `before` becomes what p was; all `[numbers]`."""
+    for j in range(len(p)):
+        now = p[j]
+        p[j] = now + share[j] * (before[j] - now)
+        before[j] = now
+
+
+@jit
+def gate(y: Any, x: Any) -> None:
+    """y *= silu(x), both `[numbers]`."""
+    for j in range(len(y)):
+        y[j] *= x[j] / (float32(1.0) + exp(-x[j]))
+
+
+@jit
 def position(
     gates: Any, emb: Any, starts: Any, h: Any, index: Any, x: Any, tid: int, n: int
 ) -> None:
@@ -103,7 +129,7 @@ def _lost(before: Any, after: Any, added: Any) -> Any:
 @jit
 def attend(
     q: Any, k: Any, v: Any, m: Any, z: Any, s: Any, z_low: Any, s_low: Any, n: Any,
-    log_values: bool, y: Any, keys: Any, vals: Any,
+    log_values: bool, decays: bool, y: Any, keys: Any, vals: Any,
 ) -> None:  # fmt: skip
     """`model.attention.step` for one head of one sequence; keys `[3, d_k]`, vals `[3, d_v]`.
 
@@ -115,7 +141,11 @@ def attend(
     higher = False
     for j in range(d_key):
         old = m[j]
-        new = max(old, np.ceil(k[j]))
+        if decays:
+            fraction = old - np.floor(old)
+            new = max(old, np.ceil(k[j] - fraction) + fraction)
+        else:
+            new = max(old, np.ceil(k[j]))
         higher |= new != old
         kept[j], weight[j] = exp(old - new), exp(k[j] - new)
         m[j] = new

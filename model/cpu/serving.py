@@ -8,13 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from model.config import DECAY_RANK
 from model.cpu import step
 from model.cpu.team import run_team
 from model.linear import PackedLinear
 from model.state import StatePool
 
 if TYPE_CHECKING:
-    from model.network import LanguageModel, TakeLogits
+    from model.network import LanguageModel, Layer, TakeLogits
 
 MOST_TOKENS = 512
 """Tokens that go through the network at once: bounds the memory, fills the processor."""
@@ -60,7 +61,7 @@ class CompiledNetwork:
         places = _places(starts, read)
         logits = torch.empty(len(places), self._vocab_sz)
         a = self._arguments(pool, index)
-        room = _room_for(len(token_ids), a)
+        room = _room_for(len(token_ids), len(rows), a)
         a[step.TOKENS] = len(token_ids)
         a[step.IDS], a[step.STARTS] = token_ids.ctypes.data, starts.ctypes.data
         a[step.NUM_READ], a[step.READ] = len(places), places.ctypes.data
@@ -106,7 +107,7 @@ class CompiledNetwork:
         index = self._index(pool, rows)
         logits = torch.empty(len(rows), self._vocab_sz)
         a = self._arguments(pool, index)
-        room = _room_for(len(rows), a)
+        room = _room_for(0, len(rows), a)
         a[step.LOGITS] = logits.data_ptr()
         run_team(self._function, a)
         del room  # until here compiled code writes to it
@@ -128,8 +129,8 @@ class CompiledNetwork:
         a = self._fixed.copy()
         a[step.SEQUENCES], a[step.INDEX] = len(index), index.ctypes.data
         a[step.POOL_ROWS] = pool.num_rows
-        names = ("h", "last", "m", "z", "s", "z_low", "s_low", "n")
-        for place, name in zip(range(step.H, step.N + 1), names, strict=True):
+        names = ("h", "last", "m", "z", "s", "z_low", "s_low", "n", "previous")
+        for place, name in zip(range(step.H, step.PREVIOUS + 1), names, strict=True):
             tensor = pool.tensors.get(name)
             a[place] = 0 if tensor is None else tensor.data_ptr()
         return a
@@ -144,6 +145,7 @@ class CompiledNetwork:
                 *self._product(layer.feedforward1[1]),
                 *self._product(layer.feedforward2[0]),
                 *self._product(layer.feedforward2[2]),
+                *self._extensions(layer),
             )
             for layer in network.blocks
         ]
@@ -157,6 +159,17 @@ class CompiledNetwork:
         a[step.UNEMBED] = self._table(unembed.addresses)
         a[step.LAYER_TABLE] = self._table(layers)
         return a
+
+    def _extensions(self, layer: "Layer") -> tuple[int, ...]:
+        """What `step.LAYER_FIELDS` says of them."""
+        none = (0, 0, 0)
+        self._kept.append(layer.mix)
+        return (
+            0 if layer.mix is None else layer.mix.data_ptr(),
+            *(none + none if layer.decay is None else ()),
+            *(address for part in layer.decay or () for address in self._product(part)),
+            *(none if layer.gate is None else self._product(layer.gate)),
+        )
 
     def _norm(self, module: nn.Module) -> tuple[int, int]:
         """Addresses of the weight and the bias."""
@@ -187,20 +200,24 @@ def _places(starts: NDArray[np.int64], sequences: Sequence[int]) -> NDArray[np.i
     return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
 
 
-def _room_for(tokens: int, a: NDArray[np.int64]) -> NDArray[np.float32]:
+def _room_for(tokens: int, sequences: int, a: NDArray[np.int64]) -> NDArray[np.float32]:
     """Room for what is computed on the way for so many tokens, with its parts entered in `a`."""
-    d, heads = int(a[step.D_EMB]), int(a[step.HEADS])
+    d, heads, d_key = int(a[step.D_EMB]), int(a[step.HEADS]), int(a[step.D_KEY])
     widths = {
         step.X: d,
         step.NORMED: d,
-        step.PROJECTED: heads * int(2 * a[step.D_KEY] + a[step.D_VAL]),
+        step.PROJECTED: heads * int(2 * d_key + a[step.D_VAL]),
         step.Y: heads * int(a[step.D_VAL]),
         step.GATES: 2 * d,
         step.GLU: d,
+        step.RANK: DECAY_RANK,
+        step.RATES: heads * d_key,
+        step.OUTPUT_GATE: heads * int(a[step.D_VAL]),
     }
-    room = np.empty(tokens * sum(widths.values()), np.float32)
+    rows = tokens + sequences
+    room = np.empty(rows * sum(widths.values()), np.float32)
     address = room.ctypes.data
     for place, width in widths.items():
         a[place] = address
-        address += room.itemsize * tokens * width
+        address += room.itemsize * rows * width
     return room

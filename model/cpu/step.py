@@ -10,18 +10,19 @@ import numpy as np
 import torch
 from numba import carray, cfunc, float32, float64, int8, int64, types, uint16
 
+from model.config import DECAY_RANK
 from model.cpu.functions import CACHE, SOURCE, call, jit, pointer
-from model.cpu.kernels import attend, glu, layer_norm, position
+from model.cpu.kernels import attend, decay, gate, glu, layer_norm, mix, position
 from model.cpu.products import BLOCK, number, product
 
 # The call reads its arguments, numbers and addresses, from one array of int64 in this order.
 (
     TOKENS, SEQUENCES, D_EMB, HEADS, D_KEY, D_VAL, LAYERS, VOCAB, LOG_VALUES, POOL_ROWS,
-    IDS, STARTS, INDEX, NUM_READ, READ, LOGITS, H, LAST, M, Z, S, Z_LOW, S_LOW, N,
-    X, NORMED, PROJECTED, Y, GATES, GLU,
+    IDS, STARTS, INDEX, NUM_READ, READ, LOGITS, H, LAST, M, Z, S, Z_LOW, S_LOW, N, PREVIOUS,
+    X, NORMED, PROJECTED, Y, GATES, GLU, RANK, RATES, OUTPUT_GATE,
     EMBED, POSITION, NORM, UNEMBED, LAYER_TABLE,
     THREAD, THREADS, BARRIER, NUM_FORWARD,
-) = range(39)  # fmt: skip
+) = range(43)  # fmt: skip
 
 # A product's.
 (
@@ -29,8 +30,10 @@ from model.cpu.products import BLOCK, number, product
     IN_THREAD, IN_THREADS, IN_BARRIER, NUM_PRODUCT,
 ) = range(12)  # fmt: skip
 
-LAYER_FIELDS = 11
-"""Of a layer: its norm's weight and bias, then weight, scale and bias of its three products."""
+LAYER_FIELDS = 21
+"""Of a layer: its norm's weight and bias; weight, scale and bias of its three products; the shares
+of `token_shift`; weight, scale and bias of the two products of `decay` and of the output gate's.
+0 for what it does not have."""
 
 DTYPES = {torch.float32: float32, torch.bfloat16: uint16, torch.int8: int8}
 """How compiled code sees the numbers of a weight."""
@@ -95,8 +98,13 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
     ids, index = _array(a[IDS], (tokens,), int64), _array(a[INDEX], (sequences,), int64)
     starts = _array(a[STARTS], (sequences + 1,), int64)
     read = _array(a[READ], (num_read,), int64)
-    x, normed = _array(a[X], (tokens, d), float32), _array(a[NORMED], (tokens, d), float32)
-    projected = _array(a[PROJECTED], (tokens, heads * per_head), float32)
+    firsts = sequences if a[PREVIOUS] else 0  # rows behind the tokens' for what came before them
+    x = _array(a[X], (tokens, d), float32)
+    normed = _array(a[NORMED], (tokens + firsts, d), float32)
+    projected = _array(a[PROJECTED], (tokens + firsts, heads * per_head), float32)
+    rank = _array(a[RANK], (tokens, DECAY_RANK), float32)
+    rates = _array(a[RATES], (tokens, heads * d_key), float32)
+    output_gate = _array(a[OUTPUT_GATE], (tokens, heads * d_val), float32)
     y = _array(a[Y], (tokens, heads * d_val), float32)
     gates, gated = _array(a[GATES], (tokens, 2 * d), float32), _array(a[GLU], (tokens, d), float32)
     last = _array(a[LAST], (pool if a[LAST] else 0, d), float32)
@@ -110,7 +118,8 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
     z_low = _array(a[Z_LOW], (num_layers, pool, heads, d_key), int8)
     s_low = _array(a[S_LOW], (num_layers, pool, heads, d_key, d_val), int8)
     n_max = _array(a[N], (num_layers, pool, heads if log_values else 0, d_val), float32)
-    no_maximum = np.empty(0, np.float32)
+    previous = _array(a[PREVIOUS], (num_layers, pool if firsts else 0, d), float32)
+    no_maximum, before = np.empty(0, np.float32), np.empty(per_head, np.float32)
     keys, vals = np.empty((3, d_key), np.float32), np.empty((3, d_val), np.float32)
 
     embed = _array(a[EMBED], (vocab, d), embed_dtype)
@@ -119,31 +128,55 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
             normed[t, j] = number(embed[ids[t], j])
     _wait(barrier)
     w, scale, bias = _weight(_array(a[POSITION], (3,), int64), 0, d, 2 * d, weight_dtype)
-    product(normed, w, scale, bias, gates, False, tid, n)
+    product(normed[:tokens], w, scale, bias, gates, False, tid, n)
     _wait(barrier)
-    position(gates, normed, starts, h, index, x, tid, n)
+    position(gates, normed[:tokens], starts, h, index, x, tid, n)
     _wait(barrier)
     table = _array(a[LAYER_TABLE], (num_layers, LAYER_FIELDS), int64)
     for layer in range(num_layers):
         at = table[layer]
         layer_norm(x, _array(at[0], (d,), float32), _array(at[1], (d,), float32), normed, tid, n)
+        for i in range(tid, firsts, n):
+            normed[tokens + i] = previous[layer, index[i]]
         _wait(barrier)
         w, scale, bias = _weight(at, 2, d, heads * per_head, weight_dtype)
         product(normed, w, scale, bias, projected, False, tid, n)
+        shifts, decays, is_gated = at[11] != 0, at[12] != 0, at[18] != 0
+        share = _array(at[11], (heads * per_head if shifts else 0,), float32)
+        if is_gated:
+            w, scale, bias = _weight(at, 18, d, heads * d_val, weight_dtype)
+            product(normed[:tokens], w, scale, bias, output_gate, False, tid, n)
+        if decays:
+            w, scale, bias = _weight(at, 12, d, DECAY_RANK, weight_dtype)
+            product(normed[:tokens], w, scale, bias, rank, False, tid, n)
+            _wait(barrier)
+            w, scale, bias = _weight(at, 15, DECAY_RANK, heads * d_key, weight_dtype)
+            product(rank, w, scale, bias, rates, False, tid, n)
         _wait(barrier)
+        for i in range(tid, firsts, n):
+            previous[layer, index[i]] = normed[starts[i + 1] - 1]
         items = sequences * heads
         for item in range(tid * items // n, (tid + 1) * items // n):
             i, head = item // heads, item % heads
             row, first = index[i], head * per_head
+            if shifts:
+                before[:] = projected[tokens + i, first : first + per_head]
             for t in range(starts[i], starts[i + 1]):
                 p = projected[t, first : first + per_head]
+                if shifts:
+                    mix(p, share[first : first + per_head], before)
+                if decays:
+                    decay(rates[t, head * d_key : (head + 1) * d_key], m[layer, row, head])
                 attend(
                     p[:d_key], p[d_key : 2 * d_key], p[2 * d_key :],
                     m[layer, row, head], z[layer, row, head], s[layer, row, head],
                     z_low[layer, row, head], s_low[layer, row, head],
                     n_max[layer, row, head] if log_values else no_maximum,
-                    log_values, y[t, head * d_val : (head + 1) * d_val], keys, vals,
+                    log_values, decays, y[t, head * d_val : (head + 1) * d_val], keys, vals,
                 )  # fmt: skip
+                if is_gated:
+                    columns = slice(head * d_val, (head + 1) * d_val)
+                    gate(y[t, columns], output_gate[t, columns])
         if layer == num_layers - 1 and not num_read:
             return
         _wait(barrier)

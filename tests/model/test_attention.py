@@ -20,6 +20,8 @@ BATCH, HEADS, D_KEY, D_VAL = 2, 2, 6, 4
 TOLERANCE = 1e-5
 LENGTHS = [1, 2, 63, 64, 65, 128, 200]
 Tokens = tuple[Tensor, Tensor, Tensor]
+PapersForm = Callable[[Tensor, Tensor, Tensor, AttentionState], tuple[Tensor, AttentionState]]
+"""Also of kernels, in which keys do not decay."""
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, *, log_values: bool) -> Tensor:
@@ -32,11 +34,12 @@ def definition(q: Tensor, k: Tensor, v: Tensor, *, log_values: bool) -> Tensor:
 
 
 def stepped(
-    q: Tensor, k: Tensor, v: Tensor, state: AttentionState
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, log_f: Tensor | None = None
 ) -> tuple[Tensor, AttentionState]:
     """`step` as a function of many tokens that leaves its argument alone."""
     state = copy(state)
-    y = [step(q[:, t], k[:, t], v[:, t], state) for t in range(q.shape[1])]
+    falls = [None] * q.shape[1] if log_f is None else log_f.unbind(1)
+    y = [step(q[:, t], k[:, t], v[:, t], state, fall) for t, fall in enumerate(falls)]
     return torch.stack(y, 1), state
 
 
@@ -187,7 +190,7 @@ def test_step_updates_the_state_in_place(log_values: bool) -> None:
 
 
 def check_any_split(
-    parts: Sequence[tuple[Attention, int]], log_values: bool, tokens: Tokens
+    parts: Sequence[tuple[PapersForm, int]], log_values: bool, tokens: Tokens
 ) -> None:
     q, k, v = tokens
     whole, end = quadratic(*doubled((q, k, v)), empty(log_values, torch.float64))
@@ -330,7 +333,7 @@ def test_large_signed_values_are_right(form: Attention, tokens: int, size: float
 
 
 def check_finite(
-    checked: list[Attention], q: Tensor, k: Tensor, v: Tensor, log_values: bool
+    checked: Sequence[PapersForm], q: Tensor, k: Tensor, v: Tensor, log_values: bool
 ) -> None:
     for form in checked:
         y, end = form(q, k, v, empty(log_values, batch=len(q)))

@@ -37,12 +37,18 @@ def refusal(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("template", [None, "{{ messages }}\n"])
-@pytest.mark.parametrize("values", ["log", "linear"])
-def test_what_is_saved_is_loaded(values: Any, template: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"values": "log"}, {"values": "linear"}, {"decay": True, "token_shift": True}],
+    ids=str,
+)
+def test_what_is_saved_is_loaded(
+    options: dict[str, Any], template: str | None, tmp_path: Path
+) -> None:
     words = tokenizer.train(["a b c"], 280, ["<|endoftext|>"])
     config = ModelConfig(
-        vocab_sz=290, d_emb=8, n_layers=2, n_heads=2, d_key=4, d_val=3, values=values,
-        eos_token_ids=(0, 3),
+        vocab_sz=290, d_emb=8, n_layers=2, n_heads=2, d_key=4, d_val=3, eos_token_ids=(0, 3),
+        **options,
     )  # fmt: skip
     network = LanguageModel(config)
     checkpoint.save(tmp_path / "a" / "b", config, network.state_dict(), words, template)
@@ -54,6 +60,17 @@ def test_what_is_saved_is_loaded(values: Any, template: str | None, tmp_path: Pa
     assert list(found) == list(network.state_dict())
     for name, tensor in network.state_dict().items():
         assert torch.equal(found[name], tensor)
+
+
+def test_a_config_names_only_the_extensions_that_are_on(folder: Path, tmp_path: Path) -> None:
+    """So a network of the paper keeps its fingerprint, and older versions can read it."""
+    loaded = checkpoint.load(folder, CPU, trainable=True)
+    paper, words = loaded.network.config, loaded.tokenizer
+    names = {"decay", "token_shift", "output_gate"}
+    for config, on in ((paper, set()), (paper.model_copy(update={"decay": True}), {"decay"})):
+        weights = LanguageModel(config).state_dict()
+        checkpoint.save(tmp_path / "out", config, weights, words, None)
+        assert names & set(json.loads((tmp_path / "out" / "config.json").read_bytes())) == on
 
 
 def test_only_a_network_to_be_trained_has_gradients(folder: Path) -> None:

@@ -49,7 +49,7 @@ def read_compiled(k: Tensor, v: Tensor, state: AttentionState) -> AttentionState
             )
             kernels.attend(
                 key, key, value, m, z, s, z_low, s_low, n,
-                state.n is not None, y, keys.numpy(), vals.numpy(),
+                state.n is not None, False, y, keys.numpy(), vals.numpy(),
             )  # fmt: skip
     return state
 

@@ -17,6 +17,17 @@ MOST, VOCAB = 34, 500
 CONFIGS = {
     "log": ModelConfig(vocab_sz=VOCAB, d_emb=96, n_layers=2, n_heads=3, d_key=16, d_val=24),
     "linear": ModelConfig(vocab_sz=VOCAB, d_emb=48, n_layers=2, n_heads=2, values="linear"),
+    "beyond": ModelConfig(
+        vocab_sz=VOCAB,
+        d_emb=40,
+        n_layers=2,
+        n_heads=2,
+        d_key=16,
+        d_val=24,
+        decay=True,
+        token_shift=True,
+        output_gate=True,
+    ),
 }
 
 

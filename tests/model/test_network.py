@@ -468,9 +468,9 @@ def test_attention_stays_in_float32_when_matrix_products_are_in_bfloat16() -> No
     network, calls = found.network, list[set[torch.dtype]]()
 
     def watched(
-        q: Tensor, k: Tensor, v: Tensor, state: AttentionState
+        q: Tensor, k: Tensor, v: Tensor, state: AttentionState, log_f: Tensor | None = None
     ) -> tuple[Tensor, AttentionState]:
-        y, end = chunked(q, k, v, state)
+        y, end = chunked(q, k, v, state, log_f)
         assert not torch.is_autocast_enabled("cpu")
         calls.append({x.dtype for x in (q, k, v, y, end.m, end.z, end.s)})
         return y, end

@@ -1,6 +1,6 @@
 """Held-out bits per byte: what a model needs to tell a text, whatever its tokenizer.
 
-python -m model.evaluate CHECKPOINT FILE... [--dtype int8]
+python -m model.training.evaluate CHECKPOINT FILE... [--dtype int8]
 """
 
 import math
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 import typer
 
 from model import WeightDtype, checkpoint
-from model.corpus import read_documents
 from model.network import LanguageModel
 from model.tokenizer import Tokenizer
+from model.training.corpus import read_documents
 
 LANES = 16
 CHUNK_TOKENS = 512

@@ -1,6 +1,6 @@
 """Train a checkpoint on text; start it again with the same arguments to go on where it stopped.
 
-    python -m model.train --out runs/tales --train tales.txt --valid held_out.txt --tokens 20000000
+    python -m model.training.train --out runs/tales --train tales.txt --valid held_out.txt
 
 Truncated backpropagation through time: each lane of the batch reads a document in consecutive
 chunks, and its latent state is carried from one to the next without its gradient.
@@ -30,35 +30,43 @@ from torch import Tensor, nn
 
 from model import checkpoint, tokenizer
 from model.config import ModelConfig
-from model.corpus import Lanes, read_documents
-from model.evaluate import bits_per_byte
 from model.network import LanguageModel
 from model.tokenizer import Tokenizer
+from model.training.corpus import IGNORED, Lanes, read_documents
+from model.training.evaluate import bits_per_byte
+from model.training.requests import CHAT_TEMPLATE
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
-CHAT_TEMPLATE = """\
+LINES_TEMPLATE = """\
 {#- Stories, not a dialogue, are what this model has read: messages follow each other as lines. -#}
 {%- for message in messages -%}
 {{ message.content + "\\n" }}
 {%- endfor -%}
 """
 TRAIN_STATE = "train_state.pt"
+ENCODED_TOGETHER = 64
+"""Texts: what the tokenizer returns takes far more memory than its token ids."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate over the training: linear warm-up, then a half cosine down to a tenth."""
+    """Learning rate over the training: linear warm-up, then a half cosine down to a tenth.
+
+    A training that begins with tokens that its weights have seen warms up too, to where the cosine
+    is then: its optimizer knows nothing.
+    """
 
     peak: float
     warmup_tokens: int
     total_tokens: int
+    start_tokens: int = 0
 
     def learning_rate(self, tokens: int) -> float:
         """At the step that begins after this many tokens."""
-        if tokens < self.warmup_tokens:
-            return self.peak * (tokens + 1) / self.warmup_tokens
-        done = (tokens - self.warmup_tokens) / max(1, self.total_tokens - self.warmup_tokens)
-        return self.peak * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))
+        warm = min(1.0, (tokens - self.start_tokens + 1) / max(1, self.warmup_tokens))
+        falling = self.total_tokens - self.warmup_tokens
+        done = max(0, tokens - self.warmup_tokens) / max(1, falling)
+        return self.peak * warm * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))
 
 
 @dataclass(frozen=True)
@@ -73,30 +81,50 @@ class Recipe:
     learning_rate: float
     weight_decay: float
     seed: int
+    start_tokens: int = 0
+    train_characters: int | None = None
 
 
 class Trainer:
     """A network, its optimizer, and where the lanes and their latent states stand."""
 
     def __init__(
-        self, network: LanguageModel, documents: list[Tensor], recipe: Recipe, *, bf16: bool = False
+        self,
+        network: LanguageModel,
+        documents: list[Tensor],
+        recipe: Recipe,
+        *,
+        bf16: bool = False,
+        compiled: bool = False,
     ) -> None:
-        """`bf16`: matrix products outside of the attention run in bfloat16."""
+        """`bf16`: matrix products outside of the attention run in bfloat16.
+
+        `compiled`: for chunks of full length alone, to which shorter ones are padded.
+        """
+        if compiled:
+            for part in (network.embed_pos, *network.blocks):
+                part.compile(dynamic=False)
+        self._least_tokens = recipe.chunk_tokens if compiled else 0
         self.network = network
         self._bf16 = bf16
         self.recipe = recipe
         self.lanes = Lanes(documents, recipe.lanes, recipe.chunk_tokens, recipe.seed)
-        self.schedule = Schedule(recipe.learning_rate, recipe.tokens // 50, recipe.tokens)
+        self.schedule = Schedule(
+            recipe.learning_rate, recipe.tokens // 50, recipe.tokens, recipe.start_tokens
+        )
         self.optimizer = _optimizer(network, recipe.weight_decay)
-        self.tokens = 0
+        self.tokens = recipe.start_tokens
         self._fresh = network.empty_state(recipe.lanes)
         self._state = self._fresh
 
     def step(self) -> float:
         """One optimizer step on one chunk of every lane; the mean loss in nats per token."""
         network, batch = self.network, self.lanes.next()
+        missing = (0, max(0, self._least_tokens - batch.inputs.shape[1]))
         inputs, targets, fresh = (
-            t.to(network.device) for t in (batch.inputs, batch.targets, batch.fresh)
+            F.pad(batch.inputs, missing).to(network.device),
+            F.pad(batch.targets, missing, value=IGNORED).to(network.device),
+            batch.fresh.to(network.device),
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate(self.tokens)
@@ -154,7 +182,10 @@ def encode_documents(
     """Each text between `bos` and `eos`; long ones in pieces that begin with `bos` too."""
     start = [] if config.bos_token_id is None else [config.bos_token_id]
     documents = []
-    for ids in words.encode_batch(texts):
+    for ids in itertools.chain.from_iterable(
+        words.encode_batch(texts[i : i + ENCODED_TOGETHER])
+        for i in range(0, len(texts), ENCODED_TOGETHER)
+    ):
         pieces = [ids[i : i + longest] for i in range(0, len(ids), longest)]
         pieces[-1] = [*pieces[-1], *config.eos_token_ids[:1]]
         documents += [torch.tensor([*start, *piece]) for piece in pieces if start or len(piece) > 1]
@@ -180,14 +211,14 @@ def _prepare(
     return LanguageModel(config).to(device), words
 
 
-def _save(out: Path, trainer: Trainer, words: Tokenizer) -> None:
+def _save(out: Path, trainer: Trainer, words: Tokenizer, template: str) -> None:
     network = trainer.network
-    checkpoint.save(out, network.config, network.state_dict(), words, CHAT_TEMPLATE)
+    checkpoint.save(out, network.config, network.state_dict(), words, template)
     torch.save(trainer.state_dict(), out / f".{TRAIN_STATE}")
     (out / f".{TRAIN_STATE}").replace(out / TRAIN_STATE)
 
 
-def _beginning(texts: list[str], num_characters: int | None) -> list[str]:
+def beginning(texts: list[str], num_characters: int | None) -> list[str]:
     """The first documents, the last one cut, with this many characters in all; None: all."""
     if num_characters is None:
         return texts
@@ -226,6 +257,21 @@ def main(
     n_heads: Annotated[int, typer.Option(min=1)] = 8,
     d_key: Annotated[int, typer.Option(min=1)] = 32,
     d_val: Annotated[int, typer.Option(min=1)] = 32,
+    signed_values: Annotated[bool, typer.Option(help="Values of any sign, not log v.")] = False,
+    decay: Annotated[
+        bool, typer.Option(help="Each key channel forgets, beyond the paper.")
+    ] = False,
+    token_shift: Annotated[bool, typer.Option(help="Mix with the last token's.")] = False,
+    output_gate: Annotated[bool, typer.Option(help="A gate on what attention read.")] = False,
+    chat: Annotated[
+        bool, typer.Option(help="The text has the requests of model.training.requests.")
+    ] = False,
+    train_characters: Annotated[
+        int | None, typer.Option(min=1, help="Of each file, from its start; default: all.")
+    ] = None,
+    start_tokens: Annotated[
+        int, typer.Option(min=0, help="Of --tokens, those that --init has been trained on.")
+    ] = 0,
     save_every_s: Annotated[float, typer.Option(help="Seconds between saved states.")] = 300,
     held_out_characters: Annotated[
         int, typer.Option(min=1, help="Of each file, while training; all at the end.")
@@ -236,13 +282,19 @@ def main(
         bool | None,
         typer.Option(help="Matrix products in bfloat16; default: on cuda. On a CPU with it, 1.3x."),
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option(help="Compile first, which takes minutes and a C++ compiler: 1.5x.")
+    ] = False,
 ) -> None:
     """Train on text and write a checkpoint."""
     console = Console()
     torch.manual_seed(seed)
+    template = CHAT_TEMPLATE if chat else LINES_TEMPLATE
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        texts = [text for file in train for text in read_documents(file)]
+        texts = [
+            text for file in train for text in beginning(read_documents(file), train_characters)
+        ]
         held_out = {file: read_documents(file) for file in valid}
         if without := [str(file) for file, documents in held_out.items() if not documents]:
             raise ValueError(f"{without[0]}: there is no text in it")
@@ -253,6 +305,10 @@ def main(
             n_heads=n_heads,
             d_key=d_key,
             d_val=d_val,
+            values="linear" if signed_values else "log",
+            decay=decay,
+            token_shift=token_shift,
+            output_gate=output_gate,
         )
         network, words = _prepare(out, init, texts, shape, place)
         console.print(f"{network.num_parameters:,} parameters on {place}; reading the text")
@@ -266,9 +322,15 @@ def main(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             seed=seed,
+            start_tokens=start_tokens,
+            train_characters=train_characters,
         )
         trainer = Trainer(
-            network, documents, recipe, bf16=place.type == "cuda" if bf16 is None else bf16
+            network,
+            documents,
+            recipe,
+            bf16=place.type == "cuda" if bf16 is None else bf16,
+            compiled=compiled,
         )
         if (out / TRAIN_STATE).exists():
             trainer.load_state_dict(
@@ -281,13 +343,14 @@ def main(
 
     def measure(limit: int | None) -> str:
         network.eval()
-        values = (
-            f"{bits_per_byte(network, words, _beginning(texts, limit)):.4f} {file.name}"
-            for file, texts in held_out.items()
-        )
-        line = "held-out bits per byte " + ", ".join(values)
+        # Not compiled: each length of a text would be again.
+        with torch.compiler.set_stance("force_eager"):
+            values = [
+                f"{bits_per_byte(network, words, beginning(texts, limit)):.4f} {file.name}"
+                for file, texts in held_out.items()
+            ]
         network.train()
-        return line
+        return "held-out bits per byte " + ", ".join(values)
 
     with _progress(console) as progress:
         task = progress.add_task("", total=tokens, speed=0.0, loss=math.nan, held_out="")
@@ -300,14 +363,14 @@ def main(
             progress.update(task, completed=trainer.tokens, speed=speed, loss=smooth)
             if time.monotonic() - saved > save_every_s:
                 pace = (trainer.tokens - saved_tokens) / (time.monotonic() - saved)
-                _save(out, trainer, words)
+                _save(out, trainer, words, template)
                 line = measure(held_out_characters)
                 progress.update(task, held_out=line)
                 console.print(
                     f"{trainer.tokens:,} tokens, {pace:,.0f}/s, loss {smooth:.3f}, {line}"
                 )
                 saved, saved_tokens = time.monotonic(), trainer.tokens
-    _save(out, trainer, words)
+    _save(out, trainer, words, template)
     console.print(f"{trainer.tokens:,} tokens, {measure(None)}")
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.corpus import IGNORED, Batch, Lanes, read_documents
+from model.training.corpus import IGNORED, Batch, Lanes, read_documents
 
 
 def numbered(lengths: list[int]) -> list[Tensor]:

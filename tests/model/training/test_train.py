@@ -13,11 +13,12 @@ import typer
 from torch import Tensor
 from typer.testing import CliRunner
 
-from model import checkpoint, tokenizer, train
+from model import checkpoint, tokenizer
 from model.config import ModelConfig
-from model.evaluate import bits_per_byte
 from model.network import LanguageModel
-from model.train import Recipe, Schedule, Trainer, encode_documents
+from model.training import requests, train
+from model.training.evaluate import bits_per_byte
+from model.training.train import Recipe, Schedule, Trainer, encode_documents
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(vocab_sz=50, d_emb=16, n_layers=2, n_heads=2, d_key=4, d_val=4)
@@ -77,6 +78,17 @@ def test_matrix_products_in_bfloat16_are_close_but_not_the_same() -> None:
     assert rough != exact
 
 
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about itself
+def test_compiled_code_has_the_same_losses() -> None:
+    def losses(compiled: bool) -> list[float]:
+        made = network(n_layers=1, decay=True, token_shift=True, output_gate=True)
+        trainer = Trainer(made, documents(40, 37), RECIPE, compiled=compiled)
+        return [trainer.step() for _ in range(5)]
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-4)
+
+
 @pytest.mark.parametrize("num_before", [1, 4, 9])
 @pytest.mark.parametrize("values", ["log", "linear"])
 def test_a_training_taken_up_again_has_exactly_the_same_losses(
@@ -114,6 +126,8 @@ def test_another_recipe_is_refused_by_its_setting() -> None:
         "learning_rate": 1e-3,
         "weight_decay": 0.0,
         "seed": 1,
+        "start_tokens": 100,
+        "train_characters": 1000,
     }
     assert list(changes) == [field.name for field in dataclasses.fields(Recipe)]
     for name, value in changes.items():
@@ -173,6 +187,17 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
     assert Schedule(2.0, 0, 10).learning_rate(0) == 2.0
 
 
+def test_weights_that_have_been_trained_warm_up_to_where_the_schedule_is() -> None:
+    whole, later = Schedule(2.0, 100, 1100), Schedule(2.0, 100, 1100, start_tokens=600)
+    assert later.learning_rate(600) == pytest.approx(whole.learning_rate(600) / 100)
+    assert later.learning_rate(649) == pytest.approx(whole.learning_rate(649) / 2)
+    for tokens in (700, 900, 1100):
+        assert later.learning_rate(tokens) == whole.learning_rate(tokens)
+    trainer = Trainer(network(), documents(40), recipe(start_tokens=4990))
+    trainer.step()
+    assert trainer.tokens == 4990 + 2 * 16
+
+
 def test_only_matrices_decay() -> None:
     trainer = Trainer(network(), documents(9), RECIPE)
     decay = {
@@ -229,7 +254,7 @@ def test_the_command_writes_a_checkpoint_that_has_learned(tales: Path, tmp_path:
     assert code == 0, printed
     loaded = checkpoint.load(out, CPU)
     assert loaded.network.config.n_layers == 2
-    assert loaded.chat_template == train.CHAT_TEMPLATE
+    assert loaded.chat_template == train.LINES_TEMPLATE
     assert set(loaded.tokenizer.special_tokens) == set(train.SPECIAL_TOKENS)
     special = loaded.tokenizer.special_tokens
     assert loaded.network.config.bos_token_id == special["<|endoftext|>"]
@@ -281,6 +306,20 @@ def test_a_training_may_start_from_a_checkpoint(
     assert ours.tokenizer.to_json() == theirs.tokenizer.to_json()
     before, after = theirs.network.embed.weight, ours.network.embed.weight
     assert 0 < (after - before).abs().max() < 0.1
+
+
+def test_the_command_makes_what_it_is_asked_for(tales: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    more = {"tokens": 100, "train_characters": 50}
+    flags = ["--signed-values", "--decay", "--token-shift", "--output-gate", "--chat"]
+    code, printed = run([*command(tales, out, **more), *flags])
+    assert code == 0, printed
+    (num_tokens,) = re.findall(r"(\d+) tokens of text", printed)
+    assert 10 < int(num_tokens) <= 50 + 2 * 2
+    loaded = checkpoint.load(out, CPU)
+    assert loaded.network.config.extensions == ("decay", "token_shift", "output_gate")
+    assert not loaded.network.config.log_values
+    assert loaded.chat_template == requests.CHAT_TEMPLATE
 
 
 def test_the_command_refuses_with_a_reason(tales: Path, tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 import typer
 
-from model import checkpoint, evaluate
+from model import checkpoint
 from model.checkpoint import Checkpoint
-from model.evaluate import bits_per_byte
+from model.training import evaluate
+from model.training.evaluate import bits_per_byte
 
 TEXTS = ["the cat", "sat on the mät " * 9, "a", "and then the cat 🙂 sat", "the mat " * 30, "ü"]
 

@@ -1,0 +1,1 @@
+"""Training a network on text, and measuring what it has learned."""

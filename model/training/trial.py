@@ -1,0 +1,131 @@
+"""Compare networks of equal size, tokens and optimizer: the paper's, and with what goes beyond it.
+
+    python -m model.training.trial --results trial.jsonl --train tales.txt --valid held_out.txt
+
+Each run adds a line to the results; runs that have one are not repeated, so a trial that was
+stopped goes on with the run that it was in.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from model import tokenizer
+from model.config import ModelConfig
+from model.network import LanguageModel
+from model.tokenizer import Tokenizer
+from model.training.corpus import read_documents
+from model.training.evaluate import bits_per_byte
+from model.training.train import SPECIAL_TOKENS, Recipe, Trainer, beginning, encode_documents
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "decay + shift + gate": {"decay": True, "token_shift": True, "output_gate": True},
+    "paper": {},
+    "gate": {"output_gate": True},
+    "decay + shift": {"decay": True, "token_shift": True},
+    "decay": {"decay": True},
+    "shift": {"token_shift": True},
+    "paper, log values": {"values": "log"},
+}
+SHAPE: dict[str, Any] = {"n_layers": 6, "n_heads": 6, "values": "linear"}
+WIDTH_STEP = 4
+HELD_OUT_CHARACTERS = 200_000
+"""Of each file."""
+
+
+def sized(options: dict[str, Any], num_parameters: int, words: Tokenizer) -> ModelConfig:
+    """The config with these options whose width makes its size closest to this."""
+    special = words.special_tokens["<|endoftext|>"]
+    known = {"vocab_sz": words.num_tokens, "bos_token_id": special, "eos_token_ids": (special,)}
+
+    def off_by(width: int) -> int:
+        with torch.device("meta"):
+            network = LanguageModel(ModelConfig(**{**known, **SHAPE, **options, "d_emb": width}))
+        return abs(network.num_parameters - num_parameters)
+
+    widths = iter(range(WIDTH_STEP, 4096, WIDTH_STEP))
+    best = next(widths)
+    for width in widths:
+        if off_by(width) >= off_by(best):
+            break
+        best = width
+    return ModelConfig(**{**known, **SHAPE, **options, "d_emb": best})
+
+
+def runs(results: Path, seeds: int) -> Iterator[tuple[str, int]]:
+    """Those without a line in the results, all variants with the first seed first."""
+    lines = results.read_text("utf-8").splitlines() if results.exists() else []
+    done = {(line["variant"], line["seed"]) for line in map(json.loads, lines)}
+    for seed in range(seeds):
+        for variant in VARIANTS:
+            if (variant, seed) not in done:
+                yield variant, seed
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="File of one line of JSON a run.")],
+    train: Annotated[list[Path], typer.Option(help="Text to train on (.txt, .jsonl); repeatable.")],
+    valid: Annotated[list[Path], typer.Option(help="Text held out; repeatable.")],
+    num_parameters: int = 2_000_000,
+    tokens: int = 1_228_800,
+    vocab_sz: Annotated[int, typer.Option(min=300)] = 2048,
+    learning_rate: float = 3e-3,
+    seeds: int = 2,
+    train_characters: Annotated[
+        int, typer.Option(help="Of each file, from its start.")
+    ] = 6_000_000,
+) -> None:
+    """Train every variant with every seed, and write down the bits per byte of held-out text."""
+    texts = [text for file in train for text in beginning(read_documents(file), train_characters)]
+    held_out = {file: beginning(read_documents(file), HELD_OUT_CHARACTERS) for file in valid}
+    words = tokenizer.train(texts, vocab_sz, SPECIAL_TOKENS)
+    documents = encode_documents(words, texts, sized({}, num_parameters, words), 4096)
+    print(f"{sum(map(len, documents)):,} tokens of text", flush=True)
+    for variant, seed in runs(results, seeds):
+        torch.manual_seed(seed)
+        network = LanguageModel(sized(VARIANTS[variant], num_parameters, words))
+        recipe = Recipe(
+            train=tuple(file.name for file in train),
+            tokens=tokens,
+            lanes=8,
+            chunk_tokens=256,
+            document_tokens=4096,
+            learning_rate=learning_rate,
+            weight_decay=0.1,
+            seed=seed,
+        )
+        trainer = Trainer(network, documents, recipe)
+        started, losses = time.process_time(), list[float]()
+        while trainer.tokens < tokens:
+            losses.append(trainer.step())
+            if len(losses) % 50 == 0:
+                mean = sum(losses[-50:]) / 50
+                print(f"{variant}, seed {seed}: {trainer.tokens:,} tokens, {mean:.3f}", flush=True)
+        cpu_s = time.process_time() - started
+        network.eval()
+        line = {
+            "variant": variant,
+            "seed": seed,
+            "bits_per_byte": {
+                file.name: round(bits_per_byte(network, words, texts), 4)
+                for file, texts in held_out.items()
+            },
+            "parameters": network.num_parameters,
+            "d_emb": network.config.d_emb,
+            "loss": round(sum(losses[-50:]) / len(losses[-50:]), 4),
+            "cpu_s": round(cpu_s),
+            "recipe": dataclasses.asdict(recipe),
+        }
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,60 @@
+"""An exported checkpoint is half the bytes, and the same but for the rounding of its matrices."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from model import checkpoint
+from model.training import export
+
+CPU = torch.device("cpu")
+
+
+def run(*arguments: Path) -> tuple[int, str]:
+    application = typer.Typer()
+    application.command()(export.main)
+    done = CliRunner().invoke(application, [str(argument) for argument in arguments])
+    return done.exit_code, done.output
+
+
+def test_only_matrices_are_rounded(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed = run(tiny_checkpoint, out)
+    assert code == 0, printed
+    exact = checkpoint.read_weights(tiny_checkpoint / checkpoint.WEIGHTS)
+    found = checkpoint.read_weights(out / checkpoint.WEIGHTS)
+    for name, tensor in exact.items():
+        assert found[name].dtype == (torch.bfloat16 if tensor.dim() > 1 else torch.float32)
+        assert torch.equal(found[name], tensor.to(found[name].dtype))
+    one, other = ((folder / checkpoint.WEIGHTS).stat().st_size for folder in (tiny_checkpoint, out))
+    assert other < 0.6 * one
+    served, whole = checkpoint.load(out, CPU), checkpoint.load(tiny_checkpoint, CPU)
+    assert served.network.config == whole.network.config
+    assert served.tokenizer.to_json() == whole.tokenizer.to_json()
+    logits, expected = (
+        each.network.step(torch.tensor([5]), each.network.new_pool(1), [0])
+        for each in (served, whole)
+    )
+    assert 0 < (logits - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    code, printed = run(tmp_path / "nothing", tmp_path / "out")
+    assert code == 1
+    assert "no such checkpoint" in printed
+
+
+@pytest.mark.parametrize("name", [checkpoint.CONFIG, checkpoint.TOKENIZER])
+def test_nothing_is_written_of_a_checkpoint_that_lacks_a_file(
+    name: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_checkpoint.iterdir():
+        if file.name != name:
+            (broken / file.name).write_bytes(file.read_bytes())
+    assert run(broken, tmp_path / "out")[0] == 1
+    assert not (tmp_path / "out").exists()
