@@ -1,6 +1,7 @@
 """The command line. What a command needs is imported when it runs, so that help comes at once."""
 
 import inspect
+import os
 import secrets
 import time
 from collections.abc import Callable
@@ -32,7 +33,8 @@ Folder = Annotated[
 
 
 def main() -> None:
-    """Entry point of `latentd`."""
+    """Entry point of `latentd`. What it writes is for the user alone: states, answers and keys."""
+    os.umask(0o077)
     app()
 
 

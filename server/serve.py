@@ -2,8 +2,10 @@
 
 import asyncio
 import gc
+import ipaddress
 import logging
 import os
+import resource
 import shutil
 import socket
 import time
@@ -27,6 +29,7 @@ from server.sessions.sqlite.store import SQLiteStore
 from server.settings import Settings
 
 STORE_FILE = "sessions.sqlite3"
+log = logging.getLogger(__name__)
 LAST_BYTES_S = 10
 """Time for answers that are complete to reach their clients."""
 
@@ -46,8 +49,12 @@ def serve(settings: Settings, started: float) -> None:
     )
     if settings.key_file is not None:
         read_keys(settings.key_file)  # what is wrong with it is told before the slow part
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     with ExitStack() as stack:
         listeners = [stack.enter_context(_bind(settings.host, settings.port))]
+        if not settings.has_keys:
+            _warn_if_open(listeners[0].getsockname()[0])
         if settings.api_workers > 1:
             listeners = _share(listeners[0], settings.api_workers, stack)
         _serve_on(listeners, settings, started)
@@ -199,6 +206,16 @@ def _share(first: socket.socket, count: int, stack: ExitStack) -> list[socket.so
             raise ServeError(f"cannot share {address[0]}:{address[1]}: {error.strerror}") from error
         listeners.append(listener)
     return listeners
+
+
+def _warn_if_open(address: str) -> None:
+    """A server without keys is for its own machine."""
+    if not ipaddress.ip_address(address).is_loopback:
+        log.warning(
+            "without keys, anybody who reaches %s can do everything: set LATENTD_API_KEY or "
+            "--key-file, or listen on --host 127.0.0.1",
+            address,
+        )
 
 
 def _facts(settings: Settings, loaded: Checkpoint, device: str) -> str:

@@ -15,6 +15,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from model import PRETRAINED, WeightDtype
 
 PREFIX = "LATENTD_"
+SECRETS = {"api_key"}
+"""Settings whose values no message shows."""
 
 
 class SettingsError(ValueError):
@@ -320,6 +322,14 @@ class Settings(BaseSettings):
     def _split(cls, value: Any) -> Any:
         return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
 
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _refuse_unset_secret(cls, value: Any) -> Any:
+        """An empty variable is a secret that was not found, and must not open the server."""
+        if isinstance(value, str) and not value.strip(", "):
+            raise ValueError("it is empty: leave it unset to serve without keys")
+        return value
+
     @field_validator("api_key")
     @classmethod
     def _check_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
@@ -337,6 +347,11 @@ class Settings(BaseSettings):
             if origin != "*" and not (has_both and origin == f"{parts.scheme}://{parts.netloc}"):
                 raise ValueError("an origin is a scheme and a host, without a path, or *")
         return origins
+
+    @property
+    def has_keys(self) -> bool:
+        """Also with a key file in which there is none: its last key may have been revoked."""
+        return bool(self.api_key) or self.key_file is not None
 
     @property
     def served_name(self) -> str:
@@ -358,4 +373,5 @@ def read_settings(flags: Mapping[str, Any]) -> Settings:
         problem = error.errors(include_url=False)[0]
         field = str(problem["loc"][0]) if problem["loc"] else "settings"
         source = f"--{field.replace('_', '-')}" if field in flags else PREFIX + field.upper()
-        raise SettingsError(f"{source}: {problem['input']!r}: {problem['msg']}") from error
+        value = "" if field in SECRETS else f"{problem['input']!r}: "
+        raise SettingsError(f"{source}: {value}{problem['msg']}") from error

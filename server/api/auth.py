@@ -45,6 +45,7 @@ class KeyRing:
 
     def __init__(self, settings: Settings) -> None:
         """Raises KeyFileError."""
+        self.asks_for_keys = settings.has_keys
         self._file = settings.key_file
         self._defaults = Limits(
             requests_per_minute=settings.key_requests_per_minute,
@@ -59,11 +60,6 @@ class KeyRing:
         if self._file is not None:
             self._stamp = _stamp(self._file)
             self._listed = self._read(self._file)
-
-    @property
-    def asks_for_keys(self) -> bool:
-        """Also with a key file in which there is none: its last key may have been revoked."""
-        return bool(self._given) or self._file is not None
 
     def find(self, authorization: str) -> Caller:
         """Who sends this header. Raises Unauthorized.

@@ -155,3 +155,26 @@ def test_the_name_that_clients_use(flags: dict[str, object], name: str) -> None:
 def test_every_setting_explains_itself() -> None:
     for name, field in Settings.model_fields.items():
         assert (field.description or "").endswith("."), name
+
+
+@pytest.mark.parametrize("value", ["", ",", " ", ",,"])
+def test_an_empty_key_does_not_open_the_server(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("LATENTD_API_KEY", value)
+    assert refusal().startswith("LATENTD_API_KEY: ")
+
+
+@pytest.mark.parametrize("wrong", ["bad secret", "schlüssel", "tab\t"])
+def test_no_key_is_in_a_message(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    monkeypatch.setenv("LATENTD_API_KEY", f"good-key,{wrong}")
+    said = refusal()
+    assert said.startswith("LATENTD_API_KEY: ")
+    assert "good-key" not in said
+    assert wrong not in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_keys"),
+    [({}, False), ({"api_key": ("a",)}, True), ({"key_file": Path("keys.json")}, True)],
+)
+def test_keys_are_asked_for_where_any_can_be(settings: dict[str, Any], has_keys: bool) -> None:
+    assert read_settings(settings).has_keys is has_keys
