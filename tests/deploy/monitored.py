@@ -41,6 +41,9 @@ class Query:
     legend: str = ""
     unit: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.where} {self.legend}".strip()
+
 
 def dashboard_queries() -> list[Query]:
     panels = json.loads((DEPLOY / "grafana" / "latentd.json").read_text())["panels"]
