@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -16,8 +15,6 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from model import PRETRAINED, WeightDtype
 
 PREFIX = "LATENTD_"
-_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
-"""What variables begin with that Kubernetes adds to a pod for each port of each service."""
 
 
 class SettingsError(ValueError):
@@ -354,7 +351,7 @@ def read_settings(flags: Mapping[str, Any]) -> Settings:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     given = {k: v for k, v in os.environ.items() if k.upper().startswith(PREFIX)}
     for name, value in given.items():
-        if _SERVICE_LINK.match(value) or name.endswith("_SERVICE_HOST"):
+        if value.startswith(("tcp://", "udp://", "sctp://")) or name.endswith("_SERVICE_HOST"):
             raise SettingsError(
                 f"{name}: {value!r}: this is a link that Kubernetes makes for a service whose name "
                 "begins with latentd, not a setting: put enableServiceLinks: false into the pod's "
