@@ -18,7 +18,7 @@ import yaml
 from model import PRETRAINED
 from tests.deploy.programs import DEPLOY, daemon, free_port
 from tests.patience import PATIENCE_S
-from tests.server.processes import ServerProcess, server_process
+from tests.server.processes import server_process
 
 INTERVAL_S = 1
 """Between two scrapes, and evaluations of the rules."""
@@ -147,7 +147,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Monitored:
-    server: ServerProcess
+    metrics_url: str
     prometheus: Prometheus
     load: Load
 
@@ -155,13 +155,14 @@ class Monitored:
 @contextmanager
 def monitored(folder: Path) -> Iterator[Monitored]:
     """A server under load, scraped since before the first request."""
+    metrics = f"127.0.0.1:{free_port()}"
     with (
-        server_process(PRETRAINED, folder / "data", *FLAGS) as server,
-        prometheus(server.url, folder) as watching,
+        server_process(PRETRAINED, folder / "data", *FLAGS, "--metrics-address", metrics) as server,
+        prometheus(metrics, folder) as watching,
     ):
         load = Load(server.url)
         try:
-            yield Monitored(server, watching, load)
+            yield Monitored(f"http://{metrics}/metrics", watching, load)
         finally:
             load.stop()
 
@@ -174,7 +175,7 @@ def prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
     configuration["global"] = {"scrape_interval": interval, "evaluation_interval": interval}
     configuration["rule_files"] = [str(DEPLOY / "prometheus" / "rules.yml")]
     [job] = configuration["scrape_configs"]
-    job["static_configs"] = [{"targets": [target.removeprefix("http://")]}]
+    job["static_configs"] = [{"targets": [target]}]
     file = folder / "prometheus.yml"
     file.write_text(yaml.safe_dump(configuration))
     address = f"127.0.0.1:{free_port()}"

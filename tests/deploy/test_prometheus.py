@@ -46,8 +46,17 @@ def test_prometheus_scrapes_the_server_and_evaluates_every_rule(running: Monitor
     assert unhealthy == []
 
 
+def test_no_alert_is_about_a_server_that_is_well(running: Monitored) -> None:
+    """Its clients are refused more than usual, as they want it, and may be slow."""
+    alerts = running.prometheus.get("/alerts")["alerts"]
+    names = {alert["labels"]["alertname"] for alert in alerts}
+    assert "LatentdNoCapacity" in names
+    busy = {"LatentdSlowFirstTokens", "LatentdCommitsSlow", "LatentdEventLoopSaturated"}
+    assert names <= {"LatentdNoCapacity"} | busy
+
+
 def test_promtool_finds_no_fault_in_the_metrics(running: Monitored) -> None:
-    text = httpx.get(f"{running.server.url}/metrics", timeout=PATIENCE_S).text
+    text = httpx.get(running.metrics_url, timeout=PATIENCE_S).text
     assert "latentd_requests_total" in text
     done = subprocess.run(
         [program("promtool"), "check", "metrics"],
