@@ -2,7 +2,8 @@
 
     python -m tests.deploy.pictures [SECONDS]
 
-Writes docs/dashboard.svg: the data of the panels, not what Grafana makes of them.
+Writes docs/dashboard.svg: the data of the panels, not what Grafana makes of them. A line that is
+always 0 is left out beside others.
 """
 
 import sys
@@ -26,13 +27,13 @@ Line = tuple[str, list[tuple[float, float]]]
 def number(value: float, unit: str) -> str:
     """With a prefix, as in 12.3 ms."""
     if unit == "percentunit":
-        return f"{value:.3g}".rstrip("0").rstrip(".") if not value else f"{100 * value:.3g} %"
-    prefix, size = next(((p, s) for p, s in UNITS if abs(value) >= s), ("", 1.0))
+        return f"{100 * value:.3g} %"
+    prefix, size = next((each for each in UNITS if value >= each[1]), ("", 1.0))
     return f"{value / size:.3g} {prefix}{ {'s': 's', 'bytes': 'B'}.get(unit, '') }".strip()
 
 
 def panels(prometheus: Prometheus) -> Iterator[tuple[str, str, list[Line]]]:
-    """Title, unit and lines of each panel with graphs."""
+    """Title, unit and lines of each panel."""
     titles: dict[str, tuple[str, list[Line]]] = {}
     for query in dashboard_queries():
         lines = titles.setdefault(query.where, (query.unit, []))[1]
@@ -42,21 +43,21 @@ def panels(prometheus: Prometheus) -> Iterator[tuple[str, str, list[Line]]]:
                 name = name.replace(f"{{{{{label}}}}}", value)
             lines.append((name, points))
     for title, (unit, lines) in titles.items():
-        if lines:
-            yield title, unit, lines
+        yield title, unit, [line for line in lines if any(value for _, value in line[1])] or lines
 
 
 def draw(title: str, unit: str, lines: list[Line]) -> Iterator[str]:
     """The parts of one panel, whose upper left corner is at 0, 0."""
     times = [when for _, points in lines for when, _ in points]
     first, last = min(times), max(max(times), min(times) + 1)
-    most = max((value for _, points in lines for _, value in points), default=0) or 1.0
+    most = max(value for _, points in lines for _, value in points)
     yield f"<text y='12' font-weight='bold'>{escape(title)}</text>"
     yield f"<text x='{WIDTH}' y='12' text-anchor='end'>up to {escape(number(most, unit))}</text>"
     yield f"<rect y='18' width='{WIDTH}' height='{HEIGHT}' fill='#f7f7f7'/>"
+    wide, high = WIDTH / (last - first), HEIGHT / (most or 1)
     for (_, points), colour in zip(lines, COLOURS * 9, strict=False):
         marks = " ".join(
-            f"{WIDTH * (when - first) / (last - first):.1f},{18 + HEIGHT * (1 - value / most):.1f}"
+            f"{wide * (when - first):.1f},{18 + HEIGHT - high * value:.1f}"
             for when, value in points
         )
         yield f"<polyline points='{marks}' fill='none' stroke='{colour}' stroke-width='1.5'/>"

@@ -70,7 +70,7 @@ def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("folder", ["base", "overlays/nvidia", "overlays/prometheus-operator"])
-def test_kubernetes_takes_what_is_rendered(kubectl: Path, tmp_path: Path, folder: str) -> None:
+def test_kubernetes_accepts_what_is_rendered(kubectl: Path, tmp_path: Path, folder: str) -> None:
     text = run(str(kubectl), "kustomize", DEPLOY / "kubernetes" / folder)
     rendered = tmp_path / "rendered.yaml"
     rendered.write_text(text)
@@ -141,7 +141,7 @@ def test_the_dashboard_has_grafanas_types(tmp_path: Path) -> None:
         check_types(tmp_path, "wrong", f"{types}\nexport const dashboard: Checked = {wrong};")
 
 
-def test_systemd_takes_the_unit_and_finds_it_confined(tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit_and_finds_it_confined(tmp_path: Path) -> None:
     unit = DEPLOY / "systemd" / "latentd.service"
     here = tmp_path / "latentd.service"  # the same, for a program that this machine has
     here.write_text(unit.read_text().replace("/opt/latentd/bin/latentd", program("latentd")))
