@@ -1,7 +1,7 @@
 """The Dockerfile's commands, run in a folder of this machine in place of an image.
 
 The build stage's torch comes from the package index that pip knows and not from PyTorch's, which
-gives a larger build or the one that is there; everything else is run as it is written.
+gives a larger build; everything else is run as it is written. It needs root, as `install -o` does.
 """
 
 import json
@@ -50,9 +50,7 @@ class Image:
         }
         own = {name: self.inside(value) for name, value in self.variables.items()}
         if "PATH" in own:
-            own["PATH"] = own["PATH"].replace(
-                "$PATH", f"{Path(sys.base_prefix) / 'bin'}:{usual['PATH']}"
-            )
+            own["PATH"] = own["PATH"].replace("$PATH", f"{self.root}/bin:{usual['PATH']}")
         return usual | own
 
     def run(self, command: str) -> None:
@@ -114,6 +112,8 @@ def test_its_commands_make_a_server_that_is_healthy(tmp_path: Path) -> None:
     assert PYTORCH_INDEX in (ROOT / "Dockerfile").read_text()
     image = Image(tmp_path)
     (tmp_path / "etc").mkdir()  # for useradd
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(Path(sys.executable).resolve())
     for instruction, value in instructions():
         image.follow(instruction, value)
     name, _, user_id, *_ = (tmp_path / "etc" / "passwd").read_text().split(":")
