@@ -364,8 +364,16 @@ class Settings(BaseSettings):
 def read_settings(flags: Mapping[str, Any]) -> Settings:
     """Settings from flags by field name and from the environment. Raises SettingsError."""
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for name in os.environ:
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
+    given = {k: v for k, v in os.environ.items() if k.upper().startswith(PREFIX)}
+    for name, value in given.items():
+        if value.startswith(("tcp://", "udp://", "sctp://")) or name.endswith("_SERVICE_HOST"):
+            raise SettingsError(
+                f"{name}: {value!r}: this is a link that Kubernetes makes for a service whose name "
+                "begins with latentd, not a setting: put enableServiceLinks: false into the pod's "
+                "spec"
+            )
+    for name in given:
+        if name.upper() not in known:
             raise SettingsError(f"{name}: there is no such setting")
     try:
         return Settings(**flags)

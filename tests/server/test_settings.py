@@ -76,6 +76,27 @@ def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str
     assert refusal() == f"{name}: there is no such setting"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LATENTD_PORT", "tcp://10.96.0.7:8000"),
+        ("LATENTD_PORT_8000_UDP", "udp://10.96.0.7:8000"),
+        ("LATENTD_SERVICE_HOST", "10.96.0.7"),
+        ("LATENTD_GPU_SERVICE_HOST", "10.96.0.7"),
+    ],
+)
+def test_a_link_of_kubernetes_to_a_service_is_explained(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """It comes from a service called latentd, and would otherwise look like a wrong setting."""
+    monkeypatch.setenv("LATENTD_PORT_8000_TCP_PROTO", "tcp")  # one that looks like nothing special
+    monkeypatch.setenv(name, value)
+    refused = refusal()
+    assert refused.startswith(f"{name}: {value!r}: this is a link that Kubernetes makes")
+    assert refused.endswith("put enableServiceLinks: false into the pod's spec")
+    assert "\n" not in refused
+
+
 def test_variables_of_others_are_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PORT", "LATENT_PORT", "LATENTDPORT", "HOST"):
         monkeypatch.setenv(name, "wrong")
