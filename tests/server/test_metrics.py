@@ -16,12 +16,14 @@ DESIGN = {
             "step_duration_seconds",
             "session_commit_seconds",
             "session_load_seconds",
+            "event_loop_lag_seconds",
         ],
         ("histogram", ()),
     ),
     "requests_total": ("counter", ("endpoint", "outcome")),
     "prompt_tokens_total": ("counter", ()),
     "generation_tokens_total": ("counter", ()),
+    "answer_tokens_total": ("counter", ()),
     "resumed_tokens_total": ("counter", ()),
     "admission_rejections_total": ("counter", ("reason",)),
     "session_evictions_total": ("counter", ("tier",)),
@@ -60,7 +62,7 @@ def test_what_is_scraped_can_be_parsed_and_has_our_prefix() -> None:
             getattr(metrics, name).labels(*labels)
     families = {
         family.name: family
-        for family in text_string_to_metric_families(metrics.exposition().decode())
+        for family in text_string_to_metric_families(metrics.exposition()[0].decode())
     }
     ours = {name for name in families if not name.startswith("process_")}
     assert {name.removesuffix("_created") for name in ours} == {
