@@ -103,7 +103,6 @@ def create_app(
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
-        root_path=settings.root_path,
     )
     parts = (completions, chat, responses, sessions, resumption, tokens, models, health)
     routers = [part.router for part in parts]

@@ -78,8 +78,11 @@ class RequestMiddleware:
         method = scope["method"]
         if method == "HEAD":
             scope = {**scope, "method": "GET"}
-        if self._root_path and scope["path"].startswith(f"{self._root_path}/"):
-            scope = {**scope, "path": scope["path"].removeprefix(self._root_path)}
+        if self._root_path:
+            path = scope["path"]
+            if path.startswith(f"{self._root_path}/"):
+                path = path.removeprefix(self._root_path)
+            scope = {**scope, "root_path": self._root_path, "path": path}
         headers = Headers(scope=scope)
         given = headers.get(REQUEST_ID, "")
         request_id = given if _GOOD_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
