@@ -109,10 +109,13 @@ def check_certificate(settings: Settings) -> None:
 
 
 @contextmanager
-def metrics_server(settings: Settings, metrics: Metrics) -> Iterator[None]:
-    """Answers at `metrics_address`, in threads of its own: also while the event loop is late."""
+def metrics_server(settings: Settings, metrics: Metrics) -> Iterator[str]:
+    """Answers at `metrics_address`, in threads of its own: also while the event loop is late.
+
+    The block gets the URL, or nothing if there is no such address. Raises ListenError.
+    """
     if settings.metrics_address is None:
-        yield
+        yield ""
         return
     host, _, port = settings.metrics_address.rpartition(":")
 
@@ -140,9 +143,8 @@ def metrics_server(settings: Settings, metrics: Metrics) -> Iterator[None]:
         raise ListenError(f"cannot listen on {settings.metrics_address}: {error}") from error
     thread = Thread(target=server.serve_forever)
     thread.start()
-    print(f"metrics    http://{host}:{server.server_port}{METRICS}", flush=True)
     try:
-        yield
+        yield f"http://{host}:{server.server_port}{METRICS}"
     finally:
         server.shutdown()
         server.server_close()

@@ -17,6 +17,9 @@ class TurnRecord:
     prompt_tokens: int
     """As the answer's usage counts them: with the history of a session, once for all choices."""
 
+    is_detached: bool = False
+    """It goes on without its request's connection, and may end before it or after it."""
+
     started: float = field(default_factory=time.monotonic)
     """When the engine got it."""
 
@@ -46,7 +49,7 @@ class TurnRecord:
     """The code of the error that ended it."""
 
     ended: float | None = None
-    """None while it runs, which it may do longer than its request."""
+    """None while it runs."""
 
     when_ended: Callable[[], None] | None = None
     """Called at the end."""
@@ -90,12 +93,12 @@ class RequestRecord:
     ended: float = 0.0
 
     def end(self) -> None:
-        """All of it is over. A turn that went on without its connection says how."""
+        """All of it is over. A detached turn says how."""
         turn, self.ended = self.turn, time.monotonic()
         if turn is None:
             return
         self.error = self.error or turn.error
-        if turn.when_ended is not None:
+        if turn.is_detached:
             self.outcome = turn.outcome
 
     def fields(self) -> dict[str, object]:

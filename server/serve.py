@@ -82,7 +82,8 @@ def _serve_on(
     with ExitStack() as stack:
         try:
             app = create_app(settings, loaded, store, trace)
-            stack.enter_context(metrics_server(settings, app.state.metrics))
+            if url := stack.enter_context(metrics_server(settings, app.state.metrics)):
+                report(f"metrics    {url}")
         except TemplateFault as error:
             asyncio.run(store.close())
             file = settings.checkpoint / checkpoint.CHAT_TEMPLATE

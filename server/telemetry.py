@@ -36,6 +36,9 @@ CHATS = ("/v1/chat/completions", "/v1/responses")
 CLOSING_S = 2.0
 """For what is left to be sent at the end; a receiver that is down would keep the SDK for longer."""
 
+CLOSING = "closing telemetry"
+"""The name of threads that do."""
+
 DURATION_S = tuple(0.01 * 2**i for i in range(14))
 FIRST_TOKEN_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08),
@@ -93,7 +96,9 @@ class Telemetry:
     def close(self) -> None:
         """Send what is left, but not for long: by threads that do not keep the process."""
         providers = (self._traces, self._metrics)
-        threads = [threading.Thread(target=each.shutdown, daemon=True) for each in providers]
+        threads = [
+            threading.Thread(target=each.shutdown, name=CLOSING, daemon=True) for each in providers
+        ]
         for thread in threads:
             thread.start()
         deadline = time.monotonic() + CLOSING_S

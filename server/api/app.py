@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -45,6 +46,12 @@ from server.sessions.quota import Quota, Quotas
 from server.sessions.store import Store
 from server.sessions.tiers import Tiers
 from server.settings import Settings
+
+NO_TELEMETRY: Any = {
+    **dict.fromkeys(("tracing", "metrics", "logs", "operation_spans"), False),
+    "auto_configure": False,
+}
+"""The framework's own, which would cost time and tell of content; ours is server.telemetry."""
 
 LAG_INTERVAL_S = 0.1
 """Between two looks at how late the event loop is."""
@@ -103,6 +110,7 @@ def create_app(
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
+        telemetry=NO_TELEMETRY,
     )
     parts = (completions, chat, responses, sessions, resumption, tokens, models, health)
     routers = [part.router for part in parts]

@@ -301,7 +301,8 @@ def test_an_offer_to_upgrade_is_ignored(
 def test_offers_do_not_disorder_a_pipeline(connection: socket.socket) -> None:
     header, body = with_length(BODY)
     one = POST + OFFERS["h2c"] + header + b"\r\n" + body
-    last = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close, upgrade\r\nupgrade: a\r\n\r\n"
+    last = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n"
+    last += b"connection: close, upgrade\r\nupgrade: a\r\n\r\n"
     connection.sendall(3 * (one + OTHER) + last)
     assert statuses(rest(connection)) == 3 * [200, 404] + [200]
 

@@ -33,7 +33,7 @@ def test_a_turn_adds_its_tokens_and_times() -> None:
 
 
 def test_a_turn_that_outlives_its_request_says_how_that_ended() -> None:
-    turn = TurnRecord(max_tokens=5, num_choices=1, prompt_tokens=7)
+    turn = TurnRecord(max_tokens=5, num_choices=1, prompt_tokens=7, is_detached=True)
     record = RequestRecord("req_1", "POST", turn=turn)
     record.outcome = "ok"
     ended: list[RequestRecord] = []

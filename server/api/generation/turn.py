@@ -108,7 +108,9 @@ class AdmittedTurn:
 
         firsts = requests[:: generation.num_per_prompt]
         num_tokens = self.start.position + sum(len(request.token_ids) for request in firsts)
-        self.record = TurnRecord(requests[0].max_tokens, len(requests), num_tokens)
+        self.record = TurnRecord(
+            requests[0].max_tokens, len(requests), num_tokens, generation.is_detached
+        )
         """What the log and the traces say of it."""
 
     def submit(self) -> None:

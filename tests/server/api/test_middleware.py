@@ -31,14 +31,17 @@ class Log:
                 return record
         return None
 
-    def line(self, response: httpx.Response | str) -> dict[str, Any]:
-        """Of the request that was answered so, or has this id."""
-        is_id = isinstance(response, str)
-        request_id = str(response) if is_id else response.headers["X-Request-ID"]  # type: ignore[union-attr]
+    def record(self, response: httpx.Response) -> logging.LogRecord:
+        """Of the request that was answered so; it may be about to come."""
+        request_id = response.headers["X-Request-ID"]
         wait_until(lambda: self.find(request_id) is not None)
         record = self.find(request_id)
         assert record is not None
-        line: dict[str, Any] = json.loads(JSONFormatter().format(record))
+        return record
+
+    def line(self, response: httpx.Response) -> dict[str, Any]:
+        """`record` as JSON."""
+        line: dict[str, Any] = json.loads(JSONFormatter().format(self.record(response)))
         return line
 
     @property
@@ -119,20 +122,14 @@ def test_a_turn_that_goes_on_is_noted_at_its_end(
     server.wait_until_idle()
 
 
-def test_probes_are_noted_for_who_debugs(
-    client: httpx.Client, log: Log, server: LiveServer
-) -> None:
+def test_probes_are_noted_for_who_debugs(client: httpx.Client, log: Log) -> None:
     for path, level in (
         ("/health/live", logging.DEBUG),
         ("/metrics", logging.DEBUG),
         ("/v1/models", logging.INFO),
         ("/v1/none", logging.INFO),
     ):
-        request_id = client.get(path).headers["X-Request-ID"]
-        wait_until(lambda request_id=request_id: log.find(request_id))
-        record = log.find(request_id)
-        assert record is not None
-        assert record.levelno == level, path
+        assert log.record(client.get(path)).levelno == level, path
 
 
 def test_the_log_has_the_names_of_keys_and_never_keys_prompts_or_texts(
@@ -165,10 +162,7 @@ def test_lines_of_refused_requests_are_limited(
     refused = client.get("/v1/models", headers={"Host": "evil.example"})
     answered = client.get("/v1/models")
     for response, kind in ((refused, "status 421"), (answered, None)):
-        log.line(response)
-        record = log.find(response.headers["X-Request-ID"])
-        assert record is not None
-        assert record.__dict__["limited"] == kind
+        assert log.record(response).__dict__["limited"] == kind
     with send(server.url, ENDLESS, host="localhost", **{"content-length": "x"}) as connection:
         assert connection.recv(12) == b"HTTP/1.1 400"
     [record] = [r for r in log._caplog.records if r.getMessage() == "connection refused"]

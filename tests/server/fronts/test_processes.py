@@ -233,7 +233,8 @@ def test_a_client_that_does_not_read_is_let_go(fronted: ServerProcess) -> None:
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         where = urlsplit(fronted.url)
         stalled.connect((where.hostname, where.port))
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+        head += b"content-type: application/json\r\n"
         stalled.sendall(head + b"content-length: %d\r\n\r\n" % len(content) + content)
         wait_until_running(client, 16)
         generated = metric(client, "latentd_generation_tokens_total")
@@ -309,3 +310,15 @@ def test_without_its_core_no_front_stays(fronted: ServerProcess) -> None:
         reader.join(PATIENCE_S)
         assert ended
         wait_until_gone(pids)
+
+
+def test_fronts_log_as_the_core_does(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with server_process(tiny_checkpoint, tmp_path, *FLAGS) as server, server.client() as client:
+        complete(client)
+        with connect(server) as connection:
+            connection.sendall(b"NONSENSE\r\n\r\n")
+            assert rest(connection).startswith(b"HTTP/1.1 400")
+        assert server.stop() == 0
+    [request], [refused] = server.lines("request"), server.lines("connection refused")
+    assert (request["client"], request["tokens_out"]) == ("127.0.0.1", BODY["max_tokens"])
+    assert (refused["client"], refused["error"]) == ("127.0.0.1", "invalid_http")
