@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
+ENCODER = json.JSONEncoder(default=str)
 Format = Literal["json", "console"]
 
 MOST_LINES = 10
@@ -47,7 +48,7 @@ class JSONFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return ENCODER.encode(line)
 
 
 class ConsoleFormatter(logging.Formatter):
