@@ -373,6 +373,8 @@ def uvicorn_config(
 ) -> uvicorn.Config:
     """How the app is served; its last answers have `last_bytes_s` to reach their clients."""
     protocol = type("Protocol", (BoundedProtocol,), {"settings": settings})
+    # Whoever may open the Unix socket is trusted.
+    trusts_all = settings.unix_socket is not None or "*" in settings.trusted_proxies
     return uvicorn.Config(
         app,
         http=protocol,
@@ -383,8 +385,7 @@ def uvicorn_config(
         timeout_graceful_shutdown=last_bytes_s,
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
-        # Whoever may open the Unix socket is trusted.
-        forwarded_allow_ips="*" if settings.unix_socket else [*settings.trusted_proxies],
+        forwarded_allow_ips="*" if trusts_all else [*settings.trusted_proxies],
     )
 
 

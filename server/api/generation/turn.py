@@ -71,7 +71,6 @@ class AdmittedTurn:
         allowance: Allowance,
         stack: AsyncExitStack,
         started: float,
-        request_id: str,
     ) -> None:
         """`stack` unlocks what the turn holds."""
         self._service = service
@@ -80,7 +79,6 @@ class AdmittedTurn:
         self._allowance = allowance
         self._stack = stack
         self._started = started
-        self._request_id = request_id
         self._running = {request.request_id: i for i, request in enumerate(requests)}
         self._queue = EventQueue()
         self._after: SessionState | None = None
@@ -213,7 +211,7 @@ class AdmittedTurn:
             service.open_turns.discard(self)
             await self._unlock(num_generated)
         service.metrics.request_duration_seconds.observe(
-            time.monotonic() - self._started, exemplar(self._request_id)
+            time.monotonic() - self._started, exemplar(self.requests[0].client_id)
         )
         self.record.generated_tokens = num_generated
         self.record.end()
@@ -240,7 +238,7 @@ async def open_turn(
     raise, InvalidRequest for the prompt, RateLimited, Overloaded, ShuttingDown, QuotaExceeded,
     StorageFull and StorageFailed.
     """
-    started, request_id = time.monotonic(), "" if request is None else request.request_id
+    started = time.monotonic()
     service.check_ready()
     allowance = service.limiter.enter(caller)
     stack = AsyncExitStack()
@@ -268,13 +266,11 @@ async def open_turn(
             owner=caller.owner,
             keep_as=None if opened.entry is None else new_state_id(),
             deadline=None if timeout_s is None else started + timeout_s,
-            client_id=request_id,
+            client_id="" if request is None else request.request_id,
         )
         num_tokens = sum(len(request.token_ids) for request in requests)
         await allowance.check(num_tokens)
-        turn = AdmittedTurn(
-            service, opened, requests, generation, allowance, stack, started, request_id
-        )
+        turn = AdmittedTurn(service, opened, requests, generation, allowance, stack, started)
         turn.submit()
         if request is not None:
             request.turn = turn.record
