@@ -48,8 +48,6 @@ def serve(settings: Settings, started: float) -> None:
     it has started.
     """
     logs.configure(settings.log_level, settings.log_format)
-    facts = {"version": __version__, "pid": os.getpid(), "checkpoint": str(settings.checkpoint)}
-    log.info("start", extra={"fields": facts})
     # What is wrong with these is told before the slow part.
     if settings.key_file is not None:
         read_keys(settings.key_file)
@@ -78,6 +76,10 @@ def _serve_on(
     device_reason += f", {choose_threads(settings.threads, loaded.network)}"
     store = SQLiteStore(settings.data_dir / STORE_FILE, settings.durability)
     report(_facts(settings, loaded, device_reason))
+    start: dict[str, object] = {"version": __version__, "pid": os.getpid()}
+    start |= {"model": settings.served_name, "checkpoint": str(settings.checkpoint)}
+    start["load_s"] = round(time.monotonic() - started, 3)
+    log.info("start", extra={"fields": start})
     trace = None if telemetry is None else telemetry.record
     with ExitStack() as stack:
         try:

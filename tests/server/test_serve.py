@@ -47,7 +47,7 @@ def test_its_life_is_a_line_for_each_step(tiny_checkpoint: Path, tmp_path: Path)
     assert start["pid"] == server.process.pid
     assert (ready["url"], drain["timeout_s"]) == (server.url, PROGRAM_S)
     assert drain["turns"] == 1
-    assert 0 < ready["ready_s"] < end["uptime_s"]
+    assert 0 < start["load_s"] < ready["ready_s"] < end["uptime_s"]
     assert 0 < end["drain_s"] < end["uptime_s"]
     [request] = server.lines("request")
     assert (request["tokens_out"], request["outcome"]) == (20_000, "ok")
