@@ -33,6 +33,9 @@ PROVIDER = "latentd"
 CHATS = ("/v1/chat/completions", "/v1/responses")
 """Endpoints whose operation is `chat`; that of others is `text_completion`."""
 
+FAULTS = ("server_error", "deadline_exceeded")
+"""Outcomes for which the server, and not the client, made the span an error."""
+
 CLOSING_S = 2.0
 """For what is left to be sent at the end; a receiver that is down would keep the SDK for longer."""
 
@@ -83,7 +86,7 @@ class Telemetry:
         span = self._tracer.start_span(
             name, parent, SpanKind.SERVER, attributes, start_time=at(request.started)
         )
-        if request.outcome not in ("ok", "client_error"):
+        if request.outcome in FAULTS:
             span.set_status(Status(StatusCode.ERROR, request.error))
         if request.turn is not None:
             context = set_span_in_context(span)

@@ -153,7 +153,7 @@ def test_requests_without_a_turn_have_a_span_and_probes_have_none(
     assert not receiver.histograms
 
 
-def test_a_client_that_leaves_is_an_error(
+def test_a_client_that_leaves_is_no_fault_of_the_server(
     traced: LiveServer, sender: Telemetry, receiver: Collector
 ) -> None:
     endless = {"prompt": "a", "max_tokens": 60_000, "ignore_eos": True, "stream": True}
@@ -161,13 +161,27 @@ def test_a_client_that_leaves_is_an_error(
         next(running.iter_lines())
     flush(sender, receiver, 1)
     [span] = receiver.spans
-    assert span.status.code == Status.STATUS_CODE_ERROR
+    assert span.status.code == Status.STATUS_CODE_UNSET
     found = attributes(span.attributes)
     assert (found["error.type"], found["gen_ai.request.stream"]) == ("cancelled", True)
     assert int(str(found["gen_ai.usage.output_tokens"])) > 0
     duration = receiver.histograms["gen_ai.server.request.duration"]
     assert attributes(duration.attributes)["error.type"] == "cancelled"
     assert "gen_ai.server.time_to_first_token" not in receiver.histograms
+
+
+def test_a_turn_that_is_too_late_is_an_error(
+    traced: LiveServer, sender: Telemetry, receiver: Collector
+) -> None:
+    late = {"prompt": "a", "max_tokens": 60_000, "ignore_eos": True, "timeout": 0.01}
+    with traced.client() as client:
+        assert client.post(PATH, json=late).status_code == 504
+    flush(sender, receiver, 1)
+    [span] = receiver.spans
+    assert (span.status.code, span.status.message) == (
+        Status.STATUS_CODE_ERROR,
+        "deadline_exceeded",
+    )
 
 
 def test_a_receiver_that_does_not_answer_delays_nothing(
