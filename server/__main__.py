@@ -88,13 +88,15 @@ def serve(**given: Any) -> None:
     from model.checkpoint import CheckpointError
     from server.engine.device import DeviceError
     from server.keys import KeyFileError
+    from server.listeners import ListenError
     from server.serve import ServeError
     from server.serve import serve as run
     from server.sessions.store import StoreError
 
+    failures = CheckpointError, DeviceError, KeyFileError, ListenError, ServeError, StoreError
     try:
         run(settings, started)
-    except (CheckpointError, DeviceError, KeyFileError, ServeError, StoreError) as error:
+    except failures as error:
         raise fail(error) from error
 
 

@@ -10,7 +10,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api.problems import render
+from server.api.problems import respond
 from server.errors import Unauthorized
 from server.keys import KeyFileError, Limits, digest, owner_of, read_keys
 from server.settings import Settings
@@ -117,7 +117,7 @@ class Guard:
                 given = Headers(scope=scope).get("authorization", "")
                 scope[CALLER] = self._keys.find(given)
             except Unauthorized as error:
-                await render(error)(scope, receive, send)
+                await respond(scope, error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

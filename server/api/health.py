@@ -1,7 +1,6 @@
 """For orchestrators and Prometheus."""
 
-from fastapi import APIRouter, Response, Security
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from fastapi import APIRouter, Request, Response, Security
 
 from server.api.auth import BEARER, METRICS
 from server.api.refusals import ALWAYS, GUARDED, refusals
@@ -9,12 +8,16 @@ from server.api.schemas.models import Health
 from server.api.service import ServiceDep
 
 router = APIRouter(tags=["operations"], responses=refusals(*ALWAYS))
+metrics_router = APIRouter(tags=["operations"], responses=refusals(*ALWAYS))
+"""Left out where metrics have an address of their own."""
 
 EXPOSITION = {
     "type": "string",
     "description": "Prometheus' text format; the metrics' names begin with `latentd_`.",
     "examples": ['latentd_slots{state="running"} 2.0\n'],
 }
+
+FORMATS = ("text/plain", "application/openmetrics-text")
 
 
 @router.get("/health/live")
@@ -31,12 +34,14 @@ async def ready(service: ServiceDep) -> Health:
     return Health()
 
 
-@router.get(
+@metrics_router.get(
     METRICS,
     response_class=Response,
     dependencies=[Security(BEARER)],
-    responses=refusals(*GUARDED) | {200: {"content": {"text/plain": {"schema": EXPOSITION}}}},
+    responses=refusals(*GUARDED)
+    | {200: {"content": {kind: {"schema": EXPOSITION} for kind in FORMATS}}},
 )
-async def metrics(service: ServiceDep) -> Response:
-    """Prometheus metrics."""
-    return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+async def metrics(service: ServiceDep, request: Request) -> Response:
+    """Prometheus metrics; for who accepts OpenMetrics, with exemplars that name requests."""
+    text, content_type = service.metrics.exposition(request.headers.get("accept", ""))
+    return Response(text, headers={"Content-Type": content_type})

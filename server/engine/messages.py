@@ -95,6 +95,9 @@ class EngineRequest:
     deadline: float | None = None
     """When to give up, on the clock of `time.monotonic`, which processes of a machine share."""
 
+    client_id: str = ""
+    """What the client calls its request, of which this may be one choice: for metrics."""
+
 
 @dataclass(frozen=True)
 class Submit:

@@ -26,7 +26,7 @@ from server.engine.rows import Rows
 from server.engine.scheduler import EngineLimits, Plan, Scheduler
 from server.engine.steps import FAILED, End, Flight, Outcomes, Steps
 from server.engine.text_sequence import TextSequence
-from server.metrics import Metrics
+from server.metrics import Metrics, exemplar
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class Worker:
             self._inbox.left_queue(request)
             sequence.admitted_at = time.monotonic()
             queued_s = sequence.admitted_at - sequence.submitted_at
-            self._metrics.queue_time_seconds.observe(queued_s)
+            self._metrics.queue_time_seconds.observe(queued_s, exemplar(request.client_id))
             try:
                 self._rows.place(request)
             except ValueError as error:

@@ -49,6 +49,29 @@ def test_a_server_without_keys_that_others_can_reach_says_so(
 
 
 @pytest.mark.long
+def test_its_life_is_a_line_for_each_step(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with (
+        server_process(tiny_checkpoint, tmp_path, *LONG_DRAIN) as server,
+        server.client() as client,
+    ):
+        endless = {"prompt": "a", "max_tokens": 20_000, "ignore_eos": True, "stream": True}
+        with client.stream("POST", "/v1/completions", json=endless) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            assert "data: [DONE]" in list(lines)
+        assert server.wait() == 0
+    [start], [ready], [drain], [end] = map(server.lines, ("start", "ready", "drain", "exit"))
+    assert start["pid"] == server.process.pid
+    assert (ready["url"], drain["timeout_s"]) == (server.url, PROGRAM_S)
+    assert drain["turns"] == 1
+    assert 0 < start["load_s"] < ready["ready_s"] < end["uptime_s"]
+    assert 0 < end["drain_s"] < end["uptime_s"]
+    [request] = server.lines("request")
+    assert (request["tokens_out"], request["outcome"]) == (20_000, "ok")
+
+
+@pytest.mark.long
 def test_only_a_first_start_compiles_and_says_so(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

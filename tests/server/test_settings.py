@@ -47,6 +47,14 @@ def test_nothing_has_to_be_set() -> None:
         ("key_file", "keys.json", Path("keys.json")),
         ("cors_origins", "https://a.example,http://b:80", ("https://a.example", "http://b:80")),
         ("key_tokens_per_minute", "5", 5),
+        ("unix_socket", "some.socket", Path("some.socket")),
+        ("root_path", "/a/b", "/a/b"),
+        ("trusted_proxies", "10.0.0.0/8,::1", ("10.0.0.0/8", "::1")),
+        ("allowed_hosts", "a.example,*.b.example", ("a.example", "*.b.example")),
+        ("metrics_address", "[::1]:9090", "[::1]:9090"),
+        ("metrics_names", "vllm", "vllm"),
+        ("log_format", "json", "json"),
+        ("otel", "true", True),
     ],
 )
 def test_the_environment_sets_and_a_flag_wins(
@@ -131,6 +139,12 @@ WRONG: list[tuple[str, Any]] = [
     ("tokens_per_minute", "-5"),
     ("header_timeout_s", "0"),
     ("body_timeout_s", "nan"),
+    ("root_path", "a"),
+    ("root_path", "/a/"),
+    ("metrics_address", "9090"),
+    ("metrics_address", "::1:9090"),
+    ("log_format", "text"),
+    ("tls_key", "key.pem"),
 ]
 
 
@@ -147,6 +161,17 @@ def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, valu
 def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
     assert "an origin is" in refusal(cors_origins=("https://good.example", origin))
     assert read_settings({"cors_origins": ["*"]}).cors_origins == ("*",)
+
+
+def test_proxies_are_addresses() -> None:
+    assert "'proxy.example' does not appear" in refusal(trusted_proxies="10.0.0.1,proxy.example")
+    assert read_settings({"trusted_proxies": "*"}).trusted_proxies == ("*",)
+
+
+def test_a_unix_socket_has_no_certificate() -> None:
+    flags = {"unix_socket": "some.socket", "tls_certificate": "cert.pem"}
+    assert "a Unix socket needs no TLS" in refusal(**flags)
+    assert read_settings({"tls_certificate": "cert.pem", "tls_key": "key.pem"}).tls_key
 
 
 def test_an_unknown_flag_is_named() -> None:

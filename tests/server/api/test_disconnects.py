@@ -36,7 +36,7 @@ def server(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[LiveServer]:
 def raw_request(body: dict[str, Any]) -> bytes:
     content = json.dumps(body).encode()
     head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(content)}\r\n\r\n"
     )
     return head.encode() + content
