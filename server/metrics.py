@@ -6,7 +6,7 @@ from itertools import accumulate
 from math import inf
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -38,6 +38,23 @@ class GroupedHistogram(Collector):
         totals = accumulate(self._counts)
         buckets = zip(map(floatToGoString, self._bounds), totals, strict=True)
         yield HistogramMetricFamily(self._name, self._text, list(buckets), self._sum)
+
+
+class LargestGauge(Collector):
+    """The largest of the values observed since the start."""
+
+    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
+        self._name = name
+        self._text = text
+        self._largest = 0.0
+        registry.register(self)
+
+    def observe(self, value: float) -> None:
+        self._largest = max(self._largest, value)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """For the registry."""
+        yield GaugeMetricFamily(self._name, self._text, self._largest)
 
 
 class Metrics:
@@ -125,6 +142,31 @@ class Metrics:
         self.model_info = self._gauge(
             "model_info", "The model being served.", "model", "fingerprint", "device"
         )
+
+        self.ready = self._gauge("ready", "1 while /health/ready answers that all is well, else 0.")
+        self.running_step_seconds = self._gauge(
+            "running_step_seconds", "For how long the engine's present step has run; 0 between two."
+        )
+        self.damaged_states_total = self._counter(
+            "damaged_states_total",
+            "Damaged states: in a turn, in a row on the device between turns, in the store.",
+            "found",
+        )
+        for found in ("turn", "idle", "store"):
+            self.damaged_states_total.labels(found=found)
+        self.state_magnitude = LargestGauge(
+            "latentd_state_magnitude",
+            "Largest absolute value in the states that were sampled, after turns and when idle.",
+            self.registry,
+        )
+        self.state_position = LargestGauge(
+            "latentd_state_position", "Most tokens of the states that were sampled.", self.registry
+        )
+        self.session_commit_failures_total = self._counter(
+            "session_commit_failures_total", "Turns that could not be made durable."
+        )
+        self.store_bytes = self._gauge("store_bytes", "Bytes of the store's files.")
+        self.store_free_bytes = self._gauge("store_free_bytes", "Bytes free on the store's disk.")
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -39,6 +39,14 @@ DESIGN = {
     "session_state_bytes": ("gauge", ()),
     "session_bytes": ("gauge", ("tier",)),
     "model_info": ("gauge", ("model", "fingerprint", "device")),
+    "ready": ("gauge", ()),
+    "running_step_seconds": ("gauge", ()),
+    "damaged_states_total": ("counter", ("found",)),
+    "state_magnitude": ("gauge", ()),
+    "state_position": ("gauge", ()),
+    "session_commit_failures_total": ("counter", ()),
+    "store_bytes": ("gauge", ()),
+    "store_free_bytes": ("gauge", ()),
 }
 
 

@@ -7,7 +7,7 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.sampling import SamplingParams
-from server.engine.messages import EngineRequest, Failed, NoProbabilities, StoredState
+from server.engine.messages import EngineRequest, Failed, NoProbabilities, RowDamaged, StoredState
 from server.engine.steps import FAILED, End, Outcomes, Steps
 from server.engine.text_sequence import TextSequence
 from server.metrics import Metrics
@@ -41,16 +41,23 @@ def test_a_damaged_state_fails_alone(checkpoint: Checkpoint, choice: str, value:
     assert stepper.owners() == {}
 
 
-def test_a_state_that_is_damaged_on_the_way_fails_alone(stepper: Stepper) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tensor", ["h", "m", "z", "s", "n"])
+def test_a_state_that_is_damaged_on_the_way_fails_alone(
+    stepper: Stepper, tensor: str, value: float
+) -> None:
     other = asked("beside", 2, 30, max_tokens=40)
     expected, _ = stepper.turn(replace(other, request_id="alone"))
     bad = asked("bad", 9, 3, max_tokens=40, keep_as="state")
     undamaged, _ = stepper.turn(replace(bad, request_id="undamaged", keep_as=None))
     stepper.submit(bad, other)
     stepper.step(10)
-    stepper.pool.tensors["h"][0, stepper.owners()["bad"]] = torch.nan
+    stepper.pool.tensors[tensor][0, stepper.owners()["bad"]].view(-1)[0] = value
     stepper.run()
-    assert stepper.last("bad") == NoProbabilities("bad")
+    last = stepper.last("bad")
+    assert isinstance(last, RowDamaged)
+    assert "not finite" in last.reason
+    assert stepper.metrics.damaged_states_total.labels(found="turn")._value.get() == 1
     assert stepper.text("bad") != undamaged
     assert undamaged.startswith(stepper.text("bad"))
     assert stepper.text("beside") == expected
