@@ -31,6 +31,7 @@ from server.sessions.store import (
     Kind,
     NewState,
     Store,
+    StoreHealth,
 )
 from server.sessions.tiers import Tier, Tiers
 
@@ -138,6 +139,10 @@ class Ledger:
     @property
     def tiers(self) -> Tiers:
         return self._tiers
+
+    async def store_health(self) -> StoreHealth:
+        """Looks at the store's disk, now."""
+        return await self._store.health()
 
     @asynccontextmanager
     async def begin(

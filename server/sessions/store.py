@@ -116,6 +116,20 @@ class Usage:
     """Of states, kept answers and bodies of responses."""
 
 
+@dataclass(frozen=True)
+class StoreHealth:
+    """Whether the store can keep what it is given."""
+
+    num_bytes: int
+    """Of its files."""
+
+    free_bytes: int
+    """Free on its disk."""
+
+    fault: str | None = None
+    """Why what it is given may be lost, if so."""
+
+
 class Store(Protocol):
     """When a call that writes returns, what it wrote survives the process and the machine.
 
@@ -128,6 +142,9 @@ class Store(Protocol):
     @property
     def total(self) -> Usage:
         """All that it holds."""
+
+    async def health(self) -> StoreHealth:
+        """Looks at the disk, now."""
 
     async def insert(self, entry: Entry, state: NewState | None = None) -> None:
         """Add an entry, with the state after its present turn if it has one."""

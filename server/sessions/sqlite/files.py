@@ -6,6 +6,7 @@ over is swept at the next start.
 """
 
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +24,9 @@ class StateFiles:
         folder.chmod(0o700)
         if sync:
             _sync_folder(folder.parent)
+        self._counting = threading.Lock()
+        self.num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+        """Of all files."""
 
     def write(self, state_id: str, blob: bytes) -> None:
         """On return the file survives a crash. Raises OSError, and leaves nothing behind then."""
@@ -39,6 +43,7 @@ class StateFiles:
             unfinished.rename(path)
             if self._sync:
                 _sync_folder(self._folder)
+            self._count(len(blob))
         except BaseException:
             for left in (unfinished, path):
                 with suppress(OSError):
@@ -54,11 +59,19 @@ class StateFiles:
 
     def delete(self, state_id: str) -> None:
         """Also of one that is not there. Raises OSError."""
-        (self._folder / state_id).unlink(missing_ok=True)
+        path = self._folder / state_id
+        with suppress(FileNotFoundError):
+            size = path.stat().st_size
+            path.unlink()
+            self._count(-size)
 
     def names(self) -> set[str]:
         """Of all files: state ids, and what was never completed. Raises OSError."""
         return {path.name for path in self._folder.iterdir()}
+
+    def _count(self, num_bytes: int) -> None:
+        with self._counting:
+            self.num_bytes += num_bytes
 
 
 def _sync_folder(path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from server.sessions.sqlite.disk import OpenFiles
 from server.sessions.sqlite.files import StateFiles
 from server.sessions.sqlite.rows import ENTRY, body_bytes, entry_of, find_entry, insert_entry
 from server.sessions.sqlite.schema import Durability, open_store, reason
@@ -17,6 +18,7 @@ from server.sessions.store import (
     Kind,
     NewState,
     StoreError,
+    StoreHealth,
     Usage,
 )
 
@@ -38,10 +40,11 @@ class SQLiteStore:
         """Open or create. Raises StoreError for a file that this server cannot use."""
         db = open_store(path, durability)
         try:
-            self._files = StateFiles(
-                path.with_name(f"{path.name}-states"), sync=durability == "sync"
-            )
+            folder = path.with_name(f"{path.name}-states")
+            self._files = StateFiles(folder, sync=durability == "sync")
             _sweep(db, self._files)
+            self._databases = (path, path.with_name(f"{path.name}-wal"))
+            self._opened = OpenFiles((*self._databases, folder))
         except (OSError, sqlite3.Error) as error:
             db.close()
             raise StoreError(reason(path, error)) from error
@@ -52,6 +55,9 @@ class SQLiteStore:
     @property
     def total(self) -> Usage:
         return self._writer.total
+
+    async def health(self) -> StoreHealth:
+        return await asyncio.to_thread(self._look)
 
     async def insert(self, entry: Entry, state: NewState | None = None) -> None:
         def work(db: sqlite3.Connection) -> bool:
@@ -230,6 +236,15 @@ class SQLiteStore:
         """Finish what was asked for and close the file."""
         await self._writer.close()
         await asyncio.to_thread(self._threads.shutdown)
+
+    def _look(self) -> StoreHealth:
+        fault, num_bytes, free_bytes = self._opened.fault, self._files.num_bytes, 0
+        try:
+            num_bytes += sum(path.stat().st_size for path in self._databases)
+            free_bytes = self._opened.free_bytes
+        except OSError as error:
+            fault = fault or str(error)
+        return StoreHealth(num_bytes, free_bytes, fault)
 
     async def _write(
         self, work: Callable[[sqlite3.Connection], bool], state: NewState | None
