@@ -22,10 +22,10 @@ from server.engine.device import choose_device, choose_dtype, choose_threads, lo
 from server.fronts.carrier import App
 from server.fronts.keeper import FrontFailed, Keeper
 from server.keys import KeyFileError, read_keys
-from server.sessions.sqlite.store import SQLiteStore
+from server.sessions.sqlite.snapshots import offered
+from server.sessions.sqlite.store import STORE_FILE, SQLiteStore
 from server.settings import Settings
 
-STORE_FILE = "sessions.sqlite3"
 LAST_BYTES_S = 10
 """Time for answers that are complete to reach their clients."""
 
@@ -70,11 +70,12 @@ def _serve_on(listeners: Sequence[socket.socket], settings: Settings, started: f
         raise
     config = uvicorn_config(app, settings, LAST_BYTES_S)
     try:
-        if settings.api_workers == 1:
-            _Server(config, partial(drain, app), started).run(list(listeners))
-        else:
-            fronted = _FrontedServer(config, partial(drain, app), started, app, settings)
-            fronted.run(list(listeners))
+        with offered(store, settings.data_dir):
+            if settings.api_workers == 1:
+                _Server(config, partial(drain, app), started).run(list(listeners))
+            else:
+                fronted = _FrontedServer(config, partial(drain, app), started, app, settings)
+                fronted.run(list(listeners))
     except FrontFailed as error:
         raise ServeError(str(error)) from error
 

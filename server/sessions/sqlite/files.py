@@ -6,7 +6,9 @@ over is swept at the next start.
 """
 
 import os
+import shutil
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +25,7 @@ class StateFiles:
         folder.mkdir(0o700, exist_ok=True)
         folder.chmod(0o700)
         if sync:
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
         self._counting = threading.Lock()
         self.num_bytes = sum(path.stat().st_size for path in folder.iterdir())
         """Of all files."""
@@ -42,7 +44,7 @@ class StateFiles:
                     os.fsync(file.fileno())
             unfinished.rename(path)
             if self._sync:
-                _sync_folder(self._folder)
+                sync_folder(self._folder)
             self._count(len(blob))
         except BaseException:
             for left in (unfinished, path):
@@ -69,12 +71,31 @@ class StateFiles:
         """Of all files: state ids, and what was never completed. Raises OSError."""
         return {path.name for path in self._folder.iterdir()}
 
+    def link(self, names: Iterable[str], folder: Path) -> None:
+        """Put these files into another folder of the same disk too, but for those that are not
+        there or unfinished. Raises OSError."""
+        for name in names:
+            if not name.endswith(UNFINISHED):
+                with suppress(FileNotFoundError):
+                    link_or_copy(self._folder / name, folder / name)
+
     def _count(self, num_bytes: int) -> None:
         with self._counting:
             self.num_bytes += num_bytes
 
 
-def _sync_folder(path: Path) -> None:
+def link_or_copy(source: Path, path: Path) -> None:
+    """A hard link, or a copy where there are none. Raises OSError."""
+    try:
+        os.link(source, path)
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError:
+        shutil.copyfile(source, path)
+        path.chmod(0o600)
+
+
+def sync_folder(path: Path) -> None:
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(folder)

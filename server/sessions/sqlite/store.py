@@ -22,6 +22,9 @@ from server.sessions.store import (
     Usage,
 )
 
+STORE_FILE = "sessions.sqlite3"
+"""Of a data folder."""
+
 LARGE_BYTES = 1 << 20
 """Blobs from here on are files: SQLite would write them twice, and erase them page by page."""
 
@@ -40,7 +43,7 @@ class SQLiteStore:
         """Open or create. Raises StoreError for a file that this server cannot use."""
         db = open_store(path, durability)
         try:
-            folder = path.with_name(f"{path.name}-states")
+            folder = states_folder(path)
             self._files = StateFiles(folder, sync=durability == "sync")
             _sweep(db, self._files)
             self._databases = (path, path.with_name(f"{path.name}-wal"))
@@ -48,6 +51,7 @@ class SQLiteStore:
         except (OSError, sqlite3.Error) as error:
             db.close()
             raise StoreError(reason(path, error)) from error
+        self._path = path
         self._writer = Writer(db, self._files)
         self._run = self._writer.run
         self._threads = ThreadPoolExecutor(FILE_THREADS, "state-files")
@@ -58,6 +62,32 @@ class SQLiteStore:
 
     async def health(self) -> StoreHealth:
         return await asyncio.to_thread(self._look)
+
+    def snapshot(self, folder: Path) -> None:
+        """Put everything, as it is at one moment before this returns, into a folder on the same
+        disk, durable or not; commits go on meanwhile.
+
+        No file of a state goes but in the writer's thread, after the commit that gave it up: those
+        that the copied database names are all there at the moment of the copy, and linked then.
+        Blocks, so it is called from another thread than the event loop's. Raises OSError,
+        sqlite3.Error and StorageFailed.
+        """
+        states = states_folder(folder / self._path.name)
+        states.mkdir(0o700)
+        self._files.link(self._files.names(), states)  # most of them, while commits go on
+        named = set[str]()
+
+        def link_rest(db: sqlite3.Connection) -> None:
+            rows = db.execute("SELECT state_id FROM checkpoints WHERE blob IS NULL")
+            named.update(state_id for (state_id,) in rows)
+            self._files.link(named - {path.name for path in states.iterdir()}, states)
+
+        database = folder / self._path.name
+        database.touch(0o600, exist_ok=False)
+        self._writer.copy(database, link_rest)
+        for path in states.iterdir():
+            if path.name not in named:
+                path.unlink()
 
     async def insert(self, entry: Entry, state: NewState | None = None) -> None:
         def work(db: sqlite3.Connection) -> bool:
@@ -265,6 +295,11 @@ class SQLiteStore:
             return await loop.run_in_executor(self._threads, self._files.read, state_id)
         except OSError as error:
             raise storage_error(error) from error
+
+
+def states_folder(path: Path) -> Path:
+    """Where the files of large states are, beside their database."""
+    return path.with_name(f"{path.name}-states")
 
 
 def _sweep(db: sqlite3.Connection, files: StateFiles) -> None:
