@@ -282,6 +282,40 @@ def restore(
         raise fail(error) from error
 
 
+@app.command()
+def erase_model(
+    fingerprint: Annotated[
+        str, typer.Argument(help="The model's fingerprint, or its first twelve digits.")
+    ],
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Erase all sessions and stored responses of one model, while no server runs.
+
+    A server that serves another model says at its start which there are.
+    """
+    import asyncio
+
+    from server.errors import StorageFailed
+    from server.sessions.models import ModelError, described
+    from server.sessions.models import erase_model as run
+    from server.sessions.sqlite.store import STORE_FILE, SQLiteStore
+    from server.sessions.store import StoreError
+
+    async def erase() -> str:
+        if not (data_dir / STORE_FILE).exists():
+            raise StoreError(f"{data_dir / STORE_FILE}: there is no session store")
+        store = SQLiteStore(data_dir / STORE_FILE)
+        try:
+            return described(await run(store, fingerprint))
+        finally:
+            await store.close()
+
+    try:
+        print(f"erased {asyncio.run(erase())}")
+    except (ModelError, StorageFailed, StoreError) as error:
+        raise fail(error) from error
+
+
 def _print_contents(done: str, contents: "Contents") -> None:
     print(
         f"{done} {contents.num_sessions:,} sessions and {contents.num_responses:,} responses with "

@@ -22,6 +22,7 @@ from server.engine.device import choose_device, choose_dtype, choose_threads, lo
 from server.fronts.carrier import App
 from server.fronts.keeper import FrontFailed, Keeper
 from server.keys import KeyFileError, read_keys
+from server.sessions.models import SHORT
 from server.sessions.sqlite.snapshots import offered
 from server.sessions.sqlite.store import STORE_FILE, SQLiteStore
 from server.settings import Settings
@@ -207,7 +208,7 @@ def _facts(settings: Settings, loaded: Checkpoint, device: str) -> str:
     return "\n".join(
         [
             f"model      {settings.served_name}: {network.num_parameters:,} parameters, "
-            f"{settings.checkpoint}",
+            f"{settings.checkpoint}, fingerprint {loaded.fingerprint[:SHORT]}",
             f"device     {device}",
             f"backend    {network.backend}",
             f"session    {state_bytes:,} bytes, at any length",

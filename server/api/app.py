@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI
 
@@ -39,6 +40,7 @@ from server.metrics import Metrics
 from server.sessions.cache import HostCache
 from server.sessions.codec import Codec
 from server.sessions.ledger import Ledger
+from server.sessions.models import SHORT, count_models, described
 from server.sessions.quota import Quota, Quotas
 from server.sessions.store import Store
 from server.sessions.tiers import Tiers
@@ -74,6 +76,7 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: Store) -> Fast
         app.state.service = service
         sweeping = _sweep(service, settings.sweep_interval_s)
         chores = [asyncio.create_task(sweeping)]
+        chores.append(asyncio.create_task(_report_models(store, codec, settings.data_dir)))
         if settings.key_file is not None:
             chores.append(asyncio.create_task(_watch(keys)))
         try:
@@ -180,6 +183,24 @@ async def _recover(ledger: Ledger) -> None:
     else:
         if interrupted:
             log.warning("%d responses in the background were interrupted", interrupted)
+
+
+async def _report_models(store: Store, codec: Codec, data_dir: Path) -> None:
+    """Say which of the stored sessions and responses this model cannot continue."""
+    try:
+        counts = await count_models(store)
+    except StorageFailed as error:
+        log.warning("which models the stored states belong to is not known: %s", error)
+        return
+    for fingerprint, count in counts.items():
+        if fingerprint and fingerprint != codec.fingerprint:
+            log.warning(
+                "kept, but not to be continued by this model (fingerprint %s): %s of the model "
+                "with fingerprint %s; serve that model again, or stop the server and erase them "
+                "with `latentd erase-model %s --data-dir %s`",
+                *(codec.fingerprint[:SHORT], described(count), fingerprint[:SHORT]),
+                *(fingerprint[:SHORT], data_dir),
+            )
 
 
 async def _sweep(service: Service, every_s: float) -> None:

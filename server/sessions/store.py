@@ -117,6 +117,18 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Header:
+    """The beginning of the blob of an entry's present state."""
+
+    number: int
+    """Entries are numbered in the order in which they were made."""
+
+    kind: Kind
+    id: str
+    beginning: bytes
+
+
+@dataclass(frozen=True)
 class StoreHealth:
     """Whether the store can keep what it is given."""
 
@@ -181,6 +193,10 @@ class Store(Protocol):
 
     async def load(self, entry_id: str, turn: int) -> bytes | None:
         """The blob of the state after a turn."""
+
+    async def headers(self, after: int, limit: int) -> Sequence[Header]:
+        """Of the entries that have a state, in the order of their numbers, from behind `after`;
+        each with its header as safetensors have one, or 64 KiB of it."""
 
     async def fork(self, source_id: str, entry: Entry) -> Entry | None:
         """Add an entry that begins with the source's state after the turn `entry.turn`.

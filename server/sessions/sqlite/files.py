@@ -59,6 +59,12 @@ class StateFiles:
         except FileNotFoundError:
             return None
 
+    def beginning(self, state_id: str, most: int) -> bytes:
+        """So many bytes at most; none if there is no such file. Raises OSError."""
+        with suppress(FileNotFoundError), (self._folder / state_id).open("rb") as file:
+            return file.read(most)
+        return b""
+
     def delete(self, state_id: str) -> None:
         """Also of one that is not there. Raises OSError."""
         path = self._folder / state_id

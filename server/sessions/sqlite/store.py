@@ -14,6 +14,7 @@ from server.sessions.sqlite.writer import Writer, storage_error
 from server.sessions.store import (
     Checkpoint,
     Entry,
+    Header,
     KeptAnswer,
     Kind,
     NewState,
@@ -29,6 +30,8 @@ LARGE_BYTES = 1 << 20
 """Blobs from here on are files: SQLite would write them twice, and erase them page by page."""
 
 FILE_THREADS = 2
+DATABASE_FILES = ("", "-wal", "-shm")
+MOST_OF_A_HEADER = 64 << 10
 UNFINISHED = "status IN ('queued', 'in_progress')"
 
 
@@ -46,8 +49,7 @@ class SQLiteStore:
             folder = states_folder(path)
             self._files = StateFiles(folder, sync=durability == "sync")
             _sweep(db, self._files)
-            self._databases = (path, path.with_name(f"{path.name}-wal"))
-            self._opened = OpenFiles((*self._databases, folder))
+            self._opened = OpenFiles((path, path.with_name(f"{path.name}-wal"), folder))
         except (OSError, sqlite3.Error) as error:
             db.close()
             raise StoreError(reason(path, error)) from error
@@ -206,6 +208,29 @@ class SQLiteStore:
         state_id, blob = found
         return await self._read_file(state_id) if blob is None else blob
 
+    async def headers(self, after: int, limit: int) -> Sequence[Header]:
+        def work(db: sqlite3.Connection) -> Sequence[Header]:
+            rows = db.execute(
+                """SELECT number, kind, id, checkpoints.rowid, state_id, typeof(blob) = 'null'
+                FROM entries JOIN checkpoints
+                ON entry_number = number AND checkpoints.turn = entries.turn
+                WHERE number > ? ORDER BY number LIMIT ?""",
+                [after, limit],
+            )
+            return [
+                Header(number, kind, entry_id, beginning(db, rowid, state_id, is_file))
+                for number, kind, entry_id, rowid, state_id, is_file in rows
+            ]
+
+        def beginning(db: sqlite3.Connection, rowid: int, state_id: str, is_file: bool) -> bytes:
+            if is_file:
+                return self._files.beginning(state_id, MOST_OF_A_HEADER)
+            with db.blobopen("checkpoints", "blob", rowid, readonly=True) as blob:
+                size = int.from_bytes(blob.read(8), "little")
+                return blob.read(min(size, MOST_OF_A_HEADER))
+
+        return await self._run(work)
+
     async def fork(self, source_id: str, entry: Entry) -> Entry | None:
         def work(db: sqlite3.Connection) -> Entry | None:
             source = _checkpoint(db, source_id, entry.turn)
@@ -270,7 +295,8 @@ class SQLiteStore:
     def _look(self) -> StoreHealth:
         fault, num_bytes, free_bytes = self._opened.fault, self._files.num_bytes, 0
         try:
-            num_bytes += sum(path.stat().st_size for path in self._databases)
+            databases = (self._path.with_name(self._path.name + end) for end in DATABASE_FILES)
+            num_bytes += sum(path.stat().st_size for path in databases if path.exists())
             free_bytes = self._opened.free_bytes
         except OSError as error:
             fault = fault or str(error)
