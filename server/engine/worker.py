@@ -144,7 +144,8 @@ class Worker:
             self._metrics.damaged_states_total.labels(found="turn").inc()
             self._reader.forget_kept()
             log.error("the state of a running turn is damaged: %s", error)
-            if sequence.is_adopted or sequence.num_generated:
+            is_imported = sequence.request.source is not None and not sequence.is_adopted
+            if sequence.num_generated or not is_imported:
                 return RowDamaged(request_id, str(error))
         return NoProbabilities(request_id)
 

@@ -11,7 +11,7 @@ from server.engine.messages import EngineRequest, Failed, NoProbabilities, RowDa
 from server.engine.steps import FAILED, End, Outcomes, Steps
 from server.engine.text_sequence import TextSequence
 from server.metrics import Metrics
-from tests.server.engine.driver import request
+from tests.server.engine.driver import LIMITS, request
 from tests.server.engine.stepper import Stepper, asked
 
 CHOICES = {
@@ -62,6 +62,22 @@ def test_a_state_that_is_damaged_on_the_way_fails_alone(
     assert undamaged.startswith(stepper.text("bad"))
     assert stepper.text("beside") == expected
     assert stepper.owners() == {}
+
+
+def test_a_damaged_beginning_of_prompts_fails_one_turn_only(checkpoint: Checkpoint) -> None:
+    stepper = Stepper(checkpoint, replace(LIMITS, prefix_cache_bytes=1 << 20))
+    asking = asked("first", 9, 200)
+    expected, first = stepper.turn(asking)
+    kept = stepper.worker._reader._prefixes._kept
+    assert kept
+    for state in kept.values():
+        state[0].fill_(torch.nan)
+    stepper.submit(replace(asking, request_id="second"))
+    stepper.run()
+    assert isinstance(stepper.last("second"), RowDamaged)
+    assert not kept
+    text, last = stepper.turn(replace(asking, request_id="third"))
+    assert (text, last.cached_tokens) == (expected, first.cached_tokens)
 
 
 @pytest.mark.parametrize("method", ["push_plain", "cut", "append"])
