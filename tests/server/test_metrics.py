@@ -109,3 +109,14 @@ def test_servers_in_one_process_count_for_themselves() -> None:
     first, second = Metrics(), Metrics()
     first.prompt_tokens_total.inc(5)
     assert second.registry.get_sample_value("latentd_prompt_tokens_total") == 0
+
+
+def test_the_largest_value_stays() -> None:
+    metrics = Metrics()
+    value = metrics.registry.get_sample_value
+    found = []
+    for number in (0.5, 3.0, 2.0):
+        metrics.state_magnitude.observe(number)
+        found.append(value("latentd_state_magnitude"))
+    assert found == [0.5, 3.0, 3.0]
+    assert value("latentd_state_position") == 0
