@@ -57,6 +57,23 @@ class GroupedHistogram(Collector):
         yield HistogramMetricFamily(self._name, self._text, list(buckets), self._sum)
 
 
+class LargestGauge(Collector):
+    """The largest of the values observed since the start."""
+
+    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
+        self._name = name
+        self._text = text
+        self._largest = 0.0
+        registry.register(self)
+
+    def observe(self, value: float) -> None:
+        self._largest = max(self._largest, value)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """For the registry."""
+        yield GaugeMetricFamily(self._name, self._text, self._largest)
+
+
 class Metrics:
     """All metrics of one server; each attribute has the metric's name without the prefix."""
 
@@ -150,6 +167,28 @@ class Metrics:
         self.event_loop_lag_seconds = self._histogram(
             "event_loop_lag_seconds", "How late the event loop runs what is due."
         )
+        self.ready = self._gauge("ready", "1 while /health/ready answers that all is well, else 0.")
+        self.running_step_seconds = self._gauge(
+            "running_step_seconds", "For how long the engine's present step has run; 0 between two."
+        )
+        self.damaged_states_total = self._counter(
+            "damaged_states_total",
+            "Damaged states: in a turn, in a row on the device between turns, in the store.",
+            "found",
+        )
+        self.state_magnitude = LargestGauge(
+            "latentd_state_magnitude",
+            "Largest absolute value in the states that were sampled, after turns and when idle.",
+            self.registry,
+        )
+        self.state_position = LargestGauge(
+            "latentd_state_position", "Most tokens of the states that were sampled.", self.registry
+        )
+        self.session_commit_failures_total = self._counter(
+            "session_commit_failures_total", "Turns that could not be made durable."
+        )
+        self.store_bytes = self._gauge("store_bytes", "Bytes of the store's files.")
+        self.store_free_bytes = self._gauge("store_free_bytes", "Bytes free on the store's disk.")
         self._begin_at_zero()
 
     def _begin_at_zero(self) -> None:
@@ -158,6 +197,8 @@ class Metrics:
             self.admission_rejections_total.labels(reason=reason)
         for tier in ("device", "host"):
             self.session_evictions_total.labels(tier=tier)
+        for found in ("turn", "idle", "store"):
+            self.damaged_states_total.labels(found=found)
 
     def add_endpoints(self, endpoints: Iterable[str]) -> None:
         """Count the requests of these from zero on."""

@@ -28,13 +28,14 @@ from server.fronts.carrier import App
 from server.fronts.keeper import FrontFailed, Keeper
 from server.keys import KeyFileError, read_keys
 from server.listeners import ListenError, bind, check_certificate, metrics_server, url_of
-from server.sessions.sqlite.store import SQLiteStore
+from server.sessions.models import SHORT
+from server.sessions.sqlite.snapshots import offered
+from server.sessions.sqlite.store import STORE_FILE, SQLiteStore
 from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.telemetry import Telemetry
 
-STORE_FILE = "sessions.sqlite3"
 log = logging.getLogger(__name__)
 LAST_BYTES_S = 10
 """Time for answers that are complete to reach their clients."""
@@ -106,7 +107,8 @@ def _serve_on(
         else:
             server = _FrontedServer(config, partial(drain, app), started, settings, app)
         try:
-            server.run(list(listeners))
+            with offered(store, settings.data_dir):
+                server.run(list(listeners))
         except FrontFailed as error:
             raise ServeError(str(error)) from error
         return server.drain_s
@@ -230,7 +232,7 @@ def _facts(settings: Settings, loaded: Checkpoint, device: str) -> str:
     return "\n".join(
         [
             f"model      {settings.served_name}: {network.num_parameters:,} parameters, "
-            f"{settings.checkpoint}",
+            f"{settings.checkpoint}, fingerprint {loaded.fingerprint[:SHORT]}",
             f"device     {device}",
             f"backend    {network.backend}",
             f"session    {state_bytes:,} bytes, at any length",

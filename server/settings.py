@@ -145,6 +145,13 @@ class Settings(BaseSettings):
         description="Device memory for states after beginnings that prompts have in common, which "
         "are then read once; 0: none.",
     )
+    hung_step_s: Annotated[float, Group.ENGINE] = Field(
+        300.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds after which a step of the engine counts as hung: /health/live fails, "
+        "so that whatever watches the process starts it anew.",
+    )
     request_timeout_s: Annotated[float | None, Group.KEYS] = Field(
         None,
         gt=0,
@@ -221,6 +228,12 @@ class Settings(BaseSettings):
         "sync",
         description="sync: a turn is on the disk before its last event. async: it survives the end "
         "of the process, but the last turns may be lost when the machine loses its power.",
+    )
+    min_free_bytes: Annotated[int, Group.STORAGE] = Field(
+        64 << 20,
+        ge=0,
+        description="Free bytes of the store's disk below which the server is not ready, though it "
+        "goes on; in any case two states.",
     )
     keep_turns: Annotated[int, Group.SESSIONS] = Field(
         8, ge=1, description="Turns of a session whose states are kept, to fork or rewind to."

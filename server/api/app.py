@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -42,6 +43,7 @@ from server.metrics import GatewayMetrics, Metrics
 from server.sessions.cache import HostCache
 from server.sessions.codec import Codec
 from server.sessions.ledger import Ledger
+from server.sessions.models import SHORT, count_models, described
 from server.sessions.quota import Quota, Quotas
 from server.sessions.store import Store
 from server.sessions.tiers import Tiers
@@ -55,6 +57,9 @@ NO_TELEMETRY: Any = {
 
 LAG_INTERVAL_S = 0.1
 """Between two looks at how late the event loop is."""
+
+HEALTH_INTERVAL_S = 1.0
+"""Between two looks at the health, where only its metrics ask for it."""
 
 KEY_FILE_INTERVAL_S = 1.0
 """Between two looks at the key file, which are a stat each while nothing changes."""
@@ -89,6 +94,9 @@ def create_app(
         app.state.service = service
         sweeping = _sweep(service, settings.sweep_interval_s)
         chores = [asyncio.create_task(sweeping), asyncio.create_task(_measure_lag(metrics))]
+        chores.append(asyncio.create_task(_report_models(store, codec, settings.data_dir)))
+        if settings.metrics_address is not None:
+            chores.append(asyncio.create_task(_watch_health(service)))
         if settings.key_file is not None:
             chores.append(asyncio.create_task(_watch(keys)))
         try:
@@ -202,6 +210,13 @@ async def _measure_lag(metrics: Metrics) -> None:
         metrics.event_loop_lag_seconds.observe(max(0.0, loop.time() - due))
 
 
+async def _watch_health(service: Service) -> None:
+    """Keep the metrics of health fresh where no request asks for them, for ever."""
+    while True:
+        await health.find_trouble(service)
+        await asyncio.sleep(HEALTH_INTERVAL_S)
+
+
 async def _watch(keys: KeyRing) -> None:
     """Take up what changes in the key file, for ever."""
     while True:
@@ -218,6 +233,24 @@ async def _recover(ledger: Ledger) -> None:
     else:
         if interrupted:
             log.warning("%d responses in the background were interrupted", interrupted)
+
+
+async def _report_models(store: Store, codec: Codec, data_dir: Path) -> None:
+    """Say which of the stored sessions and responses this model cannot continue."""
+    try:
+        counts = await count_models(store)
+    except StorageFailed as error:
+        log.warning("which models the stored states belong to is not known: %s", error)
+        return
+    for fingerprint, count in counts.items():
+        if fingerprint and fingerprint != codec.fingerprint:
+            log.warning(
+                "kept, but not to be continued by this model (fingerprint %s): %s of the model "
+                "with fingerprint %s; serve that model again, or stop the server and erase them "
+                "with `latentd erase-model %s --data-dir %s`",
+                *(codec.fingerprint[:SHORT], described(count), fingerprint[:SHORT]),
+                *(fingerprint[:SHORT], data_dir),
+            )
 
 
 async def _sweep(service: Service, every_s: float) -> None:

@@ -216,9 +216,19 @@ class Failed:
 
 @dataclass(frozen=True)
 class NoProbabilities:
-    """The model's output was no numbers: the state is damaged, or the model. Nothing is kept."""
+    """The model's output was no numbers: it can make nothing of the state that the turn began with,
+    or is damaged itself. Nothing is kept."""
 
     request_id: str
+
+
+@dataclass(frozen=True)
+class RowDamaged:
+    """The turn's state is no longer made of numbers, though it was at its beginning. Nothing is
+    kept."""
+
+    request_id: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -246,7 +256,7 @@ class RowGivenUp:
     or released."""
 
 
-Ending = Finished | Failed | NoProbabilities | GrammarFailed | DeadlinePassed
+Ending = Finished | Failed | NoProbabilities | RowDamaged | GrammarFailed | DeadlinePassed
 """What a request ends with."""
 
 Event = PromptScored | TextDelta | Ending

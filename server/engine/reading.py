@@ -72,6 +72,11 @@ class PromptReader:
         """All sequences have ended."""
         self._prefixes.forget_readers()
 
+    def forget_kept(self) -> None:
+        """Give up the states that were kept for later prompts: one of them may be damaged."""
+        self._prefixes.forget_kept()
+        self._metrics.prefix_cache_bytes.set(0)
+
     def _keep(self, sequence: Sequence) -> None:
         """Keep the state for later prompts, and give it to those that wait for it."""
         state = self._pool.read_row(self._row(sequence))

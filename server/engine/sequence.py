@@ -34,6 +34,9 @@ class Sequence:
         self.position = start.position + len(request.token_ids)
         """Tokens of the sequence, those unread included."""
 
+        self.is_adopted = False
+        """Whether it goes on in the row where the turn before it ended."""
+
         self.num_generated = 0
         self.num_in_flight = 0
         """Steps that were launched for it and whose tokens are not known yet."""

@@ -49,6 +49,14 @@ DESIGN = {
     "session_state_bytes": ("gauge", ()),
     "session_bytes": ("gauge", ("tier",)),
     "model_info": ("gauge", ("model", "fingerprint", "device")),
+    "ready": ("gauge", ()),
+    "running_step_seconds": ("gauge", ()),
+    "damaged_states_total": ("counter", ("found",)),
+    "state_magnitude": ("gauge", ()),
+    "state_position": ("gauge", ()),
+    "session_commit_failures_total": ("counter", ()),
+    "store_bytes": ("gauge", ()),
+    "store_free_bytes": ("gauge", ()),
 }
 
 
@@ -187,3 +195,14 @@ def test_gateways_find_the_names_that_they_know(accept: str) -> None:
     ):
         assert f'vllm:{name}{{model_name="tiny"}} {value}' in lines
         assert f"# TYPE vllm:{name} gauge" in lines
+
+
+def test_the_largest_value_stays() -> None:
+    metrics = Metrics()
+    value = metrics.registry.get_sample_value
+    found = []
+    for number in (0.5, 3.0, 2.0):
+        metrics.state_magnitude.observe(number)
+        found.append(value("latentd_state_magnitude"))
+    assert found == [0.5, 3.0, 3.0]
+    assert value("latentd_state_position") == 0

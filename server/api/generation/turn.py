@@ -29,6 +29,7 @@ from server.engine.messages import (
     GrammarFailed,
     NoProbabilities,
     PromptScored,
+    RowDamaged,
     StoredState,
     TextDelta,
 )
@@ -37,6 +38,7 @@ from server.errors import (
     InternalError,
     InvalidRequest,
     ShuttingDown,
+    StateDamaged,
     StorageFailed,
 )
 from server.metrics import exemplar
@@ -124,8 +126,8 @@ class AdmittedTurn:
         """What happens until every choice has finished, each with the index of its choice: all that
         waits at once, or None when nothing has happened for `silence_s`.
 
-        Raises DeadlineExceeded, InvalidRequest for a grammar's dead end, InternalError, what
-        `LedgerTurn.damaged` returns, and ShuttingDown.
+        Raises DeadlineExceeded, InvalidRequest for a grammar's dead end, InternalError,
+        StateDamaged, what `LedgerTurn.damaged` returns, and ShuttingDown.
         """
         while self._running:
             if not await self._queue.wait(silence_s):
@@ -145,6 +147,8 @@ class AdmittedTurn:
                     raise self._opened.damaged(
                         "the model gives no probabilities for the next token"
                     )
+                case RowDamaged(_, reason):
+                    raise StateDamaged(reason)
                 case GrammarFailed(_, reason):
                     raise InvalidRequest(
                         f"the text cannot be completed: {reason}", None, "grammar_failed"
