@@ -15,7 +15,7 @@ import torch
 import typer
 
 from model import PRETRAINED, checkpoint
-from model.network import LanguageModel
+from model.heinsen.network import LanguageModel
 from server.engine.device import choose_threads
 
 CHUNK_TOKENS = 2048

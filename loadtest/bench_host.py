@@ -16,9 +16,9 @@ from unittest.mock import patch
 import torch
 
 from model import PRETRAINED, checkpoint
-from model.decoding import Decoded, DecodeInput, Done
-from model.network import LanguageModel
-from model.sampling import SamplingParams
+from model.decoding.decoder import Decoded, DecodeInput, Done
+from model.decoding.sampling import SamplingParams
+from model.heinsen.network import LanguageModel
 from model.state import StatePool
 from server.engine.inbox import Inbox
 from server.engine.messages import Continuation, EngineRequest, Event, RowGivenUp, Submit

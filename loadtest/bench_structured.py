@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from loadtest.bench_http import BareEngine
-from model.grammar import Grammar, GrammarCompiler, GrammarSpec
+from model.decoding.grammar import Grammar, GrammarCompiler, GrammarSpec
 
 ITEM = {
     "type": "object",

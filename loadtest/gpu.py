@@ -32,10 +32,10 @@ from torch import Tensor  # noqa: E402
 
 from loadtest.log_space import LogSpaceForm  # noqa: E402
 from model import WeightDtype  # noqa: E402
-from model.config import ModelConfig  # noqa: E402
-from model.decoding import DecodeInput  # noqa: E402
-from model.network import LanguageModel  # noqa: E402
-from model.sampling import RecentTokens, SampledRow, SamplingParams  # noqa: E402
+from model.decoding.decoder import DecodeInput  # noqa: E402
+from model.decoding.sampling import RecentTokens, SampledRow, SamplingParams  # noqa: E402
+from model.heinsen.config import ModelConfig  # noqa: E402
+from model.heinsen.network import LanguageModel  # noqa: E402
 from model.state import StatePool  # noqa: E402
 from model.transfer import new_transfer  # noqa: E402
 

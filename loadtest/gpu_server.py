@@ -19,9 +19,9 @@ from loadtest.bench_http import server
 from loadtest.front_client import Report
 from loadtest.front_server import MARK
 from model import WeightDtype, checkpoint
-from model.network import LanguageModel
-from model.sampling import SamplingParams
-from model.tokenizer import Tokenizer
+from model.decoding.sampling import SamplingParams
+from model.heinsen.network import LanguageModel
+from model.text.tokenizer import Tokenizer
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import Continuation, EngineRequest, Event, Finished, RowGivenUp
 from server.metrics import Metrics

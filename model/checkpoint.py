@@ -17,12 +17,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from model import WeightDtype, tokenizer
-from model.config import EXTENSIONS, ModelConfig, describe
+from model import WeightDtype
 from model.files import write_file
-from model.network import LanguageModel
+from model.heinsen.config import EXTENSIONS, ModelConfig, describe
+from model.heinsen.network import LanguageModel
 from model.state import StateSpec
-from model.tokenizer import Tokenizer, TokenizerError
+from model.text import tokenizer
+from model.text.tokenizer import Tokenizer, TokenizerError
 
 CONFIG, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = (
     "config.json",

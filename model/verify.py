@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model import checkpoint
-from model.attention import Attention, chunked, quadratic
-from model.config import ModelConfig
-from model.network import LanguageModel, NetworkState
+from model.heinsen.attention import Attention, chunked, quadratic
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel, NetworkState
 
 LOGITS_TOLERANCE = 2e-5
 """Absolute."""

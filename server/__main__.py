@@ -163,7 +163,7 @@ def generate(
 ) -> None:
     """Write a continuation of a text to the terminal, without a server."""
     from model.checkpoint import CheckpointError
-    from model.sampling import SamplingParams
+    from model.decoding.sampling import SamplingParams
     from server.engine.device import DeviceError
     from server.generate import GenerateError
     from server.generate import generate as run
@@ -261,7 +261,7 @@ def import_checkpoint(
     from pydantic import ValidationError
 
     from model.checkpoint import CheckpointError, import_state_dict
-    from model.config import ModelConfig, describe
+    from model.heinsen.config import ModelConfig, describe
 
     try:
         config = ModelConfig(

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from model import WeightDtype
-from model.sampling import SamplingParams
+from model.decoding.sampling import SamplingParams
 from server.engine.device import choose_device, choose_dtype, choose_threads, load
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import (

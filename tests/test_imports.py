@@ -46,10 +46,10 @@ MAY_IMPORT = {
 
 ONLY_IN = {
     "torch": ("model", "server.engine"),
-    "triton": ("model.kernels",),
-    "numba": ("model.cpu",),
-    "llvmlite": ("model.cpu",),
-    "llguidance": ("model.grammar",),
+    "triton": ("model.kernels.cuda", "model.heinsen.cuda", "model.decoding.cuda"),
+    "numba": ("model.kernels.cpu", "model.heinsen.cpu", "model.decoding.cpu"),
+    "llvmlite": ("model.kernels.cpu",),
+    "llguidance": ("model.decoding.grammar",),
     "fastapi": ("server.api",),
     "starlette": ("server.api",),
     "httpx": ("server.cli.client",),
@@ -116,14 +116,14 @@ def late():
     found = ["a.b", "c", "p.q.e", "p.q.f.g", "p.h.i.j", "k.l", "m", "p.n"]
     assert list(imports("p.q.r", source, False)) == found
     assert list(imports("p.q", "from . import e\nfrom .. import n", True)) == ["p.q.e", "p.n"]
-    assert {"model.attention", "server.engine.engine", "server", "server.__main__"} <= set(MODULES)
+    assert {"model.state", "server.engine.engine", "server", "server.__main__"} <= set(MODULES)
 
 
 @pytest.mark.parametrize(
     ("module", "imported", "allowed"),
     [
-        ("model.network", "server.errors.NotFound", False),
-        ("model.network", "model.state.StatePool", True),
+        ("model.heinsen.network", "server.errors.NotFound", False),
+        ("model.heinsen.network", "model.state.StatePool", True),
         ("server.settings", "model.PRETRAINED", True),
         ("server.settings", "model.checkpoint.load", False),
         ("server.errors", "server.settings.Settings", False),

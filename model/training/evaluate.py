@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import typer
 
 from model import WeightDtype, checkpoint
-from model.network import LanguageModel
-from model.tokenizer import Tokenizer
+from model.heinsen.network import LanguageModel
+from model.text.tokenizer import Tokenizer
 from model.training.corpus import read_documents
 
 LANES = 16

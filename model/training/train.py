@@ -28,10 +28,11 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from model import checkpoint, tokenizer
-from model.config import ModelConfig
-from model.network import LanguageModel
-from model.tokenizer import Tokenizer
+from model import checkpoint
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
+from model.text import tokenizer
+from model.text.tokenizer import Tokenizer
 from model.training.corpus import IGNORED, Lanes, read_documents
 from model.training.evaluate import bits_per_byte
 from model.training.requests import CHAT_TEMPLATE

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from model.checkpoint import Checkpoint
-from model.grammar import GrammarCompiler
+from model.decoding.grammar import GrammarCompiler
 from server import __version__
 from server.api import (
     chat,

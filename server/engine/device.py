@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from model import WeightDtype, checkpoint, sampling
+from model import WeightDtype, checkpoint
 from model.checkpoint import Checkpoint
-from model.network import LanguageModel
+from model.decoding import sampling
+from model.heinsen.network import LanguageModel
 
 FEW_BYTES = 128 << 20
 """Weights that a thread reads in a few milliseconds. For fewer, a second thread of a step is more
@@ -65,8 +66,8 @@ def load(
 
 def _compilation_reported(report: Callable[[str], None]) -> AbstractContextManager[None]:
     try:
-        from model.cpu.compilation import target, watch
-        from model.cpu.functions import CACHE
+        from model.kernels.cpu.compilation import target, watch
+        from model.kernels.cpu.functions import CACHE
     except ImportError:  # without Numba nothing is compiled
         return nullcontext()
     ending = "kept for the next start" if CACHE else "not kept: set NUMBA_CACHE_DIR to a folder"

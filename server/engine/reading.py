@@ -4,8 +4,8 @@ from collections.abc import Sequence as Row
 
 import torch
 
-from model.attention import CHUNK
-from model.network import LanguageModel
+from model.heinsen.attention import CHUNK
+from model.heinsen.network import LanguageModel
 from model.state import RowState, StatePool
 from server.engine.prefixes import SharedPrefixes
 from server.engine.sequence import Sequence

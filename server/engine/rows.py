@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 
-from model.network import LanguageModel
+from model.heinsen.network import LanguageModel
 from model.transfer import Export, new_transfer
 from server.engine.messages import EngineRequest, Finished
 from server.engine.slots import Slots

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model import checkpoint, tokenizer
+from model import checkpoint
 from model.checkpoint import CheckpointError
-from model.config import ModelConfig
-from model.network import LanguageModel
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
+from model.text import tokenizer
 
 CPU = torch.device("cpu")
 Weights = dict[str, Tensor]

@@ -5,8 +5,8 @@ import struct
 import pytest
 import torch
 
-from model.config import ModelConfig
-from model.network import LanguageModel
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
 from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
 
 SPEC = StateSpec(

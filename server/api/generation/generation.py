@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from model.sampling import SamplingParams, derive_seed
+from model.decoding.sampling import SamplingParams, derive_seed
 from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.generation import SamplingRequest
 from server.api.service import Service

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from model.tokenizer import TooManyTokens
+from model.text.tokenizer import TooManyTokens
 from server.api.conversation import Said, UnfitMessages
 from server.api.generation.generation import check_ids, too_long
 from server.api.schemas.chat import Message

@@ -13,9 +13,10 @@ import typer
 from torch import Tensor
 from typer.testing import CliRunner
 
-from model import checkpoint, tokenizer
-from model.config import ModelConfig
-from model.network import LanguageModel
+from model import checkpoint
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
+from model.text import tokenizer
 from model.training import requests, train
 from model.training.evaluate import bits_per_byte
 from model.training.train import Recipe, Schedule, Trainer, encode_documents

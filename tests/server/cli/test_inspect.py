@@ -16,7 +16,7 @@ from typer.testing import Result
 
 from model import PRETRAINED
 from model.checkpoint import Outline, read_outline
-from model.sampling import RecentTokens
+from model.decoding.sampling import RecentTokens
 from server.sessions.codec import BlobError, Codec, SessionState, read
 from tests.server.cli.commands import latentd, refused
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from model.decoding import Decoded, DecodeInput, DirectDecoder, Done
-from model.network import LanguageModel
+from model.decoding.decoder import Decoded, DecodeInput, DirectDecoder, Done
+from model.heinsen.network import LanguageModel
 from model.state import StatePool
 from model.transfer import DirectTransfer
 

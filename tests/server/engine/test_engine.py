@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.sampling import SamplingParams
+from model.decoding.sampling import SamplingParams
 from model.state import StatePool
 from server.engine.messages import (
     Continuation,

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from model import checkpoint as checkpoints
-from model import kernels
 from model.checkpoint import Checkpoint
-from model.sampling import SamplingParams
+from model.decoding.sampling import SamplingParams
+from model.kernels import cuda
 from server.engine.messages import EngineRequest
 from tests.server.engine.driver import LIMITS, request, stored
 from tests.server.engine.stepper import Stepper
@@ -28,7 +28,7 @@ def asked(name: str, num_prompt: int, **changes: object) -> EngineRequest:
 
 @pytest.mark.gpu
 @pytest.mark.long
-@pytest.mark.skipif(not kernels.is_available(), reason="needs Triton")
+@pytest.mark.skipif(not cuda.is_available(), reason="needs Triton")
 def test_turns_are_those_of_the_compiled_network(fused: Checkpoint, checkpoint: Checkpoint) -> None:
     """Streams, a session with its next turn from bytes, penalties and probabilities together."""
     first = [

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from model.checkpoint import Checkpoint
-from model.grammar import GrammarCompiler, GrammarSpec
-from model.sampling import SamplingParams
+from model.decoding.grammar import GrammarCompiler, GrammarSpec
+from model.decoding.sampling import SamplingParams
 from server.engine.messages import EngineRequest, Finished, TextDelta, Token
 from tests.server.engine.driver import following, request, stored
 from tests.server.engine.stepper import Stepper

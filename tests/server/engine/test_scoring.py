@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.logprobs import score
-from model.sampling import SamplingParams
+from model.decoding.logprobs import score
+from model.decoding.sampling import SamplingParams
 from model.state import StatePool
 from server.engine.messages import (
     Continuation,
@@ -341,7 +341,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, start: int, ids: Row[int]) -> None
         del logits
         return [ids[row.position - start] for row in rows]
 
-    monkeypatch.setattr("model.decoding.sample", choose)
+    monkeypatch.setattr("model.decoding.decoder.sample", choose)
 
 
 @pytest.mark.parametrize(
@@ -477,7 +477,7 @@ def test_rows_that_do_not_ask_are_not_copied_or_scored(
         rows.append(len(logits))
         return score(logits, ids, num_top)
 
-    monkeypatch.setattr("model.decoding.score", counted)
+    monkeypatch.setattr("model.decoding.decoder.score", counted)
     stepper.submit(*(request(f"plain-{i}", 3, max_tokens=5) for i in range(3)))
     stepper.run()
     assert rows == []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint
-from model.sampling import SamplingParams
+from model.decoding.sampling import SamplingParams
 from server.engine.messages import EngineRequest, Failed, NoProbabilities, StoredState
 from server.engine.steps import FAILED, End, Outcomes, Steps
 from server.engine.text_sequence import TextSequence

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint
-from model.grammar import Grammar, GrammarCompiler, GrammarSpec
-from model.grammar.vocabulary import NO_WAY_ON
-from model.sampling import SamplingParams
+from model.decoding.grammar import Grammar, GrammarCompiler, GrammarSpec
+from model.decoding.grammar.vocabulary import NO_WAY_ON
+from model.decoding.sampling import SamplingParams
 from server.engine.messages import (
     EngineRequest,
     Finished,
