@@ -18,7 +18,8 @@ from torch import Tensor
 from model import checkpoint
 from model.heinsen.attention import Attention, chunked, quadratic
 from model.heinsen.config import ModelConfig
-from model.heinsen.network import LanguageModel, NetworkState
+from model.heinsen.layers import NetworkState
+from model.heinsen.network import LanguageModel
 
 LOGITS_TOLERANCE = 2e-5
 """Absolute."""

@@ -43,7 +43,7 @@ def generate(
     report = partial(print, file=sys.stderr, flush=True)
     loaded = load(folder, device, choose_dtype(dtype, device), report)
     choose_threads(threads, loaded.network)
-    bos = loaded.network.config.bos_token_id
+    bos = loaded.network.bos
     token_ids = (*([] if bos is None else [bos]), *loaded.tokenizer.encode(prompt))
     if not token_ids:
         raise GenerateError("the prompt is empty and the model has no token to begin with")

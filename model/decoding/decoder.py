@@ -9,16 +9,14 @@ after its last token can be had again.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from model.decoding.logprobs import Scored, score
 from model.decoding.sampling import SampledRow, prepare, sample
+from model.network import Network
 from model.state import StatePool
-
-if TYPE_CHECKING:
-    from model.heinsen.network import LanguageModel
 
 MOST_ENDS = 8
 """Tokens that may end a row's text if its next step is to be launched ahead."""
@@ -97,7 +95,7 @@ class DirectDecoder:
 
     runs_ahead = False
 
-    def __init__(self, network: "LanguageModel", pool: StatePool) -> None:
+    def __init__(self, network: Network, pool: StatePool) -> None:
         self._network = network
         self._pool = pool
 
@@ -125,7 +123,7 @@ class DirectDecoder:
             raise ValueError("no step runs ahead here: every row is given its token")
         if len(reading) == len(inputs):
             return network.step(torch.tensor(ids), pool, [each.row for each in inputs])
-        logits = torch.empty(len(inputs), network.config.vocab_sz, device=pool.device)
+        logits = torch.empty(len(inputs), network.vocab_size, device=pool.device)
         resuming = [i for i, each in enumerate(inputs) if each.resumes]
         logits[resuming] = network.logits(pool, [inputs[i].row for i in resuming])
         if reading:

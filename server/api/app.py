@@ -63,7 +63,7 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: Store) -> Fast
     """
     metrics, keys, limiter = Metrics(), KeyRing(settings), Limiter(settings)
     network = checkpoint.network
-    codec = Codec(checkpoint.fingerprint, network.state_spec.tensors, network.config.vocab_sz)
+    codec = Codec(checkpoint.fingerprint, network.state_spec.tensors, network.vocab_size)
     conversation = _conversation(checkpoint)
 
     @asynccontextmanager
@@ -149,19 +149,19 @@ def _conversation(checkpoint: Checkpoint) -> Conversation | None:
     """Raises TemplateFault."""
     if checkpoint.chat_template is None:
         return None
-    config = checkpoint.network.config
-    ends = config.eos_token_ids
+    network = checkpoint.network
+    ends = network.eos
     return Conversation(
         checkpoint.chat_template,
         checkpoint.tokenizer,
-        config.bos_token_id,
+        network.bos,
         ends[0] if ends else None,
     )
 
 
 def _grammars(checkpoint: Checkpoint) -> GrammarCompiler:
-    config = checkpoint.network.config
-    return GrammarCompiler(checkpoint.tokenizer, config.vocab_sz, config.eos_token_ids)
+    network = checkpoint.network
+    return GrammarCompiler(checkpoint.tokenizer, network.vocab_size, network.eos)
 
 
 async def _watch(keys: KeyRing) -> None:

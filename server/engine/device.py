@@ -9,7 +9,7 @@ import torch
 from model import WeightDtype, checkpoint
 from model.checkpoint import Checkpoint
 from model.decoding import sampling
-from model.heinsen.network import LanguageModel
+from model.network import Network
 
 FEW_BYTES = 128 << 20
 """Weights that a thread reads in a few milliseconds. For fewer, a second thread of a step is more
@@ -37,7 +37,7 @@ def choose_dtype(asked: WeightDtype | None, device: torch.device) -> WeightDtype
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def choose_threads(threads: int | None, network: LanguageModel) -> str:
+def choose_threads(threads: int | None, network: Network) -> str:
     """Set the number of CPU threads of this process: as asked for, or one for a small network.
 
     Returns the number in words.

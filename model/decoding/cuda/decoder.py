@@ -14,8 +14,8 @@ from model.decoding.cuda.table import SamplerTable
 from model.decoding.decoder import Decoded, DecodeInput
 from model.decoding.logprobs import Scored, score
 from model.decoding.sampling import SampledRow, sample
-from model.heinsen.cuda.serving import FusedNetwork
 from model.kernels.cuda.graphs import Aside, Moment, Recorder, Work, host_buffer, move, to_device
+from model.network import Recordable
 from model.state import StatePool
 
 MOST_UNDER_WAY = 2
@@ -60,12 +60,12 @@ class GraphDecoder:
 
     runs_ahead = True
 
-    def __init__(self, network: FusedNetwork, pool: StatePool, most_rows: int) -> None:
+    def __init__(self, network: Recordable, pool: StatePool, most_rows: int) -> None:
         self._network = network
         self._pool = pool
         self._device = pool.device
         self._table = SamplerTable(pool.num_rows, pool.device)
-        self._logits = torch.empty(most_rows, network.config.vocab_sz, device=pool.device)
+        self._logits = torch.empty(most_rows, network.vocab_size, device=pool.device)
         self._sizes = batch_sizes(most_rows)
         self._steps: dict[int, Step] = {}
         self._recorder = Recorder(pool.device)

@@ -1,7 +1,6 @@
 """A network's `prefill` and `step`, compiled for the CPU."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,12 +9,11 @@ from torch import Tensor, nn
 
 from model.heinsen.config import DECAY_RANK
 from model.heinsen.cpu import step
+from model.heinsen.layers import Layer, Parts
 from model.kernels.cpu.team import run_team
 from model.kernels.linear import PackedLinear
+from model.network import TakeLogits
 from model.state import StatePool
-
-if TYPE_CHECKING:
-    from model.heinsen.network import LanguageModel, Layer, TakeLogits
 
 MOST_TOKENS = 512
 """Tokens that go through the network at once: bounds the memory, fills the processor."""
@@ -31,7 +29,7 @@ class CompiledNetwork:
     May be called from several threads at once, for different rows.
     """
 
-    def __init__(self, network: "LanguageModel", unembed: PackedLinear) -> None:
+    def __init__(self, network: Parts, unembed: PackedLinear) -> None:
         """The network's linear maps are `PackedLinear`; its tensors must not move any more."""
         self._kept: list[object] = [network.embed.weight, unembed]
         self._vocab_sz = network.config.vocab_sz
@@ -74,7 +72,7 @@ class CompiledNetwork:
 
     def prefill(
         self, token_ids: Tensor, lengths: Sequence[int], pool: StatePool, rows: Sequence[int],
-        scored: "Mapping[int, TakeLogits]",
+        scored: Mapping[int, TakeLogits],
     ) -> None:  # fmt: skip
         """`LanguageModel.prefill`: token_ids `[batch, tokens]`, of which `lengths[i]` count."""
         share = max(1, (MOST_SCORED if scored else MOST_TOKENS) // len(rows))
@@ -135,9 +133,7 @@ class CompiledNetwork:
             a[place] = 0 if tensor is None else tensor.data_ptr()
         return a
 
-    def _fixed_arguments(
-        self, network: "LanguageModel", unembed: PackedLinear
-    ) -> NDArray[np.int64]:
+    def _fixed_arguments(self, network: Parts, unembed: PackedLinear) -> NDArray[np.int64]:
         c = network.config
         layers = [
             (
@@ -160,7 +156,7 @@ class CompiledNetwork:
         a[step.LAYER_TABLE] = self._table(layers)
         return a
 
-    def _extensions(self, layer: "Layer") -> tuple[int, ...]:
+    def _extensions(self, layer: Layer) -> tuple[int, ...]:
         """What `step.LAYER_FIELDS` says of them."""
         none = (0, 0, 0)
         self._kept.append(layer.mix)

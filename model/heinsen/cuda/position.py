@@ -1,4 +1,4 @@
-"""The recurrence of latent positions in Triton: `heinsen.network.LatentPosition`, and its sum with
+"""The recurrence of latent positions in Triton: `heinsen.layers.LatentPosition`, and its sum with
 the embedding.
 
 h_t = logaddexp(logsigmoid(a_t) + h_{t-1}, b_t), all in float64: where gates forget nothing, h is a

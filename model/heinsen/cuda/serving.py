@@ -1,21 +1,20 @@
 """The network that serves on a GPU: all of its computing is in the kernels."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model.heinsen.attention import CHUNK, AttentionState
 from model.heinsen.cuda import attention, position
+from model.heinsen.layers import Layer, Parts
 from model.kernels.cuda import linear
 from model.kernels.cuda.graphs import move, to_device
 from model.kernels.cuda.rows import write_rows
 from model.kernels.linear import NarrowLinear
+from model.network import TakeLogits
 from model.state import StatePool
-
-if TYPE_CHECKING:
-    from model.heinsen.network import LanguageModel, Layer, TakeLogits
 
 
 class Product(NamedTuple):
@@ -41,7 +40,7 @@ class Block(NamedTuple):
     merge: Product
 
     @staticmethod
-    def of(layer: "Layer") -> "Block":
+    def of(layer: Layer) -> "Block":
         return Block(
             _norm(layer.feedforward1[0]),
             Product.of(layer.feedforward1[1]),
@@ -53,10 +52,10 @@ class Block(NamedTuple):
 class FusedNetwork:
     """Four launches a layer. Rows of a pool are read and written in place."""
 
-    def __init__(self, network: "LanguageModel", unembed: NarrowLinear) -> None:
+    def __init__(self, network: Parts, unembed: NarrowLinear) -> None:
         """The network's linear maps are `NarrowLinear`."""
         c = network.config
-        self.config = c
+        self.config, self.vocab_size = c, c.vocab_sz
         self._spec = network.state_spec
         self._embed = network.embed.weight
         self._position = Product.of(network.embed_pos.dense)
@@ -96,7 +95,7 @@ class FusedNetwork:
 
     def prefill(
         self, token_ids: Tensor, lengths: Sequence[int], pool: StatePool, rows: Sequence[int],
-        scored: "Mapping[int, TakeLogits]",
+        scored: Mapping[int, TakeLogits],
     ) -> None:  # fmt: skip
         """`LanguageModel.prefill`: token_ids `[batch, tokens]`, of which `lengths[i]` count."""
         index, counts = self._index(pool, rows), to_device(lengths, torch.int32, pool.device)

@@ -163,7 +163,7 @@ def check_model(service: Service, name: str | None) -> None:
 
 def check_ids(service: Service, token_ids: Sequence[int], param: str) -> None:
     """Raises InvalidRequest for a token that the model does not have."""
-    vocab_sz = service.checkpoint.network.config.vocab_sz
+    vocab_sz = service.checkpoint.network.vocab_size
     largest = max(token_ids, default=0)
     if largest >= vocab_sz:
         raise InvalidRequest(f"token id {largest} is not below {vocab_sz}", param)
@@ -244,7 +244,7 @@ def _sampling(service: Service, body: SamplingRequest) -> SamplingParams:
 
 
 def _logit_bias(service: Service, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
-    vocab_sz = service.checkpoint.network.config.vocab_sz
+    vocab_sz = service.checkpoint.network.vocab_size
     for key in biases:
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_sz):
             raise InvalidRequest(

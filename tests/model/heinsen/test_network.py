@@ -16,7 +16,8 @@ from torch import Tensor
 
 from model.heinsen.attention import Attention, AttentionState, chunked, quadratic
 from model.heinsen.config import ModelConfig
-from model.heinsen.network import LanguageModel, NetworkState
+from model.heinsen.layers import NetworkState
+from model.heinsen.network import LanguageModel
 from model.state import StatePool
 
 VECTORS = Path(__file__).parents[2] / "vectors"

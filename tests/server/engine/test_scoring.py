@@ -34,7 +34,7 @@ EOS = 0
 
 @pytest.fixture
 def stepper(checkpoint: Checkpoint) -> Stepper:
-    assert checkpoint.network.config.eos_token_ids == (EOS,)
+    assert checkpoint.network.eos == (EOS,)
     return Stepper(checkpoint, SMALL)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from model.decoding.cuda.decoder import GraphDecoder, batch_sizes
 from model.decoding.decoder import Decoded, DecodeInput, DirectDecoder, Launched
+from model.decoding.decoders import new_decoder
 from model.decoding.sampling import RecentTokens, SampledRow, SamplingParams
 from model.heinsen.network import LanguageModel
 from model.state import StatePool
@@ -38,7 +39,7 @@ class Pair:
             self.pool.poison(row)
         for row in ROWS:
             self.pool.reset(row)
-        decoder = self.network.new_decoder(self.pool, most_rows)
+        decoder = new_decoder(self.network, self.pool, most_rows)
         assert isinstance(decoder, GraphDecoder)
         self.decoder = decoder
 
@@ -186,4 +187,4 @@ def test_there_is_a_step_for_every_batch(most: int) -> None:
 
 def test_networks_without_kernels_compute_at_once() -> None:
     network = LanguageModel(TINY)
-    assert isinstance(network.new_decoder(network.new_pool(1), 1), DirectDecoder)
+    assert isinstance(new_decoder(network, network.new_pool(1), 1), DirectDecoder)

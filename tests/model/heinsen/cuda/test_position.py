@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.heinsen.cuda.position import scan, step
-from model.heinsen.network import LatentPosition
+from model.heinsen.layers import LatentPosition
 
 D_EMB, VOCAB, POOL = 44, 11, 6
 EACH_SIZE = [(1, 1), (3, 63), (2, 64), (2, 65), (1, 200)]
