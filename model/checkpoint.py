@@ -125,12 +125,21 @@ def save(
 
 
 def import_state_dict(
-    file: Path, out: Path, config: ModelConfig, tokenizer_file: Path, template_file: Path | None
+    file: Path,
+    out: Path,
+    arguments: Mapping[str, object],
+    tokenizer_file: Path,
+    template_file: Path | None,
 ) -> None:
     """Make a checkpoint from a state dict of the reference implementation.
 
-    Nothing is written unless everything fits together. Raises CheckpointError.
+    `arguments` are those of ModelConfig. Nothing is written unless everything fits together.
+    Raises CheckpointError.
     """
+    try:
+        config = ModelConfig.model_validate(arguments)
+    except ValidationError as error:
+        raise CheckpointError(describe(error)) from error
     try:
         network = build(config, read_weights(file), file, torch.device("cpu"))
         words = check_tokenizer(tokenizer.read(tokenizer_file), config, tokenizer_file)

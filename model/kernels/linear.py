@@ -49,7 +49,7 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: WeightDtype) -> None:
-        from model.heinsen.cpu.step import product_function
+        from model.kernels.cpu.linear import product_function
         from model.kernels.cpu.products import BLOCK
 
         super().__init__()
@@ -67,15 +67,16 @@ class PackedLinear(nn.Module):
         return self.weight.data_ptr(), scale, bias
 
     def forward(self, x: Tensor) -> Tensor:
+        from model.kernels.cpu.linear import PRODUCT
         from model.kernels.cpu.team import run_team
 
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.num_outputs)
         if y.numel():
             rows = x.numel() // self.num_inputs
-            places = (*self.addresses, x.data_ptr(), y.data_ptr(), 0, 0, 0)
             sizes = (rows, self.num_inputs, self.num_outputs)
-            run_team(self._function, np.array([*sizes, *places], np.int64))
+            places = (self.addresses, x.data_ptr(), y.data_ptr())
+            run_team(self._function, np.array(((0, 0, 0), *sizes, *places), PRODUCT))
         return y
 
 

@@ -27,8 +27,8 @@ def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
 
 
-def config_of(folder: Path) -> ModelConfig:
-    return checkpoint.read_config(folder / "config.json")
+def arguments_of(folder: Path) -> dict[str, Any]:
+    return checkpoint.read_config(folder / "config.json").model_dump()
 
 
 def refusal(folder: Path) -> str:
@@ -282,7 +282,7 @@ def test_a_reference_state_dict_is_imported(folder: Path, tmp_path: Path, suffix
     template = tmp_path / "template"
     template.write_text("{{ bos }}")
     words = folder / "tokenizer.json"
-    checkpoint.import_state_dict(file, tmp_path / "out", config_of(folder), words, template)
+    checkpoint.import_state_dict(file, tmp_path / "out", arguments_of(folder), words, template)
     imported, original = (checkpoint.load(path, CPU) for path in (tmp_path / "out", folder))
     assert imported.fingerprint == original.fingerprint
     assert imported.chat_template == "{{ bos }}"
@@ -309,6 +309,6 @@ def test_nothing_is_imported_when_anything_is_wrong(
             file.unlink()
     named = {"weights": file, "no weights": file, "tokenizer": words}.get(wrong, template)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.import_state_dict(file, tmp_path / "out", config_of(folder), words, template)
+        checkpoint.import_state_dict(file, tmp_path / "out", arguments_of(folder), words, template)
     assert str(named) in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -60,12 +60,12 @@ class CompiledNetwork:
         logits = torch.empty(len(places), self._vocab_sz)
         a = self._arguments(pool, index)
         room = _room_for(len(token_ids), len(rows), a)
-        a[step.TOKENS] = len(token_ids)
-        a[step.IDS], a[step.STARTS] = token_ids.ctypes.data, starts.ctypes.data
-        a[step.NUM_READ], a[step.READ] = len(places), places.ctypes.data
-        a[step.LOGITS] = logits.data_ptr()
+        a["tokens"] = len(token_ids)
+        a["ids"], a["starts"] = token_ids.ctypes.data, starts.ctypes.data
+        a["num_read"], a["read"] = len(places), places.ctypes.data
+        a["logits"] = logits.data_ptr()
         if not keeps_last:
-            a[step.LAST] = 0
+            a["last"] = 0
         run_team(self._function, a)
         del room  # until here compiled code writes to it
         return logits
@@ -106,7 +106,7 @@ class CompiledNetwork:
         logits = torch.empty(len(rows), self._vocab_sz)
         a = self._arguments(pool, index)
         room = _room_for(0, len(rows), a)
-        a[step.LOGITS] = logits.data_ptr()
+        a["logits"] = logits.data_ptr()
         run_team(self._function, a)
         del room  # until here compiled code writes to it
         return logits
@@ -122,49 +122,44 @@ class CompiledNetwork:
             raise IndexError(f"rows {list(rows)}: one comes twice")
         return index
 
-    def _arguments(self, pool: StatePool, index: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _arguments(self, pool: StatePool, index: NDArray[np.int64]) -> NDArray[np.void]:
         """A call's arguments as far as network, pool and rows decide them; the others are 0."""
         a = self._fixed.copy()
-        a[step.SEQUENCES], a[step.INDEX] = len(index), index.ctypes.data
-        a[step.POOL_ROWS] = pool.num_rows
-        names = ("h", "last", "m", "z", "s", "z_low", "s_low", "n", "previous")
-        for place, name in zip(range(step.H, step.PREVIOUS + 1), names, strict=True):
+        a["sequences"], a["index"] = len(index), index.ctypes.data
+        a["pool_rows"] = pool.num_rows
+        for name in step.STATE:
             tensor = pool.tensors.get(name)
-            a[place] = 0 if tensor is None else tensor.data_ptr()
+            a[name] = 0 if tensor is None else tensor.data_ptr()
         return a
 
-    def _fixed_arguments(self, network: Parts, unembed: PackedLinear) -> NDArray[np.int64]:
+    def _fixed_arguments(self, network: Parts, unembed: PackedLinear) -> NDArray[np.void]:
         c = network.config
-        layers = [
-            (
-                *self._norm(layer.feedforward1[0]),
-                *self._product(layer.feedforward1[1]),
-                *self._product(layer.feedforward2[0]),
-                *self._product(layer.feedforward2[2]),
-                *self._extensions(layer),
-            )
-            for layer in network.blocks
-        ]
-        a = np.zeros(step.NUM_FORWARD, np.int64)
-        a[step.D_EMB], a[step.HEADS], a[step.LAYERS] = c.d_emb, c.n_heads, c.n_layers
-        a[step.D_KEY], a[step.D_VAL], a[step.VOCAB] = c.d_key, c.d_val, c.vocab_sz
-        a[step.LOG_VALUES] = c.log_values
-        a[step.EMBED] = network.embed.weight.data_ptr()
-        a[step.POSITION] = self._table(self._product(network.embed_pos.dense))
-        a[step.NORM] = self._table(self._norm(network.lnorm))
-        a[step.UNEMBED] = self._table(unembed.addresses)
-        a[step.LAYER_TABLE] = self._table(layers)
+        a = np.zeros((), step.FORWARD)
+        a["d_emb"], a["heads"], a["layers"] = c.d_emb, c.n_heads, c.n_layers
+        a["d_key"], a["d_val"], a["vocab"] = c.d_key, c.d_val, c.vocab_sz
+        a["log_values"] = c.log_values
+        a["embed"] = network.embed.weight.data_ptr()
+        a["position"] = self._product(network.embed_pos.dense)
+        a["norm"] = self._norm(network.lnorm)
+        a["unembed"] = unembed.addresses
+        table = np.array([self._layer(layer) for layer in network.blocks], step.LAYER)
+        self._kept.append(table)
+        a["layer_table"] = table.ctypes.data
         return a
 
-    def _extensions(self, layer: Layer) -> tuple[int, ...]:
-        """What `step.LAYER_FIELDS` says of them."""
-        none = (0, 0, 0)
+    def _layer(self, layer: Layer) -> tuple[object, ...]:
+        """The fields of `step.LAYER`."""
         self._kept.append(layer.mix)
+        rank, rates = layer.decay or (None, None)
         return (
+            self._norm(layer.feedforward1[0]),
+            self._product(layer.feedforward1[1]),
+            self._product(layer.feedforward2[0]),
+            self._product(layer.feedforward2[2]),
             0 if layer.mix is None else layer.mix.data_ptr(),
-            *(none + none if layer.decay is None else ()),
-            *(address for part in layer.decay or () for address in self._product(part)),
-            *(none if layer.gate is None else self._product(layer.gate)),
+            self._product(rank),
+            self._product(rates),
+            self._product(layer.gate),
         )
 
     def _norm(self, module: nn.Module) -> tuple[int, int]:
@@ -174,18 +169,14 @@ class CompiledNetwork:
         self._kept += [module.weight, module.bias]
         return module.weight.data_ptr(), module.bias.data_ptr()
 
-    def _product(self, module: nn.Module) -> tuple[int, int, int]:
-        """Addresses of the weight, the scale and the bias."""
+    def _product(self, module: nn.Module | None) -> tuple[int, int, int]:
+        """Addresses of the weight, the scale and the bias; 0 for what there is not."""
+        if module is None:
+            return 0, 0, 0
         if not isinstance(module, PackedLinear):
             raise TypeError(f"not packed: {module}")
         self._kept.append(module)
         return module.addresses
-
-    def _table(self, addresses: object) -> int:
-        """The address of addresses."""
-        table = np.array(addresses, np.int64)
-        self._kept.append(table)
-        return table.ctypes.data
 
 
 def _places(starts: NDArray[np.int64], sequences: Sequence[int]) -> NDArray[np.int64]:
@@ -196,24 +187,24 @@ def _places(starts: NDArray[np.int64], sequences: Sequence[int]) -> NDArray[np.i
     return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
 
 
-def _room_for(tokens: int, sequences: int, a: NDArray[np.int64]) -> NDArray[np.float32]:
+def _room_for(tokens: int, sequences: int, a: NDArray[np.void]) -> NDArray[np.float32]:
     """Room for what is computed on the way for so many tokens, with its parts entered in `a`."""
-    d, heads, d_key = int(a[step.D_EMB]), int(a[step.HEADS]), int(a[step.D_KEY])
+    d, keys, values = int(a["d_emb"]), int(a["heads"] * a["d_key"]), int(a["heads"] * a["d_val"])
     widths = {
-        step.X: d,
-        step.NORMED: d,
-        step.PROJECTED: heads * int(2 * d_key + a[step.D_VAL]),
-        step.Y: heads * int(a[step.D_VAL]),
-        step.GATES: 2 * d,
-        step.GLU: d,
-        step.RANK: DECAY_RANK,
-        step.RATES: heads * d_key,
-        step.OUTPUT_GATE: heads * int(a[step.D_VAL]),
+        "x": d,
+        "normed": d,
+        "projected": 2 * keys + values,
+        "y": values,
+        "gates": 2 * d,
+        "glu": d,
+        "rank": DECAY_RANK,
+        "rates": keys,
+        "output_gate": values,
     }
     rows = tokens + sequences
     room = np.empty(rows * sum(widths.values()), np.float32)
     address = room.ctypes.data
-    for place, width in widths.items():
-        a[place] = address
+    for name, width in widths.items():
+        a[name] = address
         address += room.itemsize * rows * width
     return room

@@ -1,6 +1,6 @@
-"""The whole network for some tokens of some sequences, and one product, as compiled calls.
+"""The whole network for some tokens of some sequences, as one compiled call.
 
-Numba compiles each at its first use and keeps the machine code on disk.
+Numba compiles it at its first use and keeps the machine code on disk.
 """
 
 import functools
@@ -8,73 +8,76 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, float32, float64, int8, int64, types, uint16
+from numba import carray, cfunc, float32, float64, int8, int64
 
 from model.heinsen.config import DECAY_RANK
 from model.heinsen.cpu.kernels import attend, decay, gate, glu, layer_norm, mix, position
-from model.kernels.cpu.functions import CACHE, SOURCE, call, jit, pointer
-from model.kernels.cpu.products import BLOCK, number, product
+from model.kernels.cpu.functions import CACHE, SOURCE, jit
+from model.kernels.cpu.linear import (
+    ADDRESS,
+    COUNT,
+    DTYPES,
+    FUNCTION_OF_A_THREAD,
+    WEIGHT,
+    array,
+    place_in,
+    wait,
+    weight,
+)
+from model.kernels.cpu.products import number, product
+from model.kernels.cpu.team import TEAM
 
-# The call reads its arguments, numbers and addresses, from one array of int64 in this order.
-(
-    TOKENS, SEQUENCES, D_EMB, HEADS, D_KEY, D_VAL, LAYERS, VOCAB, LOG_VALUES, POOL_ROWS,
-    IDS, STARTS, INDEX, NUM_READ, READ, LOGITS, H, LAST, M, Z, S, Z_LOW, S_LOW, N, PREVIOUS,
-    X, NORMED, PROJECTED, Y, GATES, GLU, RANK, RATES, OUTPUT_GATE,
-    EMBED, POSITION, NORM, UNEMBED, LAYER_TABLE,
-    THREAD, THREADS, BARRIER, NUM_FORWARD,
-) = range(43)  # fmt: skip
+NORM = np.dtype([("gain", ADDRESS), ("offset", ADDRESS)])
 
-# A product's.
-(
-    IN_ROWS, IN_SIZE, OUT_SIZE, WEIGHT, SCALE, BIAS, IN, OUT,
-    IN_THREAD, IN_THREADS, IN_BARRIER, NUM_PRODUCT,
-) = range(12)  # fmt: skip
+LAYER = np.dtype(
+    [
+        ("norm", NORM),
+        *((name, WEIGHT) for name in ("project", "gate", "merge")),
+        ("mix", ADDRESS),
+        *((name, WEIGHT) for name in ("rank", "rates", "output_gate")),
+    ]
+)
+"""Of a layer: its norm and its three products; the shares of `token_shift`; the two products of
+`decay` and the output gate's. 0 for what it does not have."""
 
-LAYER_FIELDS = 21
-"""Of a layer: its norm's weight and bias; weight, scale and bias of its three products; the shares
-of `token_shift`; weight, scale and bias of the two products of `decay` and of the output gate's.
-0 for what it does not have."""
+STATE = ("h", "last", "m", "z", "s", "z_low", "s_low", "n", "previous")
+"""Tensors of a pool."""
 
-DTYPES = {torch.float32: float32, torch.bfloat16: uint16, torch.int8: int8}
-"""How compiled code sees the numbers of a weight."""
+SPACE = (
+    *("x", "normed", "projected", "y", "gates", "glu"),
+    *("rank", "rates", "output_gate"),
+)
+"""Space for what is computed on the way."""
 
-
-@jit
-def _array(address: Any, shape: Any, dtype: Any) -> Any:
-    return carray(pointer(address), shape, dtype)
-
-
-@jit
-def _weight(table: Any, at: Any, num_inputs: Any, num_outputs: Any, dtype: Any) -> Any:
-    """Weight, scale and bias whose addresses stand in a table; 0 where there is none."""
-    blocks = (num_outputs + BLOCK - 1) // BLOCK
-    return (
-        _array(table[at], (blocks, num_inputs, BLOCK), dtype),
-        _array(table[at + 1], (num_outputs if table[at + 1] else 0,), float32),
-        _array(table[at + 2], (num_outputs if table[at + 2] else 0,), float32),
-    )
-
-
-@jit
-def _wait(barrier: Any) -> None:
-    """Until all threads of the team have come here."""
-    if barrier:
-        call(barrier)
+FORWARD = np.dtype(
+    [
+        ("team", TEAM),
+        *((name, COUNT) for name in ("d_emb", "heads", "d_key", "d_val", "layers", "vocab")),
+        *((name, COUNT) for name in ("log_values", "pool_rows", "tokens", "sequences", "num_read")),
+        *((name, ADDRESS) for name in ("ids", "starts", "index", "read", "logits")),
+        *((name, ADDRESS) for name in (*STATE, *SPACE)),
+        ("embed", ADDRESS),
+        ("position", WEIGHT),
+        ("norm", NORM),
+        ("unembed", WEIGHT),
+        ("layer_table", ADDRESS),
+    ]
+)
+"""Arguments of `forward_function`: numbers, and addresses of arrays."""
 
 
 @jit
 def _unembed(a: Any, x: Any, places: Any, weight_dtype: Any, tid: Any, n: Any) -> None:
     """Logits of some rows of x, in the order of their places."""
-    count, d, vocab = len(places), a[D_EMB], a[VOCAB]
-    normed = _array(a[NORMED], (count, d), float32)
-    at = _array(a[NORM], (2,), int64)
-    gain, offset = _array(at[0], (d,), float32), _array(at[1], (d,), float32)
+    count, d, vocab = len(places), a.d_emb, a.vocab
+    normed = array(a.normed, (count, d), float32)
+    gain, offset = array(a.norm.gain, (d,), float32), array(a.norm.offset, (d,), float32)
     for i in range(tid, count, n):
         place = places[i]
         layer_norm(x[place : place + 1], gain, offset, normed[i : i + 1], 0, 1)
-    _wait(a[BARRIER])
-    w, scale, bias = _weight(_array(a[UNEMBED], (3,), int64), 0, d, vocab, weight_dtype)
-    logits = _array(a[LOGITS], (count, vocab), float32)
+    wait(a.team)
+    w, scale, bias = weight(a.unembed, d, vocab, weight_dtype)
+    logits = array(a.logits, (count, vocab), float32)
     product(normed, w, scale, bias, logits, False, tid, n)
 
 
@@ -84,75 +87,76 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
 
     The tokens of all sequences stand one after another, those of i from starts[i] to starts[i + 1].
     Each goes through attention as in a decoding step, so it does not matter how many come at once.
-    NUM_READ tokens, whose places are in READ, get logits: in the order of the places. Where LAST is
-    not 0, each sequence reads one token and keeps what the last layer made of it; and where IDS is
-    0, none reads any, and the logits are those after what was so kept.
+    `num_read` tokens, whose places are in `read`, get logits: in the order of the places. Where
+    `last` is not 0, each sequence reads one token and keeps what the last layer made of it; and
+    where `ids` is 0, none reads any, and the logits are those after what was so kept.
     """
-    tid, n, barrier = int64(0), int64(1), a[BARRIER]
-    if barrier:
-        tid, n = int64(call(a[THREAD])), int64(call(a[THREADS]))
-    tokens, sequences, pool = a[TOKENS], a[SEQUENCES], a[POOL_ROWS]
-    d, heads, d_key, d_val = a[D_EMB], a[HEADS], a[D_KEY], a[D_VAL]
-    num_layers, vocab, num_read = a[LAYERS], a[VOCAB], a[NUM_READ]
-    log_values, per_head = a[LOG_VALUES] != 0, 2 * d_key + d_val
-    ids, index = _array(a[IDS], (tokens,), int64), _array(a[INDEX], (sequences,), int64)
-    starts = _array(a[STARTS], (sequences + 1,), int64)
-    read = _array(a[READ], (num_read,), int64)
-    firsts = sequences if a[PREVIOUS] else 0  # rows behind the tokens' for what came before them
-    x = _array(a[X], (tokens, d), float32)
-    normed = _array(a[NORMED], (tokens + firsts, d), float32)
-    projected = _array(a[PROJECTED], (tokens + firsts, heads * per_head), float32)
-    rank = _array(a[RANK], (tokens, DECAY_RANK), float32)
-    rates = _array(a[RATES], (tokens, heads * d_key), float32)
-    output_gate = _array(a[OUTPUT_GATE], (tokens, heads * d_val), float32)
-    y = _array(a[Y], (tokens, heads * d_val), float32)
-    gates, gated = _array(a[GATES], (tokens, 2 * d), float32), _array(a[GLU], (tokens, d), float32)
-    last = _array(a[LAST], (pool if a[LAST] else 0, d), float32)
-    if not a[IDS]:
+    team = a.team
+    tid, n = place_in(team)
+    tokens, sequences, pool = a.tokens, a.sequences, a.pool_rows
+    d, heads, d_key, d_val = a.d_emb, a.heads, a.d_key, a.d_val
+    num_layers, vocab, num_read = a.layers, a.vocab, a.num_read
+    log_values, per_head = a.log_values != 0, 2 * d_key + d_val
+    ids, index = array(a.ids, (tokens,), int64), array(a.index, (sequences,), int64)
+    starts = array(a.starts, (sequences + 1,), int64)
+    read = array(a.read, (num_read,), int64)
+    firsts = sequences if a.previous else 0  # rows behind the tokens' for what came before them
+    x = array(a.x, (tokens, d), float32)
+    normed = array(a.normed, (tokens + firsts, d), float32)
+    projected = array(a.projected, (tokens + firsts, heads * per_head), float32)
+    rank = array(a.rank, (tokens, DECAY_RANK), float32)
+    rates = array(a.rates, (tokens, heads * d_key), float32)
+    output_gate = array(a.output_gate, (tokens, heads * d_val), float32)
+    y = array(a.y, (tokens, heads * d_val), float32)
+    gates, gated = array(a.gates, (tokens, 2 * d), float32), array(a.glu, (tokens, d), float32)
+    last = array(a.last, (pool if a.last else 0, d), float32)
+    if not a.ids:
         _unembed(a, last, index, weight_dtype, tid, n)
         return
-    h = _array(a[H], (pool, d), float64)
-    m = _array(a[M], (num_layers, pool, heads, d_key), float32)
-    z = _array(a[Z], (num_layers, pool, heads, d_key), float32)
-    s = _array(a[S], (num_layers, pool, heads, d_key, d_val), float32)
-    z_low = _array(a[Z_LOW], (num_layers, pool, heads, d_key), int8)
-    s_low = _array(a[S_LOW], (num_layers, pool, heads, d_key, d_val), int8)
-    n_max = _array(a[N], (num_layers, pool, heads if log_values else 0, d_val), float32)
-    previous = _array(a[PREVIOUS], (num_layers, pool if firsts else 0, d), float32)
+    h = array(a.h, (pool, d), float64)
+    m = array(a.m, (num_layers, pool, heads, d_key), float32)
+    z = array(a.z, (num_layers, pool, heads, d_key), float32)
+    s = array(a.s, (num_layers, pool, heads, d_key, d_val), float32)
+    z_low = array(a.z_low, (num_layers, pool, heads, d_key), int8)
+    s_low = array(a.s_low, (num_layers, pool, heads, d_key, d_val), int8)
+    n_max = array(a.n, (num_layers, pool, heads if log_values else 0, d_val), float32)
+    previous = array(a.previous, (num_layers, pool if firsts else 0, d), float32)
     no_maximum, before = np.empty(0, np.float32), np.empty(per_head, np.float32)
     keys, vals = np.empty((3, d_key), np.float32), np.empty((3, d_val), np.float32)
 
-    embed = _array(a[EMBED], (vocab, d), embed_dtype)
+    embed = array(a.embed, (vocab, d), embed_dtype)
     for t in range(tid, tokens, n):
         for j in range(d):
             normed[t, j] = number(embed[ids[t], j])
-    _wait(barrier)
-    w, scale, bias = _weight(_array(a[POSITION], (3,), int64), 0, d, 2 * d, weight_dtype)
+    wait(team)
+    w, scale, bias = weight(a.position, d, 2 * d, weight_dtype)
     product(normed[:tokens], w, scale, bias, gates, False, tid, n)
-    _wait(barrier)
+    wait(team)
     position(gates, normed[:tokens], starts, h, index, x, tid, n)
-    _wait(barrier)
-    table = _array(a[LAYER_TABLE], (num_layers, LAYER_FIELDS), int64)
+    wait(team)
+    table = array(a.layer_table, (num_layers,), LAYER)
     for layer in range(num_layers):
         at = table[layer]
-        layer_norm(x, _array(at[0], (d,), float32), _array(at[1], (d,), float32), normed, tid, n)
+        gain, offset = array(at.norm.gain, (d,), float32), array(at.norm.offset, (d,), float32)
+        layer_norm(x, gain, offset, normed, tid, n)
         for i in range(tid, firsts, n):
             normed[tokens + i] = previous[layer, index[i]]
-        _wait(barrier)
-        w, scale, bias = _weight(at, 2, d, heads * per_head, weight_dtype)
+        wait(team)
+        w, scale, bias = weight(at.project, d, heads * per_head, weight_dtype)
         product(normed, w, scale, bias, projected, False, tid, n)
-        shifts, decays, is_gated = at[11] != 0, at[12] != 0, at[18] != 0
-        share = _array(at[11], (heads * per_head if shifts else 0,), float32)
+        shifts, decays = at.mix != 0, at.rank.numbers != 0
+        is_gated = at.output_gate.numbers != 0
+        share = array(at.mix, (heads * per_head if shifts else 0,), float32)
         if is_gated:
-            w, scale, bias = _weight(at, 18, d, heads * d_val, weight_dtype)
+            w, scale, bias = weight(at.output_gate, d, heads * d_val, weight_dtype)
             product(normed[:tokens], w, scale, bias, output_gate, False, tid, n)
         if decays:
-            w, scale, bias = _weight(at, 12, d, DECAY_RANK, weight_dtype)
+            w, scale, bias = weight(at.rank, d, DECAY_RANK, weight_dtype)
             product(normed[:tokens], w, scale, bias, rank, False, tid, n)
-            _wait(barrier)
-            w, scale, bias = _weight(at, 15, DECAY_RANK, heads * d_key, weight_dtype)
+            wait(team)
+            w, scale, bias = weight(at.rates, DECAY_RANK, heads * d_key, weight_dtype)
             product(rank, w, scale, bias, rates, False, tid, n)
-        _wait(barrier)
+        wait(team)
         for i in range(tid, firsts, n):
             previous[layer, index[i]] = normed[starts[i + 1] - 1]
         items = sequences * heads
@@ -179,57 +183,29 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
                     gate(y[t, columns], output_gate[t, columns])
         if layer == num_layers - 1 and not num_read:
             return
-        _wait(barrier)
-        w, scale, bias = _weight(at, 5, heads * d_val, 2 * d, weight_dtype)
+        wait(team)
+        w, scale, bias = weight(at.gate, heads * d_val, 2 * d, weight_dtype)
         product(y, w, scale, bias, gates, False, tid, n)
-        _wait(barrier)
+        wait(team)
         glu(gates, gated, tid, n)
-        _wait(barrier)
-        w, scale, bias = _weight(at, 8, d, d, weight_dtype)
+        wait(team)
+        w, scale, bias = weight(at.merge, d, d, weight_dtype)
         product(gated, w, scale, bias, x, True, tid, n)
-        _wait(barrier)
-    if a[LAST]:
+        wait(team)
+    if a.last:
         for t in range(tid, tokens, n):
             last[index[t]] = x[t]
     _unembed(a, x, read, weight_dtype, tid, n)
 
 
-@jit
-def _product(a: Any, weight_dtype: Any) -> None:
-    """out = in @ weight^T * scale + bias; every thread of the team runs it."""
-    tid, n = int64(0), int64(1)
-    if a[IN_BARRIER]:
-        tid, n = int64(call(a[IN_THREAD])), int64(call(a[IN_THREADS]))
-    rows, num_inputs, num_outputs = a[IN_ROWS], a[IN_SIZE], a[OUT_SIZE]
-    w, scale, bias = _weight(a, WEIGHT, num_inputs, num_outputs, weight_dtype)
-    x, y = _array(a[IN], (rows, num_inputs), float32), _array(a[OUT], (rows, num_outputs), float32)
-    product(x, w, scale, bias, y, False, tid, n)
-
-
-_FUNCTION_OF_A_THREAD = types.void(types.voidptr)
-
-
 @functools.cache
 def forward_function(dtype: torch.dtype, embed_dtype: torch.dtype) -> Any:
-    """`void f(int64 *arguments)` for weights of one dtype and embeddings of another."""
+    """`void f(FORWARD *arguments)` for weights of one dtype and embeddings of another."""
     weights, embeddings, source = DTYPES[dtype], DTYPES[embed_dtype], SOURCE
 
-    @cfunc(_FUNCTION_OF_A_THREAD, cache=CACHE)
+    @cfunc(FUNCTION_OF_A_THREAD, cache=CACHE)
     def run(arguments: Any) -> None:
         if source:
-            _forward(carray(arguments, (NUM_FORWARD,), int64), weights, embeddings)
-
-    return run
-
-
-@functools.cache
-def product_function(dtype: torch.dtype) -> Any:
-    """`void f(int64 *arguments)` for a weight of this dtype."""
-    weights, source = DTYPES[dtype], SOURCE
-
-    @cfunc(_FUNCTION_OF_A_THREAD, cache=CACHE)
-    def run(arguments: Any) -> None:
-        if source:
-            _product(carray(arguments, (NUM_PRODUCT,), int64), weights)
+            _forward(carray(arguments, (1,), FORWARD)[0], weights, embeddings)
 
     return run

@@ -14,6 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+TEAM = np.dtype([(name, np.int64) for name in ("thread", "threads", "barrier")])
+"""Addresses of C functions `int f(void)`, by which a thread learns its number and the number of
+threads, and waits for the others; all 0 if it is alone."""
+
 
 @functools.cache
 def _openmp() -> "tuple[Any, tuple[int, int, int]] | None":
@@ -35,17 +39,13 @@ def _openmp() -> "tuple[Any, tuple[int, int, int]] | None":
     return None
 
 
-def run_team(function: Any, arguments: NDArray[np.int64]) -> None:
-    """Run a function of `model.heinsen.cpu.step` on as many threads as torch uses.
-
-    The last three arguments are set here: how a thread learns its number and their number, and how
-    it waits for the others; all zero if it is alone.
-    """
+def run_team(function: Any, arguments: NDArray[np.void]) -> None:
+    """Run a compiled function on a record, on as many threads as torch uses; sets its `team`."""
     num_threads, openmp = torch.get_num_threads(), _openmp()
     if num_threads == 1 or openmp is None:
-        arguments[-3:] = 0
+        arguments["team"] = (0, 0, 0)
         function.ctypes(arguments.ctypes.data)
     else:
         run, inside = openmp
-        arguments[-3:] = inside
+        arguments["team"] = inside
         run(function.address, arguments.ctypes.data, num_threads, 0)
