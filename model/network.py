@@ -1,12 +1,17 @@
-"""What those that run a network know of it, whatever its family."""
+"""What a network and its family are to those that load, describe and run them."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from model import WeightDtype
 from model.state import StatePool, StateSpec
+from model.text.tokenizer import Tokenizer, TokenizerError
 
 TakeLogits = Callable[[Tensor], None]
 """Takes logits `[tokens, vocab_size]` after the next tokens of a sequence, which it may keep."""
@@ -87,3 +92,71 @@ class Network(Protocol):
 
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
         """Logits `[batch, vocab_size]` that the rows' last steps returned. Nothing is read."""
+
+
+class CheckpointError(ValueError):
+    """The checkpoint cannot be used; the message names the file and what is wrong with it."""
+
+
+@contextmanager
+def checkpoint_errors() -> Iterator[None]:
+    """Raises CheckpointError for what else may be wrong with files."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename}: missing from the checkpoint") from error
+    except (OSError, TokenizerError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint is, as far as is known without reading its weights."""
+
+    sizes: Mapping[str, object]
+    """As the family names them."""
+
+    num_parameters: int
+    weight_bytes: int
+    """Of the weights' files."""
+
+    weight_dtypes: Sequence[str]
+    """In them, as they are called there."""
+
+    vocab_size: int
+    state_spec: StateSpec
+    tokenizer: Tokenizer
+    chat_template: str | None
+
+
+N = TypeVar("N", bound=Network, covariant=True)
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[N]):
+    """A checkpoint ready to run."""
+
+    network: N
+    tokenizer: Tokenizer
+    chat_template: str | None
+
+
+class Family(Protocol):
+    """Networks of one kind, and the files that they are published in; a module is one."""
+
+    name: str
+
+    def matches(self, path: Path) -> bool:
+        """Whether the checkpoint is this family's, be it whole or not."""
+
+    def files(self, path: Path) -> Sequence[Path]:
+        """Those that decide which states are the checkpoint's."""
+
+    def describe(self, path: Path) -> Description:
+        """Without reading weights. Raises CheckpointError."""
+
+    def load(self, path: Path, device: torch.device, dtype: WeightDtype) -> Loaded[Network]:
+        """Each weight comes in the dtype that it is served in, so that memory holds them once.
+
+        Raises CheckpointError.
+        """

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model import checkpoint
+from model.heinsen import checkpoint
 from model.heinsen.attention import Attention, chunked, quadratic
 from model.heinsen.config import ModelConfig
 from model.heinsen.layers import NetworkState

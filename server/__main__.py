@@ -217,12 +217,13 @@ def verify(
 
 @app.command("inspect")
 def inspect_state(
-    file: Annotated[Path, typer.Argument(help="Exported state of a session.")],
+    file: Annotated[Path, typer.Argument(help="Exported state of a session, or a model.")],
     checkpoint: Folder = PRETRAINED,
 ) -> None:
-    """Tell what is in an exported state, and whether a server of the model would import it.
+    """Show what is in an exported state, and whether a server of the model would import it.
 
-    Exit status 1 if it would not.
+    Exit status 1 if it would not. Of a model, show its sizes and those of its sessions' state; no
+    weight is read.
     """
     from model.checkpoint import CheckpointError
     from server.cli.inspect import inspect as run

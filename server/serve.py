@@ -14,7 +14,6 @@ from types import FrameType
 
 import uvicorn
 
-from model import checkpoint
 from model.checkpoint import Checkpoint
 from server.api.app import create_app, drain
 from server.api.conversation import TemplateFault
@@ -65,7 +64,7 @@ def _serve_on(listeners: Sequence[socket.socket], settings: Settings, started: f
         app = create_app(settings, loaded, store)
     except TemplateFault as error:
         asyncio.run(store.close())
-        raise ServeError(f"{settings.checkpoint}/{checkpoint.CHAT_TEMPLATE}: {error}") from error
+        raise ServeError(f"{settings.checkpoint}: chat template: {error}") from error
     except KeyFileError:
         asyncio.run(store.close())
         raise

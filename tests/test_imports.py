@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "model": (),
     "model.state": (),
     "model.transfer": ("model.state",),
-    "model.network": (*FACTS, "model.state"),
+    "model.network": (*FACTS, "model.state", "model.text"),
     "model.kernels": (*FACTS, "model.kernels"),
     "model.text": ("model.text",),
     "model.decoding": (*BELOW_FAMILIES, "model.decoding"),

@@ -25,7 +25,7 @@ from model.heinsen.config import ModelConfig
 from model.heinsen.cuda import missing_for
 from model.heinsen.layers import LatentPosition, Layer, NetworkState
 from model.kernels import cuda
-from model.kernels.linear import NarrowLinear, PackedLinear, why_not_compiled
+from model.kernels.linear import NarrowLinear, PackedLinear, as_served, narrow, why_not_compiled
 from model.network import Recordable, TakeLogits
 from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
 
@@ -58,33 +58,42 @@ class LanguageModel(nn.Module):
         self.backend = "plain torch"
         """What prefill and step run as and, once packed, why; in words."""
 
-    def pack(self, dtype: WeightDtype = "float32") -> "LanguageModel":
+    def pack(
+        self, dtype: WeightDtype = "float32", device: torch.device | None = None
+    ) -> "LanguageModel":
         """Make the network one that only serves: weights in this dtype, in the order of reading.
+
+        They may be in any floating dtype before, and in a mapped file: each is converted by itself.
 
         On a CPU it is compiled, on a GPU it becomes Triton kernels, unless it has extensions: then
         it stays plain torch there. It computes the same as before but for the rounding of weights,
         has no gradients, and cannot be saved.
         """
-        reason = why_not_compiled(self.device, self.embed.weight.dtype)
+        where = device or self.device
+        reason = why_not_compiled(where, self.embed.weight.dtype)
         if not reason:
-            self._unembed = unembed = self._narrow(PackedLinear, dtype)
+            self._unembed = unembed = self._narrow(PackedLinear, dtype, device)
             from model.heinsen.cpu.serving import CompiledNetwork
             from model.kernels.cpu.compilation import target
 
             self._compiled = CompiledNetwork(self, unembed)
             self.backend = f"compiled for {target()}"
             return self
-        if self.device.type == "cuda":
+        if where.type == "cuda":
             reason = missing_for(self.config)
             if not reason and cuda.is_available():
-                return self.fuse(dtype)
+                return self.fuse(dtype, device)
             reason = reason or "Triton is not installed"
         self.backend = f"plain torch ({reason})"
         if dtype != "float32":
-            self._unembed = self._narrow(NarrowLinear, dtype)
+            self._unembed = self._narrow(NarrowLinear, dtype, device)
+        else:
+            self._convert(device)
         return self
 
-    def fuse(self, dtype: WeightDtype = "float32") -> "LanguageModel":
+    def fuse(
+        self, dtype: WeightDtype = "float32", device: torch.device | None = None
+    ) -> "LanguageModel":
         """`pack` into Triton kernels: for a GPU, or for a CPU in Triton's interpreter.
 
         Raises ValueError naming what the config has and the kernels have not.
@@ -93,19 +102,29 @@ class LanguageModel(nn.Module):
             raise ValueError(missing)
         from model.heinsen.cuda.serving import FusedNetwork
 
-        self._unembed = unembed = self._narrow(NarrowLinear, dtype)
+        self._unembed = unembed = self._narrow(NarrowLinear, dtype, device)
         self._fused = FusedNetwork(self, unembed)
         self.backend = "Triton kernels"
         return self
 
-    def _narrow(self, kind: type[Narrow], dtype: WeightDtype) -> Narrow:
+    def _narrow(
+        self, kind: type[Narrow], dtype: WeightDtype, device: torch.device | None
+    ) -> Narrow:
         """Put maps of this kind in the place of all linear ones; returns the last, to logits."""
-        _replace_linear(self, lambda child: kind(child.weight, child.bias, dtype))
+        _replace_linear(self, lambda child: kind(child.weight, child.bias, dtype, device))
         weight = self.embed.weight
-        unembed = kind(weight, None, dtype)
+        unembed = kind(weight, None, dtype, device)
         if dtype != "float32":
-            self.embed.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+            narrowed, _ = narrow(weight, "bfloat16", device)
+            self.embed.weight = nn.Parameter(narrowed, requires_grad=False)
+        self._convert(device, keep=self.embed.weight if dtype != "float32" else None)
         return unembed
+
+    def _convert(self, device: torch.device | None, keep: Tensor | None = None) -> None:
+        """What parameters are left, but for the one to keep, as they are served."""
+        for parameter in self.parameters():
+            if parameter is not keep:
+                parameter.data = as_served(parameter.data, device)
 
     @property
     def is_compiled(self) -> bool:

@@ -5,6 +5,7 @@ weight is 127). Inputs, sums and outputs are float32 in all cases: only the weig
 """
 
 import logging
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -18,22 +19,52 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def narrow(weight: Tensor, dtype: WeightDtype) -> tuple[Tensor, Tensor | None]:
-    """A weight `[out, in]` in the dtype, and with int8 the scale `[out]` of each output."""
+PART_SIZE = 1 << 16
+"""Numbers of a weight that are converted at a time: what it takes beside the result is little."""
+
+
+def narrow(
+    weight: Tensor, dtype: WeightDtype, device: torch.device | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """A weight `[out, in]` in the dtype, and with int8 the scale `[out]` of each output.
+
+    It is on the device, if one is given, and the weight itself if nothing is to be changed.
+    """
     weight = weight.detach()
-    if dtype != "int8":
-        return weight.to(DTYPES[dtype]), None
-    scale = weight.abs().amax(1).clamp(min=torch.finfo(weight.dtype).tiny) / 127
-    return (weight / scale.unsqueeze(1)).round_().to(torch.int8), scale
+    device = device or weight.device
+    if weight.dtype == DTYPES[dtype] and weight.device == device:
+        return weight, None
+    narrowed = torch.empty(weight.shape, dtype=DTYPES[dtype], device=device)
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    scale = torch.empty(len(weight), dtype=exact, device=device) if dtype == "int8" else None
+    for rows in _parts(weight):
+        part = weight[rows].to(device, exact)
+        if scale is not None:
+            scale[rows] = part.abs().amax(1).clamp(min=torch.finfo(exact).tiny) / 127
+            part = (part / scale[rows].unsqueeze(1)).round_()
+        narrowed[rows] = part
+    return narrowed, scale
+
+
+def _parts(weight: Tensor, unit: int = 1) -> Iterator[slice]:
+    """Its rows in parts of about `PART_SIZE` numbers, each a multiple of `unit` but the last."""
+    count = max(1, PART_SIZE // (weight.shape[1] * unit)) * unit
+    return (slice(start, start + count) for start in range(0, len(weight), count))
 
 
 class NarrowLinear(nn.Module):
     """`nn.Linear` in plain torch, for any device: x `[..., in]` -> `[..., out]`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: WeightDtype) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: WeightDtype,
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
-        self.weight, self.scale = narrow(weight, dtype)
-        self.bias = None if bias is None else bias.detach()
+        self.weight, self.scale = narrow(weight, dtype, device)
+        self.bias = None if bias is None else as_served(bias.detach(), device)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight.to(x.dtype))
@@ -42,22 +73,42 @@ class NarrowLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def as_served(vector: Tensor, device: torch.device | None) -> Tensor:
+    """What is no weight of a product: float32 or float64, on the device if one is given."""
+    dtype = torch.promote_types(vector.dtype, torch.float32)
+    return vector.to(device or vector.device, dtype)
+
+
 class PackedLinear(nn.Module):
     """`NarrowLinear` for the CPU, compiled, its weight in the order in which it is read.
 
     A row of the result does not depend, to the bit, on how many rows or threads there are.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: WeightDtype) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: WeightDtype,
+        device: torch.device | None = None,
+    ) -> None:
         from model.kernels.cpu.linear import product_function
         from model.kernels.cpu.products import BLOCK
 
         super().__init__()
-        narrowed, self.scale = narrow(weight, dtype)
         self.bias = None if bias is None else bias.detach().float().contiguous()
-        self.num_outputs, self.num_inputs = narrowed.shape
-        padded = F.pad(narrowed, (0, 0, 0, -self.num_outputs % BLOCK))
-        self.weight = padded.view(-1, BLOCK, self.num_inputs).mT.contiguous()
+        self.num_outputs, self.num_inputs = weight.shape
+        num_blocks = -(-self.num_outputs // BLOCK)
+        shape = (num_blocks, self.num_inputs, BLOCK)
+        self.weight = torch.zeros(shape, dtype=DTYPES[dtype], device=device)
+        scales = []
+        for rows in _parts(weight, BLOCK):
+            part, scale = narrow(weight[rows], dtype, device)
+            scales.append(scale)
+            for start in range(0, len(part), BLOCK):
+                block = part[start : start + BLOCK]
+                self.weight[(rows.start + start) // BLOCK, :, : len(block)] = block.T
+        self.scale = torch.cat([s for s in scales if s is not None]) if dtype == "int8" else None
         self._function = product_function(self.weight.dtype)
 
     @property
@@ -85,7 +136,7 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
 
     Empty if it does.
     """
-    if device.type != "cpu" or dtype != torch.float32:
+    if device.type != "cpu" or dtype == torch.float64:
         return "only float32 networks on a CPU are compiled"
     weight, x = torch.ones(2, 3), torch.ones(1, 3)
     try:

@@ -28,7 +28,7 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from model import checkpoint
+from model.heinsen import checkpoint
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 from model.text import tokenizer
@@ -199,7 +199,7 @@ def _prepare(
     """The network to train: that of `out`, else of `init`, else a new one with a new tokenizer."""
     source = out if (out / TRAIN_STATE).exists() else init
     if source is not None:
-        loaded = checkpoint.load(source, device, trainable=True)
+        loaded = checkpoint.load_trainable(source, device)
         return loaded.network, loaded.tokenizer
     words = tokenizer.train(texts, shape.vocab_sz, SPECIAL_TOKENS)
     special = words.special_tokens

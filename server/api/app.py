@@ -224,7 +224,7 @@ def _build(
         settings=settings,
         checkpoint=checkpoint,
         model_name=settings.served_name,
-        created=int((settings.checkpoint / "config.json").stat().st_mtime),
+        created=int(checkpoint.modified_at),
         metrics=metrics,
         ledger=Ledger(
             store,

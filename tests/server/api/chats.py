@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from model import checkpoint
+from model.heinsen import checkpoint
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 from model.text import tokenizer

@@ -11,6 +11,7 @@ from torch import Tensor
 from model.checkpoint import Checkpoint
 from model.decoding.logprobs import score
 from model.decoding.sampling import SamplingParams
+from model.heinsen.network import LanguageModel
 from model.state import StatePool
 from server.engine.messages import (
     Continuation,
@@ -59,6 +60,7 @@ def prompt_scores(stepper: Stepper, name: str) -> tuple[Token, ...]:
 def by_steps(checkpoint: Checkpoint, ids: Row[int]) -> Tensor:
     """Logits after each of the tokens, one step after another `[tokens, vocab]`."""
     network = checkpoint.network
+    assert isinstance(network, LanguageModel)
     pool = network.new_pool(1)
     return torch.cat([network.step(torch.tensor([token_id]), pool, [0]) for token_id in ids])
 
@@ -94,6 +96,7 @@ def test_probabilities_of_the_answer_are_the_models(
     ids = [*asked.token_ids, *ids_of(tokens)]
     assert tokens == scored(by_steps(checkpoint, ids[:-1])[8:], ids[9:], num_top)
     network = checkpoint.network
+    assert isinstance(network, LanguageModel)
     logits, _ = network(torch.tensor([ids]), network.empty_state(1))
     expected = logits[0, 8:-1].double().log_softmax(-1)
     for token, row in zip(tokens, expected, strict=True):

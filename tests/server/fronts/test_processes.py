@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 
-from model import checkpoint
+from model.heinsen import checkpoint
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 from model.text import tokenizer
