@@ -1,6 +1,5 @@
 """The network is the paper's: the reference's outputs, however a sequence is cut and batched."""
 
-import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -371,46 +370,6 @@ def test_what_stands_behind_a_sequences_end_is_not_read() -> None:
     for row in range(3):
         assert pools[0].export_row(row) == pools[1].export_row(row)
     assert pools[0].export_row(2) == filled_pool(network, 3).export_row(2)
-
-
-def test_a_row_that_was_reset_is_as_new() -> None:
-    network = reference("wide_values").network
-    used, fresh = filled_pool(network, 3), network.new_pool(3)
-    used.reset(1)
-    assert used.export_row(1) == fresh.export_row(1)
-    ids = torch.arange(30).view(1, 30)
-    for pool in (used, fresh):
-        network.prefill(ids, [30], pool, [1])
-        network.step(ids[:, 0], pool, [1])
-    assert used.export_row(1) == fresh.export_row(1)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("values", ["log", "linear"])
-@pytest.mark.parametrize("kind", ["plain", "packed", "fused"])
-def test_the_last_logits_can_be_had_again(kind: str, values: str, device: torch.device) -> None:
-    """Of any rows, in any order, also after the states were moved; nothing is changed by that."""
-    made = linear_network() if values == "linear" else reference("small").network
-    network = copy.deepcopy(made)
-    if kind == "packed":
-        network.pack()
-    elif kind == "fused":
-        network.to(device).fuse()
-    pool = filled_pool(network, 6)
-    rows = [4, 1, 5]
-    logits = network.step(torch.tensor([7, 8, 9]), pool, rows)
-    before = [pool.export_row(row) for row in range(6)]
-    again = network.logits(pool, [1, 5, 4])
-    assert [pool.export_row(row) for row in range(6)] == before
-    moved = network.new_pool(2)
-    moved.import_row(1, before[5])
-    alone = network.logits(moved, [1])
-    if kind == "plain":  # whose sums depend on the size of the batch
-        torch.testing.assert_close(again, logits[[1, 2, 0]], rtol=0, atol=LOGITS_TOLERANCE)
-        torch.testing.assert_close(alone, logits[[2]], rtol=0, atol=LOGITS_TOLERANCE)
-    else:
-        assert torch.equal(again, logits[[1, 2, 0]])
-        assert torch.equal(alone, logits[[2]])
 
 
 def test_states_are_replaced_where_chosen() -> None:

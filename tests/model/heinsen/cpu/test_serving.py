@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.heinsen.config import ModelConfig
+from model.heinsen.cpu import serving
 from model.heinsen.network import LanguageModel
 from model.kernels.cpu import team
 from model.state import StatePool
@@ -128,3 +129,15 @@ def test_a_pool_of_another_network_is_refused(network: LanguageModel) -> None:
     other = LanguageModel(ModelConfig(vocab_sz=VOCAB, d_emb=8, n_layers=1, n_heads=1))
     with pytest.raises(ValueError, match="pool"):
         network.step(IDS[:1, 0], other.new_pool(1), [0])
+
+
+def test_logits_of_a_long_prompt_are_never_in_memory_at_once(network: LanguageModel) -> None:
+    network.pack()
+    sizes = list[int]()
+    for count in (1, 3):
+        pool, lengths, rows = network.new_pool(count), [400] * count, range(count)
+        takers = {row: lambda logits: sizes.append(len(logits)) for row in rows}
+        network.prefill(IDS[:count], lengths, pool, rows, takers)
+        assert max(sizes) * count <= serving.MOST_SCORED
+        assert sum(sizes) == 400 * count
+        sizes.clear()
