@@ -38,7 +38,8 @@ ENV PATH=/opt/latentd/bin:$PATH \
     LATENTD_PORT=8000 \
     LATENTD_DATA_DIR=/data \
     NUMBA_CACHE_DIR=/data/compiled \
-    TRITON_CACHE_DIR=/data/compiled/triton
+    TRITON_CACHE_DIR=/data/compiled/triton \
+    XDG_CACHE_HOME=/data/cache
 VOLUME /data
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["python", "-c", \

@@ -17,9 +17,9 @@ import typer
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.attention import AttentionState, chunked, step
-from model.cpu.functions import jit
-from model.cpu.kernels import attend
+from model.heinsen.attention import AttentionState, chunked, step
+from model.heinsen.cpu.kernels import attend
+from model.kernels.cpu.functions import jit
 
 D = 8
 BLOCK = 100_000

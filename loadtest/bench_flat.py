@@ -14,8 +14,9 @@ from typing import Annotated
 import torch
 import typer
 
-from model import PRETRAINED, checkpoint
-from model.network import LanguageModel
+from model import PRETRAINED
+from model.heinsen.checkpoint import load
+from model.heinsen.network import LanguageModel
 from server.engine.device import choose_threads
 
 CHUNK_TOKENS = 2048
@@ -105,7 +106,7 @@ def main(
     svg: Annotated[Path | None, typer.Option(help="Draw the memory here.")] = None,
 ) -> None:
     """Measure and print."""
-    network = checkpoint.load(folder, torch.device("cpu")).network
+    network = load(folder, torch.device("cpu")).network
     choose_threads(None, network)
     lengths = [n for n in (1_000, 10_000, 100_000, 1_000_000, 10_000_000) if n < tokens] + [tokens]
     states = grow(network, lengths, seed=0)

@@ -16,9 +16,9 @@ from unittest.mock import patch
 import torch
 
 from model import PRETRAINED, checkpoint
-from model.decoding import Decoded, DecodeInput, Done
-from model.network import LanguageModel
-from model.sampling import SamplingParams
+from model.decoding.decoder import Decoded, DecodeInput, Done
+from model.decoding.sampling import SamplingParams
+from model.network import Network
 from model.state import StatePool
 from server.engine.inbox import Inbox
 from server.engine.messages import Continuation, EngineRequest, Event, RowGivenUp, Submit
@@ -55,13 +55,13 @@ def main() -> None:
     arguments = parser.parse_args()
     loaded = checkpoint.load(arguments.checkpoint, torch.device("cpu"))
 
-    def stand_in(network: LanguageModel, pool: StatePool, most_rows: int) -> StandIn:
+    def stand_in(network: Network, pool: StatePool, most_rows: int) -> StandIn:
         del network, pool, most_rows
         return StandIn()
 
     print(f"{'rows':>6} {'us a token':>11} {'ms a step':>10} {'tokens/s':>10}")
     for rows in arguments.rows:
-        with patch.object(LanguageModel, "new_decoder", stand_in):
+        with patch("model.decoding.decoders.new_decoder", stand_in):
             seconds = min(_run(loaded, rows, arguments.tokens) for _ in range(3))
         per_token = seconds / (rows * arguments.tokens)
         print(

@@ -25,8 +25,8 @@ import typer
 
 from model import PRETRAINED
 from model.checkpoint import load
-from model.grammar import Grammar
-from model.sampling import SamplingParams
+from model.decoding.grammar import Grammar
+from model.decoding.sampling import SamplingParams
 from server.api.app import engine_limits
 from server.engine.device import choose_device, choose_threads
 from server.engine.engine import Engine

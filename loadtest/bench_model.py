@@ -19,8 +19,8 @@ import typer
 
 from loadtest.log_space import LogSpaceForm
 from model import WeightDtype
-from model.config import ModelConfig
-from model.network import LanguageModel
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
 
 NUM_SESSIONS = (1, 8, 32)
 

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from loadtest.bench_http import BareEngine
-from model.grammar import Grammar, GrammarCompiler, GrammarSpec
+from model.decoding.grammar import Grammar, GrammarCompiler, GrammarSpec
 
 ITEM = {
     "type": "object",
@@ -41,8 +41,8 @@ def main(
 ) -> None:
     """Print tokens per second of free and of structured text."""
     engine = BareEngine(threads)
-    config = engine.checkpoint.network.config
-    compiler = GrammarCompiler(engine.checkpoint.tokenizer, config.vocab_sz, config.eos_token_ids)
+    network = engine.checkpoint.network
+    compiler = GrammarCompiler(engine.checkpoint.tokenizer, network.vocab_size, network.eos)
     grammars: dict[str, Grammar | None] = {"free": None}
     grammars |= {name: compiler.compile(spec) for name, spec in STRUCTURES.items()}
     for streams in (1, 32):

@@ -32,10 +32,11 @@ from torch import Tensor  # noqa: E402
 
 from loadtest.log_space import LogSpaceForm  # noqa: E402
 from model import WeightDtype  # noqa: E402
-from model.config import ModelConfig  # noqa: E402
-from model.decoding import DecodeInput  # noqa: E402
-from model.network import LanguageModel  # noqa: E402
-from model.sampling import RecentTokens, SampledRow, SamplingParams  # noqa: E402
+from model.decoding.decoder import DecodeInput  # noqa: E402
+from model.decoding.decoders import new_decoder  # noqa: E402
+from model.decoding.sampling import RecentTokens, SampledRow, SamplingParams  # noqa: E402
+from model.heinsen.config import ModelConfig  # noqa: E402
+from model.heinsen.network import LanguageModel  # noqa: E402
 from model.state import StatePool  # noqa: E402
 from model.transfer import new_transfer  # noqa: E402
 
@@ -178,7 +179,7 @@ def _filled_pool(network: LanguageModel, count: int) -> StatePool:
 
 def _step_seconds(network: LanguageModel, pool: StatePool, count: int, repeats: int) -> float:
     """Of a step with its choice of tokens, launched ahead as the engine does."""
-    decoder = network.new_decoder(pool, count)
+    decoder = new_decoder(network, pool, count)
     decoder.prepare()
     params = [SamplingParams(temperature=0.8, seed=row) for row in range(count)]
     recent = RecentTokens()

@@ -19,9 +19,10 @@ from loadtest.bench_http import server
 from loadtest.front_client import Report
 from loadtest.front_server import MARK
 from model import WeightDtype, checkpoint
-from model.network import LanguageModel
-from model.sampling import SamplingParams
-from model.tokenizer import Tokenizer
+from model.decoding.sampling import SamplingParams
+from model.heinsen.checkpoint import save
+from model.heinsen.network import LanguageModel
+from model.text.tokenizer import Tokenizer
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import Continuation, EngineRequest, Event, Finished, RowGivenUp
 from server.metrics import Metrics
@@ -36,7 +37,7 @@ def write_checkpoint(network: LanguageModel, folder: Path) -> None:
         vocab[MARK + "".join(LETTERS[int(digit)] for digit in str(token_id))] = token_id
     words = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     words.decoder = decoders.ByteLevel()
-    checkpoint.save(folder, network.config, network.state_dict(), Tokenizer(words), None)
+    save(folder, network.config, network.state_dict(), Tokenizer(words), None)
 
 
 def engine_rate(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.network import LanguageModel
+from model.heinsen.network import LanguageModel
 
 
 class LogSpaceForm:

@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model import checkpoint
-from model.attention import Attention, chunked, quadratic
-from model.config import ModelConfig
-from model.network import LanguageModel, NetworkState
+from model.heinsen import checkpoint
+from model.heinsen.attention import Attention, chunked, quadratic
+from model.heinsen.config import ModelConfig
+from model.heinsen.layers import NetworkState
+from model.heinsen.network import LanguageModel
 
 LOGITS_TOLERANCE = 2e-5
 """Absolute."""

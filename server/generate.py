@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from model import WeightDtype
-from model.sampling import SamplingParams
+from model.decoding.sampling import SamplingParams
 from server.engine.device import choose_device, choose_dtype, choose_threads, load
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import (
@@ -44,7 +44,7 @@ def generate(
     report = partial(print, file=sys.stderr, flush=True)
     loaded = load(folder, device, choose_dtype(dtype, device), report)
     choose_threads(threads, loaded.network)
-    bos = loaded.network.config.bos_token_id
+    bos = loaded.network.bos
     token_ids = (*([] if bos is None else [bos]), *loaded.tokenizer.encode(prompt))
     if not token_ids:
         raise GenerateError("the prompt is empty and the model has no token to begin with")

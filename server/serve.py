@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from model import checkpoint
 from model.checkpoint import Checkpoint
 from server import __version__, logs
 from server.api.app import create_app, drain
@@ -96,8 +95,7 @@ def _serve_on(
                 report(f"metrics    {url}")
         except TemplateFault as error:
             asyncio.run(store.close())
-            file = settings.checkpoint / checkpoint.CHAT_TEMPLATE
-            raise ServeError(f"{file}: {error}") from error
+            raise ServeError(f"{settings.checkpoint}: chat template: {error}") from error
         except (KeyFileError, ListenError):
             asyncio.run(store.close())
             raise

@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from model import checkpoint, tokenizer
-from model.config import ModelConfig
-from model.network import LanguageModel
+from model.heinsen import checkpoint
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
+from model.text import tokenizer
 
 torch.set_num_threads(1)
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -24,15 +25,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 
-KERNELS = ("kernels", "cuda")
-"""Folders whose tests run Triton's kernels."""
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of kernels are the GPU's; interpreted, they take too long for the quick lane."""
+    """Tests in folders named cuda are the GPU's; interpreted, they are not for the quick lane."""
     for item in items:
-        if item.path.parent.name in KERNELS or "gpu" in item.keywords:
+        if item.path.parent.name == "cuda" or "gpu" in item.keywords:
             item.add_marker(pytest.mark.gpu)
             if "TRITON_INTERPRET" in os.environ:
                 item.add_marker(pytest.mark.long)

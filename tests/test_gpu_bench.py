@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from model import kernels
+from model.kernels import cuda
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not kernels.is_available(), reason="needs Triton")
+@pytest.mark.skipif(not cuda.is_available(), reason="needs Triton")
 def test_it_checks_and_prints_every_part() -> None:
     command = [sys.executable, "-m", "loadtest.gpu", "--tiny", "--no-server"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

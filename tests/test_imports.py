@@ -16,8 +16,24 @@ LEAVES = (
 )
 VERSION = "server.__version__"
 
+FACTS = ("model.PRETRAINED", "model.WeightDtype")
+BELOW_FAMILIES = (
+    *(*FACTS, "model.files", "model.state", "model.network"),
+    *("model.kernels", "model.text"),
+)
+"""What a family's folder may import beside itself."""
+
 MAY_IMPORT = {
-    "model": ("model",),
+    "model": (),
+    "model.state": (),
+    "model.transfer": ("model.state",),
+    "model.network": (*FACTS, "model.state", "model.text"),
+    "model.kernels": (*FACTS, "model.kernels"),
+    "model.text": ("model.text",),
+    "model.decoding": (*BELOW_FAMILIES, "model.decoding"),
+    "model.checkpoint": ("model",),
+    "model.verify": ("model",),
+    "model.training": ("model",),
     "server": (),
     "server.settings": ("model.PRETRAINED", "model.WeightDtype"),
     "server.errors": (),
@@ -49,14 +65,17 @@ MAY_IMPORT = {
     "server.cli.inspect": ("model", "server.cli", "server.sessions.codec"),
     "server.__main__": ("model", "server"),
 }
-"""What each part of the program may import of the program; the longest name that fits counts."""
+"""What each part of the program may import of the program; the longest name that fits counts.
+
+A folder of model/ that is not named here is a family's.
+"""
 
 ONLY_IN = {
     "torch": ("model", "server.engine"),
-    "triton": ("model.kernels",),
-    "numba": ("model.cpu",),
-    "llvmlite": ("model.cpu",),
-    "llguidance": ("model.grammar",),
+    "triton": ("model.kernels.cuda", "model.heinsen.cuda", "model.decoding.cuda"),
+    "numba": ("model.kernels.cpu", "model.heinsen.cpu", "model.decoding.cpu"),
+    "llvmlite": ("model.kernels.cpu",),
+    "llguidance": ("model.decoding.grammar",),
     "fastapi": ("server.api",),
     "starlette": ("server.api",),
     "httpx": ("server.cli.client",),
@@ -103,10 +122,19 @@ def imports_of(module: str) -> list[str]:
     return list(imports(module, path.read_text(), path.stem == "__init__"))
 
 
+def family_of(module: str) -> str | None:
+    """The family's folder that a module stands in, if it stands in one."""
+    folder = MODULES[module].relative_to(ROOT).parts[:-1][:2]
+    name = ".".join(folder)
+    return name if folder[0] == "model" and folder[1:] and name not in MAY_IMPORT else None
+
+
 def is_allowed(module: str, imported: str) -> bool:
     """Whether the program's own lines allow it."""
     part = max((part for part in MAY_IMPORT if is_within(module, part)), key=len)
-    return any(is_within(imported, allowed) for allowed in MAY_IMPORT[part])
+    family = family_of(module)
+    may_import = (*BELOW_FAMILIES, family) if family else MAY_IMPORT[part]
+    return any(is_within(imported, allowed) for allowed in may_import)
 
 
 def test_the_reader_finds_every_kind_of_import() -> None:
@@ -124,7 +152,7 @@ def late():
     found = ["a.b", "c", "p.q.e", "p.q.f.g", "p.h.i.j", "k.l", "m", "p.n"]
     assert list(imports("p.q.r", source, False)) == found
     assert list(imports("p.q", "from . import e\nfrom .. import n", True)) == ["p.q.e", "p.n"]
-    assert {"model.attention", "server.engine.engine", "server", "server.__main__"} <= set(MODULES)
+    assert {"model.state", "server.engine.engine", "server", "server.__main__"} <= set(MODULES)
 
 
 @pytest.mark.parametrize(
@@ -132,10 +160,21 @@ def late():
     [
         ("model.network", "server.errors.NotFound", False),
         ("model.network", "model.state.StatePool", True),
+        ("model.network", "model.heinsen.network.LanguageModel", False),
+        ("model.state", "model.network.Network", False),
+        ("model.files", "model.state.StatePool", False),
+        ("model.kernels.linear", "model.kernels.cpu.products.product", True),
+        ("model.kernels.linear", "model.heinsen.config.ModelConfig", False),
+        ("model.heinsen.network", "model.kernels.linear.PackedLinear", True),
+        ("model.heinsen.network", "model.decoding.decoder.Decoder", False),
+        ("model.heinsen.network", "model.checkpoint.Checkpoint", False),
+        ("model.decoding.decoder", "model.network.Network", True),
+        ("model.decoding.decoder", "model.heinsen.network.LanguageModel", False),
+        ("model.checkpoint", "model.heinsen.network.LanguageModel", True),
         ("server.settings", "model.PRETRAINED", True),
         ("server.settings", "model.checkpoint.load", False),
         ("server.errors", "server.settings.Settings", False),
-        ("server.sessions.sqlite", "server.engine.messages.Parked", False),
+        ("server.sessions.sqlite.store", "server.engine.messages.Parked", False),
         ("server.engine.engine", "server.sessions.codec.Codec", False),
         ("server.engine.engine", "server.api.generation.turn.AdmittedTurn", False),
         ("server.sessions.ledger", "server.api.generation.turn", False),
@@ -228,9 +267,17 @@ def test_a_request_goes_down_through_the_layers(module: str) -> None:
     assert {name for name in known if layer(name) not in MAY_KNOW[layer(module)]} == set()
 
 
-def test_no_modules_of_the_server_import_each_other_in_a_circle() -> None:
-    within = [module for module in MODULES if is_within(module, "server")]
-    TopologicalSorter({module: modules_of(module) for module in within}).prepare()
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    TopologicalSorter({module: modules_of(module) for module in MODULES}).prepare()
+
+
+def test_the_families_are_found() -> None:
+    assert {family_of(module) for module in MODULES} == {None, "model.heinsen"}
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if is_within(m, "server")))
+def test_the_server_knows_no_family(module: str) -> None:
+    assert not any(family_of(known) for known in modules_of(module))
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 import typer
 
-from model import WeightDtype, checkpoint
-from model.network import LanguageModel
-from model.tokenizer import Tokenizer
+from model import WeightDtype
+from model.heinsen import checkpoint
+from model.heinsen.network import LanguageModel
+from model.network import CheckpointError
+from model.text.tokenizer import Tokenizer
 from model.training.corpus import read_documents
 
 LANES = 16
@@ -62,7 +64,7 @@ def main(
         for file in files:
             value = bits_per_byte(loaded.network, loaded.tokenizer, read_documents(file))
             print(f"{value:.4f} bits per byte  {file.name}")
-    except (checkpoint.CheckpointError, OSError, ValueError) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
 

@@ -10,7 +10,8 @@ from typing import Annotated
 import torch
 import typer
 
-from model import checkpoint
+from model.heinsen import checkpoint
+from model.network import CheckpointError
 
 
 def main(
@@ -19,14 +20,14 @@ def main(
 ) -> None:
     """Write the checkpoint again; vectors, which are few, keep their digits."""
     try:
-        loaded = checkpoint.load(folder, torch.device("cpu"), trainable=True)
+        loaded = checkpoint.load_trainable(folder, torch.device("cpu"))
         weights = {
             name: tensor.to(torch.bfloat16) if tensor.dim() > 1 else tensor
             for name, tensor in loaded.network.state_dict().items()
         }
         config, words = loaded.network.config, loaded.tokenizer
         checkpoint.save(out, config, weights, words, loaded.chat_template)
-    except (checkpoint.CheckpointError, OSError) as error:
+    except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
     num_bytes = sum(file.stat().st_size for file in out.iterdir())

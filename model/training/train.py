@@ -28,10 +28,11 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from model import checkpoint, tokenizer
-from model.config import ModelConfig
-from model.network import LanguageModel
-from model.tokenizer import Tokenizer
+from model.heinsen import checkpoint
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
+from model.text import tokenizer
+from model.text.tokenizer import Tokenizer
 from model.training.corpus import IGNORED, Lanes, read_documents
 from model.training.evaluate import bits_per_byte
 from model.training.requests import CHAT_TEMPLATE
@@ -198,7 +199,7 @@ def _prepare(
     """The network to train: that of `out`, else of `init`, else a new one with a new tokenizer."""
     source = out if (out / TRAIN_STATE).exists() else init
     if source is not None:
-        loaded = checkpoint.load(source, device, trainable=True)
+        loaded = checkpoint.load_trainable(source, device)
         return loaded.network, loaded.tokenizer
     words = tokenizer.train(texts, shape.vocab_sz, SPECIAL_TOKENS)
     special = words.special_tokens

@@ -16,10 +16,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from model import tokenizer
-from model.config import ModelConfig
-from model.network import LanguageModel
-from model.tokenizer import Tokenizer
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
+from model.text import tokenizer
+from model.text.tokenizer import Tokenizer
 from model.training.corpus import read_documents
 from model.training.evaluate import bits_per_byte
 from model.training.train import SPECIAL_TOKENS, Recipe, Trainer, beginning, encode_documents

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from model.checkpoint import Checkpoint
-from model.grammar import GrammarCompiler
+from model.decoding.grammar import GrammarCompiler
 from server import __version__
 from server.api import (
     chat,
@@ -83,7 +83,7 @@ def create_app(
     """
     metrics, keys, limiter = Metrics(), KeyRing(settings), Limiter(settings)
     network = checkpoint.network
-    codec = Codec(checkpoint.fingerprint, network.state_spec.tensors, network.config.vocab_sz)
+    codec = Codec(checkpoint.fingerprint, network.state_spec.tensors, network.vocab_size)
     conversation = _conversation(checkpoint)
 
     @asynccontextmanager
@@ -186,19 +186,19 @@ def _conversation(checkpoint: Checkpoint) -> Conversation | None:
     """Raises TemplateFault."""
     if checkpoint.chat_template is None:
         return None
-    config = checkpoint.network.config
-    ends = config.eos_token_ids
+    network = checkpoint.network
+    ends = network.eos
     return Conversation(
         checkpoint.chat_template,
         checkpoint.tokenizer,
-        config.bos_token_id,
+        network.bos,
         ends[0] if ends else None,
     )
 
 
 def _grammars(checkpoint: Checkpoint) -> GrammarCompiler:
-    config = checkpoint.network.config
-    return GrammarCompiler(checkpoint.tokenizer, config.vocab_sz, config.eos_token_ids)
+    network = checkpoint.network
+    return GrammarCompiler(checkpoint.tokenizer, network.vocab_size, network.eos)
 
 
 async def _measure_lag(metrics: Metrics) -> None:
@@ -295,7 +295,7 @@ def _build(
         settings=settings,
         checkpoint=checkpoint,
         model_name=settings.served_name,
-        created=int((settings.checkpoint / "config.json").stat().st_mtime),
+        created=int(checkpoint.modified_at),
         metrics=metrics,
         ledger=Ledger(
             store,

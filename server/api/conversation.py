@@ -13,7 +13,7 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from server.api.special_names import Marks, SpecialNames, random_digits
 
 

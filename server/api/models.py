@@ -33,7 +33,7 @@ def _render(service: Service) -> Model:
         id=service.model_name,
         created=service.created,
         parameters=network.num_parameters,
-        vocab_size=network.config.vocab_sz,
+        vocab_size=network.vocab_size,
         state_bytes=service.ledger.state_bytes,
         max_prompt_tokens=settings.max_prompt_tokens,
         max_tokens=settings.max_tokens_limit,

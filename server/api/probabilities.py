@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from server.api.schemas.chat import TokenLogprob, TopLogprob
 from server.engine.messages import Token
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from model.checkpoint import Checkpoint
-from model.grammar import GrammarCompiler
+from model.decoding.grammar import GrammarCompiler
 from server.api.conversation import Conversation
 from server.api.generation.router import Router
 from server.api.limits import Limiter

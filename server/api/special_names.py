@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from model.tokenizer import Tokenizer, TooManyTokens
+from model.text.tokenizer import Tokenizer, TooManyTokens
 
 
 def random_digits() -> str:

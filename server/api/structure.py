@@ -2,8 +2,8 @@
 
 import json
 
-from model.grammar import Grammar, GrammarBusyError, GrammarError, GrammarSpec
-from model.grammar.source import MAX_SOURCE_BYTES
+from model.decoding.grammar import Grammar, GrammarBusyError, GrammarError, GrammarSpec
+from model.decoding.grammar.source import MAX_SOURCE_BYTES
 from server.api.schemas.generation import SamplingRequest
 from server.api.schemas.structure import JsonSchemaFormat, StructuredOutputs, TextFormat
 from server.api.service import Service

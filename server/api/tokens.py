@@ -34,7 +34,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
     """The tokens of a text, or of a conversation by the model's chat template."""
     check_model(service, body.model)
     adds = body.add_special_tokens is None or body.add_special_tokens
-    bos = service.checkpoint.network.config.bos_token_id
+    bos = service.checkpoint.network.bos
     texts, most = service.texts, service.settings.max_waiting_tokens
     ids: Sequence[int]
     match body.prompt, body.messages:
@@ -62,13 +62,13 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
 @router.get("/tokenizer_info")
 async def tokenizer_info(service: ServiceDep) -> TokenizerInfo:
     """The tokenizer's special tokens and the chat template."""
-    config = service.checkpoint.network.config
-    ends = config.eos_token_ids
+    network = service.checkpoint.network
+    ends = network.eos
     return TokenizerInfo(
-        bos_token=_name(service, config.bos_token_id),
+        bos_token=_name(service, network.bos),
         eos_token=_name(service, ends[0] if ends else None),
         pad_token=None,
-        vocab_size=config.vocab_sz,
+        vocab_size=network.vocab_size,
         chat_template=service.checkpoint.chat_template,
     )
 

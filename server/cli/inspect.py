@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from model.checkpoint import Outline, read_outline
+from model.checkpoint import describe, fingerprint, is_checkpoint
 from server.cli.tables import plain, print_facts, print_table
 from server.sessions.codec import FORMAT, BlobError, Codec, read
 
@@ -20,16 +20,20 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 def inspect(file: Path, folder: Path) -> bool:
-    """Print what is in the file; whether a server of this checkpoint would import it.
+    """Print what is in an exported state; whether a server of this checkpoint would import it.
 
-    Raises OSError for a file that cannot be read, and CheckpointError.
+    Of a checkpoint, print what it is. Raises OSError for a file that cannot be read, and
+    CheckpointError.
     """
+    if is_checkpoint(file):
+        _print_model(file)
+        return True
     blob = file.read_bytes()
-    model = read_outline(folder)
-    codec = Codec(model.fingerprint, model.state_spec.tensors, model.config.vocab_sz)
+    model = describe(folder)
+    codec = Codec(fingerprint(folder), model.state_spec.tensors, model.vocab_size)
     try:
         facts, arrays = read(blob)
-        _print_header(len(blob), facts, codec.checksum_fits(facts, arrays), model)
+        _print_header(len(blob), facts, codec.checksum_fits(facts, arrays), codec.fingerprint)
         print_table(_tensors(arrays))
         if facts.get("format") == FORMAT:
             print()
@@ -45,14 +49,34 @@ def inspect(file: Path, folder: Path) -> bool:
     return True
 
 
+def _print_model(path: Path) -> None:
+    model = describe(path)
+    spec = model.state_spec
+    facts = {
+        "parameters": f"{model.num_parameters:,}",
+        "weights": f"{model.weight_bytes:,} bytes of {', '.join(model.weight_dtypes)}",
+        "vocabulary": f"{model.vocab_size:,}, of which the tokenizer has "
+        f"{model.tokenizer.num_tokens:,}",
+        "chat": "no template" if model.chat_template is None else "template",
+        "session": f"{spec.num_bytes:,} bytes, at any length",
+    }
+    print_facts(facts | {name: plain(str(size)) for name, size in model.sizes.items()})
+    print()
+    table = Table("tensor", "dtype", "shape", "bytes")
+    for tensor in spec.tensors:
+        shape = " ".join(map(str, tensor.shape))
+        table.add_row(tensor.name, tensor.dtype, shape, f"{tensor.num_bytes:,}")
+    print_table(table)
+
+
 def _print_header(
-    num_bytes: int, facts: Mapping[str, str], checksum_fits: bool | None, model: Outline
+    num_bytes: int, facts: Mapping[str, str], checksum_fits: bool | None, model: str
 ) -> None:
     shown = {name: _shown(facts.get(name)) for name in (*FACTS, "fingerprint")}
-    if facts.get("fingerprint") == model.fingerprint:
+    if facts.get("fingerprint") == model:
         shown["model"] = "this one"
     else:
-        shown["model"] = f"not this one, which is {model.fingerprint}"
+        shown["model"] = f"not this one, which is {model}"
     shown["checksum"] = CHECKSUM[checksum_fits]
     shown["size"] = f"{num_bytes:,} bytes"
     print_facts(shown)

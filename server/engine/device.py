@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from model import WeightDtype, checkpoint, sampling
+from model import WeightDtype, checkpoint
 from model.checkpoint import Checkpoint
-from model.network import LanguageModel
+from model.decoding import sampling
+from model.network import Network
 
 FEW_BYTES = 128 << 20
 """Weights that a thread reads in a few milliseconds. For fewer, a second thread of a step is more
@@ -36,7 +37,7 @@ def choose_dtype(asked: WeightDtype | None, device: torch.device) -> WeightDtype
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def choose_threads(threads: int | None, network: LanguageModel) -> str:
+def choose_threads(threads: int | None, network: Network) -> str:
     """Set the number of CPU threads of this process: as asked for, or one for a small network.
 
     Returns the number in words.
@@ -65,8 +66,8 @@ def load(
 
 def _compilation_reported(report: Callable[[str], None]) -> AbstractContextManager[None]:
     try:
-        from model.cpu.compilation import target, watch
-        from model.cpu.functions import CACHE
+        from model.kernels.cpu.compilation import target, watch
+        from model.kernels.cpu.functions import CACHE
     except ImportError:  # without Numba nothing is compiled
         return nullcontext()
     ending = "kept for the next start" if CACHE else "not kept: set NUMBA_CACHE_DIR to a folder"

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:  # what only counts requests needs neither torch nor grammars
-    from model.grammar import Grammar
-    from model.sampling import SamplingParams
+    from model.decoding.grammar import Grammar
+    from model.decoding.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Continuation:
     """Bytes of the generated text that began a character, at most three."""
 
     recent: bytes = b""
-    """`model.sampling.RecentTokens` as bytes: what the penalties look back on."""
+    """`model.decoding.sampling.RecentTokens` as bytes: what the penalties look back on."""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from collections.abc import Sequence as Row
 
 import torch
 
-from model.attention import CHUNK
-from model.network import LanguageModel
+from model.network import Network
 from model.state import RowState, StatePool
 from server.engine.prefixes import SharedPrefixes
 from server.engine.sequence import Sequence
@@ -13,13 +12,16 @@ from server.engine.slots import Slots
 from server.engine.text_sequence import TextSequence
 from server.metrics import Metrics
 
+LEAST_CHUNK = 64
+"""Tokens after which a beginning of a prompt may be kept: a state is worth more than a few."""
+
 
 class PromptReader:
     """Reads prompts into the rows that their sequences own."""
 
     def __init__(
         self,
-        network: LanguageModel,
+        network: Network,
         pool: StatePool,
         slots: Slots,
         prefix_cache_bytes: int,
@@ -30,7 +32,8 @@ class PromptReader:
         self._slots = slots
         self._metrics = metrics
         state_bytes = network.state_spec.num_bytes
-        self._prefixes = SharedPrefixes[RowState](prefix_cache_bytes, state_bytes, CHUNK)
+        chunk = -(-LEAST_CHUNK // network.cut) * network.cut
+        self._prefixes = SharedPrefixes[RowState](prefix_cache_bytes, state_bytes, chunk)
 
     def begin(self, sequence: Sequence) -> None:
         """Begin after what others have read of the same prompt, or wait until they have.

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 
-from model.network import LanguageModel
+from model.network import Network
 from model.transfer import Export, new_transfer
 from server.engine.messages import EngineRequest, Finished
 from server.engine.slots import Slots
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 class Rows:
     """The pool and who owns its rows. A free row holds nobody's state."""
 
-    def __init__(self, network: LanguageModel, slots: Slots, num_kept: int) -> None:
+    def __init__(self, network: Network, slots: Slots, num_kept: int) -> None:
         """`num_kept`: rows beyond those of running sequences."""
         self.pool = network.new_pool(1 + slots.num_rows)
         self._slots = slots

@@ -4,7 +4,7 @@ from collections.abc import Sequence as Row
 
 from torch import Tensor
 
-from model.logprobs import score
+from model.decoding.logprobs import score
 from server.engine.messages import Token
 
 

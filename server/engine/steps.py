@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from model.decoding import Decoder, Launched
-from model.logprobs import Scored
+from model.decoding.decoder import Decoder, Launched
+from model.decoding.logprobs import Scored
 from model.state import StatePool
 from server.engine.messages import (
     Failed,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from model.tokenizer import Detokenizer, Tokenizer
+from model.text.tokenizer import Detokenizer, Tokenizer
 from server.engine.messages import Token
 
 

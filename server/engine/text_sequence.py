@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from model.decoding import MOST_ENDS, DecodeInput
-from model.sampling import WINDOW, RecentTokens, SampledRow
+from model.decoding.decoder import MOST_ENDS, DecodeInput
+from model.decoding.sampling import WINDOW, RecentTokens, SampledRow
 from model.state import RowState
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from server.engine.messages import Continuation, EngineRequest, Timings, Token
 from server.engine.scoring import PromptScores
 from server.engine.sequence import Sequence

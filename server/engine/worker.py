@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 from model.checkpoint import Checkpoint
+from model.decoding import decoders
 from model.state import DamagedState
 from server.engine.inbox import Inbox
 from server.engine.messages import (
@@ -55,14 +56,14 @@ class Worker:
         self._inbox = inbox
         self._deliver = deliver
         self._metrics = metrics
-        self._scheduler = Scheduler[TextSequence](limits, self._network.chunk)
+        self._scheduler = Scheduler[TextSequence](limits, self._network.cut)
         self._slots = self._scheduler.slots
         self._rows = Rows(self._network, self._slots, limits.warm_sessions)
         self._pool = self._rows.pool
         self._reader = PromptReader(
             self._network, self._pool, self._slots, limits.prefix_cache_bytes, metrics
         )
-        self._decoder = self._network.new_decoder(self._pool, limits.max_running)
+        self._decoder = decoders.new_decoder(self._network, self._pool, limits.max_running)
         self._steps = Steps(self._decoder, self._pool, metrics)
         self._flight: Flight | None = None
         """The step that was launched last, if its tokens are not known yet."""
@@ -179,9 +180,8 @@ class Worker:
             case Submit(request, at):
                 self._open[request.request_id] = None
                 try:
-                    config = self._network.config
-                    sequence = TextSequence(request, self._tokenizer, at, config.eos_token_ids)
-                    sequence.check_ids(config.vocab_sz)
+                    sequence = TextSequence(request, self._tokenizer, at, self._network.eos)
+                    sequence.check_ids(self._network.vocab_size)
                 except (ValueError, OverflowError) as error:
                     self._inbox.left_queue(request)
                     self._end(Failed(request.request_id, str(error)))

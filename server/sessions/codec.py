@@ -16,7 +16,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from model.sampling import RecentTokens
+from model.decoding.sampling import RecentTokens
 from model.state import DamagedState, TensorSpec, check_values, split_state
 
 FORMAT, VERSION = "latentd-session", "4"

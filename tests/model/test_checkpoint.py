@@ -1,23 +1,19 @@
-"""A checkpoint is written wholly, read back as it was, and refused with a reason otherwise."""
+"""Which family a path is, and the fingerprint by which its sessions know it."""
 
+import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from model import checkpoint, tokenizer
-from model.checkpoint import CheckpointError
-from model.config import ModelConfig
-from model.network import LanguageModel
+from model import PRETRAINED, checkpoint
+from model.checkpoint import CheckpointError, fingerprint, is_checkpoint
 
 CPU = torch.device("cpu")
-Weights = dict[str, Tensor]
 
 
 @pytest.fixture
@@ -26,288 +22,93 @@ def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
 
 
-def config_of(folder: Path) -> ModelConfig:
-    return checkpoint.read_config(folder / "config.json")
+@pytest.fixture
+def digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where digests are kept; all files are large."""
+    path = tmp_path / "cache" / "digests.json"
+    monkeypatch.setattr(checkpoint, "DIGESTS", path)
+    monkeypatch.setattr(checkpoint, "LARGE_BYTES", 0)
+    monkeypatch.setattr(checkpoint, "SETTLED_S", -1)
+    return path
 
 
-def refusal(folder: Path) -> str:
-    with pytest.raises(CheckpointError) as caught:
+def test_a_path_of_no_family_is_refused(folder: Path) -> None:
+    for path, reason in (
+        (folder / "nothing", "no such checkpoint folder"),
+        (folder / "config.json", "not a checkpoint of a known family (heinsen)"),
+    ):
+        assert not is_checkpoint(path)
+        for refuse in (checkpoint.describe, fingerprint, lambda p: checkpoint.load(p, CPU)):
+            with pytest.raises(CheckpointError) as caught:
+                refuse(path)
+            assert str(caught.value).startswith(f"{path}: {reason}")
+    assert is_checkpoint(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(CheckpointError, match="not a checkpoint of a known family"):
         checkpoint.load(folder, CPU)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("template", [None, "{{ messages }}\n"])
-@pytest.mark.parametrize(
-    "options",
-    [{"values": "log"}, {"values": "linear"}, {"decay": True, "token_shift": True}],
-    ids=str,
-)
-def test_what_is_saved_is_loaded(
-    options: dict[str, Any], template: str | None, tmp_path: Path
-) -> None:
-    words = tokenizer.train(["a b c"], 280, ["<|endoftext|>"])
-    config = ModelConfig(
-        vocab_sz=290, d_emb=8, n_layers=2, n_heads=2, d_key=4, d_val=3, eos_token_ids=(0, 3),
-        **options,
-    )  # fmt: skip
-    network = LanguageModel(config)
-    checkpoint.save(tmp_path / "a" / "b", config, network.state_dict(), words, template)
-    loaded = checkpoint.load(tmp_path / "a" / "b", CPU, trainable=True)
-    assert loaded.network.config == config
-    assert loaded.chat_template == template
-    assert loaded.tokenizer.to_json() == words.to_json()
-    found = loaded.network.state_dict()
-    assert list(found) == list(network.state_dict())
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(found[name], tensor)
-
-
-def test_a_config_names_only_the_extensions_that_are_on(folder: Path, tmp_path: Path) -> None:
-    """So a network of the paper keeps its fingerprint, and older versions can read it."""
-    loaded = checkpoint.load(folder, CPU, trainable=True)
-    paper, words = loaded.network.config, loaded.tokenizer
-    names = {"decay", "token_shift", "output_gate"}
-    for config, on in ((paper, set()), (paper.model_copy(update={"decay": True}), {"decay"})):
-        weights = LanguageModel(config).state_dict()
-        checkpoint.save(tmp_path / "out", config, weights, words, None)
-        assert names & set(json.loads((tmp_path / "out" / "config.json").read_bytes())) == on
-
-
-def test_only_a_network_to_be_trained_has_gradients(folder: Path) -> None:
-    trained = checkpoint.load(folder, CPU, trainable=True).network
-    served = checkpoint.load(folder, CPU).network
-    assert trained.training
-    assert all(p.requires_grad for p in trained.parameters())
-    assert not served.training
-    assert not any(p.requires_grad for p in served.parameters())
-    assert served.num_parameters == trained.num_parameters
-    ids = torch.arange(30).view(2, 15)
-    with torch.no_grad():
-        expected, _ = trained(ids, trained.empty_state(2))
-        found, _ = served(ids, served.empty_state(2))
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
-
-
-def test_a_checkpoint_is_replaced_with_its_template(folder: Path) -> None:
-    loaded = checkpoint.load(folder, CPU, trainable=True)
-    config, weights = loaded.network.config, loaded.network.state_dict()
-    for template in ("x", None):
-        checkpoint.save(folder, config, weights, loaded.tokenizer, template)
-        assert checkpoint.load(folder, CPU).chat_template == template
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_weights_of_any_float_type_become_float32(folder: Path, dtype: torch.dtype) -> None:
-    weights = {n: w.to(dtype) for n, w in load_file(folder / "model.safetensors").items()}
-    save_file(weights, folder / "model.safetensors")
-    for name, tensor in checkpoint.load(folder, CPU, trainable=True).network.state_dict().items():
-        assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, weights[name].float())
-
-
-def drop(weights: Weights) -> None:
-    del weights["layers.1.feedforward1.1.bias"]
-
-
-def add(weights: Weights) -> None:
-    weights["layers.2.extra"] = torch.zeros(1)
-
-
-def turn(weights: Weights) -> None:
-    weights["layers.0.feedforward2.2.weight"] = torch.zeros(32, 31)
-
-
-def put(value: float) -> Callable[[Weights], None]:
-    def change(weights: Weights) -> None:
-        weights["lnorm.bias"][3] = value
-
-    return change
-
-
-def enlarge(weights: Weights) -> None:
-    weights["lnorm.bias"] = torch.full((32,), 1e300, dtype=torch.float64)
-
-
-def count(weights: Weights) -> None:
-    weights["lnorm.weight"] = torch.ones(32, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (drop, "layers.1.feedforward1.1.bias missing"),
-        (dict.clear, " and 16 more missing"),
-        (add, "layers.2.extra not part of this network"),
-        (turn, "layers.0.feedforward2.2.weight is [32, 31], the config says [32, 32]"),
-        (put(float("nan")), "lnorm.bias is not all finite numbers"),
-        (put(float("-inf")), "lnorm.bias is not all finite numbers"),
-        (enlarge, "lnorm.bias is not all finite numbers"),
-        (count, "lnorm.weight is not all finite numbers"),
-    ],
-)
-def test_wrong_weights_are_refused_by_name(
-    folder: Path, damage: Callable[[Weights], None], reason: str
-) -> None:
-    path = folder / "model.safetensors"
-    weights = load_file(path)
-    damage(weights)
-    save_file(weights, path)
-    message = refusal(folder)
-    assert message.startswith(f"{path}: ")
-    assert message.endswith(reason)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"n_layer": 2}, "n_layer: Extra inputs are not permitted"),
-        ({"d_emb": "32"}, "d_emb: Input should be a valid integer"),
-        ({"bos_token_id": 300}, "token id 300 is not below vocab_sz 300"),
-        ({"n_layers": 3}, "layers.2.feedforward1.0.weight, "),
-        ({"vocab_sz": 10, "bos_token_id": None, "eos_token_ids": []}, "embed.weight is [300, 32]"),
-    ],
-)
-def test_a_wrong_config_is_refused(folder: Path, change: dict[str, Any], reason: str) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert reason in refusal(folder)
-
-
-def test_files_that_are_something_else_are_refused(folder: Path) -> None:
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        path = folder / name
-        content = path.read_bytes()
-        for wrong in (content[: len(content) // 2], b"", b"\xff\xfe\x00 not this", b"[]"):
-            path.write_bytes(wrong)
-            assert refusal(folder).startswith(f"{path}: ")
-        path.unlink()
-        assert refusal(folder) == f"{path}: missing from the checkpoint"
-        path.write_bytes(content)
-    checkpoint.load(folder, CPU)
-    assert "no such checkpoint folder" in refusal(folder / "nothing")
-
-
-def test_a_chat_template_that_is_not_text_is_refused(folder: Path) -> None:
-    (folder / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
-    assert "chat_template.jinja: not UTF-8 text" in refusal(folder)
-
-
-def test_a_tokenizer_larger_than_the_network_is_refused(folder: Path) -> None:
-    words = tokenizer.train([f"{i}word{i * i}" for i in range(99)], 310, ["<|endoftext|>"])
-    assert words.num_tokens == 310
-    (folder / "tokenizer.json").write_text(words.to_json())
-    assert refusal(folder).endswith("tokenizer.json: 310 tokens, but the network has vocab_sz 300")
-
-
-def test_the_outline_is_that_of_the_network(folder: Path) -> None:
-    loaded = checkpoint.load(folder, torch.device("cpu"), "int8")
-    outline = checkpoint.read_outline(folder)
-    assert outline.fingerprint == loaded.fingerprint
-    assert outline.state_spec == loaded.network.state_spec
-    assert outline.config == loaded.network.config
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: missing"):
-        checkpoint.read_outline(folder)
 
 
 def test_the_fingerprint_is_of_config_weights_and_tokenizer(folder: Path) -> None:
-    def fingerprint() -> str:
-        return checkpoint.load(folder, CPU).fingerprint
-
-    seen = [fingerprint()]
-    assert fingerprint() == seen[0]
+    seen = [checkpoint.load(folder, CPU).fingerprint]
+    assert fingerprint(folder) == seen[0]
     (folder / "chat_template.jinja").write_text("another")
-    assert fingerprint() == seen[0]
+    assert fingerprint(folder) == seen[0]
     for name in ("config.json", "tokenizer.json"):
         with (folder / name).open("a") as file:
             file.write("\n")
-        seen.append(fingerprint())
+        seen.append(fingerprint(folder))
     weights = load_file(folder / "model.safetensors")
     weights["lnorm.bias"][0] += 1e-3
     save_file(weights, folder / "model.safetensors")
-    seen.append(fingerprint())
+    seen.append(fingerprint(folder))
     assert len(set(seen)) == 4
 
 
-class Bomb:
-    """Unpickled without care, it writes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.write_text, (self.path, "it ran")
+def test_the_fingerprint_of_a_checkpoint_is_what_it_always_was() -> None:
+    """Stored sessions name it: it may never change."""
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    digests = (hashlib.sha256((PRETRAINED / name).read_bytes()).digest() for name in names)
+    assert fingerprint(PRETRAINED) == hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
-def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, suffix: str) -> None:
-    path, trace = tmp_path / f"weights{suffix}", tmp_path / "trace"
-    torch.save({"embed.weight": torch.ones(2), "more": Bomb(trace)}, path)
-    with pytest.raises(CheckpointError, match="not a file of plain tensors") as caught:
-        checkpoint.read_weights(path)
-    assert str(path) in str(caught.value)
-    assert not trace.exists()
-    torch.load(path, weights_only=False)
-    assert trace.exists()
-
-
-@pytest.mark.parametrize(
-    "content", [[torch.ones(1)], {"a": 1}, {"a": {"b": torch.ones(1)}}, {0: torch.ones(1)}, None]
-)
-def test_a_pickle_of_something_else_than_a_state_dict_is_refused(
-    tmp_path: Path, content: object
+def test_a_large_file_is_read_once(
+    folder: Path, digests: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match="not a state dict"):
-        checkpoint.read_weights(tmp_path / "x.pt")
+    expected = fingerprint(folder)
+    assert len(json.loads(digests.read_bytes())) == 3
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    assert fingerprint(folder) == expected
 
 
-def test_a_truncated_pickle_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.pt"
-    torch.save({"a": torch.ones(1000)}, path)
-    path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(CheckpointError, match="not a file of plain tensors"):
-        checkpoint.read_weights(path)
+def test_a_file_that_changed_is_read_again(folder: Path, digests: Path) -> None:
+    path = folder / "model.safetensors"
+    expected, times = fingerprint(folder), path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)  # in place, as long as it was, and with the time that it had
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    changed = fingerprint(folder)
+    assert changed != expected
+    digests.unlink()
+    assert fingerprint(folder) == changed
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_reference_state_dict_is_imported(folder: Path, tmp_path: Path, suffix: str) -> None:
-    weights = load_file(folder / "model.safetensors")
-    file = tmp_path / f"reference{suffix}"
-    if suffix == ".pt":
-        torch.save(weights, file)
-    else:
-        save_file(weights, file)
-    template = tmp_path / "template"
-    template.write_text("{{ bos }}")
-    words = folder / "tokenizer.json"
-    checkpoint.import_state_dict(file, tmp_path / "out", config_of(folder), words, template)
-    imported, original = (checkpoint.load(path, CPU) for path in (tmp_path / "out", folder))
-    assert imported.fingerprint == original.fingerprint
-    assert imported.chat_template == "{{ bos }}"
-
-
-@pytest.mark.parametrize("wrong", ["weights", "no weights", "tokenizer", "template", "no template"])
-def test_nothing_is_imported_when_anything_is_wrong(
-    folder: Path, tmp_path: Path, wrong: str
+def test_no_digest_is_kept_of_a_file_that_has_just_changed(
+    folder: Path, digests: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = load_file(folder / "model.safetensors")
-    if wrong == "weights":
-        del weights["lnorm.bias"]
-    file, words, template = tmp_path / "x.pt", folder / "tokenizer.json", tmp_path / "template"
-    template.write_text("{{ bos }}")
-    torch.save(weights, file)
-    match wrong:
-        case "tokenizer":
-            words.write_text("{}")
-        case "template":
-            template.write_bytes(b"\xff")
-        case "no template":
-            template.unlink()
-        case "no weights":
-            file.unlink()
-    named = {"weights": file, "no weights": file, "tokenizer": words}.get(wrong, template)
-    with pytest.raises(CheckpointError) as caught:
-        checkpoint.import_state_dict(file, tmp_path / "out", config_of(folder), words, template)
-    assert str(named) in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(checkpoint, "SETTLED_S", 1e9)
+    fingerprint(folder)
+    assert not digests.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"a": 1}', b'{"a": "xyz"}', b"\xff"])
+def test_a_damaged_cache_is_none(folder: Path, digests: Path, content: bytes) -> None:
+    expected = fingerprint(folder)
+    digests.write_bytes(content)
+    assert fingerprint(folder) == expected
+    assert len(json.loads(digests.read_bytes())) == 3
+
+
+def test_where_no_cache_can_be_written_there_is_none(folder: Path, digests: Path) -> None:
+    digests.parent.write_text("a file where the folder would be")
+    assert fingerprint(folder) == fingerprint(folder)

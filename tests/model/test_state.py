@@ -11,8 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from model.config import ModelConfig
-from model.network import LanguageModel
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
 from model.state import (
     DamagedState,
     StatePool,

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from model.tokenizer import Detokenizer, Tokenizer
+from model.text.tokenizer import Detokenizer, Tokenizer
 from server.api.generation.turn import AdmittedTurn, TextEvent
 from server.api.schemas.generation import PromptTokensDetails, Timings, Usage
 from server.engine.messages import EngineRequest, Finished, PromptScored, Token

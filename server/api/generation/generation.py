@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from model.sampling import SamplingParams, derive_seed
+from model.decoding.sampling import SamplingParams, derive_seed
 from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.generation import SamplingRequest
 from server.api.service import Service
@@ -165,7 +165,7 @@ def check_model(service: Service, name: str | None) -> None:
 
 def check_ids(service: Service, token_ids: Sequence[int], param: str) -> None:
     """Raises InvalidRequest for a token that the model does not have."""
-    vocab_sz = service.checkpoint.network.config.vocab_sz
+    vocab_sz = service.checkpoint.network.vocab_size
     largest = max(token_ids, default=0)
     if largest >= vocab_sz:
         raise InvalidRequest(f"token id {largest} is not below {vocab_sz}", param)
@@ -246,7 +246,7 @@ def _sampling(service: Service, body: SamplingRequest) -> SamplingParams:
 
 
 def _logit_bias(service: Service, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
-    vocab_sz = service.checkpoint.network.config.vocab_sz
+    vocab_sz = service.checkpoint.network.vocab_size
     for key in biases:
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_sz):
             raise InvalidRequest(

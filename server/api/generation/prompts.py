@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from model.tokenizer import TooManyTokens
+from model.text.tokenizer import TooManyTokens
 from server.api.conversation import Said, UnfitMessages
 from server.api.generation.generation import check_ids, too_long
 from server.api.schemas.chat import Message
@@ -34,7 +34,7 @@ class TextPrompt:
         return await self.service.texts.run(sum(map(len, self.texts)), self._read, start)
 
     def _read(self, start: Continuation) -> list[tuple[int, ...]]:
-        bos = self.service.checkpoint.network.config.bos_token_id
+        bos = self.service.checkpoint.network.bos
         prefix = () if bos is None or start.position else (bos,)
         prompts = list[tuple[int, ...]]()
         for text in self.texts:
@@ -75,7 +75,7 @@ class ChatPrompt:
             raise InvalidRequest(
                 f"this model's chat template does not take these messages: {error}", self.param
             ) from error
-        bos = self.service.checkpoint.network.config.bos_token_id
+        bos = self.service.checkpoint.network.bos
         if start.position or bos is None or ids[:1] == [bos]:
             return [tuple(ids)]
         return [(bos, *ids)]

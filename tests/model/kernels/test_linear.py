@@ -1,213 +1,94 @@
-"""Linear maps in Triton against torch in float64, with the same rounded weights."""
+"""Weights in fewer bits, packed and not."""
 
-from typing import Any
+import copy
+import logging
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from model import WeightDtype
-from model.kernels.linear import FEW, MANY, choose_tile, linear
-from model.linear import narrow
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
+from model.kernels.linear import NarrowLinear, PackedLinear, narrow, why_not_compiled
 
 each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-ROUNDING = {"float32": 1e-6, "bfloat16": 2e-5, "int8": 2e-5}
-"""Of a product's sums, as a part of the sums of absolute values: 2^-16 where inputs are split."""
-
-
-def randn(*shape: int, seed: int, device: torch.device) -> Tensor:
-    chance = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=chance).to(device)
-
-
-class Case:
-    """A linear map with everything, its exact result and how far from it a kernel may be."""
-
-    def __init__(
-        self,
-        rows: int,
-        num_in: int,
-        num_out: int,
-        dtype: WeightDtype,
-        device: torch.device,
-        *,
-        norm: bool = True,
-        bias: bool = True,
-        glu: bool = False,
-        residual: bool = False,
-    ) -> None:
-        weight_rows = 2 * num_out if glu else num_out
-        self.x = randn(rows, num_in, seed=1, device=device) * 3 + 1
-        weight = randn(weight_rows, num_in, seed=2, device=device)
-        self.weight, self.scale = narrow(weight, dtype)
-        self.options: dict[str, Any] = {"glu": glu}
-        if norm:
-            vectors = randn(2, num_in, seed=3, device=device)
-            self.options["norm"] = (vectors[0], vectors[1], 1e-5)
-        if residual:
-            self.options["residual"] = randn(rows, num_out, seed=4, device=device)
-        self.bias = randn(weight_rows, seed=5, device=device) if bias else None
-        self.rounding = ROUNDING[dtype]
-
-    def compute(self, x: Tensor | None = None) -> Tensor:
-        x = self.x if x is None else x
-        return linear(x, self.weight, self.bias, self.scale, **self.options)
-
-    def exact(self) -> tuple[Tensor, Tensor]:
-        """The result in float64, and the largest error."""
-        x, weight = self.x.double(), self.weight.double()
-        if self.scale is not None:
-            weight = weight * self.scale.double().unsqueeze(1)
-        if "norm" in self.options:
-            factor, offset, eps = self.options["norm"]
-            x = F.layer_norm(x, (x.shape[1],), factor.double(), offset.double(), eps)
-        y = F.linear(x, weight, None if self.bias is None else self.bias.double())
-        error = F.linear(x.abs(), weight.abs()) * self.rounding + 1e-6
-        if self.options["glu"]:
-            error = (error * (1 + y.abs())).view(len(x), 2, -1).sum(1)
-            y = F.glu(y, -1)
-        if "residual" in self.options:
-            y = y + self.options["residual"].double()
-        return y, error
-
-
-def assert_exact(case: Case) -> None:
-    expected, error = case.exact()
-    assert ((case.compute().double() - expected).abs() <= error).all()
+WEIGHT, BIAS = torch.randn(130, 70), torch.randn(130)
+X = torch.randn(2, 9, 70)
+ERROR = {"float32": 1e-5, "bfloat16": 0.3, "int8": 0.5}
+"""Of outputs whose size is about 8."""
 
 
 @each_dtype
-@pytest.mark.parametrize(
-    ("rows", "num_in", "num_out"),
-    [(1, 16, 16), (3, 70, 130), (17, 33, 47), (64, 300, 20), (65, 129, 33), (130, 64, 70)],
-)
-def test_only_the_weights_are_rounded(
-    rows: int, num_in: int, num_out: int, dtype: WeightDtype, device: torch.device
+@pytest.mark.parametrize("bias", [BIAS, None])
+def test_both_kinds_compute_the_same_from_the_same_numbers(
+    dtype: WeightDtype, bias: torch.Tensor | None
 ) -> None:
-    assert_exact(Case(rows, num_in, num_out, dtype, device))
+    found, plain = (kind(WEIGHT, bias, dtype)(X) for kind in (PackedLinear, NarrowLinear))
+    assert found.shape == (2, 9, 130)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=2e-5)
+    error = (found - F.linear(X, WEIGHT, bias)).abs().max()
+    assert error < ERROR[dtype]
+    assert dtype == "float32" or error > 1e-3
+
+
+def test_nothing_in_is_nothing_out() -> None:
+    assert PackedLinear(WEIGHT, None, "float32")(X[:, :0]).shape == (2, 0, 130)
+
+
+def test_int8_has_a_scale_for_each_output_and_survives_an_output_of_zeros() -> None:
+    weight = WEIGHT.clone()
+    weight[3], weight[4] = 0.0, weight[4] * 1e6
+    narrowed, scale = narrow(weight, "int8")
+    assert scale is not None
+    assert narrowed.abs().amax(1).tolist() == [127 if i != 3 else 0 for i in range(130)]
+    restored = narrowed * scale.unsqueeze(1)
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((restored - weight).abs() <= step * 0.501).all()
 
 
 @each_dtype
-@pytest.mark.parametrize("rows", [5, 66])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"norm": False, "bias": False},
-        {"norm": False, "residual": True},
-        {"glu": True, "norm": False},
-        {"glu": True, "bias": False, "residual": True},
-    ],
-)
-def test_what_stands_around_a_product(
-    rows: int, options: dict[str, bool], dtype: WeightDtype, device: torch.device
-) -> None:
-    assert_exact(Case(rows, 50, 37, dtype, device, **options))
-
-
-def test_every_kind_of_tile(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    for tile in (*FEW, *MANY):
-        monkeypatch.setattr("model.kernels.linear.choose_tile", lambda *_, t=tile, **__: t)
-        rows = 17 * tile.rows + 1 if tile.rows == 16 else tile.rows + 1
-        assert_exact(Case(rows, 65, tile.outputs + 5, "bfloat16", device, glu=tile.rows > 16))
-
-
-def test_few_rows_have_small_tiles_and_many_have_large_ones() -> None:
-    for weight_rows in (768, 1536, 2304, 50304):
-        for whole in (True, False):
-            sizes = [choose_tile(2**i, weight_rows, whole=whole).rows for i in range(15)]
-            assert sizes == sorted(sizes)
-            assert sizes[0] == 16
-    assert choose_tile(16384, 768, whole=False) == MANY[0]
-    assert choose_tile(1, 50304, whole=False) == FEW[0]
-    assert choose_tile(1, 2304, whole=False) == FEW[-1]
-
-
-def test_the_mean_may_be_far_larger_than_what_is_apart_from_it(device: torch.device) -> None:
-    for rows in (2, 66):
-        case = Case(rows, 600, 16, "float32", device)
-        case.x = randn(rows, 600, seed=6, device=device) + 3000
-        expected, error = case.exact()
-        assert ((case.compute() - expected).abs() <= 300 * error).all()
-
-
-@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
-def test_rows_are_taken_from_a_table(
-    table_dtype: torch.dtype, id_dtype: torch.dtype, device: torch.device
-) -> None:
-    table = randn(20, 40, seed=1, device=device).to(table_dtype)
-    weight, bias = randn(24, 40, seed=2, device=device), randn(24, seed=3, device=device)
-    ids = torch.tensor([19, -1, 0, 7, 7, -5], dtype=id_dtype, device=device)
-    taken = table.float()[ids.clamp(min=0)] * (ids >= 0).unsqueeze(1)
-    narrowed = weight.bfloat16()
-    found = linear(table, narrowed, bias, ids=ids)
-    assert torch.equal(found, linear(taken, narrowed, bias))
-    assert torch.equal(found[1], bias)
-    assert torch.equal(found[3], found[4])
-    norm = (torch.ones(40, device=device), bias.new_zeros(40), 1e-5)
-    many = ids.repeat(11)
-    found = linear(table, narrowed, bias, norm=norm, ids=many)
-    assert torch.equal(found, linear(taken.repeat(11, 1), narrowed, bias, norm=norm))
+def test_a_network_keeps_its_weights_in_the_dtype(dtype: WeightDtype) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_sz=90, d_emb=32, n_layers=2, n_heads=2, d_key=8, d_val=8)
+    network = LanguageModel(config).requires_grad_(False).eval()
+    served = copy.deepcopy(network).pack(dtype)
+    bits = {"float32": 32, "bfloat16": 16, "int8": 8}[dtype]
+    assert served.weight_bytes == network.num_parameters * bits // 8
+    assert served.state_spec == network.state_spec
+    ids = torch.arange(40)[None]
+    exact, found = network.new_pool(1), served.new_pool(1)
+    for each, pool in ((network, exact), (served, found)):
+        each.prefill(ids[:, :-1], [39], pool, [0])
+    expected, logits = network.step(ids[0, -1:], exact, [0]), served.step(ids[0, -1:], found, [0])
+    error = (logits - expected).abs().max() / expected.std()
+    assert error < {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.1}[dtype]
 
 
 @each_dtype
-@pytest.mark.parametrize("rows", [7, 66])
-def test_a_row_has_the_same_bits_in_any_company(
-    rows: int, dtype: WeightDtype, device: torch.device
+def test_where_nothing_can_be_compiled_torch_serves_the_same(
+    dtype: WeightDtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    case = Case(rows, 70, 33, dtype, device)
-    expected = case.compute()[3]
-    others = torch.full_like(case.x, torch.nan)
-    others[3] = case.x[3]
-    found = case.compute(others)
-    assert torch.equal(found[3], expected)
-    assert found[4].isnan().all()
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_sz=90, d_emb=32, n_layers=2, n_heads=2, d_key=8, d_val=8)
+    network = LanguageModel(config).requires_grad_(False).eval()
+    compiled = copy.deepcopy(network).pack(dtype)
+    monkeypatch.setitem(sys.modules, "model.kernels.cpu.products", None)
+    with caplog.at_level(logging.WARNING):
+        plain = network.pack(dtype)
+    assert (compiled.is_compiled, plain.is_compiled) == (True, False)
+    assert "compiled" in caplog.text
+    assert "model.kernels.cpu.products" in plain.backend
+    ids, logits = torch.arange(70)[None], []
+    for each in (compiled, plain):
+        pool = each.new_pool(2)
+        each.prefill(ids, [70], pool, [1])
+        logits.append(each.step(ids[0, :1], pool, [1]))
+    torch.testing.assert_close(*logits, rtol=0, atol=2e-5)
 
 
-def test_views_whose_rows_are_apart(device: torch.device) -> None:
-    case = Case(6, 40, 24, "bfloat16", device, residual=True)
-    expected = case.compute()
-    wide = torch.full((6, 100), torch.nan, device=device)
-    wide[:, 3:43], wide[:, 50:74] = case.x, case.options["residual"]
-    case.options["residual"] = wide[:, 50:74]
-    assert torch.equal(case.compute(wide[:, 3:43]), expected)
-
-
-def test_nothing_beyond_the_result_is_written(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
-    case, memory = Case(5, 20, 19, "float32", device), torch.full((200,), torch.nan, device=device)
-    monkeypatch.setattr(torch, "empty", lambda *shape, **_: memory[:95].view(shape))
-    found = case.compute()
-    assert not found.isnan().any()
-    assert memory[95:].isnan().all()
-
-
-def test_no_rows_have_no_results(device: torch.device) -> None:
-    case = Case(3, 20, 10, "bfloat16", device)
-    assert case.compute(case.x[:0]).shape == (0, 10)
-
-
-def test_what_a_kernel_cannot_read_is_an_error(device: torch.device) -> None:
-    x, weight = randn(4, 20, seed=1, device=device), randn(10, 20, seed=2, device=device)
-    vector = weight[:, 0].contiguous()
-    wrong: list[tuple[tuple[Tensor | None, ...], dict[str, Any]]] = [
-        ((x.T.contiguous().T, weight), {}),
-        ((x[:, :19], weight), {}),
-        ((x.bfloat16(), weight), {}),
-        ((x, weight.half()), {}),
-        ((x, weight[:, ::2]), {}),
-        ((x, weight.to(torch.int8)), {}),
-        ((x, weight, None, vector), {}),
-        ((x, weight, vector[:9]), {}),
-        ((x, weight, weight[:, 0]), {}),
-        ((x, weight[:9]), {"glu": True}),
-        ((x, weight), {"residual": x}),
-        ((x, weight), {"residual": randn(10, 4, seed=3, device=device).T}),
-        ((x, weight), {"ids": x[0]}),
-        ((x, weight), {"norm": (x[0], x[0, :19], 1e-5)}),
-    ]
-    for arguments, options in wrong:
-        with pytest.raises(ValueError, match=r"weight|scale|outputs|x is|ids|bias|residual"):
-            linear(*arguments, **options)  # type: ignore[arg-type]
+def test_only_float32_networks_on_a_cpu_are_compiled() -> None:
+    assert not why_not_compiled(torch.device("cpu"), torch.float32)
+    assert why_not_compiled(torch.device("cpu"), torch.float64)
+    assert why_not_compiled(torch.device("cuda"), torch.float32)

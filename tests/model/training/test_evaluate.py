@@ -9,20 +9,22 @@ import pytest
 import torch
 import typer
 
-from model import checkpoint
-from model.checkpoint import Checkpoint
+from model.heinsen import checkpoint
+from model.heinsen.network import LanguageModel
+from model.network import Loaded
 from model.training import evaluate
 from model.training.evaluate import bits_per_byte
 
+Trained = Loaded[LanguageModel]
 TEXTS = ["the cat", "sat on the mät " * 9, "a", "and then the cat 🙂 sat", "the mat " * 30, "ü"]
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_checkpoint: Path) -> Checkpoint:
-    return checkpoint.load(tiny_checkpoint, torch.device("cpu"), trainable=True)
+def loaded(tiny_checkpoint: Path) -> Trained:
+    return checkpoint.load_trainable(tiny_checkpoint, torch.device("cpu"))
 
 
-def by_hand(loaded: Checkpoint, texts: list[str]) -> float:
+def by_hand(loaded: Trained, texts: list[str]) -> float:
     """Token by token in float64, one text after another."""
     network = copy.deepcopy(loaded.network).double().requires_grad_(False)
     (end,) = network.config.eos_token_ids
@@ -39,7 +41,7 @@ def by_hand(loaded: Checkpoint, texts: list[str]) -> float:
 
 
 @pytest.mark.parametrize("texts", [TEXTS, TEXTS[:1], TEXTS[3:5]])
-def test_bits_per_byte_are_those_computed_by_hand(loaded: Checkpoint, texts: list[str]) -> None:
+def test_bits_per_byte_are_those_computed_by_hand(loaded: Trained, texts: list[str]) -> None:
     found = bits_per_byte(loaded.network, loaded.tokenizer, texts)
     assert found == pytest.approx(by_hand(loaded, texts), rel=1e-5)
 
@@ -47,7 +49,7 @@ def test_bits_per_byte_are_those_computed_by_hand(loaded: Checkpoint, texts: lis
 @pytest.mark.parametrize("lanes", [1, 2, 100])
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 10_000])
 def test_groups_and_chunks_do_not_matter(
-    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch, lanes: int, chunk_tokens: int
+    loaded: Trained, monkeypatch: pytest.MonkeyPatch, lanes: int, chunk_tokens: int
 ) -> None:
     expected = bits_per_byte(loaded.network, loaded.tokenizer, TEXTS)
     monkeypatch.setattr(evaluate, "LANES", lanes)
@@ -56,14 +58,17 @@ def test_groups_and_chunks_do_not_matter(
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_no_text_has_no_bits_per_byte(loaded: Checkpoint) -> None:
+def test_no_text_has_no_bits_per_byte(loaded: Trained) -> None:
     for texts in ([], [""]):
         with pytest.raises(ValueError, match="no text"):
             bits_per_byte(loaded.network, loaded.tokenizer, texts)
 
 
 def test_the_command_prints_a_line_for_each_file(
-    loaded: Checkpoint, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    loaded: Trained,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for file, text in zip(files, TEXTS, strict=False):

@@ -7,7 +7,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from model import checkpoint
+from model.heinsen import checkpoint
 from model.training import export
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from model import tokenizer
+from model.text import tokenizer
 from model.training import requests
 from model.training.corpus import read_documents
 from model.training.requests import CHAT_TEMPLATE, chat, subjects

@@ -13,9 +13,11 @@ import typer
 from torch import Tensor
 from typer.testing import CliRunner
 
-from model import checkpoint, tokenizer
-from model.config import ModelConfig
-from model.network import LanguageModel
+from model.checkpoint import fingerprint
+from model.heinsen import checkpoint
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
+from model.text import tokenizer
 from model.training import requests, train
 from model.training.evaluate import bits_per_byte
 from model.training.train import Recipe, Schedule, Trainer, encode_documents
@@ -292,7 +294,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
     finished = checkpoint.read_weights(parts / "model.safetensors")
     for name, tensor in expected.items():
         assert torch.equal(finished[name], tensor)
-    assert (checkpoint.load(parts, CPU).fingerprint) == checkpoint.load(whole, CPU).fingerprint
+    assert fingerprint(parts) == fingerprint(whole)
 
 
 def test_a_training_may_start_from_a_checkpoint(

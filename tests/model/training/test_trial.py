@@ -8,8 +8,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from model import tokenizer
-from model.network import LanguageModel
+from model.heinsen.network import LanguageModel
+from model.text import tokenizer
 from model.training import trial
 from model.training.trial import VARIANTS, runs, sized
 

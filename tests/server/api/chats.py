@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from model import checkpoint, tokenizer
-from model.config import ModelConfig
-from model.network import LanguageModel
+from model.heinsen import checkpoint
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
+from model.text import tokenizer
 
 TEMPLATE = """\
 {%- for message in messages -%}

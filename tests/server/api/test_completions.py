@@ -64,7 +64,7 @@ def test_each_prompt_gets_its_answer(client: httpx.Client, server: LiveServer) -
     assert [choice["index"] for choice in both] == [0, 1, 2, 3]
     alone = [text_of(client, prompt=prompt) for prompt in prompts]
     assert [both[0]["text"], both[2]["text"]] == alone
-    bos = server.service.checkpoint.network.config.bos_token_id
+    bos = server.service.checkpoint.network.bos
     ids = [[bos, *server.service.checkpoint.tokenizer.encode(prompt)] for prompt in prompts]
     assert text_of(client, prompt=ids[0]) == alone[0]
     by_ids = complete(client, prompt=ids)["choices"]
@@ -103,7 +103,7 @@ def test_logit_bias_and_temperature_choose_tokens(client: httpx.Client, server: 
 
 
 def test_the_end_token_ends_the_text(client: httpx.Client, server: LiveServer) -> None:
-    [end] = server.service.checkpoint.network.config.eos_token_ids
+    [end] = server.service.checkpoint.network.eos
     bias = {str(end): 100}
     [choice] = complete(client, ignore_eos=None, logit_bias=bias)["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("", "stop")

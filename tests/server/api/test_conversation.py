@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import tokenizer
-from model.tokenizer import Tokenizer
+from model.text import tokenizer
+from model.text.tokenizer import Tokenizer
 from server.api.conversation import Conversation, Said, TemplateFault, UnfitMessages
 from server.api.schemas.chat import Message
 from tests.server.api.chats import SPECIAL, TEMPLATE

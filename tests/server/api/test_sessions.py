@@ -91,7 +91,7 @@ def test_a_session_goes_on_after_every_end(client: httpx.Client, server: LiveSer
         return dict(complete(client, return_token_ids=True, **changes)["choices"][0])
 
     [name, *_] = server.service.checkpoint.tokenizer.special_tokens
-    [end] = server.service.checkpoint.network.config.eos_token_ids
+    [end] = server.service.checkpoint.network.eos
     whole = generate()["token_ids"]
     only_end = {"logit_bias": {str(end): 100}}
     ends: dict[str, tuple[dict[str, Any], object]] = {

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from typer.testing import Result
 
 from model import PRETRAINED
-from model.checkpoint import Outline, read_outline
-from model.sampling import RecentTokens
+from model import checkpoint as checkpoints
+from model.decoding.sampling import RecentTokens
+from model.network import Description
 from server.sessions.codec import BlobError, Codec, SessionState, read
 from tests.server.cli.commands import latentd, refused
 
@@ -26,17 +27,18 @@ quick = settings(
 
 
 @pytest.fixture(scope="module")
-def outline(tiny_checkpoint: Path) -> Outline:
-    return read_outline(tiny_checkpoint)
+def outline(tiny_checkpoint: Path) -> Description:
+    return checkpoints.describe(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
-def codec(outline: Outline) -> Codec:
-    return Codec(outline.fingerprint, outline.state_spec.tensors, outline.config.vocab_sz)
+def codec(outline: Description, tiny_checkpoint: Path) -> Codec:
+    fingerprint = checkpoints.fingerprint(tiny_checkpoint)
+    return Codec(fingerprint, outline.state_spec.tensors, outline.vocab_size)
 
 
 @pytest.fixture(scope="module")
-def session(outline: Outline) -> SessionState:
+def session(outline: Description) -> SessionState:
     """Each tensor is filled with 3 in layer 0 and -5 in layer 1."""
     parts = []
     for tensor in outline.state_spec.tensors:
@@ -85,7 +87,7 @@ def rewritten(blob: bytes, padding: int = 0, **facts: str) -> bytes:
 
 
 def test_a_whole_state_is_shown(
-    file: Path, blob: bytes, outline: Outline, tiny_checkpoint: Path
+    file: Path, blob: bytes, outline: Description, codec: Codec, tiny_checkpoint: Path
 ) -> None:
     done = inspect(file, blob, tiny_checkpoint)
     assert done.exit_code == 0
@@ -94,7 +96,7 @@ def test_a_whole_state_is_shown(
     assert shown == {
         **{"format": "latentd-session", "version": "4", "dtype": "float32"},
         **{"turn": "4", "position": "70", "pending": "[5]", "undecoded": "e2"},
-        **{"fingerprint": outline.fingerprint, "model": "this one", "checksum": "ok"},
+        **{"fingerprint": codec.fingerprint, "model": "this one", "checksum": "ok"},
         "size": f"{len(blob):,} bytes",
     }
     rows = cells(done.stdout)
@@ -109,19 +111,17 @@ def test_a_whole_state_is_shown(
     assert second[1:] == ["" if tensor.shape[0] == 1 else "5" for tensor in by_name]
 
 
-def test_the_default_checkpoint_and_a_foreign_state(
-    file: Path, blob: bytes, outline: Outline
-) -> None:
+def test_the_default_checkpoint_and_a_foreign_state(file: Path, blob: bytes, codec: Codec) -> None:
     for content, checksum in ((blob, "ok"), (rewritten(blob, position="71"), "WRONG")):
         file.write_bytes(content)
         done = latentd("inspect", file)
         assert done.exit_code == 1
         shown = fields(done.stdout)
-        assert shown["fingerprint"] == outline.fingerprint
-        assert shown["model"] == f"not this one, which is {read_outline(PRETRAINED).fingerprint}"
+        assert shown["fingerprint"] == codec.fingerprint
+        assert shown["model"] == f"not this one, which is {checkpoints.fingerprint(PRETRAINED)}"
         assert shown["checksum"] == checksum
         assert ["m", "float32"] in [row[:2] for row in cells(done.stdout)]
-        theirs = outline.fingerprint[:12]
+        theirs = codec.fingerprint[:12]
         assert verdict(done.stdout).startswith(f"not importable: it belongs to model {theirs}")
 
 
@@ -173,12 +173,26 @@ def test_damage_is_named(
     assert "larger than" in verdict(spaces)
 
 
+def test_a_model_is_described(tiny_checkpoint: Path, outline: Description) -> None:
+    report = latentd("inspect", tiny_checkpoint)
+    assert report.exit_code == 0
+    shown, spec = fields(report.stdout), outline.state_spec
+    assert shown["parameters"] == f"{outline.num_parameters:,}"
+    assert shown["weights"] == f"{outline.weight_bytes:,} bytes of F32"
+    assert shown["session"] == f"{spec.num_bytes:,} bytes, at any length"
+    assert shown["d_emb"] == "32"
+    expected = [
+        [t.name, t.dtype, " ".join(map(str, t.shape)), f"{t.num_bytes:,}"] for t in spec.tensors
+    ]
+    assert cells(report.stdout) == expected
+
+
 def test_what_is_missing_is_named(tmp_path: Path, tiny_checkpoint: Path, file: Path) -> None:
     missing = tmp_path / "missing"
     assert f"{missing}: No such file" in refused(
         "inspect", missing, "--checkpoint", tiny_checkpoint
     )
-    assert "Is a directory" in refused("inspect", tmp_path, "--checkpoint", tiny_checkpoint)
+    assert "config.json: missing" in refused("inspect", tmp_path)
     file.write_bytes(b"")
     assert "config.json: missing" in refused("inspect", file, "--checkpoint", tmp_path)
     (tmp_path / "config.json").write_text("{}")

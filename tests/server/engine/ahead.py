@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from model.decoding import Decoded, DecodeInput, DirectDecoder, Done
-from model.network import LanguageModel
+from model.decoding.decoder import Decoded, DecodeInput, DirectDecoder, Done
+from model.network import Network
 from model.state import StatePool
 from model.transfer import DirectTransfer
 
@@ -32,7 +32,7 @@ class AheadDecoder:
 
     runs_ahead = True
 
-    def __init__(self, network: LanguageModel, pool: StatePool) -> None:
+    def __init__(self, network: Network, pool: StatePool) -> None:
         self._direct = DirectDecoder(network, pool)
         self._line = deque[weakref.ref[Later]]()
         self._next: dict[int, int | None] = {}
@@ -117,12 +117,12 @@ def running_beside() -> Iterator[list[AheadDecoder]]:
     """Engines that are made now run ahead, and their states come late; the decoders made."""
     made = list[AheadDecoder]()
 
-    def ahead(network: LanguageModel, pool: StatePool, most_rows: int) -> AheadDecoder:
+    def ahead(network: Network, pool: StatePool, most_rows: int) -> AheadDecoder:
         del most_rows
         made.append(AheadDecoder(network, pool))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(LanguageModel, "new_decoder", ahead)
+        patched.setattr("model.decoding.decoders.new_decoder", ahead)
         patched.setattr("server.engine.rows.new_transfer", LateTransfer)
         yield made

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from model.checkpoint import Checkpoint
-from model.sampling import SamplingParams
+from model.decoding.sampling import SamplingParams
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import (
     Continuation,

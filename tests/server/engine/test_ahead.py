@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
-from model.sampling import SamplingParams
+from model.decoding.sampling import SamplingParams
 from server.engine.messages import EngineRequest, Finished, RowDamaged, RowGivenUp
 from server.engine.scheduler import EngineLimits
 from tests.server.engine.ahead import AheadDecoder, running_beside

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from model import kernels
-from model.config import ModelConfig
-from model.network import LanguageModel
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
+from model.kernels import cuda
 from server.engine import device
 from server.engine.device import DeviceError, choose_device, choose_dtype, choose_threads
 
@@ -61,7 +61,7 @@ def test_a_gpu_has_bfloat16_weights_unless_others_are_asked_for() -> None:
     assert [choose_dtype("int8", each) for each in (cpu, gpu)] == ["int8", "int8"]
 
 
-@pytest.mark.skipif(not kernels.is_available(), reason="needs Triton")
+@pytest.mark.skipif(not cuda.is_available(), reason="needs Triton")
 def test_the_kernels_are_a_backend(network: LanguageModel) -> None:
     assert network.fuse().backend == "Triton kernels"
 
@@ -69,6 +69,6 @@ def test_the_kernels_are_a_backend(network: LanguageModel) -> None:
 def test_a_gpu_without_triton_says_so(
     network: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "is_available", lambda: False)
+    monkeypatch.setattr(cuda, "is_available", lambda: False)
     monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
     assert network.pack().backend == "plain torch (Triton is not installed)"

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.sampling import SamplingParams
+from model.decoding.sampling import SamplingParams
+from model.heinsen.network import LanguageModel
 from model.state import StatePool
 from server.engine.messages import (
     Continuation,
@@ -29,9 +30,9 @@ GREEDY = SamplingParams(temperature=0.0)
 
 def expected_greedy(checkpoint: Checkpoint, prompt: tuple[int, ...], count: int) -> list[int]:
     """Greedy continuation by the training-time forward over the whole sequence, again and again."""
-    ids = list(prompt)
+    ids, network = list(prompt), checkpoint.network
+    assert isinstance(network, LanguageModel)
     for _ in range(count):
-        network = checkpoint.network
         logits, _ = network(torch.tensor([ids]), network.empty_state(1))
         ids.append(int(logits[0, -1].argmax()))
     return ids[len(prompt) :]

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from model import checkpoint as checkpoints
-from model import kernels
 from model.checkpoint import Checkpoint
-from model.sampling import SamplingParams
+from model.decoding.sampling import SamplingParams
+from model.heinsen.checkpoint import load_trainable
+from model.kernels import cuda
 from server.engine.messages import EngineRequest
 from tests.server.engine.driver import LIMITS, request, stored
 from tests.server.engine.stepper import Stepper
@@ -18,8 +19,8 @@ from tests.server.engine.stepper import Stepper
 @pytest.fixture
 def fused(tiny_checkpoint: Path) -> Checkpoint:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = checkpoints.load(tiny_checkpoint, device, trainable=True)
-    return replace(loaded, network=loaded.network.requires_grad_(False).eval().fuse())
+    network = load_trainable(tiny_checkpoint, device).network.requires_grad_(False).eval()
+    return replace(checkpoints.load(tiny_checkpoint, device), network=network.fuse())
 
 
 def asked(name: str, num_prompt: int, **changes: object) -> EngineRequest:
@@ -28,7 +29,7 @@ def asked(name: str, num_prompt: int, **changes: object) -> EngineRequest:
 
 @pytest.mark.gpu
 @pytest.mark.long
-@pytest.mark.skipif(not kernels.is_available(), reason="needs Triton")
+@pytest.mark.skipif(not cuda.is_available(), reason="needs Triton")
 def test_turns_are_those_of_the_compiled_network(fused: Checkpoint, checkpoint: Checkpoint) -> None:
     """Streams, a session with its next turn from bytes, penalties and probabilities together."""
     first = [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from model.sampling import SamplingParams
+from model.decoding.sampling import SamplingParams
 from server.engine.inbox import Inbox
 from server.engine.messages import (
     Cancel,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.sampling import SamplingParams
+from model.decoding.sampling import SamplingParams
 from server.engine import prefixes
 from server.engine.messages import Continuation, EngineRequest
 from server.engine.prefixes import SharedPrefixes, chain

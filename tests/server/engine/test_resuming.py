@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from model.checkpoint import Checkpoint
-from model.grammar import GrammarCompiler, GrammarSpec
-from model.sampling import SamplingParams
+from model.decoding.grammar import GrammarCompiler, GrammarSpec
+from model.decoding.sampling import SamplingParams
 from server.engine.messages import EngineRequest, Finished, TextDelta, Token
 from tests.server.engine.driver import following, request, stored
 from tests.server.engine.stepper import Stepper
@@ -148,7 +148,7 @@ def test_a_held_text_that_is_cut_later_keeps_its_own_tokens(stepper: Stepper) ->
 
 def test_a_session_goes_on_after_an_end_of_text(checkpoint: Checkpoint, stepper: Stepper) -> None:
     """Also after an answer of nothing; and more than once."""
-    end_of_text = checkpoint.network.config.eos_token_ids[0]
+    end_of_text = checkpoint.network.eos[0]
     biased = SamplingParams(temperature=0.0, logit_bias=((end_of_text, 1000.0),))
     plain = whole_turn("plain", "greedy", ignore_eos=True)
     stepper.turn(plain)
@@ -165,9 +165,9 @@ def test_a_session_goes_on_after_an_end_of_text(checkpoint: Checkpoint, stepper:
 
 def test_a_session_goes_on_after_a_complete_text(checkpoint: Checkpoint, stepper: Stepper) -> None:
     """Whether the grammar leaves nothing but the end, or the model has chosen it."""
-    config = checkpoint.network.config
-    compiler = GrammarCompiler(checkpoint.tokenizer, config.vocab_sz, config.eos_token_ids)
-    ends = tuple((token_id, 1000.0) for token_id in config.eos_token_ids)
+    network = checkpoint.network
+    compiler = GrammarCompiler(checkpoint.tokenizer, network.vocab_size, network.eos)
+    ends = tuple((token_id, 1000.0) for token_id in network.eos)
     sampling = SamplingParams(temperature=0.0, logit_bias=ends)
     for source, num_generated in (("[ab]{3}", 3), ("[ab]{2,9}", 3)):
         grammar = compiler.compile(GrammarSpec("regex", source))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.logprobs import score
-from model.sampling import SamplingParams
+from model.decoding.logprobs import score
+from model.decoding.sampling import SamplingParams
+from model.heinsen.network import LanguageModel
 from model.state import StatePool
 from server.engine.messages import (
     Continuation,
@@ -35,7 +36,7 @@ EOS = 0
 
 @pytest.fixture
 def stepper(checkpoint: Checkpoint) -> Stepper:
-    assert checkpoint.network.config.eos_token_ids == (EOS,)
+    assert checkpoint.network.eos == (EOS,)
     return Stepper(checkpoint, SMALL)
 
 
@@ -60,6 +61,7 @@ def prompt_scores(stepper: Stepper, name: str) -> tuple[Token, ...]:
 def by_steps(checkpoint: Checkpoint, ids: Row[int]) -> Tensor:
     """Logits after each of the tokens, one step after another `[tokens, vocab]`."""
     network = checkpoint.network
+    assert isinstance(network, LanguageModel)
     pool = network.new_pool(1)
     return torch.cat([network.step(torch.tensor([token_id]), pool, [0]) for token_id in ids])
 
@@ -95,6 +97,7 @@ def test_probabilities_of_the_answer_are_the_models(
     ids = [*asked.token_ids, *ids_of(tokens)]
     assert tokens == scored(by_steps(checkpoint, ids[:-1])[8:], ids[9:], num_top)
     network = checkpoint.network
+    assert isinstance(network, LanguageModel)
     logits, _ = network(torch.tensor([ids]), network.empty_state(1))
     expected = logits[0, 8:-1].double().log_softmax(-1)
     for token, row in zip(tokens, expected, strict=True):
@@ -342,7 +345,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, start: int, ids: Row[int]) -> None
         del logits
         return [ids[row.position - start] for row in rows]
 
-    monkeypatch.setattr("model.decoding.sample", choose)
+    monkeypatch.setattr("model.decoding.decoder.sample", choose)
 
 
 @pytest.mark.parametrize(
@@ -478,7 +481,7 @@ def test_rows_that_do_not_ask_are_not_copied_or_scored(
         rows.append(len(logits))
         return score(logits, ids, num_top)
 
-    monkeypatch.setattr("model.decoding.score", counted)
+    monkeypatch.setattr("model.decoding.decoder.score", counted)
     stepper.submit(*(request(f"plain-{i}", 3, max_tokens=5) for i in range(3)))
     stepper.run()
     assert rows == []

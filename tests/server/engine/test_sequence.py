@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.sampling import SamplingParams
+from model.decoding.sampling import SamplingParams
 from server.engine.messages import Continuation, EngineRequest
 from server.engine.sequence import Sequence
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint
-from model.grammar import Grammar, GrammarCompiler, GrammarSpec
-from model.grammar.vocabulary import NO_WAY_ON
-from model.sampling import SamplingParams
+from model.decoding.grammar import Grammar, GrammarCompiler, GrammarSpec
+from model.decoding.grammar.vocabulary import NO_WAY_ON
+from model.decoding.sampling import SamplingParams
 from server.engine.messages import (
     EngineRequest,
     Finished,
@@ -48,8 +48,8 @@ SPECS = {
 
 @pytest.fixture(scope="module")
 def compiler(checkpoint: Checkpoint) -> Iterator[GrammarCompiler]:
-    config = checkpoint.network.config
-    made = GrammarCompiler(checkpoint.tokenizer, config.vocab_sz, config.eos_token_ids)
+    network = checkpoint.network
+    made = GrammarCompiler(checkpoint.tokenizer, network.vocab_size, network.eos)
     yield made
     made.close()
 
@@ -214,7 +214,7 @@ def test_a_text_is_cut_where_the_client_says(
 def test_a_stop_token_that_is_an_end_token_ends_a_text_that_may_end(
     stepper: Stepper, checkpoint: Checkpoint, grammars: dict[str, Grammar]
 ) -> None:
-    end = checkpoint.network.config.eos_token_ids[0]
+    end = checkpoint.network.eos[0]
     wanted = asked(
         "stops", grammars["letters"], ignore_eos=True, stop_token_ids=(end,), sampling=seeded(4)
     )

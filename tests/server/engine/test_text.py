@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.tokenizer import Detokenizer
+from model.text.tokenizer import Detokenizer
 from server.engine.messages import Token
 from server.engine.text import OutputText, TextRules
 from tests.server.engine.words import WORDS, byte_tokens, word_tokens

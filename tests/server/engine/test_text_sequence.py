@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from model.sampling import SamplingParams
+from model.decoding.sampling import SamplingParams
 from server.engine.messages import Continuation, EngineRequest, Token
 from server.engine.text_sequence import TextSequence
 from tests.server.engine.words import WORDS, byte_tokens, word_tokens

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.sampling import RecentTokens, SamplingParams
+from model.decoding.sampling import RecentTokens, SamplingParams
 from model.state import StatePool
 from server.engine.messages import (
     Continuation,

@@ -14,9 +14,10 @@ import httpx
 import pytest
 import torch
 
-from model import checkpoint, tokenizer
-from model.config import ModelConfig
-from model.network import LanguageModel
+from model.heinsen import checkpoint
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
+from model.text import tokenizer
 from tests.patience import PATIENCE_S, PROGRAM_S, wait_until
 from tests.server.api.calls import BODY, complete, send, stream, streamed_text, text_of
 from tests.server.processes import ServerProcess, server_process

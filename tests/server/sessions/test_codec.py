@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.sampling import RecentTokens
+from model.decoding.sampling import RecentTokens
 from model.state import TensorSpec
 from server.sessions.codec import LONGEST_MESSAGE, BlobError, Codec, SessionState, read
 

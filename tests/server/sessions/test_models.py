@@ -119,7 +119,7 @@ def test_a_server_says_what_it_cannot_continue_and_a_command_erases_it(
         await store.close()
 
     asyncio.run(main())
-    own = checkpoint.read_outline(tiny_checkpoint).fingerprint[:SHORT]
+    own = checkpoint.fingerprint(tiny_checkpoint)[:SHORT]
     settings = tiny_settings(tiny_checkpoint, tmp_path)
 
     def said() -> list[str]:

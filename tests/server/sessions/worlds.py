@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.sampling import RecentTokens
+from model.decoding.sampling import RecentTokens
 from model.state import TensorSpec
 from server.metrics import Metrics
 from server.sessions.cache import HostCache

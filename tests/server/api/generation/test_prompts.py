@@ -36,7 +36,7 @@ def test_a_text_begins_with_the_models_first_token_and_goes_on_without(tmp_path:
     async def main(service: Service) -> None:
         tokens = service.checkpoint.tokenizer.encode("the cat")
         [bos, *ids] = (await texts(service, "the cat").read(Continuation()))[0]
-        assert bos == service.checkpoint.network.config.bos_token_id
+        assert bos == service.checkpoint.network.bos
         assert ids == list(tokens)
         assert await texts(service, "the cat").read(LATER) == [tuple(tokens)]
         several = await texts(service, "", [5, 6], []).read(Continuation())

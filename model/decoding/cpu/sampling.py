@@ -1,0 +1,48 @@
+"""Drawing tokens on a CPU, compiled."""
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba import float32, float64, njit
+
+from model.kernels.cpu.functions import CACHE, SOURCE, exp, jit
+
+
+@jit
+def _draw(logits: Any, heat: Any, points: Any, chosen: Any) -> None:
+    weights = np.empty(logits.shape[1], np.float32)
+    for r in range(len(logits)):
+        row, top = logits[r], float64(logits[r].max())
+        for j in range(len(row)):
+            weights[j] = exp(float32((float64(row[j]) - top) / heat[r]))
+        total = 0.0
+        for j in range(len(row)):
+            total += float64(weights[j])
+        if not 0.0 < total < np.inf:
+            chosen[r] = -1
+            continue
+        target = min(points[r] * total, total * (1.0 - 2.0**-52))
+        below, j = float64(weights[0]), 0
+        while below <= target:
+            j += 1
+            below += float64(weights[j])
+        chosen[r] = j
+
+
+@functools.cache
+def draw_function() -> Any:
+    """`draw(logits, heat, points, chosen)`: the inverse of the distribution softmax(logits / heat).
+
+    logits `[rows, vocab]` float32, heat above 0 and points from 0 to 1 `[rows]` float64; a token id
+    for each row is written to chosen `[rows]` int64. Sums are float64. It is -1 where no token has
+    a weight, or where one is NaN, which is so beside NaN and inf.
+    """
+    source = SOURCE
+
+    @njit(cache=CACHE, nogil=True)
+    def draw(logits: Any, heat: Any, points: Any, chosen: Any) -> None:
+        if source:
+            _draw(logits, heat, points, chosen)
+
+    return draw

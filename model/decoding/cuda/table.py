@@ -1,0 +1,65 @@
+"""How each row of a pool chooses its tokens, kept on the device from one step to the next."""
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.decoding.decoder import MOST_ENDS
+from model.decoding.sampling import SamplingParams
+
+_ROW = struct.Struct(f"<3dQq2i{MOST_ENDS}i")
+"""The fields of a row of the table, in the order of its attributes."""
+
+
+class SamplerTable:
+    """What the choice of a row's next token depends on, for each row of a pool.
+
+    The fields are views of one tensor, so that rows are written in one copy: fill a table on the
+    CPU with `assign`, and hand its memory to the one on the device.
+    """
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.memory = torch.zeros(num_rows, _ROW.size // 8, dtype=torch.int64, device=device)
+        doubles, words = self.memory.view(torch.float64), self.memory.view(torch.int32)
+        self.temperature, self.top_p, self.min_p = doubles[:, :3].unbind(1)
+        self.seed, self.position = self.memory[:, 3:5].unbind(1)
+        self.top_k, self.token = words[:, 10:12].unbind(1)
+        """The token that was chosen last; -1 where the row has none to go on with."""
+
+        self.ends = words[:, 12:]
+        """`[num_rows, MOST_ENDS]`, padded with -1."""
+
+        self.token.fill_(-1)
+        self.ends.fill_(-1)
+
+    def assign(
+        self, row: int, params: SamplingParams, position: int, token: int, ends: Sequence[int]
+    ) -> None:
+        """Set a row of a table on the CPU: `position` is that of the token to choose, `token` the
+        one before it.
+
+        Raises ValueError for more than `MOST_ENDS` ends, and for penalties or biases.
+        """
+        if params.changes_logits:
+            raise ValueError("penalties and biases are not for the device to apply")
+        if len(ends) > MOST_ENDS:
+            raise ValueError(f"at most {MOST_ENDS} tokens end a text, not {len(ends)}")
+        _ROW.pack_into(
+            self.memory.numpy().data,
+            row * _ROW.size,
+            params.temperature,
+            params.top_p,
+            params.min_p,
+            params.seed & (1 << 64) - 1,
+            position,
+            min(params.top_k, (1 << 31) - 1),
+            token,
+            *ends,
+            *[-1] * (MOST_ENDS - len(ends)),
+        )
+
+    def write(self, rows: Tensor, memory: Tensor) -> None:
+        """Overwrite `rows` `[n]` with the memory of a table of n rows, both on the device."""
+        self.memory.index_copy_(0, rows, memory)

@@ -1,0 +1,174 @@
+"""Compiling a source for the first time, in a process that can be ended.
+
+The library has limits for most of what a source can ask of it, but not for all: a schema of one
+line can keep it busy for hours, and it cannot be interrupted. What compiles here in time and
+memory compiles anywhere; what does not is refused.
+
+The process is `python -m model.decoding.grammar.trial`. It reads lines of JSON, first the
+vocabulary, then sources, and answers each with a line: the source in the library's form, or what
+is wrong with it. It ends with its input, hence with the server, and after `CPU_S` of a source in
+any case.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import asdict, dataclass
+
+from model.decoding.grammar.errors import GrammarBusyError, GrammarError
+from model.decoding.grammar.source import GrammarSpec, library_source
+from model.decoding.grammar.vocabulary import Vocabulary
+from model.text.tokenizer import Tokenizer
+
+CPU_S = 60
+"""Processor time of one source if nobody is left to end the process."""
+
+MEMORY_BYTES = 1 << 30
+"""What the process may have more than at its beginning."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of a source: its library's form, or what is wrong with it."""
+
+    source: str = ""
+    error: str | None = None
+
+
+class TrialProcess:
+    """The process, started when it is first needed and again after it had to be ended."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._hello = {
+            "tokenizer": vocabulary.tokenizer.to_json(),
+            "vocab_sz": vocabulary.vocab_sz,
+            "end_ids": sorted(vocabulary.end_ids),
+        }
+        self._process: subprocess.Popen[str] | None = None
+        self._killed = False
+        self._lock = threading.Lock()
+
+    def run(self, spec: GrammarSpec, timeout_s: float) -> Trial:
+        """Compile a source. Raises GrammarError if the process had to be ended, GrammarBusyError
+        after `kill`. For one thread at a time.
+        """
+        process = self._running()
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(timeout_s, end)
+        timer.start()
+        try:
+            answer = _ask(process, {"kind": spec.kind, "source": spec.source})
+        finally:
+            timer.cancel()
+        if answer is not None and not late.is_set():
+            return Trial(**json.loads(answer))
+        self.close()
+        if self._killed:
+            raise GrammarBusyError("the server is stopping")
+        if late.is_set():
+            raise GrammarError(f"the source was not compiled within {timeout_s:.3g} seconds")
+        raise GrammarError("the source takes too much memory to compile")
+
+    def kill(self) -> None:
+        """End what `run` does in another thread, and all that it would do."""
+        with self._lock:
+            self._killed = True
+            if self._process is not None:
+                self._process.kill()
+
+    def close(self) -> None:
+        """End the process; `run` starts another one."""
+        with self._lock:
+            process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
+        if self._process is not None:
+            return self._process
+        command = [sys.executable, "-m", "model.decoding.grammar.trial"]
+        with self._lock:
+            if self._killed:
+                raise GrammarBusyError("the server is stopping")
+            process = self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                encoding="utf-8",
+                start_new_session=True,
+            )
+        if _ask(process, self._hello) is None and not self._killed:
+            self.close()
+            raise RuntimeError(f"{' '.join(command)} does not start")
+        return process
+
+
+def _ask(process: subprocess.Popen[str], question: object) -> str | None:
+    """The answer; None if the process ended."""
+    if process.stdin is None or process.stdout is None:
+        raise RuntimeError("the process has no pipes")
+    try:
+        process.stdin.write(f"{json.dumps(question)}\n")
+        process.stdin.flush()
+        return process.stdout.readline() or None
+    except OSError:
+        return None
+
+
+def limit_memory() -> None:
+    """Of this process, on Linux."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    with open("/proc/self/statm") as file:
+        present = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (present + MEMORY_BYTES,) * 2)
+
+
+def _limit_time() -> None:
+    if sys.platform != "linux":
+        return
+    import resource
+
+    spent = resource.getrusage(resource.RUSAGE_SELF)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(spent.ru_utime + spent.ru_stime) + CPU_S, hard))
+
+
+def _compile(vocabulary: Vocabulary, spec: GrammarSpec) -> Trial:
+    try:
+        source = library_source(spec)
+        vocabulary.begin(source)
+    except GrammarError as error:
+        return Trial(error=str(error))
+    return Trial(source)
+
+
+def main() -> None:
+    """Compile what is asked for until there is nothing more."""
+    hello = json.loads(sys.stdin.readline())
+    tokenizer = Tokenizer.from_json(hello["tokenizer"])
+    vocabulary = Vocabulary(tokenizer, hello["vocab_sz"], hello["end_ids"])
+    limit_memory()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        _limit_time()
+        asked = json.loads(line)
+        source = asked["source"]
+        spec = GrammarSpec(asked["kind"], source if isinstance(source, str) else tuple(source))
+        print(json.dumps(asdict(_compile(vocabulary, spec))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""A model's tokens as the library knows them."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from numpy.typing import NDArray
+
+from model.decoding.grammar.errors import GrammarError, one_line
+from model.text.tokenizer import Tokenizer
+
+LIMITS = LLParserLimits(
+    step_lexer_fuel=100_000,
+    step_max_items=20_000,
+    max_items_in_row=2_000,
+    max_lexer_states=100_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
+"""Below the library's defaults where those let one token take a second, or one grammar hundreds of
+MiB; these 100,000 states take 45 to 115. A string with a maxLength of 5,000 needs a quarter of
+them. An object has about 490 optional properties at most, and any number of required ones."""
+
+TRIAL_TOKENS = 16
+"""Tokens of a text that is begun to see whether a grammar can be followed at all."""
+
+NO_WAY_ON = "the grammar allows no way on from here"
+
+
+class _TokenList:
+    """What the library wants to know of a tokenizer. Special tokens have no bytes in it."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+    special_token_ids: tuple[int, ...] = ()
+
+    def __init__(self, tokenizer: Tokenizer, tokens: list[bytes], end: int) -> None:
+        self._tokenizer = tokenizer
+        self.tokens = tokens
+        self.eos_token_id = end
+
+    def __call__(self, text: str) -> list[int]:
+        """How the model would write a text that can only go on in this one way."""
+        return self._tokenizer.encode_text(text)
+
+
+class Vocabulary:
+    """The library's tables for a network of `vocab_sz` tokens; some ids may have no token."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_sz: int, end_ids: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_sz = vocab_sz
+        self.end_ids = frozenset(end_ids)
+        ends = list(end_ids) or [vocab_sz]  # the library cannot do without: one that is not sampled
+        size = max(vocab_sz, 1 + max(ends))
+        tokens = (tokenizer.token_bytes + [b""] * size)[:size]
+        for end in ends:
+            tokens[end] = b""
+        wrapped = _TokenList(tokenizer, tokens, ends[0])
+        self._library = LLTokenizer(wrapped, n_vocab=size, eos_token=ends)  # type: ignore[arg-type]
+        self.num_words = (vocab_sz + 31) // 32
+        self.text = self._bits(i for i in range(vocab_sz) if tokens[i])
+        """Bits of the tokens that have bytes."""
+
+        self.ends = self._bits(self.end_ids)
+        """Bits of the end tokens. What is in neither is never allowed."""
+
+    def begin(self, source: str) -> LLMatcher:
+        """A text under this source, which is in the library's form. Raises GrammarError."""
+        matcher = LLMatcher(self._library, source, log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            raise GrammarError(one_line(matcher.get_error()))
+        if warnings := matcher.get_grammar_warnings():
+            raise GrammarError(one_line(warnings[0]))
+        self._try(matcher.deep_copy())
+        return matcher
+
+    def _bits(self, ids: Iterable[int]) -> NDArray[np.int32]:
+        """A mask of these token ids, `[num_words]`, the lowest bit first."""
+        bits = np.zeros(self.num_words * 32, np.uint8)
+        bits[list(ids)] = 1
+        return np.packbits(bits, bitorder="little").view(np.int32)
+
+    def _try(self, matcher: LLMatcher) -> None:
+        """Begin a text. Raises GrammarError if that cannot be done."""
+        for place in range(TRIAL_TOKENS):
+            mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            if why := failure(matcher):
+                if why != NO_WAY_ON:
+                    raise GrammarError(why)
+                if place == 0:
+                    raise GrammarError("no text keeps to this")
+                return  # another text may be whole
+            allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
+            ids = [int(i) for i in allowed if i not in self.end_ids and i != self.vocab_sz]
+            if not ids:
+                return
+            matcher.consume_token(ids[0])
+
+
+def failure(matcher: LLMatcher) -> str | None:
+    """Why a text cannot go on though it is not complete, in one line; None if it can."""
+    message = matcher.get_error()
+    if message.startswith("NoExtension"):
+        return NO_WAY_ON
+    if message:
+        return one_line(message)
+    return NO_WAY_ON if matcher.is_stopped() and not matcher.is_accepting() else None

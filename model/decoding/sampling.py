@@ -1,0 +1,359 @@
+"""Choosing the next token of each row of a batch; rows have settings of their own.
+
+The random number of a token is a hash of (seed, position), so a turn that is run again gives the
+same tokens, whatever runs beside it.
+"""
+
+import functools
+import math
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from model.kernels.cuda.graphs import move
+
+WINDOW = 1024
+"""Tokens that the penalties look back on."""
+
+LARGEST = 1e30
+"""Bound of a penalised logit: a tiny penalty must not make it infinite."""
+
+_GENERATED = 1 << 30
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. The defaults sample from the model's distribution as it is."""
+
+    temperature: float = 1.0
+    """0: the most probable token."""
+
+    top_k: int = 0
+    """Only the k most probable tokens; 0: all."""
+
+    top_p: float = 1.0
+    """Only the most probable tokens that together have this probability."""
+
+    min_p: float = 0.0
+    """Only tokens with at least this fraction of the largest probability."""
+
+    repetition_penalty: float = 1.0
+    """Divides positive logits, multiplies negative ones, of the tokens in the window."""
+
+    frequency_penalty: float = 0.0
+    """Subtracted for each time that the token was generated within the window."""
+
+    presence_penalty: float = 0.0
+    """Subtracted once for a token that was generated within the window."""
+
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these token ids."""
+
+    seed: int = 0
+    """64 bits."""
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.frequency_penalty != 0.0
+            or self.presence_penalty != 0.0
+        )
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the choice depends on more than the temperature and the filters."""
+        return self.has_penalties or bool(self.logit_bias)
+
+    @property
+    def has_filters(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+
+class RecentTokens:
+    """The last `WINDOW` tokens of a sequence, and which of them were generated."""
+
+    def __init__(self) -> None:
+        self._window = np.full(WINDOW, -1, np.int32)
+        """From the oldest to the newest, -1 where there is no token."""
+
+        self._newer = array("i")
+        """Tokens after those, fewer than `WINDOW`: adding them one by one costs more."""
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "RecentTokens":
+        """The inverse of `to_bytes`; no bytes mean no tokens. Raises ValueError for other sizes."""
+        recent = RecentTokens()
+        if data:
+            if len(data) != recent._window.nbytes:
+                size = recent._window.nbytes
+                raise ValueError(f"recent tokens take {size} bytes, not {len(data)}")
+            recent._window = np.frombuffer(data, "<i4").astype(np.int32)
+        return recent
+
+    def to_bytes(self) -> bytes:
+        """Always 4,096 bytes: int32 from the oldest to the newest, -1 where there is no token."""
+        return self._known().astype("<i4").tobytes()
+
+    def append(self, token_id: int, *, generated: bool) -> None:
+        """Add the newest token and forget the one before the window."""
+        self._newer.append(token_id | _GENERATED if generated else token_id)
+        if len(self._newer) == WINDOW:
+            self._known()
+
+    def seen(self) -> NDArray[np.int64]:
+        """Different token ids in the window."""
+        known = self._known()
+        return np.unique(known[known >= 0] & ~_GENERATED).astype(np.int64)
+
+    def generated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Different token ids that were generated, and how often."""
+        known = self._known()
+        ids, counts = np.unique(known[known >= _GENERATED] & ~_GENERATED, return_counts=True)
+        return ids.astype(np.int64), counts
+
+    def _known(self) -> NDArray[np.int32]:
+        if self._newer:
+            newer = np.array(self._newer, np.int32)
+            self._window = np.concatenate([self._window[len(newer) :], newer])
+            del self._newer[:]
+        return self._window
+
+
+class SampledRow(NamedTuple):
+    """What the choice of one row's token depends on besides its logits."""
+
+    params: SamplingParams
+    position: int
+    """Of the token to choose, in its sequence."""
+
+    recent: RecentTokens
+    banned: tuple[int, ...] = ()
+    """Tokens that must not be chosen, whatever their bias."""
+
+    allowed: NDArray[np.int32] | None = None
+    """The only tokens that may be chosen, if it is given: one bit for each, 32 to a word, the
+    lowest first `[at least vocab / 32]`. Tokens beyond its end are not allowed."""
+
+
+Choose = Callable[[Tensor, Sequence[SampledRow]], list[int | None]]
+"""Tokens of rows that are chosen in one way."""
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
+    """A token id for each row: logits `[batch, vocab]`, which may be overwritten.
+
+    None for a row that is no distribution: one that has NaN or inf in it, or only -inf, also where
+    every other token is banned or not allowed.
+    """
+    _adjust(logits, rows)
+    chosen: list[int | None] = [None] * len(rows)
+    kinds: dict[Choose, list[int]] = {}
+    for i, row in enumerate(rows):
+        kinds.setdefault(_way_to_choose(row.params, logits.device), []).append(i)
+    for choose, group in kinds.items():
+        some = logits if len(group) == len(rows) else logits[group]
+        for i, token_id in zip(group, choose(some, [rows[i] for i in group]), strict=True):
+            chosen[i] = token_id
+    return chosen
+
+
+def prepare() -> None:
+    """Compile what `sample` has compiled, so that no request waits for it."""
+    sample(torch.zeros(1, 2), [SampledRow(SamplingParams(), 0, RecentTokens())])
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """A seed for the index-th of several answers to one request; the first keeps the seed."""
+    return seed if index == 0 else _mix(_mix(seed & _MASK) ^ index)
+
+
+def _adjust(logits: Tensor, rows: Sequence[SampledRow]) -> None:
+    """Penalties, biases and what is forbidden, in place: each for all rows that have it at once."""
+    repeated, penalties, biases = _Places(), _Places(), _Places()
+    banned = _Places()
+    for i, row in enumerate(rows):
+        params = row.params
+        if params.has_penalties:
+            if params.repetition_penalty != 1.0:
+                repeated.add(i, row.recent.seen(), params.repetition_penalty)
+            ids, counts = row.recent.generated()
+            penalties.add(i, ids, params.frequency_penalty * counts + params.presence_penalty)
+        if params.logit_bias:
+            biases.add(i, *zip(*params.logit_bias, strict=True))
+        if row.banned:
+            banned.add(i, sorted(set(row.banned)), -math.inf)
+    if repeated:
+        places, factor = repeated.on(logits)
+        values = logits[places]
+        scaled = torch.where(values > 0, values / factor, values * factor)
+        logits[places] = torch.where(values.isinf(), values, scaled.clamp(-LARGEST, LARGEST))
+    if penalties:
+        places, penalty = penalties.on(logits)
+        logits[places] -= penalty
+    for added in (biases, banned):
+        if added:
+            places, value = added.on(logits)
+            logits.index_put_(places, value, accumulate=True)  # a token may have two biases
+    _add_masks(logits, rows)
+
+
+class _Places:
+    """Some of the logits of a batch, with a number for each."""
+
+    def __init__(self) -> None:
+        self._rows: list[NDArray[np.int64]] = []
+        self._ids: list[NDArray[np.int64]] = []
+        self._values: list[NDArray[np.float64]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def add(self, row: int, ids: ArrayLike, values: ArrayLike) -> None:
+        """values: one for each id, or one for all."""
+        own = np.asarray(ids, np.int64)
+        self._rows.append(np.full(len(own), row))
+        self._ids.append(own)
+        self._values.append(np.broadcast_to(np.asarray(values, np.float64), own.shape))
+
+    def on(self, logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Rows and ids, and the numbers in the logits' dtype, on their device."""
+        rows, ids, values = (
+            move(torch.from_numpy(np.concatenate(parts)), logits.device)
+            for parts in (self._rows, self._ids, self._values)
+        )
+        return (rows, ids), values.to(logits.dtype)
+
+
+def _add_masks(logits: Tensor, rows: Sequence[SampledRow]) -> None:
+    """-inf for what is not allowed."""
+    masked = [(i, row.allowed) for i, row in enumerate(rows) if row.allowed is not None]
+    if not masked:
+        return
+    vocab = logits.shape[-1]
+    if logits.device.type == "cpu":
+        for i, allowed in masked:
+            logits[i] += torch.from_numpy(_penalties(allowed, vocab))
+        return
+    words = np.zeros((len(masked), -(-vocab // 32)), np.int32)
+    for place, (_, allowed) in enumerate(masked):
+        count = min(len(allowed), words.shape[1])
+        words[place, :count] = allowed[:count]
+    places = move(torch.tensor([i for i, _ in masked]), logits.device)
+    logits[places] += _unpack(move(torch.from_numpy(words), logits.device), vocab)
+
+
+def _unpack(words: Tensor, vocab: int) -> Tensor:
+    """`_penalties` for many rows on a device: words `[rows, vocab / 32]` -> `[rows, vocab]`."""
+    bits = torch.arange(32, dtype=torch.int32, device=words.device)
+    allowed = ((words.unsqueeze(-1) >> bits) & 1).flatten(1)[:, :vocab].bool()
+    return torch.zeros(allowed.shape, device=words.device).masked_fill_(~allowed, -torch.inf)
+
+
+@functools.cache
+def _penalties_of_byte() -> NDArray[np.float32]:
+    """0 for each bit of a byte that is set, from the lowest up, and -inf for the others."""
+    bytes_ = np.arange(256, dtype=np.uint8)[:, None]
+    bits = np.unpackbits(bytes_, axis=1, bitorder="little").astype(bool)
+    return np.where(bits, np.float32(0), np.float32(-np.inf))
+
+
+def _penalties(allowed: NDArray[np.int32], vocab: int) -> NDArray[np.float32]:
+    """What is added to the logits `[vocab]`: where one is NaN or inf, the sum shows it, too."""
+    words = allowed.astype("<i4", copy=False)
+    found = np.take(_penalties_of_byte(), words.view(np.uint8), axis=0).ravel()[:vocab]
+    if len(found) == vocab:
+        return found
+    return np.concatenate([found, np.full(vocab - len(found), -np.inf, np.float32)])
+
+
+def _way_to_choose(params: SamplingParams, device: torch.device) -> Choose:
+    if params.temperature == 0:
+        return _greedy
+    if params.has_filters or device.type != "cpu" or _compiled_draw() is None:
+        return _draw
+    return _draw_compiled
+
+
+def _greedy(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
+    del rows
+    largest, ids = logits.max(-1)  # NaN counts as the largest
+    pairs = zip(largest.tolist(), ids.tolist(), strict=True)
+    return [token_id if math.isfinite(value) else None for value, token_id in pairs]
+
+
+@functools.cache
+def _compiled_draw() -> Callable[..., None] | None:
+    try:
+        from model.decoding.cpu.sampling import draw_function
+    except ImportError:
+        return None
+    draw: Callable[..., None] = draw_function()
+    return draw
+
+
+def _draw_compiled(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
+    """`_draw` without filters, on a CPU."""
+    draw, chosen = _compiled_draw(), np.empty(len(rows), np.int64)
+    if draw is None:
+        raise RuntimeError("nothing is compiled here")
+    heat = np.array([row.params.temperature for row in rows])
+    points = np.array([_uniform(row.params.seed, row.position) for row in rows])
+    draw(logits.float().contiguous().numpy(), heat, points, chosen)
+    return [token_id if token_id >= 0 else None for token_id in chosen.tolist()]
+
+
+def _draw(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
+    """Inverse of the cumulative distribution, in the order of the vocabulary, in float64."""
+    heat = torch.tensor([row.params.temperature for row in rows], dtype=torch.float64)
+    below = logits.double() - logits.amax(-1, keepdim=True)
+    weights = (below / heat.to(logits.device).unsqueeze(-1)).exp_()
+    filtered = [i for i, row in enumerate(rows) if row.params.has_filters]
+    if filtered:
+        kept = _filter(weights[filtered], [rows[i].params for i in filtered])
+        weights[filtered] = kept
+    cumulative = weights.cumsum(-1)
+    points = torch.tensor(
+        [_uniform(row.params.seed, row.position) for row in rows], dtype=torch.float64
+    )
+    total = cumulative[:, -1:]
+    targets = torch.minimum(points.to(logits.device).unsqueeze(-1) * total, total * (1 - 2**-52))
+    chosen = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
+    pairs = zip(total.squeeze(-1).tolist(), chosen.tolist(), strict=True)
+    return [token_id if 0 < weight < math.inf else None for weight, token_id in pairs]
+
+
+def _filter(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Zero the weights that top_k, top_p or min_p exclude; `[batch, vocab]`, largest weight 1."""
+    place, vocab = weights.device, weights.shape[-1]
+    ordered, ids = weights.sort(stable=True, dim=-1, descending=True)
+    rank = torch.arange(vocab, device=place)
+    top_k = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=place).unsqueeze(-1)
+    ordered = ordered.masked_fill(rank >= top_k, 0.0)
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=place).unsqueeze(-1)
+    before = ordered.cumsum(-1) - ordered
+    beyond = (before >= top_p * ordered.sum(-1, keepdim=True)) & (rank > 0) & (top_p < 1)
+    min_p = torch.tensor([p.min_p for p in params], dtype=torch.float64, device=place).unsqueeze(-1)
+    ordered = ordered.masked_fill(beyond | (ordered < min_p), 0.0)
+    return torch.zeros_like(weights).scatter_(-1, ids, ordered)
+
+
+def _uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits."""
+    return (_mix(_mix(seed & _MASK) ^ position) >> 11) / (1 << 53)
+
+
+def _mix(x: int) -> int:
+    """The output function of splitmix64 (Steele, Lea, Flood 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)

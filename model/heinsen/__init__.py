@@ -1,0 +1,1 @@
+"""The network of "Softmax Attention with Constant Cost per Token"."""

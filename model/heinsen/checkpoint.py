@@ -1,0 +1,277 @@
+"""A checkpoint: a folder with everything that it takes to serve a model.
+
+config.json           the arguments of ModelConfig
+model.safetensors     the weights, under the reference implementation's parameter names
+tokenizer.json        the format of the `tokenizers` library
+chat_template.jinja   messages to prompt text; optional
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from model import WeightDtype
+from model.files import write_file
+from model.heinsen.config import EXTENSIONS, ModelConfig
+from model.heinsen.config import describe as config_errors
+from model.heinsen.network import LanguageModel
+from model.kernels.linear import PART_SIZE
+from model.network import CheckpointError, Description, Loaded, checkpoint_errors
+from model.text import tokenizer
+from model.text.tokenizer import Tokenizer, TokenizerError
+
+CONFIG, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "chat_template.jinja",
+)
+
+MORE_LAYERS = 100
+"""A config that says more layers than this beyond the number of tensors is known to be wrong."""
+
+
+name = "heinsen"
+
+
+def matches(path: Path) -> bool:
+    """A folder, unless its config says that it is of another type."""
+    try:
+        config = json.loads((path / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return path.is_dir()
+    return not isinstance(config, dict) or "model_type" not in config
+
+
+def files(path: Path) -> tuple[Path, ...]:
+    """Those that decide which states are the checkpoint's."""
+    return path / CONFIG, path / WEIGHTS, path / TOKENIZER
+
+
+@checkpoint_errors()
+def describe(path: Path) -> Description:
+    """Without reading weights. Raises CheckpointError."""
+    config, source = _read_folder(path), path / WEIGHTS
+    shapes, dtypes = _read_header(source)
+    network = _check_shapes(config, shapes, source)
+    return Description(
+        sizes=config.model_dump(),
+        num_parameters=network.num_parameters,
+        weight_bytes=source.stat().st_size,
+        weight_dtypes=dtypes,
+        vocab_size=network.vocab_size,
+        state_spec=network.state_spec,
+        tokenizer=_read_tokenizer(path, config),
+        chat_template=_read_template(path / CHAT_TEMPLATE),
+    )
+
+
+@checkpoint_errors()
+def load(path: Path, device: torch.device, dtype: WeightDtype = "float32") -> Loaded[LanguageModel]:
+    """A network that serves, its weights in this dtype. Raises CheckpointError."""
+    config, source = _read_folder(path), path / WEIGHTS
+    network = _assemble(config, read_weights(source), source)
+    words, template = _read_tokenizer(path, config), _read_template(path / CHAT_TEMPLATE)
+    return Loaded(network.pack(dtype, device), words, template)
+
+
+@checkpoint_errors()
+def load_trainable(path: Path, device: torch.device) -> Loaded[LanguageModel]:
+    """A network to train, its weights in float32. Raises CheckpointError."""
+    config, source = _read_folder(path), path / WEIGHTS
+    network = build(config, read_weights(source), source, device)
+    words, template = _read_tokenizer(path, config), _read_template(path / CHAT_TEMPLATE)
+    return Loaded(network.requires_grad_().train(), words, template)
+
+
+def save(
+    folder: Path,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    words: Tokenizer,
+    chat_template: str | None,
+) -> None:
+    """Write or replace a checkpoint. Each file is complete or not there, also after a power cut.
+
+    Raises CheckpointError when the weights are not those of this config.
+    """
+    _check(config, weights, folder / WEIGHTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    write_file(folder / TOKENIZER, words.to_json().encode())
+    if chat_template is None:
+        (folder / CHAT_TEMPLATE).unlink(missing_ok=True)
+    else:
+        write_file(folder / CHAT_TEMPLATE, chat_template.encode())
+    write_file(folder / WEIGHTS, safetensors.torch.save(tensors))
+    # A paper's network has the config, and so the fingerprint, that it had before extensions.
+    off = {name for name in EXTENSIONS if name not in config.extensions}
+    write_file(folder / CONFIG, config.model_dump_json(indent=2, exclude=off).encode() + b"\n")
+
+
+def import_state_dict(
+    file: Path,
+    out: Path,
+    arguments: Mapping[str, object],
+    tokenizer_file: Path,
+    template_file: Path | None,
+) -> None:
+    """Make a checkpoint from a state dict of the reference implementation.
+
+    `arguments` are those of ModelConfig. Nothing is written unless everything fits together.
+    Raises CheckpointError.
+    """
+    try:
+        config = ModelConfig.model_validate(arguments)
+    except ValidationError as error:
+        raise CheckpointError(config_errors(error)) from error
+    try:
+        network = build(config, read_weights(file), file, torch.device("cpu"))
+        words = check_tokenizer(tokenizer.read(tokenizer_file), config, tokenizer_file)
+        template = None if template_file is None else _read_text(template_file)
+        save(out, config, network.state_dict(), words, template)
+    except (OSError, TokenizerError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _read_folder(path: Path) -> ModelConfig:
+    """The config. Raises CheckpointError also where there is no folder."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint folder")
+    return read_config(path / CONFIG)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Raises CheckpointError for unknown keys, missing values and values out of range."""
+    try:
+        return ModelConfig.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {config_errors(error)}") from error
+
+
+def _read_template(path: Path) -> str | None:
+    return _read_text(path) if path.exists() else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 text: {error}") from error
+
+
+def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    path = folder / TOKENIZER
+    return check_tokenizer(tokenizer.read(path), config, path)
+
+
+def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Shapes by name, and the dtypes, of what a safetensors file holds.
+
+    Raises CheckpointError when it is none, OSError when it cannot be opened.
+    """
+    path.open("rb").close()  # not every error of the library would name the file
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+            return shapes, sorted({tensor.get_dtype() for tensor in tensors.values()})
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from `.safetensors`, or from `.pt`/`.pth` without running any code of it.
+
+    Raises CheckpointError when the file is neither, OSError when it cannot be opened.
+    """
+    path.open("rb").close()  # not every error of the libraries would name the file
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types for a malformed or foreign file
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{path}: not a file of plain tensors: {reason}") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
+        raise CheckpointError(f"{path}: not a state dict (a mapping of names to tensors)")
+    return content
+
+
+def build(
+    config: ModelConfig, weights: Mapping[str, Tensor], source: Path, device: torch.device
+) -> LanguageModel:
+    """The network with these weights in float32; every parameter must be there, and no other."""
+    return _assemble(config, weights, source).to(device, torch.float32)
+
+
+def _assemble(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> LanguageModel:
+    """The network with these weights as they are, if they are its weights: no copies."""
+    network = _check(config, weights, source)
+    network.load_state_dict(weights, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def _check(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> LanguageModel:
+    """The network without memory for its weights, if these are its weights."""
+    network = _check_shapes(config, {name: w.shape for name, w in weights.items()}, source)
+    for name, tensor in weights.items():
+        if not _is_finite(tensor):
+            raise CheckpointError(f"{source}: {name} is not all finite numbers")
+    return network
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether it is all finite in float32; a part at a time, so that no copy of it is made."""
+    parts = torch.split(tensor.flatten(), PART_SIZE)
+    return tensor.is_floating_point() and all(
+        bool(torch.isfinite(part.float()).all()) for part in parts
+    )
+
+
+def _check_shapes(
+    config: ModelConfig, shapes: Mapping[str, Sequence[int]], source: Path
+) -> LanguageModel:
+    """The network without memory for its weights, if its weights have these shapes."""
+    few = config.model_copy(update={"n_layers": min(config.n_layers, len(shapes) + MORE_LAYERS)})
+    try:
+        with torch.device("meta"):
+            network = LanguageModel(few)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{source}: no network is of the config's sizes: {error}") from error
+    expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}
+    if missing := [name for name in expected if name not in shapes]:
+        raise CheckpointError(f"{source}: {_some(missing)} missing")
+    if unexpected := [name for name in shapes if name not in expected]:
+        raise CheckpointError(f"{source}: {_some(unexpected)} not part of this network")
+    for name, shape in expected.items():
+        if tuple(shapes[name]) != shape:
+            raise CheckpointError(
+                f"{source}: {name} is {list(shapes[name])}, the config says {list(shape)}"
+            )
+    return network
+
+
+def check_tokenizer(words: Tokenizer, config: ModelConfig, source: Path) -> Tokenizer:
+    """The tokenizer, if the network has an embedding for each of its tokens."""
+    if words.num_tokens > config.vocab_sz:
+        raise CheckpointError(
+            f"{source}: {words.num_tokens} tokens, but the network has vocab_sz {config.vocab_sz}"
+        )
+    return words
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -1,0 +1,1 @@
+"""The network compiled for CPUs."""

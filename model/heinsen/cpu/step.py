@@ -1,0 +1,211 @@
+"""The whole network for some tokens of some sequences, as one compiled call.
+
+Numba compiles it at its first use and keeps the machine code on disk.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, cfunc, float32, float64, int8, int64
+
+from model.heinsen.config import DECAY_RANK
+from model.heinsen.cpu.kernels import attend, decay, gate, glu, layer_norm, mix, position
+from model.kernels.cpu.functions import CACHE, SOURCE, jit
+from model.kernels.cpu.linear import (
+    ADDRESS,
+    COUNT,
+    DTYPES,
+    FUNCTION_OF_A_THREAD,
+    WEIGHT,
+    array,
+    place_in,
+    wait,
+    weight,
+)
+from model.kernels.cpu.products import number, product
+from model.kernels.cpu.team import TEAM
+
+NORM = np.dtype([("gain", ADDRESS), ("offset", ADDRESS)])
+
+LAYER = np.dtype(
+    [
+        ("norm", NORM),
+        *((name, WEIGHT) for name in ("project", "gate", "merge")),
+        ("mix", ADDRESS),
+        *((name, WEIGHT) for name in ("rank", "rates", "output_gate")),
+    ]
+)
+"""Of a layer: its norm and its three products; the shares of `token_shift`; the two products of
+`decay` and the output gate's. 0 for what it does not have."""
+
+STATE = ("h", "last", "m", "z", "s", "z_low", "s_low", "n", "previous")
+"""Tensors of a pool."""
+
+SPACE = (
+    *("x", "normed", "projected", "y", "gates", "glu"),
+    *("rank", "rates", "output_gate"),
+)
+"""Space for what is computed on the way."""
+
+FORWARD = np.dtype(
+    [
+        ("team", TEAM),
+        *((name, COUNT) for name in ("d_emb", "heads", "d_key", "d_val", "layers", "vocab")),
+        *((name, COUNT) for name in ("log_values", "pool_rows", "tokens", "sequences", "num_read")),
+        *((name, ADDRESS) for name in ("ids", "starts", "index", "read", "logits")),
+        *((name, ADDRESS) for name in (*STATE, *SPACE)),
+        ("embed", ADDRESS),
+        ("position", WEIGHT),
+        ("norm", NORM),
+        ("unembed", WEIGHT),
+        ("layer_table", ADDRESS),
+    ]
+)
+"""Arguments of `forward_function`: numbers, and addresses of arrays."""
+
+
+@jit
+def _unembed(a: Any, x: Any, places: Any, weight_dtype: Any, tid: Any, n: Any) -> None:
+    """Logits of some rows of x, in the order of their places."""
+    count, d, vocab = len(places), a.d_emb, a.vocab
+    normed = array(a.normed, (count, d), float32)
+    gain, offset = array(a.norm.gain, (d,), float32), array(a.norm.offset, (d,), float32)
+    for i in range(tid, count, n):
+        place = places[i]
+        layer_norm(x[place : place + 1], gain, offset, normed[i : i + 1], 0, 1)
+    wait(a.team)
+    w, scale, bias = weight(a.unembed, d, vocab, weight_dtype)
+    logits = array(a.logits, (count, vocab), float32)
+    product(normed, w, scale, bias, logits, False, tid, n)
+
+
+@jit
+def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
+    """Read tokens into states; logits after some of them. Every thread of a team runs it.
+
+    The tokens of all sequences stand one after another, those of i from starts[i] to starts[i + 1].
+    Each goes through attention as in a decoding step, so it does not matter how many come at once.
+    `num_read` tokens, whose places are in `read`, get logits: in the order of the places. Where
+    `last` is not 0, each sequence reads one token and keeps what the last layer made of it; and
+    where `ids` is 0, none reads any, and the logits are those after what was so kept.
+    """
+    team = a.team
+    tid, n = place_in(team)
+    tokens, sequences, pool = a.tokens, a.sequences, a.pool_rows
+    d, heads, d_key, d_val = a.d_emb, a.heads, a.d_key, a.d_val
+    num_layers, vocab, num_read = a.layers, a.vocab, a.num_read
+    log_values, per_head = a.log_values != 0, 2 * d_key + d_val
+    ids, index = array(a.ids, (tokens,), int64), array(a.index, (sequences,), int64)
+    starts = array(a.starts, (sequences + 1,), int64)
+    read = array(a.read, (num_read,), int64)
+    firsts = sequences if a.previous else 0  # rows behind the tokens' for what came before them
+    x = array(a.x, (tokens, d), float32)
+    normed = array(a.normed, (tokens + firsts, d), float32)
+    projected = array(a.projected, (tokens + firsts, heads * per_head), float32)
+    rank = array(a.rank, (tokens, DECAY_RANK), float32)
+    rates = array(a.rates, (tokens, heads * d_key), float32)
+    output_gate = array(a.output_gate, (tokens, heads * d_val), float32)
+    y = array(a.y, (tokens, heads * d_val), float32)
+    gates, gated = array(a.gates, (tokens, 2 * d), float32), array(a.glu, (tokens, d), float32)
+    last = array(a.last, (pool if a.last else 0, d), float32)
+    if not a.ids:
+        _unembed(a, last, index, weight_dtype, tid, n)
+        return
+    h = array(a.h, (pool, d), float64)
+    m = array(a.m, (num_layers, pool, heads, d_key), float32)
+    z = array(a.z, (num_layers, pool, heads, d_key), float32)
+    s = array(a.s, (num_layers, pool, heads, d_key, d_val), float32)
+    z_low = array(a.z_low, (num_layers, pool, heads, d_key), int8)
+    s_low = array(a.s_low, (num_layers, pool, heads, d_key, d_val), int8)
+    n_max = array(a.n, (num_layers, pool, heads if log_values else 0, d_val), float32)
+    previous = array(a.previous, (num_layers, pool if firsts else 0, d), float32)
+    no_maximum, before = np.empty(0, np.float32), np.empty(per_head, np.float32)
+    keys, vals = np.empty((3, d_key), np.float32), np.empty((3, d_val), np.float32)
+
+    embed = array(a.embed, (vocab, d), embed_dtype)
+    for t in range(tid, tokens, n):
+        for j in range(d):
+            normed[t, j] = number(embed[ids[t], j])
+    wait(team)
+    w, scale, bias = weight(a.position, d, 2 * d, weight_dtype)
+    product(normed[:tokens], w, scale, bias, gates, False, tid, n)
+    wait(team)
+    position(gates, normed[:tokens], starts, h, index, x, tid, n)
+    wait(team)
+    table = array(a.layer_table, (num_layers,), LAYER)
+    for layer in range(num_layers):
+        at = table[layer]
+        gain, offset = array(at.norm.gain, (d,), float32), array(at.norm.offset, (d,), float32)
+        layer_norm(x, gain, offset, normed, tid, n)
+        for i in range(tid, firsts, n):
+            normed[tokens + i] = previous[layer, index[i]]
+        wait(team)
+        w, scale, bias = weight(at.project, d, heads * per_head, weight_dtype)
+        product(normed, w, scale, bias, projected, False, tid, n)
+        shifts, decays = at.mix != 0, at.rank.numbers != 0
+        is_gated = at.output_gate.numbers != 0
+        share = array(at.mix, (heads * per_head if shifts else 0,), float32)
+        if is_gated:
+            w, scale, bias = weight(at.output_gate, d, heads * d_val, weight_dtype)
+            product(normed[:tokens], w, scale, bias, output_gate, False, tid, n)
+        if decays:
+            w, scale, bias = weight(at.rank, d, DECAY_RANK, weight_dtype)
+            product(normed[:tokens], w, scale, bias, rank, False, tid, n)
+            wait(team)
+            w, scale, bias = weight(at.rates, DECAY_RANK, heads * d_key, weight_dtype)
+            product(rank, w, scale, bias, rates, False, tid, n)
+        wait(team)
+        for i in range(tid, firsts, n):
+            previous[layer, index[i]] = normed[starts[i + 1] - 1]
+        items = sequences * heads
+        for item in range(tid * items // n, (tid + 1) * items // n):
+            i, head = item // heads, item % heads
+            row, first = index[i], head * per_head
+            if shifts:
+                before[:] = projected[tokens + i, first : first + per_head]
+            for t in range(starts[i], starts[i + 1]):
+                p = projected[t, first : first + per_head]
+                if shifts:
+                    mix(p, share[first : first + per_head], before)
+                if decays:
+                    decay(rates[t, head * d_key : (head + 1) * d_key], m[layer, row, head])
+                attend(
+                    p[:d_key], p[d_key : 2 * d_key], p[2 * d_key :],
+                    m[layer, row, head], z[layer, row, head], s[layer, row, head],
+                    z_low[layer, row, head], s_low[layer, row, head],
+                    n_max[layer, row, head] if log_values else no_maximum,
+                    log_values, decays, y[t, head * d_val : (head + 1) * d_val], keys, vals,
+                )  # fmt: skip
+                if is_gated:
+                    columns = slice(head * d_val, (head + 1) * d_val)
+                    gate(y[t, columns], output_gate[t, columns])
+        if layer == num_layers - 1 and not num_read:
+            return
+        wait(team)
+        w, scale, bias = weight(at.gate, heads * d_val, 2 * d, weight_dtype)
+        product(y, w, scale, bias, gates, False, tid, n)
+        wait(team)
+        glu(gates, gated, tid, n)
+        wait(team)
+        w, scale, bias = weight(at.merge, d, d, weight_dtype)
+        product(gated, w, scale, bias, x, True, tid, n)
+        wait(team)
+    if a.last:
+        for t in range(tid, tokens, n):
+            last[index[t]] = x[t]
+    _unembed(a, x, read, weight_dtype, tid, n)
+
+
+@functools.cache
+def forward_function(dtype: torch.dtype, embed_dtype: torch.dtype) -> Any:
+    """`void f(FORWARD *arguments)` for weights of one dtype and embeddings of another."""
+    weights, embeddings, source = DTYPES[dtype], DTYPES[embed_dtype], SOURCE
+
+    @cfunc(FUNCTION_OF_A_THREAD, cache=CACHE)
+    def run(arguments: Any) -> None:
+        if source:
+            _forward(carray(arguments, (1,), FORWARD)[0], weights, embeddings)
+
+    return run

@@ -1,0 +1,217 @@
+"""The forms of attention that are served, in Triton, on the rows of a pool of states.
+
+`step`, `chunked` and `absorb` mean what those of `heinsen.attention` mean, in float32 and without
+gradients. Beside a state they take `rows`, int32 `[batch]` on the device: the row of the state's
+tensors that each sequence has, none twice; without them sequence i has row i. A negative row stands
+for no sequence: nothing of it is read or written, and its y is 0. Nothing here waits for the
+device, so that calls can be captured in a CUDA graph.
+
+A sequence's bits depend on its own tokens and state alone, and not on how its tokens were cut into
+calls as long as the cuts are at multiples of 64 tokens. That is why the kernels do not specialise
+on sizes, strides and addresses of tokens: another variant could add in another order. (What comes
+in a tuple is always specialised on; these are not.)
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.heinsen.attention import CHUNK, AttentionState
+from model.heinsen.cuda.chunks import carry, read, sum_chunks
+from model.heinsen.cuda.memory import (
+    channels_of,
+    load_low,
+    load_state,
+    load_token,
+    row_of,
+    store_low,
+    store_state,
+)
+from model.heinsen.cuda.sums import read_token
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, rows: Tensor | None = None
+) -> Tensor:
+    """One token for each sequence, updating `state` in place.
+
+    q, k `[batch, heads, d_k]`, v `[batch, heads, d_v]`, contiguous in their last axis alone ->
+    `[batch, heads, d_v]`. Raises ValueError for what a kernel would misread.
+    """
+    _check(state)
+    batch, heads, d_key = k.shape
+    d_val = v.shape[2]
+    y = q.new_empty((batch, heads, d_val))
+    block_k, block_v = triton.next_power_of_2(d_key), triton.next_power_of_2(d_val)
+    _step[batch, heads](
+        *_strided(q, k, v), _tensors(state), (state.z_low, state.s_low), rows, y,
+        d_key=d_key, d_val=d_val, block_k=block_k, block_v=block_v,
+        # 32 numbers of s a thread: a head of 32 x 32 is one warp's, and no sum leaves the warp.
+        num_warps=min(max(block_k * block_v // 1024, 1), 16), enable_fp_fusion=False,
+    )  # fmt: skip
+    return y
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: AttentionState,
+    rows: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, AttentionState]:
+    """Many tokens at once; a chunk that is too steep for float32 is read token by token.
+
+    q, k `[batch, tokens, heads, d_k]`, v `[batch, tokens, heads, d_v]`, contiguous in their last
+    axis alone -> y `[batch, tokens, heads, d_v]` and the state after the last token: `state`
+    itself, updated in place, where there are `rows`, else a new one. `lengths`, int32 `[batch]` on
+    the device: tokens from there on are padding, whose y is 0. Memory is linear in the number of
+    tokens. Raises ValueError for what a kernel would misread.
+    """
+    strided = _strided(q, k, v)
+    before, state = _sum(k, v, state, rows, lengths, keep=True)
+    batch, tokens, heads, d_key = k.shape
+    d_val = v.shape[3]
+    y = q.new_empty((batch, tokens, heads, d_val))
+    block_k, block_v = _block(d_key), _block(d_val)
+    read[triton.cdiv(tokens, CHUNK), heads, batch](
+        *strided, _tensors(before), rows, lengths, y, tokens,
+        d_key=d_key, d_val=d_val, block_k=block_k, block_v=block_v,
+        num_warps=8, num_stages=1,  # with 4, the operands of its products do not fit into registers
+    )  # fmt: skip
+    return y, state
+
+
+def absorb(
+    k: Tensor,
+    v: Tensor,
+    state: AttentionState,
+    rows: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> AttentionState:
+    """The state after all tokens of k and v, without reading it: that of `chunked`."""
+    return _sum(k, v, state, rows, lengths, keep=False)[1]
+
+
+def _sum(
+    k: Tensor,
+    v: Tensor,
+    state: AttentionState,
+    rows: Tensor | None,
+    lengths: Tensor | None,
+    keep: bool,
+) -> tuple[AttentionState, AttentionState]:
+    """Each chunk's own sums, replaced by the state before it if that is to be kept; the end state.
+
+    The chunks' tensors are `[batch, heads, chunks, ...]`, each relative to its own references.
+    """
+    if rows is None:
+        state = state.map(lambda x: x.clone(memory_format=torch.contiguous_format))
+    _check(state)
+    batch, tokens, heads, d_key = k.shape
+    d_val, chunks = v.shape[3], triton.cdiv(tokens, CHUNK)
+    shape = (batch, heads, chunks)
+    sums = AttentionState(
+        m=k.new_empty((*shape, d_key)),
+        z=k.new_empty((*shape, d_key)),
+        s=k.new_empty((*shape, d_key, d_val)),
+        n=None if state.n is None else k.new_empty((*shape, d_val)),
+    )
+    block_k, block_v = _block(d_key), _block(d_val)
+    num_warps = 4 if block_k * block_v <= 1024 else 8
+    sum_chunks[chunks, heads, batch](
+        *_strided(k, v), _tensors(sums), rows, lengths, tokens,
+        d_key=d_key, d_val=d_val, block_k=block_k, block_v=block_v,
+        num_warps=num_warps, num_stages=1,
+    )  # fmt: skip
+    carry[heads, batch](
+        _tensors(sums), _tensors(state), (state.z_low, state.s_low), rows, lengths, tokens,
+        keep=keep, d_key=d_key, d_val=d_val, block_k=block_k, block_v=block_v,
+        num_warps=num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return sums, state
+
+
+def _check(state: AttentionState) -> None:
+    """Raises ValueError for tensors that a kernel would misread."""
+    sums = [x for x in _tensors(state) if x is not None]
+    lows = [x for x in (state.z_low, state.s_low) if x is not None]
+    if any(x.dtype != torch.float32 for x in sums) or any(x.dtype != torch.int8 for x in lows):
+        raise ValueError("the kernels take states of float32, with what rounding lost in int8")
+    if len(lows) == 1:
+        raise ValueError("a state has both of z_low and s_low or neither")
+    if not all(x.is_contiguous() for x in sums + lows):
+        raise ValueError("the kernels take states whose tensors are contiguous")
+
+
+def _tensors(state: AttentionState) -> tuple[Tensor | None, ...]:
+    return state.m, state.z, state.s, state.n
+
+
+def _strided(*tokens: Tensor) -> list[Any]:
+    """Tensors, each followed by the strides of all its axes but the last, whose stride is 1."""
+    if any(x.dtype != torch.float32 or x.stride(-1) != 1 for x in tokens):
+        raise ValueError("the kernels take tokens of float32, contiguous in their last axis")
+    return [part for x in tokens for part in (x, *x.stride()[:-1])]
+
+
+def _block(size: int) -> int:
+    """Channels of a matrix product."""
+    return max(int(triton.next_power_of_2(size)), 16)
+
+
+@triton.jit(
+    do_not_specialize=["q_row", "q_head", "k_row", "k_head", "v_row", "v_head"],
+    do_not_specialize_on_alignment=["q", "k", "v", "rows"],
+)
+def _step(
+    q: tl.tensor,
+    q_row: tl.tensor,
+    q_head: tl.tensor,
+    k: tl.tensor,
+    k_row: tl.tensor,
+    k_head: tl.tensor,
+    v: tl.tensor,
+    v_row: tl.tensor,
+    v_head: tl.tensor,
+    state: tl.tuple,
+    low: tl.tuple,
+    rows: tl.tensor,
+    y: tl.tensor,
+    d_key: tl.constexpr,
+    d_val: tl.constexpr,
+    block_k: tl.constexpr,
+    block_v: tl.constexpr,
+) -> None:
+    """A program has one head of one sequence: grid `[batch, heads]`."""
+    log_values: tl.constexpr = state[3] is not None
+    compensated: tl.constexpr = low[0] is not None
+    sequence, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row = row_of(rows, sequence)
+    sequence = sequence.to(tl.int64)
+    channels = channels_of(d_key, d_val, block_k, block_v)
+    _, vals, _, _, is_val, _ = channels
+    y += (sequence * heads + head) * d_val + vals
+    if row < 0:
+        tl.store(y, tl.zeros([block_v], tl.float32), is_val)
+        return
+    place = row * heads + head
+    qt, kt, vt = load_token(
+        q + sequence * q_row + head * q_head,
+        k + sequence * k_row + head * k_head,
+        v + sequence * v_row + head * v_head,
+        channels,
+        log_values,
+    )
+    mt, zt, st, nt = load_state(state, place, channels, d_key, d_val)
+    zt_low, st_low = load_low(low, place, channels, d_key, d_val)
+    yt, mt, zt, st, nt, zt_low, st_low = read_token(
+        qt, kt, vt, mt, zt, st, nt, zt_low, st_low, log_values, compensated
+    )
+    tl.debug_barrier()  # another thread may have yet to load what this one overwrites
+    store_state(state, place, (mt, zt, st, nt), channels, d_key, d_val)
+    store_low(low, place, (zt_low, st_low), channels, d_key, d_val)
+    tl.store(y, yt, is_val)

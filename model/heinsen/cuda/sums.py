@@ -1,0 +1,124 @@
+"""Sums relative to running maxima in Triton: what every kernel of attention is made of.
+
+The names are those of the glossary of `heinsen.attention`. Channels beyond d_k and d_v, up to the
+size of a block, hold -inf in q, k and log v, EMPTY in m and n, 0 in v and in sums: they add nothing
+to any sum.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from model.heinsen import attention
+
+EMPTY = tl.constexpr(attention.EMPTY)
+TINY = tl.constexpr(2.0**-126)
+"""The smallest normal float32."""
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN2_HIGH, LN2_LOW = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)
+"""log 2 in two parts. The first has so few digits that its product with a power is exact."""
+
+ROUND = tl.constexpr(12582912.0)
+"""1.5 * 2^23: a number added to it is rounded to a whole one, which is then the lowest bits."""
+
+EXPONENT, FLOOR = tl.constexpr(0x7F800000), tl.constexpr(0x10000000)
+"""Bits of a float32's exponent; those of 2^-95, below which no correction is kept."""
+
+
+@triton.jit
+def larger(a: tl.tensor, b: tl.tensor) -> Any:
+    """The maximum, NaN if either is NaN: what is broken must show."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def exp(x: tl.tensor) -> Any:
+    """exp(x) for x <= 0, to 2 or 3 units however large |x| is; 0 below -87.
+
+    `tl.exp` multiplies x by log2(e) in float32 and so loses digits in proportion to |x|.
+    """
+    within = larger(x, -87.0)
+    rounded = within * LOG2_E + ROUND
+    power = rounded - ROUND
+    rest = within - power * LN2_HIGH - power * LN2_LOW
+    scale = ((rounded.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
+    return tl.where(x < -87.0, 0.0, tl.exp2(rest * LOG2_E) * scale)
+
+
+@triton.jit
+def _exponent(x: tl.tensor) -> Any:
+    """The bits of the power of two below |x|, for numbers above 2^-95."""
+    return tl.maximum(x.to(tl.int32, bitcast=True) & EXPONENT, FLOOR)
+
+
+@triton.jit
+def add(before: tl.tensor, added: tl.tensor, low: tl.tensor, compensated: tl.constexpr) -> Any:
+    """`before + added`, and what that sum lacks; `model.heinsen.attention._add`.
+
+    Only right in kernels that are compiled without fusing products and sums: `before` and `after`
+    must be the rounded numbers, as they are stored. Without `compensated`, `low` comes back.
+    """
+    if compensated:
+        unit = _exponent(before).to(tl.float32, bitcast=True) * 2.0**-31
+        added += low.to(tl.float32) * unit
+    after = before + added
+    if compensated:
+        # A power of two's bits taken from these are those of its inverse.
+        inverse = (0x7F000000 - _exponent(after)).to(tl.float32, bitcast=True)
+        lost = (added - (after - before)) * inverse * 2.0**31
+        whole = tl.minimum(tl.maximum(lost, -127.0), 127.0) + ROUND
+        low = (whole.to(tl.int32, bitcast=True) & 0xFF).to(tl.int8)
+    return after, low
+
+
+@triton.jit
+def ratio(
+    numerator: tl.tensor, denominator: tl.tensor, n: tl.tensor, log_values: tl.constexpr
+) -> Any:
+    """y, or log y with log values; `model.heinsen.attention._ratio`."""
+    denominator = larger(denominator, TINY)
+    if log_values:
+        y = tl.log(larger(numerator, TINY)) - tl.log(denominator) + n
+    else:
+        y = tl.div_rn(numerator, denominator)
+    return y
+
+
+@triton.jit
+def read_token(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    m: tl.tensor,
+    z: tl.tensor,
+    s: tl.tensor,
+    n: tl.tensor,
+    z_low: tl.tensor,
+    s_low: tl.tensor,
+    log_values: tl.constexpr,
+    compensated: tl.constexpr,
+) -> Any:
+    """`heinsen.attention.step` for a head in registers: y, then m, z, s, n, z_low, s_low after it.
+
+    q, k, m, z, z_low `[block_k]`, v, n, y `[block_v]`, s, s_low `[block_k, block_v]`. Without log
+    values n is returned as it is, without `compensated` so are z_low and s_low.
+    """
+    m_before = m
+    m = larger(m_before, tl.ceil(k))
+    kept, weight = exp(m_before - m), exp(k - m)
+    if log_values:
+        n_before = n
+        n = larger(n_before, tl.ceil(v))
+        u = exp(v - n)
+        kept_s = kept[:, None] * exp(n_before - n)[None, :]
+    else:
+        u = v
+        kept_s = kept[:, None]
+    z, z_low = add(z * kept, weight, z_low, compensated)
+    s, s_low = add(s * kept_s, weight[:, None] * u[None, :], s_low, compensated)
+    logits = q + (m - tl.max(m, 0))
+    e = exp(logits - tl.max(logits, 0))
+    y = ratio(tl.sum(e[:, None] * s, 0), tl.sum(e * z, 0), n, log_values)
+    return y, m, z, s, n, z_low, s_low

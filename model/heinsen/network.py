@@ -1,0 +1,341 @@
+"""The paper's language model: embedding, latent positions, residual layers of latent attention.
+
+Parameter names are those of the reference implementation, so its state dicts load unchanged. A
+sequence's state is the position state h, one vector, and one attention state (m, Z, S, n) per
+layer; and what the last layer made of the last token, from which alone the next one can be chosen.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import WeightDtype
+from model.heinsen.attention import (
+    CHUNK,
+    EMPTY,
+    Attention,
+    AttentionState,
+    chunked,
+)
+from model.heinsen.config import ModelConfig
+from model.heinsen.cuda import missing_for
+from model.heinsen.layers import LatentPosition, Layer, NetworkState
+from model.kernels import cuda
+from model.kernels.linear import NarrowLinear, PackedLinear, as_served, narrow, why_not_compiled
+from model.network import Recordable, TakeLogits
+from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
+
+if TYPE_CHECKING:
+    from model.heinsen.cpu.serving import CompiledNetwork
+    from model.heinsen.cuda.serving import FusedNetwork
+
+Narrow = TypeVar("Narrow", NarrowLinear, PackedLinear)
+
+
+class LanguageModel(nn.Module):
+    """The paper's network (section 4): trained by `forward`, served by `prefill` and `step`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Given its weight: else it is drawn twice, and for that a network without memory imports
+        # torch's compiler, which takes as long as torch.
+        weight = torch.empty(config.vocab_sz, config.d_emb)
+        self.embed = nn.Embedding(config.vocab_sz, config.d_emb, _weight=weight)
+        self.embed_pos = LatentPosition(config.d_emb)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+        self.lnorm = nn.LayerNorm(config.d_emb)
+        bound = config.d_emb**-0.5
+        nn.init.uniform_(self.embed.weight, -bound, bound)
+        self.num_parameters = sum(p.numel() for p in self.parameters())
+        self._unembed: NarrowLinear | PackedLinear | None = None
+        self._compiled: CompiledNetwork | None = None
+        self._fused: FusedNetwork | None = None
+        self.backend = "plain torch"
+        """What prefill and step run as and, once packed, why; in words."""
+
+    def pack(
+        self, dtype: WeightDtype = "float32", device: torch.device | None = None
+    ) -> "LanguageModel":
+        """Make the network one that only serves: weights in this dtype, in the order of reading.
+
+        They may be in any floating dtype before, and in a mapped file: each is converted by itself.
+
+        On a CPU it is compiled, on a GPU it becomes Triton kernels, unless it has extensions: then
+        it stays plain torch there. It computes the same as before but for the rounding of weights,
+        has no gradients, and cannot be saved.
+        """
+        where = device or self.device
+        reason = why_not_compiled(where, self.embed.weight.dtype)
+        if not reason:
+            self._unembed = unembed = self._narrow(PackedLinear, dtype, device)
+            from model.heinsen.cpu.serving import CompiledNetwork
+            from model.kernels.cpu.compilation import target
+
+            self._compiled = CompiledNetwork(self, unembed)
+            self.backend = f"compiled for {target()}"
+            return self
+        if where.type == "cuda":
+            reason = missing_for(self.config)
+            if not reason and cuda.is_available():
+                return self.fuse(dtype, device)
+            reason = reason or "Triton is not installed"
+        self.backend = f"plain torch ({reason})"
+        if dtype != "float32":
+            self._unembed = self._narrow(NarrowLinear, dtype, device)
+        else:
+            self._convert(device)
+        return self
+
+    def fuse(
+        self, dtype: WeightDtype = "float32", device: torch.device | None = None
+    ) -> "LanguageModel":
+        """`pack` into Triton kernels: for a GPU, or for a CPU in Triton's interpreter.
+
+        Raises ValueError naming what the config has and the kernels have not.
+        """
+        if missing := missing_for(self.config):
+            raise ValueError(missing)
+        from model.heinsen.cuda.serving import FusedNetwork
+
+        self._unembed = unembed = self._narrow(NarrowLinear, dtype, device)
+        self._fused = FusedNetwork(self, unembed)
+        self.backend = "Triton kernels"
+        return self
+
+    def _narrow(
+        self, kind: type[Narrow], dtype: WeightDtype, device: torch.device | None
+    ) -> Narrow:
+        """Put maps of this kind in the place of all linear ones; returns the last, to logits."""
+        _replace_linear(self, lambda child: kind(child.weight, child.bias, dtype, device))
+        weight = self.embed.weight
+        unembed = kind(weight, None, dtype, device)
+        if dtype != "float32":
+            narrowed, _ = narrow(weight, "bfloat16", device)
+            self.embed.weight = nn.Parameter(narrowed, requires_grad=False)
+        self._convert(device, keep=self.embed.weight if dtype != "float32" else None)
+        return unembed
+
+    def _convert(self, device: torch.device | None, keep: Tensor | None = None) -> None:
+        """What parameters are left, but for the one to keep, as they are served."""
+        for parameter in self.parameters():
+            if parameter is not keep:
+                parameter.data = as_served(parameter.data, device)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether prefill and step run as compiled code."""
+        return self._compiled is not None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a step reads."""
+        bits = 32 if self._unembed is None else self._unembed.weight.dtype.itemsize * 8
+        return self.num_parameters * bits // 8
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_sz
+
+    @property
+    def bos(self) -> int | None:
+        return self.config.bos_token_id
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        return self.config.eos_token_ids
+
+    @property
+    def recordable(self) -> Recordable | None:
+        return self._fused
+
+    @property
+    def cut(self) -> int:
+        """Prompts cut after multiples of so many tokens have the same bits as whole ones.
+
+        Compiled code reads token by token; there this is only a size worth a call.
+        """
+        return 16 if self.is_compiled else CHUNK
+
+    @property
+    def blocks(self) -> list[Layer]:
+        """The residual layers, first to last."""
+        return cast("list[Layer]", list(self.layers))
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def state_spec(self) -> StateSpec:
+        """What one sequence's state consists of, at any length of the sequence."""
+        c = self.config
+        dtype = "float64" if self.embed.weight.dtype == torch.float64 else "float32"
+        heads = (c.n_layers, c.n_heads)
+        keys, sums = (*heads, c.d_key), (*heads, c.d_key, c.d_val)
+        tensors = [
+            TensorSpec("h", (1, c.d_emb), "float64", 0.0),
+            TensorSpec("last", (1, c.d_emb), dtype, 0.0),
+            TensorSpec("m", keys, dtype, EMPTY),
+            TensorSpec("z", keys, dtype, 0.0),
+            TensorSpec("s", sums, dtype, 0.0),
+        ]
+        if dtype == "float32":
+            tensors += [TensorSpec("z_low", keys, "int8", 0), TensorSpec("s_low", sums, "int8", 0)]
+        if c.log_values:
+            tensors.append(TensorSpec("n", (*heads, c.d_val), dtype, EMPTY))
+        if c.token_shift:
+            tensors.append(TensorSpec("previous", (c.n_layers, c.d_emb), dtype, 0.0))
+        return StateSpec(tuple(tensors))
+
+    def new_pool(self, num_rows: int) -> StatePool:
+        """States before the first token, on the device of the weights."""
+        return StatePool(self.state_spec, num_rows, self.device)
+
+    def empty_state(self, batch: int) -> NetworkState:
+        """The state before the first token, for `forward`."""
+        return self.read_state(self.new_pool(batch))
+
+    def read_state(self, pool: StatePool) -> NetworkState:
+        """All rows of a pool as one batch; its tensors are views of the pool's."""
+        return NetworkState(pool.tensors["h"][0], AttentionState.of_layers(pool))
+
+    def write_state(self, state: NetworkState, pool: StatePool) -> None:
+        """Overwrite all rows of a pool."""
+        pool.tensors["h"][0] = state.h
+        for rows, values in zip(AttentionState.of_layers(pool), state.layers, strict=True):
+            _assign(rows, slice(None), values)
+
+    def forward(
+        self, token_ids: Tensor, state: NetworkState, attention: Attention = chunked
+    ) -> tuple[Tensor, NetworkState]:
+        """Logits of every token, differentiable in the weights and the state.
+
+        The state that comes back keeps no account of what rounding lost.
+
+        token_ids `[batch, tokens]` -> logits `[batch, tokens, vocab_sz]` and the state at the end.
+        """
+        emb = self._embed(token_ids)
+        all_h, h = self.embed_pos(emb, state.h, None)
+        x, layers = emb + all_h.to(emb.dtype), []
+        for layer, carried in zip(self.blocks, state.layers, strict=True):
+            x, after = layer(x, replace(carried, z_low=None, s_low=None), attention, None)
+            layers.append(after)
+        return self._logits(x), NetworkState(h, tuple(layers))
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        token_ids: Tensor,
+        lengths: Sequence[int],
+        pool: StatePool,
+        rows: Sequence[int],
+        scored: Mapping[int, TakeLogits] | None = None,
+    ) -> None:
+        """Advance `rows` by the first `lengths[i]` tokens of each sequence.
+
+        token_ids `[batch, tokens]`; what is beyond a sequence's length is ignored. Logits are
+        computed for the sequences in `scored` alone, by their place in the batch: after each of
+        their tokens, from the first to the last, a few tokens to a call, so that logits of a whole
+        prompt are never in memory. Compiled, they are those of `step` to the bit.
+        """
+        if self._compiled is not None:
+            self._compiled.prefill(token_ids, lengths, pool, rows, scored or {})
+            return
+        if self._fused is not None:
+            self._fused.prefill(token_ids, lengths, pool, rows, scored or {})
+            return
+        token_ids = token_ids.to(pool.device)
+        padding = None
+        if min(lengths) < token_ids.shape[1]:
+            ends = torch.tensor(lengths, device=token_ids.device)
+            padding = torch.arange(token_ids.shape[1], device=token_ids.device) >= ends.unsqueeze(1)
+        index = _index(pool, rows)
+        emb = self._embed(token_ids)
+        h = pool.tensors["h"][0]
+        all_h, h[index] = self.embed_pos(emb, h[index], padding)
+        x = emb + all_h
+        *inner, last = zip(self.blocks, AttentionState.of_layers(pool), strict=True)
+        for layer, states in inner:
+            x, after = layer(x, states.select(index), chunked, padding)
+            _assign(states, index, after)
+        layer, states = last
+        if scored:
+            x, after = layer(x, states.select(index), chunked, padding)
+            _assign(states, index, after)
+            for place, take in scored.items():
+                for start in range(0, lengths[place], CHUNK):
+                    take(self._logits(x[place, start : min(start + CHUNK, lengths[place])]))
+            return
+        _assign(states, index, layer.absorb(x, states.select(index), padding))
+
+    @torch.inference_mode()
+    def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
+        """Advance `rows` by one token each: token_ids `[batch]` -> logits `[batch, vocab_sz]`.
+
+        A step alone writes the rows' `last`, for `logits`.
+        """
+        if self._compiled is not None:
+            return self._compiled.step(token_ids, pool, rows)
+        if self._fused is not None:
+            return self._fused.step(token_ids, pool, rows)
+        token_ids = token_ids.to(pool.device)
+        index = _index(pool, rows)
+        emb = self._embed(token_ids)
+        h = pool.tensors["h"][0]
+        h[index] = after = self.embed_pos.step(emb, h[index])
+        x = emb + after.to(emb.dtype)
+        for layer, states in zip(self.blocks, AttentionState.of_layers(pool), strict=True):
+            selected = states.select(index)
+            x = layer.step(x, selected)
+            if not isinstance(index, slice):
+                _assign(states, index, selected)
+        pool.tensors["last"][0, index] = x
+        return self._logits(x)
+
+    @torch.inference_mode()
+    def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
+        """Logits `[batch, vocab_sz]` after the last token of `rows`, which a step has read: those
+        that it returned. Nothing is read."""
+        if self._compiled is not None:
+            return self._compiled.logits(pool, rows)
+        if self._fused is not None:
+            return self._fused.logits(pool, rows)
+        return self._logits(pool.tensors["last"][0, _index(pool, rows)])
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        emb: Tensor = self.embed(token_ids)
+        return emb.to(torch.promote_types(emb.dtype, torch.float32))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        x = self.lnorm(x)
+        return F.linear(x, self.embed.weight) if self._unembed is None else self._unembed(x)
+
+
+Index = slice | Tensor
+
+
+def _replace_linear(module: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put another module in the place of every `nn.Linear` inside of the module."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, make(child))
+        else:
+            _replace_linear(child, make)
+
+
+def _index(pool: StatePool, rows: Sequence[int]) -> Index:
+    """Consecutive rows are read and written in place; any others by gather and scatter."""
+    run = contiguous_run(rows)
+    return torch.tensor(rows, device=pool.device) if run is None else run
+
+
+def _assign(state: AttentionState, index: Index, values: AttentionState) -> None:
+    for field in fields(AttentionState):
+        own, value = getattr(state, field.name), getattr(values, field.name)
+        if own is not None:
+            own[index] = 0 if value is None else value

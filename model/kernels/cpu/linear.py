@@ -1,0 +1,91 @@
+"""Records of addresses that compiled code reads, and one linear map as a compiled call.
+
+Numba compiles each call at its first use and keeps the machine code on disk.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, cfunc, float32, int8, int64, types, uint16
+
+from model.kernels.cpu.functions import CACHE, SOURCE, call, jit, pointer
+from model.kernels.cpu.products import BLOCK, product
+from model.kernels.cpu.team import TEAM
+
+DTYPES = {torch.float32: float32, torch.bfloat16: uint16, torch.int8: int8}
+"""How compiled code sees the numbers of a weight."""
+
+ADDRESS = COUNT = np.int64
+
+WEIGHT = np.dtype([("numbers", ADDRESS), ("scale", ADDRESS), ("bias", ADDRESS)])
+"""Of a `PackedLinear`; 0 for what there is not."""
+
+PRODUCT = np.dtype(
+    [
+        ("team", TEAM),
+        *((name, COUNT) for name in ("rows", "num_inputs", "num_outputs")),
+        ("weight", WEIGHT),
+        ("x", ADDRESS),
+        ("y", ADDRESS),
+    ]
+)
+"""Arguments of `product_function`."""
+
+FUNCTION_OF_A_THREAD = types.void(types.voidptr)
+"""What `run_team` runs: it reads a record, whose first field is TEAM."""
+
+
+@jit
+def array(address: Any, shape: Any, dtype: Any) -> Any:
+    """The array that stands at an address."""
+    return carray(pointer(address), shape, dtype)
+
+
+@jit
+def weight(addresses: Any, num_inputs: Any, num_outputs: Any, dtype: Any) -> Any:
+    """Weight, scale and bias, as `product` takes them, from a WEIGHT."""
+    blocks = (num_outputs + BLOCK - 1) // BLOCK
+    return (
+        array(addresses.numbers, (blocks, num_inputs, BLOCK), dtype),
+        array(addresses.scale, (num_outputs if addresses.scale else 0,), float32),
+        array(addresses.bias, (num_outputs if addresses.bias else 0,), float32),
+    )
+
+
+@jit
+def place_in(team: Any) -> Any:
+    """This thread's number, and the number of threads."""
+    if team.barrier:
+        return int64(call(team.thread)), int64(call(team.threads))
+    return int64(0), int64(1)
+
+
+@jit
+def wait(team: Any) -> None:
+    """Until all threads of the team have come here."""
+    if team.barrier:
+        call(team.barrier)
+
+
+@jit
+def _product(a: Any, dtype: Any) -> None:
+    """y = x @ weight^T * scale + bias; every thread of the team runs it."""
+    tid, n = place_in(a.team)
+    w, scale, bias = weight(a.weight, a.num_inputs, a.num_outputs, dtype)
+    x, y = array(a.x, (a.rows, a.num_inputs), float32), array(a.y, (a.rows, a.num_outputs), float32)
+    product(x, w, scale, bias, y, False, tid, n)
+
+
+@functools.cache
+def product_function(dtype: torch.dtype) -> Any:
+    """`void f(PRODUCT *arguments)` for a weight of this dtype."""
+    numbers, source = DTYPES[dtype], SOURCE
+
+    @cfunc(FUNCTION_OF_A_THREAD, cache=CACHE)
+    def run(arguments: Any) -> None:
+        if source:
+            _product(carray(arguments, (1,), PRODUCT)[0], numbers)
+
+    return run

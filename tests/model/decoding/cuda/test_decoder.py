@@ -1,0 +1,190 @@
+"""Steps launched ahead on the device choose what steps one by one on the host do."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from model.decoding.cuda.decoder import GraphDecoder, batch_sizes
+from model.decoding.decoder import Decoded, DecodeInput, DirectDecoder, Launched
+from model.decoding.decoders import new_decoder
+from model.decoding.sampling import RecentTokens, SampledRow, SamplingParams
+from model.heinsen.network import LanguageModel
+from model.state import StatePool
+from tests.model.heinsen.cuda.networks import TINY, fused, plain
+
+ROWS = (3, 1, 4)
+PARAMS = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(seed=3),
+    SamplingParams(temperature=0.7, top_k=9, top_p=0.9, seed=4),
+)
+
+
+def one(place: int, step: int, token_id: int | None, **changes: object) -> DecodeInput:
+    """The part of one of the rows in a step."""
+    sampled = SampledRow(PARAMS[place], step, RecentTokens())
+    given = DecodeInput(ROWS[place], token_id, sampled)
+    return given._replace(**changes)  # type: ignore[arg-type]
+
+
+class Pair:
+    """The decoder on the device, and its pool."""
+
+    def __init__(self, device: torch.device, most_rows: int = 4) -> None:
+        self.network = fused(plain(), device)
+        self.pool = self.network.new_pool(6)
+        for row in range(6):
+            self.pool.poison(row)
+        for row in ROWS:
+            self.pool.reset(row)
+        decoder = new_decoder(self.network, self.pool, most_rows)
+        assert isinstance(decoder, GraphDecoder)
+        self.decoder = decoder
+
+    def launch(self, *inputs: DecodeInput) -> Launched:
+        return self.decoder.launch(inputs)
+
+    def state(self, place: int) -> bytes:
+        return self.pool.export_row(ROWS[place])
+
+
+@pytest.fixture
+def pair(device: torch.device) -> Pair:
+    return Pair(device)
+
+
+def on_host(steps: int, places: Sequence[int] = range(3)) -> tuple[list[Decoded], StatePool]:
+    """What plain torch chooses, one step after the other."""
+    network = plain()
+    pool = network.new_pool(6)
+    decoder, given = DirectDecoder(network, pool), list[int | None]([5] * 3)
+    found = []
+    for step in range(steps):
+        inputs = [one(place, step, given[place], num_logprobs=2) for place in places]
+        found.append(decoder.launch(inputs).take())
+        for place, token_id in zip(places, found[-1].token_ids, strict=True):
+            given[place] = token_id
+    return found, pool
+
+
+def test_tokens_are_fed_back_on_the_device(pair: Pair) -> None:
+    expected, _ = on_host(4)
+    pair.decoder.prepare()
+    under_way = pair.launch(*(one(place, 0, 5) for place in range(3)))
+    found = []
+    for step in range(1, 4):
+        ahead = pair.launch(*(one(place, step, None) for place in range(3)))
+        found.append(under_way.take().token_ids)
+        under_way = ahead
+    found.append(under_way.take().token_ids)
+    assert found == [each.token_ids for each in expected]
+
+
+def test_a_row_that_has_ended_is_left_as_it_is_and_the_others_go_on(pair: Pair) -> None:
+    expected, _ = on_host(3)
+    end = expected[0].token_ids[1]
+    assert end is not None
+    assert end not in (expected[0].token_ids[0], expected[0].token_ids[2])
+    ends = frozenset({end, 95})
+    first = pair.launch(*(one(place, 0, 5, ends=ends) for place in range(3)))
+    states = [pair.state(place) for place in range(3)]
+    second = pair.launch(*(one(place, 1, None, ends=ends) for place in range(3)))
+    assert first.take().token_ids == expected[0].token_ids
+    token_ids = list(expected[1].token_ids)
+    token_ids[1] = None
+    assert second.take().token_ids == token_ids
+    assert [pair.state(place) == states[place] for place in range(3)] == [False, True, False]
+
+
+def test_a_row_that_has_ended_can_go_on_beside_others(pair: Pair) -> None:
+    """What it chose is chosen again, and nothing is read for that."""
+    expected, _ = on_host(3)
+    end = expected[0].token_ids[1]
+    assert end is not None
+    first = pair.launch(*(one(place, 0, 5, ends=frozenset({end})) for place in range(3)))
+    second = pair.launch(*(one(place, 1, None) for place in range(3)))
+    assert (first.take().token_ids[1], second.take().token_ids[1]) == (end, None)
+    state = pair.state(1)
+    resumed = one(1, 0, None, resumes=True, num_logprobs=2)
+    third = pair.launch(one(0, 2, None), resumed, one(2, 2, None)).take()
+    assert third.token_ids == [expected[2].token_ids[0], end, expected[2].token_ids[2]]
+    ours, theirs = third.scored[1], expected[0].scored[1]
+    assert ours is not None
+    assert theirs is not None
+    assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+    assert pair.state(1) == state
+    assert pair.launch(one(1, 1, end)).take().token_ids == [expected[1].token_ids[1]]
+
+
+def test_a_smaller_batch_does_not_see_the_rows_of_the_last(pair: Pair) -> None:
+    pair.launch(*(one(place, 0, 5) for place in range(3))).take()
+    before = [pair.state(place) for place in range(3)]
+    pair.launch(one(0, 1, None), one(2, 1, None)).take()
+    pair.launch(one(2, 2, None)).take()
+    assert pair.state(1) == before[1]
+    free = [row for row in range(6) if row not in ROWS]
+    assert all(pair.pool.tensors["h"][0, free].isnan().flatten().tolist())
+
+
+def test_what_the_device_cannot_choose_the_host_does_beside_it(pair: Pair) -> None:
+    """A bias, a penalty and a mask, each beside rows that go on by themselves."""
+    words = np.zeros(3, np.int32)
+    words[2] = 1 << 7
+    masked = one(1, 0, 5).sampled._replace(allowed=words)
+    banned = one(0, 1, None).sampled._replace(banned=tuple(range(90)))
+    found = pair.launch(one(0, 0, 5), one(1, 0, 5, sampled=masked), one(2, 0, 5)).take()
+    expected, _ = on_host(2)
+    assert found.token_ids[1] == 71
+    assert found.token_ids[0] == expected[0].token_ids[0]
+    assert found.token_ids[2] == expected[0].token_ids[2]
+    step = pair.launch(
+        one(0, 1, found.token_ids[0], sampled=banned), one(2, 1, None), one(1, 1, 71)
+    )
+    token_ids = step.take().token_ids
+    assert token_ids[0] is not None
+    assert token_ids[0] >= 90
+    assert token_ids[1] == expected[1].token_ids[2]
+
+
+def test_probabilities_are_the_models(pair: Pair) -> None:
+    expected, _ = on_host(2)
+    first = pair.launch(one(0, 0, 5), one(1, 0, 5, num_logprobs=2), one(2, 0, 5, num_logprobs=0))
+    second = pair.launch(*(one(place, 1, None) for place in range(3)))
+    found = first.take()
+    assert second.take().scored == {}
+    assert set(found.scored) == {1, 2}
+    for place, count in ((1, 2), (2, 0)):
+        ours, theirs = found.scored[place], expected[0].scored[place]
+        assert ours is not None
+        assert theirs is not None
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+        assert [token_id for token_id, _ in ours.top] == [i for i, _ in theirs.top[:count]]
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # by Triton's interpreter
+def test_a_row_without_numbers_has_no_token_and_stays(pair: Pair) -> None:
+    pair.pool.poison(ROWS[1])
+    first = pair.launch(*(one(place, 0, 5) for place in range(3)))
+    second = pair.launch(*(one(place, 1, None) for place in range(3)))
+    token_ids = first.take().token_ids
+    assert token_ids[1] is None
+    assert None not in (token_ids[0], token_ids[2])
+    assert second.take().token_ids[1] is None
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 8, 32, 33, 256, 1000])
+def test_there_is_a_step_for_every_batch(most: int) -> None:
+    sizes = batch_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == most
+    for count in range(1, most + 1):
+        size = min(size for size in sizes if size >= count)
+        assert size <= max(2 * count, 1)
+    assert len(sizes) <= 24
+
+
+def test_networks_without_kernels_compute_at_once() -> None:
+    network = LanguageModel(TINY)
+    assert isinstance(new_decoder(network, network.new_pool(1), 1), DirectDecoder)

@@ -1,0 +1,73 @@
+"""Every kernel compiles for the GPUs it is for, into what it should be there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.model.heinsen.cuda.launches import LAUNCHES
+from tests.model.kernels.cuda.compiled import Compiled
+
+ROOT = Path(__file__).parents[4]
+Launches = dict[str, list[Compiled]]
+
+pytestmark = pytest.mark.long
+
+UNFUSED = {"_step", "carry"}
+"""Kernels that tell what rounding lost of a sum: what they add must be rounded first."""
+
+SPILLED_BYTES = {"_choose": 256, "read": 16}
+"""Where something may lie in memory. The first one runs once a token, not in every layer; the other
+reads whole chunks of a prompt, and one compiler of those that were tried (Triton 3.9) is short of
+two numbers there."""
+
+each_launch = pytest.mark.parametrize("launch", LAUNCHES)
+of_attention = pytest.mark.parametrize("launch", [x for x in LAUNCHES if x.startswith("attention")])
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.model.kernels.cuda.compiled"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    return {name: [Compiled(**kernel) for kernel in kernels] for name, kernels in found.items()}
+
+
+@each_launch
+def test_no_product_is_rounded_to_tf32(launch: str, launches: Launches) -> None:
+    for kernel in launches[launch]:
+        assert "tf32" not in kernel.ptx, kernel.name
+
+
+@each_launch
+def test_everything_stays_in_registers(launch: str, launches: Launches) -> None:
+    for kernel in launches[launch]:
+        assert kernel.spilled_bytes <= SPILLED_BYTES.get(kernel.name, 0), kernel.name
+
+
+@of_attention
+def test_strides_and_addresses_of_tokens_make_no_other_variant(
+    launch: str, launches: Launches
+) -> None:
+    """It could add in another order, and a sequence's bits would depend on its company."""
+    kernels = launches[launch]
+    variants = {(kernel.name, kernel.ptx) for kernel in kernels}
+    names = {kernel.name for kernel in kernels}
+    assert len(variants) == len(names) + 1  # `carry` is one for `chunked`, another for `absorb`
+
+
+@of_attention
+def test_what_rounding_lost_is_not_lost_by_fusing(launch: str, launches: Launches) -> None:
+    """The assembler may fuse `mul.f32` and `add.f32`, but not `mul.rn.f32`; logarithms do."""
+    unfused = [kernel for kernel in launches[launch] if kernel.name in UNFUSED]
+    assert {kernel.name for kernel in unfused} == UNFUSED
+    for kernel in unfused:
+        assert re.search(r"add\.rn\.f32", kernel.ptx), kernel.name
+        assert not re.search(r"\b(add|sub|mul|mad)(\.ftz)?\.f32|\bfma\.rn\.f32", kernel.ptx)

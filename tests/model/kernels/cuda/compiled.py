@@ -1,0 +1,96 @@
+"""What Triton makes of kernels for a GPU that need not be there.
+
+    python -m tests.model.kernels.cuda.compiled
+
+makes the calls of `heinsen.cuda.launches` here, in which nothing is launched: every kernel is
+compiled for a Hopper GPU as its call would have it, with its options and what its arguments are
+specialised on. It prints what came of them as JSON: for each call by name a list of `Compiled`. A
+program of its own, because in tests without a GPU Triton's interpreter has taken its compiler's
+place.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from tests.model.heinsen.cuda.launches import LAUNCHES
+
+HOPPER = GPUTarget("cuda", 90, 32)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as a call launches it."""
+
+    name: str
+    ptx: str
+    num_warps: int
+    shared_bytes: int
+    """Of a program."""
+    registers: int
+    """Of a thread."""
+    spilled_bytes: int
+    """Of a thread: what did not fit into registers and lies in memory."""
+
+
+class NoGpu:
+    """A driver under which kernels can be compiled, but not launched."""
+
+    def get_current_target(self) -> GPUTarget:
+        return HOPPER
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+def describe(kernel: Any) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Compiled(
+        name=kernel.metadata.name,
+        ptx=kernel.asm["ptx"],
+        num_warps=kernel.metadata.num_warps,
+        shared_bytes=kernel.metadata.shared,
+        registers=used["REG"],
+        spilled_bytes=used["STACK"] + used["LOCAL"],
+    )
+
+
+def main() -> None:
+    driver.set_active(NoGpu())
+    torch.Tensor.is_cuda = property(lambda _: True)  # type: ignore[assignment] # calls go by it
+    launch, launched = JITFunction.run, list[Any]()
+
+    def compile_only(self: Any, *args: Any, **options: Any) -> None:
+        kernel = launch(self, *args, **options | {"warmup": True})
+        if kernel not in launched:
+            launched.append(kernel)
+
+    JITFunction.run = compile_only
+    found = dict[str, list[Any]]()
+    for name, call in LAUNCHES.items():
+        call()
+        found[name] = [asdict(describe(kernel)) for kernel in launched]
+        launched.clear()
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

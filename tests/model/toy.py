@@ -1,0 +1,144 @@
+"""A family of another kind: each network is a decaying mean of embeddings, and a linear head.
+
+mean = keep * mean + (1 - keep) * embed[token]        logits = head @ mean / (1 - keep^count)
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model import WeightDtype
+from model.network import CheckpointError, Description, Loaded, TakeLogits, checkpoint_errors
+from model.state import StatePool, StateSpec, TensorSpec
+from model.text import tokenizer
+
+name = "toy"
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab_size: int = 500
+    width: int = 5
+    keep: float = 0.75
+    end: int = 0
+
+    @property
+    def state_spec(self) -> StateSpec:
+        """Not as long as it takes for what comes second to be aligned."""
+        mean = TensorSpec("mean", (1, self.width), "float32", 0.0)
+        return StateSpec((mean, TensorSpec("count", (1, 1), "float64", 0.0)))
+
+
+class Toy:
+    """The `Network`: one sequence after another, one token after another."""
+
+    backend = "plain torch"
+    recordable = None
+    cut = 1
+    device = torch.device("cpu")
+
+    def __init__(self, config: Config, embed: Tensor, head: Tensor) -> None:
+        """embed, head `[vocab_size, width]`"""
+        self._keep, self._embed, self._head = config.keep, embed, head
+        self.vocab_size, self.bos, self.eos = config.vocab_size, config.end, (config.end,)
+        self.state_spec = config.state_spec
+        self.num_parameters = embed.numel() + head.numel()
+        self.weight_bytes = embed.nbytes + head.nbytes
+
+    def new_pool(self, num_rows: int) -> StatePool:
+        return StatePool(self.state_spec, num_rows, self.device)
+
+    def prefill(
+        self,
+        token_ids: Tensor,
+        lengths: Sequence[int],
+        pool: StatePool,
+        rows: Sequence[int],
+        scored: Mapping[int, TakeLogits] | None = None,
+    ) -> None:
+        for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            for ids in token_ids[place, :length].split(1):  # type: ignore[no-untyped-call]
+                logits = self.step(ids, pool, [row])
+                if scored and place in scored:
+                    scored[place](logits)
+
+    def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
+        for token_id, row in zip(token_ids, rows, strict=True):
+            mean, count = pool.tensors["mean"][0, row], pool.tensors["count"][0, row]
+            mean.mul_(self._keep).add_(self._embed[token_id], alpha=1 - self._keep)
+            count.add_(1)
+        return self.logits(pool, rows)
+
+    def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
+        return torch.stack([self._logits(pool, row) for row in rows])
+
+    def _logits(self, pool: StatePool, row: int) -> Tensor:
+        seen = 1 - self._keep ** pool.tensors["count"][0, row]
+        return (self._head * (pool.tensors["mean"][0, row] / seen.float())).sum(1)
+
+
+def make(config: Config) -> Toy:
+    """One that has learned nothing."""
+    chance = torch.Generator().manual_seed(0)
+    embed, head = torch.randn(2, config.vocab_size, config.width, generator=chance)
+    return Toy(config, embed, head)
+
+
+def save(path: Path) -> Path:
+    """A checkpoint with the tokenizer of a few words."""
+    words = tokenizer.train(["the cat sat on the mat and then"], 300, ["<|endoftext|>"])
+    config = Config(vocab_size=300, end=words.special_tokens["<|endoftext|>"])
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": name} | asdict(config)))
+    (path / "tokenizer.json").write_text(words.to_json())
+    network = make(config)
+    save_file({"embed": network._embed, "head": network._head}, path / "toy.safetensors")
+    return path
+
+
+def matches(path: Path) -> bool:
+    try:
+        return bool(json.loads((path / "config.json").read_bytes())["model_type"] == name)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def files(path: Path) -> tuple[Path, ...]:
+    return path / "config.json", path / "toy.safetensors", path / "tokenizer.json"
+
+
+@checkpoint_errors()
+def describe(path: Path) -> Description:
+    config, weights = _config(path), path / "toy.safetensors"
+    with safetensors.safe_open(weights, "pt") as file:
+        shapes = [file.get_slice(each).get_shape() for each in ("embed", "head")]
+    return Description(
+        sizes=asdict(config),
+        num_parameters=sum(rows * width for rows, width in shapes),
+        weight_bytes=weights.stat().st_size,
+        weight_dtypes=["F32"],
+        vocab_size=config.vocab_size,
+        state_spec=config.state_spec,
+        tokenizer=tokenizer.read(path / "tokenizer.json"),
+        chat_template=None,
+    )
+
+
+@checkpoint_errors()
+def load(path: Path, device: torch.device, dtype: WeightDtype) -> Loaded[Toy]:
+    if (device.type, dtype) != ("cpu", "float32"):
+        raise CheckpointError(f"{path}: a toy is float32 on a CPU, not {dtype} on {device}")
+    network = Toy(_config(path), **load_file(path / "toy.safetensors"))
+    return Loaded(network, tokenizer.read(path / "tokenizer.json"), None)
+
+
+def _config(path: Path) -> Config:
+    fields = json.loads((path / "config.json").read_bytes())
+    del fields["model_type"]
+    return Config(**fields)
