@@ -48,9 +48,11 @@ def test_prometheus_scrapes_the_server_and_evaluates_every_rule(running: Monitor
 
 
 def test_no_alert_is_about_a_server_that_is_well(running: Monitored) -> None:
-    """Its clients are refused more than usual, as they want it, and may be slow."""
+    """Its clients may be refused more than usual, as they want it, and may be slow.
+
+    That each alert fires when it should is promtool's test.
+    """
     alerts = running.prometheus.get("/alerts")["alerts"]
-    assert "LatentdNoCapacity" in {alert["labels"]["alertname"] for alert in alerts}
     firing = {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
     busy = {"LatentdSlowFirstTokens", "LatentdCommitsSlow", "LatentdEventLoopSaturated"}
     assert firing <= {"LatentdNoCapacity"} | busy
