@@ -151,6 +151,7 @@ def export_of(client: httpx.Client, session_id: str, turn: int) -> bytes:
     return blob[8 + int.from_bytes(blob[:8], "little") :]
 
 
+@pytest.mark.long
 def test_commands(tiny_checkpoint: Path, tmp_path: Path) -> None:
     data, copied = tmp_path / "data", tmp_path / "backup"
     with server_process(tiny_checkpoint, data) as server, server.client() as client:

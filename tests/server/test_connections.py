@@ -102,6 +102,7 @@ def parsed(raw: bytes) -> tuple[int, str]:
     return int(head.split()[1]), str(error["code"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "said",
     [
@@ -120,6 +121,7 @@ def test_half_a_request_is_cut(impatient: LiveServer, said: bytes) -> None:
     assert time.monotonic() - started > HEADER_S * 0.9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("begun", "piece"),
     [(b"", b"\r\n"), (b"GET /", b"a"), (b"GET / HTTP/1.1\r\n", b"x: y\r\n")],

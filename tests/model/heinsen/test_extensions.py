@@ -102,6 +102,7 @@ def test_the_definition_is_what_the_equations_say(chosen: tuple[str, ...], value
     torch.testing.assert_close(found, expected(chosen, values)[0, :40], rtol=0, atol=1e-9)
 
 
+@pytest.mark.long
 @each_network
 @both_values
 def test_forward_prefill_and_steps_are_the_definition(chosen: tuple[str, ...], values: str) -> None:

@@ -464,6 +464,7 @@ def served(form: str) -> LanguageModel:
     return network
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which interprets the kernels
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("tensor", ["h", "m", "z", "s", "n"])

@@ -62,6 +62,7 @@ def total_losses(trainer: Trainer, num_steps: int) -> list[float]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("values", ["log", "linear"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_loss_falls(values: str, bf16: bool) -> None:

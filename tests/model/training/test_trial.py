@@ -16,6 +16,7 @@ from model.training.trial import VARIANTS, runs, sized
 WORDS = tokenizer.train(["the cat sat on the mat"], 300, ["<|endoftext|>"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_networks_of_a_trial_have_one_size_and_their_options(variant: str) -> None:
     config = sized(VARIANTS[variant], 2_000_000, WORDS)
