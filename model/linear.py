@@ -67,7 +67,7 @@ class PackedLinear(nn.Module):
         return self.weight.data_ptr(), scale, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        from model.cpu.team import run_team
+        from model.cpu.team import num_threads, run_team
 
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.num_outputs)
@@ -75,7 +75,8 @@ class PackedLinear(nn.Module):
             rows = x.numel() // self.num_inputs
             places = (*self.addresses, x.data_ptr(), y.data_ptr(), 0, 0, 0)
             sizes = (rows, self.num_inputs, self.num_outputs)
-            run_team(self._function, np.array([*sizes, *places], np.int64))
+            threads = num_threads(rows * self.weight.numel(), 1)
+            run_team(self._function, np.array([*sizes, *places], np.int64), threads)
         return y
 
 

@@ -18,11 +18,12 @@ from model.cpu.products import BLOCK, number, product
 # The call reads its arguments, numbers and addresses, from one array of int64 in this order.
 (
     TOKENS, SEQUENCES, D_EMB, HEADS, D_KEY, D_VAL, LAYERS, VOCAB, LOG_VALUES, POOL_ROWS,
-    IDS, STARTS, INDEX, NUM_READ, READ, LOGITS, H, LAST, M, Z, S, Z_LOW, S_LOW, N, PREVIOUS,
+    IDS, STARTS, INDEX, NUM_KEPT, KEPT, ENDS, NUM_READ, READ, LOGITS,
+    H, LAST, M, Z, S, Z_LOW, S_LOW, N, PREVIOUS,
     X, NORMED, PROJECTED, Y, GATES, GLU, RANK, RATES, OUTPUT_GATE,
     EMBED, POSITION, NORM, UNEMBED, LAYER_TABLE,
     THREAD, THREADS, BARRIER, NUM_FORWARD,
-) = range(43)  # fmt: skip
+) = range(46)  # fmt: skip
 
 # A product's.
 (
@@ -64,9 +65,9 @@ def _wait(barrier: Any) -> None:
 
 @jit
 def _unembed(a: Any, x: Any, places: Any, weight_dtype: Any, tid: Any, n: Any) -> None:
-    """Logits of some rows of x, in the order of their places."""
+    """Logits of some rows of x, in the order of their places; x is not where A[X] is."""
     count, d, vocab = len(places), a[D_EMB], a[VOCAB]
-    normed = _array(a[NORMED], (count, d), float32)
+    normed = _array(a[X], (count, d), float32)
     at = _array(a[NORM], (2,), int64)
     gain, offset = _array(at[0], (d,), float32), _array(at[1], (d,), float32)
     for i in range(tid, count, n):
@@ -84,9 +85,10 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
 
     The tokens of all sequences stand one after another, those of i from starts[i] to starts[i + 1].
     Each goes through attention as in a decoding step, so it does not matter how many come at once.
-    NUM_READ tokens, whose places are in READ, get logits: in the order of the places. Where LAST is
-    not 0, each sequence reads one token and keeps what the last layer made of it; and where IDS is
-    0, none reads any, and the logits are those after what was so kept.
+    Only the NUM_KEPT tokens whose places are in KEPT go on beyond the last layer's attention. Among
+    them ENDS[i] is the last token of sequence i, of which its row keeps what that layer made; and
+    READ are the NUM_READ tokens that get logits. Where IDS is 0, no sequence reads any token, and
+    the logits are those after what was so kept.
     """
     tid, n, barrier = int64(0), int64(1), a[BARRIER]
     if barrier:
@@ -97,6 +99,8 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
     log_values, per_head = a[LOG_VALUES] != 0, 2 * d_key + d_val
     ids, index = _array(a[IDS], (tokens,), int64), _array(a[INDEX], (sequences,), int64)
     starts = _array(a[STARTS], (sequences + 1,), int64)
+    num_kept = a[NUM_KEPT]
+    kept, ends = _array(a[KEPT], (num_kept,), int64), _array(a[ENDS], (sequences,), int64)
     read = _array(a[READ], (num_read,), int64)
     firsts = sequences if a[PREVIOUS] else 0  # rows behind the tokens' for what came before them
     x = _array(a[X], (tokens, d), float32)
@@ -107,7 +111,7 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
     output_gate = _array(a[OUTPUT_GATE], (tokens, heads * d_val), float32)
     y = _array(a[Y], (tokens, heads * d_val), float32)
     gates, gated = _array(a[GATES], (tokens, 2 * d), float32), _array(a[GLU], (tokens, d), float32)
-    last = _array(a[LAST], (pool if a[LAST] else 0, d), float32)
+    last = _array(a[LAST], (pool, d), float32)
     if not a[IDS]:
         _unembed(a, last, index, weight_dtype, tid, n)
         return
@@ -177,9 +181,16 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
                 if is_gated:
                     columns = slice(head * d_val, (head + 1) * d_val)
                     gate(y[t, columns], output_gate[t, columns])
-        if layer == num_layers - 1 and not num_read:
-            return
         _wait(barrier)
+        if layer == num_layers - 1:
+            all_x, all_y = x, y
+            x = _array(a[NORMED], (num_kept, d), float32)
+            y = _array(a[PROJECTED], (num_kept, heads * d_val), float32)
+            for i in range(tid, num_kept, n):
+                x[i], y[i] = all_x[kept[i]], all_y[kept[i]]
+            gates = _array(a[GATES], (num_kept, 2 * d), float32)
+            gated = _array(a[GLU], (num_kept, d), float32)
+            _wait(barrier)
         w, scale, bias = _weight(at, 5, heads * d_val, 2 * d, weight_dtype)
         product(y, w, scale, bias, gates, False, tid, n)
         _wait(barrier)
@@ -188,9 +199,8 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
         w, scale, bias = _weight(at, 8, d, d, weight_dtype)
         product(gated, w, scale, bias, x, True, tid, n)
         _wait(barrier)
-    if a[LAST]:
-        for t in range(tid, tokens, n):
-            last[index[t]] = x[t]
+    for i in range(tid, sequences, n):
+        last[index[i]] = x[ends[i]]
     _unembed(a, x, read, weight_dtype, tid, n)
 
 

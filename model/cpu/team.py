@@ -14,6 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+WORTH_A_THREAD = 32 << 20
+"""Multiply-adds for a token that leaves for which one more thread is of use. For fewer, it is more
+often waited for: it would have to be awake a thousand times a second, next to the event loop, which
+then has that many tokens to send."""
+
+
+def num_threads(products: int, answers: int) -> int:
+    """Threads for a step of so many multiply-adds and rows of logits: what the step is decides it,
+    and never a measured time. At most as many as torch uses."""
+    return min(torch.get_num_threads(), 1 + products // max(1, answers) // WORTH_A_THREAD)
+
 
 @functools.cache
 def _openmp() -> "tuple[Any, tuple[int, int, int]] | None":
@@ -35,17 +46,17 @@ def _openmp() -> "tuple[Any, tuple[int, int, int]] | None":
     return None
 
 
-def run_team(function: Any, arguments: NDArray[np.int64]) -> None:
-    """Run a function of `model.cpu.step` on as many threads as torch uses.
+def run_team(function: Any, arguments: NDArray[np.int64], threads: int) -> None:
+    """Run a function of `model.cpu.step` on so many threads.
 
     The last three arguments are set here: how a thread learns its number and their number, and how
     it waits for the others; all zero if it is alone.
     """
-    num_threads, openmp = torch.get_num_threads(), _openmp()
-    if num_threads == 1 or openmp is None:
+    openmp = _openmp()
+    if threads == 1 or openmp is None:
         arguments[-3:] = 0
         function.ctypes(arguments.ctypes.data)
     else:
         run, inside = openmp
         arguments[-3:] = inside
-        run(function.address, arguments.ctypes.data, num_threads, 0)
+        run(function.address, arguments.ctypes.data, threads, 0)

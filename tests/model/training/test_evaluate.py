@@ -13,6 +13,7 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.training import evaluate
 from model.training.evaluate import bits_per_byte
+from tests.model.calls import step
 
 TEXTS = ["the cat", "sat on the mät " * 9, "a", "and then the cat 🙂 sat", "the mat " * 30, "ü"]
 
@@ -32,7 +33,7 @@ def by_hand(loaded: Checkpoint, texts: list[str]) -> float:
         last = network.config.bos_token_id
         assert last is not None
         for token_id in [*loaded.tokenizer.encode(text), end]:
-            probabilities = network.step(torch.tensor([last]), pool, [0])[0].softmax(-1)
+            probabilities = step(network, torch.tensor([last]), pool, [0])[0].softmax(-1)
             bits -= math.log2(float(probabilities[token_id]))
             last = token_id
     return bits / sum(len(text.encode()) for text in texts)

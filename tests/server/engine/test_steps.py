@@ -91,7 +91,7 @@ def sequences(checkpoint: Checkpoint, *requests: EngineRequest) -> list[tuple[in
 def new_steps(checkpoint: Checkpoint, decoder: str) -> Steps:
     del decoder  # the fixture that says which one a network makes
     pool = checkpoint.network.new_pool(5)
-    return Steps(checkpoint.network.new_decoder(pool, 4), pool, Metrics())
+    return Steps(checkpoint.network.new_runner(pool, 4), pool, Metrics())
 
 
 def test_what_has_ended_since_the_launch_gets_no_token(
