@@ -8,6 +8,7 @@ import torch
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
+from tests.model.calls import prefill, step
 
 SPEC = StateSpec(
     (
@@ -170,8 +171,8 @@ def test_no_row_is_read_but_those_that_are_named(compiled: bool, chosen: list[in
     before = poisoned.export_row(5)
     seen = []
     for made in (clean, poisoned):
-        network.prefill(torch.arange(27).view(3, 9), [9, 1, 4], made, chosen)
-        logits = network.step(torch.tensor([7, 8, 9]), made, chosen)
+        prefill(network, torch.arange(27).view(3, 9), [9, 1, 4], made, chosen)
+        logits = step(network, torch.tensor([7, 8, 9]), made, chosen)
         seen.append((logits.tolist(), [made.export_row(row) for row in chosen]))
     assert seen[0] == seen[1]
     assert poisoned.export_row(5) == before
