@@ -1,6 +1,7 @@
 """A checkpoint is written wholly, read back as it was, and refused with a reason otherwise."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -183,8 +184,12 @@ def test_files_that_are_something_else_are_refused(folder: Path) -> None:
         for wrong in (content[: len(content) // 2], b"", b"\xff\xfe\x00 not this", b"[]"):
             path.write_bytes(wrong)
             assert refusal(folder).startswith(f"{path}: ")
+            with pytest.raises(CheckpointError, match=re.escape(f"{path}: ")):
+                checkpoint.describe(folder)
         path.unlink()
         assert refusal(folder) == f"{path}: missing from the checkpoint"
+        with pytest.raises(CheckpointError, match="missing from the checkpoint"):
+            checkpoint.describe(folder)
         path.write_bytes(content)
     checkpoint.load(folder, CPU)
 
