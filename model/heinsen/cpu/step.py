@@ -11,7 +11,7 @@ import torch
 from numba import carray, cfunc, float32, float64, int8, int64
 
 from model.heinsen.config import DECAY_RANK
-from model.heinsen.cpu.kernels import attend, decay, gate, glu, layer_norm, mix, position
+from model.heinsen.cpu.kernels import attend, decay, position
 from model.kernels.cpu.functions import CACHE, SOURCE, jit
 from model.kernels.cpu.linear import (
     ADDRESS,
@@ -25,6 +25,7 @@ from model.kernels.cpu.linear import (
     weight,
 )
 from model.kernels.cpu.products import number, product
+from model.kernels.cpu.rows import gate, glu, layer_norm, mix
 from model.kernels.cpu.team import TEAM
 
 NORM = np.dtype([("gain", ADDRESS), ("offset", ADDRESS)])

@@ -1,9 +1,9 @@
-"""The compiled parts of a layer against float64."""
+"""What is done to rows, compiled, against float64."""
 
 import numpy as np
 import pytest
 
-from model.heinsen.cpu.kernels import glu, layer_norm
+from model.kernels.cpu.rows import glu, layer_norm
 
 
 @pytest.mark.parametrize("team", [1, 2, 3])

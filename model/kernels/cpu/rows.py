@@ -1,0 +1,63 @@
+"""What layers do to rows between their products: norms, mixtures, gates.
+
+Every function that takes `tid` and `n` does the share of thread `tid` of `n`.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import float32
+
+from model.kernels.cpu.functions import exp, jit, jit_sum
+
+
+@jit_sum
+def _mean(x: Any) -> Any:
+    total = float32(0.0)
+    for j in range(len(x)):
+        total += x[j]
+    return total / float32(len(x))
+
+
+@jit_sum
+def _variance(x: Any, mean: Any) -> Any:
+    total = float32(0.0)
+    for j in range(len(x)):
+        total += (x[j] - mean) * (x[j] - mean)
+    return total / float32(len(x))
+
+
+@jit
+def layer_norm(x: Any, weight: Any, bias: Any, y: Any, tid: int, n: int) -> None:
+    """y = (x - mean) / sqrt(variance + 1e-5) * weight + bias; x, y `[rows, d]`."""
+    for r in range(tid, len(x), n):
+        mean = _mean(x[r])
+        inverse = float32(1.0) / np.sqrt(_variance(x[r], mean) + float32(1e-5))
+        for j in range(x.shape[1]):
+            y[r, j] = (x[r, j] - mean) * inverse * weight[j] + bias[j]
+
+
+@jit
+def glu(x: Any, y: Any, tid: int, n: int) -> None:
+    """y `[rows, d]` = x[:, :d] * sigmoid(x[:, d:])."""
+    rows, width = y.shape
+    first, last = tid * width // n, (tid + 1) * width // n
+    for r in range(rows):
+        for j in range(first, last):
+            y[r, j] = x[r, j] / (float32(1.0) + exp(-x[r, width + j]))
+
+
+@jit
+def mix(p: Any, share: Any, before: Any) -> None:
+    """p += share * (before - p), and `before` becomes what p was; all `[numbers]`."""
+    for j in range(len(p)):
+        now = p[j]
+        p[j] = now + share[j] * (before[j] - now)
+        before[j] = now
+
+
+@jit
+def gate(y: Any, x: Any) -> None:
+    """y *= silu(x), both `[numbers]`."""
+    for j in range(len(y)):
+        y[j] *= x[j] / (float32(1.0) + exp(-x[j]))
