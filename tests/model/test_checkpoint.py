@@ -84,7 +84,7 @@ def test_only_a_network_to_be_trained_has_gradients(folder: Path) -> None:
     ids = torch.arange(30).view(2, 15)
     with torch.no_grad():
         expected, _ = trained.unroll(ids, trained.empty_state(2))
-        found, _ = served(ids, served.empty_state(2))
+        found, _ = served.unroll(ids, served.empty_state(2))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
