@@ -101,7 +101,7 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Milliseconds between the tokens of a stream that may pass while prompts are "
         "read beside it: more reads prompts faster. Prompts are read in pieces that keep to it, of "
-        "at least 16 tokens (64 where the model is not compiled).",
+        "at least 8 tokens (64 where the model is not compiled).",
     )
     prefix_cache_bytes: Annotated[int, Group.ENGINE] = Field(
         64 << 20,

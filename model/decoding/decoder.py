@@ -13,7 +13,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from model.batch import Batch
@@ -162,20 +161,20 @@ class DirectRunner:
 def batch_of(pieces: Sequence[Piece]) -> Batch:
     """Pieces that read given tokens. First come the logits after those that choose a token, then
     those before the tokens in `following`. Raises ValueError where no token is given."""
-    parts, at, before = list[Sequence[int]](), list[int](), list[NDArray[np.int64]]()
-    end = 0
+    ids, starts, at, before = list[int](), [0], list[int](), list[int]()
     for each in pieces:
         if each.token_ids is None:
             raise ValueError("no step runs ahead here: every row is given its token")
-        parts.append(each.token_ids)
         if each.following is not None:
-            first = end + each.following.first
-            before.append(np.arange(first, first + len(each.following.token_ids)))
-        end += len(each.token_ids)
+            first = len(ids) + each.following.first
+            before += range(first, first + len(each.following.token_ids))
+        ids += each.token_ids
+        starts.append(len(ids))
         if each.sampled is not None:
-            at.append(end - 1)
-    read = Batch.of(parts, [each.row for each in pieces])
-    return read.wanting(np.concatenate([np.array(at, np.int64), *before]))
+            at.append(len(ids) - 1)
+    arrays = (np.array(numbers, np.int64) for numbers in (ids, starts, at + before))
+    token_ids, cuts, logits_at = arrays
+    return Batch(token_ids, cuts, [each.row for each in pieces], logits_at)
 
 
 def wants_probability(piece: Piece) -> bool:

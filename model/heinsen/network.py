@@ -161,7 +161,7 @@ class LanguageModel(nn.Module):
         But for a last token by itself: it belongs to the piece before. Compiled code reads token by
         token; there this is only a size worth a call.
         """
-        return 16 if self.is_compiled else CHUNK
+        return 8 if self.is_compiled else CHUNK
 
     @property
     def blocks(self) -> list[Layer]:

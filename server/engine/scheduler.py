@@ -25,6 +25,15 @@ TURN_OF_ALL = 4
 """In every so many steps the prompt that has waited longest is read first, however long it is; in
 the others the one with the fewest tokens left."""
 
+EFFICIENT_TOKENS = 128
+"""While nothing decodes, a step reads at least as many prompt tokens, however long it is: with more
+a processor reads hardly faster, and who comes meanwhile waits for its end."""
+
+ALIKE = 2
+"""While nothing decodes, the prompts that are at most so many times as long as the first one are
+read side by side: their answers begin together then, and share every reading of the weights."""
+
+
 S = TypeVar("S", bound=Sequence)
 
 
@@ -143,14 +152,20 @@ class Scheduler(Generic[S]):
 
     def _plan_prompts(self) -> tuple[tuple[S, int], ...]:
         """Pieces of prompts within the budget: at least one cut, however slow that is."""
-        tokens = self._limits.prefill_chunk_tokens
+        ready, tokens = self._by_urgency(), self.pace.tokens
+        alike = [s for s in ready if s.num_unread <= ALIKE * ready[0].num_unread]
         if self.decoding:
-            tokens = min(tokens, self.pace.tokens)
-        tokens, logits = max(tokens, self._cut), self._most_logits
+            alike = []
+        else:
+            tokens = max(tokens, EFFICIENT_TOKENS)
+        tokens = max(self._cut, min(tokens, self._limits.prefill_chunk_tokens))
+        share, logits = max(self._cut, tokens // max(1, len(alike))), self._most_logits
         pieces = list[tuple[S, int]]()
-        for sequence in self._by_urgency():
-            is_scored = sequence.request.score_prompt
-            count = sequence.next_piece(min(tokens, logits) if is_scored else tokens, self._cut)
+        for sequence in ready:
+            is_scored, most = sequence.request.score_prompt, tokens
+            if sequence in alike:
+                most = min(most, share)
+            count = sequence.next_piece(min(most, logits) if is_scored else most, self._cut)
             if count:
                 pieces.append((sequence, count))
                 tokens -= count

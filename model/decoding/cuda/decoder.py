@@ -86,6 +86,7 @@ class GraphRunner:
         for size in reversed(self._sizes):  # what a smaller one needs is part of a larger one's
             self._steps[size] = self._record(size)
 
+    @torch.inference_mode()
     def launch(self, pieces: Sequence[Piece]) -> "LaunchedStep":
         buffers = self._buffers[0]
         self._buffers.rotate(-1)
@@ -139,7 +140,6 @@ class GraphRunner:
         step.launch()
         return step.logits, step.chosen
 
-    @torch.inference_mode()
     def _run(
         self, pieces: Sequence[Piece], on_device: AbstractSet[int], buffers: "_Buffers"
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,8 +36,12 @@ class CompiledNetwork:
         self._check(pool)
         batch.check(self._vocab_sz, pool.num_rows)
         index = np.array(batch.rows, np.int64)
-        kept = np.unique(np.concatenate([batch.ends, batch.logits_at]))
-        ends, read = np.searchsorted(kept, batch.ends), np.searchsorted(kept, batch.logits_at)
+        ends, read = batch.ends, batch.logits_at
+        if len(ends) == len(read) == len(batch.token_ids) and (ends == read).all():
+            kept = read  # of single tokens it is in order already
+        else:
+            kept = np.unique(np.concatenate([ends, read]))
+            ends, read = np.searchsorted(kept, ends), np.searchsorted(kept, read)
         ids, starts = (np.ascontiguousarray(x) for x in (batch.token_ids, batch.starts))
         logits = torch.empty(len(read), self._vocab_sz)
         a = self._arguments(pool, index)

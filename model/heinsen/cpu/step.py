@@ -164,9 +164,11 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
         wait(team)
         for i in range(tid, firsts, n):
             previous[layer, index[i]] = normed[starts[i + 1] - 1]
-        items = sequences * heads
-        for item in range(tid * items // n, (tid + 1) * items // n):
+        for item in range(sequences * heads):
             i, head = item // heads, item % heads
+            place = starts[i] * heads + head * (starts[i + 1] - starts[i])
+            if place * n // (tokens * heads) != tid:
+                continue  # each thread has as many tokens as the others, also of a long prompt
             row, first = index[i], head * per_head
             if shifts:
                 before[:] = projected[tokens + i, first : first + per_head]

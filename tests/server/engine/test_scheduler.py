@@ -114,9 +114,10 @@ def test_a_step_reads_whole_cuts_and_fewer_while_others_decode(
     tokens: int, read_at_once: int
 ) -> None:
     scheduler = scheduler_of(sequence("a", 5000))
-    scheduler.pace.observe(tokens, LIMITS.inter_token_latency_s)
     admit(scheduler)
-    assert [count for _, count in scheduler.plan().read] == [512]
+    assert [count for _, count in scheduler.plan().read] == [128]
+    scheduler.pace.observe(tokens, LIMITS.inter_token_latency_s)
+    assert [count for _, count in scheduler.plan().read] == [max(128, read_at_once)]
     scheduler.decoding[1] = sequence("b", 1)
     plan = scheduler.plan()
     assert [count for _, count in plan.read] == [read_at_once]
@@ -178,6 +179,27 @@ def test_the_logits_of_scored_prompts_are_bounded_and_do_not_hold_up_others(
     assert all(each.is_read for each in waiting)
 
 
+def test_prompts_that_are_alike_are_read_side_by_side_while_nothing_decodes() -> None:
+    alike = [sequence(f"alike-{i}", 512 + i) for i in range(3)]
+    scheduler = scheduler_of(*alike, sequence("long", 2000))
+    scheduler.pace.observe(512, LIMITS.inter_token_latency_s)
+    admit(scheduler)
+    for _ in range(3):
+        plan = read(scheduler)
+        assert [count for each, count in plan.read if each in alike] == [128] * 3
+    assert not any(each.is_read for each in alike)
+    read(scheduler)
+    assert all(each.is_read for each in alike)
+
+
+def test_prompts_are_read_one_after_the_other_while_others_decode() -> None:
+    scheduler = scheduler_of(*(sequence(f"{i}", 256) for i in range(3)))
+    scheduler.decoding[0] = sequence("decodes", 1)
+    scheduler.pace.observe(128, LIMITS.inter_token_latency_s)
+    admit(scheduler)
+    assert [names_of(read(scheduler)) for _ in range(6)] == [[f"{i}"] for i in (0, 0, 1, 1, 2, 2)]
+
+
 def test_a_short_prompt_passes_long_ones() -> None:
     scheduler = scheduler_of(*(sequence(f"long-{i}", 50_000) for i in range(6)))
     scheduler.decoding[0] = sequence("decodes", 1)
@@ -210,7 +232,7 @@ def test_long_prompts_leave_rows_to_short_ones_but_are_not_left_out() -> None:
     for i in range(1, 4):
         scheduler.add(sequence(f"short-{i}", 10))
     assert admit(scheduler) == ["short-1"]
-    for _ in range(5):
+    for _ in range(-(-6 * 1000 // 128)):
         read(scheduler)
     assert scheduler.find("long-0") is None
     assert admit(scheduler)[0] == "long-6"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.decoding.cuda.decoder import GraphRunner, batch_sizes
-from model.decoding.decoder import Decoded, DirectRunner, Launched, Piece
+from model.decoding.decoder import Decoded, DirectRunner, Following, Launched, Piece
 from model.decoding.runners import new_runner
 from model.decoding.sampling import RecentTokens, SampledRow, SamplingParams
 from model.heinsen.network import LanguageModel
@@ -126,6 +126,44 @@ def test_a_smaller_batch_does_not_see_the_rows_of_the_last(pair: Pair) -> None:
     assert pair.state(1) == before[1]
     free = [row for row in range(6) if row not in ROWS]
     assert all(pair.pool.tensors["h"][0, free].isnan().flatten().tolist())
+
+
+def test_prompts_go_through_a_step_beside_rows_that_generate(pair: Pair) -> None:
+    """One row goes on by itself, one ends, prompts are read in part and to their ends, scored and
+    not, and a row resumes: as on the host, step by step."""
+    network = plain()
+    runner, given = DirectRunner(network, network.new_pool(6)), dict[int, int | None]()
+
+    def on_the_host(*pieces: Piece) -> Decoded:
+        known = [
+            each._replace(token_ids=(given[each.row] or 0,)) if each.token_ids is None else each
+            for each in pieces
+        ]
+        positions = [each.sampled and each.sampled.position for each in pieces]
+        decoded = runner.launch(known).take()
+        assert len(positions) == len(decoded.token_ids)
+        given.update((each.row, decoded.token_ids[i]) for i, each in enumerate(pieces))
+        return decoded
+
+    scores = Following(1, (9, 8, 7), 2)
+    steps = [
+        [one(0, 0, 5), one(1, 3, 0, token_ids=(3, 1, 4, 1))],
+        [one(0, 1, None), one(1, 4, None), Piece(ROWS[2], (2, 7, 1, 8), following=scores)],
+        [one(0, 2, None), one(1, 0, None, token_ids=()), one(2, 7, 0, token_ids=(2, 8))],
+        [one(1, 5, 6), Piece(5, (4, 4))],
+        [Piece(5, (1,))],
+    ]
+    pair.pool.reset(5)
+    for pieces in steps:
+        ours, theirs = pair.launch(*pieces).take(), on_the_host(*pieces)
+        assert ours.token_ids == theirs.token_ids
+        assert set(ours.followed) == set(theirs.followed)
+        for place, expected in theirs.followed.items():
+            for found, wanted in zip(ours.followed[place], expected, strict=True):
+                assert found is not None
+                assert wanted is not None
+                assert found.logprob == pytest.approx(wanted.logprob, abs=1e-5)
+                assert [token_id for token_id, _ in found.top] == [i for i, _ in wanted.top]
 
 
 def test_what_the_device_cannot_choose_the_host_does_beside_it(pair: Pair) -> None:

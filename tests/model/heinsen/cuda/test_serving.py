@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model import WeightDtype
+from model.batch import Batch
 from model.state import StatePool
 from tests.model.calls import prefill, step
 from tests.model.heinsen.cuda.networks import TINY, fused, plain
@@ -33,6 +34,19 @@ def test_prefill_and_steps_are_the_reference(name: str, device: torch.device) ->
     end = StatePool(pool.spec, 1, torch.device("cpu"))
     end.import_row(0, pool.export_row(3))
     assert_state(found.network.read_state(end), found.tensors, (0,))
+
+
+def test_pieces_of_all_lengths_in_one_batch_are_as_in_plain_torch(device: torch.device) -> None:
+    exact = plain()
+    network, ids = fused(exact, device), torch.arange(300).view(3, 100) * 7 % 96
+    pieces = [[ids[0, :1], ids[1, :70], ids[2, :3]], [ids[0, 1:3], ids[1, 70:71], ids[2, 3:4]]]
+    ours, theirs, rows = network.new_pool(4), exact.new_pool(4), [3, 0, 2]
+    for parts in pieces:
+        batch = Batch.of(parts, rows).wanting([2, 0, len(parts[0]) + len(parts[1]) - 1])
+        found, expected = network.forward(batch, ours).cpu(), exact.forward(batch, theirs)
+        torch.testing.assert_close(found, expected, rtol=0, atol=LOGITS_TOLERANCE)
+    again, expected = network.logits(ours, rows).cpu(), exact.logits(theirs, rows)
+    torch.testing.assert_close(again, expected, rtol=0, atol=LOGITS_TOLERANCE)
 
 
 def test_linear_values_are_right(device: torch.device) -> None:
