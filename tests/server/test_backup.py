@@ -106,6 +106,7 @@ def run_during(load: Load, work: Callable[[], object]) -> None:
             each.result()
 
 
+@pytest.mark.long
 def test_a_backup_under_load_has_every_acknowledged_turn(
     live: LiveServer, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -143,6 +143,7 @@ def test_headers_that_drip_are_cut(impatient: LiveServer, begun: bytes, piece: b
     assert time.monotonic() - started > HEADER_S * 0.9
 
 
+@pytest.mark.long
 def test_a_request_on_a_used_connection_has_the_same_time(impatient: LiveServer) -> None:
     with closing(connect(impatient)) as connection:
         connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n")
@@ -154,6 +155,7 @@ def test_a_request_on_a_used_connection_has_the_same_time(impatient: LiveServer)
     assert time.monotonic() - started > HEADER_S * 0.9
 
 
+@pytest.mark.long
 def test_an_idle_connection_is_closed(tiny_checkpoint: Path, tmp_path: Path) -> None:
     settings = tiny_settings(tiny_checkpoint, tmp_path, keep_alive_timeout_s=IDLE_S)
     with live_server(settings) as server, closing(connect(server)) as connection:
@@ -532,6 +534,7 @@ def test_an_idle_connection_outlives_those_of_clients(tmp_path: Path) -> None:
     assert Settings(checkpoint=tmp_path).keep_alive_timeout_s > 60
 
 
+@pytest.mark.long
 def test_a_request_answered_early_leaves_an_idle_connection(impatient: LiveServer) -> None:
     """It is not cut as one that has begun a request."""
     with closing(connect(impatient)) as connection:

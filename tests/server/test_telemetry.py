@@ -215,6 +215,7 @@ def test_without_the_extra_the_error_says_so(monkeypatch: pytest.MonkeyPatch) ->
         serve._telemetry(Settings(otel=True))
 
 
+@pytest.mark.long
 def test_nothing_of_it_is_imported_while_it_is_off() -> None:
     script = "import sys, server.serve; print(*sys.modules)"
     shown = subprocess.run(

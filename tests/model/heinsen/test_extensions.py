@@ -180,6 +180,7 @@ def test_ragged_sequences_in_one_batch_are_each_as_if_alone(
     assert_logits(found, wanted[sequences, lengths])
 
 
+@pytest.mark.long
 @each_network
 @both_values
 def test_gradients_are_those_of_the_definition(chosen: tuple[str, ...], values: str) -> None:

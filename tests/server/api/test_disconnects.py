@@ -65,6 +65,7 @@ def port_of(server: LiveServer) -> int:
     return int(server.url.rpartition(":")[2])
 
 
+@pytest.mark.long
 def test_two_hundred_clients_leave_at_any_moment(server: LiveServer) -> None:
     with server.client() as client:
         sessions = [client.post("/v1/sessions").json()["id"] for _ in range(20)]

@@ -170,6 +170,7 @@ def test_lines_of_refused_requests_are_limited(
     assert record.__dict__["limited"] == "connection refused: invalid_http"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("trusted", "expected"),
     [("127.0.0.1", "203.0.113.7"), ("10.0.0.0/8", "127.0.0.1"), ("*", "203.0.113.7")],

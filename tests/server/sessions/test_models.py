@@ -110,6 +110,7 @@ def test_what_names_no_model_or_two_erases_nothing(tmp_path: Path, beginning: st
     asyncio.run(main())
 
 
+@pytest.mark.long
 def test_a_server_says_what_it_cannot_continue_and_a_command_erases_it(
     tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
