@@ -10,10 +10,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from server.metrics import Metrics
+from server.metrics import METRICS, Metrics
 from server.settings import Settings
-
-METRICS = "/metrics"
 
 
 class ListenError(Exception):

@@ -29,6 +29,9 @@ REJECTIONS = (
 )
 """Why requests are refused: the errors' codes."""
 
+METRICS = "/metrics"
+"""The path that Prometheus scrapes."""
+
 OPENMETRICS = openmetrics.CONTENT_TYPE_LATEST
 MAX_EXEMPLAR_CHARACTERS = 128
 """Of an exemplar's names and values together, by OpenMetrics."""

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.api.problems import respond
 from server.errors import Unauthorized
 from server.keys import KeyFileError, Limits, digest, owner_of, read_keys
+from server.metrics import METRICS
 from server.settings import Settings
 
 EVERYBODY = ""
@@ -21,7 +22,6 @@ EVERYBODY = ""
 OPEN = {"/health", "/health/live", "/health/ready"}
 """What is asked without a key: orchestrators have none."""
 
-METRICS = "/metrics"
 CALLER = "latentd.caller"
 """Where a request's scope has its caller."""
 

@@ -2,11 +2,12 @@
 
 from fastapi import APIRouter, Request, Response, Security
 
-from server.api.auth import BEARER, METRICS
+from server.api.auth import BEARER
 from server.api.refusals import ALWAYS, GUARDED, refusals
 from server.api.schemas.models import Health
 from server.api.service import Service, ServiceDep
 from server.errors import LatentdError, NotReady
+from server.metrics import METRICS
 from server.sessions.store import StoreHealth
 
 router = APIRouter(tags=["operations"], responses=refusals(*ALWAYS))

@@ -16,13 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import problems
-from server.api.auth import CALLER, METRICS, OPEN
+from server.api.auth import CALLER, OPEN
 from server.api.encodings import decoded
 from server.api.limits import Limiter
 from server.api.problems import OUTCOME, RECORD, render
 from server.api.schemas.unknown import POLICY, UnknownParameters
 from server.errors import InternalError
-from server.metrics import Metrics
+from server.metrics import METRICS, Metrics
 from server.records import RequestRecord
 
 REQUEST_ID = "X-Request-ID"
