@@ -35,6 +35,7 @@ from model.text import tokenizer
 from model.text.tokenizer import Tokenizer
 from model.training.corpus import IGNORED, Lanes, read_documents
 from model.training.evaluate import bits_per_byte
+from model.training.muon import Muon
 from model.training.requests import CHAT_TEMPLATE
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -113,7 +114,7 @@ class Trainer:
         self.schedule = Schedule(
             recipe.learning_rate, recipe.tokens // 50, recipe.tokens, recipe.start_tokens
         )
-        self.optimizer = _optimizer(network, recipe.weight_decay)
+        self.optimizers = _optimizers(network, recipe.weight_decay)
         self.tokens = recipe.start_tokens
         self._fresh = network.empty_state(recipe.lanes)
         self._state = self._fresh
@@ -127,16 +128,18 @@ class Trainer:
             F.pad(batch.targets, missing, value=IGNORED).to(network.device),
             batch.fresh.to(network.device),
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.learning_rate(self.tokens)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.schedule.learning_rate(self.tokens)
         with torch.autocast(network.device.type, torch.bfloat16, enabled=self._bf16):
             state = self._state.replace(fresh, self._fresh)
             logits, state = network(inputs, state)
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        self.optimizer.zero_grad(set_to_none=True)
+        network.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self._state = state.detach()
         self.tokens += int((batch.targets >= 0).sum())
         return float(loss.detach())
@@ -150,7 +153,7 @@ class Trainer:
             "tokens": self.tokens,
             "lanes": self.lanes.state_dict(),
             "latent": pool.tensors,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -163,18 +166,21 @@ class Trainer:
         pool = self.network.new_pool(self.recipe.lanes)
         pool.tensors.update({k: v.to(pool.device) for k, v in saved["latent"].items()})
         self._state = self.network.read_state(pool)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
 
 
-def _optimizer(network: LanguageModel, weight_decay: float) -> torch.optim.AdamW:
-    """Weights of matrices decay, biases and layer norms do not."""
-    decayed = [p for p in network.parameters() if p.dim() > 1]
-    others = [p for p in network.parameters() if p.dim() <= 1]
+def _optimizers(network: LanguageModel, weight_decay: float) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices of the layers, AdamW for the rest, of which only matrices decay."""
+    inner = [p for p in network.layers.parameters() if p.dim() > 1]
+    outer = [*network.embed.parameters(), network.embed_pos.dense.weight]
+    vectors = [p for p in network.parameters() if p.dim() <= 1]
     groups: list[dict[str, Any]] = [
-        {"params": decayed},
-        {"params": others, "weight_decay": 0.0},
+        {"params": outer},
+        {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay)
+    rest = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+    return Muon(inner, weight_decay), rest
 
 
 def encode_documents(

@@ -205,7 +205,8 @@ def test_only_matrices_decay() -> None:
     trainer = Trainer(network(), documents(9), RECIPE)
     decay = {
         id(parameter): group["weight_decay"]
-        for group in trainer.optimizer.param_groups
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
         for parameter in group["params"]
     }
     for parameter in trainer.network.parameters():
