@@ -114,7 +114,7 @@ class Trainer:
         self.schedule = Schedule(
             recipe.learning_rate, recipe.tokens // 50, recipe.tokens, recipe.start_tokens
         )
-        self.optimizers = _optimizers(network, recipe.weight_decay)
+        self.optimizers = new_optimizers(network, recipe.weight_decay)
         self.tokens = recipe.start_tokens
         self._fresh = network.empty_state(recipe.lanes)
         self._state = self._fresh
@@ -170,7 +170,9 @@ class Trainer:
             optimizer.load_state_dict(state)
 
 
-def _optimizers(network: LanguageModel, weight_decay: float) -> tuple[torch.optim.Optimizer, ...]:
+def new_optimizers(
+    network: LanguageModel, weight_decay: float
+) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the matrices of the layers, AdamW for the rest, of which only matrices decay."""
     inner = [p for p in network.layers.parameters() if p.dim() > 1]
     outer = [*network.embed.parameters(), network.embed_pos.dense.weight]
