@@ -7,9 +7,10 @@ they mean to AdamW. `torch.optim.Muon` computes in bfloat16, which most CPUs are
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """x -> a x + b x^3 + c x^5, which five times takes singular values from 1e-3 to 1 near to 1."""
@@ -19,11 +20,13 @@ class Muon(torch.optim.Optimizer):
     """For matrices whose inputs and outputs are activations: not for embeddings."""
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], weight_decay: float, momentum: float = 0.95
+        self, groups: Iterable[dict[str, Any]], weight_decay: float, momentum: float = 0.95
     ) -> None:
-        """The learning rate is each step's `param_groups[...]["lr"]`."""
-        defaults = {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum}
-        super().__init__(parameters, defaults)
+        """`blocks` of a group: of how many matrices, rows below rows, each of its matrices is made,
+        as the heads' projections are. The learning rate is each step's `param_groups[...]["lr"]`.
+        """
+        defaults = {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum, "blocks": 1}
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure
@@ -34,19 +37,20 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["mean"] = torch.zeros_like(gradient)
                 mean = state["mean"].lerp_(gradient, 1 - momentum)
-                direction = orthogonal(gradient.lerp(mean, momentum))
-                scale = 0.2 * math.sqrt(max(parameter.shape))
+                blocks = gradient.lerp(mean, momentum).unflatten(0, (group["blocks"], -1))
+                scale = 0.2 * math.sqrt(max(blocks.shape[1:]))
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction, alpha=-group["lr"] * scale)
+                parameter.add_(orthogonal(blocks).flatten(0, 1), alpha=-group["lr"] * scale)
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """x `[rows, columns]` with all singular values near to 1 that are not far below the largest."""
-    if x.shape[0] > x.shape[1]:
-        return orthogonal(x.T).T
+    """Matrices `[_, rows, columns]` with all singular values near to 1 that are not far below the
+    matrix's largest."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
     a, b, c = QUINTIC
-    x = x / (x.norm() + 1e-12)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-12)
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
