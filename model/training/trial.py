@@ -6,6 +6,7 @@ Each run adds a line to the results; runs that have one are not repeated, so a t
 stopped goes on with the run that it was in.
 """
 
+import bisect
 import dataclasses
 import json
 import time
@@ -50,18 +51,17 @@ def sized(options: dict[str, Any], num_parameters: int, words: Tokenizer) -> Mod
     special = words.special_tokens["<|endoftext|>"]
     known = {"vocab_sz": words.num_tokens, "bos_token_id": special, "eos_token_ids": (special,)}
 
-    def off_by(width: int) -> int:
-        with torch.device("meta"):
-            network = LanguageModel(ModelConfig(**{**known, **SHAPE, **options, "d_emb": width}))
-        return abs(network.num_parameters - num_parameters)
+    def config(width: int) -> ModelConfig:
+        return ModelConfig(**{**known, **SHAPE, **options, "d_emb": width})
 
-    widths = iter(range(WIDTH_STEP, 4096, WIDTH_STEP))
-    best = next(widths)
-    for width in widths:
-        if off_by(width) >= off_by(best):
-            break
-        best = width
-    return ModelConfig(**{**known, **SHAPE, **options, "d_emb": best})
+    def size(width: int) -> int:
+        with torch.device("meta"):
+            return LanguageModel(config(width)).num_parameters
+
+    widths = range(WIDTH_STEP, 4096, WIDTH_STEP)
+    above = bisect.bisect_left(widths, num_parameters, key=size)
+    nearest = widths[max(0, above - 1) : above + 1]
+    return config(min(nearest, key=lambda width: abs(size(width) - num_parameters)))
 
 
 def runs(results: Path, variants: Collection[str], seeds: int) -> Iterator[tuple[str, int]]:
