@@ -15,10 +15,11 @@ from typing import Annotated
 import torch
 import typer
 
-from model import checkpoint
 from model.files import write_file
-from model.network import LanguageModel
-from model.tokenizer import Tokenizer
+from model.heinsen import checkpoint
+from model.heinsen.network import LanguageModel
+from model.network import CheckpointError
+from model.text.tokenizer import Tokenizer
 from model.training.requests import ABOUT
 
 SUBJECTS = {
@@ -100,7 +101,7 @@ def report(answers: list[Answer]) -> str:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="Loaded[LanguageModel].")],
     out: Annotated[Path, typer.Option(help="Markdown file to write.")],
     temperature: Annotated[float, typer.Option(min=0.01)] = 0.8,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 600,
@@ -108,7 +109,7 @@ def main(
     """Ask for 20 stories, with the seeds 1 to 20."""
     try:
         loaded = checkpoint.load(folder, torch.device("cpu"))
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
     answers = [

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from model import checkpoint
-from model.network import LanguageModel
-from model.tokenizer import Tokenizer
+from model.heinsen import checkpoint
+from model.heinsen.network import LanguageModel
+from model.network import CheckpointError
+from model.text.tokenizer import Tokenizer
 from model.training.corpus import read_documents
 
 CHUNK_TOKENS = 512
@@ -75,17 +76,17 @@ def by_position(bits: Tensor, num_bytes: Tensor) -> list[tuple[int, float]]:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="Loaded[LanguageModel].")],
     files: Annotated[list[Path], typer.Argument(help="Running text, as for training.")],
     results: Annotated[Path, typer.Option(help="Lines of JSON are added to this file.")],
     tokens: Annotated[int, typer.Option(min=1, help="Of a session.")] = 131_072,
 ) -> None:
     """Print and write down bits per byte by position."""
     try:
-        loaded = checkpoint.load(folder, torch.device("cpu"), trainable=True)
+        loaded = checkpoint.load_trainable(folder, torch.device("cpu"))
         network, words = loaded.network.eval(), loaded.tokenizer
         ids = sessions(words, [text for file in files for text in read_documents(file)], tokens)
-    except (checkpoint.CheckpointError, OSError, ValueError) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
     sizes = torch.tensor([len(words.bytes_of(i)) for i in range(words.num_tokens)])[ids]

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from model.config import ModelConfig
-from model.network import LanguageModel
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
 from model.training.corpus import IGNORED
 from model.training.softmax import SoftmaxModel
 from model.training.train import Schedule, new_optimizers

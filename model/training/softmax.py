@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.config import ModelConfig
-from model.network import LanguageModel
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
 
 BASE = 10_000.0
 """Of the rotary position embedding (arXiv 2104.09864) of queries and keys."""

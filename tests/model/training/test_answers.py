@@ -7,8 +7,9 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from model import checkpoint
-from model.checkpoint import Checkpoint
+from model.heinsen import checkpoint
+from model.heinsen.network import LanguageModel
+from model.network import Loaded
 from model.training import answers
 from model.training.answers import SUBJECTS, Answer, answer, repeats, report
 
@@ -16,7 +17,7 @@ TOKENS = tuple(range(40))
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_checkpoint: Path) -> Checkpoint:
+def loaded(tiny_checkpoint: Path) -> Loaded[LanguageModel]:
     return checkpoint.load(tiny_checkpoint, torch.device("cpu"))
 
 
@@ -41,7 +42,7 @@ def test_twenty_tokens_that_come_twice_are_a_loop() -> None:
     assert not repeats((7,) * 20)
 
 
-def test_an_answer_depends_on_its_seed_alone(loaded: Checkpoint) -> None:
+def test_an_answer_depends_on_its_seed_alone(loaded: Loaded[LanguageModel]) -> None:
     def ask(seed: int, max_tokens: int = 12) -> Answer:
         return answer(
             loaded.network, loaded.tokenizer, "A cat?", "cat",

@@ -8,8 +8,9 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from model import checkpoint
-from model.checkpoint import Checkpoint
+from model.heinsen import checkpoint
+from model.heinsen.network import LanguageModel
+from model.network import Loaded
 from model.training import context
 from model.training.context import by_position, in_pieces, sessions, token_bits
 from model.training.evaluate import bits_per_byte
@@ -18,13 +19,13 @@ TEXT = "and then the cat sat on the mät " * 9
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_checkpoint: Path) -> Checkpoint:
-    return checkpoint.load(tiny_checkpoint, torch.device("cpu"), trainable=True)
+def loaded(tiny_checkpoint: Path) -> Loaded[LanguageModel]:
+    return checkpoint.load_trainable(tiny_checkpoint, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 10, 512])
 def test_their_sum_is_that_of_the_text(
-    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch, chunk_tokens: int
+    loaded: Loaded[LanguageModel], monkeypatch: pytest.MonkeyPatch, chunk_tokens: int
 ) -> None:
     monkeypatch.setattr(context, "CHUNK_TOKENS", chunk_tokens)
     (end,) = loaded.network.config.eos_token_ids
@@ -36,7 +37,7 @@ def test_their_sum_is_that_of_the_text(
 
 
 @pytest.mark.parametrize("length", [5, 16, 1000])
-def test_a_piece_is_a_session_of_its_own(loaded: Checkpoint, length: int) -> None:
+def test_a_piece_is_a_session_of_its_own(loaded: Loaded[LanguageModel], length: int) -> None:
     ids = torch.tensor(loaded.tokenizer.encode(TEXT))[:64].view(2, 32)
     found = in_pieces(loaded.network, ids, length)
     for row, session in zip(found, ids, strict=True):
@@ -44,7 +45,7 @@ def test_a_piece_is_a_session_of_its_own(loaded: Checkpoint, length: int) -> Non
         torch.testing.assert_close(row, torch.cat(parts), rtol=1e-4, atol=1e-4)
 
 
-def test_running_text_is_cut_into_sessions(loaded: Checkpoint) -> None:
+def test_running_text_is_cut_into_sessions(loaded: Loaded[LanguageModel]) -> None:
     words = loaded.tokenizer
     ids = words.encode(f"{TEXT}\n\n{TEXT}")
     assert sessions(words, [TEXT, TEXT], 20).tolist() == [

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.config import ModelConfig
-from model.network import LanguageModel
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
 from model.training.softmax import SoftmaxModel, rotate
 from model.training.train import Trainer
 from tests.model.training.test_train import RECIPE
