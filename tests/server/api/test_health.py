@@ -48,15 +48,15 @@ def hung_step(server: LiveServer) -> Iterator[None]:
     """A step hangs until the block ends."""
     reached, go = threading.Event(), threading.Event()
     network = server.service.checkpoint.network
-    works = network.step
+    works = network.forward
 
-    def step(*arguments: object) -> object:
+    def forward(*arguments: object) -> object:
         reached.set()
         go.wait()
         return works(*arguments)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patched, server.client() as client:
-        patched.setattr(network, "step", step)
+        patched.setattr(network, "forward", forward)
         asking = threading.Thread(
             target=client.post, args=["/v1/completions"], kwargs={"json": BODY}
         )
@@ -88,7 +88,7 @@ def test_an_idle_engine_and_one_that_warms_up_do_not_hang(
 ) -> None:
     go = threading.Event()
     monkeypatch.setattr(
-        "model.decoding.decoder.DirectDecoder.prepare", lambda _: go.wait(PATIENCE_S)
+        "model.decoding.decoder.DirectRunner.prepare", lambda _: go.wait(PATIENCE_S)
     )
     settings = tiny_settings(tiny_checkpoint, tmp_path, hung_step_s=1e-9)
     with live_server(settings) as server, server.client() as client:
