@@ -24,7 +24,7 @@ from server.errors import InvalidRequest, RateLimited
 from server.keys import Limits
 from server.settings import Settings
 
-memory.time = SimpleNamespace(time=time.monotonic)  # type: ignore[attr-defined]
+memory.time = SimpleNamespace(time=time.monotonic)  # type: ignore[assignment, attr-defined]
 # The library counts minutes by the system's clock otherwise, which may jump.
 
 EVERY_CALLER = "all"
