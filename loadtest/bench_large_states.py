@@ -34,7 +34,7 @@ class Session:
 
     store: SQLiteStore
     large_bytes: int
-    entry: Entry = field(default_factory=lambda: new_session("", {}, None))
+    entry: Entry = field(default_factory=lambda: new_session("", time.time(), {}, None))
     commit_s: list[float] = field(default_factory=list)
     load_s: list[float] = field(default_factory=list)
 

@@ -11,7 +11,7 @@ import platformdirs
 import torch
 
 from model import WeightDtype
-from model.files import write_file
+from model.files import check_file, read_file, write_file
 from model.heinsen import checkpoint as heinsen
 from model.heinsen.checkpoint import import_state_dict
 from model.network import (
@@ -100,6 +100,7 @@ def _family_of(path: Path) -> Family:
 
 def _file_digest(path: Path) -> str:
     """SHA-256 of the file; a large one is not read again while its identity stays."""
+    check_file(path)
     with path.open("rb") as file:
         if path.stat().st_size < LARGE_BYTES:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -121,7 +122,7 @@ def _identity(path: Path) -> str:
 
 def _kept_digests() -> dict[str, str]:
     try:
-        kept = json.loads(DIGESTS.read_bytes())
+        kept = json.loads(read_file(DIGESTS))
         return {identity: bytes.fromhex(digest).hex() for identity, digest in kept.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

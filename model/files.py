@@ -1,8 +1,45 @@
-"""Files that are there wholly or not at all."""
+"""Files that are there wholly or not at all, and files that may be anything."""
 
+import errno
 import os
 import secrets
+import stat
 from pathlib import Path
+
+MOST_BYTES = 64 << 20
+"""Of a file that is read whole, if nothing else is said."""
+
+MOST_BLOB_BYTES = 1 << 30
+"""Of a file that holds a session's state, of whatever model."""
+
+
+def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """The content of a regular file that has no more bytes.
+
+    Raises OSError, also for a pipe or a device, which is not waited for.
+    """
+    with open(path, "rb", opener=_open) as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {most_bytes:,} bytes", str(path))
+    return content
+
+
+def check_file(path: Path) -> None:
+    """Raises OSError unless it is a regular file that can be read: somebody else will open it."""
+    os.close(_open(str(path), os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _open(path: str, flags: int) -> int:
+    """The file descriptor of a regular file. Raises OSError."""
+    file = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(file).st_mode
+    if stat.S_ISREG(mode):
+        return file
+    os.close(file)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "it is no regular file", path)
 
 
 def write_file(path: Path, content: bytes, mode: int | None = None) -> None:

@@ -7,7 +7,7 @@ its metadata `config` and `chunk_lengths`.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.batch import Batch
+from model.files import check_file
 from model.heinsen import checkpoint
 from model.heinsen.attention import Attention, chunked, quadratic
 from model.heinsen.config import ModelConfig
@@ -27,6 +28,12 @@ LOGITS_TOLERANCE = 2e-5
 
 STATE_TOLERANCE = 1e-4
 """Relative to the larger of 1 and the value: the values are logarithms."""
+
+
+LONGEST_REASON = 300
+
+MOST_LOGITS = 1 << 28
+"""Of a file: the modes that are slow would not come to an end otherwise."""
 
 
 class VerifyError(ValueError):
@@ -74,7 +81,8 @@ def verify_file(path: Path) -> list[ModeReport]:
     try:
         reference = _read(path)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise VerifyError(f"{path}: not a file of reference outputs: {error}") from error
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise VerifyError(f"{path}: not a file of reference outputs: {reason}") from error
     with torch.no_grad():
         return [
             _report(mode, reference, evaluate(reference), greedy)
@@ -179,28 +187,24 @@ def _worst(error: Tensor) -> float:
 
 
 def _read(path: Path) -> _Reference:
+    """Nothing large is read before its shape is known to be right."""
+    check_file(path)
     with safe_open(path, "pt") as file:
         facts = file.metadata() or {}
-        names = file.keys()
-        tensors = {name: file.get_tensor(name) for name in names}
-    config = ModelConfig.model_validate_json(facts["config"])
-    prefix = "weights."
-    weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        config = ModelConfig.model_validate_json(facts["config"])
+        prefix = "weights."
+        names = {n.removeprefix(prefix): n for n in shapes if n.startswith(prefix)}
+        checkpoint.check_shapes(config, {n: shapes[of] for n, of in names.items()}, path)
+        expected = _expected_shapes(config, shapes)
+        for name, shape in expected.items():
+            if shapes[name] != shape:
+                raise ValueError(f"{name} is {list(shapes[name])}, not {list(shape)}")
+        tensors = {name: file.get_tensor(name) for name in ("token_ids", *expected)}
+        weights = {name: file.get_tensor(of) for name, of in names.items()}
     network = checkpoint.build(config, weights, path, torch.device("cpu"))
     lengths = [int(length) for length in json.loads(facts["chunk_lengths"])]
     ids = tensors["token_ids"]
-    expected = {
-        "logits": (*ids.shape, config.vocab_sz),
-        "greedy_ids": (1, tensors["greedy_ids"].shape[-1]),
-        "state.embed_pos": (len(ids), config.d_emb),
-    }
-    heads = (len(ids), config.n_heads, config.d_key)
-    for number in range(config.n_layers):
-        expected[f"state.layers.{number}.H_Z"] = heads
-        expected[f"state.layers.{number}.H_S"] = (*heads, config.d_val)
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(shape)}")
     if ids.dtype != torch.int64 or not ids.numel():
         raise ValueError("token_ids are not at least one int64 number")
     if min(lengths) < 1 or sum(lengths) != ids.shape[1]:
@@ -209,3 +213,23 @@ def _read(path: Path) -> _Reference:
         raise ValueError(f"token_ids are not all from 0 to {config.vocab_sz - 1}")
     served = checkpoint.build(config, weights, path, torch.device("cpu")).pack()
     return _Reference(network, served, tensors, lengths)
+
+
+def _expected_shapes(
+    config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """By name, of what depends on the config and the token ids. Raises ValueError."""
+    batch, num_tokens = shapes["token_ids"]
+    count = shapes["greedy_ids"][-1]
+    if batch * (num_tokens + count) * config.vocab_sz > MOST_LOGITS:
+        raise ValueError(f"{batch} times {num_tokens + count} tokens are too many")
+    expected: dict[str, tuple[int, ...]] = {
+        "logits": (batch, num_tokens, config.vocab_sz),
+        "greedy_ids": (1, count),
+        "state.embed_pos": (batch, config.d_emb),
+    }
+    heads = (batch, config.n_heads, config.d_key)
+    for number in range(config.n_layers):
+        expected[f"state.layers.{number}.H_Z"] = heads
+        expected[f"state.layers.{number}.H_S"] = (*heads, config.d_val)
+    return expected

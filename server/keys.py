@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from model.files import write_file
+from model.files import read_file, write_file
 
 PREFIX = "lk_"
 """What a key begins with, so that people and scanners for secrets know it when they see it."""
@@ -84,7 +84,7 @@ def owner_of(key_digest: str) -> str:
 def read_keys(path: Path) -> list[Key]:
     """Raises KeyFileError."""
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError as error:
         raise KeyFileError(f"{path}: {error.strerror}") from error
     return _parse(path, content)

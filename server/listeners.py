@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from model.files import check_file
 from server.metrics import METRICS, Metrics
 from server.settings import Settings
 
@@ -98,6 +99,8 @@ def check_certificate(settings: Settings) -> None:
     if settings.tls_certificate is None:
         return
     try:
+        for file in filter(None, (settings.tls_certificate, settings.tls_key)):
+            check_file(file)
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(settings.tls_certificate, settings.tls_key)
     except (OSError, ssl.SSLError) as error:

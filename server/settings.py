@@ -236,7 +236,7 @@ class Settings(BaseSettings):
         64 << 20,
         ge=0,
         description="Free bytes of the store's disk below which the server is not ready, though it "
-        "goes on; in any case two states.",
+        "goes on; on a small disk a twentieth of it, in any case two states.",
     )
     keep_turns: Annotated[int, Group.SESSIONS] = Field(
         8, ge=1, description="Turns of a session whose states are kept, to fork or rewind to."

@@ -7,7 +7,7 @@ same tokens, whatever runs beside it.
 import functools
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,6 +59,12 @@ class SamplingParams:
     seed: int = 0
     """64 bits."""
 
+    @functools.cached_property
+    def biases(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Token ids, and what is added to the logit of each."""
+        ids, biases = zip(*self.logit_bias, strict=True) if self.logit_bias else ((), ())
+        return np.array(ids, np.int64), np.array(biases, np.float64)
+
     @property
     def has_penalties(self) -> bool:
         return (
@@ -87,6 +93,11 @@ class RecentTokens:
         self._newer = array("i")
         """Tokens after those, fewer than `WINDOW`: adding them one by one costs more."""
 
+        self._seen: _Tally | None = None
+        self._generated: _Tally | None = None
+        """What is in the window, once somebody asks for it; then a token costs little, though
+        thousands are there."""
+
     @staticmethod
     def from_bytes(data: bytes) -> "RecentTokens":
         """The inverse of `to_bytes`; no bytes mean no tokens. Raises ValueError for other sizes."""
@@ -109,22 +120,71 @@ class RecentTokens:
             self._known()
 
     def seen(self) -> NDArray[np.int64]:
-        """Different token ids in the window."""
-        known = self._known()
-        return np.unique(known[known >= 0] & ~_GENERATED).astype(np.int64)
+        """Different token ids in the window, in any order; it is not valid after `append`."""
+        window = self._known()
+        if self._seen is None:
+            self._seen = _Tally(window[window >= 0] & ~_GENERATED)
+        return self._seen.ids
 
     def generated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Different token ids that were generated, and how often."""
-        known = self._known()
-        ids, counts = np.unique(known[known >= _GENERATED] & ~_GENERATED, return_counts=True)
-        return ids.astype(np.int64), counts
+        """Different token ids that were generated, and how often, as `seen`."""
+        window = self._known()
+        if self._generated is None:
+            self._generated = _Tally(window[window >= _GENERATED] & ~_GENERATED)
+        return self._generated.ids, self._generated.counts
 
     def _known(self) -> NDArray[np.int32]:
-        if self._newer:
+        count = len(self._newer)
+        if count:
+            if self._seen is not None:
+                self._seen.remove(t & ~_GENERATED for t in self._window[:count].tolist() if t >= 0)
+                self._seen.add(t & ~_GENERATED for t in self._newer)
+            if self._generated is not None:
+                gone = self._window[:count].tolist()
+                self._generated.remove(t & ~_GENERATED for t in gone if t >= _GENERATED)
+                self._generated.add(t & ~_GENERATED for t in self._newer if t >= _GENERATED)
             newer = np.array(self._newer, np.int32)
-            self._window = np.concatenate([self._window[len(newer) :], newer])
+            self._window = np.concatenate([self._window[count:], newer])
             del self._newer[:]
         return self._window
+
+
+class _Tally:
+    """Different token ids of a window, and how often each is in it."""
+
+    def __init__(self, token_ids: NDArray[np.int32]) -> None:
+        self._ids = np.zeros(2 * WINDOW, np.int64)
+        self._counts = np.zeros(2 * WINDOW, np.int64)
+        self._places: dict[int, int] = {}
+        self.add(token_ids.tolist())
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        return self._ids[: len(self._places)]
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        return self._counts[: len(self._places)]
+
+    def add(self, token_ids: Iterable[int]) -> None:
+        for token_id in token_ids:
+            place = self._places.setdefault(token_id, len(self._places))
+            self._ids[place] = token_id
+            self._counts[place] += 1
+
+    def remove(self, token_ids: Iterable[int]) -> None:
+        """Of ids that were added; the last one gets the place of one that is gone."""
+        for token_id in token_ids:
+            place = self._places[token_id]
+            self._counts[place] -= 1
+            if not self._counts[place]:
+                del self._places[token_id]
+                last = len(self._places)
+                if place != last:
+                    moved = int(self._ids[last])
+                    self._ids[place], self._counts[place] = moved, self._counts[last]
+                    self._places[moved] = place
+                    self._counts[last] = 0
 
 
 class SampledRow(NamedTuple):
@@ -136,7 +196,7 @@ class SampledRow(NamedTuple):
 
     recent: RecentTokens
     banned: tuple[int, ...] = ()
-    """Tokens that must not be chosen, whatever their bias."""
+    """Different tokens that must not be chosen, whatever their bias."""
 
     allowed: NDArray[np.int32] | None = None
     """The only tokens that may be chosen, if it is given: one bit for each, 32 to a word, the
@@ -188,9 +248,9 @@ def _adjust(logits: Tensor, rows: Sequence[SampledRow]) -> None:
             ids, counts = row.recent.generated()
             penalties.add(i, ids, params.frequency_penalty * counts + params.presence_penalty)
         if params.logit_bias:
-            biases.add(i, *zip(*params.logit_bias, strict=True))
+            biases.add(i, *params.biases)
         if row.banned:
-            banned.add(i, sorted(set(row.banned)), -math.inf)
+            banned.add(i, row.banned, -math.inf)
     if repeated:
         places, factor = repeated.on(logits)
         values = logits[places]

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from model import WeightDtype
-from model.files import write_file
+from model.files import check_file, read_file, write_file
 from model.heinsen.config import EXTENSIONS, ModelConfig
 from model.heinsen.config import describe as config_errors
 from model.heinsen.network import LanguageModel
@@ -33,6 +33,9 @@ CONFIG, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = (
     "chat_template.jinja",
 )
 
+MOST_TEXT_BYTES = 4 << 20
+"""Of a config or a template."""
+
 MORE_LAYERS = 100
 """A config that says more layers than this beyond the number of tensors is known to be wrong."""
 
@@ -43,7 +46,7 @@ name = "heinsen"
 def matches(path: Path) -> bool:
     """A folder, unless its config says that it is of another type."""
     try:
-        config = json.loads((path / CONFIG).read_bytes())
+        config = json.loads(read_file(path / CONFIG, MOST_TEXT_BYTES))
     except (OSError, ValueError, RecursionError):
         return path.is_dir()
     return not isinstance(config, dict) or "model_type" not in config
@@ -59,7 +62,7 @@ def describe(path: Path) -> Description:
     """Without reading weights. Raises CheckpointError."""
     config, source = _read_folder(path), path / WEIGHTS
     shapes, dtypes = _read_header(source)
-    network = _check_shapes(config, shapes, source)
+    network = check_shapes(config, shapes, source)
     return Description(
         sizes=config.model_dump(),
         num_parameters=network.num_parameters,
@@ -76,6 +79,7 @@ def describe(path: Path) -> Description:
 def load(path: Path, device: torch.device, dtype: WeightDtype = "float32") -> Loaded[LanguageModel]:
     """A network that serves, its weights in this dtype. Raises CheckpointError."""
     config, source = _read_folder(path), path / WEIGHTS
+    check_shapes(config, _read_header(source)[0], source)  # before gigabytes are read
     network = _assemble(config, read_weights(source), source)
     words, template = _read_tokenizer(path, config), _read_template(path / CHAT_TEMPLATE)
     return Loaded(network.pack(dtype, device), words, template)
@@ -85,6 +89,7 @@ def load(path: Path, device: torch.device, dtype: WeightDtype = "float32") -> Lo
 def load_trainable(path: Path, device: torch.device) -> Loaded[LanguageModel]:
     """A network to train, its weights in float32. Raises CheckpointError."""
     config, source = _read_folder(path), path / WEIGHTS
+    check_shapes(config, _read_header(source)[0], source)
     network = build(config, read_weights(source), source, device)
     words, template = _read_tokenizer(path, config), _read_template(path / CHAT_TEMPLATE)
     return Loaded(network.requires_grad_().train(), words, template)
@@ -150,7 +155,7 @@ def _read_folder(path: Path) -> ModelConfig:
 def read_config(path: Path) -> ModelConfig:
     """Raises CheckpointError for unknown keys, missing values and values out of range."""
     try:
-        return ModelConfig.model_validate_json(path.read_bytes())
+        return ModelConfig.model_validate_json(read_file(path, MOST_TEXT_BYTES))
     except ValidationError as error:
         raise CheckpointError(f"{path}: {config_errors(error)}") from error
 
@@ -161,7 +166,7 @@ def _read_template(path: Path) -> str | None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return read_file(path, MOST_TEXT_BYTES).decode()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: not UTF-8 text: {error}") from error
 
@@ -176,7 +181,7 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
 
     Raises CheckpointError when it is none, OSError when it cannot be opened.
     """
-    path.open("rb").close()  # not every error of the library would name the file
+    check_file(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -191,7 +196,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises CheckpointError when the file is neither, OSError when it cannot be opened.
     """
-    path.open("rb").close()  # not every error of the libraries would name the file
+    check_file(path)
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
@@ -225,7 +230,7 @@ def _assemble(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) 
 
 def _check(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> LanguageModel:
     """The network without memory for its weights, if these are its weights."""
-    network = _check_shapes(config, {name: w.shape for name, w in weights.items()}, source)
+    network = check_shapes(config, {name: w.shape for name, w in weights.items()}, source)
     for name, tensor in weights.items():
         if not _is_finite(tensor):
             raise CheckpointError(f"{source}: {name} is not all finite numbers")
@@ -240,7 +245,7 @@ def _is_finite(tensor: Tensor) -> bool:
     )
 
 
-def _check_shapes(
+def check_shapes(
     config: ModelConfig, shapes: Mapping[str, Sequence[int]], source: Path
 ) -> LanguageModel:
     """The network without memory for its weights, if its weights have these shapes."""
@@ -249,7 +254,8 @@ def _check_shapes(
         with torch.device("meta"):
             network = LanguageModel(few)
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{source}: no network is of the config's sizes: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{source}: no network is of the config's sizes: {reason}") from error
     expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}
     if missing := [name for name in expected if name not in shapes]:
         raise CheckpointError(f"{source}: {_some(missing)} missing")

@@ -15,10 +15,15 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from model.files import read_file
+
 PIECE = 1 << 18
 """Characters of a text that are tokenised together, at least."""
 
 SEARCHED_TOGETHER = 1 << 14
+MOST_TOKENS = 1 << 22
+"""Of a vocabulary; ten times the largest that there are."""
+
 _BETWEEN_WORDS = re.compile("[A-Za-z](?= [A-Za-z])")
 
 
@@ -65,6 +70,8 @@ class Tokenizer:
         )
         added = {token["id"] for token in settings["added_tokens"]}
         byte_of = _byte_of_character()
+        if self.num_tokens > MOST_TOKENS:
+            raise TokenizerError(f"token id {self.num_tokens - 1} is not below {MOST_TOKENS}")
         self.token_bytes: list[bytes] = [b""] * self.num_tokens
         for token, token_id in inner.get_vocab().items():
             if token_id in added:
@@ -224,7 +231,7 @@ def train(texts: Iterable[str], num_tokens: int, special_tokens: Sequence[str]) 
 def read(path: Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`. Raises TokenizerError naming the file, or OSError."""
     try:
-        return Tokenizer.from_json(path.read_text("utf-8"))
+        return Tokenizer.from_json(read_file(path).decode())
     except (TokenizerError, UnicodeDecodeError) as error:
         raise TokenizerError(f"{path}: {error}") from error
 

@@ -316,7 +316,8 @@ def _build(
                 settings.max_resumable_streams,
                 settings.stream_buffer_bytes,
                 settings.stream_ttl_s,
-            )
+            ),
+            store.now,
         ),
         limiter=limiter,
     )

@@ -23,6 +23,10 @@ EXPOSITION = {
 FORMATS = ("text/plain", "application/openmetrics-text")
 
 
+SMALL_PART = 20
+"""On a small disk, less than `min_free_bytes` is enough: one part in so many of it."""
+
+
 @router.get("/health/live", responses=refusals(503))
 async def live(service: ServiceDep) -> Health:
     """The process answers, and its engine does not hang."""
@@ -87,7 +91,8 @@ def _check_store(service: Service, store: StoreHealth) -> None:
     """Raises NotReady when what is committed next may be lost, or has no space."""
     if store.fault is not None:
         raise NotReady(f"the store is lost: {store.fault}", "store_lost")
-    needed = max(service.settings.min_free_bytes, 2 * service.ledger.state_bytes)
+    wanted = min(service.settings.min_free_bytes, store.disk_bytes // SMALL_PART)
+    needed = max(wanted, 2 * service.ledger.state_bytes)
     if store.free_bytes < needed:
         raise NotReady(
             f"the store's disk is full: {store.free_bytes:,} bytes are free, less than {needed:,}",

@@ -9,18 +9,23 @@ exact windows would keep one entry for each token.
 
 import math
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Literal
 
 from limits import RateLimitItemPerMinute
-from limits.aio.storage import MemoryStorage
+from limits.aio.storage import MemoryStorage, memory
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
 from server.api.auth import Caller
 from server.errors import InvalidRequest, RateLimited
 from server.keys import Limits
 from server.settings import Settings
+
+memory.time = SimpleNamespace(time=time.monotonic)  # type: ignore[assignment, attr-defined]
+# The library counts minutes by the system's clock otherwise, which may jump.
 
 EVERY_CALLER = "all"
 """Whose use counts for the server's own limits; no owner is called so."""

@@ -1,6 +1,7 @@
 """Tokens and their probabilities in the shape that chats and responses share."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from model.text.tokenizer import Tokenizer
 from server.api.schemas.chat import TokenLogprob, TopLogprob
@@ -13,12 +14,16 @@ def told_tokens(tokenizer: Tokenizer, tokens: Sequence[Token]) -> list[TokenLogp
 
 
 def _told(tokenizer: Tokenizer, token: Token) -> TokenLogprob:
-    top = [_named(tokenizer, *pair) for pair in token.top]
-    named = _named(tokenizer, token.token_id, token.logprob or 0.0)
-    return TokenLogprob(**named.model_dump(), top_logprobs=top)
+    top = [
+        TopLogprob.model_construct(**_fields(tokenizer, token_id, logprob))
+        for token_id, logprob in token.top
+    ]
+    own = _fields(tokenizer, token.token_id, token.logprob or 0.0)
+    return TokenLogprob.model_construct(**own, top_logprobs=top)
 
 
-def _named(tokenizer: Tokenizer, token_id: int, logprob: float) -> TopLogprob:
+def _fields(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    """Not validated when they are put in: there are hundreds a token of a request."""
     text = tokenizer.bytes_of(token_id)
     name = text.decode("utf-8", "replace") or tokenizer.name_of(token_id)
-    return TopLogprob(token=name, logprob=logprob, bytes=list(text))
+    return {"token": name, "logprob": logprob, "bytes": list(text)}

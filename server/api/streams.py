@@ -61,9 +61,10 @@ class EventLog:
         number = start
         while number >= self._first:
             if number < self.num_events:
-                waiting = list(islice(self._events, number - self._first, None))
+                # From the end: who keeps up does not go through all that is kept.
+                waiting = list(islice(reversed(self._events), self.num_events - number))
                 number += len(waiting)
-                yield b"".join(waiting)
+                yield b"".join(reversed(waiting))
             elif self._ended:
                 return
             elif not await self._grow(silence_s):
@@ -87,10 +88,13 @@ class EventLog:
 class Stream:
     """A turn that runs without a connection, and its events so far."""
 
-    def __init__(self, stream_id: str, owner: str, max_bytes: int) -> None:
+    def __init__(
+        self, stream_id: str, owner: str, max_bytes: int, clock: Callable[[], float] = time.time
+    ) -> None:
         self.id = stream_id
         self.owner = owner
-        self.created_at = time.time()
+        self._clock = clock
+        self.created_at = clock()
         self.ended_at: float | None = None
         self.status: Status = "in_progress"
         self.log = EventLog(max_bytes)
@@ -102,7 +106,7 @@ class Stream:
 
     def end(self, status: Status) -> None:
         """Nothing more will come."""
-        self.status, self.ended_at = status, time.time()
+        self.status, self.ended_at = status, self._clock()
         self.log.end()
 
     async def cancel(self) -> None:
@@ -183,7 +187,7 @@ class Streams:
     def add(self, owner: str, stream_id: str) -> Stream:
         """A new stream, for which there is space. The oldest ended ones are forgotten for it."""
         self.forget_expired()
-        stream = Stream(stream_id, owner, self._limits.max_bytes)
+        stream = Stream(stream_id, owner, self._limits.max_bytes, self._clock)
         ended = [s for s in self._streams.values() if s.ended_at is not None]
         for old in ended[: max(0, len(self._streams) + 1 - self._limits.max_streams)]:
             del self._streams[old.id]

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from model.checkpoint import describe, fingerprint, is_checkpoint
+from model.files import MOST_BLOB_BYTES, check_file, read_file
 from server.cli.tables import plain, print_facts, print_table
 from server.sessions.codec import FORMAT, BlobError, Codec, read
 
@@ -28,9 +29,10 @@ def inspect(file: Path, folder: Path) -> bool:
     if is_checkpoint(file):
         _print_model(file)
         return True
-    blob = file.read_bytes()
+    check_file(file)
     model = describe(folder)
     codec = Codec(fingerprint(folder), model.state_spec.tensors, model.vocab_size)
+    blob = read_file(file, max(MOST_BLOB_BYTES, codec.most_blob_bytes))
     try:
         facts, arrays = read(blob)
         _print_header(len(blob), facts, codec.checksum_fits(facts, arrays), codec.fingerprint)
@@ -39,7 +41,7 @@ def inspect(file: Path, folder: Path) -> bool:
             print()
             print_table(_layers(arrays))
         print()
-        codec.decode(blob)
+        codec.decode_foreign(blob)
         if len(blob) > codec.most_blob_bytes:
             raise BlobError(f"it is larger than {codec.most_blob_bytes} bytes")
     except BlobError as error:

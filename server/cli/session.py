@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from model.files import write_file
+from model.files import MOST_BLOB_BYTES, read_file, write_file
 from server.cli.failure import fail
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def import_state(
             raise fail(f"--metadata: {item!r} is not KEY=VALUE")
         facts[name] = value
     try:
-        blob = sys.stdin.buffer.read() if file == Path("-") else file.read_bytes()
+        blob = sys.stdin.buffer.read() if file == Path("-") else read_file(file, MOST_BLOB_BYTES)
     except OSError as error:
         raise fail(f"{file}: {error.strerror}") from error
     with _connect(url, key) as client:

@@ -1,11 +1,17 @@
 """The text of one sequence: tokens become text, and stop strings end it."""
 
-from collections.abc import Sequence
+from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from model.text.tokenizer import Detokenizer, Tokenizer
 from server.engine.messages import Token
+from server.engine.stops import StopFinder
+
+TOKENS_APART = 256
+"""While no text is certain, an anchor is asked for again after so many tokens: what comes after the
+one that is needed is kept, and may have to be read again."""
 
 
 class TextStep(NamedTuple):
@@ -38,6 +44,19 @@ class TextRules:
     """Whether the sequence is cut where the text ends, for a session to continue from there."""
 
 
+class _Place(NamedTuple):
+    """A place in the text between two tokens."""
+
+    length: int
+    """Characters before it."""
+
+    num_tokens: int
+    """Tokens before it."""
+
+    undecoded: bytes
+    """Bytes that begin a character there."""
+
+
 class OutputText:
     """The text so far.
 
@@ -50,31 +69,33 @@ class OutputText:
         self._tokenizer = tokenizer
         self._rules = rules
         self._detokenizer = Detokenizer(tokenizer, undecoded)
+        self._finder = StopFinder(rules.stop)
         self._held = ""
         """The end of the text that may be the beginning of a stop string."""
 
         self._length = 0
         """Characters of the text so far."""
 
-        self._held_tokens = list[tuple[int, Token]]()
+        self._held_tokens = deque[tuple[int, Token]]()
         """Tokens that are in no event yet, and where in the text each begins: one that begins
         within a character, where the character does."""
 
-        self.has_anchor = False
-        """Whether text that is not certain began at the anchor asked for last."""
+        self._has_anchor = False
+        """Whether there is an anchor at `_start`: text that is not certain came after it."""
 
-        self._since_anchor = ""
-        """Emitted text after the anchor."""
+        self._start = _Place(0, 0, undecoded)
+        """Before the text that may have to be cut."""
 
-        self._tokens_since = list[tuple[int, int | None]]()
-        """Tokens after the anchor with the number of characters after it, uncertain ones included,
-        with which each ends; None within a character."""
+        self._later = deque[_Place]()
+        """Places after it that may follow it, once all text before them is certain."""
 
-        self._anchor_at = 0
-        """Characters before the anchor."""
+        self._num_tokens = 0
+        self._tokens = deque[tuple[int, int | None]]()
+        """Tokens after the start, and where in the text each ends, uncertain text included; None
+        within a character."""
 
-        self._undecoded_there = undecoded
-        """`undecoded` at the anchor."""
+        self._emitted = ""
+        """Emitted text after the start."""
 
     @property
     def is_never_held(self) -> bool:
@@ -85,6 +106,11 @@ class OutputText:
     def undecoded(self) -> bytes:
         """Bytes of a character that the text began."""
         return self._detokenizer.undecoded
+
+    @property
+    def num_anchors(self) -> int:
+        """Those that may still be needed, the last ones that were asked for."""
+        return self._has_anchor + len(self._later) if self._rules.can_rewind else 0
 
     def push_plain(self, token_id: int) -> str:
         """`push`, where `is_never_held`: the text that is certain now."""
@@ -98,26 +124,36 @@ class OutputText:
         """
         num_held, start = len(self._held), self._length
         undecoded = self.undecoded
-        whole_before = not self.has_anchor or not undecoded
-        text = self._held + self._detokenizer.push(token.token_id)
-        self._length += len(text) - num_held
-        stop, end = self._find_stop(text, num_held, may_stop=may_stop)
+        whole_before = not self._has_anchor or not undecoded
+        piece = self._detokenizer.push(token.token_id)
+        text = self._held + piece
+        self._length += len(piece)
+        stop, end = self._find_stop(text, piece, may_stop=may_stop)
         emitted = num_held if self._rules.include_stop else 0
         certain = text[emitted:end]
-        begins_here = whole_before and end >= num_held
-        if begins_here:
-            self.has_anchor, self._since_anchor = False, text[num_held:end]
-            self._anchor_at, self._undecoded_there = start, undecoded
-            self._tokens_since.clear()
-        else:
-            self._since_anchor += certain
-        ends_at = None if self.undecoded else self._length - self._anchor_at
-        self._tokens_since.append((token.token_id, ends_at))
         uncertain = end < len(text) or bool(self.undecoded)
+        begins_here = whole_before and end >= num_held
+        wants_anchor = False
+        if begins_here:
+            self._start = _Place(start, self._num_tokens, undecoded)
+            self._emitted = text[num_held:end]
+            self._later.clear()
+            self._tokens.clear()
+            wants_anchor = uncertain and stop is None and self._rules.can_rewind
+            self._has_anchor = wants_anchor
+        else:
+            self._emitted += certain
+            last = self._later[-1] if self._later else self._start
+            is_far = self._num_tokens - last.num_tokens >= TOKENS_APART
+            if is_far and not undecoded and stop is None:
+                self._later.append(_Place(start, self._num_tokens, undecoded))
+                wants_anchor = self._rules.can_rewind
+        self._num_tokens += 1
+        self._tokens.append((token.token_id, None if self.undecoded else self._length))
+        if stop is None:
+            self._move_start(start - num_held + end)
         if self._rules.returns_tokens:
             self._held_tokens.append((start, token))
-        wants_anchor = begins_here and uncertain and stop is None and self._rules.can_rewind
-        self.has_anchor = self.has_anchor or wants_anchor
         return TextStep(
             text=certain,
             tokens=self._release_tokens(start - num_held + end, all_of_them=not uncertain),
@@ -127,18 +163,27 @@ class OutputText:
         )
 
     def cut(self) -> tuple[list[int], str]:
-        """End where the emitted text ends. Returns what of it came after the anchor: the tokens
+        """End where the emitted text ends. Returns what of it came after the start: the tokens
         that end in it, and its rest, in the middle of the next one."""
-        emitted, num_kept, end = self._since_anchor, 0, 0
-        for count, (_, ends_at) in enumerate(self._tokens_since, 1):
-            if ends_at is not None and ends_at <= len(emitted):
-                num_kept, end = count, ends_at
-        kept = [token_id for token_id, _ in self._tokens_since[:num_kept]]
-        undecoded = b"" if kept or emitted else self._undecoded_there
+        emitted, num_kept, end = self._emitted, 0, 0
+        for count, (_, ends_at) in enumerate(self._tokens, 1):
+            if ends_at is not None and ends_at - self._start.length <= len(emitted):
+                num_kept, end = count, ends_at - self._start.length
+        kept = [token_id for token_id, _ in islice(self._tokens, num_kept)]
+        undecoded = b"" if kept or emitted else self._start.undecoded
         self._detokenizer = Detokenizer(self._tokenizer, undecoded)
         self._held_tokens.clear()
-        self.has_anchor = False
+        self._later.clear()
+        self._has_anchor = False
         return kept, emitted[end:]
+
+    def _move_start(self, certain: int) -> None:
+        """So many characters of the text are certain: what comes before them need not be kept."""
+        while self._later and self._later[0].length <= certain:
+            before, self._start = self._start, self._later.popleft()
+            self._emitted = self._emitted[self._start.length - before.length :]
+            for _ in range(self._start.num_tokens - before.num_tokens):
+                self._tokens.popleft()
 
     def flush(self) -> tuple[str, tuple[Token, ...]]:
         """The text held back, now that nothing can complete a stop string, and its tokens."""
@@ -146,40 +191,26 @@ class OutputText:
         self._held = ""
         return text, self._release_tokens(self._length, all_of_them=True)
 
-    def _find_stop(self, text: str, num_held: int, *, may_stop: bool) -> tuple[str | None, int]:
+    def _find_stop(self, text: str, piece: str, *, may_stop: bool) -> tuple[str | None, int]:
         """The stop string that ends the text, if any, and up to where the text is certain.
 
-        `text` begins with what was held: a string counts if it ends behind that.
+        `text` is what was held, and the piece that is new.
         """
-        stops, include = self._rules.stop, self._rules.include_stop
-        if not stops:
+        if not self._rules.stop:
             return None, len(text)
-        found = []
-        if may_stop:
-            for stop in stops:
-                at = text.find(stop, max(0, num_held - len(stop) + 1))
-                if at >= 0:
-                    found.append((at + len(stop), at, stop))
-        if found:  # the string that is complete first counts, wherever tokens begin
+        include = self._rules.include_stop
+        found = self._finder.push(piece, may_stop=may_stop)
+        if found is not None:
             self._held = ""
-            end, begin, stop = min(found)
-            return stop, end if include else begin
-        certain = len(text) - max((_overlap(text, stop) for stop in stops), default=0)
+            end = len(text) - len(piece) + found[0]
+            return found[1], end if include else end - len(found[1])
+        certain = len(text) - self._finder.num_held
         self._held = text[certain:]
         return None, len(text) if include else certain
 
     def _release_tokens(self, certain: int, *, all_of_them: bool) -> tuple[Token, ...]:
         """The held tokens that begin in so many characters of the text."""
-        held: Sequence[tuple[int, Token]] = self._held_tokens
-        if not held:
-            return ()
-        count = sum(all_of_them or place < certain for place, _ in held)
-        self._held_tokens = list(held[count:])
-        return tuple(token for _, token in held[:count])
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that is a beginning of the stop string."""
-    return next(
-        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-n:])), 0
-    )
+        held, released = self._held_tokens, list[Token]()
+        while held and (all_of_them or held[0][0] < certain):
+            released.append(held.popleft()[1])
+        return tuple(released)

@@ -1,6 +1,7 @@
 """A sequence with what generating takes: how tokens are chosen, the text, what a session keeps."""
 
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,9 +51,6 @@ class TextSequence(Sequence):
         self.end_token_ids = self.stop_token_ids.union(ends)
         """Tokens that end the text."""
 
-        self._ignored_ends = frozenset(eos_token_ids) - self.end_token_ids
-        """End tokens that a grammar must not end the text with while more can follow."""
-
         start = request.continuation
         self.prompt_scores: PromptScores | None = None
         """Collects the logits of the prompt, if they are asked for."""
@@ -71,11 +69,18 @@ class TextSequence(Sequence):
             self._can_rewind,
         )
         self.text = OutputText(tokenizer, rules, start.undecoded)
-        self._anchor: Anchor | None = None
+        self._anchors = deque[Anchor]()
+        """The first is the one to go back to; a later one takes its place when the text is certain
+        up to there."""
+
         self._mask: NDArray[np.int32] | None = None
         """Token ids that may come next, where a grammar says it."""
 
         self.matcher = None if request.grammar is None else request.grammar.matcher()
+        # A grammar must not end the text with an ignored end token while more can follow.
+        ignored = NO_TOKENS if self.matcher is None else frozenset(eos_token_ids)
+        self._banned_later = tuple(sorted(ignored - self.end_token_ids))
+        self._banned_early = tuple(sorted(ignored | self.end_token_ids))
         self._piece: Piece | None = None
         """Its part in the last step that chose a token for it."""
 
@@ -133,7 +138,7 @@ class TextSequence(Sequence):
     def _choosing(self, row: int, token_ids: list[int]) -> Piece:
         """A piece after which a token is chosen."""
         sampled = SampledRow(
-            self.request.sampling, self.position, self.recent, tuple(self._banned), self._mask
+            self.request.sampling, self.position, self.recent, self._banned, self._mask
         )
         return Piece(row, token_ids, sampled, self.end_token_ids, self.request.num_logprobs)
 
@@ -150,8 +155,9 @@ class TextSequence(Sequence):
         if self.matcher.failure is not None or self.matcher.is_complete:
             return self.matcher.failure
         words = self._mask.view(np.uint32)
-        for token_id in self._banned:
-            words[token_id >> 5] &= ~np.uint32(1 << (token_id & 31))
+        if self._banned:
+            ids = np.array(self._banned)
+            np.bitwise_and.at(words, ids >> 5, ~(np.uint32(1) << (ids & 31).astype(np.uint32)))
         return None if words.any() else "the grammar allows only what min_tokens forbids"
 
     def append(self, token_id: int, *, is_read: bool = False) -> None:
@@ -163,11 +169,14 @@ class TextSequence(Sequence):
 
     def push_text(self, token: Token) -> TextStep:
         """Add the text of a sampled token, which counts as generated; called before `append`."""
-        return self.text.push(token, may_stop=self.num_generated >= self.request.min_tokens)
+        step = self.text.push(token, may_stop=self.num_generated >= self.request.min_tokens)
+        while len(self._anchors) + step.wants_anchor > self.text.num_anchors:
+            self._anchors.popleft()
+        return step
 
     def set_anchor(self, state: RowState) -> None:
         """Remember the state before the token whose text was just added and which is not in it."""
-        self._anchor = Anchor(state, self.position, self.recent.to_bytes())
+        self._anchors.append(Anchor(state, self.position, self.recent.to_bytes()))
 
     def cut(self) -> RowState | None:
         """End the sequence where its emitted text ends; called instead of `append`.
@@ -175,7 +184,7 @@ class TextSequence(Sequence):
         Returns the state to go back to, None if the present one is right. Emitted tokens that this
         state does not include are left unread; what is emitted of one more is tokenised anew.
         """
-        anchor = self._anchor if self.text.has_anchor else None
+        anchor = self._anchors[0] if self._anchors else None
         if anchor is not None:
             self.position = anchor.position
             self.recent = RecentTokens.from_bytes(anchor.recent)
@@ -212,8 +221,7 @@ class TextSequence(Sequence):
         )
 
     @property
-    def _banned(self) -> frozenset[int]:
-        """Tokens that must not come yet, or at all."""
+    def _banned(self) -> tuple[int, ...]:
+        """Tokens that must not come yet, or at all; in order."""
         early = self.num_generated < self.request.min_tokens
-        ignored = NO_TOKENS if self.matcher is None else self._ignored_ends
-        return ignored | self.end_token_ids if early else ignored
+        return self._banned_early if early else self._banned_later

@@ -22,6 +22,14 @@ from model.state import DamagedState, TensorSpec, check_values, split_state
 FORMAT, VERSION = "latentd-session", "4"
 RECENT = "recent"
 LARGEST = 1 << 53
+MOST_IMPORTED = 1 << 52
+"""Turns and tokens that an imported session may have. No number of later turns leads to `LARGEST`,
+from which on a state could not be read any more."""
+
+MOST_MAGNITUDE = 1e30
+"""Of a number of an imported state. No network comes near it, and from about 1e37 on what follows
+would not be finite."""
+
 LONGEST_MESSAGE = 300
 
 
@@ -120,6 +128,19 @@ class Codec:
         if facts != self._facts(session):
             raise DamagedBlob("the checksum does not match: the blob is damaged")
         self._check_values(session, arrays)
+        return session
+
+    def decode_foreign(self, blob: bytes) -> SessionState:
+        """`decode` of a blob that may come from anywhere: any number of turns can follow it, and
+        their states can be exported and imported again. Raises BlobError."""
+        session = self.decode(blob)
+        if max(session.turn, session.position) > MOST_IMPORTED:
+            raise BlobError(
+                f"turn {session.turn} at position {session.position}: no session comes so far"
+            )
+        largest = self.check(session)
+        if largest > MOST_MAGNITUDE:
+            raise BlobError(f"it has numbers up to {largest:.3g}, more than {MOST_MAGNITUDE:g}")
         return session
 
     def checksum_fits(

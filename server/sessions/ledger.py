@@ -7,7 +7,6 @@ the host cache and the rows on the device hold only makes it faster to get.
 import asyncio
 import json
 import secrets
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -204,7 +203,7 @@ class Ledger:
                 yield self._turn(None, start, False)
                 return
             case NewSession(metadata, ttl_s):
-                entry = new_session(owner, metadata, ttl_s)
+                entry = new_session(owner, self._store.now(), metadata, ttl_s)
             case NewResponse(response_id, ttl_s):
                 entry = self._new_response(owner, response_id, ttl_s)
         size = self._codec.usual_blob_bytes
@@ -241,7 +240,7 @@ class Ledger:
             last = await self._store.get(kind, after)
             if last is None or last.owner != owner:
                 raise InvalidRequest(f"there is no {kind} {after[:80]}", "after")
-        return await self._store.list(kind, owner, limit, after, time.time())
+        return await self._store.list(kind, owner, limit, after, self._store.now())
 
     async def checkpoints(self, owner: str, session_id: str) -> Sequence[Checkpoint]:
         """The turns whose states are kept, newest first. Raises NotFound."""
@@ -252,7 +251,7 @@ class Ledger:
         self, owner: str, metadata: dict[str, str], ttl_s: float | None = None
     ) -> Entry:
         """A new session without a turn. Raises QuotaExceeded, StorageFull and StorageFailed."""
-        return await self._insert(new_session(owner, metadata, ttl_s))
+        return await self._insert(new_session(owner, self._store.now(), metadata, ttl_s))
 
     async def fork(
         self,
@@ -270,6 +269,7 @@ class Ledger:
         source = await self.get(owner, "session", session_id)
         made = new_session(
             owner,
+            self._store.now(),
             source.metadata if metadata is None else metadata,
             source.ttl_s if ttl_s is None else ttl_s,
         )
@@ -288,7 +288,7 @@ class Ledger:
         Raises NotFound, InvalidRequest, QuotaExceeded, StorageFull and StorageFailed.
         """
         source = await self._continuable(owner, After(response_id, "response_id"))
-        made = replace(new_session(owner, metadata, ttl_s), turn=source.turn)
+        made = replace(new_session(owner, self._store.now(), metadata, ttl_s), turn=source.turn)
         forked = await self._fork(response_id, made)
         if forked is None:
             raise not_found("response", response_id)
@@ -301,7 +301,7 @@ class Ledger:
             before = await self.get(owner, "session", session_id)
             if turn != before.turn:  # first: nothing stays if the caller is cancelled
                 self._tiers.forget(before.state_id)
-            rewound = await self._store.rewind(session_id, turn, time.time())
+            rewound = await self._store.rewind(session_id, turn, self._store.now())
         if rewound is None:
             raise await self._no_turn(session_id, turn)
         self._tiers.report()
@@ -336,10 +336,10 @@ class Ledger:
         Raises UnfitState, QuotaExceeded, StorageFull and StorageFailed.
         """
         try:
-            state = await asyncio.to_thread(self._codec.decode, blob)
+            state = await asyncio.to_thread(self._codec.decode_foreign, blob)
         except BlobError as error:
             raise UnfitState(f"this is no state for this server: {error}") from error
-        entry = new_session(owner, metadata, ttl_s)
+        entry = new_session(owner, self._store.now(), metadata, ttl_s)
         entry = replace(entry, turn=max(state.turn, 1), num_tokens=state.position)
         return await self._insert(entry, NewState(new_state_id(), blob))
 
@@ -368,12 +368,12 @@ class Ledger:
         """
         await self.recover()
         num_swept = num_sessions = 0
-        for found in await self._store.expired(time.time(), SWEPT_TOGETHER):
+        for found in await self._store.expired(self._store.now(), SWEPT_TOGETHER):
             if found.id in self._open:
                 continue
             async with self._lock(found.id):
                 entry = await self._store.get(found.kind, found.id)
-                if entry is not None and _has_expired(entry):
+                if entry is not None and self._has_expired(entry):
                     await self._erase(entry.kind, entry.id, entry.state_id)
                     num_swept += 1
                     num_sessions += entry.kind == "session"
@@ -446,7 +446,7 @@ class Ledger:
         most = self._max_response_ttl_s
         if ttl_s is not None and most is not None and ttl_s > most:
             raise InvalidRequest(f"ttl is {ttl_s:g}, the most is {most:g}", "ttl")
-        now, ttl_s = time.time(), most if ttl_s is None else ttl_s
+        now, ttl_s = self._store.now(), most if ttl_s is None else ttl_s
         expires_at = None if ttl_s is None else now + ttl_s
         return Entry(
             "response", response_id, owner, now, now, expires_at=expires_at, status="in_progress"
@@ -472,7 +472,10 @@ class Ledger:
 
     def _is_over(self, entry: Entry) -> bool:
         """Whether its time is over; while a turn runs it is not."""
-        return _has_expired(entry) and self._open.get(entry.id) is None
+        return self._has_expired(entry) and self._open.get(entry.id) is None
+
+    def _has_expired(self, entry: Entry) -> bool:
+        return entry.expires_at is not None and entry.expires_at <= self._store.now()
 
     async def _kept_answer(self, session_id: str, target: NextTurn) -> KeptAnswer | None:
         if target.key is None:
@@ -503,14 +506,10 @@ def new_response_id() -> str:
     return f"resp_{secrets.token_urlsafe(24)}"
 
 
-def new_session(owner: str, metadata: dict[str, str], ttl_s: float | None) -> Entry:
+def new_session(owner: str, now: float, metadata: dict[str, str], ttl_s: float | None) -> Entry:
     """A session that begins now, with an id that cannot be guessed."""
-    now, session_id = time.time(), f"sess_{secrets.token_urlsafe(24)}"
+    session_id = f"sess_{secrets.token_urlsafe(24)}"
     return Entry("session", session_id, owner, now, now, ttl_s=ttl_s, metadata=metadata).used(now)
-
-
-def _has_expired(entry: Entry) -> bool:
-    return entry.expires_at is not None and entry.expires_at <= time.time()
 
 
 def _interrupted(entry: Entry) -> Entry:

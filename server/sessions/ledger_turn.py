@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import json
-import time
 from contextlib import suppress
 from dataclasses import replace
 from typing import get_args
@@ -149,7 +148,7 @@ class LedgerTurn:
         """
         if self.entry is None or self._is_over:
             raise InternalError("there is nothing to commit")
-        entry = self.entry.used(time.time())
+        entry = self.entry.used(self._store.now())
         entry = replace(entry, turn=entry.turn + 1, num_tokens=state.position)
         answer = self._answer
         if body is not None and answer is not None:

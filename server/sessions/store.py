@@ -138,6 +138,9 @@ class StoreHealth:
     free_bytes: int
     """Free on its disk."""
 
+    disk_bytes: int
+    """Of its disk, used or free."""
+
     fault: str | None = None
     """Why what it is given may be lost, if so."""
 
@@ -154,6 +157,10 @@ class Store(Protocol):
     @property
     def total(self) -> Usage:
         """All that it holds."""
+
+    def now(self) -> float:
+        """Unix seconds by which entries live: it only grows, also over a restart and whatever the
+        system's clock does."""
 
     async def health(self) -> StoreHealth:
         """Looks at the disk, now."""
@@ -213,8 +220,9 @@ class Store(Protocol):
     async def delete(self, kind: Kind, entry_id: str) -> bool:
         """Erase the entry, its states and answers. False if there is no such entry.
 
-        The one call that may have done half of its work when it raises: the entry is gone then,
-        and its bytes are erased as soon as the disk permits.
+        Also on a full disk, which is freed so. The one call that may have done half of its work
+        when it raises: the entry is gone then, and its bytes are erased as soon as the disk
+        permits; or, where the disk is full, only its oldest states are gone.
         """
 
     async def close(self) -> None: ...

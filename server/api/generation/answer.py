@@ -139,17 +139,27 @@ class Answer:
             for request, echo in zip(turn.requests, self.echoes, strict=True)
         ]
         self._num_unfinished = len(self.choices)
+        firsts = self.choices[::num_per_prompt]
+        self._prompt_tokens = turn.start.position + sum(len(each.prompt_ids) for each in firsts)
+        self._cached_tokens = 0
+        """Of each prompt what none of its choices needed to read."""
+
+        self.num_generated = 0
 
     def add(self, index: int, event: TextEvent) -> Delta:
         """The next event of a choice."""
         choice = self.choices[index]
+        before = choice.num_generated
         placed = choice.add(event)
+        self.num_generated += choice.num_generated - before
+        if isinstance(event, Finished):
+            self._num_unfinished -= 1
+            self._cached_tokens = self._count_cached()
         offsets = placed.offsets[len(placed.offsets) - len(event.tokens) :] if event.tokens else ()
         usage = self.usage if self._counts_usage else None
         if isinstance(event, PromptScored):
             return Delta(index, "", event.tokens, offsets, is_prompt=True, usage=usage)
         if isinstance(event, Finished):
-            self._num_unfinished -= 1
             end = event.reason, event.stopped_by
             return Delta(index, event.text, event.tokens, offsets, False, *end, usage)
         return Delta(index, event.text, event.tokens, offsets, usage=usage)
@@ -165,10 +175,6 @@ class Answer:
         return not self._num_unfinished
 
     @property
-    def num_generated(self) -> int:
-        return sum(choice.num_generated for choice in self.choices)
-
-    @property
     def session_turn(self) -> int | None:
         """The session's turn that this is, as soon as it is complete."""
         return self._session_turn if self.is_finished else None
@@ -176,8 +182,7 @@ class Answer:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        firsts = self.choices[:: self._num_per_prompt]
-        prompt = self._resumed_tokens + sum(len(choice.prompt_ids) for choice in firsts)
+        prompt = self._prompt_tokens
         cached = self._resumed_tokens + self._cached_tokens
         return Usage(
             prompt_tokens=prompt,
@@ -204,9 +209,7 @@ class Answer:
             resumed_tokens=self._resumed_tokens,
         )
 
-    @property
-    def _cached_tokens(self) -> int:
-        """Of each prompt what none of its choices needed to read."""
+    def _count_cached(self) -> int:
         n = self._num_per_prompt
         of_prompts = (self.choices[start : start + n] for start in range(0, len(self.choices), n))
         return sum(min(choice.cached_tokens for choice in choices) for choices in of_prompts)

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.files import read_file
 from server.sessions.sqlite.files import link_or_copy, sync_folder
 from server.sessions.sqlite.schema import check_store, one_line
 from server.sessions.sqlite.snapshots import SnapshotError, connect, snapshot
@@ -123,7 +124,7 @@ def _read_sums(source: Path) -> dict[str, str]:
     if not path.exists():
         raise BackupError(f"{source} is not a complete backup: it has no {CHECKSUMS}")
     sums = dict[str, str]()
-    for line in path.read_text().splitlines():
+    for line in read_file(path).decode(errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         parts = Path(name).parts
         if parts[:-1] not in ((), (states_folder(Path(STORE_FILE)).name,)) or ".." in parts:

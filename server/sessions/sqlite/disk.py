@@ -12,6 +12,7 @@ class OpenFiles:
     def __init__(self, paths: Sequence[Path]) -> None:
         """Raises OSError."""
         self._opened = {path: _identity(path) for path in paths}
+        self._folder = paths[0].parent
 
     @property
     def fault(self) -> str | None:
@@ -30,7 +31,12 @@ class OpenFiles:
     @property
     def free_bytes(self) -> int:
         """Of the disk, for this process. Raises OSError."""
-        return shutil.disk_usage(next(iter(self._opened)).parent).free
+        return shutil.disk_usage(self._folder).free
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of the disk, used or free. Raises OSError."""
+        return shutil.disk_usage(self._folder).total
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -131,10 +131,15 @@ def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
         # Only a new file: closing one gives up every lock that this process has on it.
         with suppress(OSError):  # SQLite will say what is wrong
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        is_own = os.access in os.supports_effective_ids
+        if path.exists() and not os.access(path, os.W_OK, effective_ids=is_own):
+            raise StoreError(f"{path}: attempt to write a readonly database")
         db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        # First: reading without it takes a file for shared memory, and so space on the disk.
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("PRAGMA temp_store = MEMORY")
         is_new = _is_new(db, path)
         db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute(f"PRAGMA synchronous = {'FULL' if durability == 'sync' else 'NORMAL'}")
         db.execute("PRAGMA secure_delete = ON")

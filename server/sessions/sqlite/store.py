@@ -4,12 +4,16 @@ import asyncio
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+from server.errors import StorageFull
+from server.sessions.clock import open_clock
 from server.sessions.sqlite.disk import OpenFiles
 from server.sessions.sqlite.files import StateFiles
 from server.sessions.sqlite.rows import ENTRY, body_bytes, entry_of, find_entry, insert_entry
 from server.sessions.sqlite.schema import Durability, open_store, reason
+from server.sessions.sqlite.space import ReservedSpace
 from server.sessions.sqlite.writer import Writer, storage_error
 from server.sessions.store import (
     Checkpoint,
@@ -30,7 +34,7 @@ LARGE_BYTES = 1 << 20
 """Blobs from here on are files: SQLite would write them twice, and erase them page by page."""
 
 FILE_THREADS = 2
-DATABASE_FILES = ("", "-wal", "-shm")
+DATABASE_FILES = ("", "-wal", "-shm", "-clock")
 MOST_OF_A_HEADER = 64 << 10
 UNFINISHED = "status IN ('queued', 'in_progress')"
 
@@ -49,18 +53,23 @@ class SQLiteStore:
             folder = states_folder(path)
             self._files = StateFiles(folder, sync=durability == "sync")
             _sweep(db, self._files)
+            self._clock = open_clock(path.with_name(f"{path.name}-clock"), partial(_latest_use, db))
             self._opened = OpenFiles((path, path.with_name(f"{path.name}-wal"), folder))
-        except (OSError, sqlite3.Error) as error:
+            self._space = ReservedSpace(path)
+        except (OSError, sqlite3.Error, TypeError, ValueError) as error:
             db.close()
             raise StoreError(reason(path, error)) from error
         self._path = path
-        self._writer = Writer(db, self._files)
+        self._writer = Writer(db, self._files, self._space)
         self._run = self._writer.run
         self._threads = ThreadPoolExecutor(FILE_THREADS, "state-files")
 
     @property
     def total(self) -> Usage:
         return self._writer.total
+
+    def now(self) -> float:
+        return self._clock.now()
 
     async def health(self) -> StoreHealth:
         return await asyncio.to_thread(self._look)
@@ -102,24 +111,28 @@ class SQLiteStore:
 
     async def advance(self, entry: Entry, state: NewState | None, keep: int) -> bool:
         def work(db: sqlite3.Connection) -> bool:
-            updated = db.execute(
-                f"""UPDATE entries SET turn = ?, num_tokens = ?, last_used_at = ?, expires_at = ?,
-                status = ?, body = ?, num_bytes = ?
-                WHERE id = ? AND turn = ? AND (status IS NULL OR {UNFINISHED}) RETURNING number""",
-                [
-                    *(entry.turn, entry.num_tokens, entry.last_used_at, entry.expires_at),
-                    *(entry.status, entry.body, body_bytes(entry), entry.id),
-                    entry.turn - (state is not None),
-                ],
+            found = db.execute(
+                f"""SELECT number FROM entries
+                WHERE id = ? AND turn = ? AND (status IS NULL OR {UNFINISHED})""",
+                [entry.id, entry.turn - (state is not None)],
             ).fetchone()
-            if updated is None:
+            if found is None:
                 return False
+            [number] = found
             if state is not None:
-                [number] = updated
                 db.execute(
                     "DELETE FROM checkpoints WHERE entry_number = ? AND turn <= ?",
                     [number, entry.turn - keep],
-                )  # first: their pages are taken for the new one
+                )  # first: their pages are used for what is new, also on a full disk
+            db.execute(
+                """UPDATE entries SET turn = ?, num_tokens = ?, last_used_at = ?, expires_at = ?,
+                status = ?, body = ?, num_bytes = ? WHERE number = ?""",
+                [
+                    *(entry.turn, entry.num_tokens, entry.last_used_at, entry.expires_at),
+                    *(entry.status, entry.body, body_bytes(entry), number),
+                ],
+            )
+            if state is not None:
                 _add_checkpoint(db, number, entry, state)
             return True
 
@@ -258,12 +271,12 @@ class SQLiteStore:
             number, num_tokens = target
             used = entry.used(now)
             db.execute(
+                "DELETE FROM checkpoints WHERE entry_number = ? AND turn > ?", [number, turn]
+            )
+            db.execute(
                 """UPDATE entries SET turn = ?, num_tokens = ?, last_used_at = ?, expires_at = ?
                 WHERE number = ?""",
                 [turn, num_tokens, used.last_used_at, used.expires_at, number],
-            )
-            db.execute(
-                "DELETE FROM checkpoints WHERE entry_number = ? AND turn > ?", [number, turn]
             )
             return find_entry(db, entry_id)
 
@@ -285,7 +298,21 @@ class SQLiteStore:
             deleted = db.execute("DELETE FROM entries WHERE id = ? AND kind = ?", [entry_id, kind])
             return deleted.rowcount > 0
 
-        return await self._run(work, erases=True)
+        def delete_oldest_state(db: sqlite3.Connection) -> bool:
+            deleted = db.execute(
+                """DELETE FROM checkpoints WHERE rowid = (
+                SELECT checkpoints.rowid FROM entries JOIN checkpoints ON entry_number = number
+                WHERE id = ? AND kind = ? ORDER BY checkpoints.turn LIMIT 1)""",
+                [entry_id, kind],
+            )
+            return deleted.rowcount > 0
+
+        try:
+            return await self._run(work, erases=True)
+        except StorageFull:  # the log has no space for all of it at once
+            while await self._run(delete_oldest_state, erases=True):
+                pass
+            return await self._run(work, erases=True)
 
     async def close(self) -> None:
         """Finish what was asked for and close the file."""
@@ -293,14 +320,15 @@ class SQLiteStore:
         await asyncio.to_thread(self._threads.shutdown)
 
     def _look(self) -> StoreHealth:
-        fault, num_bytes, free_bytes = self._opened.fault, self._files.num_bytes, 0
+        fault, num_bytes = self._opened.fault, self._files.num_bytes
+        disk_bytes = free_bytes = 0
         try:
             databases = (self._path.with_name(self._path.name + end) for end in DATABASE_FILES)
             num_bytes += sum(path.stat().st_size for path in databases if path.exists())
-            free_bytes = self._opened.free_bytes
+            disk_bytes, free_bytes = self._opened.disk_bytes, self._opened.free_bytes
         except OSError as error:
             fault = fault or str(error)
-        return StoreHealth(num_bytes, free_bytes, fault)
+        return StoreHealth(num_bytes, free_bytes, disk_bytes, fault)
 
     async def _write(
         self, work: Callable[[sqlite3.Connection], bool], state: NewState | None
@@ -326,6 +354,12 @@ class SQLiteStore:
 def states_folder(path: Path) -> Path:
     """Where the files of large states are, beside their database."""
     return path.with_name(f"{path.name}-states")
+
+
+def _latest_use(db: sqlite3.Connection) -> float:
+    """Unix seconds; 0 if there is nothing yet."""
+    [latest] = db.execute("SELECT coalesce(max(last_used_at), 0) FROM entries").fetchone()
+    return float(latest)
 
 
 def _sweep(db: sqlite3.Connection, files: StateFiles) -> None:

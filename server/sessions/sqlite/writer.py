@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 from server.errors import StorageFailed, StorageFull
 from server.sessions.sqlite.files import StateFiles
-from server.sessions.sqlite.schema import one_line
+from server.sessions.sqlite.schema import PAGE_BYTES, one_line
+from server.sessions.sqlite.space import ReservedSpace
 from server.sessions.store import Usage
 
 log = logging.getLogger(__name__)
@@ -54,9 +55,10 @@ class _Copy:
 class Writer:
     """Runs what is asked for, in order, in transactions."""
 
-    def __init__(self, db: sqlite3.Connection, files: StateFiles) -> None:
+    def __init__(self, db: sqlite3.Connection, files: StateFiles, space: ReservedSpace) -> None:
         self.db = db
         self._files = files
+        self._space = space
         self.total = _total(db)
         """What the store holds since the last commit."""
 
@@ -110,6 +112,7 @@ class Writer:
         while not self._closed:
             self._run_next()
         self.db.close()
+        self._space.close()
 
     def _run_next(self) -> None:
         """Wait for something to do, and do all that waits."""
@@ -143,19 +146,19 @@ class Writer:
             self._run_next()
 
     def _run_together(self, jobs: Sequence[_Job]) -> None:
-        """One transaction for all of them; then the answers."""
-        try:
-            self.db.execute("BEGIN IMMEDIATE")
-            results = [self._run_one(job) for job in jobs]
-            total = _total(self.db)
-            self.db.execute("COMMIT")
-        except Exception as error:  # whatever it was, all get an answer and this thread goes on
-            results = [storage_error(error)] * len(jobs)
-            with contextlib.suppress(sqlite3.Error):
-                if self.db.in_transaction:
-                    self.db.execute("ROLLBACK")
-        else:
-            self.total = total
+        """One transaction for all of them; then the answers.
+
+        On a full disk the log may hold what the database has space for: what failed is tried again
+        by itself once the log is empty.
+        """
+        results = self._try(jobs)
+        for i, (job, result) in enumerate(zip(jobs, results, strict=True)):
+            if isinstance(result, StorageFull):
+                with contextlib.suppress(sqlite3.Error):
+                    self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._space.refill()
+                [results[i]] = self._try([job])
+        if not all(isinstance(result, Exception) for result in results):
             failed = self._erase(any(job.erases for job in jobs))
             if failed is not None:
                 results = [
@@ -169,6 +172,21 @@ class Writer:
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
                 job.loop.call_soon_threadsafe(_answer, job.answer, result)
 
+    def _try(self, jobs: Sequence[_Job]) -> list[Any]:
+        """Their results after one transaction for all, or the errors that undid them."""
+        try:
+            self.db.execute("BEGIN IMMEDIATE")
+            results = [self._run_one(job) for job in jobs]
+            total = _total(self.db)
+            self.db.execute("COMMIT")
+        except Exception as error:  # whatever it was, all get an answer and this thread goes on
+            with contextlib.suppress(sqlite3.Error):
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+            return [storage_error(error)] * len(jobs)
+        self.total = total
+        return results
+
     def _erase(self, something_deleted: bool) -> StorageFailed | None:
         """Empty the write-ahead log if it holds what was deleted, now or when this failed before,
         and delete the files of states that no checkpoint has any more.
@@ -179,6 +197,7 @@ class Writer:
         try:
             if self._must_erase:
                 self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._space.refill()
             self._must_erase = False
             self._delete_files()
         except (sqlite3.Error, OSError) as error:
@@ -199,7 +218,11 @@ class Writer:
         self.db.execute("SAVEPOINT one")
         try:
             result = job.work(self.db)
+            [num_pages] = self.db.execute("PRAGMA page_count").fetchone()
+            self._space.grow(num_pages * PAGE_BYTES)
         except Exception as error:  # whatever it was, the others' work and this thread go on
+            if not self.db.in_transaction:  # SQLite undid all of it
+                raise
             self.db.execute("ROLLBACK TO one")
             result = error if isinstance(error, StorageFailed) else storage_error(error)
         self.db.execute("RELEASE one")

@@ -2,13 +2,13 @@
 
 import asyncio
 import json
+import math
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,14 +129,23 @@ def test_a_damaged_state_is_named_and_an_earlier_one_can_be_used(alone: LiveServ
         assert get(client, session_id)["turn"] == 2
 
 
-def test_a_forged_state_fails_alone_and_is_told(alone: LiveServer) -> None:
-    """Its checksum is right and its numbers are finite, but the model can make nothing of them."""
+def test_a_forged_state_fails_alone_and_is_told(
+    alone: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checksum is right and its numbers are finite, but the model can make nothing of them.
+
+    None is imported; if one were, its turn would fail.
+    """
     with alone.client() as client:
         session_id = client.post("/v1/sessions", json={"prompt": "the cat"}).json()["id"]
         codec = alone.service.ledger._codec
         whole = codec.decode(client.get(f"/v1/sessions/{session_id}/state").content)
         large = np.full(8, 1e308).tobytes()
         forged = codec.encode(replace(whole, state=large + whole.state[len(large) :]))
+        refused = client.post("/v1/sessions/import", content=forged)
+        assert refused.status_code == 422
+        assert "numbers up to 1e+308" in refused.json()["error"]["message"]
+        monkeypatch.setattr("server.sessions.codec.MOST_MAGNITUDE", math.inf)
         imported = client.post("/v1/sessions/import", content=forged).json()
         answer = client.post("/v1/completions", json=BODY | {"session_id": imported["id"]})
         assert error(answer) == (503, None, "session_damaged")
@@ -162,8 +171,7 @@ def test_expired_sessions_are_erased_when_the_disk_works_again(
 
         client.post("/v1/sessions", json={"ttl": 1000, "prompt": "the cat"})
         with broken_disk(server):
-            later = SimpleNamespace(time=lambda: time.time() + 2000)
-            monkeypatch.setattr("server.sessions.ledger.time", later)
+            monkeypatch.setattr(store_of(server), "now", lambda: time.time() + 2000)
             before = num_failed()
             wait_until(lambda: num_failed() > before + 1)
             assert stored() == 1

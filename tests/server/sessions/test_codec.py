@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from model.decoding.sampling import RecentTokens
 from model.state import TensorSpec
-from server.sessions.codec import LONGEST_MESSAGE, BlobError, Codec, SessionState, read
+from server.sessions.codec import (
+    LARGEST,
+    LONGEST_MESSAGE,
+    MOST_IMPORTED,
+    MOST_MAGNITUDE,
+    BlobError,
+    Codec,
+    SessionState,
+    read,
+)
 
 SPEC = (
     TensorSpec("m", (2, 3), "float32", -1e30),
@@ -268,3 +277,31 @@ def test_a_long_header_does_not_make_a_long_message() -> None:
     endless = "x" * 1_000_000
     for blob in (forged(format=endless), with_tensor("m", dtype=endless), forged(pending=endless)):
         assert len(refusal(blob)) <= LONGEST_MESSAGE
+
+
+EXTREMES = st.sampled_from([0.0, 1.0, 1e-38, 1e15, MOST_MAGNITUDE, 1.1e30, 3e38])
+
+
+@given(
+    position=st.integers(0, 2 * MOST_IMPORTED) | st.sampled_from([0, MOST_IMPORTED, LARGEST - 1]),
+    turn=st.integers(0, 2 * MOST_IMPORTED) | st.sampled_from([MOST_IMPORTED, LARGEST - 1]),
+    numbers=st.lists(EXTREMES, min_size=16, max_size=16),
+    sign=st.sampled_from([1, -1]),
+    turns=st.integers(1, 10**9),
+    tokens=st.integers(1, 10**15),
+)
+def test_any_number_of_turns_can_follow_what_was_imported(
+    position: int, turn: int, numbers: list[float], sign: int, turns: int, tokens: int
+) -> None:
+    """Forged as it may be: what is committed later can be read again."""
+    values = sign * np.array(numbers)
+    data = values[:12].astype(np.float32).tobytes() + values[12:].tobytes()
+    forged = SessionState(position, (), b"", b"", data, turn)
+    refused = max(position, turn) > MOST_IMPORTED or max(numbers) > MOST_MAGNITUDE
+    if refused or max(position, turn) >= LARGEST:
+        with pytest.raises(BlobError):
+            CODEC.decode_foreign(CODEC.encode(forged))
+        return
+    session = CODEC.decode_foreign(CODEC.encode(forged))
+    later = replace(session, position=position + tokens, turn=turn + turns)
+    assert CODEC.decode(CODEC.encode(later)) == later

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import sqlite3
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from server.errors import (
     TurnMismatch,
     UnfitState,
 )
+from server.sessions.clock import Clock
 from server.sessions.ledger import (
     After,
     Head,
@@ -59,9 +59,9 @@ def are_large(request: pytest.FixtureRequest) -> Iterator[bool]:
 @contextmanager
 def at(seconds: float) -> Iterator[None]:
     """The ledger's clock, so many seconds from now."""
-    real = time.time
+    real = Clock.now
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time, "time", lambda: real() + seconds)
+        patch.setattr(Clock, "now", lambda clock: real(clock) + seconds)
         yield
 
 

@@ -434,7 +434,9 @@ def test_a_file_is_on_the_disk_before_the_database_has_it(
     async def main() -> None:
         store = SQLiteStore(tmp_path / FILE, "async" if durability == "async" else "sync")
         if durability == "sync":
-            assert synced == [tmp_path.name]
+            folder, clock, *rest = synced
+            assert (folder, rest) == (tmp_path.name, [tmp_path.name])
+            assert clock.startswith(f".{FILE}-clock.")
         synced.clear()
         state = new_state("a", 1, b"large")
         store._writer.db.set_trace_callback(synced.append)

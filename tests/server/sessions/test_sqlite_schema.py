@@ -39,6 +39,7 @@ def test_nobody_else_can_read_what_is_stored(tmp_path: Path, umask: int) -> None
             assert {path.name: mode(path) for path in folder.iterdir()} == {
                 FILE: 0o600,
                 f"{FILE}-wal": 0o600,
+                f"{FILE}-clock": 0o600,
                 FILES: 0o700,
             }
             assert [mode(path) for path in (folder / FILES).iterdir()] == [0o600]

@@ -28,7 +28,7 @@ from server.sessions.store import Entry, KeptAnswer, Kind
 from server.sessions.tiers import Tiers
 from tests.server.sessions.stores import FILE
 
-SPEC = (TensorSpec("m", (2, 3), "float32", 0.0), TensorSpec("h", (1, 4), "float64", 0.0))
+SPEC = (TensorSpec("m", (2, 3), "float32", 0.0), TensorSpec("h", (1, 8), "float32", 0.0))
 STATE_BYTES = 24 + 32
 RECENT_BYTES = len(RecentTokens().to_bytes())
 CACHED_BYTES = STATE_BYTES + RECENT_BYTES
