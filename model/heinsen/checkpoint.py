@@ -23,7 +23,7 @@ from model.heinsen.config import describe as config_errors
 from model.heinsen.network import LanguageModel
 from model.kernels.linear import PART_SIZE
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
-from model.text import tokenizer
+from model.text import byte_level
 from model.text.tokenizer import Tokenizer, TokenizerError
 
 CONFIG, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = (
@@ -133,7 +133,7 @@ def import_state_dict(
         raise CheckpointError(config_errors(error)) from error
     try:
         network = build(config, read_weights(file), file, torch.device("cpu"))
-        words = check_tokenizer(tokenizer.read(tokenizer_file), config, tokenizer_file)
+        words = check_tokenizer(byte_level.read(tokenizer_file), config, tokenizer_file)
         template = None if template_file is None else _read_text(template_file)
         save(out, config, network.state_dict(), words, template)
     except (OSError, TokenizerError) as error:
@@ -168,7 +168,7 @@ def _read_text(path: Path) -> str:
 
 def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     path = folder / TOKENIZER
-    return check_tokenizer(tokenizer.read(path), config, path)
+    return check_tokenizer(byte_level.read(path), config, path)
 
 
 def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
