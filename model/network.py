@@ -129,7 +129,9 @@ class Description:
 
     vocab_size: int
     state_spec: StateSpec
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None if there is no such with it that fits."""
+
     chat_template: str | None
 
 
@@ -159,8 +161,16 @@ class Family(Protocol):
     def describe(self, path: Path) -> Description:
         """Without reading weights. Raises CheckpointError."""
 
-    def load(self, path: Path, device: torch.device, dtype: WeightDtype) -> Loaded[Network]:
+    def load(self, path: Path, device: torch.device, dtype: WeightDtype | None) -> Loaded[Network]:
         """Each weight comes in the dtype that it is served in, so that memory holds them once.
 
-        Raises CheckpointError.
+        Without one, it is the family's choice. Raises CheckpointError.
         """
+
+    def load_network(
+        self, path: Path, device: torch.device, dtype: WeightDtype, *, plain: bool = False
+    ) -> Network:
+        """Only the network, in plain torch if so asked for. Raises CheckpointError."""
+
+    def published_state(self, pool: StatePool, row: int) -> dict[str, Tensor]:
+        """A row's tensors as the network's publisher names and arranges them; maybe views."""

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from model import WeightDtype
 from model.files import write_file
+from model.heinsen.attention import AttentionState
 from model.heinsen.config import EXTENSIONS, ModelConfig
 from model.heinsen.config import describe as config_errors
 from model.heinsen.network import LanguageModel
 from model.kernels.linear import PART_SIZE
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
+from model.state import StatePool
 from model.text import byte_level
 from model.text.tokenizer import Tokenizer, TokenizerError
 
@@ -73,12 +75,36 @@ def describe(path: Path) -> Description:
 
 
 @checkpoint_errors()
-def load(path: Path, device: torch.device, dtype: WeightDtype = "float32") -> Loaded[LanguageModel]:
-    """A network that serves, its weights in this dtype. Raises CheckpointError."""
+def load(
+    path: Path, device: torch.device, dtype: WeightDtype | None = None
+) -> Loaded[LanguageModel]:
+    """A network that serves, its weights in this dtype; by default in what the device computes best
+    with. Raises CheckpointError."""
+    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     config, source = _read_folder(path), path / WEIGHTS
     network = _assemble(config, read_weights(source), source)
     words, template = _read_tokenizer(path, config), _read_template(path / CHAT_TEMPLATE)
     return Loaded(network.pack(dtype, device), words, template)
+
+
+@checkpoint_errors()
+def load_network(
+    path: Path, device: torch.device, dtype: WeightDtype, *, plain: bool = False
+) -> LanguageModel:
+    """Only the network, in plain torch if so asked for. Raises CheckpointError."""
+    if plain:
+        config, source = _read_folder(path), path / WEIGHTS
+        return build(config, read_weights(source), source, device)
+    return load(path, device, dtype).network
+
+
+def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
+    """`embed_pos`, and of each layer `layers.N.H_S` and `layers.N.H_Z`, as the paper has them."""
+    state = {"embed_pos": pool.tensors["h"][0, row]}
+    for number, layer in enumerate(AttentionState.of_layers(pool)):
+        h_s, h_z = layer.to_paper()
+        state |= {f"layers.{number}.H_S": h_s[row], f"layers.{number}.H_Z": h_z[row]}
+    return state
 
 
 @checkpoint_errors()

@@ -1,16 +1,18 @@
-"""RWKV-7 networks as a family: which paths are its, what they are, and loading them to be served."""
+"""RWKV-7 networks as a family: which paths are its, what they are, and loading them."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from model import WeightDtype
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
 from model.rwkv7.files import CONFIG, Source, open_source
 from model.rwkv7.network import RWKV7
 from model.rwkv7.weights import Builder
+from model.state import StatePool
 from model.text import world
 from model.text.tokenizer import Tokenizer, TokenizerError
 
@@ -81,6 +83,14 @@ def load_network(
 ) -> RWKV7:
     """Only the network, in plain torch if so asked for. Raises CheckpointError."""
     return _build(open_source(path), device, dtype, plain=plain)
+
+
+def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
+    """att_shift, ffn_shift `[layers, d_emb]`, wkv `[layers, heads, values, keys]`."""
+    att_shift, ffn_shift, wkv = (
+        pool.tensors[name][:, row] for name in ("att_shift", "ffn_shift", "wkv")
+    )
+    return {"att_shift": att_shift, "ffn_shift": ffn_shift, "wkv": wkv.mT}
 
 
 def _build(

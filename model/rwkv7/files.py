@@ -30,7 +30,6 @@ MARKS = {
     ".ffn.s_emb": "RWKV-7a, which has an embedding of each token in every layer",
     ".ffn.enn.": "RWKV-8, which has an embedding of each token in every layer",
     "rosa": "RWKV-8, which looks up what followed the same tokens before",
-    "_strategy": "weights converted for one strategy of the package rwkv; the original is read",
     ".att.time_maa": "RWKV-6, whose recurrence is another",
     ".att.time_mix_g": "RWKV-5, whose recurrence is another",
     ".att.ln_x": "RWKV-5, whose recurrence is another",
@@ -87,7 +86,7 @@ def open_source(path: Path) -> Source:
 
 
 def _open_pth(path: Path) -> Source:
-    tensors = read_pth(path)
+    tensors = read_tensors(path)
     _refuse_others(tensors, path)
     found = {
         name: _arranged(name, tensor)
@@ -99,7 +98,7 @@ def _open_pth(path: Path) -> Source:
     return Source(path, (path,), shapes, dtypes, _config(shapes, path), found.__getitem__)
 
 
-def read_pth(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """A dict of tensors, mapped into memory; no code of the file is run.
 
     Raises CheckpointError, and OSError when it cannot be opened.
@@ -112,7 +111,10 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a file of plain tensors: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{path}: not a dict of tensors by name")
-    _refuse_others(content, path)
+    if "_strategy" in content:
+        raise CheckpointError(
+            f"{path}: weights converted for one strategy of the package rwkv; the original is read"
+        )
     if others := [name for name, tensor in content.items() if not isinstance(tensor, Tensor)]:
         raise CheckpointError(f"{path}: {others[0]} is not a tensor")
     return content

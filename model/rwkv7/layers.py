@@ -2,7 +2,7 @@
 
 The letters are those of the official weights (`att.x_r`, `att.k_k`, `ffn.x_k`, ...):
 
-    x_*         how much of the token before is mixed in, for receptance, decay w, key, value, rate a, gate g
+    x_*         shares of the token before: for receptance, decay w, key, value, rate a, gate g
     w, a, v, g  low-rank maps: to decays, in-context rates, shares of layer 0's value, gates
     k_k, k_a    scales of the key that is removed, and of the rate's effect on the key that is added
     r_k         weights of the bonus that the token itself gets
@@ -35,7 +35,9 @@ class Norm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return F.layer_norm(
+            x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+        )
 
 
 @dataclass(frozen=True)

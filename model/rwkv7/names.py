@@ -1,7 +1,7 @@
 """The tensors of an RWKV-7 network by their official names, and what others call them.
 
-Official names and shapes, but for vectors, which are flat here, and the low-rank maps `w1`, `w2` and
-so on, which are `[out, in]` here like all others.
+Official names and shapes, but for vectors, which are flat here, and the low-rank maps `w1`, `w2`
+and so on, which are `[out, in]` here like all others.
 """
 
 import re

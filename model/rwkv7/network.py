@@ -34,7 +34,7 @@ class RWKV7:
         """`why_plain`: why it is not compiled; nothing if it is, from `PackedLinear` maps."""
         self.config, self.weights = config, weights
         self.num_parameters, self.weight_bytes = num_parameters, weight_bytes
-        self._compiled: CompiledNetwork | None = None
+        self._compiled: "CompiledNetwork | None" = None
         self.backend = f"plain torch ({why_plain})"
         if not why_plain:
             from model.kernels.cpu.compilation import target
@@ -84,7 +84,7 @@ class RWKV7:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, pool: StatePool) -> Tensor:
-        """Advance the batch's rows by its tokens: logits `[wanted, vocab_size]` where it wants them.
+        """Advance the batch's rows by its tokens: the logits that it wants `[wanted, vocab_size]`.
 
         Compiled, a row's bits depend neither on its company nor on how its tokens were cut.
         Raises IndexError for a token or row that there is not.
@@ -109,8 +109,7 @@ class RWKV7:
 
     @torch.inference_mode()
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """Logits `[batch, vocab_size]` after the last token that each of `rows` has read. Nothing is
-        read."""
+        """Logits `[batch, vocab_size]` after the last token that each row has read; none is."""
         if self._compiled is not None:
             return self._compiled.logits(pool, rows)
         return self._logits(pool.tensors["last"][0, torch.tensor(rows, device=pool.device)])

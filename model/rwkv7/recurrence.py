@@ -3,8 +3,8 @@
     S_t = S_{t-1} diag(w_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T        y_t = S_t r_t
 
 for each head, with S `[value channels, key channels]`, the decay w in (exp(-exp(-1/2)), 1), the
-normalised key to remove a = -kk and b = kk * rate (arXiv 2503.14456, eqs. 16 to 18). States are held
-transposed, `[..., key channels, value channels]`. Both functions take and return the same.
+normalised key to remove a = -kk and b = kk * rate (arXiv 2503.14456). States are held transposed,
+ `[..., key channels, value channels]`. Both functions take and return the same.
 """
 
 import torch
@@ -15,8 +15,8 @@ CHUNK = 64
 float32 holds with all digits."""
 
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""r, log w, k, v, a, b, all `[batch, tokens, heads, channels]`. A token of which log w, k and a are 0
-leaves the state as it was."""
+"""r, log w, k, v, a, b, all `[batch, tokens, heads, channels]`. A token of which log w, k and a
+are 0 leaves the state as it was."""
 
 
 def recurrent(vectors: Vectors, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ from model.weights import check_finite
 
 
 class Builder:
-    """Reads each tensor once. Decays and what they are made of stay float32; with int8, low-rank maps
-    and the embedding are bfloat16."""
+    """Reads each tensor once. Decays and what they are made of stay float32; with int8, low-rank
+    maps and the embedding are bfloat16."""
 
     def __init__(
         self, source: Source, device: torch.device, dtype: WeightDtype, *, plain: bool = False

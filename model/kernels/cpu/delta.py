@@ -10,9 +10,19 @@ from numba.extending import intrinsic
 
 @intrinsic(prefer_literal=True)
 def delta_rule(
-    _typing: Any, size: Any, s: Any, s_at: Any, r: Any, w: Any, k: Any, v: Any, a: Any, b: Any, y: Any
+    _typing: Any,
+    size: Any,
+    s: Any,
+    _s_at: Any,
+    r: Any,
+    w: Any,
+    k: Any,
+    v: Any,
+    a: Any,
+    b: Any,
+    y: Any,
 ) -> Any:
-    """s = diag(w) s + b (s^T a)^T + k v^T; y = s^T r, for s `[size, size]` from its place `s_at` on.
+    """s = diag(w) s + b (s^T a)^T + k v^T; y = s^T r, for s `[size, size]` from a place of it on.
 
     Of the vectors `[size]`, each contiguous, v and y belong to the columns of s. Rows of s stay in
     registers, as vectors of LLVM's: that much Numba cannot be told in Python. Sums go from the
@@ -56,9 +66,7 @@ def delta_rule(
             builder.position_at_end(after)
             return result
 
-        matrix = builder.bitcast(
-            builder.gep(address(1, one), [args[2]]), vector.as_pointer()
-        )
+        matrix = builder.bitcast(builder.gep(address(1, one), [args[2]]), vector.as_pointer())
         r, w, k, a, b = (address(place, one) for place in (3, 4, 5, 7, 8))
         v = builder.load(address(6, vector), align=4)
 

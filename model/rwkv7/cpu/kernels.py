@@ -53,8 +53,8 @@ def shifts(
 ) -> None:  # fmt: skip
     """u = norm(x), and mixed[i] = u + (the u of the token before - u) * shares[i].
 
-    x, u `[tokens, d]`, mixed `[inputs, tokens, d]`, shares `[inputs, d]`; owner `[tokens]` says which
-    sequence a token is of; before the first token of one comes before[index[sequence]].
+    x, u `[tokens, d]`, mixed `[inputs, tokens, d]`, shares `[inputs, d]`; owner `[tokens]`: the
+    sequence that a token is of; before the first token of one comes before[index[sequence]].
     """
     tokens, d = x.shape
     first, last = tid * tokens // n, (tid + 1) * tokens // n

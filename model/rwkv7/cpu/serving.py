@@ -80,13 +80,15 @@ class CompiledNetwork:
         return a
 
     def _space(self, tokens: int, normed: int, a: NDArray[np.void]) -> NDArray[np.float32]:
-        """Space for what is computed on the way, of so many tokens, and so many rows that are normed
-        for the head; its parts are entered in `a`."""
+        """Space for what is computed on the way, of so many tokens, with its parts entered in `a`.
+
+        `normed`: rows that are normed at a time, in a layer or for the head.
+        """
         c = self._config
         d = c.d_emb
         counts = {
             "u": normed * d,
-            **{name: tokens * d for name in ("x", "r", "k", "v", "v_first")},
+            **dict.fromkeys(("x", "r", "k", "v", "v_first"), tokens * d),
             "mixed": 6 * tokens * d,
             "hidden": tokens * c.d_ffn,
             "decay_space": tokens * c.decay_rank,

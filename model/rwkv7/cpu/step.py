@@ -81,9 +81,7 @@ def _norm(at: Any, d: Any) -> Any:
 
 
 @jit
-def _times(
-    at: Any, dtype: Any, x: Any, y: Any, add: bool, tid: int, n: int
-) -> None:
+def _times(at: Any, dtype: Any, x: Any, y: Any, add: bool, tid: int, n: int) -> None:
     """y = x @ weight^T, or y += it, this thread's share; `at` is a WEIGHT."""
     w, scale, bias = weight(at, x.shape[1], y.shape[1], dtype)
     product(x, w, scale, bias, y, add, tid, n)
