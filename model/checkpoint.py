@@ -24,7 +24,7 @@ from model.network import (
     checkpoint_errors,
 )
 from model.rwkv7 import checkpoint as rwkv7
-from model.state import StatePool
+from model.state import RowState, StatePool
 
 __all__ = [
     "Checkpoint",
@@ -36,6 +36,7 @@ __all__ = [
     "load",
     "load_network",
     "published_state",
+    "read_initial_state",
 ]
 
 FAMILIES: tuple[Family, ...] = (heinsen, rwkv7)
@@ -91,6 +92,14 @@ def load_network(
 def published_state(path: Path, pool: StatePool, row: int) -> dict[str, Tensor]:
     """A row's tensors as the network's publisher names and arranges them."""
     return _family_of(path).published_state(pool, row)
+
+
+def read_initial_state(path: Path, file: Path) -> RowState:
+    """What the checkpoint's sequences may begin with: for `StatePool.write_row`.
+
+    Raises CheckpointError.
+    """
+    return _family_of(path).read_initial_state(path, file)
 
 
 def fingerprint(path: Path) -> str:

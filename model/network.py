@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model import WeightDtype
 from model.batch import Batch
-from model.state import StatePool, StateSpec
+from model.state import RowState, StatePool, StateSpec
 from model.text.tokenizer import Tokenizer, TokenizerError
 
 
@@ -171,6 +171,12 @@ class Family(Protocol):
         self, path: Path, device: torch.device, dtype: WeightDtype, *, plain: bool = False
     ) -> Network:
         """Only the network, in plain torch if so asked for. Raises CheckpointError."""
+
+    def read_initial_state(self, path: Path, file: Path) -> RowState:
+        """What the checkpoint's sequences may begin with, from a file of the publisher's format.
+
+        Raises CheckpointError.
+        """
 
     def published_state(self, pool: StatePool, row: int) -> dict[str, Tensor]:
         """A row's tensors as the network's publisher names and arranges them; maybe views."""

@@ -24,7 +24,7 @@ from model.heinsen.config import describe as config_errors
 from model.heinsen.network import LanguageModel
 from model.kernels.linear import PART_SIZE
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
-from model.state import StatePool
+from model.state import RowState, StatePool
 from model.text import byte_level
 from model.text.tokenizer import Tokenizer, TokenizerError
 
@@ -105,6 +105,11 @@ def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
         h_s, h_z = layer.to_paper()
         state |= {f"layers.{number}.H_S": h_s[row], f"layers.{number}.H_Z": h_z[row]}
     return state
+
+
+def read_initial_state(path: Path, file: Path) -> RowState:
+    """There are none for this family. Raises CheckpointError."""
+    raise CheckpointError(f"{file}: {path} is of the family {name}, which has no initial states")
 
 
 @checkpoint_errors()

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from model import WeightDtype
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
+from model.rwkv7 import initial_state
 from model.rwkv7.files import CONFIG, Source, open_source
 from model.rwkv7.network import RWKV7
 from model.rwkv7.weights import Builder
-from model.state import StatePool
+from model.state import RowState, StatePool
 from model.text import world
 from model.text.tokenizer import Tokenizer, TokenizerError
 
@@ -74,7 +75,7 @@ def load(path: Path, device: torch.device, dtype: WeightDtype | None = None) -> 
     words = _read_tokenizer(source)
     ends = {*source.config.eos, *words.special_tokens.values()}
     source = replace(source, config=replace(source.config, eos=tuple(sorted(ends))))
-    return Loaded(_build(source, device, dtype), words, None)
+    return Loaded(build(source, device, dtype), words, None)
 
 
 @checkpoint_errors()
@@ -82,7 +83,7 @@ def load_network(
     path: Path, device: torch.device, dtype: WeightDtype | None = None, *, plain: bool = False
 ) -> RWKV7:
     """Only the network, in plain torch if so asked for. Raises CheckpointError."""
-    return _build(open_source(path), device, dtype, plain=plain)
+    return build(open_source(path), device, dtype, plain=plain)
 
 
 def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
@@ -93,9 +94,16 @@ def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
     return {"att_shift": att_shift, "ffn_shift": ffn_shift, "wkv": wkv.mT}
 
 
-def _build(
-    source: Source, device: torch.device, dtype: WeightDtype | None, *, plain: bool = False
+@checkpoint_errors()
+def read_initial_state(path: Path, file: Path) -> RowState:
+    """A tuned initial state of the checkpoint's network. Raises CheckpointError."""
+    return initial_state.read(file, open_source(path).config)
+
+
+def build(
+    source: Source, device: torch.device, dtype: WeightDtype | None = None, *, plain: bool = False
 ) -> RWKV7:
+    """Raises CheckpointError for weights that are not finite."""
     stored = source.dtypes["blocks.0.att.key.weight"]
     builder = Builder(source, device, dtype or DTYPES[stored], plain=plain)
     weights = builder.weights()

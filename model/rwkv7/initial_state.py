@@ -1,4 +1,4 @@
-"""Tuned initial states: a state, learned for a purpose, that sequences begin with in place of zeros.
+"""Tuned initial states: what sequences begin with in place of zeros, learned for a purpose.
 
 Published as `.pth` with `blocks.N.att.time_state` `[heads, value channels, key channels]` of each
 layer, as of its wkv: for RWKV-7 they are not transposed, as those of RWKV-5 and 6 are. Token shifts

@@ -105,7 +105,7 @@ class TimeMix:
         return added, s, v_first
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, self.r_k.shape)
+        return x.view(*x.shape[:-1], *self.r_k.shape)
 
 
 @dataclass(frozen=True)

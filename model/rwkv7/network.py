@@ -34,14 +34,17 @@ class RWKV7:
         """`why_plain`: why it is not compiled; nothing if it is, from `PackedLinear` maps."""
         self.config, self.weights = config, weights
         self.num_parameters, self.weight_bytes = num_parameters, weight_bytes
-        self._compiled: "CompiledNetwork | None" = None
+        self._compiled: CompiledNetwork | None = None
         self.backend = f"plain torch ({why_plain})"
         if not why_plain:
-            from model.kernels.cpu.compilation import target
-            from model.rwkv7.cpu.serving import CompiledNetwork
+            self._compile()
 
-            self._compiled = CompiledNetwork(config, weights, self.num_threads)
-            self.backend = f"compiled for {target()}"
+    def _compile(self) -> None:
+        from model.kernels.cpu.compilation import target
+        from model.rwkv7.cpu.serving import CompiledNetwork
+
+        self._compiled = CompiledNetwork(self.config, self.weights, self.num_threads)
+        self.backend = f"compiled for {target()}"
 
     @property
     def vocab_size(self) -> int:

@@ -40,7 +40,7 @@ def chunked(vectors: Vectors, s: Tensor) -> tuple[Tensor, Tensor]:
     so the u of a chunk solve a triangular system, and all else are masked products.
     """
     parts = []
-    for chunk in zip(*(x.split(CHUNK, 1) for x in vectors), strict=True):
+    for chunk in zip(*(torch.split(x, CHUNK, 1) for x in vectors), strict=True):
         y, s = _chunk(tuple(x.transpose(1, 2) for x in chunk), s)
         parts.append(y.transpose(1, 2))
     return torch.cat(parts, 1), s
