@@ -19,6 +19,8 @@ from model.text.tokenizer import Tokenizer, TokenizerError
 
 name = "rwkv7"
 
+CHAT_TEMPLATE = "chat_template.jinja"
+
 DTYPES: dict[torch.dtype, WeightDtype] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -61,7 +63,7 @@ def describe(path: Path) -> Description:
         vocab_size=source.config.vocab_size,
         state_spec=source.config.state_spec,
         tokenizer=words,
-        chat_template=None,
+        chat_template=_read_template(path),
     )
 
 
@@ -75,7 +77,7 @@ def load(path: Path, device: torch.device, dtype: WeightDtype | None = None) -> 
     words = _read_tokenizer(source)
     ends = {*source.config.eos, *words.special_tokens.values()}
     source = replace(source, config=replace(source.config, eos=tuple(sorted(ends))))
-    return Loaded(build(source, device, dtype), words, None)
+    return Loaded(build(source, device, dtype), words, _read_template(path))
 
 
 @checkpoint_errors()
@@ -114,6 +116,15 @@ def build(
 
 def _folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
+
+
+def _read_template(path: Path) -> str | None:
+    """The one beside the weights."""
+    beside = _folder(path) / CHAT_TEMPLATE
+    try:
+        return beside.read_text("utf-8") if beside.exists() else None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{beside}: not UTF-8 text: {error}") from error
 
 
 def _read_tokenizer(source: Source) -> Tokenizer:

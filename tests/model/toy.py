@@ -16,7 +16,7 @@ from torch import Tensor
 from model import WeightDtype
 from model.batch import Batch
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
-from model.state import StatePool, StateSpec, TensorSpec
+from model.state import RowState, StatePool, StateSpec, TensorSpec
 from model.text import byte_level
 
 name = "toy"
@@ -128,11 +128,26 @@ def describe(path: Path) -> Description:
 
 
 @checkpoint_errors()
-def load(path: Path, device: torch.device, dtype: WeightDtype) -> Loaded[Toy]:
-    if (device.type, dtype) != ("cpu", "float32"):
+def load(path: Path, device: torch.device, dtype: WeightDtype | None) -> Loaded[Toy]:
+    if (device.type, dtype or "float32") != ("cpu", "float32"):
         raise CheckpointError(f"{path}: a toy is float32 on a CPU, not {dtype} on {device}")
     network = Toy(_config(path), **load_file(path / "toy.safetensors"))
     return Loaded(network, byte_level.read(path / "tokenizer.json"), None)
+
+
+def load_network(
+    path: Path, device: torch.device, dtype: WeightDtype, *, plain: bool = False
+) -> Toy:
+    del plain
+    return load(path, device, dtype).network
+
+
+def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
+    return {"mean": pool.tensors["mean"][0, row]}
+
+
+def read_initial_state(path: Path, file: Path) -> RowState:
+    raise CheckpointError(f"{file}: not for {path}: a toy has no initial states")
 
 
 def _config(path: Path) -> Config:
