@@ -32,9 +32,9 @@ def check_finite(name: str, tensor: Tensor, source: Path) -> Tensor:
 
     Raises CheckpointError.
     """
-    for part in torch.split(tensor.flatten(), PART_SIZE):
-        if not torch.isfinite(part.float()).all():
-            raise CheckpointError(f"{source}: {name} is not all finite numbers")
+    parts = torch.split(tensor.flatten(), PART_SIZE)
+    if not tensor.is_floating_point() or not all(torch.isfinite(p.float()).all() for p in parts):
+        raise CheckpointError(f"{source}: {name} is not all finite numbers")
     return tensor
 
 

@@ -22,11 +22,11 @@ from model.heinsen.attention import AttentionState
 from model.heinsen.config import EXTENSIONS, ModelConfig
 from model.heinsen.config import describe as config_errors
 from model.heinsen.network import LanguageModel
-from model.kernels.linear import PART_SIZE
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
 from model.state import RowState, StatePool
 from model.text import byte_level
 from model.text.tokenizer import Tokenizer, TokenizerError
+from model.weights import check_finite, check_shapes
 
 CONFIG, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = (
     "config.json",
@@ -258,17 +258,8 @@ def _check(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> 
     """The network without memory for its weights, if these are its weights."""
     network = _check_shapes(config, {name: w.shape for name, w in weights.items()}, source)
     for name, tensor in weights.items():
-        if not _is_finite(tensor):
-            raise CheckpointError(f"{source}: {name} is not all finite numbers")
+        check_finite(name, tensor, source)
     return network
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether it is all finite in float32; a part at a time, so that no copy of it is made."""
-    parts = torch.split(tensor.flatten(), PART_SIZE)
-    return tensor.is_floating_point() and all(
-        bool(torch.isfinite(part.float()).all()) for part in parts
-    )
 
 
 def _check_shapes(
@@ -282,15 +273,7 @@ def _check_shapes(
     except (RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{source}: no network is of the config's sizes: {error}") from error
     expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}
-    if missing := [name for name in expected if name not in shapes]:
-        raise CheckpointError(f"{source}: {_some(missing)} missing")
-    if unexpected := [name for name in shapes if name not in expected]:
-        raise CheckpointError(f"{source}: {_some(unexpected)} not part of this network")
-    for name, shape in expected.items():
-        if tuple(shapes[name]) != shape:
-            raise CheckpointError(
-                f"{source}: {name} is {list(shapes[name])}, the config says {list(shape)}"
-            )
+    check_shapes(shapes, expected, source)
     return network
 
 
@@ -301,8 +284,3 @@ def check_tokenizer(words: Tokenizer, config: ModelConfig, source: Path) -> Toke
             f"{source}: {words.num_tokens} tokens, but the network has vocab_sz {config.vocab_sz}"
         )
     return words
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

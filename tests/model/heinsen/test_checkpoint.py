@@ -142,7 +142,7 @@ def count(weights: Weights) -> None:
         (drop, "layers.1.feedforward1.1.bias missing"),
         (dict.clear, " and 16 more missing"),
         (add, "layers.2.extra not part of this network"),
-        (turn, "layers.0.feedforward2.2.weight is [32, 31], the config says [32, 32]"),
+        (turn, "layers.0.feedforward2.2.weight is [32, 31], not [32, 32] as in this network"),
         (put(float("nan")), "lnorm.bias is not all finite numbers"),
         (put(float("-inf")), "lnorm.bias is not all finite numbers"),
         (enlarge, "lnorm.bias is not all finite numbers"),

@@ -1,6 +1,7 @@
 """Small random networks in the publishers' formats, and the definition in float64 beside them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,16 @@ def official(made: Weights) -> Weights:
 def save_pth(path: Path, made: Weights) -> Path:
     torch.save(official(made), path)
     return path
+
+
+def save_with_vocabulary(folder: Path) -> Path:
+    """A `.pth` of 300 tokens beside a vocabulary of all bytes and a few words."""
+    tokens = [*(bytes([byte]) for byte in range(256)), b" the", b" cat", b" sat", b" mat"]
+    lines = (f"{i} {token!r} {len(token)}" for i, token in enumerate(tokens, 1))
+    folder.mkdir()
+    (folder / "rwkv_vocab_test.txt").write_text("\n".join(lines) + "\n")
+    config = replace(SMALL, vocab_size=300, d_emb=64, num_heads=1)
+    return save_pth(folder / "model.pth", weights(config))
 
 
 def fla(made: Weights) -> Weights:
