@@ -67,7 +67,8 @@ class Builder:
     def _embed(self) -> Tensor:
         weight = self._tensor("emb.weight")
         narrowed, _ = narrow(weight, self._small, self._device)
-        return narrowed.clone() if narrowed is weight else narrowed  # a mapped file may change
+        is_mapped = narrowed.data_ptr() == weight.data_ptr()
+        return narrowed.clone() if is_mapped else narrowed  # a mapped file may change
 
     def _linear(
         self, name: str, dtype: WeightDtype | None = None, bias: Tensor | None = None
