@@ -75,7 +75,7 @@ A folder of model/ that is not named here is a family's.
 
 ONLY_IN = {
     "torch": ("model", "server.engine"),
-    "triton": ("model.kernels.cuda", "model.heinsen.cuda", "model.decoding.cuda"),
+    "triton": tuple(f"model.{part}.cuda" for part in ("kernels", "heinsen", "rwkv7", "decoding")),
     "numba": tuple(f"model.{part}.cpu" for part in ("kernels", "heinsen", "rwkv7", "decoding")),
     "llvmlite": ("model.kernels.cpu",),
     "llguidance": ("model.decoding.grammar",),

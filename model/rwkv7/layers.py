@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels.linear import NarrowLinear, PackedLinear
-from model.rwkv7.recurrence import Vectors, chunked
+from model.rwkv7.recurrence import Recurrence, Vectors
 
 Linear = NarrowLinear | PackedLinear
 
@@ -76,7 +76,13 @@ class TimeMix:
     """Of each head by itself."""
 
     def __call__(
-        self, x: Tensor, before: Tensor, s: Tensor, v_first: Tensor | None, padding: Tensor | None
+        self,
+        x: Tensor,
+        before: Tensor,
+        s: Tensor,
+        v_first: Tensor | None,
+        padding: Tensor | None,
+        recurrence: Recurrence,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x, before `[batch, tokens, d_emb]`, s `[batch, heads, key, value]`, padding
         `[batch, tokens]` -> what is added to the residual stream, s, and layer 0's value."""
@@ -97,7 +103,7 @@ class TimeMix:
         if padding is not None:
             mask = padding[..., None, None]
             vectors = (r, *(t.masked_fill(mask, 0) for t in vectors[1:]))  # type: ignore[assignment]
-        y, s = chunked(vectors, s)
+        y, s = recurrence(vectors, s)
         y = F.group_norm(y.flatten(0, 1), y.shape[2], eps=self.norm.eps).view(y.shape)
         y = y.flatten(2) * self.norm.weight + self.norm.bias
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v_heads
@@ -151,7 +157,7 @@ States = Mapping[str, Tensor]
 
 
 def read(
-    weights: Weights, ids: Tensor, lengths: Tensor, states: States
+    weights: Weights, ids: Tensor, lengths: Tensor, states: States, recurrence: Recurrence
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """ids `[batch, tokens]`, of which each sequence has the first lengths `[batch]`, at least one.
 
@@ -168,7 +174,9 @@ def read(
     for number, layer in enumerate(weights.layers):
         u = layer.time_norm(x)
         before = _shifted(u, states["att_shift"][number])
-        added, s, v_first = layer.time_mix(u, before, states["wkv"][number], v_first, mask)
+        added, s, v_first = layer.time_mix(
+            u, before, states["wkv"][number], v_first, mask, recurrence
+        )
         x = x + added
         after["att_shift"].append(u[rows, ends])
         after["wkv"].append(s)

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch
+from model.kernels import cuda
 from model.kernels.cpu.team import num_threads
 from model.network import Recordable
 from model.rwkv7.config import Config
 from model.rwkv7.layers import Weights, read
-from model.rwkv7.recurrence import CHUNK
+from model.rwkv7.recurrence import CHUNK, Recurrence, chunked
 from model.state import StatePool, StateSpec
 
 if TYPE_CHECKING:
@@ -35,9 +36,17 @@ class RWKV7:
         self.config, self.weights = config, weights
         self.num_parameters, self.weight_bytes = num_parameters, weight_bytes
         self._compiled: CompiledNetwork | None = None
+        self.recurrence: Recurrence = chunked
+        """What plain torch reads with."""
+
         self.backend = f"plain torch ({why_plain})"
         if not why_plain:
             self._compile()
+        elif self.device.type == "cuda" and cuda.is_available():
+            from model.rwkv7.cuda.recurrence import fused
+
+            self.recurrence = fused
+            self.backend = "plain torch, with a Triton kernel for the recurrence"
 
     def _compile(self) -> None:
         from model.kernels.cpu.compilation import target
@@ -104,7 +113,7 @@ class RWKV7:
             places = torch.from_numpy(padded).to(device)
             rows = torch.tensor([batch.rows[i] for i in group], device=device)
             states = {name: values[:, rows] for name, values in pool.tensors.items()}
-            read_x, after = read(self.weights, ids, lengths, states)
+            read_x, after = read(self.weights, ids, lengths, states, self.recurrence)
             for name, values in after.items():
                 pool.tensors[name][:, rows] = values
             x[places[places >= 0]] = read_x[places >= 0]

@@ -7,6 +7,8 @@ normalised key to remove a = -kk and b = kk * rate (arXiv 2503.14456). States ar
  `[..., key channels, value channels]`. Both functions take and return the same.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,10 @@ float32 holds with all digits."""
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """r, log w, k, v, a, b, all `[batch, tokens, heads, channels]`. A token of which log w, k and a
 are 0 leaves the state as it was."""
+
+
+Recurrence = Callable[[Vectors, Tensor], tuple[Tensor, Tensor]]
+"""`recurrent`, or what computes the same."""
 
 
 def recurrent(vectors: Vectors, s: Tensor) -> tuple[Tensor, Tensor]:

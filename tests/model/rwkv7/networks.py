@@ -72,8 +72,13 @@ def source(config: Config, made: Weights | None = None) -> Source:
     )
 
 
-def network(config: Config = SMALL, dtype: WeightDtype = "float32", plain: bool = False) -> RWKV7:
-    return build(source(config), CPU, dtype, plain=plain)
+def network(
+    config: Config = SMALL,
+    dtype: WeightDtype = "float32",
+    plain: bool = False,
+    device: torch.device = CPU,
+) -> RWKV7:
+    return build(source(config), device, dtype, plain=plain)
 
 
 def official(made: Weights) -> Weights:

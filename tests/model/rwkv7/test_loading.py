@@ -61,7 +61,7 @@ def test_loading_holds_no_weight_twice(
 ) -> None:
     """Embedding and head are the largest weights."""
     small = networks.save_pth(tmp_path / "small.pth", networks.weights(SMALL))
-    config = replace(SMALL, vocab_size=32_000, d_emb=512, num_heads=8, num_layers=10, d_ffn=2048)
+    config = replace(SMALL, vocab_size=24_000, d_emb=512, num_heads=8, num_layers=6, d_ffn=2048)
     made = networks.weights(config, stored)
     if folder:
         large = networks.save_hf(tmp_path / "large", config, made, num_shards=2)
