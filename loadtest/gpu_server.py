@@ -22,7 +22,7 @@ from model import WeightDtype, checkpoint
 from model.decoding.sampling import SamplingParams
 from model.heinsen.checkpoint import save
 from model.heinsen.network import LanguageModel
-from model.text.tokenizer import Tokenizer
+from model.text.byte_level import ByteLevelTokenizer
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import Continuation, EngineRequest, Event, Finished, RowGivenUp
 from server.metrics import Metrics
@@ -37,7 +37,7 @@ def write_checkpoint(network: LanguageModel, folder: Path) -> None:
         vocab[MARK + "".join(LETTERS[int(digit)] for digit in str(token_id))] = token_id
     words = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     words.decoder = decoders.ByteLevel()
-    save(folder, network.config, network.state_dict(), Tokenizer(words), None)
+    save(folder, network.config, network.state_dict(), ByteLevelTokenizer(words), None)
 
 
 def engine_rate(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import platformdirs
 import torch
+from torch import Tensor
 
 from model import WeightDtype
 from model.files import check_file, read_file, write_file
@@ -22,6 +23,8 @@ from model.network import (
     Network,
     checkpoint_errors,
 )
+from model.rwkv7 import checkpoint as rwkv7
+from model.state import RowState, StatePool
 
 __all__ = [
     "Checkpoint",
@@ -31,9 +34,12 @@ __all__ = [
     "import_state_dict",
     "is_checkpoint",
     "load",
+    "load_network",
+    "published_state",
+    "read_initial_state",
 ]
 
-FAMILIES: tuple[Family, ...] = (heinsen,)
+FAMILIES: tuple[Family, ...] = (heinsen, rwkv7)
 
 DIGESTS = platformdirs.user_cache_path("latentd") / "digests.json"
 """Digests of large files, by what tells whether a file is still the same."""
@@ -57,8 +63,11 @@ class Checkpoint(Loaded[Network]):
     """Of the first of its files, in seconds of Unix time."""
 
 
-def load(path: Path, device: torch.device, dtype: WeightDtype = "float32") -> Checkpoint:
-    """A network that serves, with weights of this dtype. Raises CheckpointError."""
+def load(path: Path, device: torch.device, dtype: WeightDtype | None = None) -> Checkpoint:
+    """A network that serves, with weights of this dtype, or of the one that suits it best.
+
+    Raises CheckpointError.
+    """
     family = _family_of(path)
     loaded = family.load(path, device, dtype)
     with checkpoint_errors():
@@ -73,6 +82,26 @@ def describe(path: Path) -> Description:
     return _family_of(path).describe(path)
 
 
+def load_network(
+    path: Path, device: torch.device, dtype: WeightDtype, *, plain: bool = False
+) -> Network:
+    """Only the network, in plain torch if so asked for. Raises CheckpointError."""
+    return _family_of(path).load_network(path, device, dtype, plain=plain)
+
+
+def published_state(path: Path, pool: StatePool, row: int) -> dict[str, Tensor]:
+    """A row's tensors as the network's publisher names and arranges them."""
+    return _family_of(path).published_state(pool, row)
+
+
+def read_initial_state(path: Path, file: Path) -> RowState:
+    """What the checkpoint's sequences may begin with: for `StatePool.write_row`.
+
+    Raises CheckpointError.
+    """
+    return _family_of(path).read_initial_state(path, file)
+
+
 def fingerprint(path: Path) -> str:
     """That of the loaded checkpoint. Raises CheckpointError."""
     digest = hashlib.sha256()
@@ -84,7 +113,7 @@ def fingerprint(path: Path) -> str:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a family claims the path, be the checkpoint whole or not."""
-    return any(family.matches(path) for family in FAMILIES)
+    return _is_gguf(path) or any(family.matches(path) for family in FAMILIES)
 
 
 def _family_of(path: Path) -> Family:
@@ -92,10 +121,24 @@ def _family_of(path: Path) -> Family:
     for family in FAMILIES:
         if family.matches(path):
             return family
+    if _is_gguf(path):
+        raise CheckpointError(
+            f"{path}: GGUF is llama.cpp's format, with quantisations of its own: it is not read; "
+            "serve the publisher's files, with --dtype int8 if they are to be small"
+        )
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint folder or file")
     names = ", ".join(family.name for family in FAMILIES)
     raise CheckpointError(f"{path}: not a checkpoint of a known family ({names})")
+
+
+def _is_gguf(path: Path) -> bool:
+    """By its first bytes, whatever its name."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def _file_digest(path: Path) -> str:

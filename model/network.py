@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model import WeightDtype
 from model.batch import Batch
-from model.state import StatePool, StateSpec
+from model.state import RowState, StatePool, StateSpec
 from model.text.tokenizer import Tokenizer, TokenizerError
 
 
@@ -129,7 +129,9 @@ class Description:
 
     vocab_size: int
     state_spec: StateSpec
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None if there is no such with it that fits."""
+
     chat_template: str | None
 
 
@@ -159,8 +161,22 @@ class Family(Protocol):
     def describe(self, path: Path) -> Description:
         """Without reading weights. Raises CheckpointError."""
 
-    def load(self, path: Path, device: torch.device, dtype: WeightDtype) -> Loaded[Network]:
+    def load(self, path: Path, device: torch.device, dtype: WeightDtype | None) -> Loaded[Network]:
         """Each weight comes in the dtype that it is served in, so that memory holds them once.
+
+        Without one, it is the family's choice. Raises CheckpointError.
+        """
+
+    def load_network(
+        self, path: Path, device: torch.device, dtype: WeightDtype, *, plain: bool = False
+    ) -> Network:
+        """Only the network, in plain torch if so asked for. Raises CheckpointError."""
+
+    def read_initial_state(self, path: Path, file: Path) -> RowState:
+        """What the checkpoint's sequences may begin with, from a file of the publisher's format.
 
         Raises CheckpointError.
         """
+
+    def published_state(self, pool: StatePool, row: int) -> dict[str, Tensor]:
+        """A row's tensors as the network's publisher names and arranges them; maybe views."""

@@ -195,7 +195,7 @@ def _read(path: Path) -> _Reference:
         config = ModelConfig.model_validate_json(facts["config"])
         prefix = "weights."
         names = {n.removeprefix(prefix): n for n in shapes if n.startswith(prefix)}
-        checkpoint.check_shapes(config, {n: shapes[of] for n, of in names.items()}, path)
+        checkpoint.network_of_shapes(config, {n: shapes[of] for n, of in names.items()}, path)
         expected = _expected_shapes(config, shapes)
         for name, shape in expected.items():
             if shapes[name] != shape:

@@ -197,11 +197,17 @@ def generate(
 @app.command()
 def verify(
     files: Annotated[list[Path], typer.Argument(help="Files of reference outputs.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Model whose outputs they are, if its weights are not in them."),
+    ] = None,
 ) -> None:
     """Compare this implementation with outputs of the reference implementation.
 
     Exit status 1 if an error is above its tolerance.
     """
+    if checkpoint is not None:
+        _compare(files, checkpoint)
     from model.verify import LOGITS_TOLERANCE, STATE_TOLERANCE, VerifyError, verify_file
 
     table = Table("file", "mode", "logits", "state", "greedy ids", "")
@@ -227,6 +233,35 @@ def verify(
         "for the state"
     )
     raise typer.Exit(0 if ok else 1)
+
+
+def _compare(files: list[Path], model: Path) -> None:
+    from model.checkpoint import CheckpointError
+    from model.expected import LOGITS_TOLERANCE, STATE_TOLERANCE, compare
+    from model.verify import VerifyError
+
+    table = Table("file", "backend", "read", "logits", "state", "greedy ids", "")
+    faults = []
+    try:
+        for file in files:
+            for found in compare(file, model):
+                errors = (f"{found.logits_error:.1e}", f"{found.state_error:.1e}")
+                agrees = "agree" if found.greedy_agrees else "differ"
+                result = "ok" if found.ok else "FAILED"
+                table.add_row(file.name, found.backend, found.pieces, *errors, agrees, result)
+                where = f"{file.name}, {found.backend}, {found.pieces}"
+                faults += [f"{where}: {fault}" for fault in found.faults]
+    except (VerifyError, CheckpointError) as error:
+        raise fail(error) from error
+    console = Console()
+    console.print(table)
+    for fault in faults:
+        print(fault)
+    console.print(
+        f"worst errors; tolerance {LOGITS_TOLERANCE:g} for logits, {STATE_TOLERANCE:g} relative "
+        "for the state"
+    )
+    raise typer.Exit(1 if faults else 0)
 
 
 @app.command("inspect")

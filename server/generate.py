@@ -7,7 +7,7 @@ from pathlib import Path
 
 from model import WeightDtype
 from model.decoding.sampling import SamplingParams
-from server.engine.device import choose_device, choose_dtype, choose_threads, load
+from server.engine.device import choose_device, choose_threads, load
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import (
     Continuation,
@@ -42,7 +42,7 @@ def generate(
     """
     device, _ = choose_device(device_name)
     report = partial(print, file=sys.stderr, flush=True)
-    loaded = load(folder, device, choose_dtype(dtype, device), report)
+    loaded = load(folder, device, dtype, report)
     choose_threads(threads, loaded.network)
     bos = loaded.network.bos
     token_ids = (*([] if bos is None else [bos]), *loaded.tokenizer.encode(prompt))

@@ -22,7 +22,7 @@ from server import __version__, logs
 from server.api.app import create_app, drain
 from server.api.conversation import TemplateFault
 from server.connections import uvicorn_config
-from server.engine.device import choose_device, choose_dtype, choose_threads, load
+from server.engine.device import choose_device, choose_threads, load
 from server.fronts.carrier import App
 from server.fronts.keeper import FrontFailed, Keeper
 from server.keys import KeyFileError, read_keys
@@ -79,7 +79,7 @@ def _serve_on(
     device, device_reason = choose_device(settings.device)
     report = partial(print, flush=True)
     report(f"loading    {settings.checkpoint}")
-    loaded = load(settings.checkpoint, device, choose_dtype(settings.dtype, device), report)
+    loaded = load(settings.checkpoint, device, settings.dtype, report)
     device_reason += f", {choose_threads(settings.threads, loaded.network)}"
     store = SQLiteStore(settings.data_dir / STORE_FILE, settings.durability)
     report(_facts(settings, loaded, device_reason))

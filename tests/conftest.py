@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from model.heinsen import checkpoint
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
-from model.text import tokenizer
+from model.text import byte_level
 
 torch.set_num_threads(1)
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -59,7 +59,7 @@ def quick_interpreter() -> None:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a network of 2 layers and 300 tokens that has learned nothing."""
-    words = tokenizer.train(["the cat sat on the mat and then"], 300, ["<|endoftext|>"])
+    words = byte_level.train(["the cat sat on the mat and then"], 300, ["<|endoftext|>"])
     end = words.special_tokens["<|endoftext|>"]
     config = ModelConfig(
         vocab_sz=300,

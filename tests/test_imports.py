@@ -19,7 +19,7 @@ VERSION = "server.__version__"
 FACTS = ("model.PRETRAINED", "model.WeightDtype")
 BELOW_FAMILIES = (
     *(*FACTS, "model.files", "model.batch", "model.state", "model.network"),
-    *("model.kernels", "model.text"),
+    *("model.kernels", "model.text", "model.weights"),
 )
 """What a family's folder may import beside itself."""
 
@@ -31,9 +31,11 @@ MAY_IMPORT = {
     "model.network": (*FACTS, "model.batch", "model.state", "model.text"),
     "model.kernels": (*FACTS, "model.kernels"),
     "model.text": ("model.text",),
+    "model.weights": ("model.kernels", "model.network"),
     "model.decoding": (*BELOW_FAMILIES, "model.decoding"),
     "model.checkpoint": ("model",),
     "model.verify": ("model",),
+    "model.expected": ("model",),
     "model.training": ("model",),
     "server": (),
     "server.settings": ("model.PRETRAINED", "model.WeightDtype"),
@@ -73,8 +75,8 @@ A folder of model/ that is not named here is a family's.
 
 ONLY_IN = {
     "torch": ("model", "server.engine"),
-    "triton": ("model.kernels.cuda", "model.heinsen.cuda", "model.decoding.cuda"),
-    "numba": ("model.kernels.cpu", "model.heinsen.cpu", "model.decoding.cpu"),
+    "triton": tuple(f"model.{part}.cuda" for part in ("kernels", "heinsen", "rwkv7", "decoding")),
+    "numba": tuple(f"model.{part}.cpu" for part in ("kernels", "heinsen", "rwkv7", "decoding")),
     "llvmlite": ("model.kernels.cpu",),
     "llguidance": ("model.decoding.grammar",),
     "fastapi": ("server.api",),
@@ -273,7 +275,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_the_families_are_found() -> None:
-    assert {family_of(module) for module in MODULES} == {None, "model.heinsen"}
+    assert {family_of(module) for module in MODULES} == {None, "model.heinsen", "model.rwkv7"}
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if is_within(m, "server")))

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from model import WeightDtype
 from model.files import check_file, read_file, write_file
+from model.heinsen.attention import AttentionState
 from model.heinsen.config import EXTENSIONS, ModelConfig
 from model.heinsen.config import describe as config_errors
 from model.heinsen.network import LanguageModel
-from model.kernels.linear import PART_SIZE
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
-from model.text import tokenizer
+from model.state import RowState, StatePool
+from model.text import byte_level
 from model.text.tokenizer import Tokenizer, TokenizerError
+from model.weights import check_finite, check_shapes
 
 CONFIG, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = (
     "config.json",
@@ -62,7 +64,7 @@ def describe(path: Path) -> Description:
     """Without reading weights. Raises CheckpointError."""
     config, source = _read_folder(path), path / WEIGHTS
     shapes, dtypes = _read_header(source)
-    network = check_shapes(config, shapes, source)
+    network = network_of_shapes(config, shapes, source)
     return Description(
         sizes=config.model_dump(),
         num_parameters=network.num_parameters,
@@ -76,20 +78,49 @@ def describe(path: Path) -> Description:
 
 
 @checkpoint_errors()
-def load(path: Path, device: torch.device, dtype: WeightDtype = "float32") -> Loaded[LanguageModel]:
-    """A network that serves, its weights in this dtype. Raises CheckpointError."""
+def load(
+    path: Path, device: torch.device, dtype: WeightDtype | None = None
+) -> Loaded[LanguageModel]:
+    """A network that serves, its weights in this dtype; by default in what the device computes best
+    with. Raises CheckpointError."""
+    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     config, source = _read_folder(path), path / WEIGHTS
-    check_shapes(config, _read_header(source)[0], source)  # before gigabytes are read
+    network_of_shapes(config, _read_header(source)[0], source)  # before gigabytes are read
     network = _assemble(config, read_weights(source), source)
     words, template = _read_tokenizer(path, config), _read_template(path / CHAT_TEMPLATE)
     return Loaded(network.pack(dtype, device), words, template)
 
 
 @checkpoint_errors()
+def load_network(
+    path: Path, device: torch.device, dtype: WeightDtype, *, plain: bool = False
+) -> LanguageModel:
+    """Only the network, in plain torch if so asked for. Raises CheckpointError."""
+    if plain:
+        config, source = _read_folder(path), path / WEIGHTS
+        return build(config, read_weights(source), source, device)
+    return load(path, device, dtype).network
+
+
+def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
+    """`embed_pos`, and of each layer `layers.N.H_S` and `layers.N.H_Z`, as the paper has them."""
+    state = {"embed_pos": pool.tensors["h"][0, row]}
+    for number, layer in enumerate(AttentionState.of_layers(pool)):
+        h_s, h_z = layer.to_paper()
+        state |= {f"layers.{number}.H_S": h_s[row], f"layers.{number}.H_Z": h_z[row]}
+    return state
+
+
+def read_initial_state(path: Path, file: Path) -> RowState:
+    """There are none for this family. Raises CheckpointError."""
+    raise CheckpointError(f"{file}: {path} is of the family {name}, which has no initial states")
+
+
+@checkpoint_errors()
 def load_trainable(path: Path, device: torch.device) -> Loaded[LanguageModel]:
     """A network to train, its weights in float32. Raises CheckpointError."""
     config, source = _read_folder(path), path / WEIGHTS
-    check_shapes(config, _read_header(source)[0], source)
+    network_of_shapes(config, _read_header(source)[0], source)
     network = build(config, read_weights(source), source, device)
     words, template = _read_tokenizer(path, config), _read_template(path / CHAT_TEMPLATE)
     return Loaded(network.requires_grad_().train(), words, template)
@@ -138,7 +169,7 @@ def import_state_dict(
         raise CheckpointError(config_errors(error)) from error
     try:
         network = build(config, read_weights(file), file, torch.device("cpu"))
-        words = check_tokenizer(tokenizer.read(tokenizer_file), config, tokenizer_file)
+        words = check_tokenizer(byte_level.read(tokenizer_file), config, tokenizer_file)
         template = None if template_file is None else _read_text(template_file)
         save(out, config, network.state_dict(), words, template)
     except (OSError, TokenizerError) as error:
@@ -173,7 +204,7 @@ def _read_text(path: Path) -> str:
 
 def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     path = folder / TOKENIZER
-    return check_tokenizer(tokenizer.read(path), config, path)
+    return check_tokenizer(byte_level.read(path), config, path)
 
 
 def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
@@ -230,22 +261,13 @@ def _assemble(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) 
 
 def _check(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> LanguageModel:
     """The network without memory for its weights, if these are its weights."""
-    network = check_shapes(config, {name: w.shape for name, w in weights.items()}, source)
+    network = network_of_shapes(config, {name: w.shape for name, w in weights.items()}, source)
     for name, tensor in weights.items():
-        if not _is_finite(tensor):
-            raise CheckpointError(f"{source}: {name} is not all finite numbers")
+        check_finite(name, tensor, source)
     return network
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether it is all finite in float32; a part at a time, so that no copy of it is made."""
-    parts = torch.split(tensor.flatten(), PART_SIZE)
-    return tensor.is_floating_point() and all(
-        bool(torch.isfinite(part.float()).all()) for part in parts
-    )
-
-
-def check_shapes(
+def network_of_shapes(
     config: ModelConfig, shapes: Mapping[str, Sequence[int]], source: Path
 ) -> LanguageModel:
     """The network without memory for its weights, if its weights have these shapes."""
@@ -257,15 +279,7 @@ def check_shapes(
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{source}: no network is of the config's sizes: {reason}") from error
     expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}
-    if missing := [name for name in expected if name not in shapes]:
-        raise CheckpointError(f"{source}: {_some(missing)} missing")
-    if unexpected := [name for name in shapes if name not in expected]:
-        raise CheckpointError(f"{source}: {_some(unexpected)} not part of this network")
-    for name, shape in expected.items():
-        if tuple(shapes[name]) != shape:
-            raise CheckpointError(
-                f"{source}: {name} is {list(shapes[name])}, the config says {list(shape)}"
-            )
+    check_shapes(shapes, expected, source)
     return network
 
 
@@ -276,8 +290,3 @@ def check_tokenizer(words: Tokenizer, config: ModelConfig, source: Path) -> Toke
             f"{source}: {words.num_tokens} tokens, but the network has vocab_sz {config.vocab_sz}"
         )
     return words
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from model.heinsen import checkpoint
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
-from model.text import tokenizer
+from model.text import byte_level
 from model.text.tokenizer import Tokenizer
 from model.training.corpus import IGNORED, Lanes, read_documents
 from model.training.evaluate import bits_per_byte
@@ -232,7 +232,7 @@ def _prepare(
     if source is not None:
         loaded = checkpoint.load_trainable(source, device)
         return loaded.network, loaded.tokenizer
-    words = tokenizer.train(texts, shape.vocab_sz, SPECIAL_TOKENS)
+    words = byte_level.train(texts, shape.vocab_sz, SPECIAL_TOKENS)
     special = words.special_tokens
     config = shape.model_copy(
         update={

@@ -19,7 +19,7 @@ import typer
 
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
-from model.text import tokenizer
+from model.text import byte_level
 from model.text.tokenizer import Tokenizer
 from model.training.corpus import read_documents
 from model.training.evaluate import bits_per_byte
@@ -96,7 +96,7 @@ def main(
         raise typer.BadParameter(f"there is no {unknown[0]}", param_hint="--variant")
     texts = [text for file in train for text in beginning(read_documents(file), train_characters)]
     held_out = {file: beginning(read_documents(file), HELD_OUT_CHARACTERS) for file in valid}
-    words = tokenizer.train(texts, vocab_sz, SPECIAL_TOKENS)
+    words = byte_level.train(texts, vocab_sz, SPECIAL_TOKENS)
     documents = encode_documents(words, texts, sized({}, num_parameters, words), 4096)
     print(f"{sum(map(len, documents)):,} tokens of text", flush=True)
     for name, seed in runs(results, variants, seeds):

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from model.checkpoint import describe, fingerprint, is_checkpoint
 from model.files import MOST_BLOB_BYTES, check_file, read_file
+from model.text.tokenizer import Tokenizer
 from server.cli.tables import plain, print_facts, print_table
 from server.sessions.codec import FORMAT, BlobError, Codec, read
 
@@ -57,8 +58,7 @@ def _print_model(path: Path) -> None:
     facts = {
         "parameters": f"{model.num_parameters:,}",
         "weights": f"{model.weight_bytes:,} bytes of {', '.join(model.weight_dtypes)}",
-        "vocabulary": f"{model.vocab_size:,}, of which the tokenizer has "
-        f"{model.tokenizer.num_tokens:,}",
+        "vocabulary": f"{model.vocab_size:,}, {_tokenizer(model.tokenizer)}",
         "chat": "no template" if model.chat_template is None else "template",
         "session": f"{spec.num_bytes:,} bytes, at any length",
     }
@@ -69,6 +69,12 @@ def _print_model(path: Path) -> None:
         shape = " ".join(map(str, tensor.shape))
         table.add_row(tensor.name, tensor.dtype, shape, f"{tensor.num_bytes:,}")
     print_table(table)
+
+
+def _tokenizer(tokenizer: Tokenizer | None) -> str:
+    if tokenizer is None:
+        return "without a tokenizer that fits"
+    return f"of which the tokenizer has {tokenizer.num_tokens:,}"
 
 
 def _print_header(

@@ -26,13 +26,6 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     return torch.device("cpu"), f"cpu{why}"
 
 
-def choose_dtype(asked: WeightDtype | None, device: torch.device) -> WeightDtype:
-    """The weights' dtype: as asked for, or what the device computes best with."""
-    if asked is not None:
-        return asked
-    return "bfloat16" if device.type == "cuda" else "float32"
-
-
 def choose_threads(threads: int | None, network: Network) -> str:
     """Set how many CPU threads a step uses at most: as asked for, or what the cores allow with one
     left for the clients where there are more than two.
@@ -54,9 +47,9 @@ def choose_threads(threads: int | None, network: Network) -> str:
 
 
 def load(
-    folder: Path, device: torch.device, dtype: WeightDtype, report: Callable[[str], None]
+    folder: Path, device: torch.device, dtype: WeightDtype | None, report: Callable[[str], None]
 ) -> Checkpoint:
-    """A checkpoint to serve. Raises CheckpointError.
+    """A checkpoint to serve, by default in the dtype that suits it best. Raises CheckpointError.
 
     If machine code is compiled, which takes long, `report` is called with a line before and after.
     """

@@ -35,7 +35,7 @@ def digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_path_of_no_family_is_refused(folder: Path) -> None:
     for path, reason in (
         (folder / "nothing", "no such checkpoint folder"),
-        (folder / "config.json", "not a checkpoint of a known family (heinsen)"),
+        (folder / "config.json", "not a checkpoint of a known family (heinsen, rwkv7)"),
     ):
         assert not is_checkpoint(path)
         for refuse in (checkpoint.describe, fingerprint, lambda p: checkpoint.load(p, CPU)):

@@ -20,6 +20,7 @@ from model.network import Network
 from model.state import StatePool
 from tests.model import toy
 from tests.model.calls import prefill, step
+from tests.model.rwkv7 import networks as rwkv7
 
 MOST, VOCAB = 34, 500
 CONFIGS = {
@@ -57,6 +58,7 @@ def untrained(name: str, steep: bool = False) -> LanguageModel:
 NETWORKS: dict[str, Network] = {
     **{name: served(name) for name in CONFIGS},
     "steep": served("log", steep=True),
+    "rwkv7": rwkv7.network(),
     "toy": toy.make(toy.Config(VOCAB)),
 }
 """Those whose bits do not depend on the number of tokens that are computed together."""
@@ -69,7 +71,7 @@ FUSED = [
     for name in ("log", "linear")
     for marks in [(pytest.mark.gpu, pytest.mark.long)]
 ]
-PLAIN = [pytest.param((name, "plain"), id=f"{name} plain") for name in CONFIGS]
+PLAIN = [pytest.param((name, "plain"), id=f"{name} plain") for name in (*CONFIGS, "rwkv7")]
 SERVED = [pytest.param((name, "served"), id=name) for name in NETWORKS]
 each_backend = pytest.mark.parametrize("backend", [*SERVED, *PLAIN, *FUSED], indirect=True)
 
@@ -79,6 +81,8 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> Network:
     """A network as it runs on some device."""
     name, kind = request.param
     match kind:
+        case "plain" if name == "rwkv7":
+            return rwkv7.network(plain=True)
         case "plain":
             return untrained(name)
         case "fused":

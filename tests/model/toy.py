@@ -16,8 +16,8 @@ from torch import Tensor
 from model import WeightDtype
 from model.batch import Batch
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
-from model.state import StatePool, StateSpec, TensorSpec
-from model.text import tokenizer
+from model.state import RowState, StatePool, StateSpec, TensorSpec
+from model.text import byte_level
 
 name = "toy"
 
@@ -89,7 +89,7 @@ def make(config: Config) -> Toy:
 
 def save(path: Path) -> Path:
     """A checkpoint with the tokenizer of a few words."""
-    words = tokenizer.train(["the cat sat on the mat and then"], 300, ["<|endoftext|>"])
+    words = byte_level.train(["the cat sat on the mat and then"], 300, ["<|endoftext|>"])
     config = Config(vocab_size=300, end=words.special_tokens["<|endoftext|>"])
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"model_type": name} | asdict(config)))
@@ -122,17 +122,32 @@ def describe(path: Path) -> Description:
         weight_dtypes=["F32"],
         vocab_size=config.vocab_size,
         state_spec=config.state_spec,
-        tokenizer=tokenizer.read(path / "tokenizer.json"),
+        tokenizer=byte_level.read(path / "tokenizer.json"),
         chat_template=None,
     )
 
 
 @checkpoint_errors()
-def load(path: Path, device: torch.device, dtype: WeightDtype) -> Loaded[Toy]:
-    if (device.type, dtype) != ("cpu", "float32"):
+def load(path: Path, device: torch.device, dtype: WeightDtype | None) -> Loaded[Toy]:
+    if (device.type, dtype or "float32") != ("cpu", "float32"):
         raise CheckpointError(f"{path}: a toy is float32 on a CPU, not {dtype} on {device}")
     network = Toy(_config(path), **load_file(path / "toy.safetensors"))
-    return Loaded(network, tokenizer.read(path / "tokenizer.json"), None)
+    return Loaded(network, byte_level.read(path / "tokenizer.json"), None)
+
+
+def load_network(
+    path: Path, device: torch.device, dtype: WeightDtype, *, plain: bool = False
+) -> Toy:
+    del plain
+    return load(path, device, dtype).network
+
+
+def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
+    return {"mean": pool.tensors["mean"][0, row]}
+
+
+def read_initial_state(path: Path, file: Path) -> RowState:
+    raise CheckpointError(f"{file}: not for {path}: a toy has no initial states")
 
 
 def _config(path: Path) -> Config:

@@ -7,12 +7,13 @@ import pytest
 
 from model import checkpoint
 from tests.model import toy
+from tests.model.rwkv7 import networks as rwkv7
 from tests.server.api.calls import complete, text_of
 from tests.server.cli.commands import latentd
 from tests.server.live import live_server, tiny_settings
 
 
-@pytest.fixture(params=["heinsen", "toy"])
+@pytest.fixture(params=["heinsen", "rwkv7", "toy"])
 def folder(
     request: pytest.FixtureRequest,
     tiny_checkpoint: Path,
@@ -22,6 +23,8 @@ def folder(
     """A checkpoint of a family; the toy's is known for as long as the test runs."""
     if request.param == "heinsen":
         return tiny_checkpoint
+    if request.param == "rwkv7":
+        return rwkv7.save_with_vocabulary(tmp_path / "rwkv7")
     monkeypatch.setattr(checkpoint, "FAMILIES", (*checkpoint.FAMILIES, toy))
     return toy.save(tmp_path / "toy")
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from model.decoding.grammar.errors import GrammarBusyError, GrammarError
 from model.decoding.grammar.source import GrammarSpec, library_source
 from model.decoding.grammar.vocabulary import Vocabulary
-from model.text.tokenizer import Tokenizer
+from model.text import formats
 
 CPU_S = 60
 """Processor time of one source if nobody is left to end the process."""
@@ -158,7 +158,7 @@ def _compile(vocabulary: Vocabulary, spec: GrammarSpec) -> Trial:
 def main() -> None:
     """Compile what is asked for until there is nothing more."""
     hello = json.loads(sys.stdin.readline())
-    tokenizer = Tokenizer.from_json(hello["tokenizer"])
+    tokenizer = formats.from_json(hello["tokenizer"])
     vocabulary = Vocabulary(tokenizer, hello["vocab_sz"], hello["end_ids"])
     limit_memory()
     print("ready", flush=True)

@@ -31,10 +31,16 @@ def _variance(x: Any, mean: Any) -> Any:
 def layer_norm(x: Any, weight: Any, bias: Any, y: Any, tid: int, n: int) -> None:
     """y = (x - mean) / sqrt(variance + 1e-5) * weight + bias; x, y `[rows, d]`."""
     for r in range(tid, len(x), n):
-        mean = _mean(x[r])
-        inverse = float32(1.0) / np.sqrt(_variance(x[r], mean) + float32(1e-5))
-        for j in range(x.shape[1]):
-            y[r, j] = (x[r, j] - mean) * inverse * weight[j] + bias[j]
+        norm(x[r], weight, bias, float32(1e-5), y[r])
+
+
+@jit
+def norm(x: Any, weight: Any, bias: Any, eps: Any, y: Any) -> None:
+    """y = (x - mean) / sqrt(variance + eps) * weight + bias; x and y, which may be x, `[d]`."""
+    mean = _mean(x)
+    inverse = float32(1.0) / np.sqrt(_variance(x, mean) + eps)
+    for j in range(len(x)):
+        y[j] = (x[j] - mean) * inverse * weight[j] + bias[j]
 
 
 @jit

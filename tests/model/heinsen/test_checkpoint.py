@@ -18,7 +18,7 @@ from model.checkpoint import CheckpointError, fingerprint
 from model.heinsen import checkpoint
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
-from model.text import tokenizer
+from model.text import byte_level
 
 CPU = torch.device("cpu")
 Weights = dict[str, Tensor]
@@ -49,7 +49,7 @@ def refusal(folder: Path) -> str:
 def test_what_is_saved_is_loaded(
     options: dict[str, Any], template: str | None, tmp_path: Path
 ) -> None:
-    words = tokenizer.train(["a b c"], 280, ["<|endoftext|>"])
+    words = byte_level.train(["a b c"], 280, ["<|endoftext|>"])
     config = ModelConfig(
         vocab_sz=290, d_emb=8, n_layers=2, n_heads=2, d_key=4, d_val=3, eos_token_ids=(0, 3),
         **options,
@@ -142,7 +142,7 @@ def count(weights: Weights) -> None:
         (drop, "layers.1.feedforward1.1.bias missing"),
         (dict.clear, " and 16 more missing"),
         (add, "layers.2.extra not part of this network"),
-        (turn, "layers.0.feedforward2.2.weight is [32, 31], the config says [32, 32]"),
+        (turn, "layers.0.feedforward2.2.weight is [32, 31], not [32, 32] as in this network"),
         (put(float("nan")), "lnorm.bias is not all finite numbers"),
         (put(float("-inf")), "lnorm.bias is not all finite numbers"),
         (enlarge, "lnorm.bias is not all finite numbers"),
@@ -200,7 +200,7 @@ def test_a_chat_template_that_is_not_text_is_refused(folder: Path) -> None:
 
 
 def test_a_tokenizer_larger_than_the_network_is_refused(folder: Path) -> None:
-    words = tokenizer.train([f"{i}word{i * i}" for i in range(99)], 310, ["<|endoftext|>"])
+    words = byte_level.train([f"{i}word{i * i}" for i in range(99)], 310, ["<|endoftext|>"])
     assert words.num_tokens == 310
     (folder / "tokenizer.json").write_text(words.to_json())
     assert refusal(folder).endswith("tokenizer.json: 310 tokens, but the network has vocab_sz 300")

@@ -12,7 +12,7 @@ from model import WeightDtype
 from model.heinsen import checkpoint
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
-from model.text import tokenizer
+from model.text import byte_level
 
 ROOT = Path(__file__).parents[3]
 
@@ -66,7 +66,7 @@ def test_loading_holds_no_weight_twice(
     tmp_path: Path, tiny_checkpoint: Path, stored: torch.dtype, dtype: WeightDtype
 ) -> None:
     """The largest weight, the embedding, is a third of all, like that of the published network."""
-    words = tokenizer.train(["the cat sat"], 300, ["<|endoftext|>"])
+    words = byte_level.train(["the cat sat"], 300, ["<|endoftext|>"])
     config = ModelConfig(vocab_sz=24_000, d_emb=512, n_layers=10, n_heads=16)
     torch.manual_seed(0)
     weights = {name: w.to(stored) for name, w in LanguageModel(config).state_dict().items()}

@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from model.text import tokenizer
+from model.text import byte_level
 from model.training import requests
 from model.training.corpus import read_documents
 from model.training.requests import CHAT_TEMPLATE, chat, subjects
@@ -33,7 +33,7 @@ def test_a_subject_is_named_first_and_again(story: str, expected: list[str]) -> 
 
 
 def test_a_chat_is_what_the_template_makes_of_it() -> None:
-    words = tokenizer.train([KING], 300, SPECIAL_TOKENS)
+    words = byte_level.train([KING], 300, SPECIAL_TOKENS)
     served = Conversation(CHAT_TEMPLATE, words, 0, 0)
     asked, answer = Said("user", "A story, please.", None), Said("assistant", KING, None)
     first, again = chat("A story, please.", KING), chat("A story, please.", "")

@@ -17,7 +17,7 @@ from model.checkpoint import fingerprint
 from model.heinsen import checkpoint
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
-from model.text import tokenizer
+from model.text import byte_level
 from model.training import requests, train
 from model.training.evaluate import bits_per_byte
 from model.training.train import Recipe, Schedule, Trainer, encode_documents, joined
@@ -34,7 +34,7 @@ RECIPE = Recipe(
     weight_decay=0.1,
     seed=0,
 )
-WORDS = tokenizer.train(["the cat sat on the mat"], 280, ["<|endoftext|>"])
+WORDS = byte_level.train(["the cat sat on the mat"], 280, ["<|endoftext|>"])
 
 
 def network(seed: int = 0, **changes: Any) -> LanguageModel:

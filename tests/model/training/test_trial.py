@@ -9,11 +9,11 @@ import typer
 from typer.testing import CliRunner
 
 from model.heinsen.network import LanguageModel
-from model.text import tokenizer
+from model.text import byte_level
 from model.training import trial
 from model.training.trial import VARIANTS, runs, sized
 
-WORDS = tokenizer.train(["the cat sat on the mat"], 300, ["<|endoftext|>"])
+WORDS = byte_level.train(["the cat sat on the mat"], 300, ["<|endoftext|>"])
 
 
 @pytest.mark.long

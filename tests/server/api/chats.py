@@ -7,7 +7,7 @@ import torch
 from model.heinsen import checkpoint
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
-from model.text import tokenizer
+from model.text import byte_level
 
 TEMPLATE = """\
 {%- for message in messages -%}
@@ -26,7 +26,7 @@ SPECIAL = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 
 def make_checkpoint(folder: Path, template: str | None = TEMPLATE) -> Path:
     """A network of 2 layers that has learned nothing, with tokens for roles."""
-    words = tokenizer.train(["the cat sat on the mat and then"], 310, SPECIAL)
+    words = byte_level.train(["the cat sat on the mat and then"], 310, SPECIAL)
     config = ModelConfig(
         vocab_sz=310,
         d_emb=32,

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.text import tokenizer
+from model.text import byte_level
 from model.text.tokenizer import Tokenizer
 from server.api.conversation import Conversation, Said, TemplateFault, UnfitMessages
 from server.api.schemas.chat import Message
 from tests.server.api.chats import SPECIAL, TEMPLATE
 
-WORDS = tokenizer.train(["the cat sat on the mat and then"], 310, SPECIAL)
+WORDS = byte_level.train(["the cat sat on the mat and then"], 310, SPECIAL)
 MOST = 10_000
 NAMES = {token_id: name for name, token_id in WORDS.special_tokens.items()}
 
@@ -103,7 +103,7 @@ def test_usual_text_reaches_a_template_as_it_is() -> None:
 
 
 def test_a_special_token_of_one_character_is_text_too() -> None:
-    words = tokenizer.train(["the cat"], 300, ["\N{SECTION SIGN}", "<|end|>"])
+    words = byte_level.train(["the cat"], 300, ["\N{SECTION SIGN}", "<|end|>"])
     ids = conversation("{{ messages[0].content }}<|end|>", words).begin(
         [Said("user", "\N{SECTION SIGN}")], MOST
     )

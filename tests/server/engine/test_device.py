@@ -12,7 +12,7 @@ from model.heinsen.cpu import serving
 from model.heinsen.network import LanguageModel
 from model.kernels import cuda
 from model.kernels.cpu import team
-from server.engine.device import DeviceError, choose_device, choose_dtype, choose_threads
+from server.engine.device import DeviceError, choose_device, choose_threads
 
 
 @pytest.fixture(autouse=True)
@@ -91,12 +91,6 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert choose_device("cpu") == (torch.device("cpu"), "cpu")
     with pytest.raises(DeviceError, match="no CUDA device"):
         choose_device("cuda")
-
-
-def test_a_gpu_has_bfloat16_weights_unless_others_are_asked_for() -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [choose_dtype(None, each) for each in (cpu, gpu)] == ["float32", "bfloat16"]
-    assert [choose_dtype("int8", each) for each in (cpu, gpu)] == ["int8", "int8"]
 
 
 @pytest.mark.skipif(not cuda.is_available(), reason="needs Triton")

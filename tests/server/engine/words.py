@@ -1,6 +1,6 @@
 """A tokenizer of few words for tests of text."""
 
-from model.text.tokenizer import train
+from model.text.byte_level import train
 
 WORDS = train(["a banana and an ananas"], 260, ["<|endoftext|>"])
 

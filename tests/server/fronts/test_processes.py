@@ -17,7 +17,7 @@ import torch
 from model.heinsen import checkpoint
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
-from model.text import tokenizer
+from model.text import byte_level
 from tests.patience import PATIENCE_S, PROGRAM_S, wait_until
 from tests.server.api.calls import BODY, complete, send, stream, streamed_text, text_of
 from tests.server.processes import ServerProcess, server_process
@@ -34,7 +34,7 @@ ENDLESS = {"prompt": "a", "max_tokens": 60_000, "stream": True, "ignore_eos": Tr
 @pytest.fixture(scope="module")
 def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network whose state has more than two megabytes."""
-    words = tokenizer.train(["the cat sat on the mat and then"], 300, ["<|endoftext|>"])
+    words = byte_level.train(["the cat sat on the mat and then"], 300, ["<|endoftext|>"])
     end = words.special_tokens["<|endoftext|>"]
     config = ModelConfig(
         vocab_sz=300,

@@ -8,14 +8,14 @@ from model import PRETRAINED
 from model.decoding.grammar import (
     GrammarCompiler,
 )
-from model.text import tokenizer
+from model.text import byte_level
 from model.text.tokenizer import Tokenizer
 from tests.model.decoding.grammar.texts import ENDS, VOCAB_SZ
 
 
 @pytest.fixture(scope="session")
 def tokens() -> Tokenizer:
-    return tokenizer.read(PRETRAINED / "tokenizer.json")
+    return byte_level.read(PRETRAINED / "tokenizer.json")
 
 
 @pytest.fixture(scope="session")

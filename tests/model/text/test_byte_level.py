@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from model.text import tokenizer
-from model.text.tokenizer import Detokenizer, Tokenizer, TokenizerError, TooManyTokens
+from model.text import byte_level
+from model.text.byte_level import ByteLevelTokenizer
+from model.text.tokenizer import Detokenizer, TokenizerError, TooManyTokens
 
 TEXTS = ["the cat sat on the mat, and the café was naïve 日本語 🙂🙂 " * 3, "  two\n\n\tspaces"]
 SPECIAL = ["<|endoftext|>", "<|user|>"]
-WORDS = tokenizer.train(TEXTS, 300, SPECIAL)
+WORDS = byte_level.train(TEXTS, 300, SPECIAL)
 ANY_TEXT = st.text(
     st.characters(exclude_categories=["Cs"]) | st.sampled_from("éñ日🙂 the cat")
 ).filter(lambda text: not any(name in text for name in SPECIAL))
@@ -64,15 +65,15 @@ def test_a_long_text_has_the_tokens_of_its_pieces(parts: list[str], piece: int) 
     text = "".join(parts)
     whole, as_text = WORDS.encode(text), WORDS.encode_text(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.text.tokenizer.PIECE", piece)
-        patch.setattr("model.text.tokenizer.SEARCHED_TOGETHER", 4)
+        patch.setattr("model.text.byte_level.PIECE", piece)
+        patch.setattr("model.text.byte_level.SEARCHED_TOGETHER", 4)
         assert WORDS.encode(text) == whole
         assert WORDS.encode_text(text) == as_text
 
 
 def test_only_where_a_word_ends_a_text_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.text.tokenizer.PIECE", 3)
-    monkeypatch.setattr("model.text.tokenizer.SEARCHED_TOGETHER", 4)
+    monkeypatch.setattr("model.text.byte_level.PIECE", 3)
+    monkeypatch.setattr("model.text.byte_level.SEARCHED_TOGETHER", 4)
     found = list(WORDS._pieces("ab cd  ef 7 gh'x ij k"))
     assert found == ["ab cd  ef 7 gh'x", " ij k"]
 
@@ -155,7 +156,7 @@ def test_ids_without_a_token_have_no_text() -> None:
 def test_added_tokens_that_are_not_special_are_text() -> None:
     inner = tokenizers.Tokenizer.from_str(WORDS.to_json())
     inner.add_tokens(["Ünïcode"])
-    more = Tokenizer(inner)
+    more = ByteLevelTokenizer(inner)
     assert more.num_tokens == 301
     assert more.encode("Ünïcode") == [300]
     assert more.decode([300]) == "Ünïcode"
@@ -164,7 +165,7 @@ def test_added_tokens_that_are_not_special_are_text() -> None:
 def test_a_tokenizer_survives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(WORDS.to_json(), "utf-8")
-    found = tokenizer.read(path)
+    found = byte_level.read(path)
     assert found.token_bytes == WORDS.token_bytes
     assert found.special_tokens == WORDS.special_tokens
     assert found.encode(TEXTS[0]) == WORDS.encode(TEXTS[0])
@@ -173,15 +174,15 @@ def test_a_tokenizer_survives_its_file(tmp_path: Path) -> None:
 def test_other_kinds_of_tokenizers_are_refused() -> None:
     words = tokenizers.Tokenizer(models.WordLevel({"hello": 0, "?": 1}, unk_token="?"))
     with pytest.raises(TokenizerError, match="ByteLevel, not None"):
-        Tokenizer(words)
+        ByteLevelTokenizer(words)
     words.decoder = decoders.Metaspace()
     with pytest.raises(TokenizerError, match="ByteLevel, not Metaspace"):
-        Tokenizer(words)
+        ByteLevelTokenizer(words)
     foreign = tokenizers.Tokenizer(models.WordLevel({"▁hello": 0, "?": 1}, unk_token="?"))
     foreign.pre_tokenizer = pre_tokenizers.ByteLevel()
     foreign.decoder = decoders.ByteLevel()
     with pytest.raises(TokenizerError, match="'▁' in token '▁hello'"):
-        Tokenizer(foreign)
+        ByteLevelTokenizer(foreign)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"version": "1.0"}'])
@@ -189,11 +190,11 @@ def test_a_malformed_file_is_refused_by_name(tmp_path: Path, content: bytes) -> 
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(TokenizerError) as caught:
-        tokenizer.read(path)
+        byte_level.read(path)
     assert str(caught.value).startswith(f"{path}: ")
 
 
 def test_a_tokenizer_without_tokens_has_none() -> None:
     content = json.loads(WORDS.to_json())
     content["added_tokens"], content["model"]["vocab"], content["model"]["merges"] = [], {}, []
-    assert Tokenizer.from_json(json.dumps(content)).num_tokens == 0
+    assert ByteLevelTokenizer.from_json(json.dumps(content)).num_tokens == 0

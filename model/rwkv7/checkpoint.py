@@ -1,0 +1,138 @@
+"""RWKV-7 networks as a family: which paths are its, what they are, and loading them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model import WeightDtype
+from model.network import CheckpointError, Description, Loaded, checkpoint_errors
+from model.rwkv7 import initial_state
+from model.rwkv7.files import CONFIG, Source, open_source
+from model.rwkv7.network import RWKV7
+from model.rwkv7.weights import Builder
+from model.state import RowState, StatePool
+from model.text import world
+from model.text.tokenizer import Tokenizer, TokenizerError
+
+name = "rwkv7"
+
+CHAT_TEMPLATE = "chat_template.jinja"
+
+DTYPES: dict[torch.dtype, WeightDtype] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "bfloat16",
+}
+"""What weights are served in by what they are stored in. bfloat16 is as small as float16, and spans
+what float32 does; three bits of float16's digits are lost by it, and none in float32."""
+
+
+def matches(path: Path) -> bool:
+    """A `.pth`, or a folder whose config says that it is an RWKV of any version."""
+    if path.suffix == ".pth":
+        return path.is_file()
+    try:
+        config = json.loads((path / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and str(config.get("model_type")).startswith("rwkv")
+
+
+@checkpoint_errors()
+def files(path: Path) -> tuple[Path, ...]:
+    """Those that decide which states are the checkpoint's."""
+    return *open_source(path).files, world.vocabulary_file(_folder(path))
+
+
+@checkpoint_errors()
+def describe(path: Path) -> Description:
+    """Without reading weights; without a tokenizer if there is none. Raises CheckpointError."""
+    source = open_source(path)
+    try:
+        words = _read_tokenizer(source)
+    except (CheckpointError, TokenizerError):
+        words = None
+    return Description(
+        sizes=source.config.sizes,
+        num_parameters=source.num_parameters,
+        weight_bytes=source.num_bytes,
+        weight_dtypes=source.dtype_names,
+        vocab_size=source.config.vocab_size,
+        state_spec=source.config.state_spec,
+        tokenizer=words,
+        chat_template=_read_template(path),
+    )
+
+
+@checkpoint_errors()
+def load(path: Path, device: torch.device, dtype: WeightDtype | None = None) -> Loaded[RWKV7]:
+    """A network that serves, by default with weights in the file's own dtype.
+
+    Raises CheckpointError.
+    """
+    source = open_source(path)
+    words = _read_tokenizer(source)
+    ends = {*source.config.eos, *words.special_tokens.values()}
+    source = replace(source, config=replace(source.config, eos=tuple(sorted(ends))))
+    return Loaded(build(source, device, dtype), words, _read_template(path))
+
+
+@checkpoint_errors()
+def load_network(
+    path: Path, device: torch.device, dtype: WeightDtype | None = None, *, plain: bool = False
+) -> RWKV7:
+    """Only the network, in plain torch if so asked for. Raises CheckpointError."""
+    return build(open_source(path), device, dtype, plain=plain)
+
+
+def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
+    """att_shift, ffn_shift `[layers, d_emb]`, wkv `[layers, heads, values, keys]`."""
+    att_shift, ffn_shift, wkv = (
+        pool.tensors[name][:, row] for name in ("att_shift", "ffn_shift", "wkv")
+    )
+    return {"att_shift": att_shift, "ffn_shift": ffn_shift, "wkv": wkv.mT}
+
+
+@checkpoint_errors()
+def read_initial_state(path: Path, file: Path) -> RowState:
+    """A tuned initial state of the checkpoint's network. Raises CheckpointError."""
+    return initial_state.read(file, open_source(path).config)
+
+
+def build(
+    source: Source, device: torch.device, dtype: WeightDtype | None = None, *, plain: bool = False
+) -> RWKV7:
+    """Raises CheckpointError for weights that are not finite."""
+    stored = source.dtypes["blocks.0.att.key.weight"]
+    builder = Builder(source, device, dtype or DTYPES[stored], plain=plain)
+    weights = builder.weights()
+    return RWKV7(
+        source.config, weights, builder.num_parameters, builder.num_bytes, builder.why_plain
+    )
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _read_template(path: Path) -> str | None:
+    """The one beside the weights."""
+    beside = _folder(path) / CHAT_TEMPLATE
+    try:
+        return beside.read_text("utf-8") if beside.exists() else None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{beside}: not UTF-8 text: {error}") from error
+
+
+def _read_tokenizer(source: Source) -> Tokenizer:
+    """The World vocabulary beside the weights, or of an installed package."""
+    words = world.find(_folder(source.path))
+    if words.num_tokens > source.config.vocab_size:
+        raise CheckpointError(
+            f"{source.path}: the tokenizer has {words.num_tokens:,} tokens, but the network only "
+            f"{source.config.vocab_size:,}"
+        )
+    return words

@@ -1,0 +1,150 @@
+"""A network's `forward`, compiled for the CPU."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.batch import Batch
+from model.kernels.cpu.team import run_team
+from model.kernels.linear import PackedLinear
+from model.rwkv7.config import Config
+from model.rwkv7.cpu import step
+from model.rwkv7.layers import Layer, Linear, LowRank, Norm, Weights
+from model.state import StatePool
+
+Addresses = tuple[int, ...]
+
+
+class CompiledNetwork:
+    """Holds what the compiled code reads: the addresses of the network's weights.
+
+    May be called from several threads at once, for different rows.
+    """
+
+    def __init__(
+        self, config: Config, weights: Weights, num_threads: Callable[[int, int], int]
+    ) -> None:
+        """The linear maps are `PackedLinear`; the tensors must not move any more."""
+        self._kept: list[object] = [weights]
+        self._config, self._num_threads = config, num_threads
+        self._spec = config.state_spec
+        dtype, small = weights.head.weight.dtype, weights.embed.dtype
+        self._function = step.forward_function(dtype, small, config.head_size)
+        self._fixed = self._fixed_arguments(weights)
+
+    def forward(self, batch: Batch, pool: StatePool) -> Tensor:
+        """`RWKV7.forward`. Raises ValueError for a foreign pool."""
+        self._check(pool)
+        batch.check(self._config.vocab_size, pool.num_rows)
+        index, read = np.array(batch.rows, np.int64), np.ascontiguousarray(batch.logits_at)
+        ids, starts = (np.ascontiguousarray(x) for x in (batch.token_ids, batch.starts))
+        owner = np.repeat(np.arange(len(index)), batch.lengths)
+        logits = torch.empty(len(read), self._config.vocab_size)
+        a = self._arguments(pool, index)
+        space = self._space(len(ids), max(len(ids), len(read)), a)
+        a["tokens"], a["ids"], a["starts"] = len(ids), ids.ctypes.data, starts.ctypes.data
+        a["owner"] = owner.ctypes.data
+        a["num_read"], a["read"], a["logits"] = len(read), read.ctypes.data, logits.data_ptr()
+        run_team(self._function, a, self._num_threads(len(ids), len(read)))
+        del space  # until here compiled code writes to it
+        return logits
+
+    def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
+        """`RWKV7.logits`: of each row `[batch, vocab_size]`."""
+        self._check(pool)
+        index = np.array(rows, np.int64)
+        if index.min() < 0 or index.max() >= pool.num_rows:
+            raise IndexError(f"rows {list(rows)} of {pool.num_rows}")
+        logits = torch.empty(len(rows), self._config.vocab_size)
+        a = self._arguments(pool, index)
+        space = self._space(0, len(rows), a)
+        a["logits"] = logits.data_ptr()
+        run_team(self._function, a, self._num_threads(0, len(rows)))
+        del space  # until here compiled code writes to it
+        return logits
+
+    def _check(self, pool: StatePool) -> None:
+        if pool.spec != self._spec or pool.device.type != "cpu":
+            raise ValueError("the pool was not made by this network's new_pool")
+
+    def _arguments(self, pool: StatePool, index: NDArray[np.int64]) -> NDArray[np.void]:
+        """A call's arguments as far as network, pool and rows decide them; the others are 0."""
+        a = self._fixed.copy()
+        a["sequences"], a["index"] = len(index), index.ctypes.data
+        a["pool_rows"] = pool.num_rows
+        for name in step.STATE:
+            a[name] = pool.tensors[name].data_ptr()
+        return a
+
+    def _space(self, tokens: int, normed: int, a: NDArray[np.void]) -> NDArray[np.float32]:
+        """Space for what is computed on the way, of so many tokens, with its parts entered in `a`.
+
+        `normed`: rows that are normed at a time, in a layer or for the head.
+        """
+        c = self._config
+        d = c.d_emb
+        counts = {
+            "u": normed * d,
+            **dict.fromkeys(("x", "r", "k", "v", "v_first"), tokens * d),
+            "mixed": 6 * tokens * d,
+            "hidden": tokens * c.d_ffn,
+            "decay_space": tokens * c.decay_rank,
+            "rate_space": tokens * c.rate_rank,
+            "first_space": tokens * c.value_rank,
+            "gate_space": tokens * c.gate_rank,
+        }
+        space = np.empty(sum(counts.values()), np.float32)
+        address = space.ctypes.data
+        for name, count in counts.items():
+            a[name] = address
+            address += space.itemsize * count
+        return space
+
+    def _fixed_arguments(self, weights: Weights) -> NDArray[np.void]:
+        c = self._config
+        a = np.zeros((), step.FORWARD)
+        a["d_emb"], a["heads"], a["layers"] = c.d_emb, c.num_heads, c.num_layers
+        a["d_ffn"], a["vocab"] = c.d_ffn, c.vocab_size
+        a["decay_rank"], a["rate_rank"] = c.decay_rank, c.rate_rank
+        a["value_rank"], a["gate_rank"] = c.value_rank, c.gate_rank
+        a["norm_eps"], a["group_norm_eps"] = c.norm_eps, c.group_norm_eps
+        a["embed"] = weights.embed.data_ptr()
+        a["embed_norm"], a["norm"] = _norm(weights.embed_norm), _norm(weights.norm)
+        a["head"] = _product(weights.head)
+        table = np.array([_layer(layer) for layer in weights.layers], step.LAYER)
+        self._kept.append(table)
+        a["layer_table"] = table.ctypes.data
+        return a
+
+
+def _layer(layer: Layer) -> tuple[object, ...]:
+    """The fields of `step.LAYER`."""
+    time, channel = layer.time_mix, layer.channel_mix
+    return (
+        *(_norm(norm) for norm in (layer.time_norm, time.norm, layer.channel_norm)),
+        *(t.data_ptr() for t in (time.shares, time.k_k, time.k_a, time.r_k, channel.share)),
+        *(_product(each) for each in (time.receptance, time.key, time.value, time.output)),
+        *(_low_rank(each) for each in (time.decay, time.rate, time.first, time.gate)),
+        *(_product(each) for each in (channel.key, channel.value)),
+    )
+
+
+def _norm(norm: Norm) -> Addresses:
+    """Addresses of the weight and the bias."""
+    return norm.weight.data_ptr(), norm.bias.data_ptr()
+
+
+def _low_rank(maps: LowRank | None) -> tuple[Addresses, Addresses]:
+    if maps is None:
+        return (0, 0, 0), (0, 0, 0)
+    return _product(maps.down), _product(maps.up)
+
+
+def _product(linear: Linear) -> Addresses:
+    """Addresses of the weight, the scale and the bias; 0 for what there is not."""
+    if not isinstance(linear, PackedLinear):
+        raise TypeError(f"not packed: {linear}")
+    return linear.addresses

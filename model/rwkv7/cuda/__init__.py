@@ -1,0 +1,1 @@
+"""RWKV-7's recurrence for GPUs."""

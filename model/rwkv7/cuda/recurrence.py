@@ -1,0 +1,49 @@
+"""`recurrence.recurrent` as a Triton kernel: a state stays in registers from first token to last."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.rwkv7.recurrence import Vectors
+
+VALUES = 16
+"""Value channels that a program has: each is a column of the state, which needs no other."""
+
+
+@triton.jit
+def _recurrent(
+    r_ptr, w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, s_ptr, y_ptr, after_ptr,
+    tokens, heads, n, keys: tl.constexpr, values: tl.constexpr,
+):  # fmt: skip
+    """Vectors `[batch, tokens, heads, n]`, states `[batch, heads, n, n]`; keys is n or more."""
+    sequence_head = tl.program_id(0)
+    sequence, head = sequence_head // heads, sequence_head % heads
+    key, value = tl.arange(0, keys), tl.program_id(1) * values + tl.arange(0, values)
+    is_key, is_value = key < n, value < n
+    in_state = sequence_head.to(tl.int64) * n * n + key[:, None] * n + value[None, :]
+    mask = is_key[:, None] & is_value[None, :]
+    s = tl.load(s_ptr + in_state, mask, 0.0)
+    at = (sequence.to(tl.int64) * tokens * heads + head) * n
+    for _ in range(tokens):
+        r, a = tl.load(r_ptr + at + key, is_key, 0.0), tl.load(a_ptr + at + key, is_key, 0.0)
+        k, b = tl.load(k_ptr + at + key, is_key, 0.0), tl.load(b_ptr + at + key, is_key, 0.0)
+        w = tl.exp(tl.load(w_ptr + at + key, is_key, 0.0))
+        v = tl.load(v_ptr + at + value, is_value, 0.0)
+        removed = tl.sum(s * a[:, None], 0)
+        s = s * w[:, None] + b[:, None] * removed[None, :] + k[:, None] * v[None, :]
+        tl.store(y_ptr + at + value, tl.sum(s * r[:, None], 0), is_value)
+        at += heads * n
+    tl.store(after_ptr + in_state, s, mask)
+
+
+def fused(vectors: Vectors, s: Tensor) -> tuple[Tensor, Tensor]:
+    """`recurrent`, in float32."""
+    inputs = [x.float().contiguous() for x in vectors]
+    s = s.float().contiguous()
+    batch, tokens, heads, n = inputs[0].shape
+    y, after = torch.empty_like(inputs[3]), torch.empty_like(s)
+    grid = (batch * heads, triton.cdiv(n, VALUES))
+    keys = triton.next_power_of_2(n)
+    _recurrent[grid](*inputs, s, y, after, tokens, heads, n, keys, VALUES)
+    return y, after

@@ -1,0 +1,12 @@
+"""Which kind of tokenizer a text describes."""
+
+from model.text.byte_level import ByteLevelTokenizer
+from model.text.tokenizer import Tokenizer
+from model.text.world import WorldTokenizer
+
+
+def from_json(text: str) -> Tokenizer:
+    """The tokenizer whose `to_json` this is. Raises TokenizerError."""
+    if WorldTokenizer.is_json(text):
+        return WorldTokenizer.from_json(text)
+    return ByteLevelTokenizer.from_json(text)

@@ -1,0 +1,43 @@
+"""What the families' readers of weights have in common."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.kernels.linear import PART_SIZE
+from model.network import CheckpointError
+
+Shape = tuple[int, ...]
+
+
+def check_shapes(
+    found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], source: Path
+) -> None:
+    """Raises CheckpointError unless just the tensors that are expected are there."""
+    if missing := [name for name in expected if name not in found]:
+        raise CheckpointError(f"{source}: {_some(missing)} missing")
+    if unexpected := [name for name in found if name not in expected]:
+        raise CheckpointError(f"{source}: {_some(unexpected)} not part of this network")
+    for name, shape in expected.items():
+        if tuple(found[name]) != tuple(shape):
+            raise CheckpointError(
+                f"{source}: {name} is {list(found[name])}, not {list(shape)} as in this network"
+            )
+
+
+def check_finite(name: str, tensor: Tensor, source: Path) -> Tensor:
+    """The tensor, if it is all finite in float32; a part at a time, so that no copy of it is made.
+
+    Raises CheckpointError.
+    """
+    parts = torch.split(tensor.flatten(), PART_SIZE)
+    if not tensor.is_floating_point() or not all(torch.isfinite(p.float()).all() for p in parts):
+        raise CheckpointError(f"{source}: {name} is not all finite numbers")
+    return tensor
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
