@@ -7,7 +7,9 @@ and the time while a client does not read its answer.
 import asyncio
 import json
 import logging
+import resource
 from asyncio import TimerHandle
+from collections import OrderedDict
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -20,7 +22,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from server.errors import InvalidRequest, LatentdError
 from server.settings import Settings
 
+SPARE_FILES = 64
+"""Open files that are not connections."""
+
 SETTINGS = (
+    "max_connections",
     *("header_timeout_s", "stall_timeout_s", "keep_alive_timeout_s"),
     *("max_header_bytes", "max_headers"),
     *("unix_socket", "tls_certificate", "tls_key", "trusted_proxies"),
@@ -43,6 +49,60 @@ PROBE_S = 0.05
 long."""
 
 
+class Connections:
+    """All connections of a process, those without a request in the order in which they began to be
+    so."""
+
+    def __init__(self, most: int) -> None:
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = most
+        if files != resource.RLIM_INFINITY:
+            self._most = max(1, min(most, files - SPARE_FILES))
+        self._idle: OrderedDict[BoundedProtocol, None] = OrderedDict()
+        self._num_open = 0
+        self._has_said = False
+
+    def add(self, connection: "BoundedProtocol") -> bool:
+        """A new one. False if there is no space for it."""
+        if self._num_open >= self._most:
+            self._say()
+            if not self._idle:
+                return False
+            oldest, _ = self._idle.popitem(last=False)
+            self.remove(oldest)
+            oldest.transport.abort()
+        self._num_open += 1
+        connection.is_counted = True
+        self.rest(connection)
+        return True
+
+    def rest(self, connection: "BoundedProtocol") -> None:
+        """It has no request any more."""
+        if connection.is_counted:
+            self._idle[connection] = None
+            self._idle.move_to_end(connection)
+
+    def work(self, connection: "BoundedProtocol") -> None:
+        """It has a request."""
+        self._idle.pop(connection, None)
+
+    def remove(self, connection: "BoundedProtocol") -> None:
+        """It has ended."""
+        self._idle.pop(connection, None)
+        if connection.is_counted:
+            connection.is_counted = False
+            self._num_open -= 1
+
+    def _say(self) -> None:
+        if not self._has_said:
+            self._has_said = True
+            log.warning(
+                "all %d connections are in use: idle ones are closed for new ones. See "
+                "--max-connections and the limit of open files (ulimit -n)",
+                self._most,
+            )
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with bounds, and with the parts of HTTP/1.1 that it leaves out.
 
@@ -57,7 +117,11 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     settings: Settings
+    connections: Connections
     flow: "_Flow"
+
+    is_counted = False
+    """Whether `connections` counts it."""
 
     _is_busy = False
     """Whether a request's headers are complete and it is not answered yet."""
@@ -87,9 +151,13 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow = _Flow(transport)
         self._unread = bytearray()
-        self._start_timer()
+        if self.connections.add(self):
+            self._start_timer()
+        else:
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.connections.remove(self)
         self._stop_timer()
         self._stop_stall_timer()
         if self._probe_timer is not None:
@@ -151,6 +219,7 @@ class BoundedProtocol(HttpToolsProtocol):
             (int(value) for name, value in self.headers if name == b"content-length"), 0
         )
         self._is_busy = self._is_in_body = True
+        self.connections.work(self)
         self._stop_timer()
         super().on_headers_complete()
 
@@ -181,6 +250,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._is_busy or self.transport.is_closing():
             return
+        self.connections.rest(self)
         if self._refusal is not None:
             self._close_with(self._refusal)
         elif self._unread:
@@ -372,7 +442,11 @@ def uvicorn_config(
     app: Callable[..., Any], settings: Settings, last_bytes_s: int
 ) -> uvicorn.Config:
     """How the app is served; its last answers have `last_bytes_s` to reach their clients."""
-    protocol = type("Protocol", (BoundedProtocol,), {"settings": settings})
+    protocol = type(
+        "Protocol",
+        (BoundedProtocol,),
+        {"settings": settings, "connections": Connections(settings.max_connections)},
+    )
     # Whoever may open the Unix socket is trusted.
     trusts_all = settings.unix_socket is not None or "*" in settings.trusted_proxies
     return uvicorn.Config(

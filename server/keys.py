@@ -39,6 +39,7 @@ class Limits(_Stored):
     requests_per_minute: Count = None
     tokens_per_minute: Count = None
     concurrent_requests: Count = None
+    concurrent_sequences: Count = None
 
 
 class Key(_Stored):

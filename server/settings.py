@@ -190,6 +190,13 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Group.HTTP] = Field(
         4 << 20, ge=1024, description="Largest request body."
     )
+    max_connections: Annotated[int, Group.HTTP] = Field(
+        4096,
+        ge=1,
+        description="Connections of clients, and of each front process; fewer where the limit of "
+        "open files is lower. The one that has been without a request for longest makes space, "
+        "and if all have one, the new one is closed.",
+    )
     max_header_bytes: Annotated[int, Group.HTTP] = Field(
         32 << 10, ge=1024, description="Bytes of a request's path, headers and trailers."
     )
@@ -307,6 +314,12 @@ class Settings(BaseSettings):
     )
     key_concurrent_requests: Annotated[int | None, Group.KEYS] = Field(
         None, ge=1, description="Requests of a key that may wait or run together, likewise."
+    )
+    key_concurrent_sequences: Annotated[int | None, Group.KEYS] = Field(
+        None,
+        ge=1,
+        description="Sequences of a key that may wait or run together, likewise: a request has n "
+        "for each of its prompts.",
     )
     requests_per_minute: Annotated[int | None, Group.KEYS] = Field(
         None, ge=1, description="Requests in a minute of all keys together; no limit if not given."

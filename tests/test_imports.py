@@ -12,13 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEAVES = (
     *("server.settings", "server.errors", "server.metrics"),
-    *("server.logs", "server.records", "server.telemetry"),
+    *("server.logs", "server.records", "server.telemetry", "server.threads"),
 )
 VERSION = "server.__version__"
 
 FACTS = ("model.PRETRAINED", "model.WeightDtype")
 BELOW_FAMILIES = (
-    *(*FACTS, "model.files", "model.state", "model.network"),
+    *(*FACTS, "model.files", "model.shares", "model.state", "model.network"),
     *("model.kernels", "model.text"),
 )
 """What a family's folder may import beside itself."""
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "model": (),
     "model.state": (),
     "model.transfer": ("model.state",),
+    "model.shares": (),
     "model.network": (*FACTS, "model.state", "model.text"),
     "model.kernels": (*FACTS, "model.kernels"),
     "model.text": ("model.text",),
@@ -39,6 +40,7 @@ MAY_IMPORT = {
     "server.errors": (),
     "server.metrics": (),
     "server.logs": (),
+    "server.threads": (),
     "server.records": (),
     "server.telemetry": ("server.records",),
     "server.keys": ("model.files",),  # a leaf: the command line writes it, server.api reads it

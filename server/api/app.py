@@ -38,7 +38,7 @@ from server.api.service import Service
 from server.api.streams import StreamLimits, Streams
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import Event, RowGivenUp
-from server.errors import StorageFailed
+from server.errors import StorageFailed, Unauthorized
 from server.metrics import GatewayMetrics, Metrics
 from server.sessions.cache import HostCache
 from server.sessions.codec import Codec
@@ -98,7 +98,7 @@ def create_app(
         if settings.metrics_address is not None:
             chores.append(asyncio.create_task(_watch_health(service)))
         if settings.key_file is not None:
-            chores.append(asyncio.create_task(_watch(keys)))
+            chores.append(asyncio.create_task(_watch(keys, service)))
         try:
             yield
         finally:
@@ -108,6 +108,7 @@ def create_app(
             await service.streams.close()
             await asyncio.to_thread(service.texts.close)
             await asyncio.to_thread(service.grammars.close)
+            await asyncio.to_thread(service.ledger.close)
             await asyncio.to_thread(service.engine.stop)
             await store.close()
 
@@ -217,11 +218,12 @@ async def _watch_health(service: Service) -> None:
         await asyncio.sleep(HEALTH_INTERVAL_S)
 
 
-async def _watch(keys: KeyRing) -> None:
-    """Take up what changes in the key file, for ever."""
+async def _watch(keys: KeyRing, service: Service) -> None:
+    """Take up what changes in the key file, for ever: what runs for a revoked key ends."""
     while True:
         await asyncio.sleep(KEY_FILE_INTERVAL_S)
-        await asyncio.to_thread(keys.refresh)
+        for owner in await asyncio.to_thread(keys.refresh):
+            service.end_turns(owner, Unauthorized("this API key was revoked"))
 
 
 async def _recover(ledger: Ledger) -> None:

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.problems import respond
+from server.api.texts import OWNER
 from server.errors import Unauthorized
 from server.keys import KeyFileError, Limits, digest, owner_of, read_keys
 from server.metrics import METRICS
@@ -40,6 +41,9 @@ class Caller:
     limits: Limits = NO_LIMITS
 
 
+ANYBODY = Caller()
+
+
 class KeyRing:
     """The keys that the server knows: those of its settings and those of the key file."""
 
@@ -51,6 +55,7 @@ class KeyRing:
             requests_per_minute=settings.key_requests_per_minute,
             tokens_per_minute=settings.key_tokens_per_minute,
             concurrent_requests=settings.key_concurrent_requests,
+            concurrent_sequences=settings.key_concurrent_sequences,
         )
         self._anybody = Caller(limits=self._defaults)
         digests = [digest(key) for key in settings.api_key]
@@ -78,10 +83,12 @@ class KeyRing:
             raise Unauthorized("this server does not know this API key")
         return caller
 
-    def refresh(self) -> None:
-        """Read the key file again if it has changed; if it cannot be used, the keys stay."""
+    def refresh(self) -> set[str]:
+        """Read the key file again if it has changed; if it cannot be used, the keys stay. Returns
+        the owners whose keys are not valid any more."""
         if self._file is None or _stamp(self._file) == self._stamp:
-            return
+            return set()
+        before = {caller.owner for caller in self._listed.values()}
         self._stamp = _stamp(self._file)
         try:
             self._listed = self._read(self._file)
@@ -89,6 +96,8 @@ class KeyRing:
             log.error("the keys stay as they were: %s", error)
         else:
             log.info("%s: %d keys", self._file, len(self._listed))
+        valid = (*self._listed.values(), *self._given.values())
+        return before - {caller.owner for caller in valid}
 
     def _read(self, file: Path) -> dict[str, Caller]:
         return {
@@ -115,7 +124,8 @@ class Guard:
         if scope["type"] == "http" and self._guards(scope["path"]):
             try:
                 given = Headers(scope=scope).get("authorization", "")
-                scope[CALLER] = self._keys.find(given)
+                scope[CALLER] = caller = self._keys.find(given)
+                OWNER.set(caller.owner)
             except Unauthorized as error:
                 await respond(scope, error)(scope, receive, send)
                 return

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 
@@ -15,7 +15,7 @@ from server.api.limits import Limiter
 from server.api.streams import Streams
 from server.api.texts import Texts
 from server.engine.engine import Engine
-from server.errors import ShuttingDown
+from server.errors import LatentdError, ShuttingDown
 from server.metrics import Metrics
 from server.sessions.ledger import Ledger
 from server.settings import Settings
@@ -26,25 +26,38 @@ ROLLBACK_S = 5.0
 log = logging.getLogger(__name__)
 
 
+class OpenTurn(Protocol):
+    """What is known here of a turn."""
+
+    owner: str
+
+    def end(self, reason: LatentdError) -> None:
+        """Roll it back, unless it has come to its end."""
+
+
 class OpenTurns:
     """Turns that are not closed yet."""
 
     def __init__(self) -> None:
-        self._turns = set[object]()
+        self._turns = set[OpenTurn]()
         self._none = asyncio.Event()
         self._none.set()
 
-    def add(self, turn: object) -> None:
+    def add(self, turn: OpenTurn) -> None:
         self._turns.add(turn)
         self._none.clear()
 
-    def discard(self, turn: object) -> None:
+    def discard(self, turn: OpenTurn) -> None:
         self._turns.discard(turn)
         if not self._turns:
             self._none.set()
 
     def __len__(self) -> int:
         return len(self._turns)
+
+    def of(self, owner: str) -> list[OpenTurn]:
+        """An owner's."""
+        return [turn for turn in self._turns if turn.owner == owner]
 
     async def closed(self, timeout_s: float) -> bool:
         """Wait until there is none. False if the time was too short."""
@@ -89,6 +102,11 @@ class Service:
         """Raises ShuttingDown when no new turn may begin."""
         if not self.is_ready:
             raise ShuttingDown("the server is not taking requests")
+
+    def end_turns(self, owner: str, reason: LatentdError) -> None:
+        """Roll back every turn of an owner that runs, also in the background."""
+        for turn in self.open_turns.of(owner):
+            turn.end(reason)
 
     async def drain(self) -> None:
         """Take no new turns; those that still run when the drain timeout is over roll back."""

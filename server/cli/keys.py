@@ -29,12 +29,14 @@ def add(
     requests_per_minute: Count = None,
     tokens_per_minute: Count = None,
     concurrent_requests: Count = None,
+    concurrent_sequences: Count = None,
 ) -> None:
     """Make a key and print it. This is the only time that it is shown: the file has its hash."""
     limits = Limits(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         concurrent_requests=concurrent_requests,
+        concurrent_sequences=concurrent_sequences,
     )
     with _or_fail():
         key, secret = add_key(file, name, limits)

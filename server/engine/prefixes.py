@@ -67,7 +67,7 @@ class SharedPrefixes(Generic[State]):
         if not self._most_kept:
             return None
         if not sequence.digests:
-            salt = sequence.request.prefix_salt
+            salt = sequence.request.owner.encode()
             sequence.digests = chain(sequence.unread[:-1], self._chunk, salt)
         digests, depth = sequence.digests, len(sequence.digests)
         have = sequence.num_read // self._chunk

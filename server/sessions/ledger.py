@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from server.errors import (
     InvalidRequest,
@@ -35,6 +36,7 @@ from server.sessions.store import (
     StoreHealth,
 )
 from server.sessions.tiers import Tier, Tiers
+from server.threads import FairThreads
 
 SWEPT_TOGETHER = 256
 INTERRUPTED = {
@@ -129,6 +131,9 @@ class Ledger:
         self._open: dict[str, LedgerTurn | None] = {}
         """Entries that a turn is advancing, or that are being rewound or erased."""
 
+        self._blobs = FairThreads(1, "blobs")
+        """Where blobs are read that clients import and export; turns have other threads."""
+
         self._unlocked: dict[str, asyncio.Event] = {}
         """Of those that somebody waits for."""
 
@@ -144,6 +149,10 @@ class Ledger:
     async def store_health(self) -> StoreHealth:
         """Looks at the store's disk, now."""
         return await self._store.health()
+
+    def close(self) -> None:
+        """Wait for what is being read. Called from another thread."""
+        self._blobs.close()
 
     @asynccontextmanager
     async def begin(
@@ -320,7 +329,7 @@ class Ledger:
         if blob is None:
             raise await self._no_turn(session_id, turn)
         try:
-            await asyncio.to_thread(self._codec.decode, blob)
+            await self._blobs.run(owner, partial(self._codec.decode, blob))
         except DamagedBlob as error:
             self._metrics.damaged_states_total.labels(found="store").inc()
             raise SessionDamaged(session_id, turn, str(error)) from error
@@ -335,8 +344,13 @@ class Ledger:
 
         Raises UnfitState, QuotaExceeded, StorageFull and StorageFailed.
         """
+        if len(blob) > self._codec.most_blob_bytes:
+            raise UnfitState(
+                f"this is no state for this server: it has {len(blob)} bytes, the most is "
+                f"{self._codec.most_blob_bytes}"
+            )
         try:
-            state = await asyncio.to_thread(self._codec.decode, blob)
+            state = await self._blobs.run(owner, partial(self._codec.decode, blob))
         except BlobError as error:
             raise UnfitState(f"this is no state for this server: {error}") from error
         entry = new_session(owner, metadata, ttl_s)

@@ -76,7 +76,9 @@ async def answer_turn(
     record.streams = bool(body.stream)
     _check_delivery(body)
     session_id = _session_id(body, given)
-    generation = await read_generation(service, body, is_detached=bool(body.resumable))
+    generation = await read_generation(
+        service, body, caller=caller, is_detached=bool(body.resumable)
+    )
     source = target = None
     if session_id is not None:
         source = Head(session_id, body.expected_turn)
