@@ -15,6 +15,7 @@ import torch
 import typer
 
 from model import PRETRAINED
+from model.batch import Batch
 from model.heinsen.checkpoint import load
 from model.heinsen.network import LanguageModel
 from server.engine.device import choose_threads
@@ -31,7 +32,7 @@ def grow(network: LanguageModel, lengths: list[int], seed: int) -> list[bytes]:
         while seen < length:
             count = min(CHUNK_TOKENS, length - seen)
             ids = torch.randint(4, network.config.vocab_sz, (1, count), generator=chance)
-            network.prefill(ids, [count], pool, [0])
+            network.forward(Batch.of(ids.unbind(), [0]), pool)
             seen += count
         states.append(pool.export_row(0))
     return states
@@ -45,10 +46,10 @@ def step_times(network: LanguageModel, states: list[bytes], rounds: int) -> list
     ids = torch.tensor([5])
     for _ in range(rounds):
         for pool, times in zip(pools, taken, strict=True):
-            network.step(ids, pool, [0])
+            network.forward(Batch.of_tokens(ids, [0]), pool)
             started = time.perf_counter()
             for _ in range(STEPS):
-                network.step(ids, pool, [0])
+                network.forward(Batch.of_tokens(ids, [0]), pool)
             times.append((time.perf_counter() - started) / STEPS)
     return [statistics.median(times) for times in taken]
 

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 
 from model import PRETRAINED, checkpoint
-from model.decoding.decoder import Decoded, DecodeInput, Done
+from model.decoding.decoder import Decoded, Done, Piece
 from model.decoding.sampling import SamplingParams
 from model.network import Network
 from model.state import StatePool
@@ -42,9 +42,9 @@ class StandIn:
     def prepare(self) -> None:
         pass
 
-    def launch(self, inputs: Sequence[DecodeInput]) -> Done:
+    def launch(self, pieces: Sequence[Piece]) -> Done:
         self._num_launches += 1
-        return Done(Decoded([ORDINARY[(self._num_launches + each.row) % 600] for each in inputs]))
+        return Done(Decoded([ORDINARY[(self._num_launches + each.row) % 600] for each in pieces]))
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
 
     print(f"{'rows':>6} {'us a token':>11} {'ms a step':>10} {'tokens/s':>10}")
     for rows in arguments.rows:
-        with patch("model.decoding.decoders.new_decoder", stand_in):
+        with patch("model.decoding.runners.new_runner", stand_in):
             seconds = min(_run(loaded, rows, arguments.tokens) for _ in range(3))
         per_token = seconds / (rows * arguments.tokens)
         print(
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _run(loaded: checkpoint.Checkpoint, rows: int, tokens: int) -> float:
-    limits = EngineLimits(rows, 0, rows, 100 * rows, 512, 512, 0)
+    limits = EngineLimits(rows, 0, rows, 100 * rows, 512, 0.1, 0)
     inbox = Inbox(limits.max_waiting, limits.max_waiting_tokens)
     num_events = 0
 

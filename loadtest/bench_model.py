@@ -19,6 +19,7 @@ import typer
 
 from loadtest.log_space import LogSpaceForm
 from model import WeightDtype
+from model.batch import Batch
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 
@@ -68,8 +69,7 @@ def measure(
     pool = served.new_pool(max(NUM_SESSIONS))
 
     def prefill() -> None:
-        served.prefill(ids[:, :-1], [prompt_tokens - 1], pool, [0])
-        served.step(ids[:, -1], pool, [0])
+        served.forward(Batch.of(ids.unbind(), [0]).wanting([prompt_tokens - 1]), pool)
 
     def against(task: Callable[[], object], theirs: Callable[[], object], times: int) -> float:
         if not compare:
@@ -89,7 +89,7 @@ def measure(
     for count in NUM_SESSIONS:
         tokens = torch.randint(config.vocab_sz, (count,))
         theirs = LogSpaceForm(network, count)
-        step = partial(served.step, tokens, pool, range(count))
+        step = partial(served.forward, Batch.of_tokens(tokens, range(count)), pool)
         ours = against(step, partial(theirs.step, tokens), 4 * rounds)
         single = single or ours
         print(

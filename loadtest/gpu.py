@@ -32,8 +32,9 @@ from torch import Tensor  # noqa: E402
 
 from loadtest.log_space import LogSpaceForm  # noqa: E402
 from model import WeightDtype  # noqa: E402
-from model.decoding.decoder import DecodeInput  # noqa: E402
-from model.decoding.decoders import new_decoder  # noqa: E402
+from model.batch import Batch  # noqa: E402
+from model.decoding.decoder import Piece  # noqa: E402
+from model.decoding.runners import new_runner  # noqa: E402
 from model.decoding.sampling import RecentTokens, SampledRow, SamplingParams  # noqa: E402
 from model.heinsen.config import ModelConfig  # noqa: E402
 from model.heinsen.network import LanguageModel  # noqa: E402
@@ -111,16 +112,15 @@ def _check(network: LanguageModel, tokens: int) -> None:
     exact = LanguageModel(config).double().requires_grad_(False)
     exact.load_state_dict(network.state_dict())
     ids = torch.randint(config.vocab_sz, (2, tokens + 3))
-    expected, _ = exact(ids, exact.empty_state(2))
+    expected, _ = exact.unroll(ids, exact.empty_state(2))
     ours = LanguageModel(config).to(DEVICE)
     ours.load_state_dict(network.state_dict())
     ours = ours.requires_grad_(False).eval().fuse("float32")
     pool = ours.new_pool(4)
-    scored: list[Tensor] = []
-    ours.prefill(ids[:, :tokens], [tokens, tokens], pool, [3, 1], {1: scored.append})
-    worst = float((torch.cat(scored).cpu() - expected[1, :tokens]).abs().max())
+    prompts = Batch.of(ids[:, :tokens].unbind(), [3, 1]).wanting(range(tokens, 2 * tokens))
+    worst = float((ours.forward(prompts, pool).cpu() - expected[1, :tokens]).abs().max())
     for place in range(tokens, tokens + 3):
-        logits = ours.step(ids[:, place], pool, [3, 1])
+        logits = ours.forward(Batch.of_tokens(ids[:, place], [3, 1]), pool)
         worst = max(worst, float((logits.cpu() - expected[:, place]).abs().max()))
     print(f"kernels against float64, {tokens} tokens of prefill and 3 steps: {worst:.1e} in logits")
     if worst > TOLERANCE:
@@ -173,29 +173,29 @@ def _filled_pool(network: LanguageModel, count: int) -> StatePool:
     ids = torch.randint(network.config.vocab_sz, (count, 5))
     for start in range(1, count + 1, 64):
         rows = range(start, min(start + 64, count + 1))
-        network.prefill(ids[: len(rows)], [5] * len(rows), pool, rows)
+        network.forward(Batch.of(ids[: len(rows)].unbind(), rows), pool)
     return pool
 
 
 def _step_seconds(network: LanguageModel, pool: StatePool, count: int, repeats: int) -> float:
     """Of a step with its choice of tokens, launched ahead as the engine does."""
-    decoder = new_decoder(network, pool, count)
-    decoder.prepare()
+    runner = new_runner(network, pool, count)
+    runner.prepare()
     params = [SamplingParams(temperature=0.8, seed=row) for row in range(count)]
     recent = RecentTokens()
 
-    def inputs(position: int, token_id: int | None) -> list[DecodeInput]:
+    def pieces(position: int, token_ids: tuple[int, ...] | None) -> list[Piece]:
         return [
-            DecodeInput(row + 1, token_id, SampledRow(params[row], position, recent))
+            Piece(row + 1, token_ids, SampledRow(params[row], position, recent))
             for row in range(count)
         ]
 
-    under_way = decoder.launch(inputs(5, 1))
-    ahead = inputs(6, None)
+    under_way = runner.launch(pieces(5, (1,)))
+    ahead = pieces(6, None)
     times = []
     for _ in range(3 * repeats):
         started = time.perf_counter()
-        following = decoder.launch(ahead)
+        following = runner.launch(ahead)
         under_way.take()
         under_way = following
         times.append(time.perf_counter() - started)
@@ -212,7 +212,7 @@ def _prefill(served: LanguageModel, paper: LogSpaceForm, sizes: Sizes) -> None:
 
         def read(pieces: Sequence[Tensor] = pieces) -> None:
             for piece in pieces:
-                served.prefill(piece, [piece.shape[1]], pool, [0])
+                served.forward(Batch.of(piece.unbind(), [0]), pool)
 
         seconds = _seconds(read, max(1, sizes.repeats // 10))
         line = f"  {tokens:,} tokens: {1e3 * seconds:.2f} ms, {tokens / seconds:,.0f} tokens/s"
@@ -250,10 +250,10 @@ def _where_time_goes(served: LanguageModel, count: int) -> None:
     pool = _filled_pool(served, count)
     ids = torch.randint(served.config.vocab_sz, (count,))
     rows = range(1, count + 1)
-    served.step(ids, pool, rows)
+    served.forward(Batch.of_tokens(ids, rows), pool)
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(10):
-            served.step(ids, pool, rows)
+            served.forward(Batch.of_tokens(ids, rows), pool)
         torch.cuda.synchronize()
     print(f"\nkernels of a step of {count} sessions, by time on the device")
     table = profiled.key_averages().table(sort_by="self_cuda_time_total", row_limit=12)

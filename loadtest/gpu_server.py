@@ -46,7 +46,7 @@ def engine_rate(
     """Tokens per second of so many streams, at the engine's boundary."""
     loaded = checkpoint.load(folder, device, dtype)
     happened: queue.SimpleQueue[list[Event | RowGivenUp]] = queue.SimpleQueue()
-    limits = EngineLimits(streams, 0, streams, 100 * streams, 512, 512, 0)
+    limits = EngineLimits(streams, 0, streams, 100 * streams, 512, 0.1, 0)
     engine = Engine(loaded, limits, happened.put, Metrics())
     engine.start()
     try:

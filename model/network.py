@@ -1,6 +1,6 @@
 """What a network and its family are to those that load, describe and run them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from model import WeightDtype
+from model.batch import Batch
 from model.state import StatePool, StateSpec
 from model.text.tokenizer import Tokenizer, TokenizerError
-
-TakeLogits = Callable[[Tensor], None]
-"""Takes logits `[tokens, vocab_size]` after the next tokens of a sequence, which it may keep."""
 
 
 class Recordable(Protocol):
@@ -27,6 +25,12 @@ class Recordable(Protocol):
     ) -> Tensor:
         """Advance rows by one token each: token_ids, rows `[batch]` int32 on the device -> logits
         `[batch, vocab_size]`, in the tensor that is given if one is. A negative row is none."""
+
+    def forward(
+        self, batch: Batch, pool: StatePool, single: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """`Network.forward`. `single`: the ids and rows of the pieces of one token, as the device
+        has them, int32 `[pieces]` each; where a row is negative, nothing is read."""
 
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
         """`Network.logits`."""
@@ -65,7 +69,17 @@ class Network(Protocol):
 
     @property
     def cut(self) -> int:
-        """Prompts cut after multiples of so many tokens have the same bits as whole ones."""
+        """Prompts cut after multiples of so many tokens have the same bits as whole ones.
+
+        But for a last token by itself: it belongs to the piece before.
+        """
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it chooses its threads by a step's work."""
+
+    def num_threads(self, tokens: int, answers: int) -> int:
+        """CPU threads for reading so many tokens and computing so many rows of logits."""
 
     @property
     def recordable(self) -> Recordable | None:
@@ -74,24 +88,14 @@ class Network(Protocol):
     def new_pool(self, num_rows: int) -> StatePool:
         """States before the first token, on the device."""
 
-    def prefill(
-        self,
-        token_ids: Tensor,
-        lengths: Sequence[int],
-        pool: StatePool,
-        rows: Sequence[int],
-        scored: Mapping[int, TakeLogits] | None = None,
-    ) -> None:
-        """Advance `rows` by the first `lengths[i]` tokens of each sequence `[batch, tokens]`.
+    def forward(self, batch: Batch, pool: StatePool) -> Tensor:
+        """Advance the batch's rows by its tokens: the logits that it wants `[wanted, vocab_size]`.
 
-        Those in `scored`, by their place in the batch, get the logits after each of their tokens.
+        Raises IndexError for a token or row that there is not.
         """
 
-    def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """Advance `rows` by one token each: token_ids `[batch]` -> logits `[batch, vocab_size]`."""
-
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """Logits `[batch, vocab_size]` that the rows' last steps returned. Nothing is read."""
+        """Logits `[batch, vocab_size]` after the last token that each row has read; none is."""
 
 
 class CheckpointError(ValueError):

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model.batch import Batch
 from model.heinsen import checkpoint
 from model.heinsen.attention import Attention, chunked, quadratic
 from model.heinsen.config import ModelConfig
@@ -98,7 +99,7 @@ def _modes() -> Iterator[
 
 def _forward(reference: _Reference, attention: Attention) -> Evaluation:
     network, ids = reference.network, reference.token_ids
-    logits, state = network(ids, network.empty_state(len(ids)), attention)
+    logits, state = network.unroll(ids, network.empty_state(len(ids)), attention)
     return logits, state
 
 
@@ -106,7 +107,7 @@ def _in_chunks(reference: _Reference) -> Evaluation:
     network, parts = reference.network, []
     state = network.empty_state(len(reference.token_ids))
     for ids in torch.split(reference.token_ids, reference.chunk_lengths, 1):
-        logits, state = network(ids, state)
+        logits, state = network.unroll(ids, state)
         parts.append(logits)
     return torch.cat(parts, 1), state
 
@@ -117,23 +118,26 @@ def _recurrent(reference: _Reference, num_prefilled: int) -> Evaluation:
     rows = range(len(ids))
     pool = network.new_pool(len(ids))
     if num_prefilled:
-        network.prefill(ids[:, :num_prefilled], [num_prefilled] * len(ids), pool, rows)
+        network.forward(Batch.of(ids[:, :num_prefilled].unbind(), rows), pool)
     later = ids[:, num_prefilled:].unbind(1)
-    logits = torch.stack([network.step(column, pool, rows) for column in later], 1)
+    logits = torch.stack(
+        [network.forward(Batch.of_tokens(column, rows), pool) for column in later], 1
+    )
     return logits, network.read_state(pool)
 
 
 def _forward_one(
     attention: Attention,
 ) -> Callable[[_Reference, Tensor, NetworkState], Evaluation]:
-    return lambda reference, ids, state: reference.network(ids, state, attention)
+    return lambda reference, ids, state: reference.network.unroll(ids, state, attention)
 
 
 def _step_one(reference: _Reference, ids: Tensor, state: NetworkState) -> Evaluation:
     network = reference.served
     pool = network.new_pool(len(ids))
     network.write_state(state, pool)
-    return network.step(ids[:, 0], pool, range(len(ids))).unsqueeze(1), network.read_state(pool)
+    logits = network.forward(Batch.of_tokens(ids[:, 0], range(len(ids))), pool)
+    return logits.unsqueeze(1), network.read_state(pool)
 
 
 def _report(

@@ -55,7 +55,7 @@ def generate(
         max_waiting=1,
         max_waiting_tokens=len(token_ids),
         prefill_chunk_tokens=512,
-        prefill_tokens_while_decoding=512,
+        inter_token_latency_s=1.0,
         prefix_cache_bytes=0,
     )
     engine = Engine(loaded, limits, events.put, Metrics())

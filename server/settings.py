@@ -108,8 +108,8 @@ class Settings(BaseSettings):
     threads: Annotated[int | None, Group.MODEL] = Field(
         None,
         ge=1,
-        description="CPU threads for the model; if not given, one for a small model, else torch's "
-        "choice.",
+        description="CPU threads that a step uses at most; if not given, one for each core, less "
+        "one for the clients where there are more than two. Steps with little to compute use one.",
     )
     max_running: Annotated[int, Group.ENGINE] = Field(
         32, ge=1, description="Sequences that run together."
@@ -128,16 +128,16 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: Annotated[int, Group.ENGINE] = Field(
         512,
         ge=1,
-        description="Prompt tokens that a step reads while nothing decodes, in whole chunks of "
-        "16 and at least one. Of longer prompts at most 3/4 of --max-running are read together, so "
-        "that shorter ones get through.",
+        description="Prompt tokens that a step reads at most. Of longer prompts at most 3/4 of "
+        "--max-running are read together, so that shorter ones get through.",
     )
-    prefill_tokens_while_decoding: Annotated[int, Group.ENGINE] = Field(
-        16,
-        ge=1,
-        description="Prompt tokens that a step reads while sequences decode, in whole chunks of 16 "
-        "(of 64 where the model is not compiled) and at least one. More reads prompts faster and "
-        "makes the running streams slower.",
+    inter_token_latency_ms: Annotated[float, Group.ENGINE] = Field(
+        100.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Milliseconds between the tokens of a stream that may pass while prompts are "
+        "read beside it: more reads prompts faster. Prompts are read in pieces that keep to it, of "
+        "at least 8 tokens (64 where the model is not compiled).",
     )
     prefix_cache_bytes: Annotated[int, Group.ENGINE] = Field(
         64 << 20,

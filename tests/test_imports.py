@@ -18,7 +18,7 @@ VERSION = "server.__version__"
 
 FACTS = ("model.PRETRAINED", "model.WeightDtype")
 BELOW_FAMILIES = (
-    *(*FACTS, "model.files", "model.shares", "model.state", "model.network"),
+    *(*FACTS, "model.batch", "model.files", "model.shares", "model.state", "model.network"),
     *("model.kernels", "model.text"),
 )
 """What a family's folder may import beside itself."""
@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "model.state": (),
     "model.transfer": ("model.state",),
     "model.shares": (),
-    "model.network": (*FACTS, "model.state", "model.text"),
+    "model.batch": (),
+    "model.network": (*FACTS, "model.batch", "model.state", "model.text"),
     "model.kernels": (*FACTS, "model.kernels"),
     "model.text": ("model.text",),
     "model.decoding": (*BELOW_FAMILIES, "model.decoding"),

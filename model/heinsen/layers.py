@@ -17,7 +17,6 @@ from model.heinsen.attention import (
     EMPTY,
     Attention,
     AttentionState,
-    absorb,
     on_grid,
     step,
 )
@@ -225,12 +224,6 @@ class Layer(nn.Module):
             y = y.masked_fill(padding[..., None, None], 0.0)
         return self.merge(x, y.to(x.dtype), made.gate), replace(state, previous=previous)
 
-    def absorb(self, x: Tensor, state: AttentionState, padding: Tensor | None) -> AttentionState:
-        """The state that `forward` ends in, without reading it."""
-        p = self.project(x, state.previous).mask(padding, log_values=state.n is not None)
-        previous = None if state.previous is None else p.last_input(padding)
-        return replace(absorb(p.k, p.v, state, p.log_f), previous=previous)
-
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
         """One token, updating `state` in place: x `[batch, d_emb]` -> the same shape."""
         p = self.project(x.unsqueeze(1), state.previous)
@@ -255,6 +248,8 @@ class Parts(Protocol):
 
     @property
     def state_spec(self) -> StateSpec: ...
+
+    def num_threads(self, tokens: int, answers: int) -> int: ...
 
 
 def mask_padding(

@@ -5,7 +5,7 @@ sequence's state is the position state h, one vector, and one attention state (m
 layer; and what the last layer made of the last token, from which alone the next one can be chosen.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -14,19 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import WeightDtype
-from model.heinsen.attention import (
-    CHUNK,
-    EMPTY,
-    Attention,
-    AttentionState,
-    chunked,
-)
+from model.batch import Batch
+from model.heinsen.attention import CHUNK, EMPTY, Attention, AttentionState, chunked
 from model.heinsen.config import ModelConfig
 from model.heinsen.cuda import missing_for
 from model.heinsen.layers import LatentPosition, Layer, NetworkState
 from model.kernels import cuda
+from model.kernels.cpu.team import num_threads
 from model.kernels.linear import NarrowLinear, PackedLinear, as_served, narrow, why_not_compiled
-from model.network import Recordable, TakeLogits
+from model.network import Recordable
 from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
 
 if TYPE_CHECKING:
@@ -37,7 +33,7 @@ Narrow = TypeVar("Narrow", NarrowLinear, PackedLinear)
 
 
 class LanguageModel(nn.Module):
-    """The paper's network (section 4): trained by `forward`, served by `prefill` and `step`."""
+    """The paper's network (section 4): trained by `unroll`, served by `forward`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -56,7 +52,7 @@ class LanguageModel(nn.Module):
         self._compiled: CompiledNetwork | None = None
         self._fused: FusedNetwork | None = None
         self.backend = "plain torch"
-        """What prefill and step run as and, once packed, why; in words."""
+        """What `forward` runs as and, once packed, why; in words."""
 
     def pack(
         self, dtype: WeightDtype = "float32", device: torch.device | None = None
@@ -128,8 +124,13 @@ class LanguageModel(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether prefill and step run as compiled code."""
+        """Whether `forward` runs as compiled code."""
         return self._compiled is not None
+
+    def num_threads(self, tokens: int, answers: int) -> int:
+        """CPU threads of a step that reads so many tokens and computes so many rows of logits."""
+        head = self.embed.weight.numel()
+        return num_threads(tokens * (self.num_parameters - head) + answers * head, answers)
 
     @property
     def weight_bytes(self) -> int:
@@ -157,9 +158,10 @@ class LanguageModel(nn.Module):
     def cut(self) -> int:
         """Prompts cut after multiples of so many tokens have the same bits as whole ones.
 
-        Compiled code reads token by token; there this is only a size worth a call.
+        But for a last token by itself: it belongs to the piece before. Compiled code reads token by
+        token; there this is only a size worth a call.
         """
-        return 16 if self.is_compiled else CHUNK
+        return 8 if self.is_compiled else CHUNK
 
     @property
     def blocks(self) -> list[Layer]:
@@ -197,7 +199,7 @@ class LanguageModel(nn.Module):
         return StatePool(self.state_spec, num_rows, self.device)
 
     def empty_state(self, batch: int) -> NetworkState:
-        """The state before the first token, for `forward`."""
+        """The state before the first token, for `unroll`."""
         return self.read_state(self.new_pool(batch))
 
     def read_state(self, pool: StatePool) -> NetworkState:
@@ -210,7 +212,7 @@ class LanguageModel(nn.Module):
         for rows, values in zip(AttentionState.of_layers(pool), state.layers, strict=True):
             _assign(rows, slice(None), values)
 
-    def forward(
+    def unroll(
         self, token_ids: Tensor, state: NetworkState, attention: Attention = chunked
     ) -> tuple[Tensor, NetworkState]:
         """Logits of every token, differentiable in the weights and the state.
@@ -228,79 +230,56 @@ class LanguageModel(nn.Module):
         return self._logits(x), NetworkState(h, tuple(layers))
 
     @torch.inference_mode()
-    def prefill(
-        self,
-        token_ids: Tensor,
-        lengths: Sequence[int],
-        pool: StatePool,
-        rows: Sequence[int],
-        scored: Mapping[int, TakeLogits] | None = None,
-    ) -> None:
-        """Advance `rows` by the first `lengths[i]` tokens of each sequence.
+    def forward(self, batch: Batch, pool: StatePool) -> Tensor:
+        """Advance the batch's rows by its tokens: logits `[wanted, vocab_sz]` where it wants them.
 
-        token_ids `[batch, tokens]`; what is beyond a sequence's length is ignored. Logits are
-        computed for the sequences in `scored` alone, by their place in the batch: after each of
-        their tokens, from the first to the last, a few tokens to a call, so that logits of a whole
-        prompt are never in memory. Compiled, they are those of `step` to the bit.
+        Compiled, a row's bits depend neither on its company nor on how its tokens were cut.
+        Raises IndexError for a token or row that there is not.
         """
         if self._compiled is not None:
-            self._compiled.prefill(token_ids, lengths, pool, rows, scored or {})
-            return
+            return self._compiled.forward(batch, pool)
         if self._fused is not None:
-            self._fused.prefill(token_ids, lengths, pool, rows, scored or {})
-            return
-        token_ids = token_ids.to(pool.device)
-        padding = None
-        if min(lengths) < token_ids.shape[1]:
-            ends = torch.tensor(lengths, device=token_ids.device)
-            padding = torch.arange(token_ids.shape[1], device=token_ids.device) >= ends.unsqueeze(1)
-        index = _index(pool, rows)
-        emb = self._embed(token_ids)
-        h = pool.tensors["h"][0]
-        all_h, h[index] = self.embed_pos(emb, h[index], padding)
-        x = emb + all_h
-        *inner, last = zip(self.blocks, AttentionState.of_layers(pool), strict=True)
-        for layer, states in inner:
-            x, after = layer(x, states.select(index), chunked, padding)
-            _assign(states, index, after)
-        layer, states = last
-        if scored:
-            x, after = layer(x, states.select(index), chunked, padding)
-            _assign(states, index, after)
-            for place, take in scored.items():
-                for start in range(0, lengths[place], CHUNK):
-                    take(self._logits(x[place, start : min(start + CHUNK, lengths[place])]))
-            return
-        _assign(states, index, layer.absorb(x, states.select(index), padding))
+            return self._fused.forward(batch, pool)
+        batch.check(self.config.vocab_sz, pool.num_rows)
+        last = pool.tensors["last"][0]
+        read = last.new_empty(len(batch.token_ids), self.config.d_emb)
+        for group in batch.groups():
+            padded = batch.padded(group)
+            ids, places = (
+                torch.from_numpy(x).to(pool.device) for x in (batch.token_ids[padded], padded)
+            )
+            padding = places < 0 if (padded < 0).any() else None
+            x = self._read(ids, padding, _index(pool, [batch.rows[i] for i in group]), pool)
+            read[places[places >= 0]] = x[places >= 0]
+        last[_index(pool, batch.rows)] = read[torch.from_numpy(batch.ends).to(pool.device)]
+        return self._logits(read[torch.from_numpy(batch.logits_at).to(pool.device)])
 
-    @torch.inference_mode()
-    def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """Advance `rows` by one token each: token_ids `[batch]` -> logits `[batch, vocab_sz]`.
-
-        A step alone writes the rows' `last`, for `logits`.
-        """
-        if self._compiled is not None:
-            return self._compiled.step(token_ids, pool, rows)
-        if self._fused is not None:
-            return self._fused.step(token_ids, pool, rows)
-        token_ids = token_ids.to(pool.device)
-        index = _index(pool, rows)
-        emb = self._embed(token_ids)
-        h = pool.tensors["h"][0]
-        h[index] = after = self.embed_pos.step(emb, h[index])
-        x = emb + after.to(emb.dtype)
-        for layer, states in zip(self.blocks, AttentionState.of_layers(pool), strict=True):
+    def _read(self, ids: Tensor, padding: Tensor | None, index: "Index", pool: StatePool) -> Tensor:
+        """Advance some rows: ids and padding `[rows, tokens]` -> what the last layer makes of each
+        token `[rows, tokens, d_emb]`."""
+        emb, is_step = self._embed(ids), ids.shape[1] == 1
+        h, layers = pool.tensors["h"][0], AttentionState.of_layers(pool)
+        if is_step:
+            h[index] = after = self.embed_pos.step(emb[:, 0], h[index])
+            all_h = after.unsqueeze(1)
+        else:
+            all_h, h[index] = self.embed_pos(emb, h[index], padding)
+        x = emb + all_h.to(emb.dtype)
+        for layer, states in zip(self.blocks, layers, strict=True):
             selected = states.select(index)
-            x = layer.step(x, selected)
+            if not is_step:
+                x, selected = layer(x, selected, chunked, padding)
+                _assign(states, index, selected)
+                continue
+            x = layer.step(x[:, 0], selected).unsqueeze(1)
             if not isinstance(index, slice):
                 _assign(states, index, selected)
-        pool.tensors["last"][0, index] = x
-        return self._logits(x)
+        return x
 
     @torch.inference_mode()
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """Logits `[batch, vocab_sz]` after the last token of `rows`, which a step has read: those
-        that it returned. Nothing is read."""
+        """Logits `[batch, vocab_sz]` after the last token that each of `rows` has read. Nothing is
+        read."""
         if self._compiled is not None:
             return self._compiled.logits(pool, rows)
         if self._fused is not None:

@@ -119,7 +119,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         from model.kernels.cpu.linear import PRODUCT
-        from model.kernels.cpu.team import run_team
+        from model.kernels.cpu.team import num_threads, run_team
 
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.num_outputs)
@@ -127,7 +127,8 @@ class PackedLinear(nn.Module):
             rows = x.numel() // self.num_inputs
             sizes = (rows, self.num_inputs, self.num_outputs)
             places = (self.addresses, x.data_ptr(), y.data_ptr())
-            run_team(self._function, np.array(((0, 0, 0), *sizes, *places), PRODUCT))
+            arguments = np.array(((0, 0, 0), *sizes, *places), PRODUCT)
+            run_team(self._function, arguments, num_threads(rows * self.weight.numel(), 1))
         return y
 
 

@@ -15,6 +15,7 @@ from typing import Annotated
 import torch
 import typer
 
+from model.batch import Batch
 from model.files import write_file
 from model.heinsen import checkpoint
 from model.heinsen.network import LanguageModel
@@ -74,16 +75,16 @@ def answer(
     chance = torch.Generator().manual_seed(seed)
     start = network.config.bos_token_id
     prompt = words.encode(f"<|user|>{request}<|end|><|assistant|>")
-    *before, last = [*([] if start is None else [start]), *prompt]
+    unread = [*([] if start is None else [start]), *prompt]
     pool, found = network.new_pool(1), list[int]()
-    network.prefill(torch.tensor([before]), [len(before)], pool, [0])
     while len(found) < max_tokens:
-        logits = network.step(torch.tensor([last]), pool, [0])[0]
+        logits = network.forward(Batch.of([unread], [0]).wanting([len(unread) - 1]), pool)[0]
         chances = (logits / temperature).softmax(0)
         last = int(torch.multinomial(chances, 1, generator=chance))
         if last in network.config.eos_token_ids:
             break
         found.append(last)
+        unread = [last]
     ended = len(found) < max_tokens
     return Answer(request, named, tuple(found), words.decode(found).strip(), ended)
 

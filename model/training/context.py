@@ -38,7 +38,7 @@ def token_bits(network: LanguageModel, ids: Tensor) -> Tensor:
     for inputs, targets in zip(
         torch.split(before, CHUNK_TOKENS, 1), torch.split(ids, CHUNK_TOKENS, 1), strict=True
     ):
-        logits, state = network(inputs.to(network.device), state)
+        logits, state = network.unroll(inputs.to(network.device), state)
         wanted = targets.to(network.device)
         bits.append(F.cross_entropy(logits.mT, wanted, reduction="none").cpu() / math.log(2))
     return torch.cat(bits, 1)

@@ -47,7 +47,7 @@ def bits_per_byte(network: LanguageModel, words: Tokenizer, documents: Iterable[
             torch.split(inputs, CHUNK_TOKENS, 1), torch.split(targets, CHUNK_TOKENS, 1), strict=True
         )
         for chunk, target in chunks:
-            logits, state = network(chunk.to(network.device), state)
+            logits, state = network.unroll(chunk.to(network.device), state)
             wanted = target.to(network.device).flatten()
             nats += float(F.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum"))
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)

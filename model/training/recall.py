@@ -121,7 +121,7 @@ def fit(network: LanguageModel, run: Run, examples: Callable[[torch.Generator], 
     chance, smooth = torch.Generator().manual_seed(run.seed), 0.0
     for step in range(run.steps):
         inputs, targets = examples(chance)
-        logits, _ = network(inputs, network.empty_state(len(inputs)))
+        logits, _ = network.unroll(inputs, network.empty_state(len(inputs)))
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         network.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -138,7 +138,7 @@ def fit(network: LanguageModel, run: Run, examples: Callable[[torch.Generator], 
 def accuracy(network: LanguageModel, examples: Examples) -> float:
     """The share of answers that are the network's first choice."""
     inputs, targets = examples
-    logits, _ = network(inputs, network.empty_state(len(inputs)))
+    logits, _ = network.unroll(inputs, network.empty_state(len(inputs)))
     asked = targets != IGNORED
     return float((logits.argmax(-1) == targets)[asked].float().mean())
 

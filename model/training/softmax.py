@@ -78,7 +78,7 @@ class SoftmaxModel(LanguageModel):
             previous=like.new_zeros((batch, c.n_layers, c.d_emb)),
         )
 
-    def forward(  # type: ignore[override]
+    def unroll(  # type: ignore[override]
         self, token_ids: Tensor, state: SoftmaxState
     ) -> tuple[Tensor, SoftmaxState]:
         """token_ids `[batch, tokens]` -> logits `[batch, tokens, vocab_sz]` and the state after."""

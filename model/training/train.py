@@ -134,7 +134,7 @@ class Trainer:
                 group["lr"] = self.schedule.learning_rate(self.tokens)
         with torch.autocast(network.device.type, torch.bfloat16, enabled=self._bf16):
             state = self._state.replace(fresh, self._fresh)
-            logits, state = network(inputs, state)
+            logits, state = network.unroll(inputs, state)
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         network.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)

@@ -168,7 +168,7 @@ def engine_limits(settings: Settings) -> EngineLimits:
         max_waiting=settings.max_waiting,
         max_waiting_tokens=settings.max_waiting_tokens,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
-        prefill_tokens_while_decoding=settings.prefill_tokens_while_decoding,
+        inter_token_latency_s=settings.inter_token_latency_ms / 1000,
         prefix_cache_bytes=settings.prefix_cache_bytes,
     )
 

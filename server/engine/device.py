@@ -11,10 +11,6 @@ from model.checkpoint import Checkpoint
 from model.decoding import sampling
 from model.network import Network
 
-FEW_BYTES = 128 << 20
-"""Weights that a thread reads in a few milliseconds. For fewer, a second thread of a step is more
-often waited for than of use: it has to be awake a thousand times a second, next to the server."""
-
 
 class DeviceError(ValueError):
     """The device that was asked for is not there."""
@@ -38,16 +34,23 @@ def choose_dtype(asked: WeightDtype | None, device: torch.device) -> WeightDtype
 
 
 def choose_threads(threads: int | None, network: Network) -> str:
-    """Set the number of CPU threads of this process: as asked for, or one for a small network.
+    """Set how many CPU threads a step uses at most: as asked for, or what the cores allow with one
+    left for the clients where there are more than two.
 
-    Returns the number in words.
+    Returns in words how many they are, and how many a single token is worth.
     """
-    if threads is None and network.weight_bytes < FEW_BYTES:
-        threads = 1
-    if threads is not None:
-        torch.set_num_threads(threads)
-    count = torch.get_num_threads()
-    return f"{count} thread{'s' if count > 1 else ''}"
+    cores = torch.get_num_threads()
+    most = threads or (cores - 1 if cores > 2 else cores)
+    torch.set_num_threads(most)
+    alone = network.num_threads(1, 1)
+    if threads is None and not network.is_compiled:
+        most = alone
+        torch.set_num_threads(most)
+    words = f"{most} thread{'s' if most > 1 else ''}"
+    if most == 1 or not network.is_compiled:
+        return words
+    work = f"{network.num_parameters / 1e6:,.1f} M multiply-adds"
+    return f"up to {words} as a step has work, {alone} for a token of {work}"
 
 
 def load(

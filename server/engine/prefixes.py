@@ -68,7 +68,9 @@ class SharedPrefixes(Generic[State]):
             return None
         if not sequence.digests:
             salt = sequence.request.owner.encode()
-            sequence.digests = chain(sequence.unread[:-1], self._chunk, salt)
+            # Two tokens are left at least: one by itself would be no piece of a prompt.
+            shared = sequence.unread[: max(0, sequence.num_unread - 2)]
+            sequence.digests = chain(shared, self._chunk, salt)
         digests, depth = sequence.digests, len(sequence.digests)
         have = sequence.num_read // self._chunk
         kept = coming = have

@@ -1,23 +1,18 @@
-"""Prefill: prompts into states, each common beginning once."""
-
-from collections.abc import Sequence as Row
-
-import torch
+"""Prompts that are being read: each common beginning once."""
 
 from model.network import Network
 from model.state import RowState, StatePool
 from server.engine.prefixes import SharedPrefixes
 from server.engine.sequence import Sequence
 from server.engine.slots import Slots
-from server.engine.text_sequence import TextSequence
 from server.metrics import Metrics
 
-LEAST_CHUNK = 64
-"""Tokens after which a beginning of a prompt may be kept: a state is worth more than a few."""
+SHORTEST_SHARED = 64
+"""Tokens of a beginning that is worth a state, or the network's cut if that is more."""
 
 
 class PromptReader:
-    """Reads prompts into the rows that their sequences own."""
+    """Says where in their prompts sequences begin to read, and keeps states for others."""
 
     def __init__(
         self,
@@ -27,13 +22,12 @@ class PromptReader:
         prefix_cache_bytes: int,
         metrics: Metrics,
     ) -> None:
-        self._network = network
         self._pool = pool
         self._slots = slots
         self._metrics = metrics
-        state_bytes = network.state_spec.num_bytes
-        chunk = -(-LEAST_CHUNK // network.cut) * network.cut
-        self._prefixes = SharedPrefixes[RowState](prefix_cache_bytes, state_bytes, chunk)
+        state_bytes, cut = network.state_spec.num_bytes, network.cut
+        shared = -(-SHORTEST_SHARED // cut) * cut
+        self._prefixes = SharedPrefixes[RowState](prefix_cache_bytes, state_bytes, shared)
 
     def begin(self, sequence: Sequence) -> None:
         """Begin after what others have read of the same prompt, or wait until they have.
@@ -44,20 +38,15 @@ class PromptReader:
         if state is not None:
             self._pool.write_row(self._row(sequence), state)
 
-    def read(self, pieces: Row[tuple[TextSequence, int]]) -> None:
-        """Read the next tokens of several prompts, so many of each."""
-        longest = max(count for _, count in pieces)
-        ids = torch.zeros(len(pieces), longest, dtype=torch.long)
-        for i, (sequence, count) in enumerate(pieces):
-            ids[i, :count] = torch.tensor(sequence.pop_unread(count))
-        rows = [self._row(sequence) for sequence, _ in pieces]
-        lengths = [count for _, count in pieces]
-        scores = {i: sequence.prompt_scores for i, (sequence, _) in enumerate(pieces)}
-        scored = {i: each.add for i, each in scores.items() if each is not None}
-        self._network.prefill(ids, lengths, self._pool, rows, scored)
-        for sequence, _ in pieces:
-            if sequence.num_read in sequence.keep_at:
-                self._keep(sequence)
+    def keep(self, sequence: Sequence) -> None:
+        """A piece was read: if the sequence stopped there for it, keep the state for later prompts,
+        and give it to those that wait for it."""
+        if sequence.num_read not in sequence.keep_at:
+            return
+        state = self._pool.read_row(self._row(sequence))
+        for follower in self._prefixes.keep(sequence, state):
+            self._pool.write_row(self._row(follower), state)
+        self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
 
     def leave(self, sequence: Sequence) -> None:
         """The sequence reads no more; those that waited for it begin again."""
@@ -79,13 +68,6 @@ class PromptReader:
         """Give up the states that were kept for later prompts: one of them may be damaged."""
         self._prefixes.forget_kept()
         self._metrics.prefix_cache_bytes.set(0)
-
-    def _keep(self, sequence: Sequence) -> None:
-        """Keep the state for later prompts, and give it to those that wait for it."""
-        state = self._pool.read_row(self._row(sequence))
-        for follower in self._prefixes.keep(sequence, state):
-            self._pool.write_row(self._row(follower), state)
-        self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
 
     def _row(self, sequence: Sequence) -> int:
         return self._slots.row(sequence.request.request_id)

@@ -1,13 +1,14 @@
 """What the next engine step works on. Counts tokens and slots; knows no tensors.
 
-    waiting -> reading (prefill, in chunks) -> decoding -> gone
+    waiting -> reading (prefill, in pieces) -> decoding -> gone
 
-Every step decodes one token of each decoding sequence and reads a bounded number of prompt tokens,
-so a long prompt delays the running streams by little. The last prompt token is not read by prefill:
-it goes through the decoding step like any later one, since that is what gives logits.
+A step has a budget of tokens: one for each sequence that decodes, the rest for pieces of prompts.
+While streams run, `Pace` says how many prompt tokens keep it as short as their clients want it; so
+a long prompt delays them by little. What follows the last token of a prompt is chosen in the step
+that reads it.
 
-Prompts are cut at whole chunks, counted from where the turn began to read: so cut, the network
-computes the same bits however many pieces there are.
+Prompts are cut at multiples of the network's cut, counted from where the turn began to read: so
+cut, the network computes the same bits however many pieces there are.
 """
 
 from collections import deque
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Generic, TypeVar
 
+from server.engine.pace import Pace
 from server.engine.sequence import Sequence
 from server.engine.slots import Slots
 
@@ -23,9 +25,13 @@ TURN_OF_ALL = 4
 """In every so many steps the prompt that has waited longest is read first, however long it is; in
 the others the one with the fewest tokens left."""
 
-PIECES_PER_CHUNK = 4
-"""A piece of a prompt counts as at least this part of a chunk: where the network is not compiled it
-computes whole chunks of attention."""
+EFFICIENT_TOKENS = 128
+"""While nothing decodes, a step reads at least as many prompt tokens, however long it is: with more
+a processor reads hardly faster, and who comes meanwhile waits for its end."""
+
+ALIKE = 2
+"""While nothing decodes, the prompts that are at most so many times as long as the first one are
+read side by side: their answers begin together then, and share every reading of the weights."""
 
 
 S = TypeVar("S", bound=Sequence)
@@ -48,10 +54,10 @@ class EngineLimits:
     """Prompt tokens of the requests that wait."""
 
     prefill_chunk_tokens: int
-    """Prompt tokens that a step reads at most while nothing decodes; a prompt with more is long."""
+    """Prompt tokens that a step reads at most; a prompt with more is long."""
 
-    prefill_tokens_while_decoding: int
-    """Prompt tokens that a step reads at most while sequences decode."""
+    inter_token_latency_s: float
+    """How long a step may be while sequences decode."""
 
     prefix_cache_bytes: int
     """Memory for states after beginnings of prompts."""
@@ -66,19 +72,23 @@ class EngineLimits:
 class Plan(Generic[S]):
     """One step of the engine."""
 
-    prefill: tuple[tuple[S, int], ...]
-    """Sequences and how many tokens of them to read."""
-
     decode: tuple[S, ...]
     """In the order of their rows."""
+
+    read: tuple[tuple[S, int], ...]
+    """Prompts and how many tokens of them to read."""
 
 
 class Scheduler(Generic[S]):
     """The sequences in the engine, by phase, and the rows that they own."""
 
-    def __init__(self, limits: EngineLimits, chunk: int) -> None:
+    def __init__(self, limits: EngineLimits, cut: int, most_logits: int) -> None:
+        """`most_logits`: rows of logits that a step may have for scored prompts; at least a cut's
+        are."""
         self._limits = limits
-        self._chunk = chunk
+        self._cut = cut
+        self._most_logits = max(cut, most_logits)
+        self.pace = Pace(limits.inter_token_latency_s)
         self._num_plans = 0
         self._next_deadline = inf
         self.slots = Slots(limits.max_running + limits.warm_sessions)
@@ -133,32 +143,33 @@ class Scheduler(Generic[S]):
         return None
 
     def plan(self) -> Plan[S]:
-        """Read some of the prompts; decode everything that can."""
-        return Plan(
-            prefill=self._plan_prefill(),
-            decode=self.decode_order(),
-        )
+        """Decode everything that can; read some of the prompts."""
+        return Plan(self.decode_order(), self._plan_prompts())
 
     def decode_order(self) -> tuple[S, ...]:
         """What decodes, in the order of the rows."""
         return tuple(self.decoding[row] for row in sorted(self.decoding))
 
-    def _plan_prefill(self) -> tuple[tuple[S, int], ...]:
-        """Pieces of prompts which padded to the longest of them keep within the budget."""
-        limits = self._limits
-        tokens = (
-            limits.prefill_tokens_while_decoding if self.decoding else limits.prefill_chunk_tokens
-        )
-        budget = max(self._chunk, self._whole_chunks(tokens))
-        width, pieces = self._chunk // PIECES_PER_CHUNK, list[tuple[S, int]]()
-        for sequence in self._by_urgency():
-            count = sequence.num_to_stop
-            most = budget // (len(pieces) + 1)
-            if count > most:
-                count = self._whole_chunks(most)
-            if count and width <= most:
-                width = max(width, count)
+    def _plan_prompts(self) -> tuple[tuple[S, int], ...]:
+        """Pieces of prompts within the budget: at least one cut, however slow that is."""
+        ready, tokens = self._by_urgency(), self.pace.tokens
+        alike = [s for s in ready if s.num_unread <= ALIKE * ready[0].num_unread]
+        if self.decoding:
+            alike = []
+        else:
+            tokens = max(tokens, EFFICIENT_TOKENS)
+        tokens = max(self._cut, min(tokens, self._limits.prefill_chunk_tokens))
+        share, logits = max(self._cut, tokens // max(1, len(alike))), self._most_logits
+        pieces = list[tuple[S, int]]()
+        for sequence in ready:
+            is_scored, most = sequence.request.score_prompt, tokens
+            if sequence in alike:
+                most = min(most, share)
+            count = sequence.next_piece(min(most, logits) if is_scored else most, self._cut)
+            if count:
                 pieces.append((sequence, count))
+                tokens -= count
+                logits -= count if is_scored else 0
         if pieces:
             self._num_plans += 1
             for sequence, _ in pieces:
@@ -183,9 +194,6 @@ class Scheduler(Generic[S]):
 
     def _is_long(self, sequence: S) -> bool:
         return sequence.num_unread > self._limits.prefill_chunk_tokens
-
-    def _whole_chunks(self, tokens: int) -> int:
-        return tokens // self._chunk * self._chunk
 
 
 def _deadline(sequence: Sequence) -> float:

@@ -27,6 +27,9 @@ class Sequence:
         self.waits_until = 0
         """Tokens of that beginning."""
 
+        self.generates = request.max_tokens > 0
+        """Whether a token is to come after the prompt. If not, its last token is left unread."""
+
         self.last_planned = 0
         """The scheduler's step in which it read last, or began."""
 
@@ -53,18 +56,27 @@ class Sequence:
 
     @property
     def num_unread(self) -> int:
-        """Tokens for prefill: all but the last, which the decoding step reads."""
-        return max(0, len(self._tokens) - self.num_read - 1)
-
-    @property
-    def num_to_stop(self) -> int:
-        """Tokens for prefill until the state is to be kept, or all."""
-        stops = (at - self.num_read for at in self.keep_at if at > self.num_read)
-        return min(stops, default=self.num_unread)
+        """Tokens to be read in pieces: one that is left by itself goes with those that decode."""
+        num_left = len(self._tokens) - self.num_read
+        if self.generates:
+            return num_left if num_left > 1 else 0
+        return max(0, num_left - 1)
 
     @property
     def is_read(self) -> bool:
         return self.num_unread == 0
+
+    def next_piece(self, most: int, cut: int) -> int:
+        """Tokens of the next piece: as many as there are until the state is to be kept or the
+        prompt ends, or a multiple of the network's cut that is not more than `most`.
+
+        A last token by itself belongs to the piece before it: the network would compute other bits.
+        """
+        stops = (at - self.num_read for at in self.keep_at if at > self.num_read)
+        count = min(stops, default=self.num_unread)
+        if count > most:
+            count = max(most, 0) // cut * cut
+        return count + 1 if count and self.num_unread - count == 1 else count
 
     def pop_unread(self, count: int) -> list[int]:
         """The next unread tokens, which the caller puts into the state."""

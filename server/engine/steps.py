@@ -1,4 +1,4 @@
-"""Decoding steps: launched, and what comes back turned into text."""
+"""Steps: launched, and what comes back turned into text."""
 
 import logging
 import time
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from model.decoding.decoder import Decoder, Launched
+from model.decoding.decoder import Decoded, Launched, Piece, Runner
 from model.decoding.logprobs import Scored
 from model.state import StatePool
 from server.engine.messages import (
@@ -34,6 +34,12 @@ class End:
     """As in `Finished`."""
 
 
+def end_of_prompt(sequence: TextSequence) -> End:
+    """How a sequence ends that generates nothing: so it was asked for, or its grammar allows no
+    text."""
+    return End("stop" if sequence.request.max_tokens else "length")
+
+
 Outcome = End | Failed | GrammarFailed | NoProbabilities
 """How a sequence ends."""
 
@@ -41,6 +47,9 @@ Outcome = End | Failed | GrammarFailed | NoProbabilities
 @dataclass
 class Outcomes:
     """What came of a step."""
+
+    read: list[TextSequence] = field(default_factory=list)
+    """Those whose prompts are read; comes before their texts."""
 
     texts: list[TextDelta] = field(default_factory=list)
     ended: list[tuple[TextSequence, Outcome]] = field(default_factory=list)
@@ -50,21 +59,35 @@ class Outcomes:
 class Flight:
     """A step that is under way."""
 
-    batch: Sequence[tuple[int, TextSequence]]
-    """The sequences with their rows."""
+    batch: Sequence[tuple[TextSequence, Piece]]
+    """The sequences with what they read; those that decode come first."""
+
+    num_decoding: int
+    ends: frozenset[int]
+    """Places of those whose prompts end in it."""
 
     launched: Launched
     started: float
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of prompts that it reads."""
+        prompts = self.batch[self.num_decoding :]
+        return sum(len(piece.token_ids or ()) for _, piece in prompts)
 
 
 class Steps:
     """Launches steps and collects their tokens: later, where the device works beside the host."""
 
-    def __init__(self, decoder: Decoder, pool: StatePool, metrics: Metrics) -> None:
-        self._decoder = decoder
+    def __init__(self, runner: Runner, pool: StatePool, metrics: Metrics) -> None:
+        self._runner = runner
         self._pool = pool
         self._metrics = metrics
-        self.runs_ahead = decoder.runs_ahead
+        self._last_landed: float | None = None
+        self.runs_ahead = runner.runs_ahead
+        self.last_s = 0.0
+        """Seconds from the landing before the last one to that, or from the launch if nothing ran
+        before it: the gap that streams saw."""
 
     def find_ready(
         self, batch: Sequence[tuple[int, TextSequence]], outcomes: Outcomes
@@ -77,37 +100,79 @@ class Steps:
                 if self.runs_ahead and sequence.can_run_ahead:
                     ready.append((row, sequence))
                 continue
-            reason = sequence.find_allowed()
-            if reason is not None:
-                failed = GrammarFailed(sequence.request.request_id, reason)
-                outcomes.ended.append((sequence, failed))
-            elif sequence.matcher is not None and sequence.matcher.is_complete:
-                outcomes.ended.append((sequence, End("stop")))
-            else:
-                ready.append((row, sequence))
+            if self._can_choose(sequence, outcomes):
+                if sequence.matcher is not None and sequence.matcher.is_complete:
+                    outcomes.ended.append((sequence, End("stop")))
+                else:
+                    ready.append((row, sequence))
         return ready
 
-    def launch(self, batch: Sequence[tuple[int, TextSequence]]) -> Flight | None:
-        """Launch a step of these sequences, if there are any."""
-        if not batch:
+    def find_readable(
+        self, prompts: Sequence[tuple[int, TextSequence, int]], outcomes: Outcomes
+    ) -> list[tuple[int, TextSequence, int]]:
+        """The prompts of which so many tokens can be read now. At the end of one something has to
+        follow it: where a grammar allows nothing, the prompt is read without its last token."""
+        readable = []
+        for row, sequence, count in prompts:
+            if sequence.generates and count == sequence.num_unread:
+                if not self._can_choose(sequence, outcomes):
+                    continue
+                if sequence.matcher is not None and sequence.matcher.is_complete:
+                    sequence.generates = False
+                    continue  # until the next step, which knows how much is left
+            readable.append((row, sequence, count))
+        return readable
+
+    def _can_choose(self, sequence: TextSequence, outcomes: Outcomes) -> bool:
+        """Whether a grammar leaves anything to choose, or nothing but the end."""
+        reason = sequence.find_allowed()
+        if reason is not None:
+            failed = GrammarFailed(sequence.request.request_id, reason)
+            outcomes.ended.append((sequence, failed))
+        return reason is None
+
+    def launch(
+        self,
+        decoding: Sequence[tuple[int, TextSequence]],
+        prompts: Sequence[tuple[int, TextSequence, int]] = (),
+    ) -> Flight | None:
+        """Launch a step of sequences in their rows: one token of those that decode, and so many of
+        each prompt; nothing if there are none."""
+        if not decoding and not prompts:
             return None
         started = time.monotonic()
-        launched = self._decoder.launch([sequence.decode_input(row) for row, sequence in batch])
-        for _, sequence in batch:
-            sequence.num_in_flight += 1
+        batch = [(sequence, sequence.next_token(row)) for row, sequence in decoding]
+        batch += [(sequence, sequence.next_tokens(row, n)) for row, sequence, n in prompts]
+        launched = self._runner.launch([piece for _, piece in batch])
+        count = len(decoding)
+        ends = frozenset(i for i in range(count, len(batch)) if batch[i][0].is_read)
+        for i, (sequence, _) in enumerate(batch):
+            if i < count or i in ends:
+                sequence.num_in_flight += 1
         self._metrics.batch_size.set(len(batch))
-        return Flight(batch, launched, started)
+        return Flight(batch, count, ends, launched, started)
 
-    def land(self, flight: Flight, decoding: Mapping[int, TextSequence]) -> Outcomes:
-        """The tokens of a step, except of sequences that have ended since its launch."""
+    def rest(self) -> None:
+        """Nothing runs: what comes next follows upon nothing."""
+        self._last_landed = None
+
+    def land(self, flight: Flight, running: Mapping[int, TextSequence]) -> Outcomes:
+        """The tokens of a step, except of sequences that have ended since its launch: `running` has
+        the others by their rows."""
         decoded = flight.launched.take()
         now = time.monotonic()
         self._metrics.step_duration_seconds.observe(now - flight.started)
+        before, self._last_landed = self._last_landed, now
+        self.last_s = now - (flight.started if before is None else before)
         outcomes, num_tokens, waited = Outcomes(), 0, Counter[float]()
         scored = decoded.scored
-        for i, (row, sequence) in enumerate(flight.batch):
-            sequence.num_in_flight -= 1
-            if decoding.get(row) is not sequence:
+        for i, (sequence, piece) in enumerate(flight.batch):
+            is_prompt, row = i >= flight.num_decoding, piece.row
+            if not is_prompt or i in flight.ends:
+                sequence.num_in_flight -= 1
+            if running.get(row) is not sequence:
+                continue
+            if is_prompt and not self._land_prompt(sequence, piece, i, flight, decoded, outcomes):
                 continue
             token_id, request_id = decoded.token_ids[i], sequence.request.request_id
             if token_id is None or (scored and scored.get(i, self) is None):
@@ -134,6 +199,29 @@ class Steps:
         for since, count in waited.items():
             self._metrics.inter_token_latency_seconds.observe(now - since, count)
         return outcomes
+
+    def _land_prompt(
+        self,
+        sequence: TextSequence,
+        piece: Piece,
+        place: int,
+        flight: Flight,
+        decoded: Decoded,
+        outcomes: Outcomes,
+    ) -> bool:
+        """A piece of a prompt was read; whether a token was chosen after it."""
+        scores = sequence.prompt_scores
+        if scores is not None and piece.following is not None:
+            scores.add(piece.following.token_ids, decoded.followed[place])
+        if place not in flight.ends:
+            return False
+        if scores is not None and scores.is_damaged:
+            outcomes.ended.append((sequence, NoProbabilities(sequence.request.request_id)))
+            return False
+        outcomes.read.append(sequence)
+        if not sequence.generates:
+            outcomes.ended.append((sequence, end_of_prompt(sequence)))
+        return sequence.generates
 
     def _advance(
         self,

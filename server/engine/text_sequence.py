@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from model.decoding.decoder import MOST_ENDS, DecodeInput
+from model.decoding.decoder import MOST_ENDS, Piece
 from model.decoding.sampling import WINDOW, RecentTokens, SampledRow
 from model.state import RowState
 from model.text.tokenizer import Tokenizer
@@ -76,7 +76,9 @@ class TextSequence(Sequence):
         """Token ids that may come next, where a grammar says it."""
 
         self.matcher = None if request.grammar is None else request.grammar.matcher()
-        self._input: DecodeInput | None = None
+        self._piece: Piece | None = None
+        """Its part in the last step that chose a token for it."""
+
         self._is_plain = (
             self.matcher is None
             and not request.sampling.changes_logits
@@ -101,34 +103,39 @@ class TextSequence(Sequence):
         """Whether another step can be launched for it before the token of the last is known."""
         return (
             self._is_plain
-            and not (self._input is not None and self._input.resumes)
+            and not (self._piece is not None and self._piece.resumes)
             and self.request.min_tokens <= self.num_generated
             and self.num_generated + self.num_in_flight < self.request.max_tokens
         )
 
-    def decode_input(self, row: int) -> DecodeInput:
+    def next_token(self, row: int) -> Piece:
         """Its part in the next step: it reads its next token, or the one that is under way."""
-        if self.num_in_flight:
-            if self._input is None:
-                raise RuntimeError("no step was launched that chooses what this one reads")
-            if self._input.token_id is not None:
-                self._input = self._input._replace(token_id=None)
-            return self._input
-        unread = self.unread
-        if unread:
-            self.pop_unread(1)
+        if not self.num_in_flight:
+            self._piece = self._choosing(row, self.pop_unread(1))
+        elif self._piece is None:
+            raise RuntimeError("no step was launched that chooses what this one reads")
+        elif self._piece.token_ids is not None:
+            self._piece = self._piece._replace(token_ids=None, following=None)
+        return self._piece
+
+    def next_tokens(self, row: int, count: int) -> Piece:
+        """The next tokens of its prompt: what follows is chosen if they are the last ones."""
+        start = self.num_read
+        ids = self.pop_unread(count)
+        if self.generates and self.is_read:
+            self._piece = piece = self._choosing(row, ids)
+        else:
+            piece = Piece(row, ids)
+        if self.prompt_scores is None:
+            return piece
+        return piece._replace(following=self.prompt_scores.following(start, start + count))
+
+    def _choosing(self, row: int, token_ids: list[int]) -> Piece:
+        """A piece after which a token is chosen."""
         sampled = SampledRow(
             self.request.sampling, self.position, self.recent, tuple(self._banned), self._mask
         )
-        self._input = DecodeInput(
-            row=row,
-            token_id=unread[0] if unread else None,
-            sampled=sampled,
-            ends=self.end_token_ids,
-            resumes=not unread,
-            num_logprobs=self.request.num_logprobs,
-        )
-        return self._input
+        return Piece(row, token_ids, sampled, self.end_token_ids, self.request.num_logprobs)
 
     def find_allowed(self) -> str | None:
         """Find out which tokens may come next. Returns why none may, if so.

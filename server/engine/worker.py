@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from model.checkpoint import Checkpoint
-from model.decoding import decoders
+from model.decoding import runners
 from model.state import DamagedState
 from server.engine.inbox import Inbox
 from server.engine.messages import (
@@ -27,7 +27,7 @@ from server.engine.messages import (
 from server.engine.reading import PromptReader
 from server.engine.rows import Rows
 from server.engine.scheduler import EngineLimits, Plan, Scheduler
-from server.engine.steps import FAILED, End, Flight, Outcomes, Steps
+from server.engine.steps import FAILED, End, Flight, Outcomes, Steps, end_of_prompt
 from server.engine.text_sequence import TextSequence
 from server.metrics import Metrics, exemplar
 
@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 
 IDLE_SAMPLE_S = 1.0
 """While nothing runs, the state in one kept row is checked in so many seconds."""
+
+SCORED_BYTES = 64 << 20
+"""Memory for logits of scored prompts in a step."""
 
 Deliver = Callable[[list[Event | RowGivenUp]], None]
 """Receives one step's events."""
@@ -56,15 +59,16 @@ class Worker:
         self._inbox = inbox
         self._deliver = deliver
         self._metrics = metrics
-        self._scheduler = Scheduler[TextSequence](limits, self._network.cut)
+        most_logits = SCORED_BYTES // (4 * self._network.vocab_size)
+        self._scheduler = Scheduler[TextSequence](limits, self._network.cut, most_logits)
         self._slots = self._scheduler.slots
         self._rows = Rows(self._network, self._slots, limits.warm_sessions)
         self._pool = self._rows.pool
         self._reader = PromptReader(
             self._network, self._pool, self._slots, limits.prefix_cache_bytes, metrics
         )
-        self._decoder = decoders.new_decoder(self._network, self._pool, limits.max_running)
-        self._steps = Steps(self._decoder, self._pool, metrics)
+        self._runner = runners.new_runner(self._network, self._pool, limits.max_running)
+        self._steps = Steps(self._runner, self._pool, metrics)
         self._flight: Flight | None = None
         """The step that was launched last, if its tokens are not known yet."""
 
@@ -82,7 +86,7 @@ class Worker:
 
     def run(self) -> None:
         """Work until stopped; sleep while there is nothing to do."""
-        self._decoder.prepare()
+        self._runner.prepare()
         self._report_slots()
         while not self._stopping:
             self.step()
@@ -98,7 +102,7 @@ class Worker:
             self.step_started = time.monotonic()
             self._expire()
             self._admit()
-            self._finish_reading()
+            self._begin_decoding()
             self._run(self._scheduler.plan())
             for finished in self._rows.arrived(wait=self._scheduler.idle):
                 self._end(finished)
@@ -109,23 +113,37 @@ class Worker:
         self._flush()
 
     def _run(self, plan: Plan[TextSequence]) -> None:
-        if plan.prefill:
-            self._reader.read(plan.prefill)
-            self._finish_reading()
         outcomes = Outcomes()
         batch = [(self._row(sequence), sequence) for sequence in plan.decode]
+        prompts = [(self._row(sequence), sequence, count) for sequence, count in plan.read]
         ready = self._steps.find_ready(batch, outcomes)
+        prompts = self._steps.find_readable(prompts, outcomes)
         self._apply(outcomes)
-        before, self._flight = self._flight, self._steps.launch(ready)
+        before, self._flight = self._flight, self._steps.launch(ready, prompts)
+        for row, sequence, _ in prompts:
+            self._reader.keep(sequence)
+            if sequence.is_read:
+                self._stop_reading(sequence)
+                self._scheduler.decoding[row] = sequence
         if before is not None:
-            self._apply(self._steps.land(before, self._scheduler.decoding))
-        is_last = not self._scheduler.decoding
+            self._land(before)
+        is_last = not (self._scheduler.decoding or self._scheduler.reading)
         if self._flight is not None and (is_last or not self._steps.runs_ahead):
-            self._apply(self._steps.land(self._flight, self._scheduler.decoding))
+            self._land(self._flight)
             self._flight = None
 
+    def _land(self, flight: Flight) -> None:
+        running = dict(self._scheduler.decoding)
+        running |= {self._row(sequence): sequence for sequence in self._scheduler.reading}
+        outcomes = self._steps.land(flight, running)
+        if flight.num_prompt_tokens:
+            self._scheduler.pace.observe(flight.num_prompt_tokens, self._steps.last_s)
+        self._apply(outcomes)
+
     def _apply(self, outcomes: Outcomes) -> None:
-        """Report a step's texts, and end what has ended."""
+        """Report what a step read and its texts, and end what has ended."""
+        for sequence in outcomes.read:
+            self._report_read(sequence)
         self._events += outcomes.texts
         for sequence, outcome in outcomes.ended:
             if isinstance(outcome, End):
@@ -152,6 +170,8 @@ class Worker:
 
     def _receive(self) -> None:
         idle = self._scheduler.idle
+        if idle:
+            self._steps.rest()
         if idle and self._inbox.empty:
             self._report_slots()
         samples = idle and bool(self._slots.kept)
@@ -219,31 +239,31 @@ class Worker:
                 self._reader.begin(sequence)
         self._metrics.requests_waiting.set(len(self._scheduler.waiting))
 
-    def _finish_reading(self) -> None:
-        """Prompts that but for their last token are in the state: begin to decode, or end here."""
+    def _begin_decoding(self) -> None:
+        """Prompts that have nothing to be read in pieces: begin to decode, or end here."""
         for sequence in [s for s in self._scheduler.reading if s.is_read]:
             self._stop_reading(sequence)
             request = sequence.request
-            sequence.read_at = time.monotonic()
-            self._metrics.prefill_time_seconds.observe(sequence.read_at - sequence.admitted_at)
-            self._reader.count(sequence)
-            scores = sequence.prompt_scores
-            if scores is not None and scores.is_damaged:
-                ending = self._find_damage(sequence)
-                self._drop(sequence)
-                self._end(ending)
-                continue
             if request.max_tokens and not sequence.unread and not request.continuation.position:
                 self._drop(sequence)
                 self._end(Failed(request.request_id, "there is no token to read"))
                 continue
-            if scores is not None:
-                self._events.append(PromptScored(request.request_id, tuple(scores.tokens)))
-                sequence.prompt_scores = None  # they are reported, and may be large
-            if request.max_tokens == 0:
-                self._finish(sequence, End("length"))
-            else:
+            self._report_read(sequence)
+            if sequence.generates:
                 self._scheduler.decoding[self._row(sequence)] = sequence
+            else:
+                self._finish(sequence, end_of_prompt(sequence))
+
+    def _report_read(self, sequence: TextSequence) -> None:
+        """All of a prompt is read, or all but what the first decoding step reads."""
+        sequence.read_at = time.monotonic()
+        self._metrics.prefill_time_seconds.observe(sequence.read_at - sequence.admitted_at)
+        self._reader.count(sequence)
+        scores = sequence.prompt_scores
+        if scores is not None:
+            request_id = sequence.request.request_id
+            self._events.append(PromptScored(request_id, tuple(scores.tokens)))
+            sequence.prompt_scores = None  # they are reported, and may be large
 
     def _stop_reading(self, sequence: TextSequence) -> None:
         self._scheduler.reading.remove(sequence)

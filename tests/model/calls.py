@@ -1,10 +1,12 @@
-"""A network's calls for the shapes that tests have."""
+"""A network's `forward` for the shapes that tests have."""
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from model.batch import Batch
 from model.network import Network
 from model.state import StatePool
 
@@ -17,16 +19,22 @@ def prefill(
     rows: Sequence[int],
     scored: Collection[int] = (),
 ) -> dict[int, Tensor]:
-    """Read the first lengths[i] tokens of each row of ids `[rows, tokens]`.
+    """Read the first lengths[i] tokens of each row of ids `[rows, tokens]`; where it is 0, none.
 
     Returns the logits after each token `[tokens, vocab]` of the sequences in `scored`.
     """
-    parts = {place: list[Tensor]() for place in sorted(scored)}
-    takers = {place: part.append for place, part in parts.items()}
-    network.prefill(ids, lengths, pool, rows, takers)
-    return {place: torch.cat(part) for place, part in parts.items()}
+    chosen = [place for place, length in enumerate(lengths) if length]
+    pieces = [ids[place, : lengths[place]] for place in chosen]
+    batch = Batch.of(pieces, [rows[place] for place in chosen])
+    wanted = [
+        np.arange(*batch.starts[i : i + 2]) for i, place in enumerate(chosen) if place in scored
+    ]
+    if wanted:
+        batch = batch.wanting(np.concatenate(wanted))
+    parts = torch.split(network.forward(batch, pool), [len(part) for part in wanted])
+    return dict(zip([place for place in chosen if place in scored], parts, strict=True))
 
 
 def step(network: Network, ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
     """One token for each row: ids `[rows]` -> logits `[rows, vocab]`."""
-    return network.step(ids, pool, rows)
+    return network.forward(Batch.of_tokens(ids, rows), pool)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model.batch import Batch
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 from model.kernels import cuda
@@ -121,12 +122,11 @@ def test_a_prompt_in_pieces_is_the_whole_one(
 @each_network
 def test_a_prompt_read_by_steps_is_the_whole_one(name: str) -> None:
     network, ids = NETWORKS[name], IDS[0, :150]
-    stepped, read = network.new_pool(1), alone(network, ids[:-1])
-    for token_id in ids[:-1]:
-        step(network, token_id[None], stepped, [0])
-    logits = [step(network, ids[-1:], pool, [0]) for pool in (stepped, read)]
-    assert torch.equal(*logits)
-    assert stepped.export_row(0) == read.export_row(0)
+    pool = network.new_pool(1)
+    for token_id in ids:
+        step(network, token_id[None], pool, [0])
+    read = alone(network, ids)
+    assert pool.export_row(0) == read.export_row(0)
 
 
 @pytest.mark.long
@@ -199,6 +199,30 @@ def test_logits_of_a_prompt_are_those_of_its_steps(
             assert torch.equal(torch.cat(found[row]), by_steps(network, ids))
         else:
             assert found[row] == []
+
+
+@each_network
+@settings(max_examples=12, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=2, max_size=8),
+    wanted=st.lists(st.integers(0, 799), max_size=20),
+    threads=st.integers(1, 3),
+)
+def test_logits_are_those_after_the_tokens_that_are_named_in_that_order(
+    name: str, lengths: list[int], wanted: list[int], threads: int
+) -> None:
+    """Of single tokens and prompts together, and some of them twice."""
+    network, rows = NETWORKS[name], range(len(lengths))
+    batch = Batch.of([IDS[row, :length] for row, length in enumerate(lengths)], rows)
+    batch = batch.wanting([place % len(batch.token_ids) for place in wanted])
+    pool = network.new_pool(len(lengths))
+    torch.set_num_threads(threads)
+    logits = network.forward(batch, pool)
+    torch.set_num_threads(1)
+    expected = [by_steps(network, IDS[row, :length]) for row, length in enumerate(lengths)]
+    assert torch.equal(logits, torch.cat(expected)[batch.logits_at])
+    for row, length in enumerate(lengths):
+        assert pool.export_row(row) == alone(network, IDS[row, :length]).export_row(0)
 
 
 def continued(network: Network, pool: StatePool, row: int, ids: Tensor) -> list[Tensor]:

@@ -22,6 +22,7 @@ from model.state import (
     contiguous_run,
     split_state,
 )
+from tests.model.calls import prefill, step
 
 SPEC = StateSpec(
     (
@@ -184,8 +185,8 @@ def test_no_row_is_read_but_those_that_are_named(compiled: bool, chosen: list[in
     before = poisoned.export_row(5)
     seen = []
     for made in (clean, poisoned):
-        network.prefill(torch.arange(27).view(3, 9), [9, 1, 4], made, chosen)
-        logits = network.step(torch.tensor([7, 8, 9]), made, chosen)
+        prefill(network, torch.arange(27).view(3, 9), [9, 1, 4], made, chosen)
+        logits = step(network, torch.tensor([7, 8, 9]), made, chosen)
         seen.append((logits.tolist(), [made.export_row(row) for row in chosen]))
     assert seen[0] == seen[1]
     assert poisoned.export_row(5) == before

@@ -4,7 +4,7 @@ mean = keep * mean + (1 - keep) * embed[token]        logits = head @ mean / (1 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import WeightDtype
-from model.network import CheckpointError, Description, Loaded, TakeLogits, checkpoint_errors
+from model.batch import Batch
+from model.network import CheckpointError, Description, Loaded, checkpoint_errors
 from model.state import StatePool, StateSpec, TensorSpec
 from model.text import tokenizer
 
@@ -41,6 +42,7 @@ class Toy:
     backend = "plain torch"
     recordable = None
     cut = 1
+    is_compiled = False
     device = torch.device("cpu")
 
     def __init__(self, config: Config, embed: Tensor, head: Tensor) -> None:
@@ -54,26 +56,21 @@ class Toy:
     def new_pool(self, num_rows: int) -> StatePool:
         return StatePool(self.state_spec, num_rows, self.device)
 
-    def prefill(
-        self,
-        token_ids: Tensor,
-        lengths: Sequence[int],
-        pool: StatePool,
-        rows: Sequence[int],
-        scored: Mapping[int, TakeLogits] | None = None,
-    ) -> None:
-        for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            for ids in token_ids[place, :length].split(1):  # type: ignore[no-untyped-call]
-                logits = self.step(ids, pool, [row])
-                if scored and place in scored:
-                    scored[place](logits)
+    def num_threads(self, tokens: int, answers: int) -> int:
+        del tokens, answers
+        return 1
 
-    def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        for token_id, row in zip(token_ids, rows, strict=True):
+    def forward(self, batch: Batch, pool: StatePool) -> Tensor:
+        batch.check(self.vocab_size, pool.num_rows)
+        found = torch.empty(len(batch.token_ids), self.vocab_size)
+        for row, start, end in zip(batch.rows, batch.starts, batch.starts[1:], strict=False):
             mean, count = pool.tensors["mean"][0, row], pool.tensors["count"][0, row]
-            mean.mul_(self._keep).add_(self._embed[token_id], alpha=1 - self._keep)
-            count.add_(1)
-        return self.logits(pool, rows)
+            for place in range(start, end):
+                token = self._embed[batch.token_ids[place]]
+                mean.mul_(self._keep).add_(token, alpha=1 - self._keep)
+                count.add_(1)
+                found[place] = self._logits(pool, row)
+        return found[torch.from_numpy(batch.logits_at)]
 
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
         return torch.stack([self._logits(pool, row) for row in rows])

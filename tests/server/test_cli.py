@@ -67,7 +67,7 @@ def test_serve_help_has_every_setting_in_its_group() -> None:
     assert "MODEL" in panels["Arguments"]
     for name, group in {
         "device": Group.MODEL,
-        "prefill_tokens_while_decoding": Group.ENGINE,
+        "inter_token_latency_ms": Group.ENGINE,
         "session_ttl_s": Group.SESSIONS,
         "port": Group.HTTP,
         "key_file": Group.KEYS,

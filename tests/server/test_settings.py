@@ -129,7 +129,7 @@ WRONG: list[tuple[str, Any]] = [
     ("request_timeout_s", "0"),
     ("request_timeout_s", "inf"),
     ("max_waiting_tokens", "0"),
-    ("prefill_tokens_while_decoding", "0"),
+    ("inter_token_latency_ms", "0"),
     ("prefix_cache_bytes", "-1"),
     ("drain_timeout_s", "-1"),
     ("response_ttl_s", "0"),

@@ -1,8 +1,10 @@
-"""Steps on a GPU: one recorded launch each, the tokens chosen and fed back on the device."""
+"""Steps on a GPU: one recorded launch each where no prompt is read, the tokens chosen and fed back
+on the device."""
 
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +13,14 @@ from torch import Tensor
 from model.decoding.cuda.inputs import take_inputs
 from model.decoding.cuda.sampling import choose
 from model.decoding.cuda.table import SamplerTable
-from model.decoding.decoder import Decoded, DecodeInput
-from model.decoding.logprobs import Scored, score
+from model.decoding.decoder import (
+    Decoded,
+    Piece,
+    batch_of,
+    score_chosen,
+    score_following,
+    wants_probability,
+)
 from model.decoding.sampling import SampledRow, sample
 from model.kernels.cuda.graphs import Aside, Moment, Recorder, Work, host_buffer, move, to_device
 from model.network import Recordable
@@ -51,8 +59,8 @@ class Step:
     launch: Work
 
 
-class GraphDecoder:
-    """A `Decoder` for a pool on the device.
+class GraphRunner:
+    """A `Runner` for a pool on the device.
 
     How a row chooses stays on the device from one step to the next. What the kernels cannot choose
     (penalties, biases, masks) is chosen from a copy of the logits when the step is taken.
@@ -78,61 +86,111 @@ class GraphDecoder:
         for size in reversed(self._sizes):  # what a smaller one needs is part of a larger one's
             self._steps[size] = self._record(size)
 
-    def launch(self, inputs: Sequence[DecodeInput]) -> "LaunchedStep":
-        size = self._sizes[bisect_left(self._sizes, len(inputs))]
-        if size not in self._steps:
-            self._steps[size] = self._record(size)
-        step, buffers = self._steps[size], self._buffers[0]
+    @torch.inference_mode()
+    def launch(self, pieces: Sequence[Piece]) -> "LaunchedStep":
+        buffers = self._buffers[0]
         self._buffers.rotate(-1)
+        choosing = [place for place, each in enumerate(pieces) if each.sampled is not None]
         # What runs ahead is what the device chooses, or it would not know what to read.
-        on_device = [
-            not each.resumes and (each.token_id is None or _on_device(each.sampled))
-            for each in inputs
-        ]
-        self._tell(inputs, on_device)
-        buffers.fill(inputs, on_device, size)
-        step.inputs.copy_(buffers.inputs[: 3 * size].view(3, size), non_blocking=True)
-        step.launch()
-        resuming = [i for i, each in enumerate(inputs) if each.resumes]
+        on_device = {
+            place
+            for place in choosing
+            if not pieces[place].resumes
+            and (pieces[place].token_ids is None or _on_device(pieces[place].sampled))
+        }
+        self._assign([pieces[place] for place in choosing if place in on_device])
+        if all(each.sampled is not None and _is_single(each) for each in pieces):
+            logits, chosen = self._replay(pieces, on_device, buffers)
+            of_prompts = logits[:0]
+        else:
+            logits, chosen, of_prompts = self._run(pieces, on_device, buffers)
+        resuming = [i for i, place in enumerate(choosing) if pieces[place].resumes]
         if resuming:
-            logits = self._network.logits(self._pool, [inputs[i].row for i in resuming])
-            step.logits.index_copy_(0, to_device(resuming, torch.int64, self._device), logits)
-        buffers.chosen[:size].copy_(step.chosen, non_blocking=True)
-        asked = [i for i, each in enumerate(inputs) if each.num_logprobs is not None]
-        by_host = [i for i, chooses in enumerate(on_device) if not chooses]
+            rows = [pieces[choosing[i]].row for i in resuming]
+            again = self._network.logits(self._pool, rows)
+            logits.index_copy_(0, self._places(resuming), again)
+        buffers.chosen[: len(choosing)].copy_(chosen[: len(choosing)], non_blocking=True)
+        asked = [i for i, place in enumerate(choosing) if wants_probability(pieces[place])]
+        by_host = [i for i, place in enumerate(choosing) if place not in on_device]
         launched = LaunchedStep(
-            inputs=inputs,
-            chosen=buffers.chosen[: len(inputs)],
+            pieces=pieces,
+            choosing=choosing,
+            chosen=buffers.chosen[: len(choosing)],
             asked=asked,
-            asked_logits=self._copy(step.logits, asked),
+            asked_logits=self._copy(logits, asked),
             by_host=by_host,
-            logits=self._copy(step.logits, by_host),
+            logits=self._copy(logits, by_host),
+            of_prompts=of_prompts,
             aside=self._aside,
             over=buffers.over,
         )
         buffers.over.mark()
         return launched
 
-    def _tell(self, inputs: Sequence[DecodeInput], on_device: Sequence[bool]) -> None:
+    def _replay(
+        self, pieces: Sequence[Piece], on_device: AbstractSet[int], buffers: "_Buffers"
+    ) -> tuple[Tensor, Tensor]:
+        """A step in which each row reads one token, or none: the logits and the tokens chosen."""
+        size = self._sizes[bisect_left(self._sizes, len(pieces))]
+        if size not in self._steps:
+            self._steps[size] = self._record(size)
+        step = self._steps[size]
+        buffers.fill(pieces, on_device, size)
+        step.inputs.copy_(buffers.inputs[: 3 * size].view(3, size), non_blocking=True)
+        step.launch()
+        return step.logits, step.chosen
+
+    def _run(
+        self, pieces: Sequence[Piece], on_device: AbstractSet[int], buffers: "_Buffers"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A step that reads prompts, too: as `_replay`, of the pieces that choose a token; and the
+        logits before the tokens in `following`."""
+        reading = [place for place, each in enumerate(pieces) if not each.resumes]
+        given = [pieces[place] for place in reading]
+        buffers.fill(
+            given, {i for i, place in enumerate(reading) if place in on_device}, len(given)
+        )
+        inputs = buffers.inputs[: 3 * len(given)].view(3, len(given))
+        ids, rows, chooses = take_inputs(move(inputs, self._device), self._table.token)
+        # The device knows the tokens that the host does not.
+        known = [each if each.token_ids else each._replace(token_ids=(0,)) for each in given]
+        single = self._places([i for i, each in enumerate(given) if _is_single(each)])
+        logits = self._network.forward(batch_of(known), self._pool, (ids[single], rows[single]))
+        read = [i for i, each in enumerate(given) if each.sampled is not None]
+        logits, of_prompts = logits[: len(read)], logits[len(read) :]
+        chosen = ids.new_full((len(read),), NO_TOKEN)
+        if read:
+            choose(logits, chooses[self._places(read)], self._table, chosen)
+        if len(given) == len(pieces):
+            return logits, chosen, of_prompts
+        choosing = [each for each in pieces if each.sampled is not None]
+        there = self._places([i for i, each in enumerate(choosing) if not each.resumes])
+        all_logits = logits.new_empty(len(choosing), logits.shape[1])
+        all_chosen = ids.new_full((len(choosing),), NO_TOKEN)
+        all_logits[there], all_chosen[there] = logits, chosen
+        return all_logits, all_chosen, of_prompts
+
+    def _assign(self, pieces: Sequence[Piece]) -> None:
         """Tell the device how the rows choose that come new to it, with a token of the host's."""
-        news = [
-            each
-            for each, chooses in zip(inputs, on_device, strict=True)
-            if chooses and each.token_id is not None
-        ]
+        news = [each for each in pieces if each.token_ids is not None]
         if not news:
             return
-        told = SamplerTable(len(news), torch.device("cpu"))
+        table = SamplerTable(len(news), torch.device("cpu"))
         for i, each in enumerate(news):
-            told.assign(i, each.sampled.params, each.sampled.position, NO_TOKEN, [*each.ends])
-        rows = to_device([each.row for each in news], torch.int64, self._device)
-        self._table.write(rows, move(told.memory, self._device))
+            if each.sampled is not None:
+                params, position = each.sampled.params, each.sampled.position
+                table.assign(i, params, position, NO_TOKEN, [*each.ends])
+        rows = self._places([each.row for each in news])
+        self._table.write(rows, move(table.memory, self._device))
+
+    def _places(self, values: Sequence[int]) -> Tensor:
+        return to_device(values, torch.int64, self._device)
 
     def _copy(self, logits: Tensor, places: Sequence[int]) -> Tensor | None:
         """Some rows of the logits, which the next step overwrites."""
         if not places:
             return None
-        return logits.index_select(0, to_device(places, torch.int64, self._device))
+        return logits.index_select(0, self._places(places))
 
     def _record(self, size: int) -> Step:
         inputs = torch.full((3, size), NO_ROW, dtype=torch.int32, device=self._device)
@@ -164,53 +222,66 @@ class _Buffers:
             Moment(device),
         )
 
-    def fill(self, inputs: Sequence[DecodeInput], on_device: Sequence[bool], size: int) -> None:
-        """Write a batch and nothing but it: rows beyond it are none."""
-        count = len(inputs)
+    def fill(self, pieces: Sequence[Piece], on_device: AbstractSet[int], size: int) -> None:
+        """Write the rows, their tokens and which of them the device chooses for, and nothing but
+        them: what is beyond them is no row."""
+        count = len(pieces)
         places = self.inputs[: 3 * size].view(3, size).numpy()
         places[:, count:] = NO_ROW
-        places[0, :count] = [NO_ROW if each.resumes else each.row for each in inputs]
-        places[1, :count] = [
-            NO_TOKEN if each.token_id is None else each.token_id for each in inputs
-        ]
-        places[2, :count] = on_device
+        places[0, :count] = [NO_ROW if each.resumes else each.row for each in pieces]
+        places[1, :count] = [each.token_ids[0] if each.token_ids else NO_TOKEN for each in pieces]
+        places[2, :count] = [place in on_device for place in range(count)]
 
 
 @dataclass(frozen=True)
 class LaunchedStep:
     """A step under way."""
 
-    inputs: Sequence[DecodeInput]
+    pieces: Sequence[Piece]
+    choosing: Sequence[int]
+    """Places of the pieces that choose a token; what follows is in their order."""
+
     chosen: Tensor
     asked: Sequence[int]
-    """Places where probabilities are asked for."""
+    """Where probabilities are asked for."""
 
     asked_logits: Tensor | None
     by_host: Sequence[int]
-    """Places whose tokens the device has not chosen."""
+    """Where the device has not chosen the token."""
 
     logits: Tensor | None
+    of_prompts: Tensor
+    """Before the tokens in `following`."""
+
     aside: Aside
     over: Moment
 
     def take(self) -> Decoded:
         self.over.wait()
-        token_ids = [None if token_id < 0 else token_id for token_id in self.chosen.tolist()]
+        token_ids = list[int | None]([None] * len(self.pieces))
+        for place, token_id in zip(self.choosing, self.chosen.tolist(), strict=True):
+            token_ids[place] = None if token_id < 0 else token_id
         with self.aside():  # what has been launched since need not be over
             if self.logits is not None:
-                rows = [self.inputs[i].sampled for i in self.by_host]
-                for i, token_id in zip(self.by_host, sample(self.logits, rows), strict=True):
-                    token_ids[i] = token_id
-            return Decoded(token_ids, self._score(token_ids))
+                places = [self.choosing[i] for i in self.by_host]
+                sampled = (self.pieces[place].sampled for place in places)
+                rows = [each for each in sampled if each is not None]
+                for place, token_id in zip(places, sample(self.logits, rows), strict=True):
+                    token_ids[place] = token_id
+            scored = {}
+            if self.asked_logits is not None:
+                places = [self.choosing[i] for i in self.asked]
+                scored = score_chosen(self.asked_logits, places, self.pieces, token_ids)
+            return Decoded(token_ids, scored, score_following(self.of_prompts, self.pieces))
 
-    def _score(self, token_ids: Sequence[int | None]) -> dict[int, Scored | None]:
-        if self.asked_logits is None:
-            return {}
-        chosen = [token_ids[i] or 0 for i in self.asked]
-        num_top = [self.inputs[i].num_logprobs or 0 for i in self.asked]
-        return dict(zip(self.asked, score(self.asked_logits, chosen, num_top), strict=True))
+
+def _is_single(piece: Piece) -> bool:
+    """Whether one token is read, or none."""
+    return piece.token_ids is None or len(piece.token_ids) < 2
 
 
-def _on_device(sampled: SampledRow) -> bool:
+def _on_device(sampled: SampledRow | None) -> bool:
     """Whether the kernels can choose the next token."""
-    return not (sampled.params.changes_logits or sampled.banned or sampled.allowed is not None)
+    return sampled is not None and not (
+        sampled.params.changes_logits or sampled.banned or sampled.allowed is not None
+    )

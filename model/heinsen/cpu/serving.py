@@ -1,26 +1,19 @@
-"""A network's `prefill` and `step`, compiled for the CPU."""
+"""A network's `forward`, compiled for the CPU."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from model.batch import Batch
 from model.heinsen.config import DECAY_RANK
 from model.heinsen.cpu import step
 from model.heinsen.layers import Layer, Parts
 from model.kernels.cpu.team import run_team
 from model.kernels.linear import PackedLinear
-from model.network import TakeLogits
 from model.state import StatePool
-
-MOST_TOKENS = 512
-"""Tokens that go through the network at once: bounds the memory, fills the processor."""
-
-MOST_SCORED = 128
-"""The same where logits of prompts are asked for, which take far more memory. As many rows share
-one reading of the weights, so that less at once is no slower."""
 
 
 class CompiledNetwork:
@@ -33,94 +26,51 @@ class CompiledNetwork:
         """The network's linear maps are `PackedLinear`; its tensors must not move any more."""
         self._kept: list[object] = [network.embed.weight, unembed]
         self._vocab_sz = network.config.vocab_sz
+        self._num_threads = network.num_threads
         self._spec = network.state_spec
         self._function = step.forward_function(unembed.weight.dtype, network.embed.weight.dtype)
         self._fixed = self._fixed_arguments(network, unembed)
 
-    def forward(
-        self, token_ids: NDArray[np.int64], lengths: Sequence[int], pool: StatePool,
-        rows: Sequence[int], *, read: Sequence[int], keeps_last: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """Advance the rows in place by so many tokens each, those of the first sequence first.
-
-        token_ids `[sum of lengths]` -> logits of all tokens of the sequences whose places are in
-        `read`, one sequence after another `[their tokens, vocab_sz]`. `keeps_last`, for lengths of
-        1: keep what `logits` needs.
-        Raises IndexError for a token or row that there is not, ValueError for a foreign pool.
-        """
-        index, counts = self._index(pool, rows), np.array(lengths, np.int64)
-        if len(index) != len(counts):
-            raise IndexError(f"{len(counts)} sequences for rows {list(rows)}")
-        if min(lengths) < 1 or counts.sum() != len(token_ids):
-            raise IndexError(f"{len(token_ids)} tokens for sequences of {list(lengths)}")
-        if token_ids.min() < 0 or token_ids.max() >= self._vocab_sz:
-            raise IndexError(f"token ids must be from 0 to {self._vocab_sz - 1}")
-        starts = np.concatenate([[0], counts.cumsum()])
-        places = _places(starts, read)
-        logits = torch.empty(len(places), self._vocab_sz)
+    def forward(self, batch: Batch, pool: StatePool) -> Tensor:
+        """`LanguageModel.forward`. Raises ValueError for a foreign pool."""
+        self._check(pool)
+        batch.check(self._vocab_sz, pool.num_rows)
+        index = np.array(batch.rows, np.int64)
+        ends, read = batch.ends, batch.logits_at
+        if len(ends) == len(read) == len(batch.token_ids) and (ends == read).all():
+            kept = read  # of single tokens it is in order already
+        else:
+            kept = np.unique(np.concatenate([ends, read]))
+            ends, read = np.searchsorted(kept, ends), np.searchsorted(kept, read)
+        ids, starts = (np.ascontiguousarray(x) for x in (batch.token_ids, batch.starts))
+        logits = torch.empty(len(read), self._vocab_sz)
         a = self._arguments(pool, index)
-        room = _room_for(len(token_ids), len(rows), a)
-        a["tokens"] = len(token_ids)
-        a["ids"], a["starts"] = token_ids.ctypes.data, starts.ctypes.data
-        a["num_read"], a["read"] = len(places), places.ctypes.data
-        a["logits"] = logits.data_ptr()
-        if not keeps_last:
-            a["last"] = 0
-        run_team(self._function, a)
+        room = _room_for(len(ids), len(index), a)
+        a["tokens"], a["ids"], a["starts"] = len(ids), ids.ctypes.data, starts.ctypes.data
+        a["num_kept"], a["kept"] = len(kept), kept.ctypes.data
+        a["ends"], a["read"] = ends.ctypes.data, read.ctypes.data
+        a["num_read"], a["logits"] = len(read), logits.data_ptr()
+        run_team(self._function, a, self._num_threads(len(ids), len(read)))
         del room  # until here compiled code writes to it
         return logits
 
-    def prefill(
-        self, token_ids: Tensor, lengths: Sequence[int], pool: StatePool, rows: Sequence[int],
-        scored: Mapping[int, TakeLogits],
-    ) -> None:  # fmt: skip
-        """`LanguageModel.prefill`: token_ids `[batch, tokens]`, of which `lengths[i]` count."""
-        share = max(1, (MOST_SCORED if scored else MOST_TOKENS) // len(rows))
-        ids = token_ids.numpy()
-        for start in range(0, max(lengths), share):
-            counts = [min(length - start, share) for length in lengths]
-            now = [i for i, count in enumerate(counts) if count > 0]
-            parts = [ids[i, start : start + counts[i]] for i in now]
-            read = [place for place, i in enumerate(now) if i in scored]
-            logits = self.forward(
-                np.concatenate(parts, dtype=np.int64),
-                [counts[i] for i in now],
-                pool,
-                [rows[i] for i in now],
-                read=read,
-            )
-            asked = [now[place] for place in read]
-            own = torch.split(logits, [counts[i] for i in asked])
-            for i, each in zip(asked, own, strict=True):
-                scored[i](each)
-
-    def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """`LanguageModel.step`: token_ids `[batch]` -> logits `[batch, vocab_sz]`."""
-        ids = np.ascontiguousarray(token_ids.numpy(), np.int64)
-        count = len(rows)
-        return self.forward(ids, [1] * count, pool, rows, read=range(count), keeps_last=True)
-
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
         """`LanguageModel.logits`: of each row `[batch, vocab_sz]`."""
-        index = self._index(pool, rows)
+        self._check(pool)
+        index = np.array(rows, np.int64)
+        if index.min() < 0 or index.max() >= pool.num_rows:
+            raise IndexError(f"rows {list(rows)} of {pool.num_rows}")
         logits = torch.empty(len(rows), self._vocab_sz)
         a = self._arguments(pool, index)
         room = _room_for(0, len(rows), a)
         a["logits"] = logits.data_ptr()
-        run_team(self._function, a)
+        run_team(self._function, a, self._num_threads(0, len(rows)))
         del room  # until here compiled code writes to it
         return logits
 
-    def _index(self, pool: StatePool, rows: Sequence[int]) -> NDArray[np.int64]:
-        """Raises ValueError for a foreign pool, IndexError for a row that there is not."""
+    def _check(self, pool: StatePool) -> None:
         if pool.spec != self._spec or pool.device.type != "cpu":
             raise ValueError("the pool was not made by this network's new_pool")
-        index = np.array(rows, np.int64)
-        if index.min() < 0 or index.max() >= pool.num_rows:
-            raise IndexError(f"rows {list(rows)} of {pool.num_rows}")
-        if len(set(rows)) != len(rows):
-            raise IndexError(f"rows {list(rows)}: one comes twice")
-        return index
 
     def _arguments(self, pool: StatePool, index: NDArray[np.int64]) -> NDArray[np.void]:
         """A call's arguments as far as network, pool and rows decide them; the others are 0."""
@@ -177,14 +127,6 @@ class CompiledNetwork:
             raise TypeError(f"not packed: {module}")
         self._kept.append(module)
         return module.addresses
-
-
-def _places(starts: NDArray[np.int64], sequences: Sequence[int]) -> NDArray[np.int64]:
-    """Where the tokens of some sequences stand: those of i from starts[i] to starts[i + 1]."""
-    if len(sequences) == len(starts) - 1:
-        return np.arange(starts[-1])
-    ranges = [np.arange(starts[i], starts[i + 1]) for i in sequences]
-    return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
 
 
 def _room_for(tokens: int, sequences: int, a: NDArray[np.void]) -> NDArray[np.float32]:

@@ -54,8 +54,9 @@ FORWARD = np.dtype(
     [
         ("team", TEAM),
         *((name, COUNT) for name in ("d_emb", "heads", "d_key", "d_val", "layers", "vocab")),
-        *((name, COUNT) for name in ("log_values", "pool_rows", "tokens", "sequences", "num_read")),
-        *((name, ADDRESS) for name in ("ids", "starts", "index", "read", "logits")),
+        *((name, COUNT) for name in ("log_values", "pool_rows", "tokens", "sequences")),
+        *((name, COUNT) for name in ("num_kept", "num_read")),
+        *((name, ADDRESS) for name in ("ids", "starts", "index", "kept", "ends", "read", "logits")),
         *((name, ADDRESS) for name in (*STATE, *SPACE)),
         ("embed", ADDRESS),
         ("position", WEIGHT),
@@ -69,9 +70,9 @@ FORWARD = np.dtype(
 
 @jit
 def _unembed(a: Any, x: Any, places: Any, weight_dtype: Any, tid: Any, n: Any) -> None:
-    """Logits of some rows of x, in the order of their places."""
+    """Logits of some rows of x, in the order of their places; x is not the space of that name."""
     count, d, vocab = len(places), a.d_emb, a.vocab
-    normed = array(a.normed, (count, d), float32)
+    normed = array(a.x, (count, d), float32)
     gain, offset = array(a.norm.gain, (d,), float32), array(a.norm.offset, (d,), float32)
     for i in range(tid, count, n):
         place = places[i]
@@ -88,9 +89,10 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
 
     The tokens of all sequences stand one after another, those of i from starts[i] to starts[i + 1].
     Each goes through attention as in a decoding step, so it does not matter how many come at once.
-    `num_read` tokens, whose places are in `read`, get logits: in the order of the places. Where
-    `last` is not 0, each sequence reads one token and keeps what the last layer made of it; and
-    where `ids` is 0, none reads any, and the logits are those after what was so kept.
+    Only the `num_kept` tokens whose places are in `kept` go on beyond the last layer's attention.
+    Among them ends[i] is the last token of sequence i, of which its row keeps what that layer made;
+    and `read` are the `num_read` tokens that get logits. Where `ids` is 0, no sequence reads any
+    token, and the logits are those after what was so kept.
     """
     team = a.team
     tid, n = place_in(team)
@@ -100,6 +102,8 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
     log_values, per_head = a.log_values != 0, 2 * d_key + d_val
     ids, index = array(a.ids, (tokens,), int64), array(a.index, (sequences,), int64)
     starts = array(a.starts, (sequences + 1,), int64)
+    num_kept = a.num_kept
+    kept, ends = array(a.kept, (num_kept,), int64), array(a.ends, (sequences,), int64)
     read = array(a.read, (num_read,), int64)
     firsts = sequences if a.previous else 0  # rows behind the tokens' for what came before them
     x = array(a.x, (tokens, d), float32)
@@ -110,7 +114,7 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
     output_gate = array(a.output_gate, (tokens, heads * d_val), float32)
     y = array(a.y, (tokens, heads * d_val), float32)
     gates, gated = array(a.gates, (tokens, 2 * d), float32), array(a.glu, (tokens, d), float32)
-    last = array(a.last, (pool if a.last else 0, d), float32)
+    last = array(a.last, (pool, d), float32)
     if not a.ids:
         _unembed(a, last, index, weight_dtype, tid, n)
         return
@@ -160,9 +164,11 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
         wait(team)
         for i in range(tid, firsts, n):
             previous[layer, index[i]] = normed[starts[i + 1] - 1]
-        items = sequences * heads
-        for item in range(tid * items // n, (tid + 1) * items // n):
+        for item in range(sequences * heads):
             i, head = item // heads, item % heads
+            place = starts[i] * heads + head * (starts[i + 1] - starts[i])
+            if place * n // (tokens * heads) != tid:
+                continue  # each thread has as many tokens as the others, also of a long prompt
             row, first = index[i], head * per_head
             if shifts:
                 before[:] = projected[tokens + i, first : first + per_head]
@@ -182,9 +188,16 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
                 if is_gated:
                     columns = slice(head * d_val, (head + 1) * d_val)
                     gate(y[t, columns], output_gate[t, columns])
-        if layer == num_layers - 1 and not num_read:
-            return
         wait(team)
+        if layer == num_layers - 1:
+            all_x, all_y = x, y
+            x = array(a.normed, (num_kept, d), float32)
+            y = array(a.projected, (num_kept, heads * d_val), float32)
+            for i in range(tid, num_kept, n):
+                x[i], y[i] = all_x[kept[i]], all_y[kept[i]]
+            gates = array(a.gates, (num_kept, 2 * d), float32)
+            gated = array(a.glu, (num_kept, d), float32)
+            wait(team)
         w, scale, bias = weight(at.gate, heads * d_val, 2 * d, weight_dtype)
         product(y, w, scale, bias, gates, False, tid, n)
         wait(team)
@@ -193,9 +206,8 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
         w, scale, bias = weight(at.merge, d, d, weight_dtype)
         product(gated, w, scale, bias, x, True, tid, n)
         wait(team)
-    if a.last:
-        for t in range(tid, tokens, n):
-            last[index[t]] = x[t]
+    for i in range(tid, sequences, n):
+        last[index[i]] = x[ends[i]]
     _unembed(a, x, read, weight_dtype, tid, n)
 
 

@@ -1,19 +1,22 @@
 """The network that serves on a GPU: all of its computing is in the kernels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.heinsen.attention import CHUNK, AttentionState
+from model.batch import Batch
+from model.heinsen.attention import AttentionState
 from model.heinsen.cuda import attention, position
 from model.heinsen.layers import Layer, Parts
 from model.kernels.cuda import linear
 from model.kernels.cuda.graphs import move, to_device
 from model.kernels.cuda.rows import write_rows
 from model.kernels.linear import NarrowLinear
-from model.network import TakeLogits
 from model.state import StatePool
 
 
@@ -46,6 +49,70 @@ class Block(NamedTuple):
             Product.of(layer.feedforward1[1]),
             Product.of(layer.feedforward2[0]),
             Product.of(layer.feedforward2[2]),
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts of like lengths, padded to the longest."""
+
+    first: int
+    """The row of x where they begin."""
+
+    sizes: tuple[int, int]
+    """Prompts and tokens."""
+
+    ids: Tensor
+    rows: Tensor
+    lengths: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """Their part of x `[all, ...]`: `[prompts, tokens, ...]`."""
+        count, tokens = self.sizes
+        return x[self.first : self.first + count * tokens].view(count, tokens, *x.shape[1:])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a batch are on the device: single ones first, then the groups."""
+
+    ids: Tensor
+    """Of the single tokens."""
+
+    rows: Tensor
+    groups: Sequence[Group]
+    places: NDArray[np.int64]
+    """Where each token of the batch is."""
+
+    @staticmethod
+    def of(batch: Batch, device: torch.device) -> "Layout":
+        ids, rows = batch.token_ids, np.array(batch.rows)
+        single, *_ = np.nonzero(batch.lengths == 1)
+        places = np.empty(len(ids), np.int64)
+        places[batch.starts[single]] = np.arange(len(single))
+        groups, first = list[Group](), len(single)
+        for group in batch.groups():
+            if batch.lengths[group[0]] == 1:
+                continue
+            padded = batch.padded(group)
+            here = np.arange(padded.size).reshape(padded.shape)
+            places[padded[padded >= 0]] = first + here[padded >= 0]
+            read = np.where(padded >= 0, ids[padded], 0)
+            groups.append(
+                Group(
+                    first,
+                    (len(group), padded.shape[1]),
+                    move(torch.from_numpy(read), device),
+                    to_device(rows[group].tolist(), torch.int32, device),
+                    to_device(batch.lengths[group].tolist(), torch.int32, device),
+                )
+            )
+            first += padded.size
+        return Layout(
+            to_device(ids[batch.starts[single]].tolist(), torch.int32, device),
+            to_device(rows[single].tolist(), torch.int32, device),
+            groups,
+            places,
         )
 
 
@@ -84,48 +151,47 @@ class FusedNetwork:
         write_rows(x, pool.tensors["last"][0], rows)
         return linear.linear(x, *self._unembed, norm=self._norm, out=logits)
 
-    def step(self, token_ids: Tensor, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """`LanguageModel.step`: token_ids `[batch]` -> logits `[batch, vocab_sz]`."""
-        return self.decode(move(token_ids.int(), pool.device), self._index(pool, rows), pool)
+    def forward(
+        self, batch: Batch, pool: StatePool, single: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """`LanguageModel.forward`. `single`: the ids and rows of the pieces of one token, as the
+        device has them, int32 `[pieces]` each; where a row is negative, nothing is read.
+
+        Products are of all tokens at once. Single tokens go through attention as in `decode`,
+        longer pieces in chunks.
+        """
+        states = self._states(pool)
+        batch.check(self.config.vocab_sz, pool.num_rows)
+        layout = Layout.of(batch, pool.device)
+        ids, rows = single or (layout.ids, layout.rows)
+        all_ids = torch.cat([ids.long(), *(group.ids.flatten() for group in layout.groups)])
+        gates = linear.linear(self._embed, *self._position, ids=all_ids)
+        h, x = pool.tensors["h"][0], gates.new_empty(len(all_ids), self.config.d_emb)
+        count = len(ids)
+        x[:count] = position.step(gates[:count], self._embed, ids, h, rows)
+        for group in layout.groups:
+            own = group.of(gates), self._embed, group.ids, h, group.rows, group.lengths
+            group.of(x)[:] = position.scan(*own)
+        for block, state in zip(self._blocks, states, strict=True):
+            q, k, v = self._project(block, x, x.shape[:1])
+            y = torch.empty_like(v, memory_format=torch.contiguous_format)
+            if count:
+                y[:count] = attention.step(q[:count], k[:count], v[:count], state, rows)
+            for group in layout.groups:
+                each = group.of(q), group.of(k), group.of(v)
+                group.of(y)[:], _ = attention.chunked(*each, state, group.rows, group.lengths)
+            x = self._merge(block, x, y.flatten(1))
+        write_rows(x[:count], pool.tensors["last"][0], rows)
+        for group in layout.groups:
+            ends = torch.arange(group.sizes[0], device=x.device), group.lengths.long() - 1
+            write_rows(group.of(x)[ends], pool.tensors["last"][0], group.rows)
+        wanted = to_device(layout.places[batch.logits_at].tolist(), torch.int64, pool.device)
+        return linear.linear(x[wanted], *self._unembed, norm=self._norm)
 
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
         """`LanguageModel.logits`: of each row `[batch, vocab_sz]`."""
         x = pool.tensors["last"][0].index_select(0, self._index(pool, rows))
         return linear.linear(x, *self._unembed, norm=self._norm)
-
-    def prefill(
-        self, token_ids: Tensor, lengths: Sequence[int], pool: StatePool, rows: Sequence[int],
-        scored: Mapping[int, TakeLogits],
-    ) -> None:  # fmt: skip
-        """`LanguageModel.prefill`: token_ids `[batch, tokens]`, of which `lengths[i]` count."""
-        index, counts = self._index(pool, rows), to_device(lengths, torch.int32, pool.device)
-        token_ids = move(token_ids.contiguous(), pool.device)
-        batch, tokens = token_ids.shape
-        gates = linear.linear(self._embed, *self._position, ids=token_ids.flatten())
-        h = pool.tensors["h"][0]
-        x = position.scan(gates.view(batch, tokens, -1), self._embed, token_ids, h, index, counts)
-        x = x.flatten(0, 1)
-        *inner, last = zip(self._blocks, self._states(pool), strict=True)
-        for block, state in inner:
-            x = self._read(block, state, x, (batch, tokens), index, counts)
-        block, state = last
-        if not scored:
-            _, k, v = self._project(block, x, (batch, tokens))
-            attention.absorb(k, v, state, index, counts)
-            return
-        x = self._read(block, state, x, (batch, tokens), index, counts)
-        for place, take in scored.items():
-            own = x[place * tokens :][: lengths[place]]
-            for part in torch.split(own, CHUNK):
-                take(linear.linear(part, *self._unembed, norm=self._norm))
-
-    def _read(
-        self, block: Block, state: AttentionState, x: Tensor, sizes: tuple[int, int],
-        rows: Tensor, lengths: Tensor,
-    ) -> Tensor:  # fmt: skip
-        q, k, v = self._project(block, x, sizes)
-        y, _ = attention.chunked(q, k, v, state, rows, lengths)
-        return self._merge(block, x, y.flatten(0, 1).flatten(1))
 
     def _project(
         self, block: Block, x: Tensor, sizes: Sequence[int]

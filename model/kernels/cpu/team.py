@@ -18,6 +18,17 @@ TEAM = np.dtype([(name, np.int64) for name in ("thread", "threads", "barrier")])
 """Addresses of C functions `int f(void)`, by which a thread learns its number and the number of
 threads, and waits for the others; all 0 if it is alone."""
 
+WORTH_A_THREAD = 32 << 20
+"""Multiply-adds for a token that leaves for which one more thread is of use. For fewer, it is more
+often waited for: it would have to be awake a thousand times a second, next to the event loop, which
+then has that many tokens to send."""
+
+
+def num_threads(products: int, answers: int) -> int:
+    """Threads for a step of so many multiply-adds and rows of logits: what the step is decides it,
+    and never a measured time. At most as many as torch uses."""
+    return min(torch.get_num_threads(), 1 + products // max(1, answers) // WORTH_A_THREAD)
+
 
 @functools.cache
 def _openmp() -> "tuple[Any, tuple[int, int, int]] | None":
@@ -39,13 +50,13 @@ def _openmp() -> "tuple[Any, tuple[int, int, int]] | None":
     return None
 
 
-def run_team(function: Any, arguments: NDArray[np.void]) -> None:
-    """Run a compiled function on a record, on as many threads as torch uses; sets its `team`."""
-    num_threads, openmp = torch.get_num_threads(), _openmp()
-    if num_threads == 1 or openmp is None:
+def run_team(function: Any, arguments: NDArray[np.void], threads: int) -> None:
+    """Run a compiled function on a record, on so many threads; sets its `team`."""
+    openmp = _openmp()
+    if threads == 1 or openmp is None:
         arguments["team"] = (0, 0, 0)
         function.ctypes(arguments.ctypes.data)
     else:
         run, inside = openmp
         arguments["team"] = inside
-        run(function.address, arguments.ctypes.data, num_threads, 0)
+        run(function.address, arguments.ctypes.data, threads, 0)

@@ -11,6 +11,7 @@ from model.heinsen.attention import AttentionState, chunked, step
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 from model.kernels import cuda
+from tests.model import calls
 
 if cuda.is_available():
     from model.heinsen.cuda import attention
@@ -167,8 +168,8 @@ def test_a_position_gate_that_forgets_nothing_counts_on() -> None:
         pool = served.new_pool(1)
         pool.tensors["h"].fill_(start)
         ids = torch.zeros(1, 1000, dtype=torch.long)
-        served.prefill(ids, [1000], pool, [0])
+        calls.prefill(served, ids, [1000], pool, [0])
         for _ in range(1000):
-            served.step(ids[0, :1], pool, [0])
+            calls.step(served, ids[0, :1], pool, [0])
         added = pool.tensors["h"].exp() - 1e8
         torch.testing.assert_close(added, torch.full_like(added, 2000.0), rtol=1e-3, atol=0)

@@ -16,6 +16,7 @@ from model.heinsen.attention import GRID, Attention, chunked, quadratic
 from model.heinsen.config import EXTENSIONS, FASTEST_DECAY, ModelConfig
 from model.heinsen.network import LanguageModel
 from model.transfer import new_transfer
+from tests.model.calls import prefill, step
 
 EVERY = [chosen for count in (1, 2, 3) for chosen in itertools.combinations(EXTENSIONS, count)]
 VOCAB, LENGTH, TOLERANCE = 60, 150, 2e-5
@@ -43,7 +44,7 @@ def network(chosen: tuple[str, ...], values: str = "log") -> LanguageModel:
 def expected(chosen: tuple[str, ...], values: str = "log") -> Tensor:
     """Logits by the quadratic definition, in float64."""
     exact = copy.deepcopy(network(chosen, values)).double()
-    logits: Tensor = exact(IDS, exact.empty_state(2), quadratic)[0]
+    logits: Tensor = exact.unroll(IDS, exact.empty_state(2), quadratic)[0]
     return logits
 
 
@@ -107,12 +108,12 @@ def test_the_definition_is_what_the_equations_say(chosen: tuple[str, ...], value
 @both_values
 def test_forward_prefill_and_steps_are_the_definition(chosen: tuple[str, ...], values: str) -> None:
     made, wanted = network(chosen, values), expected(chosen, values)
-    logits, _ = made(IDS, made.empty_state(2))
+    logits, _ = made.unroll(IDS, made.empty_state(2))
     assert_logits(logits, wanted)
     pool = made.new_pool(2)
     for place, column in enumerate(IDS.unbind(1)):
-        assert_logits(made.step(column, pool, [0, 1]), wanted[:, place])
-    plain = made(IDS, network(chosen, values).empty_state(2), chunked)[1]
+        assert_logits(step(made, column, pool, [0, 1]), wanted[:, place])
+    plain = made.unroll(IDS, network(chosen, values).empty_state(2), chunked)[1]
     for ours, theirs in zip(made.read_state(pool).layers, plain.layers, strict=True):
         for x, y in zip(ours.to_paper(), theirs.to_paper(), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
@@ -126,7 +127,7 @@ def test_each_extension_changes_what_is_computed(chosen: tuple[str, ...]) -> Non
         config = network(chosen).config.model_copy(update={name: False})
         less = LanguageModel(config)
         less.load_state_dict(network(chosen).state_dict(), strict=False)
-        logits, _ = less(IDS, less.empty_state(2))
+        logits, _ = less.unroll(IDS, less.empty_state(2))
         assert (logits.detach().double() - wanted).abs().max() > 100 * TOLERANCE
 
 
@@ -150,16 +151,16 @@ def test_any_split_is_the_definition(
             break
         piece = IDS[:, start:end]
         if kind == "prefill":
-            made.prefill(piece, [end - start] * 2, pool, [0, 1])
+            prefill(made, piece, [end - start] * 2, pool, [0, 1])
         elif kind == "forward":
-            logits, state = made(piece, made.read_state(pool))
+            logits, state = made.unroll(piece, made.read_state(pool))
             made.write_state(state, pool)
             assert_logits(logits, wanted[:, start:end])
         else:
             for place, column in enumerate(piece.unbind(1), start):
-                assert_logits(made.step(column, pool, [0, 1]), wanted[:, place])
+                assert_logits(step(made, column, pool, [0, 1]), wanted[:, place])
         start = end
-    assert_logits(made.step(IDS[:, -1], pool, [0, 1]), wanted[:, -1])
+    assert_logits(step(made, IDS[:, -1], pool, [0, 1]), wanted[:, -1])
 
 
 @each_network
@@ -172,11 +173,11 @@ def test_ragged_sequences_in_one_batch_are_each_as_if_alone(
     batch = torch.randint(VOCAB, (4, LENGTH - 1))
     for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
         batch[row, :length] = IDS[sequence, :length]
-    pool, logits = made.new_pool(5), list[Tensor]()
-    made.prefill(batch, lengths, pool, rows, {2: logits.append} if scored else None)
+    pool = made.new_pool(5)
+    logits = prefill(made, batch, lengths, pool, rows, {2} if scored else ())
     if scored:
-        assert_logits(torch.cat(logits), wanted[0, :64])
-    found = made.step(IDS[sequences, lengths], pool, rows)
+        assert_logits(logits[2], wanted[0, :64])
+    found = step(made, IDS[sequences, lengths], pool, rows)
     assert_logits(found, wanted[sequences, lengths])
 
 
@@ -187,8 +188,8 @@ def test_gradients_are_those_of_the_definition(chosen: tuple[str, ...], values: 
     def gradients(made: LanguageModel, attention: Attention) -> dict[str, Tensor]:
         made.requires_grad_()
         state = made.empty_state(2)
-        first, state = made(IDS[:, :70], state, attention)
-        second, _ = made(IDS[:, 70:], state, attention)
+        first, state = made.unroll(IDS[:, :70], state, attention)
+        second, _ = made.unroll(IDS[:, 70:], state, attention)
         logits = torch.cat([first, second], 1)[:, :-1].flatten(0, 1)
         torch.autograd.backward(F.cross_entropy(logits, IDS[:, 1:].flatten()))
         return {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
@@ -215,11 +216,11 @@ def test_a_state_has_the_previous_inputs_only_with_token_shift(chosen: tuple[str
 def test_a_session_that_moves_continues_to_the_bit(chosen: tuple[str, ...]) -> None:
     made = network(chosen)
     pool, other = made.new_pool(1), made.new_pool(2)
-    made.prefill(IDS[:1, :90], [90], pool, [0])
+    prefill(made, IDS[:1, :90], [90], pool, [0])
     data = new_transfer(pool).export_row(0).take()
     assert len(data) == made.state_spec.num_bytes
     new_transfer(other).import_row(1, data)
-    here, there = made.step(IDS[:1, 90], pool, [0]), made.step(IDS[:1, 90], other, [1])
+    here, there = step(made, IDS[:1, 90], pool, [0]), step(made, IDS[:1, 90], other, [1])
     assert torch.equal(here, there)
     other.reset(1)
     assert other.export_row(1) == made.new_pool(1).export_row(0)
@@ -232,9 +233,9 @@ def test_packed_it_is_compiled_and_computes_the_same(chosen: tuple[str, ...], va
     assert packed.is_compiled
     pool = packed.new_pool(2)
     for start, end in ((0, 1), (1, 66), (66, 100)):
-        packed.prefill(IDS[:, start:end], [end - start] * 2, pool, [1, 0])
+        prefill(packed, IDS[:, start:end], [end - start] * 2, pool, [1, 0])
     for place in range(100, LENGTH):
-        assert_logits(packed.step(IDS[:, place], pool, [1, 0]), wanted[:, place])
+        assert_logits(step(packed, IDS[:, place], pool, [1, 0]), wanted[:, place])
 
 
 def test_without_kernels_for_it_a_gpu_runs_plain_torch_and_says_so(
@@ -247,9 +248,9 @@ def test_without_kernels_for_it_a_gpu_runs_plain_torch_and_says_so(
         packed.pack()
     assert packed.backend == "plain torch (no Triton kernels for decay, output_gate)"
     pool = packed.new_pool(2)
-    packed.prefill(IDS, [LENGTH - 1] * 2, pool, [0, 1])
+    prefill(packed, IDS, [LENGTH - 1] * 2, pool, [0, 1])
     wanted = expected(("decay", "output_gate"))[:, -1]
-    assert_logits(packed.step(IDS[:, -1], pool, [0, 1]), wanted)
+    assert_logits(step(packed, IDS[:, -1], pool, [0, 1]), wanted)
 
 
 @each_network

@@ -18,6 +18,7 @@ from model.heinsen.config import ModelConfig
 from model.heinsen.layers import NetworkState
 from model.heinsen.network import LanguageModel
 from model.state import DamagedState, StatePool
+from tests.model.calls import prefill, step
 
 VECTORS = Path(__file__).parents[2] / "vectors"
 NAMES = ["small", "steep_keys", "uneven_heads", "wide_values"]
@@ -137,7 +138,7 @@ def test_the_size_of_a_state_does_not_depend_on_what_it_has_seen() -> None:
     found = reference("small")
     pool = found.network.new_pool(1)
     before = len(pool.export_row(0))
-    found.network.prefill(found.token_ids[:1], [found.length], pool, [0])
+    prefill(found.network, found.token_ids[:1], [found.length], pool, [0])
     assert len(pool.export_row(0)) == before == found.network.state_spec.num_bytes
 
 
@@ -148,7 +149,7 @@ def test_in_float64_the_network_is_the_reference_to_its_last_digits(
 ) -> None:
     found = reference(name)
     network = make(found.network.config, found.network.state_dict()).double()
-    logits, state = network(found.token_ids, network.empty_state(2), attention)
+    logits, state = network.unroll(found.token_ids, network.empty_state(2), attention)
     assert logits.dtype == torch.float64
     torch.testing.assert_close(logits, found.tensors["logits"], rtol=0, atol=1e-10)
     assert_state(state, found.tensors)
@@ -167,8 +168,8 @@ def test_ragged_sequences_in_one_batch_are_each_the_reference(name: str) -> None
         batch[row, :length] = ids[sequence, :length]
     rows = [5, 2, 7, 3, 4, 1]
     pool = network.new_pool(8)
-    network.prefill(batch, lengths, pool, rows)
-    logits = network.step(ids[sequences, lengths], pool, rows)
+    prefill(network, batch, lengths, pool, rows)
+    logits = step(network, ids[sequences, lengths], pool, rows)
     assert_logits(logits, found.tensors["logits"][sequences, lengths])
 
 
@@ -178,12 +179,12 @@ def test_packed_weights_compute_the_reference_too(name: str) -> None:
     ids, expected = found.token_ids, found.tensors["logits"]
     network = make(found.network.config, found.network.state_dict()).pack()
     assert network.num_parameters == found.network.num_parameters
-    logits, _ = network(ids, network.empty_state(2))
+    logits, _ = network.unroll(ids, network.empty_state(2))
     assert_logits(logits, expected)
     half, pool = found.length // 2, network.new_pool(2)
-    network.prefill(ids[:, :half], [half, half], pool, [0, 1])
+    prefill(network, ids[:, :half], [half, half], pool, [0, 1])
     for place in range(half, found.length):
-        assert_logits(network.step(ids[:, place], pool, [0, 1]), expected[:, place])
+        assert_logits(step(network, ids[:, place], pool, [0, 1]), expected[:, place])
     assert_state(network.read_state(pool), found.tensors)
 
 
@@ -200,31 +201,21 @@ def test_prompts_that_are_scored_have_the_references_logits_and_the_same_states(
     ids, rows = found.token_ids[[0, 1, 0, 1]], [3, 0, 4, 2]
     lengths = [found.length, found.length // 2, 3, 65 % found.length]
     plain, pool = network.new_pool(5), network.new_pool(5)
-    network.prefill(ids, lengths, plain, rows)
-    logits = [list[Tensor]() for _ in rows]
-    network.prefill(ids, lengths, pool, rows, {place: logits[place].append for place in scored})
+    prefill(network, ids, lengths, plain, rows)
+    logits = prefill(network, ids, lengths, pool, rows, scored)
+    assert set(logits) == set(scored)
     for row in rows:
         assert pool.export_row(row) == plain.export_row(row)
-    for place, (sequence, length) in enumerate(zip((0, 1, 0, 1), lengths, strict=True)):
-        if place in scored:
-            expected = found.tensors["logits"][sequence, :length]
-            assert_logits(torch.cat(logits[place]), expected)
-        else:
-            assert logits[place] == []
-
-
-def test_without_compiled_code_logits_come_in_slices_too() -> None:
-    network, sizes = linear_network(), list[int]()
-    ids = (torch.arange(150) * 7 % 60).view(1, 150)
-    network.prefill(ids, [150], network.new_pool(1), [0], {0: lambda x: sizes.append(len(x))})
-    assert sizes == [64, 64, 22]
+    for place in scored:
+        expected = found.tensors["logits"][place % 2, : lengths[place]]
+        assert_logits(logits[place], expected)
 
 
 @each_file
 def test_a_batch_of_both_sequences_ends_in_the_references_state(name: str) -> None:
     found = reference(name)
     pool = found.network.new_pool(2)
-    found.network.prefill(found.token_ids, [found.length] * 2, pool, [0, 1])
+    prefill(found.network, found.token_ids, [found.length] * 2, pool, [0, 1])
     assert_state(found.network.read_state(pool), found.tensors)
 
 
@@ -247,16 +238,16 @@ def test_any_split_into_prefill_forward_and_steps_is_the_reference(
             break
         part = ids[:, start:end]
         if kind == "prefill":
-            network.prefill(part, [end - start] * 2, pool, [0, 1])
+            prefill(network, part, [end - start] * 2, pool, [0, 1])
         elif kind == "forward":
-            logits, state = network(part, network.read_state(pool))
+            logits, state = network.unroll(part, network.read_state(pool))
             network.write_state(state, pool)
             assert_logits(logits, expected[:, start:end])
         else:
             for place, column in enumerate(part.unbind(1), start):
-                assert_logits(network.step(column, pool, [0, 1]), expected[:, place])
+                assert_logits(step(network, column, pool, [0, 1]), expected[:, place])
         start = end
-    assert_logits(network.step(ids[:, -1], pool, [0, 1]), expected[:, -1])
+    assert_logits(step(network, ids[:, -1], pool, [0, 1]), expected[:, -1])
     assert_state(network.read_state(pool), found.tensors)
 
 
@@ -265,10 +256,10 @@ def test_greedy_steps_continue_as_the_reference(name: str) -> None:
     found = reference(name)
     network, wanted = found.network, found.tensors["greedy_ids"][0].tolist()
     pool = network.new_pool(1)
-    network.prefill(found.token_ids[:1, :-1], [found.length - 1], pool, [0])
+    prefill(network, found.token_ids[:1, :-1], [found.length - 1], pool, [0])
     last, continued = found.token_ids[:1, -1], []
     for _ in wanted:
-        last = network.step(last, pool, [0]).argmax(-1)
+        last = step(network, last, pool, [0]).argmax(-1)
         continued.append(int(last))
     assert continued == wanted
 
@@ -278,19 +269,19 @@ def test_linear_values_mean_the_same_in_every_form(parts: list[int]) -> None:
     network = linear_network()
     exact = make(network.config, network.state_dict()).double()
     ids = torch.randint(60, (2, 101), generator=torch.Generator().manual_seed(0))
-    expected, _ = exact(ids, exact.empty_state(2), quadratic)
-    logits, _ = network(ids, network.empty_state(2))
+    expected, _ = exact.unroll(ids, exact.empty_state(2), quadratic)
+    logits, _ = network.unroll(ids, network.empty_state(2))
     assert_logits(logits, expected)
     pool, start = network.new_pool(2), 0
     for number, length in enumerate(parts):
         part = ids[:, start : start + length]
         if number % 2:
             for place, column in enumerate(part.unbind(1), start):
-                assert_logits(network.step(column, pool, [0, 1]), expected[:, place])
+                assert_logits(step(network, column, pool, [0, 1]), expected[:, place])
         else:
-            network.prefill(part, [length] * 2, pool, [0, 1])
+            prefill(network, part, [length] * 2, pool, [0, 1])
         start += length
-    assert_logits(network.step(ids[:, 100], pool, [0, 1]), expected[:, 100])
+    assert_logits(step(network, ids[:, 100], pool, [0, 1]), expected[:, 100])
 
 
 def filled_pool(network: LanguageModel, num_rows: int) -> StatePool:
@@ -298,7 +289,7 @@ def filled_pool(network: LanguageModel, num_rows: int) -> StatePool:
     chance = torch.Generator().manual_seed(1)
     ids = torch.randint(network.config.vocab_sz, (num_rows, 20), generator=chance)
     pool = network.new_pool(num_rows)
-    network.prefill(ids, [1 + i * 19 // num_rows for i in range(num_rows)], pool, range(num_rows))
+    prefill(network, ids, [1 + i * 19 // num_rows for i in range(num_rows)], pool, range(num_rows))
     return pool
 
 
@@ -323,14 +314,14 @@ def test_only_the_named_rows_advance_and_their_order_does_not_matter(
     lengths = [9, 1, 4, 9, 3, 7]
     together, apart = same(before), same(before)
     if call == "step":
-        logits = network.step(ids[rows, 0], together, rows)
+        logits = step(network, ids[rows, 0], together, rows)
         for i, row in enumerate(rows):
-            alone = network.step(ids[[row], 0], apart, [row])
+            alone = step(network, ids[[row], 0], apart, [row])
             torch.testing.assert_close(logits[[i]], alone, rtol=0, atol=LOGITS_TOLERANCE)
     else:
-        network.prefill(ids[rows], [lengths[row] for row in rows], together, rows)
+        prefill(network, ids[rows], [lengths[row] for row in rows], together, rows)
         for row in rows:
-            network.prefill(ids[[row], : lengths[row]], [lengths[row]], apart, [row])
+            prefill(network, ids[[row], : lengths[row]], [lengths[row]], apart, [row])
     for name in together.tensors:
         found, alone = together.tensors[name], apart.tensors[name]
         for row in range(6):
@@ -351,8 +342,8 @@ def test_rows_by_slice_and_by_gather_are_bit_for_bit_the_same() -> None:
         wider.write_row(place, pool.read_row(row))
     for token in range(20):
         ids = torch.tensor([token, token + 1, token + 2])
-        in_place = network.step(ids, pool, [0, 1, 2])
-        assert torch.equal(in_place, network.step(ids, wider, scattered))
+        in_place = step(network, ids, pool, [0, 1, 2])
+        assert torch.equal(in_place, step(network, ids, wider, scattered))
     for row, place in enumerate(scattered):
         assert wider.export_row(place) == pool.export_row(row)
 
@@ -365,8 +356,8 @@ def test_what_stands_behind_a_sequences_end_is_not_read() -> None:
     lengths = [12, 5, 0]
     for row, length in enumerate(lengths):
         other[row, length:] = 319
-    network.prefill(ids, lengths, pools[0], [0, 1, 2])
-    network.prefill(other, lengths, pools[1], [0, 1, 2])
+    prefill(network, ids, lengths, pools[0], [0, 1, 2])
+    prefill(network, other, lengths, pools[1], [0, 1, 2])
     for row in range(3):
         assert pools[0].export_row(row) == pools[1].export_row(row)
     assert pools[0].export_row(2) == filled_pool(network, 3).export_row(2)
@@ -375,7 +366,7 @@ def test_what_stands_behind_a_sequences_end_is_not_read() -> None:
 def test_states_are_replaced_where_chosen() -> None:
     network = reference("small").network
     own, other = (network.read_state(filled_pool(network, 3)) for _ in range(2))
-    _, other = network(torch.tensor([[1], [2], [3]]), other)
+    _, other = network.unroll(torch.tensor([[1], [2], [3]]), other)
     chosen = torch.tensor([False, True, False])
     mixed = own.replace(chosen, other)
     pool, owns, others = (network.new_pool(3) for _ in range(3))
@@ -392,7 +383,7 @@ def test_states_are_replaced_where_chosen() -> None:
 def test_a_detached_state_has_no_history() -> None:
     found = reference("small")
     network = make(found.network.config, found.network.state_dict()).requires_grad_(True)
-    _, state = network(found.token_ids, network.empty_state(2))
+    _, state = network.unroll(found.token_ids, network.empty_state(2))
     assert state.h.requires_grad
     assert state.layers[0].s.requires_grad
     detached = state.detach()
@@ -408,10 +399,10 @@ def test_every_weight_has_the_gradient_of_the_definition_also_across_chunks() ->
     network = make(found.network.config, found.network.state_dict()).requires_grad_(True)
     exact = make(found.network.config, found.network.state_dict()).double().requires_grad_(True)
     ids = found.token_ids[:, :90]
-    whole, _ = exact(ids, exact.empty_state(2), quadratic)
+    whole, _ = exact.unroll(ids, exact.empty_state(2), quadratic)
     parts, state = [], network.empty_state(2)
     for part in torch.split(ids, [40, 1, 49], 1):
-        logits, state = network(part, state)
+        logits, state = network.unroll(part, state)
         parts.append(logits)
     for logits in (whole, torch.cat(parts, 1)):
         torch.autograd.backward(logits.log_softmax(-1)[..., 7].mean())
@@ -436,7 +427,7 @@ def test_attention_stays_in_float32_when_matrix_products_are_in_bfloat16() -> No
         return y, end
 
     with torch.autocast("cpu", torch.bfloat16):
-        logits, state = network(found.token_ids, network.empty_state(2), watched)
+        logits, state = network.unroll(found.token_ids, network.empty_state(2), watched)
     assert calls == [{torch.float32}] * 3
     assert state.h.dtype == torch.float64
     assert logits.dtype == torch.bfloat16
@@ -448,7 +439,7 @@ def test_a_pool_of_something_else_is_refused() -> None:
     network = reference("small").network
     spec = replace(network.state_spec, tensors=network.state_spec.tensors[:2])
     with pytest.raises(ValueError, match="new_pool"):
-        network.step(torch.tensor([1]), StatePool(spec, 1, torch.device("cpu")), [0])
+        step(network, torch.tensor([1]), StatePool(spec, 1, torch.device("cpu")), [0])
 
 
 def served(form: str) -> LanguageModel:
@@ -476,14 +467,14 @@ def test_a_damaged_state_shows_in_its_logits_and_stays_damaged(
     network, ids = served(form), torch.arange(12).view(2, 6)
     pools = [network.new_pool(2) for _ in range(2)]
     for pool in pools:
-        network.prefill(ids[:, :5], [5, 5], pool, [0, 1])
+        prefill(network, ids[:, :5], [5, 5], pool, [0, 1])
     pools[0].tensors[tensor][0, 1].view(-1)[2] = value
-    [logits, expected] = [network.step(ids[:, 5], pool, [0, 1]) for pool in pools]
+    [logits, expected] = [step(network, ids[:, 5], pool, [0, 1]) for pool in pools]
     assert torch.equal(logits[0], expected[0])
     assert not logits[1].isfinite().any()
     assert pools[0].export_row(0) == pools[1].export_row(0)
     with pytest.raises(DamagedState):
         pools[0].check_row(1)
-    network.prefill(ids[1:, :3], [3], pools[0], [1])
+    prefill(network, ids[1:, :3], [3], pools[0], [1])
     with pytest.raises(DamagedState):
         pools[0].check_row(1)

@@ -12,6 +12,7 @@ from model import WeightDtype
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 from model.kernels.linear import NarrowLinear, PackedLinear, narrow, why_not_compiled
+from tests.model.calls import prefill, step
 
 each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 WEIGHT, BIAS = torch.randn(130, 70), torch.randn(130)
@@ -60,8 +61,8 @@ def test_a_network_keeps_its_weights_in_the_dtype(dtype: WeightDtype) -> None:
     ids = torch.arange(40)[None]
     exact, found = network.new_pool(1), served.new_pool(1)
     for each, pool in ((network, exact), (served, found)):
-        each.prefill(ids[:, :-1], [39], pool, [0])
-    expected, logits = network.step(ids[0, -1:], exact, [0]), served.step(ids[0, -1:], found, [0])
+        prefill(each, ids[:, :-1], [39], pool, [0])
+    expected, logits = step(network, ids[0, -1:], exact, [0]), step(served, ids[0, -1:], found, [0])
     error = (logits - expected).abs().max() / expected.std()
     assert error < {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.1}[dtype]
 
@@ -83,8 +84,8 @@ def test_where_nothing_can_be_compiled_torch_serves_the_same(
     ids, logits = torch.arange(70)[None], []
     for each in (compiled, plain):
         pool = each.new_pool(2)
-        each.prefill(ids, [70], pool, [1])
-        logits.append(each.step(ids[0, :1], pool, [1]))
+        prefill(each, ids, [70], pool, [1])
+        logits.append(step(each, ids[0, :1], pool, [1]))
     torch.testing.assert_close(*logits, rtol=0, atol=2e-5)
 
 

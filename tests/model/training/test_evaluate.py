@@ -14,6 +14,7 @@ from model.heinsen.network import LanguageModel
 from model.network import Loaded
 from model.training import evaluate
 from model.training.evaluate import bits_per_byte
+from tests.model.calls import step
 
 Trained = Loaded[LanguageModel]
 TEXTS = ["the cat", "sat on the mät " * 9, "a", "and then the cat 🙂 sat", "the mat " * 30, "ü"]
@@ -34,7 +35,7 @@ def by_hand(loaded: Trained, texts: list[str]) -> float:
         last = network.config.bos_token_id
         assert last is not None
         for token_id in [*loaded.tokenizer.encode(text), end]:
-            probabilities = network.step(torch.tensor([last]), pool, [0])[0].softmax(-1)
+            probabilities = step(network, torch.tensor([last]), pool, [0])[0].softmax(-1)
             bits -= math.log2(float(probabilities[token_id]))
             last = token_id
     return bits / sum(len(text.encode()) for text in texts)

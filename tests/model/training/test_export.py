@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from model.heinsen import checkpoint
 from model.training import export
+from tests.model.calls import step
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,7 @@ def test_only_matrices_are_rounded(tiny_checkpoint: Path, tmp_path: Path) -> Non
     assert served.network.config == whole.network.config
     assert served.tokenizer.to_json() == whole.tokenizer.to_json()
     logits, expected = (
-        each.network.step(torch.tensor([5]), each.network.new_pool(1), [0])
+        step(each.network, torch.tensor([5]), each.network.new_pool(1), [0])
         for each in (served, whole)
     )
     assert 0 < (logits - expected).abs().max() < 0.02 * expected.abs().max()

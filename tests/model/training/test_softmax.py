@@ -50,7 +50,7 @@ def test_it_is_the_definition_however_a_sequence_is_cut() -> None:
     for cuts in ([50], [1] * 50, [20, 1, 29]):
         state, found = made.empty_state(1), []
         for piece in torch.split(IDS[:1], cuts, 1):
-            logits, state = made(piece, state)
+            logits, state = made.unroll(piece, state)
             found.append(logits[0])
         torch.testing.assert_close(torch.cat(found), expected, rtol=0, atol=TOLERANCE)
 
@@ -60,7 +60,7 @@ def test_it_forgets_what_is_further_back_than_its_context() -> None:
     expected = by_hand(made, IDS[0], 7)
     state = made.empty_state(1)
     for place, token_id in enumerate(IDS[0]):
-        logits, state = made(token_id.view(1, 1), state)
+        logits, state = made.unroll(token_id.view(1, 1), state)
         torch.testing.assert_close(logits[0, 0], expected[place], rtol=0, atol=TOLERANCE)
 
 
@@ -89,11 +89,11 @@ def test_what_it_cannot_do_is_refused(options: dict[str, Any]) -> None:
 
 def test_each_lane_has_a_state_of_its_own_and_a_new_document_none() -> None:
     made = network()
-    _, state = made(IDS, made.empty_state(3))
+    _, state = made.unroll(IDS, made.empty_state(3))
     mixed = state.replace(torch.tensor([False, True, False]), made.empty_state(3))
-    again, _ = made(IDS[:, :10], mixed)
-    fresh, _ = made(IDS[:, :10], made.empty_state(3))
-    goes_on, _ = made(IDS[:, :10], state)
+    again, _ = made.unroll(IDS[:, :10], mixed)
+    fresh, _ = made.unroll(IDS[:, :10], made.empty_state(3))
+    goes_on, _ = made.unroll(IDS[:, :10], state)
     torch.testing.assert_close(again[1], fresh[1], rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(again[0], goes_on[0], rtol=0, atol=TOLERANCE)
     assert (fresh[0] - goes_on[0]).abs().max() > 100 * TOLERANCE

@@ -101,9 +101,9 @@ def test_a_row_damaged_on_the_way_ends_its_stream_with_an_error(
         twin = begun(client)
         go = threading.Event()
         network = alone.service.checkpoint.network
-        works, num_steps = network.step, 0
+        works, num_steps = network.forward, 0
 
-        def step(*arguments: object) -> object:
+        def forward(*arguments: object) -> object:
             nonlocal num_steps
             num_steps += 1
             if num_steps == 5:
@@ -113,7 +113,7 @@ def test_a_row_damaged_on_the_way_ends_its_stream_with_an_error(
             return works(*arguments)  # type: ignore[arg-type]
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(network, "step", step)
+            patched.setattr(network, "forward", forward)
             *texts, failure, done = stream(client, session_id=session_id)
         assert go.is_set()
         assert (failure["error"]["code"], done) == ("state_damaged", "[DONE]")

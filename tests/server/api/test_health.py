@@ -48,15 +48,15 @@ def hung_step(server: LiveServer) -> Iterator[None]:
     """A step hangs until the block ends."""
     reached, go = threading.Event(), threading.Event()
     network = server.service.checkpoint.network
-    works = network.step
+    works = network.forward
 
-    def step(*arguments: object) -> object:
+    def forward(*arguments: object) -> object:
         reached.set()
         go.wait()
         return works(*arguments)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patched, server.client() as client:
-        patched.setattr(network, "step", step)
+        patched.setattr(network, "forward", forward)
         asking = threading.Thread(
             target=client.post, args=["/v1/completions"], kwargs={"json": BODY}
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from model.decoding.decoder import Decoded, DecodeInput, DirectDecoder, Done
+from model.decoding.decoder import Decoded, DirectRunner, Done, Piece
 from model.network import Network
 from model.state import StatePool
 from model.transfer import DirectTransfer
@@ -27,13 +27,13 @@ class Later:
         return self.decoded
 
 
-class AheadDecoder:
+class AheadRunner:
     """What each row chose last stays with it; a row that has ended is left as it is."""
 
     runs_ahead = True
 
     def __init__(self, network: Network, pool: StatePool) -> None:
-        self._direct = DirectDecoder(network, pool)
+        self._direct = DirectRunner(network, pool)
         self._line = deque[weakref.ref[Later]]()
         self._next: dict[int, int | None] = {}
         self._positions: dict[int, int] = {}
@@ -43,46 +43,47 @@ class AheadDecoder:
     def prepare(self) -> None:
         self._direct.prepare()
 
-    def launch(self, inputs: Sequence[DecodeInput]) -> Later:
+    def launch(self, pieces: Sequence[Piece]) -> Later:
         while self._line and self._line[0]() is None:
             self._line.popleft()
         assert len(self._line) < 2
-        assert len({each.row for each in inputs}) == len(inputs)
-        token_ids = list[int | None]([None] * len(inputs))
-        scored = {}
+        assert len({each.row for each in pieces}) == len(pieces)
+        token_ids = list[int | None]([None] * len(pieces))
+        scored, followed = {}, {}
         going = [
-            i for i, each in enumerate(inputs) if each.resumes or self._token(each) is not None
+            i
+            for i, each in enumerate(pieces)
+            if each.token_ids is not None or self._next[each.row] is not None
         ]
         if going:
-            ahead = [i for i in going if not inputs[i].resumes and inputs[i].token_id is None]
-            self.num_ahead += len(ahead)
-            step = [self._known(inputs[i]) for i in going]
-            decoded = self._launch(step)
+            self.num_ahead += sum(pieces[i].token_ids is None for i in going)
+            decoded = self._launch([self._known(pieces[i]) for i in going])
             scored = {going[place]: each for place, each in decoded.scored.items()}
+            followed = {going[place]: each for place, each in decoded.followed.items()}
             for i, token_id in zip(going, decoded.token_ids, strict=True):
                 token_ids[i] = token_id
-                self._next[inputs[i].row] = None if token_id in inputs[i].ends else token_id
-        later = Later(Decoded(token_ids, scored), self._line)
+                self._next[pieces[i].row] = None if token_id in pieces[i].ends else token_id
+        later = Later(Decoded(token_ids, scored, followed), self._line)
         self._line.append(weakref.ref(later))
         return later
 
-    def _known(self, each: DecodeInput) -> DecodeInput:
+    def _known(self, each: Piece) -> Piece:
         """With the token to read, and the position of the one to choose."""
-        if each.resumes:
+        sampled = each.sampled
+        if each.resumes or sampled is None:
             return each
-        position = each.sampled.position
-        if each.token_id is None:
+        position = sampled.position
+        if each.token_ids is None:
             position = self._positions[each.row] + 1
+            token_id = self._next[each.row]
+            assert token_id is not None
+            each = each._replace(token_ids=(token_id,))
         self._positions[each.row] = position
-        sampled = each.sampled._replace(position=position)
-        return each._replace(token_id=self._token(each), sampled=sampled)
+        return each._replace(sampled=sampled._replace(position=position))
 
-    def _launch(self, step: Sequence[DecodeInput]) -> Decoded:
+    def _launch(self, step: Sequence[Piece]) -> Decoded:
         done: Done = self._direct.launch(step)
         return done.take()
-
-    def _token(self, each: DecodeInput) -> int | None:
-        return self._next[each.row] if each.token_id is None else each.token_id
 
 
 @dataclass
@@ -113,16 +114,16 @@ class LateTransfer:
 
 
 @contextmanager
-def running_beside() -> Iterator[list[AheadDecoder]]:
-    """Engines that are made now run ahead, and their states come late; the decoders made."""
-    made = list[AheadDecoder]()
+def running_beside() -> Iterator[list[AheadRunner]]:
+    """Engines that are made now run ahead, and their states come late; the runners made."""
+    made = list[AheadRunner]()
 
-    def ahead(network: Network, pool: StatePool, most_rows: int) -> AheadDecoder:
+    def ahead(network: Network, pool: StatePool, most_rows: int) -> AheadRunner:
         del most_rows
-        made.append(AheadDecoder(network, pool))
+        made.append(AheadRunner(network, pool))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("model.decoding.decoders.new_decoder", ahead)
+        patched.setattr("model.decoding.runners.new_runner", ahead)
         patched.setattr("server.engine.rows.new_transfer", LateTransfer)
         yield made

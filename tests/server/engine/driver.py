@@ -27,7 +27,7 @@ LIMITS = EngineLimits(
     max_waiting=64,
     max_waiting_tokens=100_000,
     prefill_chunk_tokens=128,
-    prefill_tokens_while_decoding=64,
+    inter_token_latency_s=0.1,
     prefix_cache_bytes=0,
 )
 

@@ -32,7 +32,6 @@ SMALL = replace(
     max_running=2,
     warm_sessions=1,
     prefill_chunk_tokens=32,
-    prefill_tokens_while_decoding=16,
 )
 """Three rows, two of which may run."""
 

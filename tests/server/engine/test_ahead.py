@@ -13,7 +13,7 @@ from model.checkpoint import Checkpoint
 from model.decoding.sampling import SamplingParams
 from server.engine.messages import EngineRequest, Finished, RowDamaged, RowGivenUp
 from server.engine.scheduler import EngineLimits
-from tests.server.engine.ahead import AheadDecoder, running_beside
+from tests.server.engine.ahead import AheadRunner, running_beside
 from tests.server.engine.driver import LIMITS, request
 from tests.server.engine.stepper import Stepper
 
@@ -21,7 +21,7 @@ from tests.server.engine.stepper import Stepper
 @contextmanager
 def running_ahead(
     checkpoint: Checkpoint, limits: EngineLimits = LIMITS
-) -> Iterator[tuple[Stepper, AheadDecoder]]:
+) -> Iterator[tuple[Stepper, AheadRunner]]:
     with running_beside() as made:
         stepper = Stepper(checkpoint, limits)
         yield stepper, made[0]
@@ -94,14 +94,14 @@ def test_a_session_does_not_read_what_ended_its_turn(
     )
     _, expected = direct.turn(asked)
     assert expected.reason == "stop"
-    with running_ahead(checkpoint) as (stepper, decoder):
+    with running_ahead(checkpoint) as (stepper, runner):
         _, finished = stepper.turn(asked)
         assert finished.state == expected.state
         assert finished.continuation == expected.continuation
         assert finished.kept_as == "state"
         row = stepper.slots.row("state")
         assert stepper.pool.export_row(row) == expected.state
-        assert decoder.num_ahead == ends_at - 1
+        assert runner.num_ahead == ends_at - 1
 
 
 CAREFUL: dict[str, dict[str, Any]] = {
@@ -116,20 +116,20 @@ CAREFUL: dict[str, dict[str, Any]] = {
 def test_what_depends_on_the_last_token_waits_for_it_and_nothing_else_does(
     checkpoint: Checkpoint, name: str
 ) -> None:
-    with running_ahead(checkpoint) as (stepper, decoder):
+    with running_ahead(checkpoint) as (stepper, runner):
         stepper.turn(request("alone", 5, **CAREFUL[name]))
-        assert decoder.num_ahead == 0
+        assert runner.num_ahead == 0
         stepper.release("state")
         stepper.submit(request("careful", 5, **CAREFUL[name]), request("plain", 5))
         stepper.run()
-        assert decoder.num_ahead == 11
+        assert runner.num_ahead == 11
 
 
 def test_no_token_is_read_beyond_the_last_that_may_come(checkpoint: Checkpoint) -> None:
     asked = request("asked", 5, max_tokens=7, keep_as="state")
-    with running_ahead(checkpoint) as (stepper, decoder):
+    with running_ahead(checkpoint) as (stepper, runner):
         stepper.turn(asked)
-        assert decoder.num_ahead == 6
+        assert runner.num_ahead == 6
 
 
 def test_who_ends_while_a_step_is_under_way_leaves_its_row_to_others(

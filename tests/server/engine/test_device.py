@@ -1,14 +1,17 @@
 """Where the model runs, and on how many threads."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from model.batch import Batch
 from model.heinsen.config import ModelConfig
+from model.heinsen.cpu import serving
 from model.heinsen.network import LanguageModel
 from model.kernels import cuda
-from server.engine import device
+from model.kernels.cpu import team
 from server.engine.device import DeviceError, choose_device, choose_dtype, choose_threads
 
 
@@ -26,25 +29,60 @@ def network() -> LanguageModel:
     return LanguageModel(config).requires_grad_(False).eval()
 
 
-def test_a_small_network_has_one_thread(network: LanguageModel) -> None:
-    assert choose_threads(None, network.pack()) == "1 thread"
-    assert torch.get_num_threads() == 1
-
-
-def test_a_large_network_has_as_many_as_torch_wants(
+def test_threads_are_those_that_a_step_has_work_for(
     network: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network.pack("int8")
-    monkeypatch.setattr(device, "FEW_BYTES", network.num_parameters + 1)
+    """For each token that leaves; how many bytes the weights have says nothing."""
+    head, body = network.embed.weight.numel(), network.num_parameters - network.embed.weight.numel()
+    monkeypatch.setattr(team, "WORTH_A_THREAD", body + head)
+    for packed in (copy.deepcopy(network).pack(), copy.deepcopy(network).pack("int8")):
+        assert packed.num_threads(1, 1) == 2
+        assert packed.num_threads(32, 32) == 2
+        monkeypatch.setattr(team, "WORTH_A_THREAD", body + head + 1)
+        assert packed.num_threads(1, 1) == packed.num_threads(32, 32) == 1
+        assert packed.num_threads(2, 1) == packed.num_threads(100, 1) == 2
+        assert packed.num_threads(100, 100) == 1
+        monkeypatch.setattr(team, "WORTH_A_THREAD", body + head)
+
+
+def test_a_step_runs_on_the_threads_that_it_has_work_for(
+    network: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = list[int]()
+    monkeypatch.setattr(serving, "run_team", lambda _function, _a, threads: used.append(threads))
+    monkeypatch.setattr(team, "WORTH_A_THREAD", 2 * network.num_parameters)
+    packed = network.pack()
+    pool = packed.new_pool(1)
+    packed.forward(Batch.of_tokens([5], [0]), pool)
+    packed.forward(Batch.of([[5] * 40], [0]), pool)
+    assert used == [1, 2]
+
+
+def test_a_core_is_left_for_the_clients_where_there_are_more_than_two(
+    network: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(team, "WORTH_A_THREAD", network.num_parameters)
+    packed = network.pack()
+    for cores, most in ((1, 1), (2, 2), (3, 2), (8, 7)):
+        torch.set_num_threads(cores)
+        words = choose_threads(None, packed)
+        assert torch.get_num_threads() == most
+        assert words.startswith("1 thread" if most == 1 else f"up to {most} threads")
+
+
+def test_without_compiled_code_a_small_network_has_one_thread(
+    network: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert choose_threads(None, network) == "1 thread"
     torch.set_num_threads(2)
-    monkeypatch.setattr(device, "FEW_BYTES", network.num_parameters)
+    monkeypatch.setattr(team, "WORTH_A_THREAD", network.num_parameters)
     assert choose_threads(None, network) == "2 threads"
 
 
-def test_what_is_asked_for_is_done(network: LanguageModel) -> None:
+def test_what_is_asked_for_is_the_most(network: LanguageModel) -> None:
     assert choose_threads(3, network) == "3 threads"
-    assert torch.get_num_threads() == 3
+    assert choose_threads(1, network.pack()) == "1 thread"
+    assert torch.get_num_threads() == 1
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def test_turns_are_those_of_the_compiled_network(fused: Checkpoint, checkpoint: 
         asked("scored", 5, num_logprobs=1, score_prompt=True),
     ]
     played = [Stepper(each, replace(LIMITS, warm_sessions=0)) for each in (fused, checkpoint)]
-    assert played[0].worker._decoder.runs_ahead
+    assert played[0].worker._runner.runs_ahead
     for stepper in played:
         stepper.submit(*first)
         stepper.run()

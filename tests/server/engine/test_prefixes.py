@@ -13,11 +13,11 @@ from server.engine.messages import Continuation, EngineRequest
 from server.engine.prefixes import SharedPrefixes, chain
 from server.engine.sequence import Sequence
 
-CHUNK, STATE_BYTES = 4, 100
+CHUNK, STATE_BYTES, ALL = 4, 100, 1000
 REQUEST = EngineRequest("", None, Continuation(), (), 5, SamplingParams())
 
 
-def sequence(*chunks: int, tail: int = 1, scored: bool = False, salt: bytes = b"") -> Sequence:
+def sequence(*chunks: int, tail: int = 2, scored: bool = False, salt: bytes = b"") -> Sequence:
     """A prompt of whole chunks, each of one token, and a tail that is not a whole one."""
     ids = (*(token for token in chunks for _ in range(CHUNK)), *(0,) * tail)
     request = replace(REQUEST, token_ids=ids, score_prompt=scored, owner=salt.decode())
@@ -32,7 +32,7 @@ def read_all(states: SharedPrefixes[str], reading: Sequence) -> list[Sequence]:
     """Read to the end, keeping what is to be kept; those that need not wait any more."""
     ready = []
     while not reading.is_read:
-        reading.pop_unread(reading.num_to_stop)
+        reading.pop_unread(reading.next_piece(ALL, CHUNK))
         if reading.num_read in reading.keep_at:
             ready += states.keep(reading, f"state {reading.num_read}")
     assert states.leave(reading) == []
@@ -284,8 +284,7 @@ def test_whatever_happens_there_is_always_one_that_reads(
             leave(running[place % len(running)])
             continue
         chosen = able[place % len(able)]
-        count = chosen.num_to_stop
-        chosen.pop_unread(min(count, CHUNK) if move == "chunk" else count)
+        chosen.pop_unread(chosen.next_piece(CHUNK if move == "chunk" else ALL, CHUNK))
         if chosen.num_read in chosen.keep_at:
             states.keep(chosen, "")
         end_those_that_are_read()

@@ -96,7 +96,7 @@ def test_a_step_that_fails_ends_those_who_wait_too(
 
     asked = [after(f"x{i}", SYSTEM) for i in range(4)]
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.network, "prefill", broken)
+        patched.setattr(checkpoint.network, "forward", broken)
         sharing.engine.submit(*asked)
         sharing.wait(lambda seen: len(seen) == 4)
     assert not [event for event in sharing.seen if isinstance(event, Finished)]
@@ -144,7 +144,7 @@ PROMPTS = st.lists(
 @given(
     groups=st.lists(PROMPTS, min_size=1, max_size=2),
     num_states=st.integers(0, 4),
-    budgets=st.tuples(st.integers(1, 3), st.integers(1, 8)),
+    budget=st.integers(1, 8),
     cancelled=st.sets(st.integers(0, 6)),
 )
 def test_any_company_cache_and_budget_give_the_same_turns(
@@ -152,15 +152,14 @@ def test_any_company_cache_and_budget_give_the_same_turns(
     checkpoint: Checkpoint,
     groups: list[list[tuple[list[int], int]]],
     num_states: int,
-    budgets: tuple[int, int],
+    budget: int,
     cancelled: set[int],
 ) -> None:
     """Prompts of few different chunks, so that they share and part everywhere."""
     state_bytes = checkpoint.network.state_spec.num_bytes
     limits = replace(
         LIMITS,
-        prefill_tokens_while_decoding=64 * budgets[0],
-        prefill_chunk_tokens=64 * budgets[1],
+        prefill_chunk_tokens=64 * budget,
         prefix_cache_bytes=num_states * state_bytes,
         warm_sessions=0,
     )

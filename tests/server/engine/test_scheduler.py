@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,19 +21,22 @@ LIMITS = EngineLimits(
     max_waiting=64,
     max_waiting_tokens=100_000,
     prefill_chunk_tokens=512,
-    prefill_tokens_while_decoding=64,
+    inter_token_latency_s=0.1,
     prefix_cache_bytes=0,
 )
 REQUEST = EngineRequest("", None, Continuation(), (), 5, SamplingParams())
 
 
-def sequence(name: str, num_tokens: int, deadline: float | None = None) -> Sequence:
+def sequence(name: str, num_tokens: int, deadline: float | None = None, **changes: Any) -> Sequence:
     ids = (1,) * num_tokens
-    return Sequence(replace(REQUEST, request_id=name, token_ids=ids, deadline=deadline), 0.0)
+    made = replace(REQUEST, request_id=name, token_ids=ids, deadline=deadline)
+    return Sequence(replace(made, **changes), 0.0)
 
 
-def scheduler_of(*waiting: Sequence, limits: EngineLimits = LIMITS) -> Scheduler[Sequence]:
-    scheduler = Scheduler[Sequence](limits, CHUNK)
+def scheduler_of(
+    *waiting: Sequence, limits: EngineLimits = LIMITS, most_logits: int = 128
+) -> Scheduler[Sequence]:
+    scheduler = Scheduler[Sequence](limits, CHUNK, most_logits)
     for each in waiting:
         scheduler.add(each)
     return scheduler
@@ -50,7 +54,7 @@ def admit(scheduler: Scheduler[Sequence]) -> list[str]:
 def read(scheduler: Scheduler[Sequence]) -> Plan[Sequence]:
     """One step in which prompts that are read leave at once."""
     plan = scheduler.plan()
-    for each, count in plan.prefill:
+    for each, count in plan.read:
         each.pop_unread(count)
         if each.is_read:
             scheduler.reading.remove(each)
@@ -59,7 +63,7 @@ def read(scheduler: Scheduler[Sequence]) -> Plan[Sequence]:
 
 
 def names_of(plan: Plan[Sequence]) -> list[str]:
-    return [each.request.request_id for each, _ in plan.prefill]
+    return [each.request.request_id for each, _ in plan.read]
 
 
 def test_admission_keeps_to_the_number_of_running_sequences() -> None:
@@ -70,23 +74,53 @@ def test_admission_keeps_to_the_number_of_running_sequences() -> None:
     assert not scheduler.idle
 
 
-def test_the_last_prompt_token_is_left_for_decoding() -> None:
-    scheduler = scheduler_of(sequence("a", 40))
+@pytest.mark.parametrize("max_tokens", [0, 5])
+def test_the_last_prompt_token_is_left_unread_where_nothing_is_generated(max_tokens: int) -> None:
+    scheduler = scheduler_of(sequence("a", 40, max_tokens=max_tokens))
     admit(scheduler)
-    assert [count for _, count in scheduler.plan().prefill] == [39]
+    assert [count for _, count in scheduler.plan().read] == [40 if max_tokens else 39]
 
 
-@pytest.mark.parametrize(("tokens", "read_at_once"), [(1, 64), (127, 64), (128, 128), (200, 192)])
-def test_a_step_reads_whole_chunks_and_fewer_while_others_decode(
+@pytest.mark.parametrize(
+    ("num_tokens", "pieces"),
+    [
+        (1, []),
+        (2, [2]),
+        (64, [64]),
+        (65, [65]),
+        (66, [64, 2]),
+        (129, [64, 65]),
+        (200, [64] * 3 + [8]),
+    ],
+)
+def test_no_token_is_a_piece_by_itself(num_tokens: int, pieces: list[int]) -> None:
+    """Where the network is not compiled, other code reads single tokens."""
+    scheduler = scheduler_of(
+        sequence("a", num_tokens), limits=replace(LIMITS, prefill_chunk_tokens=1)
+    )
+    admit(scheduler)
+    found = []
+    while scheduler.reading and not scheduler.reading[0].is_read:
+        [(each, count)] = scheduler.plan().read
+        each.pop_unread(count)
+        found.append(count)
+    assert found == pieces
+
+
+@pytest.mark.parametrize(
+    ("tokens", "read_at_once"), [(1, 64), (127, 64), (128, 128), (200, 192), (10_000, 512)]
+)
+def test_a_step_reads_whole_cuts_and_fewer_while_others_decode(
     tokens: int, read_at_once: int
 ) -> None:
-    limits = replace(LIMITS, prefill_tokens_while_decoding=tokens)
-    scheduler = scheduler_of(sequence("a", 5000), limits=limits)
+    scheduler = scheduler_of(sequence("a", 5000))
     admit(scheduler)
-    assert [count for _, count in scheduler.plan().prefill] == [512]
+    assert [count for _, count in scheduler.plan().read] == [128]
+    scheduler.pace.observe(tokens, LIMITS.inter_token_latency_s)
+    assert [count for _, count in scheduler.plan().read] == [max(128, read_at_once)]
     scheduler.decoding[1] = sequence("b", 1)
     plan = scheduler.plan()
-    assert [count for _, count in plan.prefill] == [read_at_once]
+    assert [count for _, count in plan.read] == [read_at_once]
     assert [s.request.request_id for s in plan.decode] == ["b"]
 
 
@@ -96,33 +130,74 @@ def test_a_step_reads_whole_chunks_and_fewer_while_others_decode(
     decoding=st.booleans(),
     stops=st.sets(st.integers(1, 40).map(lambda chunks: chunks * CHUNK)),
 )
-def test_every_prompt_is_read_in_whole_chunks_and_no_step_exceeds_its_budget(
+def test_every_prompt_is_read_in_whole_cuts_and_no_step_exceeds_its_budget(
     lengths: list[int], budget: int, decoding: bool, stops: set[int]
 ) -> None:
-    limits = replace(LIMITS, prefill_chunk_tokens=budget, prefill_tokens_while_decoding=budget)
+    limits = replace(LIMITS, prefill_chunk_tokens=budget)
     waiting = [sequence(str(i), length) for i, length in enumerate(lengths)]
     for each in waiting:
         each.keep_at = {stop for stop in stops if stop < each.num_unread}
     scheduler = scheduler_of(*waiting, limits=limits)
     if decoding:
         scheduler.decoding[0] = sequence("decodes", 1)
-    most = max(CHUNK, budget // CHUNK * CHUNK)
+        scheduler.pace.observe(budget, LIMITS.inter_token_latency_s)
+    most = max(CHUNK, budget)
     reached = {each.request.request_id: {0} for each in waiting}
     steps = 0
     while scheduler.waiting or scheduler.reading:
         admit(scheduler)
         plan = read(scheduler)
         steps += 1
-        assert plan.prefill
-        assert len(plan.prefill) * max(count for _, count in plan.prefill) <= most
-        assert len(plan.prefill) <= most // (CHUNK // 4)
-        for each, _ in plan.prefill:
+        assert plan.read
+        assert sum(count for _, count in plan.read) <= most + 1  # a last token that is not left
+        for each, _ in plan.read:
             assert each.is_read or each.num_read % CHUNK == 0
             reached[each.request.request_id].add(each.num_read)
     assert steps <= sum(-(-length // CHUNK) for length in lengths)
     for each in waiting:
         assert each.num_unread == 0
         assert reached[each.request.request_id] >= each.keep_at
+
+
+@given(
+    lengths=st.lists(st.integers(2, 1000), min_size=1, max_size=8),
+    most_logits=st.integers(1, 300),
+)
+def test_the_logits_of_scored_prompts_are_bounded_and_do_not_hold_up_others(
+    lengths: list[int], most_logits: int
+) -> None:
+    waiting = [
+        sequence(str(i), length, score_prompt=i % 2 == 0) for i, length in enumerate(lengths)
+    ]
+    scheduler = scheduler_of(*waiting, most_logits=most_logits)
+    while scheduler.waiting or scheduler.reading:
+        admit(scheduler)
+        plan = read(scheduler)
+        counts = [count for each, count in plan.read if each.request.score_prompt]
+        assert sum(counts) <= max(CHUNK, most_logits) + 1
+        assert plan.read
+    assert all(each.is_read for each in waiting)
+
+
+def test_prompts_that_are_alike_are_read_side_by_side_while_nothing_decodes() -> None:
+    alike = [sequence(f"alike-{i}", 512 + i) for i in range(3)]
+    scheduler = scheduler_of(*alike, sequence("long", 2000))
+    scheduler.pace.observe(512, LIMITS.inter_token_latency_s)
+    admit(scheduler)
+    for _ in range(3):
+        plan = read(scheduler)
+        assert [count for each, count in plan.read if each in alike] == [128] * 3
+    assert not any(each.is_read for each in alike)
+    read(scheduler)
+    assert all(each.is_read for each in alike)
+
+
+def test_prompts_are_read_one_after_the_other_while_others_decode() -> None:
+    scheduler = scheduler_of(*(sequence(f"{i}", 256) for i in range(3)))
+    scheduler.decoding[0] = sequence("decodes", 1)
+    scheduler.pace.observe(128, LIMITS.inter_token_latency_s)
+    admit(scheduler)
+    assert [names_of(read(scheduler)) for _ in range(6)] == [[f"{i}"] for i in (0, 0, 1, 1, 2, 2)]
 
 
 def test_a_short_prompt_passes_long_ones() -> None:
@@ -157,7 +232,7 @@ def test_long_prompts_leave_rows_to_short_ones_but_are_not_left_out() -> None:
     for i in range(1, 4):
         scheduler.add(sequence(f"short-{i}", 10))
     assert admit(scheduler) == ["short-1"]
-    for _ in range(5):
+    for _ in range(-(-6 * 1000 // 128)):
         read(scheduler)
     assert scheduler.find("long-0") is None
     assert admit(scheduler)[0] == "long-6"

@@ -26,10 +26,11 @@ from server.engine.messages import (
     Token,
 )
 from server.engine.scoring import PromptScores
+from tests.model.calls import step
 from tests.server.engine.driver import LIMITS, request, stored
 from tests.server.engine.stepper import Stepper
 
-SMALL = replace(LIMITS, prefill_chunk_tokens=32, prefill_tokens_while_decoding=16)
+SMALL = replace(LIMITS, prefill_chunk_tokens=32)
 EOS = 0
 """The end token of the tiny checkpoint."""
 
@@ -63,7 +64,7 @@ def by_steps(checkpoint: Checkpoint, ids: Row[int]) -> Tensor:
     network = checkpoint.network
     assert isinstance(network, LanguageModel)
     pool = network.new_pool(1)
-    return torch.cat([network.step(torch.tensor([token_id]), pool, [0]) for token_id in ids])
+    return torch.cat([step(network, torch.tensor([token_id]), pool, [0]) for token_id in ids])
 
 
 def scored(logits: Tensor, ids: Row[int], num_top: int) -> list[Token]:
@@ -98,7 +99,7 @@ def test_probabilities_of_the_answer_are_the_models(
     assert tokens == scored(by_steps(checkpoint, ids[:-1])[8:], ids[9:], num_top)
     network = checkpoint.network
     assert isinstance(network, LanguageModel)
-    logits, _ = network(torch.tensor([ids]), network.empty_state(1))
+    logits, _ = network.unroll(torch.tensor([ids]), network.empty_state(1))
     expected = logits[0, 8:-1].double().log_softmax(-1)
     for token, row in zip(tokens, expected, strict=True):
         assert token.logprob == pytest.approx(float(row[token.token_id]), abs=2e-5)
@@ -207,9 +208,17 @@ def test_scores_do_not_depend_on_the_slices_that_come(cuts: list[int]) -> None:
     logits = torch.randn(10, 40, generator=torch.Generator().manual_seed(1))
     ids = list(range(11))
     whole, parts = PromptScores(ids, 3, 2), PromptScores(ids, 3, 2)
-    whole.add(logits)
+
+    def add(scores: PromptScores, start: int, end: int) -> None:
+        first, token_ids, num_top = scores.following(start, end)
+        before = logits[start + first : start + first + len(token_ids)]
+        scores.add(
+            token_ids, score(before, token_ids, [num_top] * len(token_ids)) if token_ids else []
+        )
+
+    add(whole, 0, 10)
     for start, end in zip([0, *cuts], [*cuts, 10], strict=True):
-        parts.add(logits[start:end])
+        add(parts, start, end)
     assert whole.tokens == parts.tokens == scored(logits[2:], ids[3:], 2)
 
 

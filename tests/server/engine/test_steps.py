@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint
-from model.decoding import decoders
+from model.decoding import runners
 from model.decoding.sampling import SamplingParams
 from server.engine.messages import EngineRequest, Failed, NoProbabilities, RowDamaged, StoredState
 from server.engine.steps import FAILED, End, Outcomes, Steps
@@ -115,7 +115,7 @@ def sequences(checkpoint: Checkpoint, *requests: EngineRequest) -> list[tuple[in
 def new_steps(checkpoint: Checkpoint, decoder: str) -> Steps:
     del decoder  # the fixture that says which one a network makes
     pool = checkpoint.network.new_pool(5)
-    return Steps(decoders.new_decoder(checkpoint.network, pool, 4), pool, Metrics())
+    return Steps(runners.new_runner(checkpoint.network, pool, 4), pool, Metrics())
 
 
 def test_what_has_ended_since_the_launch_gets_no_token(

@@ -186,4 +186,6 @@ def test_tokens_that_end_the_text_are_banned_until_there_are_enough() -> None:
         for number, banned in enumerate((expected, expected, set(), set())):
             running.num_generated = number
             running.append(1)
-            assert set(running.decode_input(3).sampled.banned) == banned
+            sampled = running.next_token(3).sampled
+            assert sampled is not None
+            assert set(sampled.banned) == banned

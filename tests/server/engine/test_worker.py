@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model.batch import Batch
 from model.checkpoint import Checkpoint
 from model.decoding.sampling import RecentTokens, SamplingParams
 from model.state import StatePool
@@ -79,16 +80,16 @@ def test_all_that_is_cancelled_at_once_is_gone_before_the_next_step(
     for each in [*others, *first]:
         stepper.cancel(each.request_id)
     stepper.submit(asked("after", 77, 1, max_tokens=2))
-    decoded, step = list[int](), checkpoint.network.step
+    read, forward = list[int](), checkpoint.network.forward
 
-    def watched(ids: Tensor, pool: StatePool, rows: list[int]) -> Tensor:
-        decoded.append(len(rows))
-        return step(ids, pool, rows)
+    def watched(batch: Batch, pool: StatePool) -> Tensor:
+        read.append(len(batch.rows))
+        return forward(batch, pool)
 
-    monkeypatch.setattr(checkpoint.network, "step", watched)
+    monkeypatch.setattr(checkpoint.network, "forward", watched)
     before = len(stepper.delivered)
     stepper.step()
-    assert decoded == [1]
+    assert read == [1]
     assert list(stepper.owners()) == ["after"]
     stepper.run()
     assert {event.request_id for event in stepper.events()[before:]} == {"after"}
@@ -116,7 +117,7 @@ def test_after_an_error_in_a_step_no_state_is_left(
     stepper.submit(asked("decodes", 5, 2, max_tokens=100), asked("reads", 6, 300))
     stepper.step(2)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.network, "step", broken)
+        patched.setattr(checkpoint.network, "forward", broken)
         stepper.step()
     assert isinstance(stepper.last("decodes"), Failed)
     assert isinstance(stepper.last("reads"), Failed)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.decoding.cuda.decoder import GraphDecoder, batch_sizes
-from model.decoding.decoder import Decoded, DecodeInput, DirectDecoder, Launched
-from model.decoding.decoders import new_decoder
+from model.decoding.cuda.decoder import GraphRunner, batch_sizes
+from model.decoding.decoder import Decoded, DirectRunner, Following, Launched, Piece
+from model.decoding.runners import new_runner
 from model.decoding.sampling import RecentTokens, SampledRow, SamplingParams
 from model.heinsen.network import LanguageModel
 from model.state import StatePool
@@ -22,15 +22,15 @@ PARAMS = (
 )
 
 
-def one(place: int, step: int, token_id: int | None, **changes: object) -> DecodeInput:
+def one(place: int, step: int, token_id: int | None, **changes: object) -> Piece:
     """The part of one of the rows in a step."""
     sampled = SampledRow(PARAMS[place], step, RecentTokens())
-    given = DecodeInput(ROWS[place], token_id, sampled)
+    given = Piece(ROWS[place], None if token_id is None else (token_id,), sampled)
     return given._replace(**changes)  # type: ignore[arg-type]
 
 
 class Pair:
-    """The decoder on the device, and its pool."""
+    """The runner on the device, and its pool."""
 
     def __init__(self, device: torch.device, most_rows: int = 4) -> None:
         self.network = fused(plain(), device)
@@ -39,12 +39,12 @@ class Pair:
             self.pool.poison(row)
         for row in ROWS:
             self.pool.reset(row)
-        decoder = new_decoder(self.network, self.pool, most_rows)
-        assert isinstance(decoder, GraphDecoder)
-        self.decoder = decoder
+        runner = new_runner(self.network, self.pool, most_rows)
+        assert isinstance(runner, GraphRunner)
+        self.runner = runner
 
-    def launch(self, *inputs: DecodeInput) -> Launched:
-        return self.decoder.launch(inputs)
+    def launch(self, *inputs: Piece) -> Launched:
+        return self.runner.launch(inputs)
 
     def state(self, place: int) -> bytes:
         return self.pool.export_row(ROWS[place])
@@ -59,11 +59,11 @@ def on_host(steps: int, places: Sequence[int] = range(3)) -> tuple[list[Decoded]
     """What plain torch chooses, one step after the other."""
     network = plain()
     pool = network.new_pool(6)
-    decoder, given = DirectDecoder(network, pool), list[int | None]([5] * 3)
+    runner, given = DirectRunner(network, pool), list[int | None]([5] * 3)
     found = []
     for step in range(steps):
         inputs = [one(place, step, given[place], num_logprobs=2) for place in places]
-        found.append(decoder.launch(inputs).take())
+        found.append(runner.launch(inputs).take())
         for place, token_id in zip(places, found[-1].token_ids, strict=True):
             given[place] = token_id
     return found, pool
@@ -71,7 +71,7 @@ def on_host(steps: int, places: Sequence[int] = range(3)) -> tuple[list[Decoded]
 
 def test_tokens_are_fed_back_on_the_device(pair: Pair) -> None:
     expected, _ = on_host(4)
-    pair.decoder.prepare()
+    pair.runner.prepare()
     under_way = pair.launch(*(one(place, 0, 5) for place in range(3)))
     found = []
     for step in range(1, 4):
@@ -107,7 +107,7 @@ def test_a_row_that_has_ended_can_go_on_beside_others(pair: Pair) -> None:
     second = pair.launch(*(one(place, 1, None) for place in range(3)))
     assert (first.take().token_ids[1], second.take().token_ids[1]) == (end, None)
     state = pair.state(1)
-    resumed = one(1, 0, None, resumes=True, num_logprobs=2)
+    resumed = one(1, 0, None, token_ids=(), num_logprobs=2)
     third = pair.launch(one(0, 2, None), resumed, one(2, 2, None)).take()
     assert third.token_ids == [expected[2].token_ids[0], end, expected[2].token_ids[2]]
     ours, theirs = third.scored[1], expected[0].scored[1]
@@ -128,12 +128,50 @@ def test_a_smaller_batch_does_not_see_the_rows_of_the_last(pair: Pair) -> None:
     assert all(pair.pool.tensors["h"][0, free].isnan().flatten().tolist())
 
 
+def test_prompts_go_through_a_step_beside_rows_that_generate(pair: Pair) -> None:
+    """One row goes on by itself, one ends, prompts are read in part and to their ends, scored and
+    not, and a row resumes: as on the host, step by step."""
+    network = plain()
+    runner, given = DirectRunner(network, network.new_pool(6)), dict[int, int | None]()
+
+    def on_the_host(*pieces: Piece) -> Decoded:
+        known = [
+            each._replace(token_ids=(given[each.row] or 0,)) if each.token_ids is None else each
+            for each in pieces
+        ]
+        positions = [each.sampled and each.sampled.position for each in pieces]
+        decoded = runner.launch(known).take()
+        assert len(positions) == len(decoded.token_ids)
+        given.update((each.row, decoded.token_ids[i]) for i, each in enumerate(pieces))
+        return decoded
+
+    scores = Following(1, (9, 8, 7), 2)
+    steps = [
+        [one(0, 0, 5), one(1, 3, 0, token_ids=(3, 1, 4, 1))],
+        [one(0, 1, None), one(1, 4, None), Piece(ROWS[2], (2, 7, 1, 8), following=scores)],
+        [one(0, 2, None), one(1, 0, None, token_ids=()), one(2, 7, 0, token_ids=(2, 8))],
+        [one(1, 5, 6), Piece(5, (4, 4))],
+        [Piece(5, (1,))],
+    ]
+    pair.pool.reset(5)
+    for pieces in steps:
+        ours, theirs = pair.launch(*pieces).take(), on_the_host(*pieces)
+        assert ours.token_ids == theirs.token_ids
+        assert set(ours.followed) == set(theirs.followed)
+        for place, expected in theirs.followed.items():
+            for found, wanted in zip(ours.followed[place], expected, strict=True):
+                assert found is not None
+                assert wanted is not None
+                assert found.logprob == pytest.approx(wanted.logprob, abs=1e-5)
+                assert [token_id for token_id, _ in found.top] == [i for i, _ in wanted.top]
+
+
 def test_what_the_device_cannot_choose_the_host_does_beside_it(pair: Pair) -> None:
     """A bias, a penalty and a mask, each beside rows that go on by themselves."""
     words = np.zeros(3, np.int32)
     words[2] = 1 << 7
-    masked = one(1, 0, 5).sampled._replace(allowed=words)
-    banned = one(0, 1, None).sampled._replace(banned=tuple(range(90)))
+    masked = SampledRow(PARAMS[1], 0, RecentTokens(), allowed=words)
+    banned = SampledRow(PARAMS[0], 1, RecentTokens(), banned=tuple(range(90)))
     found = pair.launch(one(0, 0, 5), one(1, 0, 5, sampled=masked), one(2, 0, 5)).take()
     expected, _ = on_host(2)
     assert found.token_ids[1] == 71
@@ -187,4 +225,4 @@ def test_there_is_a_step_for_every_batch(most: int) -> None:
 
 def test_networks_without_kernels_compute_at_once() -> None:
     network = LanguageModel(TINY)
-    assert isinstance(new_decoder(network, network.new_pool(1), 1), DirectDecoder)
+    assert isinstance(new_runner(network, network.new_pool(1), 1), DirectRunner)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from model.heinsen.config import ModelConfig
-from model.heinsen.cpu import serving
 from model.heinsen.network import LanguageModel
 from model.kernels.cpu import team
 from model.state import StatePool
+from tests.model.calls import prefill, step
 
 VOCAB = 120
 CONFIGS = {
@@ -41,8 +41,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def advanced(network: LanguageModel, lengths: Sequence[int]) -> tuple[StatePool, Tensor]:
     """Every second row has read so many tokens, then one more; the logits after that."""
     pool, rows = network.new_pool(13), [2 * i + 1 for i in range(len(lengths))][::-1]
-    network.prefill(IDS[: len(rows)], lengths, pool, rows)
-    return pool, network.step(IDS[: len(rows), -1], pool, rows)
+    prefill(network, IDS[: len(rows)], lengths, pool, rows)
+    return pool, step(network, IDS[: len(rows), -1], pool, rows)
 
 
 @pytest.mark.usefixtures("threads")
@@ -109,7 +109,7 @@ def test_several_threads_may_use_one_network(network: LanguageModel) -> None:
         ([5, 6], [0, 4], "rows"),
         ([5, 6], [-1, 0], "rows"),
         ([5, 6], [1, 1], "twice"),
-        ([5, 6], [1], "2 tokens"),
+        ([5, 6], [1], "pieces of"),
     ],
 )
 def test_what_is_not_there_is_not_read(
@@ -120,7 +120,7 @@ def test_what_is_not_there_is_not_read(
     pool = network.new_pool(4)
     before = pool.export_row(1)
     with pytest.raises((IndexError, ValueError), match=problem):
-        network.step(torch.tensor(ids), pool, rows)
+        step(network, torch.tensor(ids), pool, rows)
     assert pool.export_row(1) == before
 
 
@@ -128,16 +128,4 @@ def test_a_pool_of_another_network_is_refused(network: LanguageModel) -> None:
     network.pack()
     other = LanguageModel(ModelConfig(vocab_sz=VOCAB, d_emb=8, n_layers=1, n_heads=1))
     with pytest.raises(ValueError, match="pool"):
-        network.step(IDS[:1, 0], other.new_pool(1), [0])
-
-
-def test_logits_of_a_long_prompt_are_never_in_memory_at_once(network: LanguageModel) -> None:
-    network.pack()
-    sizes = list[int]()
-    for count in (1, 3):
-        pool, lengths, rows = network.new_pool(count), [400] * count, range(count)
-        takers = {row: lambda logits: sizes.append(len(logits)) for row in rows}
-        network.prefill(IDS[:count], lengths, pool, rows, takers)
-        assert max(sizes) * count <= serving.MOST_SCORED
-        assert sum(sizes) == 400 * count
-        sizes.clear()
+        step(network, IDS[:1, 0], other.new_pool(1), [0])

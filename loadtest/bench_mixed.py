@@ -1,0 +1,215 @@
+"""Prompts and answers together over HTTP, next to each alone; a long prompt among streams.
+
+    python -m loadtest.bench_mixed --dtype float32 --dtype int8
+
+A network of the published size with random weights. With `--against FOLDER`, another checkout of
+this repository, its server does the same in turn, and ratios are those of one run.
+"""
+
+import asyncio
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+
+from loadtest.bench_http import stream
+from loadtest.gpu_server import write_checkpoint
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
+
+FLAGS = ("--prefix-cache-bytes", "0", "--log-level", "warning", "--device", "cpu")
+
+
+class Streams(NamedTuple):
+    """What clients saw of streams that began together."""
+
+    seconds: float
+    num_tokens: int
+    first_s: list[float]
+    """Until the first token, of each."""
+
+    gaps_s: list[float]
+    """Between tokens, of all."""
+
+
+@dataclass
+class Server:
+    """A server under measurement, and what was measured by name, once a round."""
+
+    name: str
+    port: int
+    chance: random.Random
+    found: dict[str, list[float]] = field(default_factory=dict)
+
+    def note(self, **values: float) -> None:
+        for name, value in values.items():
+            self.found.setdefault(name, []).append(value)
+
+    async def streams(self, count: int, prompt_tokens: int, tokens: int) -> Streams:
+        """So many streams of random prompts, each with so many tokens."""
+        times: list[list[float]] = [[] for _ in range(count)]
+        started = time.perf_counter()
+        done = [self._stream(prompt_tokens, tokens, own) for own in times]
+        num_tokens = sum(await asyncio.gather(*done))
+        seconds = time.perf_counter() - started
+        own = [each[:tokens] for each in times]
+        gaps = [b - a for each in own for a, b in pairwise(each)]
+        return Streams(seconds, num_tokens, [each[0] - started for each in own if each], gaps)
+
+    async def long_prompt(self, prompt_tokens: int, running: int) -> tuple[list[float], float]:
+        """While one is read among running streams: the gaps between their tokens, and their tokens
+        per second."""
+        times: list[list[float]] = [[] for _ in range(running)]
+        tasks = [asyncio.create_task(self._stream(4, 20_000, own)) for own in times]
+        await self._stream(4, 30, [])  # until all of them run
+        began = time.perf_counter()
+        await self._stream(prompt_tokens, 1, [])
+        ended = time.perf_counter()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        during = [[at for at in own if began <= at <= ended] for own in times]
+        gaps = [b - a for own in during for a, b in pairwise(own)]
+        return gaps, sum(map(len, during)) / (ended - began)
+
+    async def _stream(self, prompt_tokens: int, tokens: int, times: list[float]) -> int:
+        prompt = self.chance.choices(range(1, 50_000), k=prompt_tokens)
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0.8, "seed": 1}
+        return await stream(self.port, body, times)
+
+
+async def mixed(each: Server) -> None:
+    """Eight prompts of 512 tokens with answers of 64, and each of both alone."""
+    both = await each.streams(8, 512, 64)
+    prompts = await each.streams(8, 512, 0)
+    answers = await each.streams(8, 1, 64)
+    each.note(
+        tokens_per_s=both.num_tokens / both.seconds,
+        over_alone=both.seconds / (prompts.seconds + answers.seconds),
+        first_p50_s=statistics.median(both.first_s),
+        first_p99_s=max(both.first_s),
+        gap_p99_ms=1e3 * _p99(both.gaps_s),
+        prompts_s=prompts.seconds,
+        answers_s=answers.seconds,
+    )
+
+
+async def long(each: Server) -> None:
+    """A prompt of 4,096 tokens among 8 streams."""
+    gaps, rate = await each.long_prompt(4096, 8)
+    alone = await each.streams(8, 1, 32)
+    each.note(
+        gap_p50_ms=1e3 * statistics.median(gaps),
+        gap_p99_ms=1e3 * _p99(gaps),
+        streams_tokens_per_s=rate,
+        streams_alone_tokens_per_s=8 / statistics.median(alone.gaps_s),
+    )
+
+
+async def rates(each: Server) -> None:
+    """Sessions that generate, and nothing else."""
+    one = await each.streams(1, 1, 48)
+    many = await each.streams(32, 1, 24)
+    each.note(
+        one_tokens_per_s=1 / statistics.median(one.gaps_s),
+        of_32_tokens_per_s=32 / statistics.median(many.gaps_s),
+    )
+
+
+PARTS: dict[str, Callable[[Server], Coroutine[None, None, None]]] = {
+    "mixed": mixed,
+    "long": long,
+    "rates": rates,
+}
+
+
+def _p99(values: list[float]) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[98]
+
+
+@contextmanager
+def server(checkout: Path, *flags: str) -> Iterator[int]:
+    """A server of a checkout on a free port."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "server", "serve", "--port", "0", "--data-dir", folder]
+        process = subprocess.Popen(
+            [*command, *FLAGS, *flags], stdout=subprocess.PIPE, text=True, cwd=checkout
+        )
+        try:
+            for line in process.stdout or ():
+                if line.startswith(("device", "backend")):
+                    print(f"  {line.strip()}")
+                if found := re.match(r"listening +http://.*:(\d+)", line):
+                    yield int(found[1])
+                    break
+            else:
+                raise RuntimeError("the server did not start")
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def report(servers: Mapping[str, Server]) -> None:
+    """Medians with the smallest and the largest value; ratios of the first server to the second."""
+    ours, *others = servers.values()
+    for name, values in ours.found.items():
+        line = f"  {name:22} {_spread(values)}"
+        for other in others:
+            pairs = zip(values, other.found[name], strict=True)
+            ratios = [mine / theirs for mine, theirs in pairs]
+            line += f"   {other.name} {_spread(other.found[name])}   ratio {_spread(ratios)}"
+        print(line, flush=True)
+    for each in servers.values():
+        each.found.clear()
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):8.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def main(
+    dtype: Annotated[list[str], typer.Option(help="Of the weights; several may be given.")],
+    rounds: Annotated[int, typer.Option(help="Repetitions; medians are shown.")] = 5,
+    part: Annotated[list[str], typer.Option(help="Of what is measured.")] = [*PARTS],  # noqa: B006
+    latency_ms: Annotated[float, typer.Option(help="--inter-token-latency-ms.")] = 100.0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder of another model of 50,000 tokens or more.")
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="Another checkout.")] = None,
+) -> None:
+    """Measure and print."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        model = checkpoint or Path(folder) / "model"
+        if checkpoint is None:
+            write_checkpoint(LanguageModel(ModelConfig()), model)
+        for each in dtype:
+            print(f"{each}:")
+            flags = (str(model), "--dtype", each)
+            with ExitStack() as stack:
+                own = server(Path.cwd(), *flags, "--inter-token-latency-ms", str(latency_ms))
+                servers = {"ours": Server("ours", stack.enter_context(own), random.Random(0))}
+                if against is not None:
+                    port = stack.enter_context(server(against, *flags))
+                    servers["theirs"] = Server("theirs", port, random.Random(0))
+                for name in part:
+                    for measured in [*servers.values()] * rounds:
+                        asyncio.run(PARTS[name](measured))
+                    print(f" {name}")
+                    report(servers)
+
+
+if __name__ == "__main__":
+    typer.run(main)
