@@ -96,6 +96,12 @@ class EngineRequest:
     deadline: float | None = None
     """When to give up, on the clock of `time.monotonic`, which processes of a machine share."""
 
+    priority: int = 0
+    """Of the owner's requests that wait those with smaller numbers are admitted first."""
+
+    is_flexible: bool = False
+    """It is admitted when none of the owner's others waits."""
+
     client_id: str = ""
     """What the client calls its request, of which this may be one choice: for metrics."""
 

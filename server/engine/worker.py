@@ -290,7 +290,7 @@ class Worker:
             self._rows.free(request.request_id)
             self._end(finished)
         else:
-            self._rows.depart(finished, request.keep_as)
+            self._rows.depart(finished, request.keep_as, request.owner)
 
     def _drop(self, sequence: TextSequence) -> None:
         """End a sequence in whatever phase it is and free its row."""
