@@ -117,11 +117,11 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     settings: Settings
-    connections: Connections
+    counted: Connections
     flow: "_Flow"
 
     is_counted = False
-    """Whether `connections` counts it."""
+    """Whether `counted` has it."""
 
     _is_busy = False
     """Whether a request's headers are complete and it is not answered yet."""
@@ -151,13 +151,13 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow = _Flow(transport)
         self._unread = bytearray()
-        if self.connections.add(self):
+        if self.counted.add(self):
             self._start_timer()
         else:
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.connections.remove(self)
+        self.counted.remove(self)
         self._stop_timer()
         self._stop_stall_timer()
         if self._probe_timer is not None:
@@ -219,7 +219,7 @@ class BoundedProtocol(HttpToolsProtocol):
             (int(value) for name, value in self.headers if name == b"content-length"), 0
         )
         self._is_busy = self._is_in_body = True
-        self.connections.work(self)
+        self.counted.work(self)
         self._stop_timer()
         super().on_headers_complete()
 
@@ -250,7 +250,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._is_busy or self.transport.is_closing():
             return
-        self.connections.rest(self)
+        self.counted.rest(self)
         if self._refusal is not None:
             self._close_with(self._refusal)
         elif self._unread:
@@ -445,7 +445,7 @@ def uvicorn_config(
     protocol = type(
         "Protocol",
         (BoundedProtocol,),
-        {"settings": settings, "connections": Connections(settings.max_connections)},
+        {"settings": settings, "counted": Connections(settings.max_connections)},
     )
     # Whoever may open the Unix socket is trusted.
     trusts_all = settings.unix_socket is not None or "*" in settings.trusted_proxies
