@@ -83,6 +83,11 @@ class SharedCache(Generic[K, V]):
         """Give up a value if it is here; returns it."""
         return self._remove(key) if key in self._found else None
 
+    def remove_all(self, owner: str) -> None:
+        """Give up all values of an owner."""
+        for key in list(self._by_owner.get(owner, ())):
+            self._remove(key)
+
     def clear(self) -> None:
         """Give up all."""
         for container in (self._by_owner, self._sizes, self._found):

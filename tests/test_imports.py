@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "server.cli": ("server.cli", "model.files"),
     "server.cli.client": ("server.api.schemas",),
     "server.cli.dialogue": ("server.cli", "server.api.schemas"),
-    "server.cli.keys": ("server.cli", "server.keys"),
+    "server.cli.keys": ("server.cli", "server.keys", "server.sessions.sqlite.erasing"),
     "server.cli.tables": ("server.api.schemas", "server.keys"),
     "server.cli.inspect": ("model", "server.cli", "server.sessions.codec"),
     "server.__main__": ("model", "server"),

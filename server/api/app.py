@@ -24,6 +24,7 @@ from server.api import (
     resumption,
     sessions,
     tokens,
+    usage,
 )
 from server.api.auth import Guard, KeyRing
 from server.api.conversation import Conversation
@@ -38,7 +39,7 @@ from server.api.service import Service
 from server.api.streams import StreamLimits, Streams
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import Event, RowGivenUp
-from server.errors import StorageFailed, Unauthorized
+from server.errors import ShuttingDown, StorageFailed, Unauthorized
 from server.metrics import GatewayMetrics, Metrics
 from server.sessions.cache import HostCache
 from server.sessions.codec import Codec
@@ -91,7 +92,7 @@ def create_app(
         service = _build(settings, checkpoint, store, codec, conversation, metrics, limiter)
         await _recover(service.ledger)
         service.engine.start()
-        app.state.service = service
+        app.state.service, app.state.loop = service, asyncio.get_running_loop()
         sweeping = _sweep(service, settings.sweep_interval_s)
         chores = [asyncio.create_task(sweeping), asyncio.create_task(_measure_lag(metrics))]
         chores.append(asyncio.create_task(_report_models(store, codec, settings.data_dir)))
@@ -121,7 +122,7 @@ def create_app(
         redirect_slashes=False,
         telemetry=NO_TELEMETRY,
     )
-    parts = (completions, chat, responses, sessions, resumption, tokens, models, health)
+    parts = (completions, chat, responses, sessions, resumption, tokens, usage, models, health)
     routers = [part.router for part in parts]
     if settings.metrics_address is None:
         routers.append(health.metrics_router)
@@ -158,6 +159,18 @@ async def drain(app: FastAPI) -> None:
     service = getattr(app.state, "service", None)
     if isinstance(service, Service):
         await service.drain()
+
+
+def erase_owner(app: FastAPI, owner: str) -> str:
+    """End what runs for an owner and erase all that it holds. Returns in words what that was.
+
+    Called from another thread than the event loop's. Raises LatentdError.
+    """
+    service = getattr(app.state, "service", None)
+    if not isinstance(service, Service):
+        raise ShuttingDown("the server has not started yet")
+    erasing = asyncio.run_coroutine_threadsafe(service.erase(owner), app.state.loop)
+    return described(erasing.result()) or "nothing"
 
 
 def engine_limits(settings: Settings) -> EngineLimits:

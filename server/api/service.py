@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
@@ -15,9 +16,10 @@ from server.api.limits import Limiter
 from server.api.streams import Streams
 from server.api.texts import Texts
 from server.engine.engine import Engine
-from server.errors import LatentdError, ShuttingDown
+from server.errors import Cancelled, LatentdError, ShuttingDown
 from server.metrics import Metrics
 from server.sessions.ledger import Ledger
+from server.sessions.store import Kind
 from server.settings import Settings
 
 ROLLBACK_S = 5.0
@@ -40,17 +42,14 @@ class OpenTurns:
 
     def __init__(self) -> None:
         self._turns = set[OpenTurn]()
-        self._none = asyncio.Event()
-        self._none.set()
+        self._changed = asyncio.Event()
 
     def add(self, turn: OpenTurn) -> None:
         self._turns.add(turn)
-        self._none.clear()
 
     def discard(self, turn: OpenTurn) -> None:
         self._turns.discard(turn)
-        if not self._turns:
-            self._none.set()
+        self._changed.set()
 
     def __len__(self) -> int:
         return len(self._turns)
@@ -59,11 +58,13 @@ class OpenTurns:
         """An owner's."""
         return [turn for turn in self._turns if turn.owner == owner]
 
-    async def closed(self, timeout_s: float) -> bool:
-        """Wait until there is none. False if the time was too short."""
+    async def closed(self, timeout_s: float, owner: str | None = None) -> bool:
+        """Wait until there is none, or none of the owner. False if the time was too short."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self._none.wait()
+                while self._turns if owner is None else self.of(owner):
+                    self._changed.clear()
+                    await self._changed.wait()
         except TimeoutError:
             return False
         return True
@@ -107,6 +108,18 @@ class Service:
         """Roll back every turn of an owner that runs, also in the background."""
         for turn in self.open_turns.of(owner):
             turn.end(reason)
+
+    async def erase(self, owner: str) -> Counter[Kind]:
+        """End what runs for an owner, and erase all that it holds, in memory and on disk. Returns
+        how many sessions and responses there were. Raises StorageFailed."""
+        self.end_turns(owner, Cancelled())
+        await self.streams.forget(owner)
+        await self.open_turns.closed(ROLLBACK_S, owner)
+        erased = await self.ledger.erase_all(owner)
+        self.engine.forget(owner)
+        self.grammars.forget(owner)
+        log.info("erased", extra={"fields": {"owner": owner, **erased}})
+        return erased
 
     async def drain(self) -> None:
         """Take no new turns; those that still run when the drain timeout is over roll back."""

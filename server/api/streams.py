@@ -220,6 +220,12 @@ class Streams:
         await stream.cancel()
         self._streams.pop(stream_id, None)
 
+    async def forget(self, owner: str) -> None:
+        """Cancel and forget all streams of an owner."""
+        for stream in [each for each in self._streams.values() if each.owner == owner]:
+            await stream.cancel()
+            self._streams.pop(stream.id, None)
+
     async def close(self) -> None:
         """Cancel all."""
         for stream in list(self._streams.values()):

@@ -36,16 +36,17 @@ async def read_grammar(service: Service, caller: Caller, body: SamplingRequest) 
     timeout_s, owner = service.settings.grammar_timeout_s, caller.owner
     if not service.grammars.is_known(spec):
         await service.limiter.check(caller, 0)
-    began, cost = time.monotonic(), 0
+    began, is_refused = time.monotonic(), 0
     try:
         return await service.grammars.compile_within(spec, timeout_s, owner)
     except GrammarError as error:
-        cost = 1
+        is_refused = 1
         raise InvalidRequest(str(error), param, "invalid_grammar") from error
     except GrammarBusyError as error:
+        began = time.monotonic()  # nothing was compiled
         raise Overloaded(str(error), "grammar_queue_full") from error
     finally:
-        cost += int(time.monotonic() - began)
+        cost = is_refused + int(time.monotonic() - began)
         await service.limiter.record(caller, "requests", cost)
 
 

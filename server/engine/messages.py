@@ -140,11 +140,18 @@ class Release:
 
 
 @dataclass(frozen=True)
+class Forget:
+    """Keep nothing of what was read for an owner's earlier prompts."""
+
+    owner: str
+
+
+@dataclass(frozen=True)
 class Stop:
     """End after the present step."""
 
 
-Message = Submit | Cancel | Release | Stop
+Message = Submit | Cancel | Release | Forget | Stop
 """What is sent to the engine's thread."""
 
 

@@ -124,6 +124,11 @@ class SharedPrefixes(Generic[State]):
         self._readers.clear()
         self._followers.clear()
 
+    def forget_owner(self, owner: str) -> None:
+        """Keep none of an owner's states any more, nor which prompts it had."""
+        self._kept.remove_all(owner)
+        self._seen.remove_all(owner)
+
     def forget_kept(self) -> None:
         """Keep none of the states any more."""
         self._kept.clear()

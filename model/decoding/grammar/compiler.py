@@ -83,6 +83,10 @@ class GrammarCompiler:
         task.add_done_callback(lambda _: self._release(self._waiting, owner))
         return await asyncio.wrap_future(task)
 
+    def forget(self, owner: str) -> None:
+        """Keep nothing that an owner was the first to have compiled."""
+        self._kept.forget(owner)
+
     def close(self) -> None:
         """End the processes. What is being compiled is refused; nothing may be compiled after."""
         for trial in self._trials:
@@ -151,6 +155,10 @@ class _Kept:
     def put(self, spec: GrammarSpec, outcome: Outcome, owner: str) -> None:
         with self._lock:
             self._outcomes.put(spec, outcome, owner, max(self._least, spec.num_bytes))
+
+    def forget(self, owner: str) -> None:
+        with self._lock:
+            self._outcomes.remove_all(owner)
 
 
 def _granted(outcome: Outcome) -> Grammar:

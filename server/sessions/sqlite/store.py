@@ -8,7 +8,7 @@ from pathlib import Path
 
 from server.sessions.sqlite.disk import OpenFiles
 from server.sessions.sqlite.files import StateFiles
-from server.sessions.sqlite.rows import ENTRY, body_bytes, entry_of, find_entry, insert_entry
+from server.sessions.sqlite.rows import ENTRY, entry_of, find_entry, insert_entry
 from server.sessions.sqlite.schema import Durability, open_store, reason
 from server.sessions.sqlite.writer import Writer, storage_error
 from server.sessions.store import (
@@ -108,7 +108,7 @@ class SQLiteStore:
                 WHERE id = ? AND turn = ? AND (status IS NULL OR {UNFINISHED}) RETURNING number""",
                 [
                     *(entry.turn, entry.num_tokens, entry.last_used_at, entry.expires_at),
-                    *(entry.status, entry.body, body_bytes(entry), entry.id),
+                    *(entry.status, entry.body, entry.num_bytes, entry.id),
                     entry.turn - (state is not None),
                 ],
             ).fetchone()
@@ -134,7 +134,7 @@ class SQLiteStore:
             for entry in map(rewrite, found):
                 db.execute(
                     "UPDATE entries SET status = ?, body = ?, num_bytes = ? WHERE id = ?",
-                    [entry.status, entry.body, body_bytes(entry), entry.id],
+                    [entry.status, entry.body, entry.num_bytes, entry.id],
                 )
             return len(found)
 
