@@ -139,6 +139,8 @@ async def read_generation(
         return_tokens=body.returns_tokens,
         score_prompt=body.scores_prompt,
         grammar=await read_grammar(service, caller, body),
+        priority=body.priority or 0,
+        is_flexible=body.service_tier == "flex",
     )
     return Generation(
         template=template,

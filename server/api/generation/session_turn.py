@@ -46,7 +46,10 @@ ANSWER_HEADERS_DOC: dict[str, Any] = {
 }
 """The headers of an answer, for the documentation."""
 
-DELIVERY = {"session_id", "stream", "stream_options", "resumable", "timings", "timeout", "user"}
+DELIVERY = {
+    *("session_id", "stream", "stream_options", "resumable", "timings", "timeout", "user"),
+    *("priority", "service_tier"),
+}
 """Parameters that do not make a turn another one."""
 
 
