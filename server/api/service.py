@@ -19,6 +19,7 @@ from server.engine.engine import Engine
 from server.errors import Cancelled, LatentdError, ShuttingDown
 from server.metrics import Metrics
 from server.sessions.ledger import Ledger
+from server.sessions.models import described
 from server.sessions.store import Kind
 from server.settings import Settings
 
@@ -118,7 +119,7 @@ class Service:
         erased = await self.ledger.erase_all(owner)
         self.engine.forget(owner)
         self.grammars.forget(owner)
-        log.info("erased", extra={"fields": {"owner": owner, **erased}})
+        log.info("erased", extra={"fields": {"key": owner, "erased": described(erased)}})
         return erased
 
     async def drain(self) -> None:

@@ -1,7 +1,6 @@
 """From what a request says of the structure of its text to a compiled grammar."""
 
 import json
-import time
 
 from model.decoding.grammar import Grammar, GrammarBusyError, GrammarError, GrammarSpec
 from model.decoding.grammar.source import MAX_SOURCE_BYTES
@@ -36,17 +35,16 @@ async def read_grammar(service: Service, caller: Caller, body: SamplingRequest) 
     timeout_s, owner = service.settings.grammar_timeout_s, caller.owner
     if not service.grammars.is_known(spec):
         await service.limiter.check(caller, 0)
-    began, is_refused = time.monotonic(), 0
+    num_refused = 0
     try:
         return await service.grammars.compile_within(spec, timeout_s, owner)
     except GrammarError as error:
-        is_refused = 1
+        num_refused = 1
         raise InvalidRequest(str(error), param, "invalid_grammar") from error
     except GrammarBusyError as error:
-        began = time.monotonic()  # nothing was compiled
         raise Overloaded(str(error), "grammar_queue_full") from error
     finally:
-        cost = is_refused + int(time.monotonic() - began)
+        cost = num_refused + service.grammars.pop_seconds(owner)
         await service.limiter.record(caller, "requests", cost)
 
 

@@ -3,7 +3,8 @@
 import asyncio
 import concurrent.futures
 import threading
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -44,10 +45,18 @@ class GrammarCompiler:
         self._trials = [TrialProcess(self._vocabulary) for _ in range(PROCESSES)]
         self._idle = list(self._trials)  # the last one is next, which may run already
         self._compiling = Counter[str]()
+        self._seconds = defaultdict[str, float](float)
         self._changed = threading.Condition()
         self._threads = concurrent.futures.ThreadPoolExecutor(MOST_THREADS, "grammar")
         self._waiting = Counter[str]()
         """What `compile_within` waits for, by owner."""
+
+    def pop_seconds(self, owner: str) -> int:
+        """Whole seconds for which sources of an owner were compiled since the last call."""
+        with self._changed:
+            seconds = int(self._seconds[owner])
+            self._seconds[owner] -= seconds
+            return seconds
 
     def is_known(self, spec: GrammarSpec) -> bool:
         """Whether the source need not be compiled."""
@@ -123,7 +132,13 @@ class GrammarCompiler:
         self, spec: GrammarSpec, trial: TrialProcess, timeout_s: float, owner: str
     ) -> Outcome:
         """Compile what is not known. Raises GrammarError if it may be otherwise another time."""
-        answer = trial.run(spec, timeout_s)
+        trial.start()
+        began = time.monotonic()
+        try:
+            answer = trial.run(spec, timeout_s)
+        finally:
+            with self._changed:
+                self._seconds[owner] += time.monotonic() - began
         outcome: Outcome
         if answer.error is not None:
             outcome = GrammarError(answer.error)
