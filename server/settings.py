@@ -19,7 +19,10 @@ PREFIX = "LATENTD_"
 SECRETS = {"api_key"}
 """Settings whose values no message shows."""
 
-LOOPBACK_NAMES = ("localhost", "*.localhost", "127.0.0.1", "::1")
+DOTLESS = "<local>"
+"""Among names of hosts: every name without a dot."""
+
+LOOPBACK_NAMES = (DOTLESS, "*.localhost", "127.0.0.1", "::1")
 """How a server on the loopback may be called: names that no page can have but local ones."""
 
 
@@ -84,8 +87,8 @@ class Settings(BaseSettings):
         (),
         description="Names by which clients may call the server, in the Host header without the "
         "port, such as llm.example.com or *.example.com, in the variable with commas between "
-        "them; *: any. If not given, localhost and the address where --host is of the loopback, "
-        "which keeps web pages out that call it by a name of their own; otherwise any.",
+        "them; *: any. If not given, names without a dot and the address where --host is of the "
+        "loopback, which keeps web pages out that call it by a name of their own; otherwise any.",
     )
     api_workers: Annotated[int, Group.HTTP] = Field(
         1,

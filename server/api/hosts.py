@@ -1,7 +1,7 @@
 """By what names clients may call the server: protects one on the loopback from DNS rebinding.
 
 A web page whose own name leads to 127.0.0.1 may send anything there, and browsers name the page in
-the Host header.
+the Host header. No stranger owns a name without a dot.
 """
 
 from starlette.datastructures import Headers
@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.api.auth import OPEN
 from server.api.problems import LONGEST_ECHO, respond
 from server.errors import InvalidRequest
+from server.settings import DOTLESS
 
 
 class HostMiddleware:
@@ -19,7 +20,7 @@ class HostMiddleware:
     """
 
     def __init__(self, app: ASGIApp, hosts: tuple[str, ...]) -> None:
-        """`hosts` without ports; `*.` stands for any names before the rest."""
+        """`hosts` without ports; `*.` stands for any names before the rest, DOTLESS for itself."""
         self._app = app
         self._hosts = [host.lower() for host in hosts]
 
@@ -43,7 +44,7 @@ class HostMiddleware:
         return any(
             name.endswith(host[1:]) if host.startswith("*.") else name == host
             for host in self._hosts
-        )
+        ) or (DOTLESS in self._hosts and name != "" and not {".", ":"} & set(name))
 
 
 def _name(host: str) -> str:

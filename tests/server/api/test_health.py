@@ -88,7 +88,7 @@ def test_an_idle_engine_and_one_that_warms_up_do_not_hang(
 ) -> None:
     go = threading.Event()
     monkeypatch.setattr(
-        "model.decoding.decoder.DirectDecoder.prepare", lambda _: go.wait(PATIENCE_S)
+        "model.decoding.decoder.DirectRunner.prepare", lambda _: go.wait(PATIENCE_S)
     )
     settings = tiny_settings(tiny_checkpoint, tmp_path, hung_step_s=1e-9)
     with live_server(settings) as server, server.client() as client:
