@@ -7,7 +7,6 @@ and the time while a client does not read its answer.
 import asyncio
 import json
 import logging
-import resource
 from asyncio import TimerHandle
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,9 +20,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from server.errors import InvalidRequest, LatentdError
 from server.settings import Settings
-
-SPARE_FILES = 64
-"""Open files that are not connections."""
 
 SETTINGS = (
     "max_connections",
@@ -54,10 +50,7 @@ class Connections:
     so."""
 
     def __init__(self, most: int) -> None:
-        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most = most
-        if files != resource.RLIM_INFINITY:
-            self._most = max(1, min(most, files - SPARE_FILES))
         self._idle: OrderedDict[BoundedProtocol, None] = OrderedDict()
         self._num_open = 0
         self._has_said = False
@@ -445,7 +438,7 @@ def uvicorn_config(
     protocol = type(
         "Protocol",
         (BoundedProtocol,),
-        {"settings": settings, "counted": Connections(settings.max_connections)},
+        {"settings": settings, "counted": Connections(settings.most_connections)},
     )
     # Whoever may open the Unix socket is trusted.
     trusts_all = settings.unix_socket is not None or "*" in settings.trusted_proxies

@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 from collections.abc import Mapping
 from enum import StrEnum
 from ipaddress import ip_address, ip_network
@@ -16,6 +17,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from model import PRETRAINED, WeightDtype
 
 PREFIX = "LATENTD_"
+SPARE_FILES = 64
+"""Open files that are not connections."""
+
 SECRETS = {"api_key"}
 """Settings whose values no message shows."""
 
@@ -463,6 +467,14 @@ class Settings(BaseSettings):
         if self.unix_socket is not None or not _is_loopback(self.host):
             return ()
         return (*LOOPBACK_NAMES, self.host)
+
+    @property
+    def most_connections(self) -> int:
+        """`max_connections`, as far as the process may open files."""
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if files == resource.RLIM_INFINITY:
+            return self.max_connections
+        return max(1, min(self.max_connections, files - SPARE_FILES))
 
     @property
     def has_keys(self) -> bool:

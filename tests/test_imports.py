@@ -257,7 +257,7 @@ ROUTER = "server.api.generation.router"
 
 def test_the_routes_are_found() -> None:
     expected = {"chat", "completions", "health", "models", "responses", "resumption", "sessions"}
-    assert {f"server.api.{name}" for name in expected | {"tokens"}} == ROUTES
+    assert {f"server.api.{name}" for name in expected | {"tokens", "usage"}} == ROUTES
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if is_within(m, "server.api")))

@@ -134,7 +134,9 @@ def create_app(
         GatewayMetrics(metrics, settings.served_name, settings.max_running)
     problems.install(app, metrics)
     openapi.describe(app, settings, asks_for_keys=keys.asks_for_keys)
-    app.add_middleware(Guard, keys=keys, guard_metrics=settings.guard_metrics)
+    app.add_middleware(
+        Guard, keys=keys, guard_metrics=settings.guard_metrics, most=settings.most_connections
+    )
     if settings.known_hosts:
         app.add_middleware(HostMiddleware, hosts=settings.known_hosts)
     app.add_middleware(

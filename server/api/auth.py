@@ -1,6 +1,7 @@
 """Who asks: the key of a request, and the name under which its sessions are kept."""
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.problems import respond
 from server.api.texts import OWNER
-from server.errors import Unauthorized
+from server.errors import Overloaded, Unauthorized
 from server.keys import KeyFileError, Limits, digest, owner_of, read_keys
 from server.metrics import METRICS
 from server.settings import Settings
@@ -115,8 +116,12 @@ class Guard:
     It stands before all routes, so that none can be forgotten.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, guard_metrics: bool) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, guard_metrics: bool, most: int) -> None:
+        """`most`: requests under way of all callers. Of these a caller may have as many as are left
+        for the others then, where there are keys."""
         self._app = app
+        self._most = most
+        self._under_way = Counter[str]()
         self._keys = keys
         self._guard_metrics = guard_metrics
 
@@ -126,10 +131,29 @@ class Guard:
                 given = Headers(scope=scope).get("authorization", "")
                 scope[CALLER] = caller = self._keys.find(given)
                 OWNER.set(caller.owner)
-            except Unauthorized as error:
+                self._check_space(caller.owner)
+            except (Unauthorized, Overloaded) as error:
                 await respond(scope, error)(scope, receive, send)
                 return
-        await self._app(scope, receive, send)
+            self._under_way[caller.owner] += 1
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._under_way[caller.owner] -= 1
+                if not self._under_way[caller.owner]:
+                    del self._under_way[caller.owner]
+        else:
+            await self._app(scope, receive, send)
+
+    def _check_space(self, owner: str) -> None:
+        """Raises Overloaded."""
+        num_own, num_left = self._under_way[owner], self._most - self._under_way.total()
+        if self._keys.asks_for_keys and num_own >= max(1, num_left):
+            raise Overloaded(
+                f"{num_own} of your requests are under way, and only {num_left} are left for "
+                "others; try again when some have ended",
+                "too_many_requests",
+            )
 
     def _guards(self, path: str) -> bool:
         return path not in OPEN and (self._guard_metrics or path != METRICS)

@@ -30,6 +30,8 @@ LARGE_BYTES = 1 << 20
 """Blobs from here on are files: SQLite would write them twice, and erase them page by page."""
 
 FILE_THREADS = 2
+"""For files that are written, and for those that are read: no commit waits for an export."""
+
 DATABASE_FILES = ("", "-wal", "-shm")
 MOST_OF_A_HEADER = 64 << 10
 UNFINISHED = "status IN ('queued', 'in_progress')"
@@ -56,7 +58,8 @@ class SQLiteStore:
         self._path = path
         self._writer = Writer(db, self._files)
         self._run = self._writer.run
-        self._threads = ThreadPoolExecutor(FILE_THREADS, "state-files")
+        self._writing = ThreadPoolExecutor(FILE_THREADS, "written-states")
+        self._reading = ThreadPoolExecutor(FILE_THREADS, "read-states")
 
     @property
     def total(self) -> Usage:
@@ -290,7 +293,8 @@ class SQLiteStore:
     async def close(self) -> None:
         """Finish what was asked for and close the file."""
         await self._writer.close()
-        await asyncio.to_thread(self._threads.shutdown)
+        for threads in (self._writing, self._reading):
+            await asyncio.to_thread(threads.shutdown)
 
     def _look(self) -> StoreHealth:
         fault, num_bytes, free_bytes = self._opened.fault, self._files.num_bytes, 0
@@ -310,7 +314,7 @@ class SQLiteStore:
             return await self._run(work)
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._threads, self._files.write, state.id, state.blob)
+            await loop.run_in_executor(self._writing, self._files.write, state.id, state.blob)
         except (OSError, RuntimeError) as error:  # RuntimeError: the store is closed
             raise storage_error(error) from error
         return await self._run(work, file=state.id)
@@ -318,7 +322,7 @@ class SQLiteStore:
     async def _read_file(self, state_id: str) -> bytes | None:
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._threads, self._files.read, state_id)
+            return await loop.run_in_executor(self._reading, self._files.read, state_id)
         except OSError as error:
             raise storage_error(error) from error
 

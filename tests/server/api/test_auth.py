@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -337,3 +337,20 @@ def test_what_runs_for_a_revoked_key_ends(tiny_checkpoint: Path, tmp_path: Path)
             assert all(next(lines) is not None for _ in range(10))
         entry = [*server.service.open_turns._turns]
         assert len(entry) <= 1
+
+
+def test_a_key_leaves_connections_to_others(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(
+        tiny_checkpoint, tmp_path, api_key=("alpha", "beta"), max_connections=6
+    )
+    endless = {"prompt": [1], "max_tokens": 60_000, "ignore_eos": True, "stream": True}
+    with live_server(settings) as server, ExitStack() as stack:
+        many = stack.enter_context(client_with(server, "alpha"))
+        for _ in range(3):
+            asked = many.stream("POST", "/v1/completions", json=endless)
+            assert stack.enter_context(asked).status_code == 200
+        refused = many.post("/v1/completions", json=BODY)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+        assert refused.json()["error"]["code"] == "too_many_requests"
+        other = stack.enter_context(client_with(server, "beta"))
+        complete(other)
