@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from functools import partial
 
 import pytest
 
@@ -17,7 +18,7 @@ def test_owners_get_a_thread_in_turn() -> None:
         first = asyncio.create_task(threads.run("much", lambda: free.wait(PATIENCE_S)))
         await asyncio.sleep(0)
         asked = ["much"] * 5 + ["little", "other", "little"]
-        tasks = [asyncio.create_task(threads.run(o, lambda o=o: order.append(o))) for o in asked]
+        tasks = [asyncio.create_task(threads.run(o, partial(order.append, o))) for o in asked]
         await asyncio.sleep(0)
         free.set()
         await asyncio.gather(first, *tasks)

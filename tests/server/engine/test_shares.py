@@ -51,8 +51,8 @@ def test_paused_sequences_can_be_cancelled(checkpoint: Checkpoint, clock: Clock)
         stepper.step(2)
     paused = [each for each in stepper.scheduler.sequences() if each.is_paused]
     assert paused
-    for each in paused:
-        stepper.cancel(each.request.request_id)
+    for one in paused:
+        stepper.cancel(one.request.request_id)
     for each in chance.sample(requests, 4):
         stepper.cancel(each.request_id)
     stepper.run()
