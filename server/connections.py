@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 from asyncio import TimerHandle
+from collections import OrderedDict
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -21,6 +22,7 @@ from server.errors import InvalidRequest, LatentdError
 from server.settings import Settings
 
 SETTINGS = (
+    "max_connections",
     *("header_timeout_s", "stall_timeout_s", "keep_alive_timeout_s"),
     *("max_header_bytes", "max_headers"),
     *("unix_socket", "tls_certificate", "tls_key", "trusted_proxies"),
@@ -43,6 +45,57 @@ PROBE_S = 0.05
 long."""
 
 
+class Connections:
+    """All connections of a process, those without a request in the order in which they began to be
+    so."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._idle: OrderedDict[BoundedProtocol, None] = OrderedDict()
+        self._num_open = 0
+        self._has_said = False
+
+    def add(self, connection: "BoundedProtocol") -> bool:
+        """A new one. False if there is no space for it."""
+        if self._num_open >= self._most:
+            self._say()
+            if not self._idle:
+                return False
+            oldest, _ = self._idle.popitem(last=False)
+            self.remove(oldest)
+            oldest.transport.abort()
+        self._num_open += 1
+        connection.is_counted = True
+        self.rest(connection)
+        return True
+
+    def rest(self, connection: "BoundedProtocol") -> None:
+        """It has no request any more."""
+        if connection.is_counted:
+            self._idle[connection] = None
+            self._idle.move_to_end(connection)
+
+    def work(self, connection: "BoundedProtocol") -> None:
+        """It has a request."""
+        self._idle.pop(connection, None)
+
+    def remove(self, connection: "BoundedProtocol") -> None:
+        """It has ended."""
+        self._idle.pop(connection, None)
+        if connection.is_counted:
+            connection.is_counted = False
+            self._num_open -= 1
+
+    def _say(self) -> None:
+        if not self._has_said:
+            self._has_said = True
+            log.warning(
+                "all %d connections are in use: idle ones are closed for new ones. See "
+                "--max-connections and the limit of open files (ulimit -n)",
+                self._most,
+            )
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with bounds, and with the parts of HTTP/1.1 that it leaves out.
 
@@ -57,7 +110,11 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     settings: Settings
+    counted: Connections
     flow: "_Flow"
+
+    is_counted = False
+    """Whether `counted` has it."""
 
     _is_busy = False
     """Whether a request's headers are complete and it is not answered yet."""
@@ -87,9 +144,13 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow = _Flow(transport)
         self._unread = bytearray()
-        self._start_timer()
+        if self.counted.add(self):
+            self._start_timer()
+        else:
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.counted.remove(self)
         self._stop_timer()
         self._stop_stall_timer()
         if self._probe_timer is not None:
@@ -151,6 +212,7 @@ class BoundedProtocol(HttpToolsProtocol):
             (int(value) for name, value in self.headers if name == b"content-length"), 0
         )
         self._is_busy = self._is_in_body = True
+        self.counted.work(self)
         self._stop_timer()
         super().on_headers_complete()
 
@@ -181,6 +243,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._is_busy or self.transport.is_closing():
             return
+        self.counted.rest(self)
         if self._refusal is not None:
             self._close_with(self._refusal)
         elif self._unread:
@@ -372,7 +435,11 @@ def uvicorn_config(
     app: Callable[..., Any], settings: Settings, last_bytes_s: int
 ) -> uvicorn.Config:
     """How the app is served; its last answers have `last_bytes_s` to reach their clients."""
-    protocol = type("Protocol", (BoundedProtocol,), {"settings": settings})
+    protocol = type(
+        "Protocol",
+        (BoundedProtocol,),
+        {"settings": settings, "counted": Connections(settings.most_connections)},
+    )
     # Whoever may open the Unix socket is trusted.
     trusts_all = settings.unix_socket is not None or "*" in settings.trusted_proxies
     return uvicorn.Config(

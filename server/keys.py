@@ -8,6 +8,7 @@ it, would only cost time: nobody guesses 256 bits, however fast the hash.
 
 import fcntl
 import hashlib
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from model.files import read_file, write_file
 PREFIX = "lk_"
 """What a key begins with, so that people and scanners for secrets know it when they see it."""
 
+ID = re.compile(r"key_[0-9a-f]{32}")
 Count = Annotated[int, Field(ge=1)] | None
 
 
@@ -39,6 +41,7 @@ class Limits(_Stored):
     requests_per_minute: Count = None
     tokens_per_minute: Count = None
     concurrent_requests: Count = None
+    concurrent_sequences: Count = None
 
 
 class Key(_Stored):
@@ -126,6 +129,19 @@ def revoke_key(path: Path, name_or_id: str) -> Key:
     read_keys(path)  # a file that is not there has no keys, and is not made for this
     _change(path, rest)
     return revoked[0]
+
+
+def key_id_of(path: Path, name_or_id: str) -> str:
+    """The id of a key in the file, or an id as it is. Raises KeyFileError."""
+    if ID.fullmatch(name_or_id):
+        return name_or_id
+    for key in read_keys(path):
+        if key.name == name_or_id:
+            return key.id
+    raise KeyFileError(
+        f"{path}: there is no key {name_or_id!r}; one that was revoked is known by its id, "
+        "key_ and 32 digits"
+    )
 
 
 def _change(path: Path, change: Callable[[list[Key]], list[Key]]) -> None:

@@ -19,7 +19,7 @@ import uvicorn
 
 from model.checkpoint import Checkpoint
 from server import __version__, logs
-from server.api.app import create_app, drain
+from server.api.app import create_app, drain, erase_owner
 from server.api.conversation import TemplateFault
 from server.connections import uvicorn_config
 from server.engine.device import choose_device, choose_threads, load
@@ -105,7 +105,7 @@ def _serve_on(
         else:
             server = _FrontedServer(config, partial(drain, app), started, settings, app)
         try:
-            with offered(store, settings.data_dir):
+            with offered(store, settings.data_dir, partial(erase_owner, app)):
                 server.run(list(listeners))
         except FrontFailed as error:
             raise ServeError(str(error)) from error

@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 from collections.abc import Mapping
 from enum import StrEnum
 from ipaddress import ip_address, ip_network
@@ -16,6 +17,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from model import PRETRAINED, WeightDtype
 
 PREFIX = "LATENTD_"
+SPARE_FILES = 64
+"""Open files that are not connections."""
+
 SECRETS = {"api_key"}
 """Settings whose values no message shows."""
 
@@ -193,6 +197,13 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Group.HTTP] = Field(
         4 << 20, ge=1024, description="Largest request body."
     )
+    max_connections: Annotated[int, Group.HTTP] = Field(
+        4096,
+        ge=1,
+        description="Connections of clients, and of each front process; fewer where the limit of "
+        "open files is lower. The one that has been without a request for longest makes space, "
+        "and if all have one, the new one is closed.",
+    )
     max_header_bytes: Annotated[int, Group.HTTP] = Field(
         32 << 10, ge=1024, description="Bytes of a request's path, headers and trailers."
     )
@@ -310,6 +321,12 @@ class Settings(BaseSettings):
     )
     key_concurrent_requests: Annotated[int | None, Group.KEYS] = Field(
         None, ge=1, description="Requests of a key that may wait or run together, likewise."
+    )
+    key_concurrent_sequences: Annotated[int | None, Group.KEYS] = Field(
+        None,
+        ge=1,
+        description="Sequences of a key that may wait or run together, likewise: a request has n "
+        "for each of its prompts.",
     )
     requests_per_minute: Annotated[int | None, Group.KEYS] = Field(
         None, ge=1, description="Requests in a minute of all keys together; no limit if not given."
@@ -450,6 +467,14 @@ class Settings(BaseSettings):
         if self.unix_socket is not None or not _is_loopback(self.host):
             return ()
         return (*LOOPBACK_NAMES, self.host)
+
+    @property
+    def most_connections(self) -> int:
+        """`max_connections`, as far as the process may open files."""
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if files == resource.RLIM_INFINITY:
+            return self.max_connections
+        return max(1, min(self.max_connections, files - SPARE_FILES))
 
     @property
     def has_keys(self) -> bool:

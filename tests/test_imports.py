@@ -12,13 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEAVES = (
     *("server.settings", "server.errors", "server.metrics"),
-    *("server.logs", "server.records", "server.telemetry"),
+    *("server.logs", "server.records", "server.telemetry", "server.threads"),
 )
 VERSION = "server.__version__"
 
 FACTS = ("model.PRETRAINED", "model.WeightDtype")
 BELOW_FAMILIES = (
-    *(*FACTS, "model.files", "model.batch", "model.state", "model.network"),
+    *(*FACTS, "model.batch", "model.files", "model.shares", "model.state", "model.network"),
     *("model.kernels", "model.text", "model.weights"),
 )
 """What a family's folder may import beside itself."""
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "model": (),
     "model.state": (),
     "model.transfer": ("model.state",),
+    "model.shares": (),
     "model.batch": (),
     "model.network": (*FACTS, "model.batch", "model.state", "model.text"),
     "model.kernels": (*FACTS, "model.kernels"),
@@ -42,6 +43,7 @@ MAY_IMPORT = {
     "server.errors": (),
     "server.metrics": (),
     "server.logs": (),
+    "server.threads": (),
     "server.records": (),
     "server.telemetry": ("server.records",),
     "server.keys": ("model.files",),  # a leaf: the command line writes it, server.api reads it
@@ -63,7 +65,7 @@ MAY_IMPORT = {
     "server.cli": ("server.cli", "model.files"),
     "server.cli.client": ("server.api.schemas",),
     "server.cli.dialogue": ("server.cli", "server.api.schemas"),
-    "server.cli.keys": ("server.cli", "server.keys"),
+    "server.cli.keys": ("server.cli", "server.keys", "server.sessions.sqlite.erasing"),
     "server.cli.tables": ("server.api.schemas", "server.keys"),
     "server.cli.inspect": ("model", "server.cli", "server.sessions.codec"),
     "server.__main__": ("model", "server"),
@@ -257,7 +259,7 @@ ROUTER = "server.api.generation.router"
 
 def test_the_routes_are_found() -> None:
     expected = {"chat", "completions", "health", "models", "responses", "resumption", "sessions"}
-    assert {f"server.api.{name}" for name in expected | {"tokens"}} == ROUTES
+    assert {f"server.api.{name}" for name in expected | {"tokens", "usage"}} == ROUTES
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if is_within(m, "server.api")))

@@ -24,6 +24,7 @@ from server.api import (
     resumption,
     sessions,
     tokens,
+    usage,
 )
 from server.api.auth import Guard, KeyRing
 from server.api.conversation import Conversation
@@ -38,7 +39,7 @@ from server.api.service import Service
 from server.api.streams import StreamLimits, Streams
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import Event, RowGivenUp
-from server.errors import StorageFailed
+from server.errors import ShuttingDown, StorageFailed, Unauthorized
 from server.metrics import GatewayMetrics, Metrics
 from server.sessions.cache import HostCache
 from server.sessions.codec import Codec
@@ -91,14 +92,14 @@ def create_app(
         service = _build(settings, checkpoint, store, codec, conversation, metrics, limiter)
         await _recover(service.ledger)
         service.engine.start()
-        app.state.service = service
+        app.state.service, app.state.loop = service, asyncio.get_running_loop()
         sweeping = _sweep(service, settings.sweep_interval_s)
         chores = [asyncio.create_task(sweeping), asyncio.create_task(_measure_lag(metrics))]
         chores.append(asyncio.create_task(_report_models(store, codec, settings.data_dir)))
         if settings.metrics_address is not None:
             chores.append(asyncio.create_task(_watch_health(service)))
         if settings.key_file is not None:
-            chores.append(asyncio.create_task(_watch(keys)))
+            chores.append(asyncio.create_task(_watch(keys, service)))
         try:
             yield
         finally:
@@ -108,6 +109,7 @@ def create_app(
             await service.streams.close()
             await asyncio.to_thread(service.texts.close)
             await asyncio.to_thread(service.grammars.close)
+            await asyncio.to_thread(service.ledger.close)
             await asyncio.to_thread(service.engine.stop)
             await store.close()
 
@@ -120,7 +122,7 @@ def create_app(
         redirect_slashes=False,
         telemetry=NO_TELEMETRY,
     )
-    parts = (completions, chat, responses, sessions, resumption, tokens, models, health)
+    parts = (completions, chat, responses, sessions, resumption, tokens, usage, models, health)
     routers = [part.router for part in parts]
     if settings.metrics_address is None:
         routers.append(health.metrics_router)
@@ -132,7 +134,9 @@ def create_app(
         GatewayMetrics(metrics, settings.served_name, settings.max_running)
     problems.install(app, metrics)
     openapi.describe(app, settings, asks_for_keys=keys.asks_for_keys)
-    app.add_middleware(Guard, keys=keys, guard_metrics=settings.guard_metrics)
+    app.add_middleware(
+        Guard, keys=keys, guard_metrics=settings.guard_metrics, most=settings.most_connections
+    )
     if settings.known_hosts:
         app.add_middleware(HostMiddleware, hosts=settings.known_hosts)
     app.add_middleware(
@@ -157,6 +161,18 @@ async def drain(app: FastAPI) -> None:
     service = getattr(app.state, "service", None)
     if isinstance(service, Service):
         await service.drain()
+
+
+def erase_owner(app: FastAPI, owner: str) -> str:
+    """End what runs for an owner and erase all that it holds. Returns in words what that was.
+
+    Called from another thread than the event loop's. Raises LatentdError.
+    """
+    service = getattr(app.state, "service", None)
+    if not isinstance(service, Service):
+        raise ShuttingDown("the server has not started yet")
+    erasing = asyncio.run_coroutine_threadsafe(service.erase(owner), app.state.loop)
+    return described(erasing.result()) or "nothing"
 
 
 def engine_limits(settings: Settings) -> EngineLimits:
@@ -217,11 +233,12 @@ async def _watch_health(service: Service) -> None:
         await asyncio.sleep(HEALTH_INTERVAL_S)
 
 
-async def _watch(keys: KeyRing) -> None:
-    """Take up what changes in the key file, for ever."""
+async def _watch(keys: KeyRing, service: Service) -> None:
+    """Take up what changes in the key file, for ever: what runs for a revoked key ends."""
     while True:
         await asyncio.sleep(KEY_FILE_INTERVAL_S)
-        await asyncio.to_thread(keys.refresh)
+        for owner in await asyncio.to_thread(keys.refresh):
+            service.end_turns(owner, Unauthorized("this API key was revoked"))
 
 
 async def _recover(ledger: Ledger) -> None:

@@ -1,6 +1,7 @@
 """Who asks: the key of a request, and the name under which its sessions are kept."""
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.problems import respond
-from server.errors import Unauthorized
+from server.api.texts import OWNER
+from server.errors import Overloaded, Unauthorized
 from server.keys import KeyFileError, Limits, digest, owner_of, read_keys
 from server.metrics import METRICS
 from server.settings import Settings
@@ -40,6 +42,9 @@ class Caller:
     limits: Limits = NO_LIMITS
 
 
+ANYBODY = Caller()
+
+
 class KeyRing:
     """The keys that the server knows: those of its settings and those of the key file."""
 
@@ -51,6 +56,7 @@ class KeyRing:
             requests_per_minute=settings.key_requests_per_minute,
             tokens_per_minute=settings.key_tokens_per_minute,
             concurrent_requests=settings.key_concurrent_requests,
+            concurrent_sequences=settings.key_concurrent_sequences,
         )
         self._anybody = Caller(limits=self._defaults)
         digests = [digest(key) for key in settings.api_key]
@@ -78,10 +84,12 @@ class KeyRing:
             raise Unauthorized("this server does not know this API key")
         return caller
 
-    def refresh(self) -> None:
-        """Read the key file again if it has changed; if it cannot be used, the keys stay."""
+    def refresh(self) -> set[str]:
+        """Read the key file again if it has changed; if it cannot be used, the keys stay. Returns
+        the owners whose keys are not valid any more."""
         if self._file is None or _stamp(self._file) == self._stamp:
-            return
+            return set()
+        before = {caller.owner for caller in self._listed.values()}
         self._stamp = _stamp(self._file)
         try:
             self._listed = self._read(self._file)
@@ -89,6 +97,8 @@ class KeyRing:
             log.error("the keys stay as they were: %s", error)
         else:
             log.info("%s: %d keys", self._file, len(self._listed))
+        valid = (*self._listed.values(), *self._given.values())
+        return before - {caller.owner for caller in valid}
 
     def _read(self, file: Path) -> dict[str, Caller]:
         return {
@@ -106,8 +116,12 @@ class Guard:
     It stands before all routes, so that none can be forgotten.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, guard_metrics: bool) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, guard_metrics: bool, most: int) -> None:
+        """`most`: requests under way of all callers. Of these a caller may have as many as are left
+        for the others then, where there are keys."""
         self._app = app
+        self._most = most
+        self._under_way = Counter[str]()
         self._keys = keys
         self._guard_metrics = guard_metrics
 
@@ -115,11 +129,31 @@ class Guard:
         if scope["type"] == "http" and self._guards(scope["path"]):
             try:
                 given = Headers(scope=scope).get("authorization", "")
-                scope[CALLER] = self._keys.find(given)
-            except Unauthorized as error:
+                scope[CALLER] = caller = self._keys.find(given)
+                OWNER.set(caller.owner)
+                self._check_space(caller.owner)
+            except (Unauthorized, Overloaded) as error:
                 await respond(scope, error)(scope, receive, send)
                 return
-        await self._app(scope, receive, send)
+            self._under_way[caller.owner] += 1
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._under_way[caller.owner] -= 1
+                if not self._under_way[caller.owner]:
+                    del self._under_way[caller.owner]
+        else:
+            await self._app(scope, receive, send)
+
+    def _check_space(self, owner: str) -> None:
+        """Raises Overloaded."""
+        num_own, num_left = self._under_way[owner], self._most - self._under_way.total()
+        if self._keys.asks_for_keys and num_own >= max(1, num_left):
+            raise Overloaded(
+                f"{num_own} of your requests are under way, and only {num_left} are left for "
+                "others; try again when some have ended",
+                "too_many_requests",
+            )
 
     def _guards(self, path: str) -> bool:
         return path not in OPEN and (self._guard_metrics or path != METRICS)

@@ -1,10 +1,12 @@
-"""How much a caller may use: requests and tokens a minute, and requests at the same time.
+"""How much a caller may use: requests and tokens a minute, requests and sequences at the same time.
 
-A turn takes an allowance: `Limiter.enter`, then `check` and `charge` when its prompt is known, and
-`leave` at its end. The windows are those of the library `limits`, as sliding window counters: the
-present minute, and of the minute before the part that is still less than a minute ago as if that
-minute's use had been even. Two numbers are kept for each limit, whatever is counted; the library's
-exact windows would keep one entry for each token.
+A turn has an allowance: `Limiter.enter`, then `check` and `charge` when its prompt is known, and
+`leave` at its end. What else costs is counted by `Limiter.count`.
+
+The windows are those of the library `limits`, as sliding window counters: the present minute, and
+of the minute before the part that is still less than a minute ago as if that minute's use had been
+even. Two numbers are kept for each limit, whatever is counted; the library's exact windows would
+keep one entry for each token.
 """
 
 import math
@@ -12,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Literal
 
@@ -49,6 +52,15 @@ class _Limit(RateLimitItemPerMinute):
         return f"{self._owner} limit of {self.amount} {self.kind} a minute"
 
 
+@dataclass(frozen=True)
+class Used:
+    """What an owner has used."""
+
+    num_requests: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+
+
 class Limiter:
     """Counts what callers use. For one event loop."""
 
@@ -56,6 +68,9 @@ class Limiter:
         self._storage = MemoryStorage()
         self._windows = SlidingWindowCounterRateLimiter(self._storage)
         self._running = Counter[str]()
+        self._sequences = Counter[str]()
+        self._used = dict[str, Used]()
+        self.started_at = time.time()
         self._overall = Limits(
             requests_per_minute=settings.requests_per_minute,
             tokens_per_minute=settings.tokens_per_minute,
@@ -74,11 +89,43 @@ class Limiter:
         self._running[caller.owner] += 1
         return Allowance(self, caller)
 
-    def leave(self, caller: Caller) -> None:
-        """A request of the caller has ended."""
-        self._running[caller.owner] -= 1
-        if not self._running[caller.owner]:
-            del self._running[caller.owner]
+    def add_sequences(self, caller: Caller, count: int) -> None:
+        """So many sequences begin. Raises RateLimited when they would be too many together with
+        those that run, and InvalidRequest when they are too many by themselves."""
+        most = caller.limits.concurrent_sequences
+        running = self._sequences[caller.owner]
+        if most is not None and count > most:
+            raise InvalidRequest(
+                f"the request has {count} sequences, n for each prompt; at most {most} of yours "
+                "may run together",
+                code="concurrent_sequences",
+            )
+        if most is not None and running + count > most:
+            raise RateLimited(
+                f"{running} of your sequences are running, and at most {most} may; try again when "
+                "some have ended",
+                "concurrent_sequences",
+                1,
+            )
+        self._sequences[caller.owner] += count
+
+    def leave(self, caller: Caller, num_sequences: int) -> None:
+        """A request of the caller has ended, with its sequences."""
+        for counter, count in ((self._running, 1), (self._sequences, num_sequences)):
+            counter[caller.owner] -= count
+            if not counter[caller.owner]:
+                del counter[caller.owner]
+
+    def used(self, owner: str) -> "Used":
+        """What an owner has used since `started_at`."""
+        return self._used.get(owner, Used())
+
+    async def count(self, caller: Caller, num_tokens: int = 0) -> None:
+        """A request that generates nothing begins, which reads so many tokens. Raises RateLimited
+        and InvalidRequest."""
+        await self.check(caller, num_tokens)
+        await self.record(caller, "requests", 1)
+        await self.record(caller, "tokens", num_tokens)
 
     async def check(self, caller: Caller, num_tokens: int) -> None:
         """Raises RateLimited when no request with so many prompt tokens may begin now.
@@ -107,11 +154,19 @@ class Limiter:
 
     async def record(self, caller: Caller, kind: Kind, count: int) -> None:
         """Count what was used, also beyond the limits."""
+        if kind == "requests":
+            self.add_used(caller.owner, num_requests=count)
         for limit in self._limits(caller):
             if limit.kind == kind and count:
                 await self._storage.acquire_sliding_window_entry(
                     limit.key_for(), sys.maxsize, limit.get_expiry(), count
                 )
+
+    def add_used(self, owner: str, **counts: int) -> None:
+        """Add to what an owner has used."""
+        used = self._used.get(owner, Used())
+        sums = {name: getattr(used, name) + count for name, count in counts.items()}
+        self._used[owner] = replace(used, **sums)
 
     async def headers(self, caller: Caller) -> dict[str, str]:
         """What an answer tells of the limits: of each kind, the one that leaves least."""
@@ -158,23 +213,34 @@ class Allowance:
     def __init__(self, limiter: Limiter, caller: Caller) -> None:
         self._limiter = limiter
         self._caller = caller
+        self._num_sequences = 0
         self._has_left = False
 
-    async def check(self, num_tokens: int) -> None:
-        """Raises RateLimited and InvalidRequest, as `Limiter.check` does."""
+    async def check_left(self) -> None:
+        """Before the prompt is known. Raises RateLimited when nothing is left."""
+        await self._limiter.check(self._caller, 0)
+
+    async def check(self, num_tokens: int, num_sequences: int = 1) -> None:
+        """Hold a place for each sequence. Raises RateLimited and InvalidRequest, as `Limiter.check`
+        and `Limiter.add_sequences` do."""
         await self._limiter.check(self._caller, num_tokens)
+        self._limiter.add_sequences(self._caller, num_sequences)
+        self._num_sequences = num_sequences
 
     async def charge(self, num_tokens: int) -> None:
-        """The request is accepted: it counts, with its prompt tokens."""
+        """The request is accepted, or was refused after much work: it counts, with its prompt
+        tokens."""
         await self._limiter.record(self._caller, "requests", 1)
         await self._limiter.record(self._caller, "tokens", num_tokens)
+        self._limiter.add_used(self._caller.owner, num_prompt_tokens=num_tokens)
 
     async def leave(self, num_generated: int) -> None:
         """The request has ended: its place is free, what it generated is charged. Only once."""
         if not self._has_left:
             self._has_left = True
-            self._limiter.leave(self._caller)
+            self._limiter.leave(self._caller, self._num_sequences)
             await self._limiter.record(self._caller, "tokens", num_generated)
+            self._limiter.add_used(self._caller.owner, num_generated_tokens=num_generated)
 
 
 def _duration(seconds: float) -> str:

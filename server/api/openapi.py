@@ -48,6 +48,7 @@ TAGS = [
     {"name": "sessions", "description": "Conversations that the server keeps."},
     {"name": "streams", "description": "Streams that outlive their connection."},
     {"name": "tokens", "description": "What the model reads of a text."},
+    {"name": "usage", "description": "What a key has used and holds."},
     {"name": "models", "description": "The model that is served."},
     {"name": "operations", "description": "For orchestrators and Prometheus."},
 ]

@@ -30,6 +30,7 @@ from server.api.schemas.responses import (
 )
 from server.api.service import Service, ServiceDep
 from server.api.sse import AT_END, events_of
+from server.api.texts import LONG
 from server.errors import InternalError, InvalidRequest, NeedsStream, NotFound
 from server.sessions.ledger import After, NewResponse, new_response_id
 
@@ -56,7 +57,9 @@ async def create_response(
     costs the copy of one state of fixed size, and reads nothing of the past again.
     """
     _check(body)
-    generation = await read_generation(service, body, is_detached=bool(body.background))
+    generation = await read_generation(
+        service, body, caller=caller, is_detached=bool(body.background)
+    )
     first = first_object(service, body, new_response_id())
     first_json = first.model_dump_json(exclude_unset=True)
     source = None if body.previous_response_id is None else After(body.previous_response_id)
@@ -82,12 +85,12 @@ async def create_response(
 @router.get(
     "/{response_id}",
     response_model=ResponseObject,
-    responses=refusals(400, 410, *STORED) | AT_END | {200: events_of("ResponseEvent")},
+    responses=refusals(400, 410, 429, *STORED) | AT_END | {200: events_of("ResponseEvent")},
 )
 async def get_response(
     response_id: ResponseId,
     service: ServiceDep,
-    owner: OwnerDep,
+    caller: CallerDep,
     stream: WantsStream = False,
     starting_after: StartingAfter = None,
     include_obfuscation: IncludeObfuscation = False,
@@ -102,11 +105,14 @@ async def get_response(
         raise InvalidRequest(NO_PADDING, "include_obfuscation", "unsupported_parameter")
     if not stream and starting_after is not None:
         raise InvalidRequest("starting_after needs stream=true", "starting_after")
-    record = await service.ledger.get(owner, "response", response_id)
+    record = await service.ledger.get(caller.owner, "response", response_id)
     if not stream:
-        return _json(record.body or "")
+        body = record.body or ""
+        if len(body) > LONG:
+            await service.limiter.count(caller)
+        return _json(body)
     try:
-        found = service.streams.get(owner, response_id)
+        found = service.streams.get(caller.owner, response_id)
     except NotFound as error:
         raise InvalidRequest(
             f"the events of response {response_id} are not kept: those of one in the background "

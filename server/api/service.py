@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 
@@ -15,9 +16,11 @@ from server.api.limits import Limiter
 from server.api.streams import Streams
 from server.api.texts import Texts
 from server.engine.engine import Engine
-from server.errors import ShuttingDown
+from server.errors import Cancelled, LatentdError, ShuttingDown
 from server.metrics import Metrics
 from server.sessions.ledger import Ledger
+from server.sessions.models import described
+from server.sessions.store import Kind
 from server.settings import Settings
 
 ROLLBACK_S = 5.0
@@ -26,31 +29,43 @@ ROLLBACK_S = 5.0
 log = logging.getLogger(__name__)
 
 
+class OpenTurn(Protocol):
+    """What is known here of a turn."""
+
+    owner: str
+
+    def end(self, reason: LatentdError) -> None:
+        """Roll it back, unless it has come to its end."""
+
+
 class OpenTurns:
     """Turns that are not closed yet."""
 
     def __init__(self) -> None:
-        self._turns = set[object]()
-        self._none = asyncio.Event()
-        self._none.set()
+        self._turns = set[OpenTurn]()
+        self._changed = asyncio.Event()
 
-    def add(self, turn: object) -> None:
+    def add(self, turn: OpenTurn) -> None:
         self._turns.add(turn)
-        self._none.clear()
 
-    def discard(self, turn: object) -> None:
+    def discard(self, turn: OpenTurn) -> None:
         self._turns.discard(turn)
-        if not self._turns:
-            self._none.set()
+        self._changed.set()
 
     def __len__(self) -> int:
         return len(self._turns)
 
-    async def closed(self, timeout_s: float) -> bool:
-        """Wait until there is none. False if the time was too short."""
+    def of(self, owner: str) -> list[OpenTurn]:
+        """An owner's."""
+        return [turn for turn in self._turns if turn.owner == owner]
+
+    async def closed(self, timeout_s: float, owner: str | None = None) -> bool:
+        """Wait until there is none, or none of the owner. False if the time was too short."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self._none.wait()
+                while self._turns if owner is None else self.of(owner):
+                    self._changed.clear()
+                    await self._changed.wait()
         except TimeoutError:
             return False
         return True
@@ -89,6 +104,23 @@ class Service:
         """Raises ShuttingDown when no new turn may begin."""
         if not self.is_ready:
             raise ShuttingDown("the server is not taking requests")
+
+    def end_turns(self, owner: str, reason: LatentdError) -> None:
+        """Roll back every turn of an owner that runs, also in the background."""
+        for turn in self.open_turns.of(owner):
+            turn.end(reason)
+
+    async def erase(self, owner: str) -> Counter[Kind]:
+        """End what runs for an owner, and erase all that it holds, in memory and on disk. Returns
+        how many sessions and responses there were. Raises StorageFailed."""
+        self.end_turns(owner, Cancelled())
+        await self.streams.forget(owner)
+        await self.open_turns.closed(ROLLBACK_S, owner)
+        erased = await self.ledger.erase_all(owner)
+        self.engine.forget(owner)
+        self.grammars.forget(owner)
+        log.info("erased", extra={"fields": {"key": owner, "erased": described(erased)}})
+        return erased
 
     async def drain(self) -> None:
         """Take no new turns; those that still run when the drain timeout is over roll back."""

@@ -124,7 +124,7 @@ async def list_sessions(
 async def import_session(
     request: Request,
     service: ServiceDep,
-    owner: OwnerDep,
+    caller: CallerDep,
     metadata: MetadataQuery = None,
     ttl: TtlQuery = None,
 ) -> Session:
@@ -133,10 +133,11 @@ async def import_session(
     It must be of this server's model: what differs is named with status 422. `metadata` is a JSON
     object.
     """
+    await service.limiter.count(caller)
     service.check_ready()
     ttl_s = _ttl_s(service, ttl)
     facts = _metadata(metadata)
-    record = await service.ledger.import_blob(owner, await request.body(), facts, ttl_s)
+    record = await service.ledger.import_blob(caller.owner, await request.body(), facts, ttl_s)
     return _render(service, record)
 
 
@@ -164,45 +165,48 @@ async def list_turns(session_id: SessionId, service: ServiceDep, owner: OwnerDep
     responses=refusals(*BODY, *STORED, 429, *WRITTEN),
 )
 async def fork_session(
-    session_id: SessionId, service: ServiceDep, owner: OwnerDep, body: ForkRequest | None = None
+    session_id: SessionId, service: ServiceDep, caller: CallerDep, body: ForkRequest | None = None
 ) -> Session:
     """Make a session that begins where this one is, or was after an earlier turn.
 
     The session itself stays as it is, and may be busy. The cost does not depend on its length.
     """
+    await service.limiter.count(caller)
     service.check_ready()
     body = body or ForkRequest()
     ttl_s = None if body.ttl is None else _ttl_s(service, body.ttl)
-    record = await service.ledger.fork(owner, session_id, body.turn, body.metadata, ttl_s)
+    record = await service.ledger.fork(caller.owner, session_id, body.turn, body.metadata, ttl_s)
     return _render(service, record)
 
 
-@router.post("/{session_id}/rewind", responses=refusals(*BODY, *STORED, 409, *WRITTEN))
+@router.post("/{session_id}/rewind", responses=refusals(*BODY, *STORED, 409, 429, *WRITTEN))
 async def rewind_session(
-    session_id: SessionId, body: RewindRequest, service: ServiceDep, owner: OwnerDep
+    session_id: SessionId, body: RewindRequest, service: ServiceDep, caller: CallerDep
 ) -> Session:
     """Go back to an earlier turn. Later turns are erased; fork first to keep them.
 
     A latent state cannot be cut to a length: the ends of the last turns are all that there is to go
     back to.
     """
-    return _render(service, await service.ledger.rewind(owner, session_id, body.turn))
+    await service.limiter.count(caller)
+    return _render(service, await service.ledger.rewind(caller.owner, session_id, body.turn))
 
 
 @router.get(
     "/{session_id}/state",
     response_class=Response,
-    responses=refusals(400, *STORED)
+    responses=refusals(400, 429, *STORED)
     | {200: {"content": {BLOB: {"schema": BLOB_SCHEMA}}, "headers": TURN_TOLD}},
 )
 async def export_session(
     session_id: SessionId,
     service: ServiceDep,
-    owner: OwnerDep,
+    caller: CallerDep,
     turn: TurnQuery = None,
 ) -> Response:
     """The session's state, now or after an earlier turn, as one safetensors blob."""
-    record, turn, blob = await service.ledger.export(owner, session_id, turn)
+    await service.limiter.count(caller)
+    record, turn, blob = await service.ledger.export(caller.owner, session_id, turn)
     name = f"{record.id}-{turn}.safetensors"
     headers = {
         "Content-Disposition": f'attachment; filename="{name}"',

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from typing import Any, Literal
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 
+from model.shares import has_space
 from server.api.sse import EVENT_STREAM, KEEP_ALIVE_WITH_IDS, NO_BUFFERING
 from server.errors import EventsGone, InvalidRequest, NotFound, Overloaded
 
@@ -169,29 +170,41 @@ class Streams:
         self._limits = limits
         self._clock = clock
         self._streams: OrderedDict[str, Stream] = OrderedDict()
-        self._num_running = 0
+        self._running = Counter[str]()
 
     @contextmanager
-    def space(self) -> Iterator[None]:
-        """Space for a stream, while its turn runs. Raises Overloaded when as many run as may."""
-        if self._num_running >= self._limits.max_streams:
+    def space(self, owner: str) -> Iterator[None]:
+        """Space for a stream, while its turn runs. Raises Overloaded when as many run as may, and
+        the owner has its share of them."""
+        running, most = self._running, self._limits.max_streams
+        num_owners = len(running.keys() | {owner})
+        if not has_space(running[owner], running.total(), 1, most, num_owners):
             raise Overloaded(
-                f"{self._num_running} resumable streams are running already", "too_many_streams"
+                f"{running.total()} resumable streams are running already", "too_many_streams"
             )
-        self._num_running += 1
+        running[owner] += 1
         try:
             yield
         finally:
-            self._num_running -= 1
+            running[owner] -= 1
+            if not running[owner]:
+                del running[owner]
 
     def add(self, owner: str, stream_id: str) -> Stream:
-        """A new stream, for which there is space. The oldest ended ones are forgotten for it."""
+        """A new stream, for which there is space. The oldest ended ones are forgotten for it, of
+        owners that have more than their share."""
         self.forget_expired()
-        stream = Stream(stream_id, owner, self._limits.max_bytes, self._clock)
-        ended = [s for s in self._streams.values() if s.ended_at is not None]
-        for old in ended[: max(0, len(self._streams) + 1 - self._limits.max_streams)]:
-            del self._streams[old.id]
-        self._streams[stream.id] = stream
+        stream = self._streams[stream_id] = Stream(
+            stream_id, owner, self._limits.max_bytes, self._clock
+        )
+        while len(self._streams) > self._limits.max_streams:
+            counts = Counter(each.owner for each in self._streams.values())
+            share = self._limits.max_streams // len(counts)
+            ended = [s for s in self._streams.values() if s.ended_at is not None]
+            too_many = [s for s in ended if counts[s.owner] > share]
+            if not too_many:
+                break
+            del self._streams[max(too_many, key=lambda each: counts[each.owner]).id]
         return stream
 
     def get(self, owner: str, stream_id: str) -> Stream:
@@ -212,6 +225,12 @@ class Streams:
         stream = self.get(owner, stream_id)
         await stream.cancel()
         self._streams.pop(stream_id, None)
+
+    async def forget(self, owner: str) -> None:
+        """Cancel and forget all streams of an owner."""
+        for stream in [each for each in self._streams.values() if each.owner == owner]:
+            await stream.cancel()
+            self._streams.pop(stream.id, None)
 
     async def close(self) -> None:
         """Cancel all."""

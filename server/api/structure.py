@@ -4,6 +4,7 @@ import json
 
 from model.decoding.grammar import Grammar, GrammarBusyError, GrammarError, GrammarSpec
 from model.decoding.grammar.source import MAX_SOURCE_BYTES
+from server.api.auth import Caller
 from server.api.schemas.generation import SamplingRequest
 from server.api.schemas.structure import JsonSchemaFormat, StructuredOutputs, TextFormat
 from server.api.service import Service
@@ -18,11 +19,12 @@ STRUCTURES = (
 """Parameters that ask for a structure, beside OpenAI's."""
 
 
-async def read_grammar(service: Service, body: SamplingRequest) -> Grammar | None:
+async def read_grammar(service: Service, caller: Caller, body: SamplingRequest) -> Grammar | None:
     """What the text has to keep to, compiled off the event loop; None if it is free.
 
-    Raises InvalidRequest for a source that is wrong, or takes too long, and Overloaded when too
-    many others are being compiled.
+    A new source that is refused counts as a request, and every whole second of compiling as another
+    one. Raises InvalidRequest for a source that is wrong, or takes too long, Overloaded when too
+    many others are being compiled, and RateLimited.
     """
     if body.asked_format is None and all(getattr(body, name) is None for name in STRUCTURES):
         return None
@@ -30,12 +32,20 @@ async def read_grammar(service: Service, body: SamplingRequest) -> Grammar | Non
     if asked is None:
         return None
     spec, param = asked
+    timeout_s, owner = service.settings.grammar_timeout_s, caller.owner
+    if not service.grammars.is_known(spec):
+        await service.limiter.check(caller, 0)
+    num_refused = 0
     try:
-        return await service.grammars.compile_within(spec, service.settings.grammar_timeout_s)
+        return await service.grammars.compile_within(spec, timeout_s, owner)
     except GrammarError as error:
+        num_refused = 1
         raise InvalidRequest(str(error), param, "invalid_grammar") from error
     except GrammarBusyError as error:
         raise Overloaded(str(error), "grammar_queue_full") from error
+    finally:
+        cost = num_refused + service.grammars.pop_seconds(owner)
+        await service.limiter.record(caller, "requests", cost)
 
 
 def _asked_within_bounds(body: SamplingRequest) -> tuple[GrammarSpec, str] | None:

@@ -1,16 +1,17 @@
 """Threads for what clients send and get: bodies, texts and answers that are long.
 
-The store and the engine have threads of their own, so that no client's text holds them up.
+The store and the engine have threads of their own, so that no client's text holds them up. Owners
+get the threads in turn.
 """
 
-import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from typing import ParamSpec, TypeVar
 
 from pydantic import BaseModel
 from pydantic_core import to_json
+
+from server.threads import FairThreads
 
 SHORT = 2048
 """Bytes, or items of a list, that are handled faster than a thread is asked to do it."""
@@ -20,6 +21,9 @@ LONG = 256 * 1024
 memory of its text. Also the size of what may be long."""
 
 THREADS = 2
+OWNER: ContextVar[str] = ContextVar("owner", default="")
+"""Whose request is being answered."""
+
 WRITTEN_TOGETHER = 16_384
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,8 +33,8 @@ class Texts:
     """Runs work whose length a client decides. For one event loop."""
 
     def __init__(self) -> None:
-        self._long = ThreadPoolExecutor(1, "long-text")
-        self._others = ThreadPoolExecutor(THREADS, "text")
+        self._long = FairThreads(1, "long-text")
+        self._others = FairThreads(THREADS, "text")
 
     async def run(self, size: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The work's result; `size` is the number of bytes or items that it goes through.
@@ -41,14 +45,13 @@ class Texts:
         if size <= SHORT:
             return work(*args, **kwargs)
         pool = self._long if size > LONG else self._others
-        loop = asyncio.get_running_loop()
         context = copy_context()  # validation asks what to do with unknown parameters
-        return await loop.run_in_executor(pool, lambda: context.run(work, *args, **kwargs))
+        return await pool.run(OWNER.get(), lambda: context.run(work, *args, **kwargs))
 
     def close(self) -> None:
         """Wait for what runs; what has not begun is dropped."""
         for pool in (self._long, self._others):
-            pool.shutdown(cancel_futures=True)
+            pool.close()
 
 
 def dump_json(model: BaseModel) -> bytes:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Response
 
-from server.api.auth import get_owner
+from server.api.auth import CallerDep
 from server.api.bodies import JSONRoute
 from server.api.generation.generation import check_ids, check_model
 from server.api.generation.prompts import ChatPrompt, encode, said
@@ -23,16 +23,19 @@ from server.errors import InvalidRequest
 
 router = APIRouter(
     route_class=JSONRoute,
-    dependencies=[Depends(get_owner)],
     tags=["tokens"],
     responses=refusals(*GUARDED),
 )
 
 
-@router.post("/tokenize", response_model=Tokenized, responses=refusals(*BODY, 404))
-async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
-    """The tokens of a text, or of a conversation by the model's chat template."""
+@router.post("/tokenize", response_model=Tokenized, responses=refusals(*BODY, 404, 429))
+async def tokenize(body: TokenizeRequest, service: ServiceDep, caller: CallerDep) -> Response:
+    """The tokens of a text, or of a conversation by the model's chat template.
+
+    It counts as a request that reads them.
+    """
     check_model(service, body.model)
+    await service.limiter.count(caller)
     adds = body.add_special_tokens is None or body.add_special_tokens
     bos = service.checkpoint.network.bos
     texts, most = service.texts, service.settings.max_waiting_tokens
@@ -46,21 +49,26 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
             ids = ids if adds or ids[:1] != (bos,) else ids[1:]
         case _:
             raise InvalidRequest("give a prompt or messages, one of them", "prompt")
+    await service.limiter.record(caller, "tokens", len(ids))
     content = await texts.run(len(ids), _tokenized, service, ids, bool(body.return_token_strs))
     return Response(content, media_type="application/json")
 
 
-@router.post("/detokenize", response_model=Detokenized, responses=refusals(*BODY, 404))
-async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
-    """The text of tokens. What was tokenised without `add_special_tokens` comes back as it was."""
+@router.post("/detokenize", response_model=Detokenized, responses=refusals(*BODY, 404, 429))
+async def detokenize(body: DetokenizeRequest, service: ServiceDep, caller: CallerDep) -> Response:
+    """The text of tokens. What was tokenised without `add_special_tokens` comes back as it was.
+
+    It counts as a request that reads them.
+    """
     check_model(service, body.model)
     check_ids(service, body.tokens, "tokens")
+    await service.limiter.count(caller, len(body.tokens))
     content = await service.texts.run(len(body.tokens), _detokenized, service, body.tokens)
     return Response(content, media_type="application/json")
 
 
 @router.get("/tokenizer_info")
-async def tokenizer_info(service: ServiceDep) -> TokenizerInfo:
+async def tokenizer_info(service: ServiceDep, _: CallerDep) -> TokenizerInfo:
     """The tokenizer's special tokens and the chat template."""
     network = service.checkpoint.network
     ends = network.eos

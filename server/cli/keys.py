@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import platformdirs
 import typer
 
 from server.cli.failure import fail
-from server.keys import Key, KeyFileError, Limits, add_key, read_keys, revoke_key
+from server.keys import Key, KeyFileError, Limits, add_key, key_id_of, read_keys, revoke_key
 
 app = typer.Typer(help="Make, list and revoke the keys of a server.", no_args_is_help=True)
 
@@ -17,6 +18,13 @@ File = Annotated[
     Path,
     typer.Option(
         "--file", envvar="LATENTD_KEY_FILE", help="The key file, as for latentd serve --key-file."
+    ),
+]
+DATA_DIR = platformdirs.user_data_path("latentd")
+DataDir = Annotated[
+    Path,
+    typer.Option(
+        envvar="LATENTD_DATA_DIR", help="Folder of the session store, as for latentd serve."
     ),
 ]
 Count = Annotated[int | None, typer.Option(min=1, help="The server's setting if not given.")]
@@ -29,12 +37,14 @@ def add(
     requests_per_minute: Count = None,
     tokens_per_minute: Count = None,
     concurrent_requests: Count = None,
+    concurrent_sequences: Count = None,
 ) -> None:
     """Make a key and print it. This is the only time that it is shown: the file has its hash."""
     limits = Limits(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         concurrent_requests=concurrent_requests,
+        concurrent_sequences=concurrent_sequences,
     )
     with _or_fail():
         key, secret = add_key(file, name, limits)
@@ -64,6 +74,30 @@ def revoke(
     with _or_fail():
         key: Key = revoke_key(file, name_or_id)
     print(f"{key.name} {key.id}")
+
+
+@app.command()
+def erase(
+    name_or_id: Annotated[
+        str, typer.Argument(metavar="NAME_OR_ID", help="The key; its id if it was revoked.")
+    ],
+    file: File,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Erase all that a key holds: sessions and stored responses, in memory and on disk.
+
+    A running server ends what it does for the key before. The key itself stays: revoke it first if
+    it is not to be used any more.
+    """
+    from server.sessions.sqlite.erasing import EraseError
+    from server.sessions.sqlite.erasing import erase as run
+
+    with _or_fail():
+        key_id = key_id_of(file, name_or_id)
+    try:
+        print(f"erased {run(data_dir, key_id)}")
+    except EraseError as error:
+        raise fail(error) from error
 
 
 @contextmanager

@@ -59,10 +59,13 @@ def print_turns(turns: Iterable[Checkpoint]) -> None:
 
 
 def print_keys(keys: Iterable[Key]) -> None:
-    table = _table("name", "id", "created", "requests/min", "tokens/min", "concurrent")
+    table = _table("name", "id", "created", "requests/min", "tokens/min", "concurrent", "sequences")
     for key in keys:
         limits = key.limits
-        counts = (limits.requests_per_minute, limits.tokens_per_minute, limits.concurrent_requests)
+        counts = (
+            *(limits.requests_per_minute, limits.tokens_per_minute),
+            *(limits.concurrent_requests, limits.concurrent_sequences),
+        )
         shown = ("-" if count is None else f"{count:,}" for count in counts)
         table.add_row(key.name, key.id, _time(key.created_at), *shown)
     print_table(table)

@@ -5,7 +5,7 @@ import time
 
 from model.checkpoint import Checkpoint
 from server.engine.inbox import Inbox
-from server.engine.messages import Cancel, EngineRequest, Release, Stop, Submit
+from server.engine.messages import Cancel, EngineRequest, Forget, Release, Stop, Submit
 from server.engine.scheduler import EngineLimits
 from server.engine.worker import Deliver, Worker
 from server.errors import ShuttingDown
@@ -65,6 +65,10 @@ class Engine:
     def release(self, state_id: str) -> None:
         """Free the row kept under this state id; unknown ids are ignored."""
         self._inbox.put(Release(state_id))
+
+    def forget(self, owner: str) -> None:
+        """Keep nothing of what was read for an owner's earlier prompts."""
+        self._inbox.put(Forget(owner))
 
     def _check_running(self) -> None:
         if not self.is_running:

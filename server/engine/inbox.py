@@ -4,10 +4,11 @@ import math
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
+from model.shares import has_space
 from server.engine.messages import EngineRequest, Message, Submit
 from server.errors import Overloaded
 
@@ -31,7 +32,10 @@ class Inbox:
     ) -> None:
         self._max_waiting = max_waiting
         self._max_waiting_tokens = max_waiting_tokens
-        self._num_waiting = self._num_tokens = 0
+        self._num_waiting = Counter[str]()
+        self._num_tokens = Counter[str]()
+        """By owner."""
+
         self._clock = clock
         self._left = deque[float](maxlen=RECENT + 1)
         """When the queue last began to fill, and when requests left it since then."""
@@ -40,22 +44,27 @@ class Inbox:
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
 
     def submit(self, *messages: Submit) -> None:
-        """Queue requests, all or none. Raises Overloaded when too many wait already."""
-        num_tokens = sum(len(message.request.token_ids) for message in messages)
+        """Queue requests of one owner, all or none.
+
+        Raises Overloaded when too many wait already, and the owner has its share of them.
+        """
+        owner = messages[0].request.owner
+        num_tokens = sum(message.request.num_to_read for message in messages)
         with self._lock:
-            if self._num_waiting + len(messages) > self._max_waiting:
+            if not self._has_space(self._num_waiting, owner, len(messages), self._max_waiting):
                 raise self._overloaded(
-                    f"{self._num_waiting} requests are waiting already", "queue_full"
+                    f"{self._num_waiting.total()} requests are waiting already", "queue_full"
                 )
-            if self._num_tokens + num_tokens > self._max_waiting_tokens:
+            if not self._has_space(self._num_tokens, owner, num_tokens, self._max_waiting_tokens):
                 raise self._overloaded(
-                    f"{self._num_tokens} prompt tokens are waiting already", "queue_tokens_full"
+                    f"{self._num_tokens.total()} prompt tokens are waiting already",
+                    "queue_tokens_full",
                 )
             if not self._num_waiting:
                 self._left.clear()
                 self._left.append(self._clock())
-            self._num_waiting += len(messages)
-            self._num_tokens += num_tokens
+            self._num_waiting[owner] += len(messages)
+            self._num_tokens[owner] += num_tokens
         for message in messages:
             self._messages.put(message)
 
@@ -79,14 +88,20 @@ class Inbox:
     def left_queue(self, request: EngineRequest) -> None:
         """The request has a row, or has ended."""
         with self._lock:
-            self._num_waiting -= 1
-            self._num_tokens -= len(request.token_ids)
+            self._num_waiting[request.owner] -= 1
+            self._num_tokens[request.owner] -= request.num_to_read
+            if not self._num_waiting[request.owner]:
+                del self._num_waiting[request.owner], self._num_tokens[request.owner]
             self._left.append(self._clock())
+
+    def _has_space(self, waiting: Counter[str], owner: str, new: int, most: int) -> bool:
+        num_owners = len(self._num_waiting.keys() | {owner})
+        return has_space(waiting[owner], waiting.total(), new, most, num_owners)
 
     def _overloaded(self, message: str, code: str) -> Overloaded:
         """Says when those that wait now will have left, at the speed at which others did."""
         wait_s = 0.0
         if self._left:
             elapsed_s = self._clock() - self._left[0]
-            wait_s = self._num_waiting * elapsed_s / max(1, len(self._left) - 1)
+            wait_s = self._num_waiting.total() * elapsed_s / max(1, len(self._left) - 1)
         return Overloaded(message, code, min(max(1, math.ceil(wait_s)), LONGEST_RETRY_S))

@@ -85,8 +85,9 @@ class EngineRequest:
     """What the text of this turn has to keep to. It ends where nothing but its end can follow, also
     with `ignore_eos` and before `min_tokens`."""
 
-    prefix_salt: bytes = b""
-    """Only prompts with the same salt share what was read of their common beginning."""
+    owner: str = ""
+    """Whose request it is: owners have equal shares of the engine, and what was read of a common
+    beginning is for prompts of the same owner only."""
 
     keep_as: str | None = None
     """Return the state at the end, and keep its row on the device under this id while there is
@@ -95,8 +96,25 @@ class EngineRequest:
     deadline: float | None = None
     """When to give up, on the clock of `time.monotonic`, which processes of a machine share."""
 
+    priority: int = 0
+    """Of the owner's requests that wait those with smaller numbers are admitted first."""
+
+    is_flexible: bool = False
+    """It is admitted when none of the owner's others waits."""
+
     client_id: str = ""
     """What the client calls its request, of which this may be one choice: for metrics."""
+
+    @property
+    def num_to_read(self) -> int:
+        """Tokens that the request costs to read: those that wait from before included, but for the
+        last one, which any turn leaves behind."""
+        return num_to_read(self.token_ids, self.continuation)
+
+
+def num_to_read(token_ids: tuple[int, ...], start: Continuation) -> int:
+    """Tokens to read of a prompt that follows `start`."""
+    return len(token_ids) + max(0, len(start.pending) - 1)
 
 
 @dataclass(frozen=True)
@@ -122,11 +140,18 @@ class Release:
 
 
 @dataclass(frozen=True)
+class Forget:
+    """Keep nothing of what was read for an owner's earlier prompts."""
+
+    owner: str
+
+
+@dataclass(frozen=True)
 class Stop:
     """End after the present step."""
 
 
-Message = Submit | Cancel | Release | Stop
+Message = Submit | Cancel | Release | Forget | Stop
 """What is sent to the engine's thread."""
 
 

@@ -13,10 +13,10 @@ there is no circle. States are opaque here.
 
 import hashlib
 from array import array
-from collections import OrderedDict
 from collections.abc import Sequence as Row
 from typing import Generic, TypeVar
 
+from model.shares import SharedCache
 from server.engine.sequence import Sequence
 
 MOST_SEEN = 1 << 16
@@ -41,14 +41,15 @@ def chain(token_ids: Row[int], chunk: int, salt: bytes = b"") -> tuple[bytes, ..
 
 
 class SharedPrefixes(Generic[State]):
-    """Kept states, least recently used first to go, and who reads which beginning now."""
+    """Kept states, and who reads which beginning now. The owner that has most states loses the one
+    that it has not used for longest."""
 
     def __init__(self, capacity_bytes: int, state_bytes: int, chunk: int) -> None:
-        self._most_kept = capacity_bytes // state_bytes
+        self._may_keep = capacity_bytes >= state_bytes
         self._state_bytes = state_bytes
         self._chunk = chunk
-        self._kept: OrderedDict[bytes, State] = OrderedDict()
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._kept = SharedCache[bytes, State](capacity_bytes // state_bytes)
+        self._seen = SharedCache[bytes, None](MOST_SEEN)
         self._readers: dict[bytes, Sequence] = {}
         self._followers: list[Sequence] = []
 
@@ -64,10 +65,10 @@ class SharedPrefixes(Generic[State]):
         prompt is scored goes on from none, since it needs what comes out at every token; others go
         on from its states. May be called again for a sequence that `leave` returned.
         """
-        if not self._most_kept:
+        if not self._may_keep:
             return None
         if not sequence.digests:
-            salt = sequence.request.prefix_salt
+            salt = sequence.request.owner.encode()
             # Two tokens are left at least: one by itself would be no piece of a prompt.
             shared = sequence.unread[: max(0, sequence.num_unread - 2)]
             sequence.digests = chain(shared, self._chunk, salt)
@@ -77,7 +78,7 @@ class SharedPrefixes(Generic[State]):
         if not sequence.request.score_prompt:
             kept = next((i for i in range(depth, have, -1) if digests[i - 1] in self._kept), have)
             coming = next((i for i in range(depth, kept, -1) if self._is_coming(sequence, i)), kept)
-        parting = self._see(digests)
+        parting = self._see(digests, sequence.request.owner)
         news = (i for i in (parting, depth) if i > coming and digests[i - 1] not in self._kept)
         sequence.keep_at |= {i * self._chunk for i in news}
         if coming > kept:
@@ -91,8 +92,7 @@ class SharedPrefixes(Generic[State]):
         if kept == have:
             return None
         sequence.skip_to(kept * self._chunk)
-        self._kept.move_to_end(digests[kept - 1])
-        return self._kept[digests[kept - 1]]
+        return self._kept.get(digests[kept - 1])
 
     def keep(self, sequence: Sequence, state: State) -> list[Sequence]:
         """Keep the state where a sequence stopped for it.
@@ -100,10 +100,7 @@ class SharedPrefixes(Generic[State]):
         Returns the sequences that waited for it; the caller gives it to them.
         """
         digest = sequence.digests[sequence.num_read // self._chunk - 1]
-        self._kept[digest] = state
-        self._kept.move_to_end(digest)
-        if len(self._kept) > self._most_kept:
-            self._kept.popitem(last=False)
+        self._kept.put(digest, state, sequence.request.owner)
         ready = [s for s in self._waiting_for(sequence) if s.waits_until == sequence.num_read]
         for follower in ready:
             self._stop_waiting(follower)
@@ -127,6 +124,11 @@ class SharedPrefixes(Generic[State]):
         self._readers.clear()
         self._followers.clear()
 
+    def forget_owner(self, owner: str) -> None:
+        """Keep none of an owner's states any more, nor which prompts it had."""
+        self._kept.remove_all(owner)
+        self._seen.remove_all(owner)
+
     def forget_kept(self) -> None:
         """Keep none of the states any more."""
         self._kept.clear()
@@ -138,14 +140,11 @@ class SharedPrefixes(Generic[State]):
             return False
         return reader.num_read < num_chunks * self._chunk
 
-    def _see(self, digests: Row[bytes]) -> int:
+    def _see(self, digests: Row[bytes], owner: str) -> int:
         """Remember a prompt's beginnings; how many of them were seen before."""
         num_seen = next((i for i, d in enumerate(digests) if d not in self._seen), len(digests))
         for digest in reversed(digests):  # the longest are forgotten first
-            self._seen[digest] = None
-            self._seen.move_to_end(digest)
-        while len(self._seen) > MOST_SEEN:
-            self._seen.popitem(last=False)
+            self._seen.put(digest, None, owner)
         return num_seen
 
     def _waiting_for(self, sequence: Sequence) -> list[Sequence]:

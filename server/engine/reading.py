@@ -64,6 +64,11 @@ class PromptReader:
         """All sequences have ended."""
         self._prefixes.forget_readers()
 
+    def forget_owner(self, owner: str) -> None:
+        """Give up the states that were kept for an owner's later prompts."""
+        self._prefixes.forget_owner(owner)
+        self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
+
     def forget_kept(self) -> None:
         """Give up the states that were kept for later prompts: one of them may be damaged."""
         self._prefixes.forget_kept()

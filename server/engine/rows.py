@@ -39,12 +39,13 @@ class Rows:
             self._transfer.import_row(self._slots.acquire(owner), source.data)
         return False
 
-    def depart(self, finished: Finished, keep_as: str) -> None:
-        """A turn has ended: send its state to the host, and keep its row if there may be any."""
+    def depart(self, finished: Finished, keep_as: str, client: str = "") -> None:
+        """A client's turn has ended: send its state to the host, and keep its row if there may be
+        any."""
         owner = finished.request_id
         self._departing.append((finished, self._transfer.export_row(self._slots.row(owner))))
         if self._keeps:
-            self._slots.keep(owner, keep_as)
+            self._slots.keep(owner, keep_as, client)
         else:
             self.free(owner)
 

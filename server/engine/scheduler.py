@@ -7,19 +7,27 @@ While streams run, `Pace` says how many prompt tokens keep it as short as their 
 a long prompt delays them by little. What follows the last token of a prompt is chosen in the step
 that reads it.
 
+Owners (API keys) have equal shares. Who has fewer sequences running than another is admitted first,
+and if nothing is free the newest sequence of who has most is paused: it keeps its row, and goes on
+as soon as it is its owner's turn, with the same bits. Where there are more owners than may run
+together, who has had the fewest tokens is next, and so are prompts read. An owner that is alone
+gets everything.
+
 Prompts are cut at multiples of the network's cut, counted from where the turn began to read: so
 cut, the network computes the same bits however many pieces there are.
 """
 
-from collections import deque
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
 from typing import Generic, TypeVar
 
+from model.shares import has_space
 from server.engine.pace import Pace
 from server.engine.sequence import Sequence
 from server.engine.slots import Slots
+from server.engine.waiting import WaitingQueue
 
 TURN_OF_ALL = 4
 """In every so many steps the prompt that has waited longest is read first, however long it is; in
@@ -33,6 +41,9 @@ ALIKE = 2
 """While nothing decodes, the prompts that are at most so many times as long as the first one are
 read side by side: their answers begin together then, and share every reading of the weights."""
 
+
+QUANTUM = 64
+"""Tokens by which an owner must be ahead of another to lose its only running sequence to it."""
 
 S = TypeVar("S", bound=Sequence)
 
@@ -67,6 +78,16 @@ class EngineLimits:
         """Long prompts that are read at the same time: a row in four is left to the others."""
         return max(1, self.max_running * 3 // 4)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the pool."""
+        return self.max_running + self.warm_sessions
+
+    @property
+    def reserved_rows(self) -> int:
+        """Rows for owners that have none; paused sequences of others do not get them."""
+        return min(self.warm_sessions, max(1, self.max_running // 4))
+
 
 @dataclass(frozen=True)
 class Plan(Generic[S]):
@@ -91,10 +112,13 @@ class Scheduler(Generic[S]):
         self.pace = Pace(limits.inter_token_latency_s)
         self._num_plans = 0
         self._next_deadline = inf
-        self.slots = Slots(limits.max_running + limits.warm_sessions)
-        self.waiting: deque[S] = deque()
+        self.slots = Slots(limits.num_rows)
+        self.waiting = WaitingQueue[S]()
         self.reading: list[S] = []
         self.decoding: dict[int, S] = {}
+        self._served = Counter[str]()
+        """Tokens computed for each owner; who was away begins with as many as the one that has
+        fewest."""
 
     @property
     def idle(self) -> bool:
@@ -111,6 +135,9 @@ class Scheduler(Generic[S]):
 
     def add(self, sequence: S) -> None:
         """A new sequence waits for a row."""
+        owner = sequence.request.owner
+        if not self.waiting.of(owner):
+            self._enter(owner)
         self.waiting.append(sequence)
         self._next_deadline = min(self._next_deadline, _deadline(sequence))
 
@@ -124,31 +151,90 @@ class Scheduler(Generic[S]):
         return late
 
     def admit(self) -> S | None:
-        """Let the first waiting sequence that may have a row begin to read.
+        """Let sequences run until no more may. Returns one that needs a row, as soon as there is
+        one: to be called until it returns none.
 
-        First come, first served, but while there are many long prompts another one lets the shorter
-        ones pass.
+        Within an owner's the order is that of `WaitingQueue`, but while there are many long prompts
+        another one lets the shorter ones pass.
         """
-        running = len(self.reading) + len(self.decoding)
-        if running >= self._limits.max_running or not self.slots.can_acquire():
+        held = [*self.reading, *self.decoding.values()]
+        running = [s for s in held if not s.is_paused]
+        if len(held) == len(running) and not self.waiting:
             return None
-        num_long = sum(self._is_long(s) for s in self.reading)
-        may_be_long = num_long < self._limits.max_long_prompts
-        for place, sequence in enumerate(self.waiting):
-            if may_be_long or not self._is_long(sequence):
-                del self.waiting[place]
+        seats = Counter(s.request.owner for s in running)
+        while True:
+            sequence = self._next(held, seats)
+            if sequence is None:
+                return None
+            owner = sequence.request.owner
+            if len(running) >= self._limits.max_running:
+                paused = self._to_pause(owner, running, seats)
+                if paused is None:
+                    return None
+                paused.is_paused = True
+                running.remove(paused)
+                seats[paused.request.owner] -= 1
+            if sequence in self.waiting:
+                self.waiting.remove(sequence)
                 self.reading.append(sequence)
                 sequence.last_planned = self._num_plans
                 return sequence
+            sequence.is_paused = False
+            running.append(sequence)
+            seats[owner] += 1
+
+    def _enter(self, owner: str) -> None:
+        """Have an owner that was away share with those that are here."""
+        served = {s.request.owner: self._served[s.request.owner] for s in self.sequences()}
+        if owner not in served:
+            served[owner] = max(self._served[owner], min(served.values(), default=0))
+            self._served = Counter(served)
+
+    def _next(self, held: list[S], seats: Counter[str]) -> S | None:
+        """What runs next, if there is anything that may: of the owner with fewest running ones."""
+        paused: dict[str, S] = {}
+        for sequence in sorted((s for s in held if s.is_paused), key=lambda s: s.admitted_at):
+            paused.setdefault(sequence.request.owner, sequence)
+        owners = {*paused, *self.waiting.owners}
+        rows = Counter(s.request.owner for s in held)
+        long = Counter(s.request.owner for s in self.reading if self._is_long(s))
+        for owner in sorted(owners, key=lambda each: (seats[each], self._served[each])):
+            if owner in paused:
+                return paused[owner]
+            num_free = self.slots.num_rows - self.slots.num_active
+            if num_free <= (self._limits.reserved_rows if rows[owner] else 0):
+                continue
+            num_owners = len(rows.keys() | owners)
+            most = self._limits.max_long_prompts
+            may_be_long = has_space(long[owner], long.total(), 1, most, num_owners)
+            for sequence in self.waiting.of(owner):
+                if may_be_long or not self._is_long(sequence):
+                    return sequence
+        return None
+
+    def _to_pause(self, owner: str, running: list[S], seats: Counter[str]) -> S | None:
+        """What gives way to a sequence of the owner: the newest of who has most, if that is at
+        least two more than the owner has, or if the owner has none and much fewer tokens."""
+        most = max(seats, key=lambda each: (seats[each], self._served[each]))
+        is_behind = self._served[owner] + QUANTUM < self._served[most]
+        if seats[most] > seats[owner] + 1 or (not seats[owner] and is_behind):
+            theirs = (s for s in running if s.request.owner == most)
+            return max(theirs, key=lambda s: s.admitted_at)
         return None
 
     def plan(self) -> Plan[S]:
         """Decode everything that can; read some of the prompts."""
-        return Plan(self.decode_order(), self._plan_prompts())
+        plan = Plan(self.decode_order(), self._plan_prompts())
+        for sequence in plan.decode:
+            self._served[sequence.request.owner] += 1
+        for sequence, count in plan.read:
+            self._served[sequence.request.owner] += count
+        return plan
 
     def decode_order(self) -> tuple[S, ...]:
         """What decodes, in the order of the rows."""
-        return tuple(self.decoding[row] for row in sorted(self.decoding))
+        rows = sorted(self.decoding)
+        return tuple(self.decoding[row] for row in rows if not self.decoding[row].is_paused)
 
     def _plan_prompts(self) -> tuple[tuple[S, int], ...]:
         """Pieces of prompts within the budget: at least one cut, however slow that is."""
@@ -184,8 +270,8 @@ class Scheduler(Generic[S]):
             while reader.waits_for is not None:
                 reader = reader.waits_for
             left[id(reader)] = min(left[id(reader)], sequence.num_unread)
-        ready = [s for s in self.reading if s.waits_for is None]
-        ready.sort(key=lambda s: left[id(s)])
+        ready = [s for s in self.reading if s.waits_for is None and not s.is_paused]
+        ready.sort(key=lambda s: (self._served[s.request.owner], left[id(s)]))
         if ready and self._num_plans % TURN_OF_ALL == 0:
             longest_waiting = min(ready, key=lambda s: s.last_planned)
             ready.remove(longest_waiting)

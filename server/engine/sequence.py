@@ -37,6 +37,9 @@ class Sequence:
         self.position = start.position + len(request.token_ids)
         """Tokens of the sequence, those unread included."""
 
+        self.is_paused = False
+        """Whether it keeps its row, and nothing is computed for it."""
+
         self.is_adopted = False
         """Whether it goes on in the row where the turn before it ended."""
 

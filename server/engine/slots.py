@@ -6,8 +6,7 @@ Row 0 is never owned. Where a row becomes free, the method returns the row whose
 must erase.
 """
 
-from collections import OrderedDict
-
+from model.shares import SharedCache
 from server.engine.messages import RowGivenUp
 
 
@@ -18,7 +17,7 @@ class Slots:
         self._owner: dict[int, str | None] = dict.fromkeys(range(1, num_rows + 1))
         self._free = list(self._owner)
         self._row: dict[str, int] = {}
-        self._kept: OrderedDict[str, None] = OrderedDict()
+        self._kept = SharedCache[str, None](num_rows)
         self._given_up: list[RowGivenUp] = []
 
     @property
@@ -48,7 +47,7 @@ class Slots:
         return self.num_active < self.num_rows
 
     def acquire(self, owner: str) -> int:
-        """A row for a new sequence: a free one, else that of the oldest kept state.
+        """A row for a new sequence: a free one, else that of the kept state that is next to go.
 
         It may hold another's state: the caller overwrites all of it.
         """
@@ -67,16 +66,17 @@ class Slots:
         """Give the row of a kept state to a sequence that continues it; False if there is none."""
         if state_id not in self._kept:
             return False
-        del self._kept[state_id]
+        self._kept.remove(state_id)
         self._set(self._row.pop(state_id), owner)
         self._given_up.append(RowGivenUp(state_id, is_evicted=False))
         return True
 
-    def keep(self, owner: str, state_id: str) -> None:
-        """Keep a finished sequence's row under its state's id, until the row is needed. Raises
-        ValueError for an id that is in use: nobody could say which state it names."""
+    def keep(self, owner: str, state_id: str, client: str = "") -> None:
+        """Keep a finished sequence's row under its state's id, until the row is needed: the client
+        that has most of them loses its oldest one. Raises ValueError for an id that is in use:
+        nobody could say which state it names."""
         self._set(self._row.pop(owner), state_id)
-        self._kept[state_id] = None
+        self._kept.put(state_id, None, client)
 
     def release(self, owner: str) -> int:
         """Free the row of a sequence or of a kept state."""
@@ -111,7 +111,7 @@ class Slots:
         self._owner[row] = None
         self._free.append(row)
         if owner in self._kept:
-            del self._kept[owner]
+            self._kept.remove(owner)
             self._given_up.append(RowGivenUp(owner, is_evicted))
         return row
 

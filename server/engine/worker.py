@@ -15,6 +15,7 @@ from server.engine.messages import (
     Event,
     Failed,
     Finished,
+    Forget,
     Message,
     NoProbabilities,
     PromptScored,
@@ -214,6 +215,8 @@ class Worker:
                     self._drop(found)
             case Release(state_id):
                 self._rows.release(state_id)
+            case Forget(owner):
+                self._reader.forget_owner(owner)
             case Stop():
                 self._stopping = True
 
@@ -290,7 +293,7 @@ class Worker:
             self._rows.free(request.request_id)
             self._end(finished)
         else:
-            self._rows.depart(finished, request.keep_as)
+            self._rows.depart(finished, request.keep_as, request.owner)
 
     def _drop(self, sequence: TextSequence) -> None:
         """End a sequence in whatever phase it is and free its row."""

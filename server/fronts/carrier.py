@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
+from time import monotonic
 from typing import Any
 
 from server.fronts.frames import (
@@ -46,12 +47,16 @@ class Carrier:
         self._ready = ready
         self._requests: dict[int, CarriedRequest] = {}
         self.link = Link(self._take, self._lost)
+        self.heard_at = monotonic()
+        """When the front answered last."""
 
     def _take(self, frame: Frame) -> None:
         if frame.kind is Kind.REQUEST:
             self._begin(frame)
         elif frame.kind is Kind.READY:
             self._ready()
+        elif frame.kind is Kind.PONG:
+            self.heard_at = monotonic()
         elif (request := self._requests.get(frame.request)) is not None:
             request.take(frame)
 

@@ -55,6 +55,12 @@ class Kind(IntEnum):
     STOP = 11
     """Core: take no new connections, and end when the answers that have begun are delivered."""
 
+    PING = 12
+    """Core: are you there?"""
+
+    PONG = 13
+    """Front: yes."""
+
 
 class FrameError(ValueError):
     """Bytes that are no frame."""

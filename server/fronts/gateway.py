@@ -39,6 +39,8 @@ class Gateway:
         """The next frame of the core."""
         if frame.kind is Kind.STOP:
             self._stop()
+        elif frame.kind is Kind.PING:
+            self.link.send(Kind.PONG)
         elif (exchange := self._open.get(frame.request)) is not None:
             exchange.take(frame)
 

@@ -24,6 +24,10 @@ SHORT_LIFE_S = 5.0
 """A front that lived no longer would probably end again at once: the next one waits."""
 
 PAUSE_S = 1.0
+PING_S = 1.0
+HUNG_S = 10.0
+"""A front that has not answered for so long hangs, and is killed for another one."""
+
 log = logging.getLogger(__name__)
 
 
@@ -96,12 +100,35 @@ class Keeper:
             if monotonic() - started < SHORT_LIFE_S:
                 await asyncio.sleep(PAUSE_S)
 
+    async def _watch(self, process: Process, carrier: Carrier, ready: asyncio.Future[None]) -> None:
+        """Kill a front that hangs."""
+        await ready
+        last, carrier.heard_at = monotonic(), monotonic()
+        while True:
+            carrier.link.send(Kind.PING)
+            await asyncio.sleep(PING_S)
+            now = monotonic()
+            if now - last > 2 * PING_S:  # this process was late itself
+                carrier.heard_at = now
+            elif now - carrier.heard_at > HUNG_S:
+                log.error(
+                    "front process %d has not answered for %g s: it is killed", process.pid, HUNG_S
+                )
+                with suppress(ProcessLookupError):
+                    process.kill()
+                return
+            last = now
+
     async def _run_front(
         self, listener: socket.socket, ready: asyncio.Future[None]
     ) -> tuple[int, int]:
         """Its exit status and its process id, when it has ended."""
 
+        started = asyncio.get_running_loop().create_future()
+
         def is_ready() -> None:
+            if not started.done():
+                started.set_result(None)
             if not ready.done():
                 ready.set_result(None)
 
@@ -118,7 +145,11 @@ class Keeper:
         try:
             loop = asyncio.get_running_loop()
             await loop.create_unix_connection(lambda: carrier.link, sock=here)
-            return await process.wait(), process.pid
+            watching = asyncio.create_task(self._watch(process, carrier, started))
+            try:
+                return await process.wait(), process.pid
+            finally:
+                watching.cancel()
         finally:
             del self._fronts[process]
             carrier.link.close()

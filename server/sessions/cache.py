@@ -1,7 +1,6 @@
-"""States in host memory: the least recently used ones go first."""
+"""States in host memory: of the owner that has most the least recently used ones go first."""
 
-from collections import OrderedDict
-
+from model.shares import SharedCache
 from server.sessions.codec import SessionState
 
 
@@ -10,8 +9,7 @@ class HostCache:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._states: OrderedDict[str, SessionState] = OrderedDict()
-        self.num_bytes = 0
+        self._states = SharedCache[str, SessionState](max_bytes)
 
     def __len__(self) -> int:
         return len(self._states)
@@ -19,32 +17,24 @@ class HostCache:
     def __contains__(self, state_id: str) -> bool:
         return state_id in self._states
 
-    def get(self, state_id: str) -> SessionState | None:
-        """The state, now the most recently used one."""
-        if state_id not in self._states:
-            return None
-        self._states.move_to_end(state_id)
-        return self._states[state_id]
+    @property
+    def num_bytes(self) -> int:
+        return self._states.size
 
-    def put(self, state_id: str, state: SessionState) -> int:
+    def get(self, state_id: str) -> SessionState | None:
+        """The state, now the one that its owner used last."""
+        return self._states.get(state_id)
+
+    def put(self, state_id: str, state: SessionState, owner: str = "") -> int:
         """Keep a state, forget others for it. Returns how many were forgotten.
 
         A state that is larger than the whole cache is not kept.
         """
-        self.remove(state_id)
         if state.num_bytes > self._max_bytes:
+            self.remove(state_id)
             return 0
-        self._states[state_id] = state
-        self.num_bytes += state.num_bytes
-        evicted = 0
-        while self.num_bytes > self._max_bytes:
-            _, oldest = self._states.popitem(last=False)
-            self.num_bytes -= oldest.num_bytes
-            evicted += 1
-        return evicted
+        return len(self._states.put(state_id, state, owner, state.num_bytes))
 
     def remove(self, state_id: str) -> None:
         """Forget a state if it is here."""
-        state = self._states.pop(state_id, None)
-        if state is not None:
-            self.num_bytes -= state.num_bytes
+        self._states.remove(state_id)

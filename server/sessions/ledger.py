@@ -7,9 +7,11 @@ the host cache and the rows on the device hold only makes it faster to get.
 import asyncio
 import json
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from server.errors import (
     InvalidRequest,
@@ -22,6 +24,7 @@ from server.errors import (
 )
 from server.metrics import Metrics
 from server.sessions.codec import BlobError, Codec, DamagedBlob
+from server.sessions.erasure import entries_of
 from server.sessions.ledger_turn import LedgerTurn, not_found, unanswered, with_body
 from server.sessions.quota import Quota, Reservation
 from server.sessions.store import (
@@ -32,8 +35,10 @@ from server.sessions.store import (
     NewState,
     Store,
     StoreHealth,
+    Usage,
 )
 from server.sessions.tiers import Tier, Tiers
+from server.threads import FairThreads
 
 SWEPT_TOGETHER = 256
 INTERRUPTED = {
@@ -128,6 +133,9 @@ class Ledger:
         self._open: dict[str, LedgerTurn | None] = {}
         """Entries that a turn is advancing, or that are being rewound or erased."""
 
+        self._blobs = FairThreads(1, "blobs")
+        """Where blobs are read that clients import and export; turns have other threads."""
+
         self._unlocked: dict[str, asyncio.Event] = {}
         """Of those that somebody waits for."""
 
@@ -143,6 +151,10 @@ class Ledger:
     async def store_health(self) -> StoreHealth:
         """Looks at the store's disk, now."""
         return await self._store.health()
+
+    def close(self) -> None:
+        """Wait for what is being read. Called from another thread."""
+        self._blobs.close()
 
     @asynccontextmanager
     async def begin(
@@ -187,6 +199,8 @@ class Ledger:
                 raise TurnMismatch(session_id, entry.turn, source.expected_turn or 0)
             is_full = entry.num_checkpoints >= self._keep_turns
             size = 0 if is_full else self._codec.usual_blob_bytes
+            if target.key is not None:  # its answer is kept, of a length that nobody knows
+                size = max(size, 1)
             async with self._quota.reserve(owner, num_bytes=size):
                 answer = None if target.key is None else unanswered(target.key, target.request)
                 turn = self._turn(entry, entry if entry.turn else None, True, answer)
@@ -206,7 +220,7 @@ class Ledger:
                 entry = new_session(owner, self._store.now(), metadata, ttl_s)
             case NewResponse(response_id, ttl_s):
                 entry = self._new_response(owner, response_id, ttl_s)
-        size = self._codec.usual_blob_bytes
+        size = entry.num_bytes + self._codec.usual_blob_bytes
         reserving = self._quota.reserve(owner, entry.kind, num_bytes=size)
         async with reserving as reservation, self._lock(entry.id):
             turn = self._turn(entry, start, False, reservation=reservation)
@@ -320,7 +334,7 @@ class Ledger:
         if blob is None:
             raise await self._no_turn(session_id, turn)
         try:
-            await asyncio.to_thread(self._codec.decode, blob)
+            await self._blobs.run(owner, partial(self._codec.decode, blob))
         except DamagedBlob as error:
             self._metrics.damaged_states_total.labels(found="store").inc()
             raise SessionDamaged(session_id, turn, str(error)) from error
@@ -335,8 +349,13 @@ class Ledger:
 
         Raises UnfitState, QuotaExceeded, StorageFull and StorageFailed.
         """
+        if len(blob) > self._codec.most_blob_bytes:
+            raise UnfitState(
+                f"this is no state for this server: it has {len(blob)} bytes, the most is "
+                f"{self._codec.most_blob_bytes}"
+            )
         try:
-            state = await asyncio.to_thread(self._codec.decode_foreign, blob)
+            state = await self._blobs.run(owner, partial(self._codec.decode_foreign, blob))
         except BlobError as error:
             raise UnfitState(f"this is no state for this server: {error}") from error
         entry = new_session(owner, self._store.now(), metadata, ttl_s)
@@ -360,6 +379,19 @@ class Ledger:
             entry = await self.get(owner, kind, entry_id)
             if not await self._erase(kind, entry_id, entry.state_id):
                 raise not_found(kind, entry_id)
+
+    async def usage(self, owner: str) -> Usage:
+        """What an owner holds."""
+        return await self._store.usage(owner)
+
+    async def erase_all(self, owner: str) -> Counter[Kind]:
+        """Erase all that an owner holds, whose turns have ended. Returns how many sessions and
+        responses there were. Raises StorageFailed."""
+        erased = Counter[Kind]()
+        while found := await entries_of(self._store, owner):
+            for entry in found:
+                erased[entry.kind] += await self._erase(entry.kind, entry.id, entry.state_id)
+        return erased
 
     async def sweep(self) -> int:
         """Erase what has expired, and make failed what was interrupted.
@@ -395,7 +427,7 @@ class Ledger:
         return entry_id in self._open
 
     async def _insert(self, entry: Entry, state: NewState | None = None) -> Entry:
-        size = 0 if state is None else len(state.blob)
+        size = entry.num_bytes + (0 if state is None else len(state.blob))
         async with self._quota.reserve(entry.owner, entry.kind, num_bytes=size):
             await self._store.insert(entry, state)
         self._tiers.report()
@@ -404,7 +436,7 @@ class Ledger:
         return replace(entry, state_id=state.id, num_checkpoints=1)
 
     async def _fork(self, source_id: str, made: Entry) -> Entry | None:
-        size = self._codec.usual_blob_bytes if made.turn else 0
+        size = made.num_bytes + (self._codec.usual_blob_bytes if made.turn else 0)
         async with self._quota.reserve(made.owner, made.kind, num_bytes=size):
             forked = await self._store.fork(source_id, made)
         self._tiers.report()

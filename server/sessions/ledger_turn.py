@@ -119,7 +119,7 @@ class LedgerTurn:
                     self._metrics.damaged_states_total.labels(found="store").inc()
                 raise self.damaged(str(error)) from error
             if self._tiers.num_forgotten == num_forgotten:
-                self._tiers.cache(start.state_id, state)
+                self._tiers.cache(start.state_id, state, start.owner)
             return state
 
     def damaged(self, reason: str) -> StorageFailed:
@@ -167,7 +167,7 @@ class LedgerTurn:
                 raise
         before, num_kept = self.entry.state_id, min(entry.num_checkpoints + 1, self._keep_turns)
         self.entry = replace(entry, state_id=state_id, num_checkpoints=num_kept)
-        self._tiers.cache(state_id, state, replaced=before)
+        self._tiers.cache(state_id, state, entry.owner, replaced=before)
 
     async def abandon(self, body: str | None) -> None:
         """End without a commit. A response that is stored already gets its last body.

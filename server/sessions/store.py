@@ -4,6 +4,7 @@ One ledger has sessions and stored responses: entries of a kind, each with the s
 turns. A response is an entry of one turn.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -56,6 +57,12 @@ class Entry:
 
     body: str | None = None
     """The response object as JSON."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What it counts for besides its states: body and metadata."""
+        metadata = json.dumps(self.metadata) if self.metadata else ""
+        return len((self.body or "").encode()) + len(metadata)
 
     @property
     def is_finished(self) -> bool:
@@ -113,7 +120,7 @@ class Usage:
     num_responses: int = 0
     num_states: int = 0
     num_bytes: int = 0
-    """Of states, kept answers and bodies of responses."""
+    """Of states, kept answers, bodies of responses and metadata."""
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,14 @@ class Tiers:
         """The state, if it is in host memory."""
         return self._cache.get(state_id)
 
-    def cache(self, state_id: str, state: SessionState, replaced: str | None = None) -> None:
-        """Hold a state in host memory, as far as there is space, in place of another one."""
+    def cache(
+        self, state_id: str, state: SessionState, owner: str, replaced: str | None = None
+    ) -> None:
+        """Hold an owner's state in host memory, as far as there is space, in place of another
+        one."""
         if replaced is not None:
             self._cache.remove(replaced)
-        evicted = self._cache.put(state_id, state)
+        evicted = self._cache.put(state_id, state, owner)
         self._metrics.session_evictions_total.labels(tier="host").inc(evicted)
         self.report()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import torch
 import uvicorn
+from fastapi import FastAPI
 
 from model import checkpoint
 from server.api.app import create_app
@@ -26,6 +27,7 @@ from tests.server.documented import Documented
 @dataclass(frozen=True)
 class LiveServer:
     url: str
+    app: FastAPI
     service: Service
 
     documented: Documented
@@ -78,7 +80,7 @@ def live_server(
                     raise RuntimeError("the server did not start")
                 time.sleep(0.01)
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            yield LiveServer(url, app.state.service, Documented(app.openapi()))
+            yield LiveServer(url, app, app.state.service, Documented(app.openapi()))
         finally:
             server.should_exit = True
             thread.join()

@@ -6,7 +6,7 @@ import select
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -545,4 +545,49 @@ def test_a_request_answered_early_leaves_an_idle_connection(impatient: LiveServe
         connection.sendall(b"bcd")
         time.sleep(HEADER_S * 1.5)
         connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert answer(connection)[0] == 200
+
+
+@pytest.fixture(scope="module")
+def few(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server for few connections."""
+    folder = tmp_path_factory.mktemp("data")
+    with live_server(tiny_settings(tiny_checkpoint, folder, max_connections=4)) as running:
+        yield running
+
+
+ALIVE = b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+def test_silent_connections_make_space_the_oldest_first(few: LiveServer) -> None:
+    with ExitStack() as stack:
+        silent = [stack.enter_context(closing(connect(few))) for _ in range(4)]
+        silent[0].sendall(ALIVE)
+        assert answer(silent[0])[0] == 200  # it has been idle for the shortest time now
+        last = stack.enter_context(closing(connect(few)))
+        last.sendall(ALIVE)
+        assert answer(last)[0] == 200
+        assert rest(silent[1]) == b""
+        for connection in (silent[0], silent[2], silent[3], last):
+            connection.sendall(ALIVE)
+            assert answer(connection)[0] == 200
+
+
+def test_connections_with_a_request_stay(few: LiveServer) -> None:
+    body = json.dumps({"prompt": [1], "max_tokens": 50_000, "ignore_eos": True, "stream": True})
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json"
+    request = f"{head}\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
+    with ExitStack() as stack:
+        busy = [stack.enter_context(closing(connect(few))) for _ in range(4)]
+        for connection in busy:
+            connection.sendall(request)
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        with closing(connect(few)) as refused:
+            assert rest(refused) == b""
+        for connection in busy:
+            assert connection.recv(100)
+    wait_until(lambda: few.num_waiting() == 0)
+    few.wait_until_idle()
+    with closing(connect(few)) as connection:
+        connection.sendall(ALIVE)
         assert answer(connection)[0] == 200

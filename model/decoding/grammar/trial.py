@@ -49,6 +49,10 @@ class TrialProcess:
         self._killed = False
         self._lock = threading.Lock()
 
+    def start(self) -> None:
+        """Have the process running. Raises GrammarBusyError after `kill`."""
+        self._running()
+
     def run(self, spec: GrammarSpec, timeout_s: float) -> Trial:
         """Compile a source. Raises GrammarError if the process had to be ended, GrammarBusyError
         after `kill`. For one thread at a time.

@@ -58,7 +58,7 @@ class ChatShape(TurnShape[ChatRequest]):
             | {
                 "object": "chat.completion",
                 "choices": choices,
-                "service_tier": "default",
+                "service_tier": self.body.told_tier,
                 "usage": self.answer.usage,
                 "session_id": self.answer.session_id,
                 "session_turn": self.answer.session_turn,

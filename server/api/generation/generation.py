@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from model.decoding.sampling import SamplingParams, derive_seed
+from server.api.auth import ANYBODY, Caller
 from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.generation import SamplingRequest
 from server.api.service import Service
 from server.api.structure import read_grammar
-from server.engine.messages import Continuation, EngineRequest, StoredState
+from server.engine.messages import Continuation, EngineRequest, StoredState, num_to_read
 from server.errors import InvalidRequest, NotFound
 from server.settings import Settings
 
@@ -56,7 +57,7 @@ class Generation:
                 source=source,
                 # Bytes of half a character only matter when the text goes on where it ended.
                 continuation=replace(start, undecoded=b"") if ids else start,
-                prefix_salt=owner.encode(),
+                owner=owner,
                 keep_as=keep_as,
                 deadline=deadline,
                 client_id=client_id,
@@ -71,7 +72,7 @@ class Generation:
         """Raises InvalidRequest for prompts that are empty or too long, each or together."""
         for ids in prompts:
             self._check_prompt(settings, ids, start)
-        num_tokens = self.num_per_prompt * sum(map(len, prompts))
+        num_tokens = self.num_per_prompt * sum(num_to_read(ids, start) for ids in prompts)
         if num_tokens > settings.max_waiting_tokens:
             raise InvalidRequest(
                 f"n times the tokens of the prompts is {num_tokens}, the most is "
@@ -95,8 +96,8 @@ class Generation:
 
     def _check_prompt(self, settings: Settings, ids: tuple[int, ...], start: Continuation) -> None:
         limit = settings.max_prompt_tokens
-        if len(ids) > limit:
-            raise too_long(len(ids), limit, self.prompt_name)
+        if (num_tokens := num_to_read(ids, start)) > limit:
+            raise too_long(num_tokens, limit, self.prompt_name)
         if not ids and not start.position and self.template.max_tokens > 0:
             raise InvalidRequest(
                 "the prompt is empty and there is nothing to continue: it needs at least one token",
@@ -105,12 +106,16 @@ class Generation:
 
 
 async def read_generation(
-    service: Service, body: SamplingRequest, *, is_detached: bool = False
+    service: Service,
+    body: SamplingRequest,
+    *,
+    caller: Caller = ANYBODY,
+    is_detached: bool = False,
 ) -> Generation:
     """Everything wrong with the parameters is named here; a grammar is compiled.
 
-    Raises NotFound for a model that is not served here, InvalidRequest, and Overloaded when too
-    many grammars are being compiled.
+    Raises NotFound for a model that is not served here, InvalidRequest, Overloaded when too many
+    grammars are being compiled, and RateLimited.
     """
     check_model(service, body.model)
     _check_aliases(body)
@@ -133,7 +138,9 @@ async def read_generation(
         num_logprobs=body.num_logprobs,
         return_tokens=body.returns_tokens,
         score_prompt=body.scores_prompt,
-        grammar=await read_grammar(service, body),
+        grammar=await read_grammar(service, caller, body),
+        priority=body.priority or 0,
+        is_flexible=body.service_tier == "flex",
     )
     return Generation(
         template=template,

@@ -185,7 +185,7 @@ def first_object(service: Service, body: ResponseRequest, response_id: str) -> R
         "output": [],
         "parallel_tool_calls": True,
         "previous_response_id": body.previous_response_id,
-        "service_tier": "default",
+        "service_tier": body.told_tier,
         "store": body.stores,
         "temperature": DEFAULT_TEMPERATURE if body.temperature is None else body.temperature,
         "text": ToldFormat(format=body.told_format),

@@ -16,6 +16,7 @@ from server.engine.messages import (
     TextDelta,
     Token,
 )
+from server.errors import LatentdError, ShuttingDown
 from server.sessions.tiers import Tiers
 
 MOST_APART = 1
@@ -29,7 +30,9 @@ Text = TextDelta | PromptScored
 
 @dataclass(frozen=True)
 class Aborted:
-    """The server stops: the turn that waits for this queue has to end."""
+    """The turn that waits for this queue has to end."""
+
+    reason: LatentdError
 
 
 class _Heap:
@@ -168,6 +171,7 @@ class Router:
                     self._tiers.release(event.kept_as)
 
     def abort(self) -> None:
-        """End every turn that runs."""
+        """End every turn that runs, since the server stops."""
+        reason = ShuttingDown("the server stopped before the answer was complete")
         for queue in self._queues.values():
-            queue.put(Aborted())
+            queue.put(Aborted(reason))

@@ -46,7 +46,10 @@ ANSWER_HEADERS_DOC: dict[str, Any] = {
 }
 """The headers of an answer, for the documentation."""
 
-DELIVERY = {"session_id", "stream", "stream_options", "resumable", "timings", "timeout", "user"}
+DELIVERY = {
+    *("session_id", "stream", "stream_options", "resumable", "timings", "timeout", "user"),
+    *("priority", "service_tier"),
+}
 """Parameters that do not make a turn another one."""
 
 
@@ -76,7 +79,9 @@ async def answer_turn(
     record.streams = bool(body.stream)
     _check_delivery(body)
     session_id = _session_id(body, given)
-    generation = await read_generation(service, body, is_detached=bool(body.resumable))
+    generation = await read_generation(
+        service, body, caller=caller, is_detached=bool(body.resumable)
+    )
     source = target = None
     if session_id is not None:
         source = Head(session_id, body.expected_turn)

@@ -20,6 +20,7 @@ from server.api.generation.prompts import Prompt
 from server.api.generation.router import Aborted, EventQueue
 from server.api.limits import Allowance
 from server.api.service import Service
+from server.api.texts import SHORT
 from server.engine.messages import (
     Continuation,
     DeadlinePassed,
@@ -37,7 +38,7 @@ from server.errors import (
     DeadlineExceeded,
     InternalError,
     InvalidRequest,
-    ShuttingDown,
+    LatentdError,
     StateDamaged,
     StorageFailed,
 )
@@ -91,6 +92,7 @@ class AdmittedTurn:
         self.texts = service.texts
         """Threads for an answer that is long."""
 
+        self.owner = requests[0].owner
         self.requests = requests
         self.start = requests[0].continuation
         """What the choices continue from."""
@@ -119,6 +121,10 @@ class AdmittedTurn:
         self._service.engine.submit(*self.requests)
         self._queue = self._service.router.open(self._running)
         self._service.open_turns.add(self)
+
+    def end(self, reason: LatentdError) -> None:
+        """Have `events` raise this."""
+        self._queue.put(Aborted(reason))
 
     async def events(
         self, silence_s: float | None = None
@@ -155,8 +161,8 @@ class AdmittedTurn:
                     )
                 case DeadlinePassed():
                     raise DeadlineExceeded(self._generation.timeout_s or 0)
-                case Aborted():
-                    raise ShuttingDown("the server stopped before the answer was complete")
+                case Aborted(reason):
+                    raise reason
 
     @property
     def needs_body(self) -> bool:
@@ -249,7 +255,7 @@ async def open_turn(
     turn: AdmittedTurn | None = None
     try:
         if generation.is_detached:
-            stack.enter_context(service.streams.space())
+            stack.enter_context(service.streams.space(caller.owner))
         opened = await stack.enter_async_context(service.ledger.begin(caller.owner, source, target))
         if isinstance(opened, KeptAnswer):
             await allowance.leave(0)
@@ -260,7 +266,8 @@ async def open_turn(
         if state is not None:
             start = Continuation(state.position, state.pending, state.undecoded, state.recent)
             stored = StoredState(opened.start_id, state.state)
-        prompts = await prompt.read(start)
+        await allowance.check_left()
+        prompts = await _read(prompt, start, allowance)
         generation.check_prompts(service.settings, prompts, start)
         timeout_s = generation.timeout_s
         requests = generation.requests(
@@ -272,8 +279,8 @@ async def open_turn(
             deadline=None if timeout_s is None else started + timeout_s,
             client_id="" if request is None else request.request_id,
         )
-        num_tokens = sum(len(request.token_ids) for request in requests)
-        await allowance.check(num_tokens)
+        num_tokens = sum(request.num_to_read for request in requests)
+        await _check(allowance, num_tokens, len(requests))
         turn = AdmittedTurn(service, opened, requests, generation, allowance, stack, started)
         turn.submit()
         if request is not None:
@@ -290,6 +297,25 @@ async def open_turn(
             await run_to_end(stack.aclose())
         else:
             await turn.close(None, 0)
+        raise
+
+
+async def _read(prompt: Prompt, start: Continuation, allowance: Allowance) -> list[tuple[int, ...]]:
+    """A prompt that is refused after it was tokenised has cost as much as one that is not."""
+    try:
+        return await prompt.read(start)
+    except InvalidRequest:
+        await allowance.charge(0)
+        raise
+
+
+async def _check(allowance: Allowance, num_tokens: int, num_sequences: int) -> None:
+    """Also a prompt that is refused for its length has cost its tokenising."""
+    try:
+        await allowance.check(num_tokens, num_sequences)
+    except LatentdError:
+        if num_tokens > SHORT:
+            await allowance.charge(0)
         raise
 
 

@@ -21,7 +21,6 @@ from server.api.schemas.generation import GenerationRequest, Timings, Usage
 
 NO_TOOLS = "this server's models call no tools"
 TEXT_ONLY = "this server's models read and write text only"
-ONE_TIER = "there is one tier"
 NO_MODERATION = "this server moderates nothing"
 
 
@@ -138,7 +137,6 @@ class ChatRequest(GenerationRequest):
     prompt_cache_options: PromptCacheOptions | None = None
     """Hints that this server does not need."""
 
-    service_tier: Annotated[None, Refused(ONE_TIER, "auto", "default")] = None
     store: Annotated[None, Refused("chats are kept in sessions: send a session_id", False)] = None
     modalities: Annotated[None, Refused(TEXT_ONLY, ["text"])] = None
     audio: Annotated[None, Refused(TEXT_ONLY)] = None
@@ -255,8 +253,8 @@ class ChatAnswer(AnswerModel):
     system_fingerprint: str = Field(examples=["fp_3b1c9a7d52e0"])
     """Which weights and tokenizer they were."""
 
-    service_tier: Literal["default"] = "default"
-    """There is one tier."""
+    service_tier: Literal["default", "flex"] = "default"
+    """The tier that was asked for."""
 
     usage: Usage | None = None
     """Tokens; in a stream only where asked for."""

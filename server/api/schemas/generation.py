@@ -1,6 +1,6 @@
 """What completions and chats have in common: how to choose tokens, how to deliver them."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -116,6 +116,15 @@ class SamplingRequest(RequestModel):
     user: Text | None = Field(None, examples=["user-17"])
     """Your name for who asks; it changes nothing."""
 
+    priority: Annotated[int, Field(ge=-LARGEST, le=LARGEST), WHOLE] | None = Field(
+        None, examples=[10]
+    )
+    """Of your requests that wait, those with smaller numbers are first. Default 0. Other keys'
+    requests are not concerned."""
+
+    service_tier: Literal["auto", "default", "flex"] | None = Field(None, examples=["flex"])
+    """flex: this request waits for all of your others."""
+
     structured_outputs: StructuredOutputs | None = None
     """What the text has to keep to."""
 
@@ -136,6 +145,11 @@ class SamplingRequest(RequestModel):
 
     cache_prompt: bool | None = None
     """A hint that this server does not need: common beginnings are found without it."""
+
+    @property
+    def told_tier(self) -> Literal["default", "flex"]:
+        """The tier that it was served in."""
+        return "flex" if self.service_tier == "flex" else "default"
 
     @property
     def asked_format(self) -> ResponseFormat | None:

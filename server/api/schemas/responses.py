@@ -19,7 +19,6 @@ from server.api.schemas.base import (
 from server.api.schemas.chat import (
     NO_MODERATION,
     NO_TOOLS,
-    ONE_TIER,
     TEXT_ONLY,
     PromptCacheOptions,
     TokenLogprob,
@@ -201,8 +200,6 @@ class ResponseRequest(SamplingRequest):
 
     truncation: Literal["auto", "disabled"] | None = None
     """Nothing needs to be cut off: a context has no longest length here."""
-
-    service_tier: Annotated[None, Refused(ONE_TIER, "auto", "default")] = None
 
     safety_identifier: Text | None = Field(None, examples=["user-17"])
     """Your name for who asks; it changes nothing."""
@@ -430,8 +427,8 @@ class ResponseObject(AnswerModel):
     previous_response_id: str | None = Field(examples=["resp_Zc81Lw0uYb4NqEsVtKx6RmJaPgDhOi2f"])
     """The response that it went on from."""
 
-    service_tier: Literal["default"] = "default"
-    """There is one tier."""
+    service_tier: Literal["default", "flex"] = "default"
+    """The tier that was asked for."""
 
     store: bool
     """Whether it is kept."""

@@ -21,7 +21,7 @@ def insert_entry(db: sqlite3.Connection, entry: Entry) -> int:
     values = (
         *(entry.kind, entry.id, entry.owner, entry.created_at, entry.last_used_at, entry.turn),
         *(entry.num_tokens, entry.ttl_s, entry.expires_at, entry.parent_id, entry.parent_turn),
-        *(entry.status, json.dumps(entry.metadata), entry.body, body_bytes(entry)),
+        *(entry.status, json.dumps(entry.metadata), entry.body, entry.num_bytes),
     )
     places = ", ".join("?" * len(values))
     [number] = db.execute(
@@ -57,8 +57,3 @@ def entry_of(row: tuple[Any, ...]) -> Entry:
         status=status,
         body=body,
     )
-
-
-def body_bytes(entry: Entry) -> int:
-    """What the entry itself counts for."""
-    return len((entry.body or "").encode())

@@ -1,8 +1,9 @@
-"""Snapshots of a store that a server has open, for another process of the machine.
+"""What another process of the machine may ask of a server that has a store open.
 
-A server listens on a socket in its data folder: who may use the folder may ask for one. Whoever
-connects gets the name of a folder beside the store with everything that it had at one moment, and
-the server removes it when the connection ends.
+A server listens on a socket in its data folder: who may use the folder may ask, a line of JSON for
+each connection. `{"snapshot": true}` is answered with the name of a folder beside the store with
+everything that it had at one moment, which the server removes when the connection ends;
+`{"erase": OWNER}` with what there was of the owner.
 """
 
 import asyncio
@@ -14,17 +15,21 @@ import socket
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from server.errors import StorageFailed
+from server.errors import LatentdError, StorageFailed
 from server.sessions.sqlite.store import STORE_FILE, SQLiteStore
 from server.sessions.store import StoreError
 
 SOCKET = "backup.sock"
 PREFIX = "snapshot-"
 LONGEST_ADDRESS = 100
+LONGEST_LINE = 4096
+ASKED_S = 10.0
+"""For who has connected to ask."""
+
 log = logging.getLogger(__name__)
 
 
@@ -33,8 +38,11 @@ class SnapshotError(Exception):
 
 
 @contextmanager
-def offered(store: SQLiteStore, data_dir: Path) -> Iterator[None]:
-    """While the block runs, other processes can have snapshots of the store in this folder."""
+def offered(
+    store: SQLiteStore, data_dir: Path, erase: Callable[[str], str] | None = None
+) -> Iterator[None]:
+    """While the block runs, other processes can have snapshots of the store in this folder, and
+    have `erase` called, which says in words what it erased for an owner."""
     for left_over in data_dir.glob(f"{PREFIX}*"):
         shutil.rmtree(left_over, ignore_errors=True)
     path = data_dir / SOCKET
@@ -50,7 +58,10 @@ def offered(store: SQLiteStore, data_dir: Path) -> Iterator[None]:
             yield
             return
         answering = threading.Thread(
-            target=_answer_all, args=(listener, store, data_dir), name="snapshots", daemon=True
+            target=_answer_all,
+            args=(listener, store, data_dir, erase),
+            name="snapshots",
+            daemon=True,
         )
         answering.start()
         try:
@@ -73,7 +84,9 @@ def snapshot(data_dir: Path) -> Iterator[Path]:
         with _own(data_dir) as folder:
             yield folder
         return
-    with connection, connection.makefile("r", encoding="utf-8") as answers:
+    with connection, connection.makefile("rw", encoding="utf-8") as answers:
+        answers.write(json.dumps({"snapshot": True}) + "\n")
+        answers.flush()
         answer = json.loads(answers.readline() or '{"error": "the server has ended"}')
         if "error" in answer:
             raise SnapshotError(f"the server could not make a snapshot: {answer['error']}")
@@ -128,13 +141,33 @@ def _made(store: SQLiteStore, data_dir: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _answer_all(listener: socket.socket, store: SQLiteStore, data_dir: Path) -> None:
+def _answer_all(
+    listener: socket.socket,
+    store: SQLiteStore,
+    data_dir: Path,
+    erase: Callable[[str], str] | None,
+) -> None:
     """One after another, until the socket ends."""
     with suppress(OSError):
         while True:
             connection, _ = listener.accept()
-            with connection, suppress(OSError):
-                _answer(connection, store, data_dir)
+            with connection, suppress(OSError, ValueError):
+                connection.settimeout(ASKED_S)
+                with connection.makefile("r", encoding="utf-8") as lines:
+                    asked = json.loads(lines.readline(LONGEST_LINE) or "{}")
+                connection.settimeout(None)
+                if "snapshot" in asked:
+                    _answer(connection, store, data_dir)
+                elif "erase" in asked and erase is not None:
+                    _answer_erase(connection, erase, str(asked["erase"]))
+
+
+def _answer_erase(connection: socket.socket, erase: Callable[[str], str], owner: str) -> None:
+    try:
+        _send(connection, {"erased": erase(owner)})
+    except LatentdError as error:
+        log.error("not all of %s was erased: %s", owner, error)
+        _send(connection, {"error": str(error)})
 
 
 def _answer(connection: socket.socket, store: SQLiteStore, data_dir: Path) -> None:

@@ -11,7 +11,7 @@ from server.errors import StorageFull
 from server.sessions.clock import open_clock
 from server.sessions.sqlite.disk import OpenFiles
 from server.sessions.sqlite.files import StateFiles
-from server.sessions.sqlite.rows import ENTRY, body_bytes, entry_of, find_entry, insert_entry
+from server.sessions.sqlite.rows import ENTRY, entry_of, find_entry, insert_entry
 from server.sessions.sqlite.schema import Durability, open_store, reason
 from server.sessions.sqlite.space import ReservedSpace
 from server.sessions.sqlite.writer import Writer, storage_error
@@ -34,6 +34,8 @@ LARGE_BYTES = 1 << 20
 """Blobs from here on are files: SQLite would write them twice, and erase them page by page."""
 
 FILE_THREADS = 2
+"""For files that are written, and for those that are read: no commit waits for an export."""
+
 DATABASE_FILES = ("", "-wal", "-shm", "-clock")
 MOST_OF_A_HEADER = 64 << 10
 UNFINISHED = "status IN ('queued', 'in_progress')"
@@ -62,7 +64,8 @@ class SQLiteStore:
         self._path = path
         self._writer = Writer(db, self._files, self._space)
         self._run = self._writer.run
-        self._threads = ThreadPoolExecutor(FILE_THREADS, "state-files")
+        self._writing = ThreadPoolExecutor(FILE_THREADS, "written-states")
+        self._reading = ThreadPoolExecutor(FILE_THREADS, "read-states")
 
     @property
     def total(self) -> Usage:
@@ -129,7 +132,7 @@ class SQLiteStore:
                 status = ?, body = ?, num_bytes = ? WHERE number = ?""",
                 [
                     *(entry.turn, entry.num_tokens, entry.last_used_at, entry.expires_at),
-                    *(entry.status, entry.body, body_bytes(entry), number),
+                    *(entry.status, entry.body, entry.num_bytes, number),
                 ],
             )
             if state is not None:
@@ -147,7 +150,7 @@ class SQLiteStore:
             for entry in map(rewrite, found):
                 db.execute(
                     "UPDATE entries SET status = ?, body = ?, num_bytes = ? WHERE id = ?",
-                    [entry.status, entry.body, body_bytes(entry), entry.id],
+                    [entry.status, entry.body, entry.num_bytes, entry.id],
                 )
             return len(found)
 
@@ -317,7 +320,8 @@ class SQLiteStore:
     async def close(self) -> None:
         """Finish what was asked for and close the file."""
         await self._writer.close()
-        await asyncio.to_thread(self._threads.shutdown)
+        for threads in (self._writing, self._reading):
+            await asyncio.to_thread(threads.shutdown)
 
     def _look(self) -> StoreHealth:
         fault, num_bytes = self._opened.fault, self._files.num_bytes
@@ -338,7 +342,7 @@ class SQLiteStore:
             return await self._run(work)
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._threads, self._files.write, state.id, state.blob)
+            await loop.run_in_executor(self._writing, self._files.write, state.id, state.blob)
         except (OSError, RuntimeError) as error:  # RuntimeError: the store is closed
             raise storage_error(error) from error
         return await self._run(work, file=state.id)
@@ -346,7 +350,7 @@ class SQLiteStore:
     async def _read_file(self, state_id: str) -> bytes | None:
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._threads, self._files.read, state_id)
+            return await loop.run_in_executor(self._reading, self._files.read, state_id)
         except OSError as error:
             raise storage_error(error) from error
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -64,6 +64,7 @@ CALLS = [
     ("POST", "/v1/sessions/x/rewind"),
     ("POST", "/v1/sessions/import"),
     ("DELETE", "/v1/sessions/x"),
+    ("GET", "/v1/usage"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/x"),
 ]
@@ -84,11 +85,14 @@ def test_without_a_known_key_nothing_is_done(
     assert "alpha" not in response.text
 
 
-MAKING = (
-    *("/v1/completions", "/v1/chat/completions", "/v1/responses"),
-    *("/v1/sessions", "/v1/sessions/import", "/v1/sessions/{session_id}/fork"),
-)
-"""What reads text or stores something, for which there are limits."""
+LIMITED = {
+    *(("post", path) for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses")),
+    *(("post", path) for path in ("/tokenize", "/detokenize", "/v1/sessions")),
+    *(("post", f"/v1/sessions/{call}") for call in ("import", "{session_id}/fork")),
+    *(("post", "/v1/sessions/{session_id}/rewind"), ("get", "/v1/sessions/{session_id}/state")),
+    ("get", "/v1/responses/{response_id}"),
+}
+"""What reads or copies much, or stores something, for which there are limits."""
 
 
 def test_every_call_is_guarded(guarded: LiveServer) -> None:
@@ -98,11 +102,11 @@ def test_every_call_is_guarded(guarded: LiveServer) -> None:
     [scheme] = described["components"]["securitySchemes"].items()
     assert (scheme[0], scheme[1]["type"], scheme[1]["scheme"]) == ("APIKey", "http", "bearer")
     for path, methods in paths.items():
-        for call in methods.values():
+        for method, call in methods.items():
             is_open = path.startswith("/health")
             assert call.get("security") == (None if is_open else [{"APIKey": []}]), path
             assert ("401" in call["responses"]) is not is_open
-            assert ("429" in call["responses"]) is (path in MAKING and call is methods.get("post"))
+            assert ("429" in call["responses"]) is ((method, path) in LIMITED)
     calls = {
         (method.upper(), re.sub("{[a-z_]+}", "x", path))
         for path, methods in paths.items()
@@ -306,3 +310,47 @@ def test_without_keys_everything_is_open(client: httpx.Client) -> None:
     for path in ("/docs", "/redoc", "/openapi.json", "/metrics", "/v1/sessions", "/v1/models"):
         assert client.get(path).status_code == 200
         assert client.get(path, headers={"Authorization": "Bearer any"}).status_code == 200
+
+
+def test_what_runs_for_a_revoked_key_ends(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    _, secret = add_key(file, "app", Limits())
+    _, other = add_key(file, "other", Limits())
+    settings = tiny_settings(tiny_checkpoint, tmp_path / "data", key_file=file)
+    endless = {"prompt": [1], "max_tokens": 60_000, "ignore_eos": True, "stream": True}
+    with live_server(settings) as server, client_with(server, secret) as client:
+        session_id = client.post("/v1/sessions").json()["id"]
+        body = endless | {"session_id": session_id, "resumable": True}
+        with (
+            client.stream("POST", "/v1/completions", json=endless) as running,
+            client.stream("POST", "/v1/completions", json=body) as resumable,
+            client_with(server, other) as neighbour,
+            neighbour.stream("POST", "/v1/completions", json=endless) as goes_on,
+        ):
+            revoke_key(file, "app")
+            for stream in (running, resumable):
+                *_, error, done = (line for line in stream.iter_lines() if line.startswith("data:"))
+                assert "was revoked" in error
+                assert done == "data: [DONE]"
+            server.wait_until_running(1)
+            lines = goes_on.iter_lines()
+            assert all(next(lines) is not None for _ in range(10))
+        entry = [*server.service.open_turns._turns]
+        assert len(entry) <= 1
+
+
+def test_a_key_leaves_connections_to_others(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(
+        tiny_checkpoint, tmp_path, api_key=("alpha", "beta"), max_connections=6
+    )
+    endless = {"prompt": [1], "max_tokens": 60_000, "ignore_eos": True, "stream": True}
+    with live_server(settings) as server, ExitStack() as stack:
+        many = stack.enter_context(client_with(server, "alpha"))
+        for _ in range(3):
+            asked = many.stream("POST", "/v1/completions", json=endless)
+            assert stack.enter_context(asked).status_code == 200
+        refused = many.post("/v1/completions", json=BODY)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+        assert refused.json()["error"]["code"] == "too_many_requests"
+        other = stack.enter_context(client_with(server, "beta"))
+        complete(other)

@@ -408,3 +408,57 @@ def test_chats_responses_and_resumable_streams_count_too(limited: LiveServer) ->
         assert left(client.get("/v1/models"))[0] == "1"
         refused = client.post("/v1/completions", json=BODY | {"prompt": [1] * 90})
         assert refused.json()["error"]["code"] == "tokens_per_minute"
+
+
+@pytest.mark.usefixtures("clock")
+def test_sequences_have_places_of_their_own() -> None:
+    async def main() -> None:
+        limits, who = limiter(), caller(concurrent_sequences=4, requests_per_minute=9)
+        first, second = limits.enter(who), limits.enter(who)
+        with pytest.raises(InvalidRequest) as wrong:
+            await first.check(1, 5)
+        assert wrong.value.code == "concurrent_sequences"
+        await first.check(1, 3)
+        with pytest.raises(RateLimited) as caught:
+            await second.check(1, 2)
+        assert caught.value.code == "concurrent_sequences"
+        await second.check(1, 1)
+        await first.leave(0)
+        await second.leave(0)
+        assert not limits._sequences
+        await limits.enter(who).check(1, 4)
+
+    run(main)
+
+
+def test_what_costs_counts_though_it_generates_nothing(limited: LiveServer) -> None:
+    schema = {"type": "integer", "multipleOf": 0}
+    with client_of(limited, "alpha") as client:
+        assert left(client.post("/tokenize", json={"prompt": "the cat"}))[0] == "3"
+        used = 100 - int(left(client.get("/v1/models"))[1])
+        assert used > 0
+        assert left(client.post("/detokenize", json={"tokens": [1] * 10})) == ("2", str(90 - used))
+        refused = client.post("/v1/completions", json=BODY | {"guided_json": schema})
+        assert (refused.status_code, left(refused)[0]) == (400, "1")
+        session = client.post("/v1/sessions").json()["id"]
+        assert left(client.post(f"/v1/sessions/{session}/fork"))[0] == "0"
+        for path in (f"/v1/sessions/{session}/fork", "/tokenize", "/v1/sessions/import"):
+            refused = client.post(path, json={"prompt": "a"} if path == "/tokenize" else None)
+            assert refused.json()["error"]["code"] == "requests_per_minute"
+        refused = client.get(f"/v1/sessions/{session}/state")
+        assert refused.json()["error"]["code"] == "requests_per_minute"
+        assert client.delete(f"/v1/sessions/{session}").status_code == 200
+
+
+def test_usage_is_told_by_key(limited: LiveServer) -> None:
+    with client_of(limited, "alpha") as client, client_of(limited, "beta") as other:
+        answer = complete(client, prompt=[1, 2, 3], max_tokens=2, ignore_eos=True)
+        client.post("/v1/sessions", json={"prompt": [1, 2], "metadata": {"a": "b"}})
+        used = client.get("/v1/usage").json()
+        assert used["requests"] == 2
+        assert used["prompt_tokens"] == 5
+        assert used["completion_tokens"] == answer["usage"]["completion_tokens"] == 2
+        assert (used["sessions"], used["responses"], used["states"]) == (1, 0, 1)
+        assert used["bytes"] > len('{"a": "b"}')
+        nothing = other.get("/v1/usage").json()
+        assert {nothing[name] for name in used if name not in ("object", "since")} == {0}

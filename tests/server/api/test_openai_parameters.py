@@ -77,6 +77,8 @@ def test_null_asks_for_nothing(client: httpx.Client, path: str, name: str) -> No
         for path in (CHATS, RESPONSES)
         for changes in (
             {"service_tier": "auto"},
+            {"service_tier": "flex"},
+            {"priority": -3},
             {"moderation": None},
             {"prompt_cache_options": {"mode": "explicit", "ttl": "30m"}},
             {"prompt_cache_key": "k", "prompt_cache_retention": "24h", "safety_identifier": "s"},
@@ -102,7 +104,6 @@ def test_what_asks_for_nothing_is_accepted(
 @pytest.mark.parametrize(
     ("path", "changes", "param"),
     [
-        *((p, {"service_tier": t}, "service_tier") for p in (CHATS, RESPONSES) for t in ("flex",)),
         *((p, {"moderation": {"model": "m"}}, "moderation") for p in (CHATS, RESPONSES)),
         (CHATS, {"reasoning_effort": "low"}, "reasoning_effort"),
         (RESPONSES, {"reasoning": {"effort": "low"}}, "reasoning.effort"),

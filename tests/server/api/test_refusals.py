@@ -56,7 +56,7 @@ class World:
             "stored": service.ledger._store.total,
             "busy": set(service.ledger._open),
             "streams": set(service.streams._streams),
-            "space": service.streams._num_running,
+            "space": dict(service.streams._running),
             "running": dict(service.limiter._running),
             "reserved": len(service.ledger._quota._reserved),
             "turns": len(service.open_turns._turns),

@@ -85,7 +85,7 @@ def test_ended_streams_make_space_and_are_forgotten_in_time() -> None:
         nonlocal now
         streams = Streams(StreamLimits(2, 1000, ttl_s=10), clock=lambda: now)
         for name in ("a", "b", "c"):
-            with streams.space():
+            with streams.space("me"):
                 stream = streams.add("me", name)
             assert streams.expires_at(stream) is None
             stream.end("completed")
@@ -98,9 +98,12 @@ def test_ended_streams_make_space_and_are_forgotten_in_time() -> None:
         now += 10
         with pytest.raises(NotFound):
             streams.get("me", "c")
-        with streams.space(), streams.space(), pytest.raises(Overloaded), streams.space():
-            pass
-        with streams.space():
+        with streams.space("me"), streams.space("me"):
+            with pytest.raises(Overloaded), streams.space("me"):
+                pass
+            with streams.space("you"), pytest.raises(Overloaded), streams.space("you"):
+                pass
+        with streams.space("me"):
             pass
 
     asyncio.run(main())

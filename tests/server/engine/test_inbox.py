@@ -1,5 +1,7 @@
 """What waits is bounded, in requests and in tokens; messages come out as they went in."""
 
+from dataclasses import replace
+
 import pytest
 
 from model.decoding.sampling import SamplingParams
@@ -14,6 +16,8 @@ from server.engine.messages import (
     Submit,
 )
 from server.errors import Overloaded
+
+REQUEST = EngineRequest("", None, Continuation(), (), 1, SamplingParams())
 
 
 def submit(name: str, num_tokens: int) -> Submit:
@@ -94,3 +98,29 @@ def test_who_waits_for_so_long_gets_nothing() -> None:
     assert list(inbox.receive(wait=True, timeout_s=0.001)) == []
     inbox.put(Cancel("a"))
     assert list(inbox.receive(wait=True, timeout_s=0.001)) == [Cancel("a")]
+
+
+def test_one_owner_does_not_fill_the_queue_for_others() -> None:
+    inbox = Inbox(8, 800)
+
+    def ask(owner: str, count: int, num_tokens: int = 1) -> None:
+        made = replace(REQUEST, owner=owner, token_ids=(1,) * num_tokens)
+        inbox.submit(*(Submit(made, 0.0) for _ in range(count)))
+
+    ask("a", 8)
+    with pytest.raises(Overloaded):
+        ask("a", 1)
+    ask("b", 4)
+    with pytest.raises(Overloaded):
+        ask("b", 1)
+    ask("c", 2, 100)
+    with pytest.raises(Overloaded):
+        ask("d", 1, 700)
+
+
+def test_pending_tokens_count() -> None:
+    inbox = Inbox(8, 800)
+    start = replace(REQUEST.continuation, position=801, pending=(1,) * 801)
+    inbox.submit(Submit(replace(REQUEST, continuation=start), 0.0))
+    with pytest.raises(Overloaded):
+        inbox.submit(Submit(replace(REQUEST, token_ids=(1,)), 0.0))

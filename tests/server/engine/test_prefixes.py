@@ -20,7 +20,7 @@ REQUEST = EngineRequest("", None, Continuation(), (), 5, SamplingParams())
 def sequence(*chunks: int, tail: int = 2, scored: bool = False, salt: bytes = b"") -> Sequence:
     """A prompt of whole chunks, each of one token, and a tail that is not a whole one."""
     ids = (*(token for token in chunks for _ in range(CHUNK)), *(0,) * tail)
-    request = replace(REQUEST, token_ids=ids, score_prompt=scored, prefix_salt=salt)
+    request = replace(REQUEST, token_ids=ids, score_prompt=scored, owner=salt.decode())
     return Sequence(request, 0.0)
 
 

@@ -281,3 +281,97 @@ def test_what_only_counts_needs_neither_torch_nor_numpy() -> None:
     code = "import sys, server.engine.scheduler; print({'torch', 'numpy'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def decode(scheduler: Scheduler[Sequence], max_steps: int) -> list[str]:
+    """Steps in which prompts of one token begin to decode; who decodes in the last one."""
+    decoded = list[str]()
+    for _ in range(max_steps):
+        admit(scheduler)
+        for each in list(scheduler.reading):
+            scheduler.reading.remove(each)
+            scheduler.decoding[scheduler.slots.row(each.request.request_id)] = each
+        decoded = [each.request.request_id for each in scheduler.plan().decode]
+    return decoded
+
+
+def of(owner: str, count: int, **changes: Any) -> list[Sequence]:
+    return [sequence(f"{owner}{i}", 1, owner=owner, **changes) for i in range(count)]
+
+
+SHARED = replace(LIMITS, max_running=4, warm_sessions=4)
+
+
+def test_one_owner_gets_everything_until_another_comes() -> None:
+    scheduler = scheduler_of(*of("a", 9), limits=SHARED)
+    assert len(decode(scheduler, 3)) == 4
+    for each in of("b", 1):
+        scheduler.add(each)
+    decoded = decode(scheduler, 1)
+    assert sorted(name[0] for name in decoded) == ["a", "a", "a", "b"]
+    for each in of("b", 9)[1:]:
+        scheduler.add(each)
+    assert sorted(name[0] for name in decode(scheduler, 1)) == ["a", "a", "b", "b"]
+    paused = [each.request.request_id for each in scheduler.sequences() if each.is_paused]
+    for each in [each for each in scheduler.sequences() if each.request.owner == "b"]:
+        if each in scheduler.waiting:
+            scheduler.waiting.remove(each)
+        else:
+            row = scheduler.slots.row(each.request.request_id)
+            del scheduler.decoding[row]
+            scheduler.slots.release(each.request.request_id)
+    assert set(paused) <= set(decode(scheduler, 1))
+    assert not any(each.is_paused for each in scheduler.sequences())
+
+
+def test_more_owners_than_may_run_have_the_engine_in_turn() -> None:
+    names = "abcdef"
+    limits = replace(SHARED, max_running=2, warm_sessions=6)
+    scheduler = scheduler_of(*(each for name in names for each in of(name, 2)), limits=limits)
+    counts = dict.fromkeys(names, 0)
+    for _ in range(3000):
+        decoded = decode(scheduler, 1)
+        assert len(decoded) == 2
+        for name in decoded:
+            counts[name[0]] += 1
+    assert max(counts.values()) < 1.3 * min(counts.values())
+
+
+def test_paused_sequences_leave_rows_for_owners_that_have_none() -> None:
+    scheduler = scheduler_of(*of("a", 20), limits=replace(SHARED, warm_sessions=2))
+    decode(scheduler, 2)
+    for name in "bc":
+        for each in of(name, 20):
+            scheduler.add(each)
+        decode(scheduler, 2)
+    assert {each.request.owner for each in scheduler.decoding.values()} == {"a", "b", "c"}
+    assert len(decode(scheduler, 1)) == 4
+
+
+def test_without_spare_rows_nobody_is_paused() -> None:
+    scheduler = scheduler_of(*of("a", 9), limits=replace(SHARED, warm_sessions=0))
+    decode(scheduler, 2)
+    scheduler.add(of("b", 1)[0])
+    assert {name[0] for name in decode(scheduler, 2)} == {"a"}
+    assert not any(each.is_paused for each in scheduler.sequences())
+
+
+def test_prompts_of_who_has_had_less_are_read_first() -> None:
+    limits = replace(SHARED, prefill_chunk_tokens=64)
+    scheduler = scheduler_of(*(sequence(f"a{i}", 640, owner="a") for i in range(3)), limits=limits)
+    admit(scheduler)
+    read(scheduler)
+    scheduler.add(sequence("b", 640, owner="b"))
+    admit(scheduler)
+    read_for = [each.request.owner for _ in range(12) for each, _ in read(scheduler).read]
+    assert 4 <= read_for.count("b") <= 9
+
+
+def test_priority_and_the_flexible_tier_order_an_owners_own() -> None:
+    asked = [
+        sequence("flexible", 1, owner="a", is_flexible=True, priority=-9),
+        sequence("plain", 1, owner="a"),
+        sequence("late", 1, owner="a", priority=5),
+        sequence("urgent", 1, owner="a", priority=-1),
+    ]
+    assert admit(scheduler_of(*asked)) == ["urgent", "plain", "late", "flexible"]

@@ -263,13 +263,13 @@ def test_a_scored_prompt_is_read_wholly_and_others_share_what_it_read(
 ) -> None:
     cache_bytes = 8 * checkpoint.network.state_spec.num_bytes
     stepper = Stepper(checkpoint, replace(SMALL, prefix_cache_bytes=cache_bytes))
-    asked = request("first", 200, score_prompt=True, num_logprobs=1, prefix_salt=b"a")
+    asked = request("first", 200, score_prompt=True, num_logprobs=1, owner="a")
     _, first = stepper.turn(asked)
     for name, changes, cached in (
         ("plain", {"score_prompt": False}, 192),
         ("again", {}, 0),
-        ("salted", {"score_prompt": False, "prefix_salt": b"b"}, 0),
-        ("unsalted", {"score_prompt": False, "prefix_salt": b""}, 0),
+        ("salted", {"score_prompt": False, "owner": "b"}, 0),
+        ("unsalted", {"score_prompt": False, "owner": ""}, 0),
     ):
         text, last = stepper.turn(replace(asked, request_id=name, **changes))
         assert last.cached_tokens == cached

@@ -93,7 +93,8 @@ def test_all_that_is_cancelled_at_once_is_gone_before_the_next_step(
     assert list(stepper.owners()) == ["after"]
     stepper.run()
     assert {event.request_id for event in stepper.events()[before:]} == {"after"}
-    assert stepper.inbox._num_waiting == stepper.inbox._num_tokens == 0
+    assert not stepper.inbox._num_waiting
+    assert not stepper.inbox._num_tokens
     stepper.run()
     assert all(map(is_poison, stepper.pool.tensors.values()))
 
@@ -319,7 +320,8 @@ def test_whatever_ends_when_no_row_is_lost_and_no_state_is_left(
                 assert name in play.cancelled
     assert stepper.slots.num_active == 0
     assert stepper.slots.num_free + stepper.slots.num_kept == stepper.slots.num_rows
-    assert stepper.inbox._num_waiting == stepper.inbox._num_tokens == 0
+    assert not stepper.inbox._num_waiting
+    assert not stepper.inbox._num_tokens
     for name in stepper.owners():
         stepper.release(name)
     stepper.step()

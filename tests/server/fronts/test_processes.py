@@ -313,6 +313,18 @@ def test_without_its_core_no_front_stays(fronted: ServerProcess) -> None:
         wait_until_gone(pids)
 
 
+def test_a_front_that_hangs_is_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with server_process(tiny_checkpoint, tmp_path, *FLAGS) as server:
+        first, second = fronts(server)
+        os.kill(first, signal.SIGSTOP)
+        wait_until(lambda: not is_alive(first))
+        wait_until(lambda: len(fronts(server)) == 2)
+        assert second in fronts(server)
+        with server.client() as client:
+            complete(client)
+        assert server.stop() == 0
+
+
 def test_fronts_log_as_the_core_does(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with server_process(tiny_checkpoint, tmp_path, *FLAGS) as server, server.client() as client:
         complete(client)

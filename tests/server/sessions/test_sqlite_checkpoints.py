@@ -1,6 +1,7 @@
 """Checkpoints in the SQLite store: kept, forked, gone back to, and the answers kept with them."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -214,7 +215,7 @@ def test_the_state_of_a_response_can_become_a_session(tmp_path: Path) -> None:
             assert copied == expected
             assert await blob_of(store, "s") == b"state"
             before = store.total
-            assert before == Usage(1, 2, 2, 9 + 9 + 5 + 5)
+            assert before == Usage(1, 2, 2, 9 + 9 + 5 + 5 + len(json.dumps({"topic": "cats"})))
             for name, turn in (("bare", 1), ("bare", 0), ("r", 0), ("nobody", 1)):
                 assert await store.fork(name, replace(session("t"), turn=turn)) is None
             assert (await store.get("session", "t"), store.total) == (None, before)

@@ -76,7 +76,7 @@ def test_only_a_row_that_is_kept_is_released(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
             w.tiers.row_kept("kept")
-            w.tiers.cache("kept", state())
+            w.tiers.cache("kept", state(), "")
             num_forgotten = w.tiers.num_forgotten
             for _ in range(2):
                 w.tiers.release("other")
@@ -96,9 +96,9 @@ def test_only_a_row_that_is_kept_is_released(tmp_path: Path) -> None:
 def test_a_cached_state_takes_the_place_of_another(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path, cache_bytes=2 * CACHED_BYTES) as w:
-            w.tiers.cache("a", state(b"a"))
-            w.tiers.cache("b", state(b"b"))
-            w.tiers.cache("c", state(b"c"), replaced="b")
+            w.tiers.cache("a", state(b"a"), "")
+            w.tiers.cache("b", state(b"b"), "")
+            w.tiers.cache("c", state(b"c"), "", replaced="b")
             assert [w.tiers.cached(name) for name in "abc"] == [state(b"a"), None, state(b"c")]
             assert w.evictions("host") == 0
 

@@ -160,7 +160,9 @@ def test_a_closed_compiler_compiles_nothing(moment: str, tokens: Tokenizer) -> N
         )
         await asyncio.sleep(0)
         if moment != "at once":
-            await until(lambda: made._idle.qsize() == 1 and made._trials[-1]._process)
+            await until(
+                lambda: len(made._idle) == compiler.PROCESSES - 1 and made._trials[-1]._process
+            )
         if moment == "at work":
             await asyncio.sleep(0.1)
         made.close()

@@ -55,7 +55,7 @@ async def respond(service: Service, **changes: object) -> Stream:
 
 
 async def stored(service: Service, response_id: str) -> dict[str, Any]:
-    found = await get_response(response_id, service, CALLER.owner)
+    found = await get_response(response_id, service, CALLER)
     return dict(json.loads(bytes(found.body)))
 
 

@@ -6,10 +6,14 @@ import pytest
 
 from server.api.generation.router import MOST_APART, Aborted, EventQueue
 from server.engine.messages import Event, Failed, PromptScored, TextDelta, Token
+from server.errors import ShuttingDown
 
 
 def delta(number: int, request_id: str = "a") -> TextDelta:
     return TextDelta(request_id, f"{number} ", (Token(number),))
+
+
+STOPPED = Aborted(ShuttingDown())
 
 
 def drain(queue: EventQueue) -> list[Event | Aborted]:
@@ -22,7 +26,7 @@ def drain(queue: EventQueue) -> list[Event | Aborted]:
 
 def test_events_come_as_they_were_put() -> None:
     queue = EventQueue()
-    events: list[Event | Aborted] = [delta(1), delta(2, "b"), Failed("a", "no"), Aborted()]
+    events: list[Event | Aborted] = [delta(1), delta(2, "b"), Failed("a", "no"), STOPPED]
     for event in events:
         queue.put(event)
     assert drain(queue) == events
@@ -60,13 +64,13 @@ def test_after_a_pause_events_come_apart_again() -> None:
 def test_texts_come_together_and_what_is_no_text_alone() -> None:
     queue = EventQueue()
     scored, failed = PromptScored("a", (Token(0),)), Failed("a", "no")
-    for event in (scored, delta(1), delta(2, "b"), delta(3), failed, delta(4, "c"), Aborted()):
+    for event in (scored, delta(1), delta(2, "b"), delta(3), failed, delta(4, "c"), STOPPED):
         queue.put(event)
     both = TextDelta("a", "1 3 ", (Token(1), Token(3)), 2)
     assert queue.take() == [scored, both, delta(2, "b")]
     assert queue.take() == failed
     assert queue.take() == [delta(4, "c")]
-    assert queue.take() == Aborted()
+    assert queue.take() == STOPPED
 
 
 def test_a_reader_waits_for_the_next_event() -> None:

@@ -289,7 +289,7 @@ def test_half_a_character_only_matters_where_text_goes_on(
             common: dict[str, Any] = {"owner": "me", "keep_as": "x", "deadline": None}
             behind, after = generation.requests([(), (5,)], start, None, **common)
             assert (behind.continuation.undecoded, after.continuation.undecoded) == (b"\xe2", b"")
-            assert (behind.prefix_salt, behind.keep_as) == (b"me", "x")
+            assert (behind.owner, behind.keep_as) == ("me", "x")
             await turn.close(None, 0)
 
     asyncio.run(main())

@@ -1,0 +1,177 @@
+"""What a client sees of another key that asks for as much as it may: its times alone and beside it.
+
+    python -m loadtest.bench_neighbour --against ../before
+
+A server of the default model and two keys. The one client asks for a few tokens again and again,
+or has a small source compiled; the other one sends, in turn, one request of 256 prompts, long
+prompts, long texts to be tokenised, and sources that are slow to compile. With `--against FOLDER`,
+another checkout of this repository, its server has the same done to it first.
+"""
+
+import http.client
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+NEIGHBOUR, CLIENT = "key-of-the-neighbour", "key-of-the-client"
+FLAGS = ("--api-key", NEIGHBOUR, "--api-key", CLIENT, "--log-level", "warning")
+PATIENCE_S = 30.0
+Body = Callable[[int], tuple[str, dict[str, object]]]
+"""Path and body of the request of a number."""
+
+
+def crowd(number: int) -> tuple[str, dict[str, object]]:
+    del number
+    return "/v1/completions", {"prompt": ["Once"] * 256, "max_tokens": 2000, "ignore_eos": True}
+
+
+def long_prompt(number: int) -> tuple[str, dict[str, object]]:
+    return "/v1/completions", {"prompt": [number % 4000, *[300, 301] * 8000], "max_tokens": 1}
+
+
+def long_text(number: int) -> tuple[str, dict[str, object]]:
+    return "/tokenize", {"prompt": f"{number} " + "There was once a little fox. " * 30_000}
+
+
+def slow_source(number: int) -> tuple[str, dict[str, object]]:
+    names = {f"p{i}": {"type": "string"} for i in range(5500)}
+    schema = {"type": "object", "properties": names, "description": str(number)}
+    return "/v1/completions", {"prompt": "x", "max_tokens": 1, "guided_json": schema}
+
+
+def few_tokens(number: int) -> tuple[str, dict[str, object]]:
+    return "/v1/completions", {"prompt": f"There was {number}", "max_tokens": 4}
+
+
+def small_source(number: int) -> tuple[str, dict[str, object]]:
+    regex = f"a{number}b"
+    return "/v1/completions", {"prompt": "x", "max_tokens": 1, "guided_regex": regex}
+
+
+KINDS: dict[str, tuple[Body, int, Body]] = {
+    "one request of 256 prompts": (crowd, 1, few_tokens),
+    "8 prompts of 16,001 tokens": (long_prompt, 8, few_tokens),
+    "8 texts of 870 kB": (long_text, 8, few_tokens),
+    "8 slow sources": (slow_source, 8, small_source),
+}
+"""What the neighbour sends, how often at the same time, and what the client asks for."""
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[int]:
+    """A server of the checkout in a folder, on a free port."""
+    with tempfile.TemporaryDirectory() as data:
+        command = [sys.executable, "-m", "server", "serve", "--port", "0", "--data-dir", data]
+        process = subprocess.Popen(
+            [*command, *FLAGS], cwd=folder, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            for line in process.stdout or ():
+                if found := re.match(r"listening +http://.*:(\d+)", line):
+                    yield int(found[1])
+                    break
+            else:
+                raise RuntimeError("the server did not start")
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def ask(port: int, key: str, path: str, body: bytes, timeout_s: float) -> int:
+    """The answer's status."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    try:
+        connection.request("POST", path, body, headers)
+        response = connection.getresponse()
+        response.read()
+        return response.status
+    finally:
+        connection.close()
+
+
+def times(port: int, body: Body, seconds: float, start: int) -> tuple[list[float], int]:
+    """Seconds that each of the client's requests takes, and how many were refused or unanswered."""
+    taken, bad, number, end = list[float](), 0, start, time.monotonic() + seconds
+    while time.monotonic() < end:
+        number += 1
+        path, asked = body(number)
+        began = time.monotonic()
+        try:
+            bad += ask(port, CLIENT, path, json.dumps(asked).encode(), PATIENCE_S) != 200
+        except TimeoutError:
+            bad += 1
+        taken.append(time.monotonic() - began)
+        time.sleep(0.02)
+    return taken, bad
+
+
+@contextmanager
+def beside(port: int, body: Body, count: int) -> Iterator[None]:
+    """While the block runs, the neighbour has so many requests there."""
+    stop = threading.Event()
+
+    def send(first: int) -> None:
+        number = first
+        while not stop.is_set():
+            number += count
+            path, asked = body(number)
+            with suppress(OSError, http.client.HTTPException):
+                ask(port, NEIGHBOUR, path, json.dumps(asked).encode(), 10.0)
+
+    threads = [threading.Thread(target=send, args=(i,), daemon=True) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.0)
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def described(taken: list[float], bad: int) -> str:
+    ordered = sorted(taken)
+    middle, p99 = (
+        ordered[len(ordered) // 2],
+        ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)],
+    )
+    return (
+        f"{len(taken):4d} asked {bad:3d} bad  p50 {middle * 1e3:7.0f} ms  p99 {p99 * 1e3:7.0f} ms"
+    )
+
+
+def measure(folder: Path, seconds: float) -> None:
+    print(folder.resolve().name)
+    with server(folder) as port:
+        for name, (body, count, asked) in KINDS.items():
+            times(port, asked, 1.0, 10_000)
+            print(f"  {name:28} alone   {described(*times(port, asked, seconds, 20_000))}")
+            with beside(port, body, count):
+                found = described(*times(port, asked, seconds, 30_000))
+            print(f"  {'':28} beside  {found}", flush=True)
+
+
+def main(
+    seconds: Annotated[float, typer.Option(help="Of each measurement.")] = 8.0,
+    against: Annotated[Path | None, typer.Option(help="Another checkout.")] = None,
+) -> None:
+    """Measure."""
+    for folder in (against, Path.cwd()):
+        if folder is not None:
+            measure(folder, seconds)
+
+
+if __name__ == "__main__":
+    typer.run(main)
