@@ -25,6 +25,11 @@ def can_fuse() -> bool:
     return architecture != "x86_64" or "+fma" in features
 
 
+def has_wide_registers() -> bool:
+    """Whether there are 32 vector registers of 512 bits."""
+    return "+avx512f" in _target()[1]
+
+
 def _target() -> tuple[str, list[str]]:
     triple, _, features = registry.cpu_target.target_context.codegen().magic_tuple()
     return triple.split("-")[0], features.split(",")

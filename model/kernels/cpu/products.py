@@ -1,24 +1,53 @@
 """Products with a weight that is kept in any of the dtypes, for any number of rows.
 
-A weight `[out, in]` lies in blocks of 64 outputs, `[out / 64, in, 64]`, in the order in which it is
-read. Every output is summed over `in` from first to last, one fused multiply-add after another, in
-float32, whatever the number of rows or threads: a row's bits do not depend on its company.
+A weight `[out, in]` lies in blocks of 64 outputs, `[out / 64, steps, 64]`, in the order in which it
+is read. A step has one input, or as many as the processor multiplies by one instruction: the
+type of a weight's numbers says which arithmetic it is for.
+
+| numbers | are | inputs | sums |
+|---|---|---|---|
+| float32, uint16, int8 | one weight: float32, bfloat16, int8 | float32 | float32 |
+| uint32 | two weights in bfloat16 | rounded to bfloat16 | float32, by VDPBF16PS |
+| int32 | four weights of int8, each plus 128 | int8, one scale a row | int32, by VPDPBUSD |
+
+Every output is summed over the steps from first to last, one instruction after another, whatever
+the number of rows or threads: a row's bits do not depend on its company.
 """
 
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import float32, int64, types
-from numba.extending import intrinsic
+from llvmlite import binding, ir
+from numba import float32, int32, int64, types, uint32
+from numba.extending import intrinsic, overload
 
-from model.kernels.cpu.functions import jit
+from model.kernels.cpu.compilation import has_wide_registers
+from model.kernels.cpu.functions import bits, from_bits, jit
 
 BLOCK = 64
 """Outputs of a weight that are computed together."""
 
-ROWS = 128
+ROWS = 126
 """Rows of the input that stay in the cache while a block of the weight passes by."""
+
+TALL = 6 if has_wide_registers() else 4
+"""Rows whose sums over a block stay in registers together; `ROWS` are whole ones."""
+
+PANEL = 128
+"""Steps of a block that stay in the first cache while all rows pass by."""
+
+TOGETHER = {types.uint32: 2, types.int32: 4}
+"""Inputs of a step, by the numbers of a weight; else one."""
+
+LANES = 16
+"""Numbers of 32 bits in a register of AVX-512."""
+
+INSTRUCTIONS = {types.uint32: "vdpbf16ps", types.int32: "vpdpbusd"}
+
+binding.initialize_native_asmparser()  # reads the names of instructions
+
+SMALLEST = float32(1e-30)
+"""Rows of inputs that are all smaller do not use the whole range of int8."""
 
 
 @intrinsic
@@ -29,6 +58,16 @@ def number(_typing: Any, weight: Any) -> Any:
         return _as_numbers(builder, weight, args[0], ir.FloatType(), lambda bits: bits)
 
     return types.float32(weight), build
+
+
+@intrinsic
+def together(_typing: Any, numbers: Any) -> Any:
+    """Inputs of a step for a weight of such numbers."""
+
+    def build(_context: Any, _builder: Any, _signature: Any, _args: Any) -> Any:
+        return ir.Constant(ir.IntType(64), TOGETHER.get(numbers.dtype, 1))
+
+    return types.int64(numbers), build
 
 
 def _as_numbers(builder: Any, kept_as: Any, value: Any, number_type: Any, many: Any) -> Any:
@@ -53,19 +92,31 @@ def _multiply(num_rows: int) -> Any:
         _typing: Any, x: Any, _x_at: Any, _stride: Any, block: Any, _block_at: Any,
         _count: Any, sums: Any, _sums_at: Any,
     ) -> Any:  # fmt: skip
-        kept = {types.uint16: ir.IntType(16), types.int8: ir.IntType(8)}.get(
-            block.dtype, ir.FloatType()
-        )
-        kept_bytes = block.dtype.bitwidth // 8
-        one, index = ir.FloatType(), ir.IntType(64)
-        vector, kept_vector = ir.VectorType(one, BLOCK), ir.VectorType(kept, BLOCK)
-        undefined = ir.Constant(vector, ir.Undefined)
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), BLOCK), [0] * BLOCK)
+        kept_bits = block.dtype.bitwidth
+        kept = ir.FloatType() if block.dtype == types.float32 else ir.IntType(kept_bits)
+        total = ir.IntType(32) if sums.dtype == types.int32 else ir.FloatType()
+        one = ir.FloatType() if x.dtype == types.float32 else ir.IntType(32)
+        by_instruction = block.dtype in INSTRUCTIONS
+        width = LANES if by_instruction else BLOCK
+        parts = range(BLOCK // width)
+        index, vector = ir.IntType(64), ir.VectorType(total, width)
+        repeated, kept_vector = ir.VectorType(one, width), ir.VectorType(kept, width)
+        undefined = ir.Constant(repeated, ir.Undefined)
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
 
         def build(context: Any, b: Any, _signature: Any, args: Any) -> Any:
-            fma = b.module.declare_intrinsic(
-                f"llvm.fma.v{BLOCK}f32", (), ir.FunctionType(vector, [vector] * 3)
-            )
+            if by_instruction:
+                step = ir.FunctionType(vector, [vector, kept_vector, repeated])
+                code = f"{INSTRUCTIONS[block.dtype]} $3, $2, $0"
+                add_product = ir.InlineAsm(step, code, "=v,0,v,v")
+            else:
+                step = ir.FunctionType(vector, [vector] * 3)
+                fma = b.module.declare_intrinsic(f"llvm.fma.v{width}f32", (), step)
+
+            def add(sum_: Any, w: Any, value: Any) -> Any:
+                if by_instruction:
+                    return b.call(add_product, [sum_, w, value])
+                return b.call(fma, [value, w, sum_])
 
             def address(array: Any, value: Any, at: Any, kind: Any) -> Any:
                 data = context.make_array(array)(context, b, value).data
@@ -77,36 +128,44 @@ def _multiply(num_rows: int) -> Any:
                 )
 
             x_value, x_at, stride, block_value, block_at, count, sums_value, sums_at = args
-            row = range(num_rows)
+            rows = range(num_rows)
             places = [
-                address(sums, sums_value, b.add(sums_at, index(r * BLOCK)), vector) for r in row
+                address(sums, sums_value, b.add(sums_at, index(r * BLOCK + p * width)), vector)
+                for r in rows
+                for p in parts
             ]
-            inputs = [address(x, x_value, b.add(x_at, b.mul(stride, index(r))), one) for r in row]
+            inputs = [address(x, x_value, b.add(x_at, b.mul(stride, index(r))), one) for r in rows]
             weights = address(block, block_value, block_at, kept_vector)
             first = [b.load(place, align=4) for place in places]
             before, loop, after = (
-                b.block, b.append_basic_block("inputs"), b.append_basic_block("end"),
+                b.block, b.append_basic_block("steps"), b.append_basic_block("end"),
             )  # fmt: skip
             b.branch(loop)
             b.position_at_end(loop)
-            k, totals = b.phi(index), [b.phi(vector) for _ in row]
-            w = _as_numbers(
-                b, block.dtype, b.load(b.gep(weights, [k]), align=kept_bytes), vector,
-                lambda bits: ir.VectorType(bits, BLOCK),
-            )  # fmt: skip
+            k, totals = b.phi(index), [b.phi(vector) for _ in places]
+            at = b.mul(k, index(len(parts)))
+            w = [
+                _as_numbers(
+                    b, block.dtype,
+                    b.load(b.gep(weights, [b.add(at, index(p))]), align=kept_bits // 8),
+                    vector, lambda bits: ir.VectorType(bits, width),
+                )
+                for p in parts
+            ]  # fmt: skip
+            values = [repeat(b.load(b.gep(inputs[r], [k]))) for r in rows]
             results = [
-                b.call(fma, [repeat(b.load(b.gep(inputs[r], [k]))), w, totals[r]]) for r in row
+                add(totals[r * len(parts) + p], w[p], values[r]) for r in rows for p in parts
             ]
             following = b.add(k, index(1))
             k.add_incoming(index(0), before)
             k.add_incoming(following, loop)
-            for r in row:
-                totals[r].add_incoming(first[r], before)
-                totals[r].add_incoming(results[r], loop)
+            for sum_, start, result in zip(totals, first, results, strict=True):
+                sum_.add_incoming(start, before)
+                sum_.add_incoming(result, loop)
             b.cbranch(b.icmp_signed("<", following, count), loop, after)
             b.position_at_end(after)
-            for r in row:
-                b.store(results[r], places[r], align=4)
+            for result, place in zip(results, places, strict=True):
+                b.store(result, place, align=4)
             return context.get_dummy_value()
 
         return types.void(x, int64, int64, block, int64, int64, sums, int64), build
@@ -114,7 +173,63 @@ def _multiply(num_rows: int) -> Any:
     return multiply
 
 
-_four_rows, _one_row = _multiply(4), _multiply(1)
+_tall, _three_rows, _two_rows, _one_row = (_multiply(rows) for rows in (TALL, 3, 2, 1))
+
+
+def _inputs_for(x: Any, weight: Any) -> Any:
+    """What a weight is multiplied with, from rows x `[rows, in]` in float32.
+
+    The rows `[rows, steps]`; the scale of each, or of none; what each one's sums begin with.
+    """
+
+
+@overload(_inputs_for, jit_options={"nogil": True, "error_model": "numpy"})
+def _choose_inputs(x: Any, weight: Any) -> Any:
+    if weight.dtype == types.uint32:
+        return _in_pairs
+    return _in_fours if weight.dtype == types.int32 else _as_they_are
+
+
+def _as_they_are(x: Any, weight: Any) -> Any:
+    return x, np.empty(0, np.float32), np.zeros(len(x), np.float32)
+
+
+@jit
+def _rounded(x: Any) -> Any:
+    """The bits of a float32 in bfloat16, rounded to nearest, halves to even."""
+    whole = uint32(bits(x))
+    return (whole + uint32(0x7FFF) + ((whole >> uint32(16)) & uint32(1))) >> uint32(16)
+
+
+def _in_pairs(x: Any, weight: Any) -> Any:
+    rows, num_inputs = x.shape
+    pairs = np.empty((rows, weight.shape[1]), np.uint32)
+    for r in range(rows):
+        for i in range(num_inputs // 2):
+            pairs[r, i] = _rounded(x[r, 2 * i]) | (_rounded(x[r, 2 * i + 1]) << uint32(16))
+        if num_inputs % 2:
+            pairs[r, -1] = _rounded(x[r, -1])
+    return pairs, np.empty(0, np.float32), np.zeros(rows, np.float32)
+
+
+def _in_fours(x: Any, weight: Any) -> Any:
+    rows, num_inputs = x.shape
+    fours = np.empty((rows, weight.shape[1]), np.int32)
+    scales, starts = np.empty(rows, np.float32), np.empty(rows, np.int32)
+    numbers = fours.view(np.int8)
+    for r in range(rows):
+        top = bits(SMALLEST)
+        for i in range(num_inputs):
+            top = max(top, bits(x[r, i]) & int32(0x7FFFFFFF))
+        largest = from_bits(top)
+        total, inverse = int32(0), float32(127.0) / largest
+        for i in range(num_inputs):
+            value = int32(np.rint(x[r, i] * inverse))
+            numbers[r, i] = value
+            total += value
+        numbers[r, num_inputs:] = 0
+        scales[r], starts[r] = largest / float32(127.0), int32(-128) * total
+    return fours, scales, starts
 
 
 @jit
@@ -123,27 +238,40 @@ def product(
 ) -> None:
     """y = x @ weight^T * scale + bias, or y += it.
 
-    x `[rows, in]`, weight `[blocks, in, BLOCK]`, scale and bias `[out]` or empty, y `[rows, out]`.
+    x `[rows, in]`, weight `[blocks, steps, BLOCK]`, scale and bias `[out]` or empty,
+    y `[rows, out]`.
     """
-    rows, num_inputs = x.shape
-    num_blocks, num_outputs = len(weight), y.shape[1]
-    sums = np.empty((min(rows, ROWS), BLOCK), np.float32)
+    rows, num_outputs = y.shape
+    num_blocks, steps = weight.shape[:2]
     for top in range(0, rows, ROWS):
         count = min(ROWS, rows - top)
-        fours = count & ~3
+        whole = count - count % TALL
+        inputs, factors, starts = _inputs_for(x[top : top + count], weight)
+        sums, total = np.empty((count, BLOCK), starts.dtype), np.empty(BLOCK, np.float32)
         for block in range(tid * num_blocks // n, (tid + 1) * num_blocks // n):
-            sums[:count] = float32(0.0)
-            at = block * num_inputs * BLOCK
-            for r in range(0, fours, 4):
-                x_at = (top + r) * num_inputs
-                _four_rows(x, x_at, num_inputs, weight, at, num_inputs, sums, r * BLOCK)
-            for r in range(fours, count):
-                x_at = (top + r) * num_inputs
-                _one_row(x, x_at, num_inputs, weight, at, num_inputs, sums, r * BLOCK)
+            for r in range(count):
+                sums[r] = starts[r]
+            for k in range(0, steps, PANEL):
+                depth, at = min(PANEL, steps - k), (block * steps + k) * BLOCK
+                for r in range(0, whole, TALL):
+                    _tall(inputs, r * steps + k, steps, weight, at, depth, sums, r * BLOCK)
+                r = whole
+                if count - r >= 3:
+                    _three_rows(inputs, r * steps + k, steps, weight, at, depth, sums, r * BLOCK)
+                    r += 3
+                if count - r == 2:
+                    _two_rows(inputs, r * steps + k, steps, weight, at, depth, sums, r * BLOCK)
+                elif count - r == 1:
+                    _one_row(inputs, r * steps + k, steps, weight, at, depth, sums, r * BLOCK)
             first = block * BLOCK
             width = min(BLOCK, num_outputs - first)
             for r in range(count):
-                out, total = y[top + r, first : first + width], sums[r]
+                out = y[top + r, first : first + width]
+                for j in range(BLOCK):
+                    total[j] = float32(sums[r, j])
+                if len(factors):
+                    for j in range(width):
+                        total[j] *= factors[r]
                 if len(scale):
                     for j in range(width):
                         total[j] *= scale[first + j]
@@ -156,3 +284,4 @@ def product(
                 else:
                     for j in range(width):
                         out[j] = total[j]
+
