@@ -25,9 +25,9 @@ def can_fuse() -> bool:
     return architecture != "x86_64" or "+fma" in features
 
 
-def has_wide_registers() -> bool:
-    """Whether there are 32 vector registers of 512 bits."""
-    return "+avx512f" in _target()[1]
+def features() -> list[str]:
+    """What compiled code may use of the processor, as LLVM calls it: `+avx2`, `-avx512f`."""
+    return _target()[1]
 
 
 def _target() -> tuple[str, list[str]]:

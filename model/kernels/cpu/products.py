@@ -1,14 +1,13 @@
 """Products with a weight that is kept in any of the dtypes, for any number of rows.
 
 A weight `[out, in]` lies in blocks of 64 outputs, `[out / 64, steps, 64]`, in the order in which it
-is read. A step has one input, or as many as the processor multiplies by one instruction: the
-type of a weight's numbers says which arithmetic it is for.
+is read. The type of its numbers tells its `Arithmetic`, and with that the inputs of a step:
 
 | numbers | are | inputs | sums |
 |---|---|---|---|
-| float32, uint16, int8 | one weight: float32, bfloat16, int8 | float32 | float32 |
-| uint32 | two weights in bfloat16 | rounded to bfloat16 | float32, by VDPBF16PS |
-| int32 | four weights of int8, each plus 128 | int8, one scale a row | int32, by VPDPBUSD |
+| float32, uint16, int8 | one weight: float32, bfloat16, int8 | as they are | float32 |
+| uint32 | two weights in bfloat16 | rounded to bfloat16 | float32 |
+| int32 | four weights of int8, each plus 128 | whole numbers, one scale a row | int32, exact |
 
 Every output is summed over the steps from first to last, one instruction after another, whatever
 the number of rows or threads: a row's bits do not depend on its company.
@@ -21,7 +20,8 @@ from llvmlite import binding, ir
 from numba import float32, int32, int64, types, uint32
 from numba.extending import intrinsic, overload
 
-from model.kernels.cpu.compilation import has_wide_registers
+from model.kernels.cpu.arithmetic import BY_NUMBERS
+from model.kernels.cpu.compilation import features
 from model.kernels.cpu.functions import bits, from_bits, jit
 
 BLOCK = 64
@@ -30,19 +30,14 @@ BLOCK = 64
 ROWS = 126
 """Rows of the input that stay in the cache while a block of the weight passes by."""
 
-TALL = 6 if has_wide_registers() else 4
+TALL = 6 if "+avx512f" in features() else 4
 """Rows whose sums over a block stay in registers together; `ROWS` are whole ones."""
 
-PANEL = 128
+PANEL = 512
 """Steps of a block that stay in the first cache while all rows pass by."""
 
-TOGETHER = {types.uint32: 2, types.int32: 4}
-"""Inputs of a step, by the numbers of a weight; else one."""
-
 LANES = 16
-"""Numbers of 32 bits in a register of AVX-512."""
-
-INSTRUCTIONS = {types.uint32: "vdpbf16ps", types.int32: "vpdpbusd"}
+"""Outputs of one instruction of an `Arithmetic` that has one."""
 
 binding.initialize_native_asmparser()  # reads the names of instructions
 
@@ -65,7 +60,7 @@ def together(_typing: Any, numbers: Any) -> Any:
     """Inputs of a step for a weight of such numbers."""
 
     def build(_context: Any, _builder: Any, _signature: Any, _args: Any) -> Any:
-        return ir.Constant(ir.IntType(64), TOGETHER.get(numbers.dtype, 1))
+        return ir.Constant(ir.IntType(64), BY_NUMBERS[numbers.dtype].together)
 
     return types.int64(numbers), build
 
@@ -96,8 +91,8 @@ def _multiply(num_rows: int) -> Any:
         kept = ir.FloatType() if block.dtype == types.float32 else ir.IntType(kept_bits)
         total = ir.IntType(32) if sums.dtype == types.int32 else ir.FloatType()
         one = ir.FloatType() if x.dtype == types.float32 else ir.IntType(32)
-        by_instruction = block.dtype in INSTRUCTIONS
-        width = LANES if by_instruction else BLOCK
+        instruction = BY_NUMBERS[block.dtype].instruction
+        width = LANES if instruction else BLOCK
         parts = range(BLOCK // width)
         index, vector = ir.IntType(64), ir.VectorType(total, width)
         repeated, kept_vector = ir.VectorType(one, width), ir.VectorType(kept, width)
@@ -105,16 +100,15 @@ def _multiply(num_rows: int) -> Any:
         zeros = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
 
         def build(context: Any, b: Any, _signature: Any, args: Any) -> Any:
-            if by_instruction:
+            if instruction:
                 step = ir.FunctionType(vector, [vector, kept_vector, repeated])
-                code = f"{INSTRUCTIONS[block.dtype]} $3, $2, $0"
-                add_product = ir.InlineAsm(step, code, "=v,0,v,v")
+                add_product = ir.InlineAsm(step, f"{instruction} $3, $2, $0", "=v,0,v,v")
             else:
                 step = ir.FunctionType(vector, [vector] * 3)
                 fma = b.module.declare_intrinsic(f"llvm.fma.v{width}f32", (), step)
 
             def add(sum_: Any, w: Any, value: Any) -> Any:
-                if by_instruction:
+                if instruction:
                     return b.call(add_product, [sum_, w, value])
                 return b.call(fma, [value, w, sum_])
 
@@ -191,7 +185,7 @@ def _choose_inputs(x: Any, weight: Any) -> Any:
 
 
 def _as_they_are(x: Any, weight: Any) -> Any:
-    return x, np.empty(0, np.float32), np.zeros(len(x), np.float32)
+    return x, np.ones(len(x), np.float32), np.zeros(len(x), np.float32)
 
 
 @jit
@@ -209,7 +203,7 @@ def _in_pairs(x: Any, weight: Any) -> Any:
             pairs[r, i] = _rounded(x[r, 2 * i]) | (_rounded(x[r, 2 * i + 1]) << uint32(16))
         if num_inputs % 2:
             pairs[r, -1] = _rounded(x[r, -1])
-    return pairs, np.empty(0, np.float32), np.zeros(rows, np.float32)
+    return pairs, np.ones(len(x), np.float32), np.zeros(rows, np.float32)
 
 
 def _in_fours(x: Any, weight: Any) -> Any:
@@ -232,6 +226,48 @@ def _in_fours(x: Any, weight: Any) -> Any:
     return fours, scales, starts
 
 
+def _finish(add: bool) -> Any:
+    """out = sums * factor * scale + bias, or out += it, for one row of sums `[BLOCK]`."""
+
+    @intrinsic
+    def finish(
+        _typing: Any, sums: Any, _sums_at: Any, _factor: Any, scale: Any, bias: Any,
+        out: Any, _out_at: Any,
+    ) -> Any:  # fmt: skip
+        vector = ir.VectorType(ir.FloatType(), BLOCK)
+        whole = ir.VectorType(ir.IntType(32), BLOCK)
+        zeros, undefined = ir.Constant(whole, [0] * BLOCK), ir.Constant(vector, ir.Undefined)
+
+        def build(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+            def address(array: Any, value: Any, at: Any, kind: Any) -> Any:
+                data = context.make_array(array)(context, b, value).data
+                return b.bitcast(b.gep(data, [at]), kind.as_pointer())
+
+            sums_value, sums_at, factor, scale_value, bias_value, out_value, out_at = args
+            zero, is_whole = ir.Constant(ir.IntType(64), 0), sums.dtype == types.int32
+            total = b.load(
+                address(sums, sums_value, sums_at, whole if is_whole else vector), align=4
+            )
+            if is_whole:
+                total = b.sitofp(total, vector)
+                lane = b.insert_element(undefined, factor, ir.Constant(ir.IntType(64), 0))
+                total = b.fmul(total, b.shuffle_vector(lane, undefined, zeros))
+            total = b.fmul(total, b.load(address(scale, scale_value, zero, vector), align=4))
+            total = b.fadd(total, b.load(address(bias, bias_value, zero, vector), align=4))
+            place = address(out, out_value, out_at, vector)
+            if add:
+                total = b.fadd(b.load(place, align=4), total)
+            b.store(total, place, align=4)
+            return context.get_dummy_value()
+
+        return types.void(sums, int64, float32, scale, bias, out, int64), build
+
+    return finish
+
+
+_finish_row, _finish_and_add = _finish(False), _finish(True)
+
+
 @jit
 def product(
     x: Any, weight: Any, scale: Any, bias: Any, y: Any, add: bool, tid: int, n: int
@@ -243,45 +279,52 @@ def product(
     """
     rows, num_outputs = y.shape
     num_blocks, steps = weight.shape[:2]
+    scales, biases = np.ones(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
+    last = np.empty(BLOCK, np.float32)
     for top in range(0, rows, ROWS):
         count = min(ROWS, rows - top)
-        whole = count - count % TALL
         inputs, factors, starts = _inputs_for(x[top : top + count], weight)
-        sums, total = np.empty((count, BLOCK), starts.dtype), np.empty(BLOCK, np.float32)
+        sums = np.empty((count, BLOCK), starts.dtype)
         for block in range(tid * num_blocks // n, (tid + 1) * num_blocks // n):
             for r in range(count):
                 sums[r] = starts[r]
             for k in range(0, steps, PANEL):
-                depth, at = min(PANEL, steps - k), (block * steps + k) * BLOCK
-                for r in range(0, whole, TALL):
-                    _tall(inputs, r * steps + k, steps, weight, at, depth, sums, r * BLOCK)
-                r = whole
-                if count - r >= 3:
-                    _three_rows(inputs, r * steps + k, steps, weight, at, depth, sums, r * BLOCK)
-                    r += 3
-                if count - r == 2:
-                    _two_rows(inputs, r * steps + k, steps, weight, at, depth, sums, r * BLOCK)
-                elif count - r == 1:
-                    _one_row(inputs, r * steps + k, steps, weight, at, depth, sums, r * BLOCK)
+                _multiply_panel(inputs, weight, block, k, sums)
             first = block * BLOCK
             width = min(BLOCK, num_outputs - first)
+            if len(scale):
+                scales[:width] = scale[first : first + width]
+            if len(bias):
+                biases[:width] = bias[first : first + width]
             for r in range(count):
-                out = y[top + r, first : first + width]
-                for j in range(BLOCK):
-                    total[j] = float32(sums[r, j])
-                if len(factors):
-                    for j in range(width):
-                        total[j] *= factors[r]
-                if len(scale):
-                    for j in range(width):
-                        total[j] *= scale[first + j]
-                if len(bias):
-                    for j in range(width):
-                        total[j] += bias[first + j]
-                if add:
-                    for j in range(width):
-                        out[j] += total[j]
+                at = (top + r) * num_outputs + first
+                if width < BLOCK:
+                    out = y[top + r, first:]
+                    last[:width] = out
+                    if add:
+                        _finish_and_add(sums, r * BLOCK, factors[r], scales, biases, last, 0)
+                    else:
+                        _finish_row(sums, r * BLOCK, factors[r], scales, biases, last, 0)
+                    out[:] = last[:width]
+                elif add:
+                    _finish_and_add(sums, r * BLOCK, factors[r], scales, biases, y, at)
                 else:
-                    for j in range(width):
-                        out[j] = total[j]
+                    _finish_row(sums, r * BLOCK, factors[r], scales, biases, y, at)
 
+
+@jit
+def _multiply_panel(inputs: Any, weight: Any, block: int, k: int, sums: Any) -> None:
+    """sums `[rows, BLOCK]` += inputs @ a block, over the `PANEL` steps from k on."""
+    count, steps = len(inputs), weight.shape[1]
+    depth, at = min(PANEL, steps - k), (block * steps + k) * BLOCK
+    r = 0
+    while count - r >= TALL:
+        _tall(inputs, r * steps + k, steps, weight, at, depth, sums, r * BLOCK)
+        r += TALL
+    if count - r >= 3:
+        _three_rows(inputs, r * steps + k, steps, weight, at, depth, sums, r * BLOCK)
+        r += 3
+    if count - r == 2:
+        _two_rows(inputs, r * steps + k, steps, weight, at, depth, sums, r * BLOCK)
+    elif count - r == 1:
+        _one_row(inputs, r * steps + k, steps, weight, at, depth, sums, r * BLOCK)
