@@ -63,7 +63,12 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: Store) -> Fast
     """
     metrics, keys, limiter = Metrics(), KeyRing(settings), Limiter(settings)
     network = checkpoint.network
-    codec = Codec(checkpoint.fingerprint, network.state_spec.tensors, network.vocab_size)
+    codec = Codec(
+        checkpoint.fingerprint,
+        network.state_spec.tensors,
+        network.vocab_size,
+        network.arithmetic,
+    )
     conversation = _conversation(checkpoint)
 
     @asynccontextmanager

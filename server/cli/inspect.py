@@ -12,7 +12,10 @@ from model.checkpoint import describe, fingerprint, is_checkpoint
 from server.cli.tables import plain, print_facts, print_table
 from server.sessions.codec import FORMAT, BlobError, Codec, read
 
-FACTS = ("format", "version", "dtype", "turn", "position", "pending", "undecoded")
+FACTS = (
+    *("format", "version", "dtype", "arithmetic"),
+    *("turn", "position", "pending", "undecoded"),
+)
 LONGEST_FACT = 100
 CHECKSUM = {True: "ok", False: "WRONG", None: "not known: this model has other tensors"}
 
@@ -30,7 +33,7 @@ def inspect(file: Path, folder: Path) -> bool:
         return True
     blob = file.read_bytes()
     model = describe(folder)
-    codec = Codec(fingerprint(folder), model.state_spec.tensors, model.vocab_size)
+    codec = Codec(fingerprint(folder), model.state_spec.tensors, model.vocab_size, "")  # which only decodes
     try:
         facts, arrays = read(blob)
         _print_header(len(blob), facts, codec.checksum_fits(facts, arrays), codec.fingerprint)

@@ -115,6 +115,7 @@ class LedgerTurn:
                 state = await asyncio.to_thread(self._codec.decode, blob)
             except BlobError as error:
                 raise self.damaged(str(error)) from error
+            self._codec.report_arithmetic(start.id, state)
             if self._tiers.num_forgotten == num_forgotten:
                 self._tiers.cache(start.state_id, state)
             return state
