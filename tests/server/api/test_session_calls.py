@@ -196,6 +196,7 @@ def test_a_session_moves_as_a_blob(client: httpx.Client) -> None:
     assert moved.status_code == 201
     session = moved.json()
     assert (session["turn"], session["ttl"], session["metadata"]) == (3, 100, {"k": "v"})
+    assert session["arithmetic"] == session["arithmetic_before"] == "float32 x float32"
     assert session["tokens"] == get(client, session_id)["tokens"]
     earlier = client.post("/v1/sessions/import", content=export(client, session_id, turn=2)).json()
     assert earlier["turn"] == 2
