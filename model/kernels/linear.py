@@ -111,7 +111,7 @@ class PackedLinear(nn.Module):
             scales.append(scale)
             if stored == torch.uint8:
                 part = part.view(torch.uint8) ^ 128  # plus 128
-            part = F.pad(part, (0, -self.num_inputs % together)).unflatten(1, (-1, together))
+            part = F.pad(part, (0, -self.num_inputs % together)).view(len(part), -1, together)
             for start in range(0, len(part), BLOCK):
                 block = part[start : start + BLOCK].transpose(0, 1)
                 self.weight[(rows.start + start) // BLOCK, :, : block.shape[1]] = block

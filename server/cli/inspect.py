@@ -33,7 +33,8 @@ def inspect(file: Path, folder: Path) -> bool:
         return True
     blob = file.read_bytes()
     model = describe(folder)
-    codec = Codec(fingerprint(folder), model.state_spec.tensors, model.vocab_size, "")  # which only decodes
+    no_arithmetic = ""  # nothing is computed here
+    codec = Codec(fingerprint(folder), model.state_spec.tensors, model.vocab_size, no_arithmetic)
     try:
         facts, arrays = read(blob)
         _print_header(len(blob), facts, codec.checksum_fits(facts, arrays), codec.fingerprint)

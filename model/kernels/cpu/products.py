@@ -178,13 +178,13 @@ def _inputs_for(x: Any, weight: Any) -> Any:
 
 
 @overload(_inputs_for, jit_options={"nogil": True, "error_model": "numpy"})
-def _choose_inputs(x: Any, weight: Any) -> Any:
+def _choose_inputs(x: Any, weight: Any) -> Any:  # noqa: ARG001
     if weight.dtype == types.uint32:
         return _in_pairs
     return _in_fours if weight.dtype == types.int32 else _as_they_are
 
 
-def _as_they_are(x: Any, weight: Any) -> Any:
+def _as_they_are(x: Any, weight: Any) -> Any:  # noqa: ARG001
     return x, np.ones(len(x), np.float32), np.zeros(len(x), np.float32)
 
 
