@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from loadtest.bench_model import alternate, read_bandwidth
+from loadtest.bench_model import alternate
 from model import WeightDtype
 from model.kernels.cpu.compilation import target
 from model.kernels.cpu.linear import PRODUCT, product_function
@@ -27,8 +27,8 @@ from model.kernels.linear import PackedLinear, narrow
 ROWS = (1, 8, 64, 512)
 SHAPES = ((3072, 768), (768, 3072), (768, 768), (50304, 768))
 DTYPES: tuple[WeightDtype, ...] = ("float32", "bfloat16", "int8")
-COLD_BYTES = 192 << 20
-"""Of weights that take turns: more than any cache of this kind of machine."""
+COLD_BYTES = 96 << 20
+"""Of weights that take turns, and of numbers whose sum measures the bandwidth: more than a cache."""
 
 
 class Products:
@@ -91,18 +91,19 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    bandwidth = read_bandwidth()
-    print(f"{target()}, {torch.get_num_threads()} threads, {1e-9 * bandwidth:.1f} GB/s are read")
-    print("weight, rows: ours GFLOP/s, of torch's; weights read GB/s, of the bandwidth")
+    large = torch.ones(COLD_BYTES // 4)
+    print(f"{target()}, {torch.get_num_threads()} threads")
+    print("weight, rows: ours GFLOP/s, of torch's; weights read GB/s, of what a sum reads")
     for dtype in DTYPES:
         for shape in SHAPES:
             products = Products(dtype, shape)
             print(f"{products.arithmetic.name}, {shape[1]} -> {shape[0]}:")
             for rows in ROWS:
                 x = torch.randn(rows, shape[1])
-                tasks = products.ours(x), products.theirs(x)
-                ours, theirs = (t / products.copies for t in alternate(rounds, *tasks))
-                rate = products.weight_bytes / ours
+                tasks = products.ours(x), products.theirs(x), large.sum
+                ours, theirs, read = alternate(rounds, *tasks)
+                bandwidth, ours = large.nbytes / read, ours / products.copies
+                theirs, rate = theirs / products.copies, products.weight_bytes / ours
                 print(
                     f"  {rows:3} rows: {2e-9 * rows * shape[0] * shape[1] / ours:5.0f} GFLOP/s, "
                     f"{theirs / ours:5.2f}x; {1e-9 * rate:5.1f} GB/s, "
