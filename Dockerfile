@@ -1,9 +1,9 @@
 # docker build -t latentd .                          CPU
 # docker build -t latentd --build-arg DEVICE=cuda .  NVIDIA GPU: docker run --gpus all ...
 # docker run -p 8000:8000 -v latentd:/data latentd
-ARG PYTHON=3.12
+ARG BASE=python:3.12.12-slim-bookworm
 
-FROM python:${PYTHON}-slim AS build
+FROM ${BASE} AS build
 ARG DEVICE=cpu
 ENV PATH=/opt/latentd/bin:$PATH
 RUN python -m venv /opt/latentd
@@ -21,9 +21,16 @@ COPY model model
 COPY server server
 RUN pip install --no-cache-dir .
 
-FROM python:${PYTHON}-slim
+FROM ${BASE}
+ARG DEVICE=cpu
+# Triton compiles what launches its kernels with a C compiler.
+# hadolint ignore=DL3008
+RUN if [ "$DEVICE" = cuda ]; then \
+      apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && \
+      rm -rf /var/lib/apt/lists/*; \
+    fi
 COPY --from=build /opt/latentd /opt/latentd
-RUN useradd --system --uid 10001 --no-create-home latentd && install -d -o latentd /data
+RUN useradd --system --uid 10001 --no-create-home latentd && install -d -o 10001 -g 10001 /data
 USER 10001
 ENV PATH=/opt/latentd/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -31,6 +38,7 @@ ENV PATH=/opt/latentd/bin:$PATH \
     LATENTD_PORT=8000 \
     LATENTD_DATA_DIR=/data \
     NUMBA_CACHE_DIR=/data/compiled \
+    TRITON_CACHE_DIR=/data/compiled/triton \
     XDG_CACHE_HOME=/data/cache
 VOLUME /data
 EXPOSE 8000

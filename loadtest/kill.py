@@ -32,7 +32,7 @@ from loadtest.kill_player import Moment, Player, Scene, rehearse
 from loadtest.kill_scripts import KEEP_TURNS, script
 from loadtest.kill_tally import Tally, report
 from model import PRETRAINED
-from server.serve import STORE_FILE
+from server.sessions.sqlite.store import STORE_FILE
 from tests.server.processes import ServerProcess
 
 KEEP = ("--keep-turns", str(KEEP_TURNS))

@@ -1,6 +1,7 @@
 """Files that are there wholly or not at all."""
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -9,11 +10,10 @@ def write_file(path: Path, content: bytes, mode: int | None = None) -> None:
 
     Without a `mode`, the file's permissions are those of any new file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with temporary.open("wb") as file:
-            if mode is not None:
-                os.fchmod(file.fileno(), mode)  # before there is anything to read
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with os.fdopen(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -5,7 +5,7 @@ A network names the tensors that make up one sequence's state in a `StateSpec`. 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,10 @@ class StatePool:
         for name, values in split_state(self.spec.tensors, bytearray(data)).items():
             self.tensors[name][:, row] = torch.from_numpy(values).to(self.device)
 
+    def check_row(self, row: int) -> float:
+        """The largest absolute value in the row, as `check_values`. Raises DamagedState."""
+        return check_values(self.spec.tensors, split_state(self.spec.tensors, self.export_row(row)))
+
     def check_length(self, data: bytes) -> None:
         """Raises ValueError when a state of this pool has another number of bytes."""
         _check_length(len(data), self.spec.num_bytes)
@@ -149,6 +153,36 @@ def split_state(tensors: Sequence[TensorSpec], data: bytes | bytearray) -> dict[
         arrays[tensor.name] = values.reshape(tensor.shape)
         start += tensor.num_bytes
     return arrays
+
+
+class DamagedState(ValueError):
+    """A state has values that no sound state has; the message says which and how many."""
+
+
+def check_values(tensors: Sequence[TensorSpec], arrays: Mapping[str, NDArray[Any]]) -> float:
+    """The largest absolute value of a state, but for those that its tensors begin with.
+
+    A sound state's numbers are finite, or the one that the tensor begins with. Raises DamagedState.
+    """
+    largest = 0.0
+    for tensor in tensors:
+        values = arrays[tensor.name]
+        if values.dtype.kind != "f":
+            continue
+        with np.errstate(invalid="ignore"):
+            found = max(float(values.max()), -float(values.min()))  # NaN if any of them is
+        initial = values.dtype.type(tensor.initial)
+        if not math.isfinite(found) or found == abs(float(initial)):
+            changed = values[values != initial]
+            damaged = changed.size - int(np.isfinite(changed).sum())
+            if damaged:
+                raise DamagedState(
+                    f"{damaged:,} of the {values.size:,} values of tensor {tensor.name} are not "
+                    "finite"
+                )
+            found = float(np.abs(changed).max(initial=0.0))
+        largest = max(largest, found)
+    return largest
 
 
 def contiguous_run(rows: Sequence[int]) -> slice | None:

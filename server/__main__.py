@@ -1,11 +1,12 @@
 """The command line. What a command needs is imported when it runs, so that help comes at once."""
 
 import inspect
+import os
 import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
@@ -17,6 +18,9 @@ from server.cli import keys, session
 from server.cli.failure import fail
 from server.settings import Group, Settings, SettingsError, read_settings
 
+if TYPE_CHECKING:
+    from server.sessions.sqlite.backup import Contents
+
 app = typer.Typer(
     help="An inference server for language models whose memory does not grow.",
     no_args_is_help=True,
@@ -26,13 +30,21 @@ app = typer.Typer(
 app.add_typer(session.app, name="session")
 app.add_typer(keys.app, name="keys")
 
+DataDir = Annotated[
+    Path,
+    typer.Option(
+        envvar="LATENTD_DATA_DIR", help="Folder of the session store, as for latentd serve."
+    ),
+]
+DATA_DIR = Settings.model_fields["data_dir"].default
 Folder = Annotated[
     Path, typer.Option(help="Folder of the model.", show_default="the one in this package")
 ]
 
 
 def main() -> None:
-    """Entry point of `latentd`."""
+    """Entry point of `latentd`. What it writes is for the user alone: states, answers and keys."""
+    os.umask(0o077)
     app()
 
 
@@ -86,13 +98,15 @@ def serve(**given: Any) -> None:
     from model.checkpoint import CheckpointError
     from server.engine.device import DeviceError
     from server.keys import KeyFileError
+    from server.listeners import ListenError
     from server.serve import ServeError
     from server.serve import serve as run
     from server.sessions.store import StoreError
 
+    failures = CheckpointError, DeviceError, KeyFileError, ListenError, ServeError, StoreError
     try:
         run(settings, started)
-    except (CheckpointError, DeviceError, KeyFileError, ServeError, StoreError) as error:
+    except failures as error:
         raise fail(error) from error
 
 
@@ -235,6 +249,85 @@ def inspect_state(
     except OSError as error:
         raise fail(f"{file}: {error.strerror}") from error
     raise typer.Exit(0 if ok else 1)
+
+
+@app.command("backup")
+def back_up(
+    destination: Annotated[Path, typer.Argument(metavar="DIR", help="An empty or new folder.")],
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Back up all sessions and stored responses, while a server runs or not.
+
+    Every turn that was acknowledged before is in the backup, and what is committed meanwhile is in
+    it wholly or not at all. Keys are not: copy the key file.
+    """
+    from server.sessions.sqlite.backup import BackupError, backup
+
+    try:
+        _print_contents("backed up", backup(data_dir, destination))
+    except BackupError as error:
+        raise fail(error) from error
+
+
+@app.command()
+def restore(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A backup.")],
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Put a backup into a data folder that has no session store, and no server.
+
+    Its checksums and its database are checked before.
+    """
+    from server.sessions.sqlite.backup import BackupError
+    from server.sessions.sqlite.backup import restore as run
+
+    try:
+        _print_contents("restored", run(source, data_dir))
+    except BackupError as error:
+        raise fail(error) from error
+
+
+@app.command()
+def erase_model(
+    fingerprint: Annotated[
+        str, typer.Argument(help="The model's fingerprint, or its first twelve digits.")
+    ],
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Erase all sessions and stored responses of one model, while no server runs.
+
+    A server that serves another model says at its start which there are.
+    """
+    import asyncio
+
+    from server.errors import StorageFailed
+    from server.sessions.models import ModelError, described
+    from server.sessions.models import erase_model as run
+    from server.sessions.sqlite.store import STORE_FILE, SQLiteStore
+    from server.sessions.store import StoreError
+
+    async def erase() -> str:
+        if not (data_dir / STORE_FILE).exists():
+            raise StoreError(f"{data_dir / STORE_FILE}: there is no session store")
+        store = SQLiteStore(data_dir / STORE_FILE)
+        try:
+            return described(await run(store, fingerprint))
+        finally:
+            await store.close()
+
+    try:
+        print(f"erased {asyncio.run(erase())}")
+    except (ModelError, StorageFailed, StoreError) as error:
+        raise fail(error) from error
+
+
+def _print_contents(done: str, contents: "Contents") -> None:
+    print(
+        f"{done} {contents.num_sessions:,} sessions and {contents.num_responses:,} responses with "
+        f"{contents.num_states:,} states, {contents.num_bytes:,} bytes"
+    )
+    if contents.num_missing:
+        print(f"{contents.num_missing:,} states are lost: the store had no files of them any more")
 
 
 @app.command()

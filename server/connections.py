@@ -6,6 +6,7 @@ and the time while a client does not read its answer.
 
 import asyncio
 import json
+import logging
 from asyncio import TimerHandle
 from collections.abc import Callable
 from http import HTTPStatus
@@ -22,6 +23,7 @@ from server.settings import Settings
 SETTINGS = (
     *("header_timeout_s", "stall_timeout_s", "keep_alive_timeout_s"),
     *("max_header_bytes", "max_headers"),
+    *("unix_socket", "tls_certificate", "tls_key", "trusted_proxies"),
 )
 """The settings that are used here, by name."""
 
@@ -30,6 +32,8 @@ PIECE_BYTES = 1024
 
 CHUNK_FRAMING_BYTES = 16
 """Bytes around each chunk of a body that do not count as headers."""
+
+log = logging.getLogger(__name__)
 
 ANSWER_START = b"HTTP/1.1 "
 """The first bytes of every answer."""
@@ -113,9 +117,13 @@ class BoundedProtocol(HttpToolsProtocol):
             self._parse(data)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Whether the connection stays: until what was asked for is answered."""
+        """Whether the connection stays: until what was asked for is answered.
+
+        With TLS it does not: who ends it there reads no more.
+        """
         is_incomplete = self._is_in_body and not self.pipeline
-        if not self._is_busy or is_incomplete or self._running is None:
+        is_encrypted = self.transport.get_extra_info("ssl_object") is not None
+        if not self._is_busy or is_incomplete or is_encrypted or self._running is None:
             return False
         self._is_half_closed = True
         self._watch(self._running)
@@ -271,6 +279,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _close_with(self, problem: LatentdError) -> None:
         """What cannot be parsed never gets to the application, but its answer has the same form."""
+        log.info(
+            "connection refused",
+            extra={
+                "fields": {"error": problem.code, "client": self.client and self.client[0]},
+                "limited": f"connection refused: {problem.code}",
+            },
+        )
         self.transport.write(_answer(problem))
         self.transport.close()
 
@@ -358,6 +373,8 @@ def uvicorn_config(
 ) -> uvicorn.Config:
     """How the app is served; its last answers have `last_bytes_s` to reach their clients."""
     protocol = type("Protocol", (BoundedProtocol,), {"settings": settings})
+    # Whoever may open the Unix socket is trusted.
+    trusts_all = settings.unix_socket is not None or "*" in settings.trusted_proxies
     return uvicorn.Config(
         app,
         http=protocol,
@@ -366,6 +383,9 @@ def uvicorn_config(
         access_log=False,
         timeout_keep_alive=settings.keep_alive_timeout_s,
         timeout_graceful_shutdown=last_bytes_s,
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
+        forwarded_allow_ips="*" if trusts_all else [*settings.trusted_proxies],
     )
 
 

@@ -234,6 +234,27 @@ class StorageFull(StorageFailed):
         self.headers.update(NO_RETRY)
 
 
+class StateDamaged(LatentdError):
+    """What a turn computed are no numbers any more. Nothing of it is kept, and the state that it
+    began from is sound: the request may be repeated."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the state was damaged while the turn ran ({reason}); the turn was undone, and what "
+            "it began from is as it was",
+            status=500,
+            kind="server_error",
+            code="state_damaged",
+        )
+
+
+class NotReady(LatentdError):
+    """Something of the server has to be mended; the code tells what."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message, status=503, kind="server_error", code=code)
+
+
 class SessionDamaged(StorageFailed):
     """A state in the store is not what was put there."""
 

@@ -16,6 +16,7 @@ from server.engine.messages import (
     Failed,
     Finished,
     NoProbabilities,
+    RowDamaged,
     RowGivenUp,
     TextDelta,
 )
@@ -89,5 +90,5 @@ def _stream(events: "queue.SimpleQueue[list[Event | RowGivenUp]]") -> Finished:
                     return event
                 case Failed(_, message):
                     raise GenerateError(message)
-                case NoProbabilities():
+                case NoProbabilities() | RowDamaged():
                     raise GenerateError("the model gives no probabilities for the next token")

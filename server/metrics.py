@@ -1,13 +1,14 @@
 """Prometheus metrics: base units, prefix `latentd_`, never a label per session."""
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from math import inf
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import HistogramMetricFamily
-from prometheus_client.exposition import generate_latest
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -15,6 +16,25 @@ SECONDS = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
     *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
 )
+
+
+OUTCOMES = ("ok", "client_error", "server_error", "cancelled", "deadline_exceeded")
+"""How requests end."""
+
+REJECTIONS = (
+    *("requests_per_minute", "tokens_per_minute", "concurrent_requests"),
+    *("queue_full", "queue_tokens_full", "grammar_queue_full", "too_many_streams"),
+    *("session_quota_exceeded", "response_quota_exceeded", "session_bytes_quota_exceeded"),
+    "shutting_down",
+)
+"""Why requests are refused: the errors' codes."""
+
+METRICS = "/metrics"
+"""The path that Prometheus scrapes."""
+
+OPENMETRICS = openmetrics.CONTENT_TYPE_LATEST
+MAX_EXEMPLAR_CHARACTERS = 128
+"""Of an exemplar's names and values together, by OpenMetrics."""
 
 
 class GroupedHistogram(Collector):
@@ -38,6 +58,23 @@ class GroupedHistogram(Collector):
         totals = accumulate(self._counts)
         buckets = zip(map(floatToGoString, self._bounds), totals, strict=True)
         yield HistogramMetricFamily(self._name, self._text, list(buckets), self._sum)
+
+
+class LargestGauge(Collector):
+    """The largest of the values observed since the start."""
+
+    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
+        self._name = name
+        self._text = text
+        self._largest = 0.0
+        registry.register(self)
+
+    def observe(self, value: float) -> None:
+        self._largest = max(self._largest, value)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """For the registry."""
+        yield GaugeMetricFamily(self._name, self._text, self._largest)
 
 
 class Metrics:
@@ -126,9 +163,59 @@ class Metrics:
             "model_info", "The model being served.", "model", "fingerprint", "device"
         )
 
-    def exposition(self) -> bytes:
-        """The text that Prometheus scrapes."""
-        return generate_latest(self.registry)
+        self.answer_tokens_total = self._counter(
+            "answer_tokens_total",
+            "Tokens of answers that came to their end: the sum of their completion_tokens.",
+        )
+        self.event_loop_lag_seconds = self._histogram(
+            "event_loop_lag_seconds", "How late the event loop runs what is due."
+        )
+        self.ready = self._gauge("ready", "1 while /health/ready answers that all is well, else 0.")
+        self.running_step_seconds = self._gauge(
+            "running_step_seconds", "For how long the engine's present step has run; 0 between two."
+        )
+        self.damaged_states_total = self._counter(
+            "damaged_states_total",
+            "Damaged states: in a turn, in a row on the device between turns, in the store.",
+            "found",
+        )
+        self.state_magnitude = LargestGauge(
+            "latentd_state_magnitude",
+            "Largest absolute value in the states that were sampled, after turns and when idle.",
+            self.registry,
+        )
+        self.state_position = LargestGauge(
+            "latentd_state_position", "Most tokens of the states that were sampled.", self.registry
+        )
+        self.session_commit_failures_total = self._counter(
+            "session_commit_failures_total", "Turns that could not be made durable."
+        )
+        self.store_bytes = self._gauge("store_bytes", "Bytes of the store's files.")
+        self.store_free_bytes = self._gauge("store_free_bytes", "Bytes free on the store's disk.")
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """Let rates and alerts work from the first event of each kind on."""
+        for reason in REJECTIONS:
+            self.admission_rejections_total.labels(reason=reason)
+        for tier in ("device", "host"):
+            self.session_evictions_total.labels(tier=tier)
+        for found in ("turn", "idle", "store"):
+            self.damaged_states_total.labels(found=found)
+
+    def add_endpoints(self, endpoints: Iterable[str]) -> None:
+        """Count the requests of these from zero on."""
+        for endpoint in (*endpoints, "unknown"):
+            for outcome in OUTCOMES:
+                self.requests_total.labels(endpoint=endpoint, outcome=outcome)
+
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """What Prometheus scrapes, in the format that the Accept header asks for, and its type."""
+        if "application/openmetrics-text" in accept:
+            # Names are written as they are: the library's other choices replace colons in some.
+            encode: Callable[..., bytes] = openmetrics.generate_latest
+            return encode(self.registry, openmetrics.ALLOWUTF8), OPENMETRICS
+        return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(f"latentd_{name}", text, buckets=SECONDS, registry=self.registry)
@@ -138,3 +225,37 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"latentd_{name}", text, labels, registry=self.registry)
+
+
+class GatewayMetrics(Collector):
+    """What gateways that balance load among inference servers look at, by the names of vLLM."""
+
+    def __init__(self, metrics: Metrics, model_name: str, max_running: int) -> None:
+        self._model_name = model_name
+        self._values: tuple[tuple[str, str, Gauge, int], ...] = (
+            ("num_requests_waiting", "Sequences that wait for a row.", metrics.requests_waiting, 1),
+            ("num_requests_running", "Sequences that have a row.", metrics.requests_running, 1),
+            (
+                "kv_cache_usage_perc",
+                "Rows in use, over the rows that sequences may have together.",
+                metrics.requests_running,
+                max_running,
+            ),
+        )
+        metrics.registry.register(self)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """For the registry."""
+        for name, text, gauge, most in self._values:
+            [family] = gauge.collect()
+            value = family.samples[0].value / most
+            found = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            found.add_metric([self._model_name], value)
+            yield found
+
+
+def exemplar(request_id: str) -> dict[str, str] | None:
+    """Of a measurement: the request that it is of, if its name is not too long."""
+    found = {"request_id": request_id}
+    is_short = len("".join([*found, request_id])) <= MAX_EXEMPLAR_CHARACTERS
+    return found if request_id and is_short else None

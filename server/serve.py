@@ -2,8 +2,10 @@
 
 import asyncio
 import gc
+import ipaddress
 import logging
 import os
+import resource
 import shutil
 import socket
 import time
@@ -11,10 +13,12 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from model.checkpoint import Checkpoint
+from server import __version__, logs
 from server.api.app import create_app, drain
 from server.api.conversation import TemplateFault
 from server.connections import uvicorn_config
@@ -22,10 +26,16 @@ from server.engine.device import choose_device, choose_dtype, choose_threads, lo
 from server.fronts.carrier import App
 from server.fronts.keeper import FrontFailed, Keeper
 from server.keys import KeyFileError, read_keys
-from server.sessions.sqlite.store import SQLiteStore
+from server.listeners import ListenError, bind, check_certificate, metrics_server, url_of
+from server.sessions.models import SHORT
+from server.sessions.sqlite.snapshots import offered
+from server.sessions.sqlite.store import STORE_FILE, SQLiteStore
 from server.settings import Settings
 
-STORE_FILE = "sessions.sqlite3"
+if TYPE_CHECKING:
+    from server.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
 LAST_BYTES_S = 10
 """Time for answers that are complete to reach their clients."""
 
@@ -37,22 +47,35 @@ class ServeError(Exception):
 def serve(settings: Settings, started: float) -> None:
     """Run a server until SIGTERM or SIGINT. `started` is when the start began (monotonic).
 
-    Raises ServeError, CheckpointError, DeviceError, StoreError and KeyFileError before it
-    has started.
+    Raises ServeError, ListenError, CheckpointError, DeviceError, StoreError and KeyFileError before
+    it has started.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(settings.log_level, settings.log_format)
+    # What is wrong with these is told before the slow part.
     if settings.key_file is not None:
-        read_keys(settings.key_file)  # what is wrong with it is told before the slow part
+        read_keys(settings.key_file)
+    check_certificate(settings)
+    telemetry = _telemetry(settings)
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     with ExitStack() as stack:
-        listeners = [stack.enter_context(_bind(settings.host, settings.port))]
-        if settings.api_workers > 1:
-            listeners = _share(listeners[0], settings.api_workers, stack)
-        _serve_on(listeners, settings, started)
+        listeners = bind(settings, stack)
+        if not settings.has_keys and settings.unix_socket is None:
+            _warn_if_open(listeners[0].getsockname()[0])
+        drain_s = _serve_on(listeners, settings, started, telemetry)
+    if telemetry is not None:
+        telemetry.close()
+    seconds = {"drain_s": round(drain_s, 3), "uptime_s": round(time.monotonic() - started, 3)}
+    log.info("exit", extra={"fields": seconds})
 
 
-def _serve_on(listeners: Sequence[socket.socket], settings: Settings, started: float) -> None:
+def _serve_on(
+    listeners: Sequence[socket.socket],
+    settings: Settings,
+    started: float,
+    telemetry: "Telemetry | None",
+) -> float:
+    """Returns the seconds of the drain."""
     device, device_reason = choose_device(settings.device)
     report = partial(print, flush=True)
     report(f"loading    {settings.checkpoint}")
@@ -60,23 +83,33 @@ def _serve_on(listeners: Sequence[socket.socket], settings: Settings, started: f
     device_reason += f", {choose_threads(settings.threads, loaded.network)}"
     store = SQLiteStore(settings.data_dir / STORE_FILE, settings.durability)
     report(_facts(settings, loaded, device_reason))
-    try:
-        app = create_app(settings, loaded, store)
-    except TemplateFault as error:
-        asyncio.run(store.close())
-        raise ServeError(f"{settings.checkpoint}: chat template: {error}") from error
-    except KeyFileError:
-        asyncio.run(store.close())
-        raise
-    config = uvicorn_config(app, settings, LAST_BYTES_S)
-    try:
+    start: dict[str, object] = {"version": __version__, "pid": os.getpid()}
+    start |= {"model": settings.served_name, "checkpoint": str(settings.checkpoint)}
+    start["load_s"] = round(time.monotonic() - started, 3)
+    log.info("start", extra={"fields": start})
+    trace = None if telemetry is None else telemetry.record
+    with ExitStack() as stack:
+        try:
+            app = create_app(settings, loaded, store, trace)
+            if url := stack.enter_context(metrics_server(settings, app.state.metrics)):
+                report(f"metrics    {url}")
+        except TemplateFault as error:
+            asyncio.run(store.close())
+            raise ServeError(f"{settings.checkpoint}: chat template: {error}") from error
+        except (KeyFileError, ListenError):
+            asyncio.run(store.close())
+            raise
+        config = uvicorn_config(app, settings, LAST_BYTES_S)
         if settings.api_workers == 1:
-            _Server(config, partial(drain, app), started).run(list(listeners))
+            server = _Server(config, partial(drain, app), started, settings)
         else:
-            fronted = _FrontedServer(config, partial(drain, app), started, app, settings)
-            fronted.run(list(listeners))
-    except FrontFailed as error:
-        raise ServeError(str(error)) from error
+            server = _FrontedServer(config, partial(drain, app), started, settings, app)
+        try:
+            with offered(store, settings.data_dir):
+                server.run(list(listeners))
+        except FrontFailed as error:
+            raise ServeError(str(error)) from error
+        return server.drain_s
 
 
 class _Server(uvicorn.Server):
@@ -90,13 +123,16 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         drain: Callable[[], Coroutine[None, None, None]],
         started: float,
+        settings: Settings,
     ) -> None:
         super().__init__(config)
         self._drain = drain
         self._started = started
+        self._settings = settings
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
         self._num_signals = 0
+        self.drain_s = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -105,10 +141,9 @@ class _Server(uvicorn.Server):
         gc.collect()
         gc.freeze()
         for listener in (sockets or [])[:1]:
-            host, port = listener.getsockname()[:2]
-            shown = f"[{host}]" if ":" in host else host
-            ready_s = time.monotonic() - self._started
-            print(f"listening  http://{shown}:{port}  (ready in {ready_s:.1f} s)", flush=True)
+            url, ready_s = url_of(listener, self._settings), time.monotonic() - self._started
+            log.info("ready", extra={"fields": {"url": url, "ready_s": round(ready_s, 3)}})
+            print(f"listening  {url}  (ready in {ready_s:.1f} s)", flush=True)
 
     async def _listen(self, sockets: list[socket.socket]) -> None:
         await super().startup(sockets)
@@ -127,9 +162,11 @@ class _Server(uvicorn.Server):
         self._draining = asyncio.ensure_future(self._drain_and_exit())
 
     async def _drain_and_exit(self) -> None:
+        began = time.monotonic()
         try:
             await self._drain()
         finally:
+            self.drain_s = time.monotonic() - began
             self.should_exit = True
 
 
@@ -141,12 +178,11 @@ class _FrontedServer(_Server):
         config: uvicorn.Config,
         drain: Callable[[], Coroutine[None, None, None]],
         started: float,
-        app: App,
         settings: Settings,
+        app: App,
     ) -> None:
-        super().__init__(config, drain, started)
+        super().__init__(config, drain, started, settings)
         self._app = app
-        self._settings = settings
         self._keeper: Keeper | None = None
 
     async def _listen(self, sockets: list[socket.socket]) -> None:
@@ -165,39 +201,24 @@ class _FrontedServer(_Server):
         await super().shutdown(sockets)
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A listening socket, before the slow part of the start."""
+def _telemetry(settings: Settings) -> "Telemetry | None":
+    if not settings.otel:
+        return None
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except OSError as error:
-        raise ServeError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-    listener.set_inheritable(True)
-    return listener
+        from server.telemetry import Telemetry
+    except ImportError as error:
+        raise ServeError(f"--otel needs latentd[otel], which is not installed: {error}") from error
+    return Telemetry(__version__, settings.served_name)
 
 
-def _share(first: socket.socket, count: int, stack: ExitStack) -> list[socket.socket]:
-    """So many sockets in the place of `first`, among which the kernel spreads connections.
-
-    `first` was bound without sharing, so that another server on the address was noticed.
-    """
-    if not hasattr(socket, "SO_REUSEPORT"):
-        raise ServeError(f"--api-workers {count}: processes cannot share a port on this system")
-    family, address = first.family, first.getsockname()
-    first.close()
-    listeners = []
-    for _ in range(count):
-        listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            listener.bind(address)
-        except OSError as error:
-            raise ServeError(f"cannot share {address[0]}:{address[1]}: {error.strerror}") from error
-        listeners.append(listener)
-    return listeners
+def _warn_if_open(address: str) -> None:
+    """A server without keys is for its own machine."""
+    if not ipaddress.ip_address(address).is_loopback:
+        log.warning(
+            "without keys, anybody who reaches %s can do everything: set LATENTD_API_KEY or "
+            "--key-file, or listen on --host 127.0.0.1",
+            address,
+        )
 
 
 def _facts(settings: Settings, loaded: Checkpoint, device: str) -> str:
@@ -209,7 +230,7 @@ def _facts(settings: Settings, loaded: Checkpoint, device: str) -> str:
     return "\n".join(
         [
             f"model      {settings.served_name}: {network.num_parameters:,} parameters, "
-            f"{settings.checkpoint}",
+            f"{settings.checkpoint}, fingerprint {loaded.fingerprint[:SHORT]}",
             f"device     {device}",
             f"backend    {network.backend}",
             f"arithmetic {network.arithmetic}",

@@ -4,17 +4,26 @@ import math
 import os
 from collections.abc import Mapping
 from enum import StrEnum
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import platformdirs
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from model import PRETRAINED, WeightDtype
 
 PREFIX = "LATENTD_"
+SECRETS = {"api_key"}
+"""Settings whose values no message shows."""
+
+DOTLESS = "<local>"
+"""Among names of hosts: every name without a dot."""
+
+LOOPBACK_NAMES = (DOTLESS, "*.localhost", "127.0.0.1", "::1")
+"""How a server on the loopback may be called: names that no page can have but local ones."""
 
 
 class SettingsError(ValueError):
@@ -50,6 +59,36 @@ class Settings(BaseSettings):
     host: Annotated[str, Group.HTTP] = Field("127.0.0.1", description="Address to listen on.")
     port: Annotated[int, Group.HTTP] = Field(
         8000, ge=0, le=65535, description="Port to listen on; 0: any free one."
+    )
+    unix_socket: Annotated[Path | None, Group.HTTP] = Field(
+        None, description="Unix socket to listen on, in place of --host and --port."
+    )
+    tls_certificate: Annotated[Path | None, Group.HTTP] = Field(
+        None,
+        description="PEM file with the certificate to show, and those between it and its "
+        "authority: the server then speaks HTTPS.",
+    )
+    tls_key: Annotated[Path | None, Group.HTTP] = Field(
+        None, description="PEM file with its private key, if that is not in the same file."
+    )
+    root_path: Annotated[str, Group.HTTP] = Field(
+        "",
+        pattern="^(/[^/?#]+)*$",
+        description="Path under which a proxy shows the server, such as /llm, whether it is part "
+        "of the requests that arrive or not.",
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode, Group.HTTP] = Field(
+        ("127.0.0.1", "::1"),
+        description="Addresses and networks of proxies whose X-Forwarded-For and "
+        "X-Forwarded-Proto are believed, in the variable with commas between them; *: all. What "
+        "comes over a Unix socket is believed in any case.",
+    )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode, Group.HTTP] = Field(
+        (),
+        description="Names by which clients may call the server, in the Host header without the "
+        "port, such as llm.example.com or *.example.com, in the variable with commas between "
+        "them; *: any. If not given, names without a dot and the address where --host is of the "
+        "loopback, which keeps web pages out that call it by a name of their own; otherwise any.",
     )
     api_workers: Annotated[int, Group.HTTP] = Field(
         1,
@@ -108,6 +147,13 @@ class Settings(BaseSettings):
         ge=0,
         description="Device memory for states after beginnings that prompts have in common, which "
         "are then read once; 0: none.",
+    )
+    hung_step_s: Annotated[float, Group.ENGINE] = Field(
+        300.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds after which a step of the engine counts as hung: /health/live fails, "
+        "so that whatever watches the process starts it anew.",
     )
     request_timeout_s: Annotated[float | None, Group.KEYS] = Field(
         None,
@@ -185,6 +231,12 @@ class Settings(BaseSettings):
         "sync",
         description="sync: a turn is on the disk before its last event. async: it survives the end "
         "of the process, but the last turns may be lost when the machine loses its power.",
+    )
+    min_free_bytes: Annotated[int, Group.STORAGE] = Field(
+        64 << 20,
+        ge=0,
+        description="Free bytes of the store's disk below which the server is not ready, though it "
+        "goes on; in any case two states.",
     )
     keep_turns: Annotated[int, Group.SESSIONS] = Field(
         8, ge=1, description="Turns of a session whose states are kept, to fork or rewind to."
@@ -306,6 +358,26 @@ class Settings(BaseSettings):
         description="Time for running turns to finish when the server stops; what is left is "
         "rolled back.",
     )
+    metrics_address: Annotated[str | None, Group.LOGS] = Field(
+        None,
+        pattern=r"^(\[[0-9A-Fa-f:.]+\]|[^:\[\]]+):[0-9]{1,5}$",
+        description="Address and port, such as 127.0.0.1:9090, where /metrics is answered instead "
+        "of beside the API, without a key.",
+    )
+    metrics_names: Annotated[Literal["latentd", "vllm"], Group.LOGS] = Field(
+        "latentd",
+        description="vllm: besides the server's own, those metrics of vLLM that gateways look at.",
+    )
+    otel: Annotated[bool, Group.LOGS] = Field(
+        False,
+        description="Send traces and metrics by OpenTelemetry's OTLP over HTTP, as the variables "
+        "OTEL_* say; needs latentd[otel].",
+    )
+    log_format: Annotated[Literal["json", "console"] | None, Group.LOGS] = Field(
+        None,
+        description="How the log is written, which goes to stderr; if not given, console where "
+        "that is a terminal, and json otherwise.",
+    )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Group.LOGS] = Field(
         "info", description="Least severe messages to log."
     )
@@ -315,10 +387,20 @@ class Settings(BaseSettings):
     def _never(cls, ttl_s: float | None) -> float | None:
         return None if ttl_s == math.inf else ttl_s
 
-    @field_validator("api_key", "cors_origins", mode="before")
+    @field_validator(
+        *("api_key", "cors_origins", "trusted_proxies", "allowed_hosts"), mode="before"
+    )
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _refuse_unset_secret(cls, value: Any) -> Any:
+        """An empty variable is a secret that was not found, and must not open the server."""
+        if isinstance(value, str) and not value.strip(", "):
+            raise ValueError("it is empty: leave it unset to serve without keys")
+        return value
 
     @field_validator("api_key")
     @classmethod
@@ -338,6 +420,42 @@ class Settings(BaseSettings):
                 raise ValueError("an origin is a scheme and a host, without a path, or *")
         return origins
 
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_proxies(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in proxies:
+            if proxy != "*":
+                ip_network(proxy)  # its error names the address
+        return proxies
+
+    @field_validator("tls_certificate")
+    @classmethod
+    def _check_certificate(cls, file: Path | None, info: ValidationInfo) -> Path | None:
+        if file is not None and info.data.get("unix_socket") is not None:
+            raise ValueError("a Unix socket needs no TLS: give one or the other")
+        return file
+
+    @field_validator("tls_key")
+    @classmethod
+    def _check_key(cls, key: Path | None, info: ValidationInfo) -> Path | None:
+        if key is not None and info.data.get("tls_certificate") is None:
+            raise ValueError("a key needs --tls-certificate")
+        return key
+
+    @property
+    def known_hosts(self) -> tuple[str, ...]:
+        """Names by which clients may call the server; empty: any."""
+        if self.allowed_hosts:
+            return () if "*" in self.allowed_hosts else self.allowed_hosts
+        if self.unix_socket is not None or not _is_loopback(self.host):
+            return ()
+        return (*LOOPBACK_NAMES, self.host)
+
+    @property
+    def has_keys(self) -> bool:
+        """Also with a key file in which there is none: its last key may have been revoked."""
+        return bool(self.api_key) or self.key_file is not None
+
     @property
     def served_name(self) -> str:
         """What clients call the model."""
@@ -346,11 +464,28 @@ class Settings(BaseSettings):
         return "latentd" if self.checkpoint == PRETRAINED else self.checkpoint.resolve().name
 
 
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
+
+
 def read_settings(flags: Mapping[str, Any]) -> Settings:
     """Settings from flags by field name and from the environment. Raises SettingsError."""
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for name in os.environ:
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
+    given = {k: v for k, v in os.environ.items() if k.upper().startswith(PREFIX)}
+    for name, value in given.items():
+        if value.startswith(("tcp://", "udp://", "sctp://")) or name.endswith("_SERVICE_HOST"):
+            raise SettingsError(
+                f"{name}: {value!r}: this is a link that Kubernetes makes for a service whose name "
+                "begins with latentd, not a setting: put enableServiceLinks: false into the pod's "
+                "spec"
+            )
+    for name in given:
+        if name.upper() not in known:
             raise SettingsError(f"{name}: there is no such setting")
     try:
         return Settings(**flags)
@@ -358,4 +493,5 @@ def read_settings(flags: Mapping[str, Any]) -> Settings:
         problem = error.errors(include_url=False)[0]
         field = str(problem["loc"][0]) if problem["loc"] else "settings"
         source = f"--{field.replace('_', '-')}" if field in flags else PREFIX + field.upper()
-        raise SettingsError(f"{source}: {problem['input']!r}: {problem['msg']}") from error
+        value = "" if field in SECRETS else f"{problem['input']!r}: "
+        raise SettingsError(f"{source}: {value}{problem['msg']}") from error

@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests in folders named cuda are the GPU's; interpreted, they are not for the quick lane."""
     for item in items:
-        if item.path.parent.name == "cuda" or "gpu" in item.keywords:
+        if item.path.parent.name == "cuda" or item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.gpu)
             if "TRITON_INTERPRET" in os.environ:
                 item.add_marker(pytest.mark.long)

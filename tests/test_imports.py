@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = ("server.settings", "server.errors", "server.metrics")
+LEAVES = (
+    *("server.settings", "server.errors", "server.metrics"),
+    *("server.logs", "server.records", "server.telemetry"),
+)
 VERSION = "server.__version__"
 
 FACTS = ("model.PRETRAINED", "model.WeightDtype")
@@ -36,6 +39,9 @@ MAY_IMPORT = {
     "server.settings": ("model.PRETRAINED", "model.WeightDtype"),
     "server.errors": (),
     "server.metrics": (),
+    "server.logs": (),
+    "server.records": (),
+    "server.telemetry": ("server.records",),
     "server.keys": ("model.files",),  # a leaf: the command line writes it, server.api reads it
     "server.sessions": ("model", "server.sessions", *LEAVES),
     "server.engine": ("model", "server.engine", *LEAVES),
@@ -46,10 +52,11 @@ MAY_IMPORT = {
     "server.api.schemas": ("model", "server.api.schemas"),
     "server.generate": ("model", "server.engine", *LEAVES),
     "server.connections": LEAVES,
+    "server.listeners": LEAVES,
     "server.fronts": ("server.fronts", "server.connections", *LEAVES),
     "server.serve": (
         *("model", VERSION, "server.api", "server.sessions", "server.engine"),
-        *("server.connections", "server.fronts", "server.keys", *LEAVES),
+        *("server.connections", "server.listeners", "server.fronts", "server.keys", *LEAVES),
     ),
     "server.cli": ("server.cli", "model.files"),
     "server.cli.client": ("server.api.schemas",),
@@ -75,6 +82,7 @@ ONLY_IN = {
     "httpx": ("server.cli.client",),
     "limits": ("server.api.limits",),
     "uvicorn": ("server.connections", "server.fronts.process", "server.serve"),
+    "opentelemetry": ("server.telemetry",),
     "redis": ("server.sessions.redis",),
     "valkey": ("server.sessions.redis",),
     "sqlite3": ("server.sessions.sqlite",),

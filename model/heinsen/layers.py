@@ -173,9 +173,11 @@ class Layer(nn.Module):
         self.decay = self.gate = None
         if config.decay:
             rates = nn.Linear(DECAY_RANK, heads * config.d_key)
-            slowest = math.log(SLOWEST_DECAY / FASTEST_DECAY)
+            # Not linspace: for a network without memory it imports hundreds of modules.
+            per_key = math.log(SLOWEST_DECAY / FASTEST_DECAY) / max(1, config.d_key - 1)
+            spread = torch.tensor([per_key * key for key in range(config.d_key)])
             with torch.no_grad():
-                rates.bias.copy_(torch.linspace(0.0, slowest, config.d_key).repeat(heads))
+                rates.bias.copy_(spread.repeat(heads))
             self.decay = nn.Sequential(nn.Linear(d_emb, DECAY_RANK, bias=False), rates)
         if config.output_gate:
             self.gate = nn.Linear(d_emb, heads * config.d_val, bias=False)

@@ -7,12 +7,19 @@ and decodes to itself. A character may be spread over several tokens.
 import codecs
 import functools
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+PIECE = 1 << 18
+"""Characters of a text that are tokenised together, at least."""
+
+SEARCHED_TOGETHER = 1 << 14
+_BETWEEN_WORDS = re.compile("[A-Za-z](?= [A-Za-z])")
 
 
 class TokenizerError(ValueError):
@@ -41,6 +48,21 @@ class Tokenizer:
         self.special_tokens: dict[str, int] = {
             token["content"]: token["id"] for token in settings["added_tokens"] if token["special"]
         }
+        # No word of GPT-2's rule goes on behind a space, nor does a special token.
+        splitter = settings.get("pre_tokenizer") or {}
+        self._ends_words_at_spaces = (
+            settings.get("normalizer") is None
+            and splitter.get("type") == "ByteLevel"
+            and splitter.get("use_regex", True)
+            and not splitter["add_prefix_space"]
+            and not any(
+                token["lstrip"]
+                or token["rstrip"]
+                or token["single_word"]
+                or " " in token["content"]
+                for token in settings["added_tokens"]
+            )
+        )
         added = {token["id"] for token in settings["added_tokens"]}
         byte_of = _byte_of_character()
         self.token_bytes: list[bytes] = [b""] * self.num_tokens
@@ -78,18 +100,36 @@ class Tokenizer:
         """
         if max_tokens is not None:
             self.check_length(len(text), max_tokens)
-        # `encode` holds the GIL for half a second a megabyte, and takes twice as long.
-        [encoding] = self._inner.encode_batch_fast([text], add_special_tokens=False)
-        if max_tokens is not None and len(encoding) > max_tokens:
-            raise TooManyTokens(len(encoding))
-        ids: list[int] = encoding.ids
-        return ids
+        return self._encode(self._inner, text, max_tokens)
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text in which the names of special tokens are text like any other."""
-        [encoding] = self._plain.encode_batch_fast([text], add_special_tokens=False)
-        ids: list[int] = encoding.ids
+        return self._encode(self._plain, text)
+
+    def _encode(
+        self, inner: tokenizers.Tokenizer, text: str, max_tokens: int | None = None
+    ) -> list[int]:
+        """Piece by piece, so that a long text neither holds the GIL nor fills the memory."""
+        ids: list[int] = []
+        for piece in self._pieces(text):
+            # `encode` holds the GIL for half a second a megabyte, and takes twice as long.
+            [encoding] = inner.encode_batch_fast([piece], add_special_tokens=False)
+            if max_tokens is not None and len(ids) + len(encoding) > max_tokens:
+                raise TooManyTokens(len(ids) + len(encoding))
+            ids += encoding.ids
         return ids
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """Parts of a text whose tokens together are the text's, where that can be known."""
+        start = place = 0
+        while self._ends_words_at_spaces and (place := max(place, start + PIECE)) < len(text):
+            between = _BETWEEN_WORDS.search(text, place, place + SEARCHED_TOGETHER)
+            if between is None:
+                place += SEARCHED_TOGETHER - 2  # the end of a word may be where two of them meet
+            else:
+                yield text[start : between.end()]
+                start = between.end()
+        yield text[start:]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once, in parallel."""

@@ -35,6 +35,7 @@ from model.text import tokenizer
 from model.text.tokenizer import Tokenizer
 from model.training.corpus import IGNORED, Lanes, read_documents
 from model.training.evaluate import bits_per_byte
+from model.training.muon import Muon
 from model.training.requests import CHAT_TEMPLATE
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -44,6 +45,7 @@ LINES_TEMPLATE = """\
 {{ message.content + "\\n" }}
 {%- endfor -%}
 """
+MOST_WARMUP_TOKENS = 100_000
 TRAIN_STATE = "train_state.pt"
 ENCODED_TOGETHER = 64
 """Texts: what the tokenizer returns takes far more memory than its token ids."""
@@ -84,6 +86,7 @@ class Recipe:
     seed: int
     start_tokens: int = 0
     train_characters: int | None = None
+    joined_tokens: int = 0
 
 
 class Trainer:
@@ -110,10 +113,9 @@ class Trainer:
         self._bf16 = bf16
         self.recipe = recipe
         self.lanes = Lanes(documents, recipe.lanes, recipe.chunk_tokens, recipe.seed)
-        self.schedule = Schedule(
-            recipe.learning_rate, recipe.tokens // 50, recipe.tokens, recipe.start_tokens
-        )
-        self.optimizer = _optimizer(network, recipe.weight_decay)
+        warmup = min(MOST_WARMUP_TOKENS, recipe.tokens // 50)
+        self.schedule = Schedule(recipe.learning_rate, warmup, recipe.tokens, recipe.start_tokens)
+        self.optimizers = new_optimizers(network, recipe.weight_decay)
         self.tokens = recipe.start_tokens
         self._fresh = network.empty_state(recipe.lanes)
         self._state = self._fresh
@@ -127,16 +129,18 @@ class Trainer:
             F.pad(batch.targets, missing, value=IGNORED).to(network.device),
             batch.fresh.to(network.device),
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.learning_rate(self.tokens)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.schedule.learning_rate(self.tokens)
         with torch.autocast(network.device.type, torch.bfloat16, enabled=self._bf16):
             state = self._state.replace(fresh, self._fresh)
             logits, state = network.unroll(inputs, state)
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        self.optimizer.zero_grad(set_to_none=True)
+        network.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self._state = state.detach()
         self.tokens += int((batch.targets >= 0).sum())
         return float(loss.detach())
@@ -150,7 +154,7 @@ class Trainer:
             "tokens": self.tokens,
             "lanes": self.lanes.state_dict(),
             "latent": pool.tensors,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -163,18 +167,30 @@ class Trainer:
         pool = self.network.new_pool(self.recipe.lanes)
         pool.tensors.update({k: v.to(pool.device) for k, v in saved["latent"].items()})
         self._state = self.network.read_state(pool)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
 
 
-def _optimizer(network: LanguageModel, weight_decay: float) -> torch.optim.AdamW:
-    """Weights of matrices decay, biases and layer norms do not."""
-    decayed = [p for p in network.parameters() if p.dim() > 1]
-    others = [p for p in network.parameters() if p.dim() <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed},
-        {"params": others, "weight_decay": 0.0},
+def new_optimizers(
+    network: LanguageModel, weight_decay: float
+) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices of the layers, AdamW for the rest, of which only matrices decay."""
+    c, layers = network.config, network.blocks
+    split = c.n_heads * (3 if c.d_key == c.d_val else 1)
+    inner: list[dict[str, Any]] = [
+        {"params": [layer.feedforward1[1].weight for layer in layers], "blocks": split},
+        {"params": [layer.gate.weight for layer in layers if layer.gate], "blocks": c.n_heads},
+        {"params": [layer.feedforward2[i].weight for layer in layers for i in (0, 2)]},
+        {"params": [part.weight for layer in layers for part in layer.decay or ()]},
     ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay)
+    outer = [*network.embed.parameters(), network.embed_pos.dense.weight]
+    vectors = [p for p in network.parameters() if p.dim() <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": outer},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    rest = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+    return Muon([group for group in inner if group["params"]], weight_decay), rest
 
 
 def encode_documents(
@@ -191,6 +207,21 @@ def encode_documents(
         pieces[-1] = [*pieces[-1], *config.eos_token_ids[:1]]
         documents += [torch.tensor([*start, *piece]) for piece in pieces if start or len(piece) > 1]
     return documents
+
+
+def joined(documents: list[Tensor], least_tokens: int) -> list[Tensor]:
+    """Consecutive documents as one, until it has so many tokens.
+
+    A lane begins a document with a chunk, so that the chunks of short ones are padding for a third.
+    """
+    found, group, num_tokens = [], list[Tensor](), 0
+    for document in documents:
+        group.append(document)
+        num_tokens += len(document)
+        if num_tokens >= least_tokens:
+            found.append(torch.cat(group))
+            group, num_tokens = [], 0
+    return [*found, torch.cat(group)] if group else found
 
 
 def _prepare(
@@ -270,6 +301,9 @@ def main(
     train_characters: Annotated[
         int | None, typer.Option(min=1, help="Of each file, from its start; default: all.")
     ] = None,
+    joined_tokens: Annotated[
+        int, typer.Option(min=0, help="Shorter texts are joined to so many, for less padding.")
+    ] = 0,
     start_tokens: Annotated[
         int, typer.Option(min=0, help="Of --tokens, those that --init has been trained on.")
     ] = 0,
@@ -313,7 +347,9 @@ def main(
         )
         network, words = _prepare(out, init, texts, shape, place)
         console.print(f"{network.num_parameters:,} parameters on {place}; reading the text")
-        documents = encode_documents(words, texts, network.config, document_tokens)
+        documents = joined(
+            encode_documents(words, texts, network.config, document_tokens), joined_tokens
+        )
         recipe = Recipe(
             train=tuple(file.name for file in train),
             tokens=tokens,
@@ -325,6 +361,7 @@ def main(
             seed=seed,
             start_tokens=start_tokens,
             train_characters=train_characters,
+            joined_tokens=joined_tokens,
         )
         trainer = Trainer(
             network,

@@ -1,4 +1,4 @@
-"""Compare networks of equal size, tokens and optimizer: the paper's, and with what goes beyond it.
+"""Compare networks of equal size, tokens and optimizer: the paper's, extended ones, and softmax.
 
     python -m model.training.trial --results trial.jsonl --train tales.txt --valid held_out.txt
 
@@ -6,10 +6,11 @@ Each run adds a line to the results; runs that have one are not repeated, so a t
 stopped goes on with the run that it was in.
 """
 
+import bisect
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from model.text import tokenizer
 from model.text.tokenizer import Tokenizer
 from model.training.corpus import read_documents
 from model.training.evaluate import bits_per_byte
+from model.training.softmax import SoftmaxModel
 from model.training.train import SPECIAL_TOKENS, Recipe, Trainer, beginning, encode_documents
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -32,7 +34,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decay": {"decay": True},
     "shift": {"token_shift": True},
     "paper, log values": {"values": "log"},
+    "softmax + shift + gate": {"token_shift": True, "output_gate": True},
+    "softmax": {},
 }
+SOFTMAX = ("softmax + shift + gate", "softmax")
+"""Variants whose attention is the conventional one."""
+
 SHAPE: dict[str, Any] = {"n_layers": 6, "n_heads": 6, "values": "linear"}
 WIDTH_STEP = 4
 HELD_OUT_CHARACTERS = 200_000
@@ -44,26 +51,25 @@ def sized(options: dict[str, Any], num_parameters: int, words: Tokenizer) -> Mod
     special = words.special_tokens["<|endoftext|>"]
     known = {"vocab_sz": words.num_tokens, "bos_token_id": special, "eos_token_ids": (special,)}
 
-    def off_by(width: int) -> int:
+    def config(width: int) -> ModelConfig:
+        return ModelConfig(**{**known, **SHAPE, **options, "d_emb": width})
+
+    def size(width: int) -> int:
         with torch.device("meta"):
-            network = LanguageModel(ModelConfig(**{**known, **SHAPE, **options, "d_emb": width}))
-        return abs(network.num_parameters - num_parameters)
+            return LanguageModel(config(width)).num_parameters
 
-    widths = iter(range(WIDTH_STEP, 4096, WIDTH_STEP))
-    best = next(widths)
-    for width in widths:
-        if off_by(width) >= off_by(best):
-            break
-        best = width
-    return ModelConfig(**{**known, **SHAPE, **options, "d_emb": best})
+    widths = range(WIDTH_STEP, 4096, WIDTH_STEP)
+    above = bisect.bisect_left(widths, num_parameters, key=size)
+    nearest = widths[max(0, above - 1) : above + 1]
+    return config(min(nearest, key=lambda width: abs(size(width) - num_parameters)))
 
 
-def runs(results: Path, seeds: int) -> Iterator[tuple[str, int]]:
+def runs(results: Path, variants: Collection[str], seeds: int) -> Iterator[tuple[str, int]]:
     """Those without a line in the results, all variants with the first seed first."""
     lines = results.read_text("utf-8").splitlines() if results.exists() else []
     done = {(line["variant"], line["seed"]) for line in map(json.loads, lines)}
     for seed in range(seeds):
-        for variant in VARIANTS:
+        for variant in variants:
             if (variant, seed) not in done:
                 yield variant, seed
 
@@ -77,19 +83,26 @@ def main(
     vocab_sz: Annotated[int, typer.Option(min=300)] = 2048,
     learning_rate: float = 3e-3,
     seeds: int = 2,
+    variant: Annotated[
+        list[str] | None, typer.Option(help=f"Repeatable: {'; '.join(VARIANTS)}. Default: all.")
+    ] = None,
     train_characters: Annotated[
         int, typer.Option(help="Of each file, from its start.")
     ] = 6_000_000,
 ) -> None:
     """Train every variant with every seed, and write down the bits per byte of held-out text."""
+    variants = variant or list(VARIANTS)
+    if unknown := [name for name in variants if name not in VARIANTS]:
+        raise typer.BadParameter(f"there is no {unknown[0]}", param_hint="--variant")
     texts = [text for file in train for text in beginning(read_documents(file), train_characters)]
     held_out = {file: beginning(read_documents(file), HELD_OUT_CHARACTERS) for file in valid}
     words = tokenizer.train(texts, vocab_sz, SPECIAL_TOKENS)
     documents = encode_documents(words, texts, sized({}, num_parameters, words), 4096)
     print(f"{sum(map(len, documents)):,} tokens of text", flush=True)
-    for variant, seed in runs(results, seeds):
+    for name, seed in runs(results, variants, seeds):
         torch.manual_seed(seed)
-        network = LanguageModel(sized(VARIANTS[variant], num_parameters, words))
+        kind = SoftmaxModel if name in SOFTMAX else LanguageModel
+        network = kind(sized(VARIANTS[name], num_parameters, words))
         recipe = Recipe(
             train=tuple(file.name for file in train),
             tokens=tokens,
@@ -106,11 +119,11 @@ def main(
             losses.append(trainer.step())
             if len(losses) % 50 == 0:
                 mean = sum(losses[-50:]) / 50
-                print(f"{variant}, seed {seed}: {trainer.tokens:,} tokens, {mean:.3f}", flush=True)
+                print(f"{name}, seed {seed}: {trainer.tokens:,} tokens, {mean:.3f}", flush=True)
         cpu_s = time.process_time() - started
         network.eval()
         line = {
-            "variant": variant,
+            "variant": name,
             "seed": seed,
             "bits_per_byte": {
                 file.name: round(bits_per_byte(network, words, texts), 4)

@@ -4,8 +4,11 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from model.checkpoint import Checkpoint
 from model.decoding.grammar import GrammarCompiler
@@ -26,8 +29,9 @@ from server.api.auth import Guard, KeyRing
 from server.api.conversation import Conversation
 from server.api.generation.deliver import TIMING_HEADERS
 from server.api.generation.router import Router
+from server.api.hosts import HostMiddleware
 from server.api.limits import KINDS, Limiter
-from server.api.middleware import REQUEST_ID, RequestMiddleware
+from server.api.middleware import REQUEST_ID, RequestMiddleware, Trace
 from server.api.pages import PageMiddleware
 from server.api.schemas.unknown import UnknownParameters
 from server.api.service import Service
@@ -35,14 +39,27 @@ from server.api.streams import StreamLimits, Streams
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import Event, RowGivenUp
 from server.errors import StorageFailed
-from server.metrics import Metrics
+from server.metrics import GatewayMetrics, Metrics
 from server.sessions.cache import HostCache
 from server.sessions.codec import Codec
 from server.sessions.ledger import Ledger
+from server.sessions.models import SHORT, count_models, described
 from server.sessions.quota import Quota, Quotas
 from server.sessions.store import Store
 from server.sessions.tiers import Tiers
 from server.settings import Settings
+
+NO_TELEMETRY: Any = {
+    **dict.fromkeys(("tracing", "metrics", "logs", "operation_spans"), False),
+    "auto_configure": False,
+}
+"""The framework's own, which would cost time and tell of content; ours is server.telemetry."""
+
+LAG_INTERVAL_S = 0.1
+"""Between two looks at how late the event loop is."""
+
+HEALTH_INTERVAL_S = 1.0
+"""Between two looks at the health, where only its metrics ask for it."""
 
 KEY_FILE_INTERVAL_S = 1.0
 """Between two looks at the key file, which are a stat each while nothing changes."""
@@ -56,8 +73,11 @@ EXPOSED_TO_PAGES = (
 log = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings, checkpoint: Checkpoint, store: Store) -> FastAPI:
-    """An app that serves one checkpoint; it closes the store when it ends.
+def create_app(
+    settings: Settings, checkpoint: Checkpoint, store: Store, trace: Trace | None = None
+) -> FastAPI:
+    """An app that serves one checkpoint; it closes the store when it ends. `trace` gets the records
+    of its requests.
 
     Raises TemplateFault when the model's chat template is none, and KeyFileError.
     """
@@ -78,7 +98,10 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: Store) -> Fast
         service.engine.start()
         app.state.service = service
         sweeping = _sweep(service, settings.sweep_interval_s)
-        chores = [asyncio.create_task(sweeping)]
+        chores = [asyncio.create_task(sweeping), asyncio.create_task(_measure_lag(metrics))]
+        chores.append(asyncio.create_task(_report_models(store, codec, settings.data_dir)))
+        if settings.metrics_address is not None:
+            chores.append(asyncio.create_task(_watch_health(service)))
         if settings.key_file is not None:
             chores.append(asyncio.create_task(_watch(keys)))
         try:
@@ -100,12 +123,23 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: Store) -> Fast
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
+        telemetry=NO_TELEMETRY,
     )
-    for part in (completions, chat, responses, sessions, resumption, tokens, models, health):
-        app.include_router(part.router)
+    parts = (completions, chat, responses, sessions, resumption, tokens, models, health)
+    routers = [part.router for part in parts]
+    if settings.metrics_address is None:
+        routers.append(health.metrics_router)
+    for router in routers:
+        app.include_router(router)
+    routes = (route for router in routers for route in router.routes)
+    metrics.add_endpoints({route.path for route in routes if isinstance(route, APIRoute)})
+    if settings.metrics_names == "vllm":
+        GatewayMetrics(metrics, settings.served_name, settings.max_running)
     problems.install(app, metrics)
     openapi.describe(app, settings, asks_for_keys=keys.asks_for_keys)
     app.add_middleware(Guard, keys=keys, guard_metrics=settings.guard_metrics)
+    if settings.known_hosts:
+        app.add_middleware(HostMiddleware, hosts=settings.known_hosts)
     app.add_middleware(
         RequestMiddleware,
         metrics=metrics,
@@ -114,7 +148,10 @@ def create_app(settings: Settings, checkpoint: Checkpoint, store: Store) -> Fast
         body_timeout_s=settings.body_timeout_s,
         max_body_bytes=settings.max_body_bytes,
         max_bytes_by_path={sessions.PREFIX + sessions.IMPORT: codec.most_blob_bytes},
+        root_path=settings.root_path,
+        trace=trace,
     )
+    app.state.metrics = metrics
     if settings.cors_origins:  # around the others, so that web pages can read their errors
         app.add_middleware(PageMiddleware, origins=settings.cors_origins, exposed=EXPOSED_TO_PAGES)
     return app
@@ -169,6 +206,22 @@ def _grammars(checkpoint: Checkpoint) -> GrammarCompiler:
     return GrammarCompiler(checkpoint.tokenizer, network.vocab_size, network.eos)
 
 
+async def _measure_lag(metrics: Metrics) -> None:
+    """See how late the event loop wakes who sleeps, for ever."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + LAG_INTERVAL_S
+        await asyncio.sleep(LAG_INTERVAL_S)
+        metrics.event_loop_lag_seconds.observe(max(0.0, loop.time() - due))
+
+
+async def _watch_health(service: Service) -> None:
+    """Keep the metrics of health fresh where no request asks for them, for ever."""
+    while True:
+        await health.find_trouble(service)
+        await asyncio.sleep(HEALTH_INTERVAL_S)
+
+
 async def _watch(keys: KeyRing) -> None:
     """Take up what changes in the key file, for ever."""
     while True:
@@ -185,6 +238,24 @@ async def _recover(ledger: Ledger) -> None:
     else:
         if interrupted:
             log.warning("%d responses in the background were interrupted", interrupted)
+
+
+async def _report_models(store: Store, codec: Codec, data_dir: Path) -> None:
+    """Say which of the stored sessions and responses this model cannot continue."""
+    try:
+        counts = await count_models(store)
+    except StorageFailed as error:
+        log.warning("which models the stored states belong to is not known: %s", error)
+        return
+    for fingerprint, count in counts.items():
+        if fingerprint and fingerprint != codec.fingerprint:
+            log.warning(
+                "kept, but not to be continued by this model (fingerprint %s): %s of the model "
+                "with fingerprint %s; serve that model again, or stop the server and erase them "
+                "with `latentd erase-model %s --data-dir %s`",
+                *(codec.fingerprint[:SHORT], described(count), fingerprint[:SHORT]),
+                *(fingerprint[:SHORT], data_dir),
+            )
 
 
 async def _sweep(service: Service, every_s: float) -> None:

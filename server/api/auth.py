@@ -10,9 +10,10 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api.problems import render
+from server.api.problems import respond
 from server.errors import Unauthorized
 from server.keys import KeyFileError, Limits, digest, owner_of, read_keys
+from server.metrics import METRICS
 from server.settings import Settings
 
 EVERYBODY = ""
@@ -21,7 +22,6 @@ EVERYBODY = ""
 OPEN = {"/health", "/health/live", "/health/ready"}
 """What is asked without a key: orchestrators have none."""
 
-METRICS = "/metrics"
 CALLER = "latentd.caller"
 """Where a request's scope has its caller."""
 
@@ -45,6 +45,7 @@ class KeyRing:
 
     def __init__(self, settings: Settings) -> None:
         """Raises KeyFileError."""
+        self.asks_for_keys = settings.has_keys
         self._file = settings.key_file
         self._defaults = Limits(
             requests_per_minute=settings.key_requests_per_minute,
@@ -59,11 +60,6 @@ class KeyRing:
         if self._file is not None:
             self._stamp = _stamp(self._file)
             self._listed = self._read(self._file)
-
-    @property
-    def asks_for_keys(self) -> bool:
-        """Also with a key file in which there is none: its last key may have been revoked."""
-        return bool(self._given) or self._file is not None
 
     def find(self, authorization: str) -> Caller:
         """Who sends this header. Raises Unauthorized.
@@ -121,7 +117,7 @@ class Guard:
                 given = Headers(scope=scope).get("authorization", "")
                 scope[CALLER] = self._keys.find(given)
             except Unauthorized as error:
-                await render(error)(scope, receive, send)
+                await respond(scope, error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -26,6 +26,13 @@ from server.errors import InvalidRequest
 MAX_NAMES = MAX_CONTAINERS = 16_384
 """Members of all objects of a body, and objects and lists. A chat of 5,000 messages has fewer."""
 
+MAX_STRINGS = MAX_DEEP_VALUES = 65_536
+"""Strings with the names, and values below the token ids of a list of prompts. A schema that is as
+long as a grammar may be has fewer."""
+
+TOKEN_IDS = 3
+"""The deepest level of token ids: a body has a list of prompts, that are lists."""
+
 
 class JSONRoute(APIRoute):
     """Hands its endpoint a body that is validated already."""
@@ -108,6 +115,8 @@ def check_shape(content: bytes, max_values: int) -> None:
     bounds = (
         (marks.is_name, MAX_NAMES, "names"),
         (marks.is_container, MAX_CONTAINERS, "objects and lists"),
+        (marks.ends_string, MAX_STRINGS, "strings"),
+        (marks.is_value & (marks.depths > TOKEN_IDS), MAX_DEEP_VALUES, "values in values"),
         (marks.is_value, max_values, "values"),
     )
     for found, most, what in bounds:
@@ -131,19 +140,21 @@ class _Marks:
         if b"\\" in content:
             plain = content.replace(b"\\\\", b"__").replace(b'\\"', b"__")
         codes = np.frombuffer(plain, np.uint8)
-        is_inside = np.bitwise_xor.accumulate((codes == ord('"')).view(np.uint8)).view(np.bool_)
+        is_quote = codes == ord('"')
+        is_inside = np.bitwise_xor.accumulate(is_quote.view(np.uint8)).view(np.bool_)
         self._content = content
         self._places = np.flatnonzero(_IS_MARK[codes] & ~is_inside)
         self._kinds = codes[self._places]
+        quotes_before = np.searchsorted(np.flatnonzero(is_quote), self._places)
+        self.ends_string = np.diff(quotes_before, prepend=0) > 0
         self.is_name = self._kinds == ord(":")
         self.is_container = self._is(b"[{")
         self.is_value = self._is(b",[{")
+        self.depths = np.cumsum(self.is_container.astype(np.int32) - self._is(b"]}"))
 
     def member(self, mark: int) -> str | None:
         """The name of the body's own member in which a mark is."""
-        steps = self.is_container[: mark + 1].astype(np.int32) - self._is(b"]}")[: mark + 1]
-        depths = np.cumsum(steps)
-        own = np.flatnonzero(self.is_name[: mark + 1] & (depths == 1))
+        own = np.flatnonzero(self.is_name[: mark + 1] & (self.depths[: mark + 1] == 1))
         if not len(own):
             return None
         colon = int(own[-1])

@@ -1,14 +1,18 @@
 """For orchestrators and Prometheus."""
 
-from fastapi import APIRouter, Response, Security
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from fastapi import APIRouter, Request, Response, Security
 
-from server.api.auth import BEARER, METRICS
+from server.api.auth import BEARER
 from server.api.refusals import ALWAYS, GUARDED, refusals
 from server.api.schemas.models import Health
-from server.api.service import ServiceDep
+from server.api.service import Service, ServiceDep
+from server.errors import LatentdError, NotReady
+from server.metrics import METRICS
+from server.sessions.store import StoreHealth
 
 router = APIRouter(tags=["operations"], responses=refusals(*ALWAYS))
+metrics_router = APIRouter(tags=["operations"], responses=refusals(*ALWAYS))
+"""Left out where metrics have an address of their own."""
 
 EXPOSITION = {
     "type": "string",
@@ -16,27 +20,76 @@ EXPOSITION = {
     "examples": ['latentd_slots{state="running"} 2.0\n'],
 }
 
+FORMATS = ("text/plain", "application/openmetrics-text")
 
-@router.get("/health/live")
-async def live() -> Health:
-    """The process answers."""
+
+@router.get("/health/live", responses=refusals(503))
+async def live(service: ServiceDep) -> Health:
+    """The process answers, and its engine does not hang."""
+    _check_step(service)
     return Health()
 
 
 @router.get("/health", include_in_schema=False)
 @router.get("/health/ready", responses=refusals(503))
 async def ready(service: ServiceDep) -> Health:
-    """The server takes turns."""
-    service.check_ready()
+    """The server takes turns and can store them; otherwise the message says what has to be
+    mended."""
+    trouble = await find_trouble(service)
+    if trouble is not None:
+        raise trouble
     return Health()
 
 
-@router.get(
+@metrics_router.get(
     METRICS,
     response_class=Response,
     dependencies=[Security(BEARER)],
-    responses=refusals(*GUARDED) | {200: {"content": {"text/plain": {"schema": EXPOSITION}}}},
+    responses=refusals(*GUARDED)
+    | {200: {"content": {kind: {"schema": EXPOSITION} for kind in FORMATS}}},
 )
-async def metrics(service: ServiceDep) -> Response:
-    """Prometheus metrics."""
-    return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+async def metrics(service: ServiceDep, request: Request) -> Response:
+    """Prometheus metrics; for who accepts OpenMetrics, with exemplars that name requests."""
+    await find_trouble(service)
+    text, content_type = service.metrics.exposition(request.headers.get("accept", ""))
+    return Response(text, headers={"Content-Type": content_type})
+
+
+async def find_trouble(service: Service) -> LatentdError | None:
+    """Why the server is not ready, if it is not. Sets the metrics that say so."""
+    metrics, trouble = service.metrics, None
+    metrics.running_step_seconds.set(service.engine.running_step_s)
+    store = await service.ledger.store_health()
+    metrics.store_bytes.set(store.num_bytes)
+    metrics.store_free_bytes.set(store.free_bytes)
+    try:
+        service.check_ready()
+        _check_step(service)
+        _check_store(service, store)
+    except LatentdError as error:
+        trouble = error
+    metrics.ready.set(trouble is None)
+    return trouble
+
+
+def _check_step(service: Service) -> None:
+    """Raises NotReady when the present step of the engine hangs."""
+    seconds, most = service.engine.running_step_s, service.settings.hung_step_s
+    if seconds > most:
+        raise NotReady(
+            f"a step of the engine has run for {seconds:.0f} seconds; more than {most:g} count as "
+            "hung",
+            "step_hung",
+        )
+
+
+def _check_store(service: Service, store: StoreHealth) -> None:
+    """Raises NotReady when what is committed next may be lost, or has no space."""
+    if store.fault is not None:
+        raise NotReady(f"the store is lost: {store.fault}", "store_lost")
+    needed = max(service.settings.min_free_bytes, 2 * service.ledger.state_bytes)
+    if store.free_bytes < needed:
+        raise NotReady(
+            f"the store's disk is full: {store.free_bytes:,} bytes are free, less than {needed:,}",
+            "disk_full",
+        )

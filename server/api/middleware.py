@@ -1,7 +1,6 @@
 """What happens to every request: an id, bounds, what it may still use, a count, a line in the log.
 
-Pure ASGI, so that streams flow through it. The log names the endpoint, not the path: whoever reads
-it must not learn the ids of sessions.
+Pure ASGI, so that streams flow through it.
 """
 
 import asyncio
@@ -9,22 +8,33 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import problems
-from server.api.auth import CALLER
+from server.api.auth import CALLER, OPEN
 from server.api.encodings import decoded
 from server.api.limits import Limiter
-from server.api.problems import render
+from server.api.problems import OUTCOME, RECORD, render
 from server.api.schemas.unknown import POLICY, UnknownParameters
 from server.errors import InternalError
-from server.metrics import Metrics
+from server.metrics import METRICS, Metrics
+from server.records import RequestRecord
 
 REQUEST_ID = "X-Request-ID"
+TRACE_HEADERS = ("traceparent", "tracestate", "baggage")
+PROBES = {*OPEN, METRICS}
+"""Paths that programs ask for all the time: logged at level debug, and not traced."""
+
+TURNED_AWAY = (401, 421, 429, 503)
+"""Statuses of requests that cost nothing, of which there may be any number: their lines are
+limited."""
+
+Trace = Callable[[RequestRecord], None]
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 log = logging.getLogger(__name__)
 
@@ -45,8 +55,12 @@ class RequestMiddleware:
         body_timeout_s: float,
         max_body_bytes: int,
         max_bytes_by_path: Mapping[str, int],
+        root_path: str,
+        trace: Trace | None,
     ) -> None:
-        """Where `max_bytes_by_path` has a path, its number counts if it is larger."""
+        """Where `max_bytes_by_path` has a path, its number counts if it is larger. A proxy
+        may leave `root_path` before the paths. `trace` gets the records of requests that have
+        ended."""
         self._app = app
         self._metrics = metrics
         self._limiter = limiter
@@ -54,6 +68,8 @@ class RequestMiddleware:
         self._body_timeout_s = body_timeout_s
         self._max_body_bytes = max_body_bytes
         self._max_bytes_by_path = max_bytes_by_path
+        self._root_path = root_path
+        self._trace = trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,16 +78,22 @@ class RequestMiddleware:
         method = scope["method"]
         if method == "HEAD":
             scope = {**scope, "method": "GET"}
+        if self._root_path:
+            path = scope["path"]
+            if path.startswith(f"{self._root_path}/"):
+                path = path.removeprefix(self._root_path)
+            scope = {**scope, "root_path": self._root_path, "path": path}
         headers = Headers(scope=scope)
         given = headers.get(REQUEST_ID, "")
         request_id = given if _GOOD_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
-        status, started = 0, time.monotonic()
+        record = scope[RECORD] = RequestRecord(request_id, method, _address(scope))
+        if self._trace is not None:
+            record.trace_headers = {h: headers[h] for h in TRACE_HEADERS if h in headers}
         POLICY.set(self._unknown)
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                record.status = message["status"]
                 told = MutableHeaders(scope=message)
                 told[REQUEST_ID] = request_id
                 if CALLER in scope:
@@ -88,17 +110,38 @@ class RequestMiddleware:
                 await self._app(scope, body, send_with_id)
         except Exception:  # the last place where a fault can still become an answer
             log.exception("request %s failed", request_id)
-            if status == 0:
+            if record.status == 0:
                 await render(InternalError())(scope, receive, send_with_id)
         finally:
-            outcome = scope.get("latentd.outcome") or _outcome(status)
-            endpoint = getattr(scope.get("route"), "path", "unknown")
-            self._metrics.requests_total.labels(endpoint=endpoint, outcome=outcome).inc()
-            log.info(
-                "%s %s %d %s %.3fs %s",
-                *(method, endpoint, status, outcome),
-                *(time.monotonic() - started, request_id),
-            )
+            record.outcome = scope.get(OUTCOME) or _outcome(record.status)
+            record.endpoint = getattr(scope.get("route"), "path", "unknown")
+            if CALLER in scope:
+                record.key = scope[CALLER].name or scope[CALLER].owner or None
+            record.session_id = record.session_id or scope.get("path_params", {}).get("session_id")
+            labels = {"endpoint": record.endpoint, "outcome": record.outcome}
+            self._metrics.requests_total.labels(**labels).inc()
+            if record.turn is not None and record.turn.ended is None:
+                record.turn.when_ended = partial(self._report, record)  # it goes on by itself
+            else:
+                self._report(record)
+
+    def _report(self, record: RequestRecord) -> None:
+        """What can be said of a request when all of it is over."""
+        record.end()
+        is_probe = record.endpoint in PROBES and record.status < 400
+        refused = f"status {record.status}" if record.status in TURNED_AWAY else None
+        log.log(
+            logging.DEBUG if is_probe else logging.INFO,
+            "request",
+            extra={"fields": record.fields(), "limited": refused},
+        )
+        if self._trace is not None and not is_probe:
+            self._trace(record)
+
+
+def _address(scope: Scope) -> str | None:
+    client = scope.get("client")
+    return None if client is None else client[0]
 
 
 def _in_time(receive: Receive, timeout_s: float) -> Receive:

@@ -31,8 +31,9 @@ on with streams whose connection was lost.
 
 Every error is an `ErrorResponse`, also one in the middle of a stream. Besides those that each call
 lists, any request may get 400 `invalid_http` or 431 `headers_too_large` for what cannot be read as
-HTTP, 404 `not_found` for a path and 405 `method_not_allowed` for a method that there is not, and
-413 `body_too_large`. Parameters that are not known are refused, not ignored.
+HTTP, 404 `not_found` for a path and 405 `method_not_allowed` for a method that there is not,
+413 `body_too_large`, and 421 `host_not_allowed` where the Host header has another server's name.
+Parameters that are not known are refused, not ignored.
 
 A stream is made of server-sent events; comments, lines that begin with a colon, fill silences.
 Where a stream can be resumed, each event has an `id:`, its number from 0 on. The last event of

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+from starlette.types import Scope
 
 from server.api.encodings import UNDECODABLE
 from server.errors import (
@@ -21,6 +22,13 @@ from server.errors import (
     ShuttingDown,
 )
 from server.metrics import Metrics
+from server.records import RequestRecord
+
+OUTCOME = "latentd.outcome"
+"""Where a request's scope has its outcome, if its status does not show it."""
+
+RECORD = "latentd.record"
+"""Where a request's scope has its record."""
 
 LONGEST_ECHO = 200
 _ECHO = reprlib.Repr()
@@ -34,25 +42,37 @@ def install(app: FastAPI, metrics: Metrics) -> None:
     async def known(request: Request, error: Exception) -> JSONResponse:
         if not isinstance(error, LatentdError):
             raise error
-        request.scope["latentd.outcome"] = error.outcome
+        request.scope[OUTCOME] = error.outcome
         if isinstance(error, Overloaded | QuotaExceeded | RateLimited | ShuttingDown):
             reason = error.code or "unknown"
             metrics.admission_rejections_total.labels(reason=reason).inc()
-        return render(error)
+        return respond(request.scope, error)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         if not isinstance(error, RequestValidationError):
             raise error
-        return render(_describe(request, error.errors()))
+        return respond(request.scope, _describe(request, error.errors()))
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         if not isinstance(error, HTTPException):
             raise error
-        return render(_from_http(request, error))
+        return respond(request.scope, _from_http(request, error))
 
     app.add_exception_handler(LatentdError, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http_error)
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """The record of a request; outside of the server's middleware a new one."""
+    record: RequestRecord = scope.setdefault(RECORD, RequestRecord())
+    return record
+
+
+def respond(scope: Scope, error: LatentdError) -> JSONResponse:
+    """The answer that tells an error, which is noted in the request's record."""
+    record_of(scope).error = error.code
+    return render(error)
 
 
 def render(error: LatentdError) -> JSONResponse:

@@ -83,7 +83,7 @@ ALL = (
     ),
     _Refusal("A fault of the server; its log tells more.", InternalError()),
     _Refusal(
-        "The server is stopping, or its store failed; a session is as it was before.",
+        "The server is stopping, is not well, or its store failed; a session is as it was before.",
         StorageFailed("the session could not be written"),
     ),
     _Refusal("`timeout` has passed; nothing is kept.", DeadlineExceeded(5)),

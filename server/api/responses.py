@@ -20,6 +20,7 @@ from server.api.parameters import (
     StartingAfter,
     WantsStream,
 )
+from server.api.problems import record_of
 from server.api.refusals import BODY, GUARDED, STORED, TURN, WRITTEN, refusals
 from server.api.schemas.generation import NO_PADDING
 from server.api.schemas.responses import (
@@ -62,7 +63,9 @@ async def create_response(
     target = NewResponse(first.id, body.ttl) if body.stores else None
     prompt = ChatPrompt(service, [Said(*said) for said in body.messages], body.prompt_name)
     pending = first_json if body.background else None
-    turn = await open_turn(service, caller, source, target, generation, prompt, pending)
+    record = record_of(request.scope)
+    record.streams = bool(body.stream)
+    turn = await open_turn(service, caller, source, target, generation, prompt, pending, record)
     if isinstance(turn, Replay):
         raise InternalError("a response has no answer before it is made")
     answer = Answer(turn, service.checkpoint.tokenizer, first.id)

@@ -1,6 +1,7 @@
 """What every route works with; built once in the app's lifespan."""
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -22,6 +23,8 @@ from server.settings import Settings
 ROLLBACK_S = 5.0
 """Time for turns that were told to end."""
 
+log = logging.getLogger(__name__)
+
 
 class OpenTurns:
     """Turns that are not closed yet."""
@@ -39,6 +42,9 @@ class OpenTurns:
         self._turns.discard(turn)
         if not self._turns:
             self._none.set()
+
+    def __len__(self) -> int:
+        return len(self._turns)
 
     async def closed(self, timeout_s: float) -> bool:
         """Wait until there is none. False if the time was too short."""
@@ -87,7 +93,9 @@ class Service:
     async def drain(self) -> None:
         """Take no new turns; those that still run when the drain timeout is over roll back."""
         self.draining.set()
-        if not await self.open_turns.closed(self.settings.drain_timeout_s):
+        timeout_s, num_turns = self.settings.drain_timeout_s, len(self.open_turns)
+        log.info("drain", extra={"fields": {"turns": num_turns, "timeout_s": timeout_s}})
+        if not await self.open_turns.closed(timeout_s):
             self.router.abort()
             await self.open_turns.closed(ROLLBACK_S)
 

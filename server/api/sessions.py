@@ -19,6 +19,7 @@ from server.api.parameters import (
     TtlQuery,
     TurnQuery,
 )
+from server.api.problems import record_of
 from server.api.refusals import BODY, GUARDED, STORED, TURN, WRITTEN, refusals
 from server.api.schemas.base import Prompt
 from server.api.schemas.completions import CompletionRequest
@@ -37,6 +38,7 @@ from server.api.schemas.sessions import (
 )
 from server.api.service import Service, ServiceDep
 from server.errors import InternalError, InvalidRequest
+from server.records import RequestRecord
 from server.sessions.ledger import NewSession
 from server.sessions.store import Entry
 
@@ -67,7 +69,10 @@ router = APIRouter(
 
 @router.post("", status_code=201, responses=refusals(*BODY, *TURN))
 async def create_session(
-    service: ServiceDep, caller: CallerDep, body: CreateSessionRequest | None = None
+    request: Request,
+    service: ServiceDep,
+    caller: CallerDep,
+    body: CreateSessionRequest | None = None,
 ) -> Session:
     """Create a session: empty, with a first text, or where a stored response ended."""
     service.check_ready()
@@ -81,7 +86,8 @@ async def create_session(
         )
     elif body.prompt is not None:
         target = NewSession(body.metadata or {}, ttl_s)
-        record = await _create_with_prompt(service, caller, body.prompt, target)
+        told = record_of(request.scope)
+        record = await _create_with_prompt(service, caller, body.prompt, target, told)
     else:
         record = await service.ledger.create(caller.owner, body.metadata or {}, ttl_s)
     return _render(service, record)
@@ -239,7 +245,7 @@ def _metadata(given: str | None) -> dict[str, str]:
 
 
 async def _create_with_prompt(
-    service: Service, caller: Caller, prompt: Prompt, target: NewSession
+    service: Service, caller: Caller, prompt: Prompt, target: NewSession, request: RequestRecord
 ) -> Entry:
     """A session whose first turn read the prompt. Raises InvalidRequest and what a turn does."""
     asked = CompletionRequest.model_construct(prompt=prompt, max_tokens=0)  # it is valid
@@ -247,7 +253,7 @@ async def _create_with_prompt(
         raise InvalidRequest("a session begins with one text, which is not empty", "prompt")
     generation = await read_generation(service, asked)
     text = TextPrompt(service, asked.prompts)
-    turn = await open_turn(service, caller, None, target, generation, text)
+    turn = await open_turn(service, caller, None, target, generation, text, request=request)
     if isinstance(turn, Replay) or turn.session_id is None:
         raise InternalError("a new session has no answer before its first turn")
     answer = Answer(turn, service.checkpoint.tokenizer, turn.session_id)

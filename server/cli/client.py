@@ -28,6 +28,8 @@ PAGE = 100
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 DONE = b"[DONE]"
+UNIX = "unix:"
+"""What the address of a server begins with whose socket's path follows."""
 
 TIMEOUT_S = 60.0
 NOT_SENT = (
@@ -108,9 +110,13 @@ class Client:
         if not key.isascii() or not key.isprintable():
             raise ClientError("a key is made of printable ASCII characters")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._url = url
+        self._url, transport = url, None
+        if url.startswith(UNIX):
+            transport, url = httpx.HTTPTransport(uds=url.removeprefix(UNIX)), "http://localhost"
         try:
-            self._http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S)
+            self._http = httpx.Client(
+                base_url=url, headers=headers, timeout=TIMEOUT_S, transport=transport
+            )
         except httpx.InvalidURL as error:
             raise ClientError(f"{url}: {error}") from error
 

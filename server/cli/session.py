@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look after the sessions of a running server.", no_args_is_help=True)
 
 # LATENTD_* are the server's own settings, of which it accepts no unknown one.
-Url = Annotated[str, typer.Option(envvar="LATENT_URL", help="Address of the server.")]
+Url = Annotated[str, typer.Option(envvar="LATENT_URL", help="Address of the server, or unix:PATH.")]
 Key = Annotated[
     str,
     typer.Option(envvar="LATENT_KEY", help="API key to show.", show_default=False),

@@ -25,8 +25,8 @@ class Engine:
         self, checkpoint: Checkpoint, limits: EngineLimits, deliver: Deliver, metrics: Metrics
     ) -> None:
         self._inbox = Inbox(limits.max_waiting, limits.max_waiting_tokens)
-        worker = Worker(checkpoint, limits, self._inbox, deliver, metrics)
-        self._thread = threading.Thread(target=worker.run, name="engine", daemon=True)
+        self._worker = Worker(checkpoint, limits, self._inbox, deliver, metrics)
+        self._thread = threading.Thread(target=self._worker.run, name="engine", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
@@ -40,6 +40,12 @@ class Engine:
     @property
     def is_running(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def running_step_s(self) -> float:
+        """For how long the present step has run; 0 between steps and before the first one."""
+        started = self._worker.step_started
+        return 0.0 if started is None else time.monotonic() - started
 
     def submit(self, *requests: EngineRequest) -> None:
         """Queue requests, all or none.

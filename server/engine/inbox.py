@@ -67,11 +67,12 @@ class Inbox:
     def empty(self) -> bool:
         return self._messages.empty()
 
-    def receive(self, *, wait: bool) -> Iterator[Message]:
-        """The messages that are there; if there are none and so asked, the next one first."""
-        if wait:
-            yield self._messages.get()
+    def receive(self, *, wait: bool, timeout_s: float | None = None) -> Iterator[Message]:
+        """The messages that are there; if there are none and so asked, the next one first, unless
+        the time passes before it comes."""
         with suppress(queue.Empty):
+            if wait:
+                yield self._messages.get(timeout=timeout_s)
             while True:
                 yield self._messages.get_nowait()
 

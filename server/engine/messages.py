@@ -95,6 +95,9 @@ class EngineRequest:
     deadline: float | None = None
     """When to give up, on the clock of `time.monotonic`, which processes of a machine share."""
 
+    client_id: str = ""
+    """What the client calls its request, of which this may be one choice: for metrics."""
+
 
 @dataclass(frozen=True)
 class Submit:
@@ -213,9 +216,19 @@ class Failed:
 
 @dataclass(frozen=True)
 class NoProbabilities:
-    """The model's output was no numbers: the state is damaged, or the model. Nothing is kept."""
+    """The model's output was no numbers: it can make nothing of the state that the turn began with,
+    or is damaged itself. Nothing is kept."""
 
     request_id: str
+
+
+@dataclass(frozen=True)
+class RowDamaged:
+    """The turn's state is no longer made of numbers, though it was at its beginning. Nothing is
+    kept."""
+
+    request_id: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -243,7 +256,7 @@ class RowGivenUp:
     or released."""
 
 
-Ending = Finished | Failed | NoProbabilities | GrammarFailed | DeadlinePassed
+Ending = Finished | Failed | NoProbabilities | RowDamaged | GrammarFailed | DeadlinePassed
 """What a request ends with."""
 
 Event = PromptScored | TextDelta | Ending

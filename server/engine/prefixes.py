@@ -127,6 +127,10 @@ class SharedPrefixes(Generic[State]):
         self._readers.clear()
         self._followers.clear()
 
+    def forget_kept(self) -> None:
+        """Keep none of the states any more."""
+        self._kept.clear()
+
     def _is_coming(self, sequence: Sequence, num_chunks: int) -> bool:
         """Whether another sequence will have read this much of the prompt."""
         reader = self._readers.get(sequence.digests[num_chunks - 1])

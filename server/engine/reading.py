@@ -64,5 +64,10 @@ class PromptReader:
         """All sequences have ended."""
         self._prefixes.forget_readers()
 
+    def forget_kept(self) -> None:
+        """Give up the states that were kept for later prompts: one of them may be damaged."""
+        self._prefixes.forget_kept()
+        self._metrics.prefix_cache_bytes.set(0)
+
     def _row(self, sequence: Sequence) -> int:
         return self._slots.row(sequence.request.request_id)

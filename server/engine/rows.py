@@ -27,14 +27,17 @@ class Rows:
 
         self._erase_all()
 
-    def place(self, request: EngineRequest) -> None:
-        """Give the request a row with the state that it starts from. Raises ValueError for bytes
-        of a wrong length."""
+    def place(self, request: EngineRequest) -> bool:
+        """Give the request a row with the state that it starts from. Whether the row had it
+        already. Raises ValueError for bytes of a wrong length."""
         source, owner = request.source, request.request_id
         if source is None:
             self.pool.reset(self._slots.acquire(owner))
-        elif not self._slots.adopt(source.id, owner):
+        elif self._slots.adopt(source.id, owner):
+            return True
+        else:
             self._transfer.import_row(self._slots.acquire(owner), source.data)
+        return False
 
     def depart(self, finished: Finished, keep_as: str) -> None:
         """A turn has ended: send its state to the host, and keep its row if there may be any."""

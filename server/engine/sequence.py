@@ -37,6 +37,9 @@ class Sequence:
         self.position = start.position + len(request.token_ids)
         """Tokens of the sequence, those unread included."""
 
+        self.is_adopted = False
+        """Whether it goes on in the row where the turn before it ended."""
+
         self.num_generated = 0
         self.num_in_flight = 0
         """Steps that were launched for it and whose tokens are not known yet."""
@@ -68,12 +71,16 @@ class Sequence:
         prompt ends, or a multiple of the network's cut that is not more than `most`.
 
         A last token by itself belongs to the piece before it: the network would compute other bits.
+        The exception is a state to be kept right before it, which `SharedPrefixes` never asks for.
         """
         stops = (at - self.num_read for at in self.keep_at if at > self.num_read)
-        count = min(stops, default=self.num_unread)
+        stop = min(stops, default=None)
+        count = self.num_unread if stop is None else stop
         if count > most:
             count = max(most, 0) // cut * cut
-        return count + 1 if count and self.num_unread - count == 1 else count
+        if count and count != stop and self.num_unread - count == 1:
+            count += 1
+        return count
 
     def pop_unread(self, count: int) -> list[int]:
         """The next unread tokens, which the caller puts into the state."""

@@ -90,6 +90,11 @@ class Slots:
         self._owner = dict.fromkeys(self._owner)
         self._free = list(self._owner)
 
+    @property
+    def kept(self) -> list[str]:
+        """The ids of the kept states, in the order in which their rows will be needed."""
+        return list(self._kept)
+
     def is_kept(self, state_id: str) -> bool:
         return state_id in self._kept
 

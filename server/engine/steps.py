@@ -18,7 +18,7 @@ from server.engine.messages import (
     Token,
 )
 from server.engine.text_sequence import TextSequence
-from server.metrics import Metrics
+from server.metrics import Metrics, exemplar
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,9 @@ class Steps:
             num_tokens += 1
             if sequence.first_token_at is None:
                 sequence.first_token_at = now
-                self._metrics.time_to_first_token_seconds.observe(now - sequence.submitted_at)
+                self._metrics.time_to_first_token_seconds.observe(
+                    now - sequence.submitted_at, exemplar(sequence.request.client_id)
+                )
             else:
                 waited[sequence.last_token_at] += 1
             sequence.last_token_at = now

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from model.checkpoint import Checkpoint
 from model.decoding import runners
+from model.state import DamagedState
 from server.engine.inbox import Inbox
 from server.engine.messages import (
     Cancel,
@@ -15,8 +16,10 @@ from server.engine.messages import (
     Failed,
     Finished,
     Message,
+    NoProbabilities,
     PromptScored,
     Release,
+    RowDamaged,
     RowGivenUp,
     Stop,
     Submit,
@@ -26,9 +29,12 @@ from server.engine.rows import Rows
 from server.engine.scheduler import EngineLimits, Plan, Scheduler
 from server.engine.steps import FAILED, End, Flight, Outcomes, Steps, end_of_prompt
 from server.engine.text_sequence import TextSequence
-from server.metrics import Metrics
+from server.metrics import Metrics, exemplar
 
 log = logging.getLogger(__name__)
+
+IDLE_SAMPLE_S = 1.0
+"""While nothing runs, the state in one kept row is checked in so many seconds."""
 
 SCORED_BYTES = 64 << 20
 """Memory for logits of scored prompts in a step."""
@@ -70,6 +76,10 @@ class Worker:
         self._open: dict[str, None] = {}
         """Requests whose end was not reported yet, oldest first."""
 
+        self.step_started: float | None = None
+        """When the step began that runs now, on the clock of `time.monotonic`."""
+
+        self._num_sampled = 0
         self._stopping = False
         self._is_broken = False
         """The device is lost: the thread ends, and a server without it is not ready."""
@@ -89,6 +99,7 @@ class Worker:
             self._slots.check()
         try:
             self._receive()
+            self.step_started = time.monotonic()
             self._expire()
             self._admit()
             self._begin_decoding()
@@ -98,6 +109,7 @@ class Worker:
         except Exception:  # whatever failed, no client may wait for ever
             log.exception("an engine step failed")
             self._fail_all()
+        self.step_started = None
         self._flush()
 
     def _run(self, plan: Plan[TextSequence]) -> None:
@@ -137,8 +149,24 @@ class Worker:
             if isinstance(outcome, End):
                 self._finish(sequence, outcome)
             else:
+                is_damaged = isinstance(outcome, NoProbabilities)
+                ending = self._find_damage(sequence) if is_damaged else outcome
                 self._drop(sequence)
-                self._end(outcome)
+                self._end(ending)
+
+    def _find_damage(self, sequence: TextSequence) -> NoProbabilities | RowDamaged:
+        """Why the model's output for a sequence was no numbers. Called before it is dropped."""
+        request_id = sequence.request.request_id
+        try:
+            self._pool.check_row(self._row(sequence))
+        except DamagedState as error:
+            self._metrics.damaged_states_total.labels(found="turn").inc()
+            self._reader.forget_kept()
+            log.error("the state of a running turn is damaged: %s", error)
+            is_imported = sequence.request.source is not None and not sequence.is_adopted
+            if sequence.num_generated or not is_imported:
+                return RowDamaged(request_id, str(error))
+        return NoProbabilities(request_id)
 
     def _receive(self) -> None:
         idle = self._scheduler.idle
@@ -146,8 +174,26 @@ class Worker:
             self._steps.rest()
         if idle and self._inbox.empty:
             self._report_slots()
-        for message in self._inbox.receive(wait=idle):
+        samples = idle and bool(self._slots.kept)
+        for message in self._inbox.receive(wait=idle, timeout_s=IDLE_SAMPLE_S if samples else None):
+            samples = False
             self._handle(message)
+        if samples:
+            self._sample()
+
+    def _sample(self) -> None:
+        """Check the state in one of the kept rows, each in its turn; a damaged one is given up."""
+        self._num_sampled += 1
+        kept = self._slots.kept
+        state_id = kept[self._num_sampled % len(kept)]
+        try:
+            magnitude = self._pool.check_row(self._slots.row(state_id))
+        except DamagedState as error:
+            self._metrics.damaged_states_total.labels(found="idle").inc()
+            log.error("a state that was kept on the device is damaged: %s", error)
+            self._rows.release(state_id)
+        else:
+            self._metrics.state_magnitude.observe(magnitude)
 
     def _handle(self, message: Message) -> None:
         match message:
@@ -182,9 +228,9 @@ class Worker:
             self._inbox.left_queue(request)
             sequence.admitted_at = time.monotonic()
             queued_s = sequence.admitted_at - sequence.submitted_at
-            self._metrics.queue_time_seconds.observe(queued_s)
+            self._metrics.queue_time_seconds.observe(queued_s, exemplar(request.client_id))
             try:
-                self._rows.place(request)
+                sequence.is_adopted = self._rows.place(request)
             except ValueError as error:
                 self._drop(sequence)
                 self._end(Failed(request.request_id, str(error)))

@@ -44,7 +44,7 @@ class Keeper:
     ) -> None:
         """Requests run as `tasks`; the last answers have `last_bytes_s` to reach their clients."""
         self._app = app
-        self._settings = settings.model_dump_json(include={*SETTINGS, "log_level"})
+        self._settings = settings.model_dump_json(include={*SETTINGS, "log_level", "log_format"})
         self._listeners = listeners
         self._last_bytes_s = last_bytes_s
         self._tasks = tasks

@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-import logging
 import os
 import socket
 from types import FrameType
 
 import uvicorn
 
+from server import logs
 from server.connections import uvicorn_config
 from server.fronts.frames import Kind
 from server.fronts.gateway import Gateway
@@ -22,9 +22,7 @@ LOST_CORE = 1
 def run(link_fd: str, listener_fd: str, last_bytes_s: str, settings_json: str) -> None:
     """Serve until the core says stop or is gone. The descriptors are inherited."""
     settings = Settings(**json.loads(settings_json))
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(settings.log_level, settings.log_format)
     with socket.socket(fileno=int(link_fd)) as link, socket.socket(fileno=int(listener_fd)) as own:
         _Server(settings, link, int(last_bytes_s)).run([own])
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from model.decoding.sampling import RecentTokens
-from model.state import TensorSpec, split_state
+from model.state import DamagedState, TensorSpec, check_values, split_state
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,10 @@ class BlobError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message[:LONGEST_MESSAGE])  # a header can be as long as its sender likes
+
+
+class DamagedBlob(BlobError):
+    """The blob is of this model, but not as it was written, or its state is damaged."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,11 @@ class Codec:
         """No blob is larger, even if thousands of tokens are pending."""
         return self.state_bytes + (1 << 16)
 
+    def check(self, session: SessionState) -> float:
+        """The largest absolute value of the state. Raises DamagedState, and ValueError when it does
+        not have the size of this model's."""
+        return check_values(self._tensors, split_state(self._tensors, session.state))
+
     def encode(self, session: SessionState) -> bytes:
         """The blob; its size depends on the model only, but for a few digits in the header.
 
@@ -124,9 +133,9 @@ class Codec:
                 arithmetic=None if facts["version"] == BEFORE else facts["arithmetic"],
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise BlobError(f"the header is damaged: {error}") from error
+            raise DamagedBlob(f"the header is damaged: {error}") from error
         if facts != self._facts(session, session.arithmetic):
-            raise BlobError("the checksum does not match: the blob is damaged")
+            raise DamagedBlob("the checksum does not match: the blob is damaged")
         self._check_values(session, arrays)
         return session
 
@@ -211,9 +220,10 @@ class Codec:
         ids = (*session.pending, *recent.tolist())
         if ids and not 0 <= min(ids) <= max(ids) < self._vocab_sz:
             raise BlobError(f"a token id is not below {self._vocab_sz}")
-        for name, values in arrays.items():
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                raise BlobError(f"tensor {name} has values that are not finite")
+        try:
+            check_values(self._tensors, arrays)
+        except DamagedState as error:
+            raise DamagedBlob(str(error)) from error
 
 
 def read(blob: bytes) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
@@ -221,7 +231,7 @@ def read(blob: bytes) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
     try:
         return _metadata(blob), safetensors.numpy.load(blob)
     except (SafetensorError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise BlobError(f"not a whole safetensors blob: {error}") from error
+        raise DamagedBlob(f"not a whole safetensors blob: {error}") from error
 
 
 def _checksum(facts: Mapping[str, str], recent: bytes, state: bytes) -> str:

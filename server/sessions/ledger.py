@@ -17,11 +17,12 @@ from server.errors import (
     KeyReused,
     NotFound,
     SessionBusy,
+    SessionDamaged,
     TurnMismatch,
     UnfitState,
 )
 from server.metrics import Metrics
-from server.sessions.codec import BlobError, Codec
+from server.sessions.codec import BlobError, Codec, DamagedBlob
 from server.sessions.ledger_turn import LedgerTurn, not_found, unanswered, with_body
 from server.sessions.quota import Quota, Reservation
 from server.sessions.store import (
@@ -31,6 +32,7 @@ from server.sessions.store import (
     Kind,
     NewState,
     Store,
+    StoreHealth,
 )
 from server.sessions.tiers import Tier, Tiers
 
@@ -138,6 +140,10 @@ class Ledger:
     @property
     def tiers(self) -> Tiers:
         return self._tiers
+
+    async def store_health(self) -> StoreHealth:
+        """Looks at the store's disk, now."""
+        return await self._store.health()
 
     @asynccontextmanager
     async def begin(
@@ -306,13 +312,20 @@ class Ledger:
     ) -> tuple[Entry, int, bytes]:
         """The session, and the state after a turn as a blob: of the last turn if None is named.
 
-        Raises NotFound, also for the state before the first turn.
+        Raises NotFound, also for the state before the first turn, and SessionDamaged.
         """
         entry = await self.get(owner, "session", session_id)
         turn = entry.turn if turn is None else turn
         blob = await self._store.load(session_id, turn)
         if blob is None:
             raise await self._no_turn(session_id, turn)
+        try:
+            await asyncio.to_thread(self._codec.decode, blob)
+        except DamagedBlob as error:
+            self._metrics.damaged_states_total.labels(found="store").inc()
+            raise SessionDamaged(session_id, turn, str(error)) from error
+        except BlobError:
+            pass  # of another model, which may continue it
         return entry, turn, blob
 
     async def import_blob(

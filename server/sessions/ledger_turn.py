@@ -8,16 +8,18 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import get_args
 
+from model.state import DamagedState
 from server.errors import (
     InternalError,
     NotFound,
     ResponseDamaged,
     ResponseGone,
     SessionDamaged,
+    StateDamaged,
     StorageFailed,
 )
 from server.metrics import Metrics
-from server.sessions.codec import BlobError, Codec, SessionState
+from server.sessions.codec import BlobError, Codec, DamagedBlob, SessionState
 from server.sessions.quota import Reservation
 from server.sessions.store import Entry, KeptAnswer, Kind, NewState, Status, Store
 from server.sessions.tiers import Tiers
@@ -114,6 +116,8 @@ class LedgerTurn:
             try:
                 state = await asyncio.to_thread(self._codec.decode, blob)
             except BlobError as error:
+                if isinstance(error, DamagedBlob):
+                    self._metrics.damaged_states_total.labels(found="store").inc()
                 raise self.damaged(str(error)) from error
             self._codec.report_arithmetic(start.id, state)
             if self._tiers.num_forgotten == num_forgotten:
@@ -141,8 +145,8 @@ class LedgerTurn:
     async def commit(self, state: SessionState, state_id: str, body: str | None) -> None:
         """Make the turn durable; on return it survives a crash.
 
-        `body` is the answer, where `needs_body`. Raises StorageFailed, and ResponseGone when the
-        response was deleted.
+        `body` is the answer, where `needs_body`. Raises StorageFailed, StateDamaged for a state
+        that is not sound, and ResponseGone when the response was deleted.
         """
         if self.entry is None or self._is_over:
             raise InternalError("there is nothing to commit")
@@ -157,8 +161,12 @@ class LedgerTurn:
             raise InternalError("a turn was committed without its answer")
         with self._metrics.session_commit_seconds.time():
             state = replace(state, turn=entry.turn)
-            blob = await asyncio.to_thread(self._codec.encode, state)
-            await self._end(entry, NewState(state_id, blob, answer))
+            blob = await asyncio.to_thread(self._checked_blob, state)
+            try:
+                await self._end(entry, NewState(state_id, blob, answer))
+            except StorageFailed:
+                self._metrics.session_commit_failures_total.inc()
+                raise
         before, num_kept = self.entry.state_id, min(entry.num_checkpoints + 1, self._keep_turns)
         self.entry = replace(entry, state_id=state_id, num_checkpoints=num_kept)
         self._tiers.cache(state_id, state, replaced=before)
@@ -174,6 +182,16 @@ class LedgerTurn:
             return
         with suppress(ResponseGone):
             await self._end(with_body(self.entry, body), None)
+
+    def _checked_blob(self, state: SessionState) -> bytes:
+        """Raises StateDamaged."""
+        try:
+            self._metrics.state_magnitude.observe(self._codec.check(state))
+        except DamagedState as error:
+            self._metrics.damaged_states_total.labels(found="turn").inc()
+            raise StateDamaged(str(error)) from error
+        self._metrics.state_position.observe(state.position)
+        return self._codec.encode(state)
 
     async def _end(self, entry: Entry, state: NewState | None) -> None:
         self._is_over = True

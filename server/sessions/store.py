@@ -116,6 +116,32 @@ class Usage:
     """Of states, kept answers and bodies of responses."""
 
 
+@dataclass(frozen=True)
+class Header:
+    """The beginning of the blob of an entry's present state."""
+
+    number: int
+    """Entries are numbered in the order in which they were made."""
+
+    kind: Kind
+    id: str
+    beginning: bytes
+
+
+@dataclass(frozen=True)
+class StoreHealth:
+    """Whether the store can keep what it is given."""
+
+    num_bytes: int
+    """Of its files."""
+
+    free_bytes: int
+    """Free on its disk."""
+
+    fault: str | None = None
+    """Why what it is given may be lost, if so."""
+
+
 class Store(Protocol):
     """When a call that writes returns, what it wrote survives the process and the machine.
 
@@ -128,6 +154,9 @@ class Store(Protocol):
     @property
     def total(self) -> Usage:
         """All that it holds."""
+
+    async def health(self) -> StoreHealth:
+        """Looks at the disk, now."""
 
     async def insert(self, entry: Entry, state: NewState | None = None) -> None:
         """Add an entry, with the state after its present turn if it has one."""
@@ -164,6 +193,10 @@ class Store(Protocol):
 
     async def load(self, entry_id: str, turn: int) -> bytes | None:
         """The blob of the state after a turn."""
+
+    async def headers(self, after: int, limit: int) -> Sequence[Header]:
+        """Of the entries that have a state, in the order of their numbers, from behind `after`;
+        each with its header as safetensors have one, or 64 KiB of it."""
 
     async def fork(self, source_id: str, entry: Entry) -> Entry | None:
         """Add an entry that begins with the source's state after the turn `entry.turn`.

@@ -144,6 +144,7 @@ def test_a_prompt_read_by_steps_is_the_whole_one(name: str) -> None:
     assert pool.export_row(0) == read.export_row(0)
 
 
+@pytest.mark.long
 @each_network
 @settings(max_examples=12, deadline=None)
 @given(
@@ -180,6 +181,7 @@ def test_steps_together_are_as_if_alone(name: str, count: int) -> None:
             assert together.export_row(row) == singles[row].export_row(0)
 
 
+@pytest.mark.long
 @each_network
 @settings(max_examples=12, deadline=None)
 @given(

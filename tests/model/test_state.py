@@ -1,13 +1,27 @@
 """Rows of a pool: their bytes, their exchange, and that they do not touch each other."""
 
+import itertools
+import math
+import random
 import struct
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
-from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
+from model.state import (
+    DamagedState,
+    StatePool,
+    StateSpec,
+    TensorSpec,
+    check_values,
+    contiguous_run,
+    split_state,
+)
 from tests.model.calls import prefill, step
 
 SPEC = StateSpec(
@@ -176,3 +190,51 @@ def test_no_row_is_read_but_those_that_are_named(compiled: bool, chosen: list[in
         seen.append((logits.tolist(), [made.export_row(row) for row in chosen]))
     assert seen[0] == seen[1]
     assert poisoned.export_row(5) == before
+
+
+SOUND = pool().export_row(1)
+H, M, S = SPEC.tensors
+
+
+def checked(**changed: NDArray[Any]) -> float:
+    return check_values(SPEC.tensors, split_state(SPEC.tensors, SOUND) | changed)
+
+
+def test_a_sound_state_has_a_magnitude() -> None:
+    values = rows(pool())[1]
+    assert checked() == max(map(abs, itertools.chain(*values)))
+    assert checked(s=np.full(S.shape, -500.0)) == 500
+
+
+def test_what_a_tensor_begins_with_is_sound_and_of_no_size() -> None:
+    fresh = StatePool(SPEC, 1, torch.device("cpu"))
+    assert fresh.check_row(0) == 0
+    fresh.tensors["m"][0, 0, 0, 1] = -7
+    assert fresh.check_row(0) == 7
+    unbounded = TensorSpec("m", (2,), "float32", -math.inf)
+    assert check_values((unbounded,), {"m": np.array([-math.inf, 3], np.float32)}) == 3
+    with pytest.raises(DamagedState, match="1 of the 2 values of tensor m"):
+        check_values((unbounded,), {"m": np.array([-math.inf, math.inf], np.float32)})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("tensor", "size"), [("h", 3), ("m", 8), ("s", 8)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_value_that_is_not_finite_damages_a_state(
+    tensor: str, size: int, value: float, count: int
+) -> None:
+    made = pool()
+    row = made.tensors[tensor][:, 2]
+    for place in random.Random(size).sample(list(np.ndindex(*row.shape)), count):
+        row[place] = value
+    message = f"^{count} of the {size} values of tensor {tensor} are not finite$"
+    with pytest.raises(DamagedState, match=message):
+        made.check_row(2)
+    assert made.check_row(1) == checked()
+
+
+def test_an_erased_row_is_damaged() -> None:
+    made = pool()
+    made.poison(0)
+    with pytest.raises(DamagedState, match="3 of the 3 values of tensor h"):
+        made.check_row(0)

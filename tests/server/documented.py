@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-EVERYWHERE = {413, 431}
+EVERYWHERE = {413, 421, 431}
 """What any call may be answered, as the documentation says of all together."""
 
 

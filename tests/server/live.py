@@ -14,6 +14,7 @@ import uvicorn
 
 from model import checkpoint
 from server.api.app import create_app
+from server.api.middleware import Trace
 from server.api.service import Service
 from server.connections import uvicorn_config
 from server.sessions.sqlite.store import SQLiteStore
@@ -54,7 +55,9 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(settings: Settings, send_buffer_bytes: int | None = None) -> Iterator[LiveServer]:
+def live_server(
+    settings: Settings, send_buffer_bytes: int | None = None, trace: Trace | None = None
+) -> Iterator[LiveServer]:
     """Run a server for these settings until the block ends.
 
     `send_buffer_bytes` is what the kernel holds for a client that does not read; without it, some
@@ -62,7 +65,7 @@ def live_server(settings: Settings, send_buffer_bytes: int | None = None) -> Ite
     """
     loaded = checkpoint.load(settings.checkpoint, torch.device("cpu"))
     store = SQLiteStore(settings.data_dir / "sessions.sqlite3", settings.durability)
-    app = create_app(settings, loaded, store)
+    app = create_app(settings, loaded, store, trace)
     server = uvicorn.Server(uvicorn_config(app, settings, 5))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         if send_buffer_bytes is not None:  # connections inherit it

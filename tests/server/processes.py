@@ -1,11 +1,13 @@
 """`latentd serve` as a process, for what happens when one starts, stops or dies."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -13,18 +15,20 @@ from tests.patience import PATIENCE_S
 
 
 class ServerProcess:
-    """A running server; `url` is where it listens."""
+    """A running server; `url` is where it listens. Its log is beside its data."""
 
     def __init__(self, checkpoint: Path, data_dir: Path, *flags: str) -> None:
+        self._log = data_dir.with_name(f"{data_dir.name}.log")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LATENTD_")}
         arguments = [str(checkpoint), "--data-dir", str(data_dir), "--port", "0"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "server", "serve", *arguments, *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
+        with self._log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "server", "serve", *arguments, *flags],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+            )
         self.facts: list[str] = []
         self.url = ""
         for line in self.process.stdout or []:
@@ -35,7 +39,17 @@ class ServerProcess:
         raise RuntimeError(f"the server ended with {self.process.wait()}: {self.facts}")
 
     def client(self) -> httpx.Client:
+        if self.url.startswith("unix:"):
+            transport = httpx.HTTPTransport(uds=self.url.removeprefix("unix:"))
+            return httpx.Client(
+                base_url="http://localhost", timeout=PATIENCE_S, transport=transport
+            )
         return httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+
+    def lines(self, message: str) -> list[dict[str, Any]]:
+        """Those of the log that say this."""
+        lines = map(json.loads, self._log.read_text().splitlines())
+        return [line for line in lines if line["message"] == message]
 
     def stop(self) -> int:
         """Ask it to end, and its exit status."""

@@ -102,14 +102,15 @@ def parsed(raw: bytes) -> tuple[int, str]:
     return int(head.split()[1]), str(error["code"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "said",
     [
         b"",
         b"\r\n",
         b"GET /v1/mod",
-        b"GET /v1/models HTTP/1.1\r\nhost: a\r\n",
-        b"GET /v1/models HTTP/1.1\r\nhost: a",
+        b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n",
+        b"GET /v1/models HTTP/1.1\r\nhost: localhost",
     ],
 )
 def test_half_a_request_is_cut(impatient: LiveServer, said: bytes) -> None:
@@ -120,6 +121,7 @@ def test_half_a_request_is_cut(impatient: LiveServer, said: bytes) -> None:
     assert time.monotonic() - started > HEADER_S * 0.9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("begun", "piece"),
     [(b"", b"\r\n"), (b"GET /", b"a"), (b"GET / HTTP/1.1\r\n", b"x: y\r\n")],
@@ -141,9 +143,10 @@ def test_headers_that_drip_are_cut(impatient: LiveServer, begun: bytes, piece: b
     assert time.monotonic() - started > HEADER_S * 0.9
 
 
+@pytest.mark.long
 def test_a_request_on_a_used_connection_has_the_same_time(impatient: LiveServer) -> None:
     with closing(connect(impatient)) as connection:
-        connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n")
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert answer(connection)[0] == 200
         time.sleep(HEADER_S * 1.2)  # not begun yet, and not idle for too long
         started = time.monotonic()
@@ -152,11 +155,12 @@ def test_a_request_on_a_used_connection_has_the_same_time(impatient: LiveServer)
     assert time.monotonic() - started > HEADER_S * 0.9
 
 
+@pytest.mark.long
 def test_an_idle_connection_is_closed(tiny_checkpoint: Path, tmp_path: Path) -> None:
     settings = tiny_settings(tiny_checkpoint, tmp_path, keep_alive_timeout_s=IDLE_S)
     with live_server(settings) as server, closing(connect(server)) as connection:
         started = time.monotonic()
-        connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n")
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n")
         answer(connection)
         assert rest(connection) == b""
         assert time.monotonic() - started > IDLE_S * 0.9
@@ -177,7 +181,7 @@ def test_an_answer_may_take_longer_than_the_request(impatient: LiveServer) -> No
         assert time.monotonic() - started > 2 * HEADER_S
 
 
-POST = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 
 def test_a_body_that_does_not_come_is_answered(impatient: LiveServer) -> None:
@@ -215,12 +219,12 @@ def test_a_body_that_drips_is_answered(impatient: LiveServer) -> None:
     ],
 )
 def test_too_large_headers_are_refused(connection: socket.socket, headers: bytes) -> None:
-    connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\n" + headers + b"\r\n\r\n")
+    connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n" + headers + b"\r\n\r\n")
     assert parsed(rest(connection)) == (431, "headers_too_large")
 
 
 def test_headers_without_end_are_refused(connection: socket.socket) -> None:
-    connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\nx: ")
+    connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nx: ")
     connection.sendall(b"y" * 3000)
     assert parsed(rest(connection)) == (431, "headers_too_large")
 
@@ -233,13 +237,13 @@ def test_bodies_do_not_count_as_headers(connection: socket.socket) -> None:
             time.sleep(0.02)  # so that they come apart
             connection.sendall(body[start : start + 1500])
         assert answer(connection)[0] == 200
-    connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\nx: ")
+    connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nx: ")
     connection.sendall(b"y" * 3000)
     assert parsed(rest(connection)) == (431, "headers_too_large")
 
 
 def test_requests_in_one_piece_are_answered_in_order(connection: socket.socket) -> None:
-    one = b"GET /v1/models/%b HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 1500 + b"%b\r\n\r\n"
+    one = b"GET /v1/models/%b HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * 1500 + b"%b\r\n\r\n"
     connection.sendall(one % (b"first", b"") + one % (b"second", b"\r\nconnection: close"))
     answers = rest(connection).split(b"HTTP/1.1 ")[1:]
     assert [status[:3] for status in answers] == [b"404", b"404"]
@@ -253,7 +257,7 @@ def test_what_is_not_http_gets_an_error_object(connection: socket.socket) -> Non
 
 
 BODY = b'{"prompt": "a", "max_tokens": 1}'
-OTHER = b"GET /v1/models/smuggled HTTP/1.1\r\nhost: a\r\n\r\n"
+OTHER = b"GET /v1/models/smuggled HTTP/1.1\r\nhost: localhost\r\n\r\n"
 OFFERS = {
     "none": b"",
     "h2c": b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMA\r\n",
@@ -292,21 +296,24 @@ def test_an_offer_to_upgrade_is_ignored(
         else:
             connection.sendall(request + b"\r\n" + body)
         assert answer(connection)[0] == expected
-    connection.sendall(b"GET /v1/models/x HTTP/1.1\r\nhost: a\r\n" + OFFERS[offer] + b"\r\n")
+    connection.sendall(
+        b"GET /v1/models/x HTTP/1.1\r\nhost: localhost\r\n" + OFFERS[offer] + b"\r\n"
+    )
     assert "'x'" in answer(connection)[1]["error"]["message"]
 
 
 def test_offers_do_not_disorder_a_pipeline(connection: socket.socket) -> None:
     header, body = with_length(BODY)
     one = POST + OFFERS["h2c"] + header + b"\r\n" + body
-    last = b"GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close, upgrade\r\nupgrade: a\r\n\r\n"
+    last = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n"
+    last += b"connection: close, upgrade\r\nupgrade: a\r\n\r\n"
     connection.sendall(3 * (one + OTHER) + last)
     assert statuses(rest(connection)) == 3 * [200, 404] + [200]
 
 
 @pytest.mark.parametrize("target", [b"a:443", b"/v1/models"])
 def test_nothing_goes_through_a_tunnel(connection: socket.socket, target: bytes) -> None:
-    connection.sendall(b"CONNECT " + target + b" HTTP/1.1\r\nhost: a\r\n\r\n" + OTHER)
+    connection.sendall(b"CONNECT " + target + b" HTTP/1.1\r\nhost: localhost\r\n\r\n" + OTHER)
     assert parsed(rest(connection)) == (400, "invalid_http")
 
 
@@ -365,9 +372,9 @@ def test_every_request_sent_ahead_is_answered_in_order(connection: socket.socket
     for number in numbers:
         body = b"%d%b" % (number, b" " * (37 * number % 3000))
         framed = (with_length, in_chunks)[number % 2](body)
-        head = b"POST /v1/none HTTP/1.1\r\nhost: a\r\nx-request-id: id-%d-\r\n" % number
+        head = b"POST /v1/none HTTP/1.1\r\nhost: localhost\r\nx-request-id: id-%d-\r\n" % number
         requests.append(head + b"\r\n".join(framed))
-    requests.append(b"GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+    requests.append(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
     sent = b"".join(requests)
     connection.setblocking(False)
     raw, is_open = b"", True
@@ -527,12 +534,15 @@ def test_an_idle_connection_outlives_those_of_clients(tmp_path: Path) -> None:
     assert Settings(checkpoint=tmp_path).keep_alive_timeout_s > 60
 
 
+@pytest.mark.long
 def test_a_request_answered_early_leaves_an_idle_connection(impatient: LiveServer) -> None:
     """It is not cut as one that has begun a request."""
     with closing(connect(impatient)) as connection:
-        connection.sendall(b"POST /v1/none HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\na")
+        connection.sendall(
+            b"POST /v1/none HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\n\r\na"
+        )
         assert answer(connection)[0] == 404
         connection.sendall(b"bcd")
         time.sleep(HEADER_S * 1.5)
-        connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n")
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert answer(connection)[0] == 200

@@ -32,6 +32,7 @@ def post(client: httpx.Client, path: str, **body: object) -> str:
     return str(answer.json()["id"])
 
 
+@pytest.mark.long
 def test_a_session_is_cut_kept_forked_rewound_moved_and_resumed(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ def test_nothing_is_lost_when_servers_are_killed(tiny_checkpoint: Path, tmp_path
     deadline = time.monotonic() + PROGRAM_S
     for seed in itertools.count():
         folder = tmp_path / f"{seed}"
+        folder.mkdir()
         tally = asyncio.run(kill.run(checkpoint, folder, kills=4, servers=2, clients=8, seed=seed))
         assert tally.problems == []
         found.update({f"acknowledged {kind}": n for kind, n in tally.acknowledged.items()})

@@ -1,9 +1,17 @@
 """Metrics: the names that the design promises, in base units, and none that grows with sessions."""
 
+import ast
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
 import pytest
+from prometheus_client import Metric
+from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.metrics import Metrics
+import server
+from server.metrics import OUTCOMES, REJECTIONS, GatewayMetrics, Metrics, exemplar
 
 DESIGN = {
     **dict.fromkeys(
@@ -16,12 +24,14 @@ DESIGN = {
             "step_duration_seconds",
             "session_commit_seconds",
             "session_load_seconds",
+            "event_loop_lag_seconds",
         ],
         ("histogram", ()),
     ),
     "requests_total": ("counter", ("endpoint", "outcome")),
     "prompt_tokens_total": ("counter", ()),
     "generation_tokens_total": ("counter", ()),
+    "answer_tokens_total": ("counter", ()),
     "resumed_tokens_total": ("counter", ()),
     "admission_rejections_total": ("counter", ("reason",)),
     "session_evictions_total": ("counter", ("tier",)),
@@ -39,6 +49,14 @@ DESIGN = {
     "session_state_bytes": ("gauge", ()),
     "session_bytes": ("gauge", ("tier",)),
     "model_info": ("gauge", ("model", "fingerprint", "device")),
+    "ready": ("gauge", ()),
+    "running_step_seconds": ("gauge", ()),
+    "damaged_states_total": ("counter", ("found",)),
+    "state_magnitude": ("gauge", ()),
+    "state_position": ("gauge", ()),
+    "session_commit_failures_total": ("counter", ()),
+    "store_bytes": ("gauge", ()),
+    "store_free_bytes": ("gauge", ()),
 }
 
 
@@ -60,7 +78,7 @@ def test_what_is_scraped_can_be_parsed_and_has_our_prefix() -> None:
             getattr(metrics, name).labels(*labels)
     families = {
         family.name: family
-        for family in text_string_to_metric_families(metrics.exposition().decode())
+        for family in text_string_to_metric_families(metrics.exposition()[0].decode())
     }
     ours = {name for name in families if not name.startswith("process_")}
     assert {name.removesuffix("_created") for name in ours} == {
@@ -101,3 +119,90 @@ def test_servers_in_one_process_count_for_themselves() -> None:
     first, second = Metrics(), Metrics()
     first.prompt_tokens_total.inc(5)
     assert second.registry.get_sample_value("latentd_prompt_tokens_total") == 0
+
+
+OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.2"
+
+
+def test_every_known_label_begins_at_zero() -> None:
+    metrics = Metrics()
+    metrics.add_endpoints(["/v1/completions"])
+    value = metrics.registry.get_sample_value
+    for reason in REJECTIONS:
+        assert value("latentd_admission_rejections_total", {"reason": reason}) == 0
+    for endpoint in ("/v1/completions", "unknown"):
+        for outcome in OUTCOMES:
+            labels = {"endpoint": endpoint, "outcome": outcome}
+            assert value("latentd_requests_total", labels) == 0
+    for tier in ("device", "host"):
+        assert value("latentd_session_evictions_total", {"tier": tier}) == 0
+
+
+def test_the_known_rejections_are_those_of_the_source() -> None:
+    refusals = {"Overloaded", "QuotaExceeded", "RateLimited", "ShuttingDown"}
+    codes = {"shutting_down"} | {f"{kind}_per_minute" for kind in ("requests", "tokens")}
+    for path in Path(server.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in refusals:
+                given = [arg.value for arg in node.args[1:] if isinstance(arg, ast.Constant)]
+                codes |= {code for code in given if isinstance(code, str)}
+    inbox = Path(server.__file__).parent / "engine" / "inbox.py"  # makes them elsewhere
+    codes |= set(re.findall(r'"(queue_\w+)"', inbox.read_text()))
+    assert codes == set(REJECTIONS)
+
+
+def test_openmetrics_has_exemplars_that_name_requests() -> None:
+    metrics = Metrics()
+    metrics.time_to_first_token_seconds.observe(0.003, exemplar("req_1"))
+    metrics.time_to_first_token_seconds.observe(0.7, exemplar("x" * 200))
+    GatewayMetrics(metrics, "tiny", 4)
+    text, content_type = metrics.exposition(OPENMETRICS)
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0")
+    parse: Callable[[str], Iterable[Metric]] = openmetrics.text_string_to_metric_families
+    families = {family.name: family for family in parse(text.decode())}
+    found = [
+        (sample.labels["le"], sample.exemplar.labels)
+        for sample in families["latentd_time_to_first_token_seconds"].samples
+        if sample.exemplar is not None
+    ]
+    assert found == [("0.005", {"request_id": "req_1"})]
+    assert "vllm:num_requests_running" in families
+    plain, content_type = metrics.exposition("text/plain")
+    assert (content_type, b"req_1" in plain) == ("text/plain; version=0.0.4; charset=utf-8", False)
+
+
+@pytest.mark.parametrize(
+    ("request_id", "expected"),
+    [("", None), ("r" * 118, {"request_id": "r" * 118}), ("r" * 119, None)],
+)
+def test_an_exemplar_is_not_too_long(request_id: str, expected: object) -> None:
+    metrics = Metrics()
+    assert exemplar(request_id) == expected
+    metrics.time_to_first_token_seconds.observe(1, exemplar(request_id))
+
+
+@pytest.mark.parametrize("accept", ["", OPENMETRICS])
+def test_gateways_find_the_names_that_they_know(accept: str) -> None:
+    metrics = Metrics()
+    GatewayMetrics(metrics, "tiny", 4)
+    metrics.requests_waiting.set(7)
+    metrics.requests_running.set(3)
+    lines = metrics.exposition(accept)[0].decode().splitlines()
+    for name, value in (
+        ("num_requests_waiting", 7.0),
+        ("num_requests_running", 3.0),
+        ("kv_cache_usage_perc", 0.75),
+    ):
+        assert f'vllm:{name}{{model_name="tiny"}} {value}' in lines
+        assert f"# TYPE vllm:{name} gauge" in lines
+
+
+def test_the_largest_value_stays() -> None:
+    metrics = Metrics()
+    value = metrics.registry.get_sample_value
+    found = []
+    for number in (0.5, 3.0, 2.0):
+        metrics.state_magnitude.observe(number)
+        found.append(value("latentd_state_magnitude"))
+    assert found == [0.5, 3.0, 3.0]
+    assert value("latentd_state_position") == 0

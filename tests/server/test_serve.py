@@ -1,6 +1,7 @@
 """A server's life: what it says, how it ends, and what survives."""
 
 import re
+import resource
 import signal
 import threading
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from server.serve import _warn_if_open
 from tests.patience import PROGRAM_S, wait_until
 from tests.server.api.calls import complete, text_of
 from tests.server.processes import server_process
@@ -27,8 +29,47 @@ def test_it_tells_its_facts_and_ends_with_status_0(tiny_checkpoint: Path, tmp_pa
         assert facts["arithmetic"] == "arithmetic float32 x float32"
         assert re.fullmatch(r"listening +http:\S+ +\(ready in \d+\.\d s\)", server.facts[-1])
         assert "64 on the device" in facts["fits"]
-        assert (tmp_path / "data" / "sessions.sqlite3").exists()
+        data = tmp_path / "data"
+        assert (data / "sessions.sqlite3").exists()
+        modes = {path: path.stat().st_mode & 0o077 for path in (data, *data.rglob("*"))}
+        assert set(modes.values()) == {0}
+        soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        assert soft == hard
         assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "warns"),
+    [("127.0.0.1", False), ("127.9.0.1", False), ("::1", False), ("0.0.0.0", True), ("::", True)],
+)
+def test_a_server_without_keys_that_others_can_reach_says_so(
+    caplog: pytest.LogCaptureFixture, address: str, warns: bool
+) -> None:
+    _warn_if_open(address)
+    assert [address in record.getMessage() for record in caplog.records] == [True] * warns
+
+
+@pytest.mark.long
+def test_its_life_is_a_line_for_each_step(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with (
+        server_process(tiny_checkpoint, tmp_path, *LONG_DRAIN) as server,
+        server.client() as client,
+    ):
+        endless = {"prompt": "a", "max_tokens": 20_000, "ignore_eos": True, "stream": True}
+        with client.stream("POST", "/v1/completions", json=endless) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            assert "data: [DONE]" in list(lines)
+        assert server.wait() == 0
+    [start], [ready], [drain], [end] = map(server.lines, ("start", "ready", "drain", "exit"))
+    assert start["pid"] == server.process.pid
+    assert (ready["url"], drain["timeout_s"]) == (server.url, PROGRAM_S)
+    assert drain["turns"] == 1
+    assert 0 < start["load_s"] < ready["ready_s"] < end["uptime_s"]
+    assert 0 < end["drain_s"] < end["uptime_s"]
+    [request] = server.lines("request")
+    assert (request["tokens_out"], request["outcome"]) == (20_000, "ok")
 
 
 @pytest.mark.long

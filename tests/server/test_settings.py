@@ -47,6 +47,14 @@ def test_nothing_has_to_be_set() -> None:
         ("key_file", "keys.json", Path("keys.json")),
         ("cors_origins", "https://a.example,http://b:80", ("https://a.example", "http://b:80")),
         ("key_tokens_per_minute", "5", 5),
+        ("unix_socket", "some.socket", Path("some.socket")),
+        ("root_path", "/a/b", "/a/b"),
+        ("trusted_proxies", "10.0.0.0/8,::1", ("10.0.0.0/8", "::1")),
+        ("allowed_hosts", "a.example,*.b.example", ("a.example", "*.b.example")),
+        ("metrics_address", "[::1]:9090", "[::1]:9090"),
+        ("metrics_names", "vllm", "vllm"),
+        ("log_format", "json", "json"),
+        ("otel", "true", True),
     ],
 )
 def test_the_environment_sets_and_a_flag_wins(
@@ -74,6 +82,27 @@ def test_a_wrong_variable_does_not_matter_where_a_flag_wins(
 def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
     assert refusal() == f"{name}: there is no such setting"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LATENTD_PORT", "tcp://10.96.0.7:8000"),
+        ("LATENTD_PORT_8000_UDP", "udp://10.96.0.7:8000"),
+        ("LATENTD_SERVICE_HOST", "10.96.0.7"),
+        ("LATENTD_GPU_SERVICE_HOST", "10.96.0.7"),
+    ],
+)
+def test_a_link_of_kubernetes_to_a_service_is_explained(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """It comes from a service called latentd, and would otherwise look like a wrong setting."""
+    monkeypatch.setenv("LATENTD_PORT_8000_TCP_PROTO", "tcp")  # one that looks like nothing special
+    monkeypatch.setenv(name, value)
+    refused = refusal()
+    assert refused.startswith(f"{name}: {value!r}: this is a link that Kubernetes makes")
+    assert refused.endswith("put enableServiceLinks: false into the pod's spec")
+    assert "\n" not in refused
 
 
 def test_variables_of_others_are_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +139,12 @@ WRONG: list[tuple[str, Any]] = [
     ("tokens_per_minute", "-5"),
     ("header_timeout_s", "0"),
     ("body_timeout_s", "nan"),
+    ("root_path", "a"),
+    ("root_path", "/a/"),
+    ("metrics_address", "9090"),
+    ("metrics_address", "::1:9090"),
+    ("log_format", "text"),
+    ("tls_key", "key.pem"),
 ]
 
 
@@ -126,6 +161,17 @@ def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, valu
 def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
     assert "an origin is" in refusal(cors_origins=("https://good.example", origin))
     assert read_settings({"cors_origins": ["*"]}).cors_origins == ("*",)
+
+
+def test_proxies_are_addresses() -> None:
+    assert "'proxy.example' does not appear" in refusal(trusted_proxies="10.0.0.1,proxy.example")
+    assert read_settings({"trusted_proxies": "*"}).trusted_proxies == ("*",)
+
+
+def test_a_unix_socket_has_no_certificate() -> None:
+    flags = {"unix_socket": "some.socket", "tls_certificate": "cert.pem"}
+    assert "a Unix socket needs no TLS" in refusal(**flags)
+    assert read_settings({"tls_certificate": "cert.pem", "tls_key": "key.pem"}).tls_key
 
 
 def test_an_unknown_flag_is_named() -> None:
@@ -155,3 +201,26 @@ def test_the_name_that_clients_use(flags: dict[str, object], name: str) -> None:
 def test_every_setting_explains_itself() -> None:
     for name, field in Settings.model_fields.items():
         assert (field.description or "").endswith("."), name
+
+
+@pytest.mark.parametrize("value", ["", ",", " ", ",,"])
+def test_an_empty_key_does_not_open_the_server(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("LATENTD_API_KEY", value)
+    assert refusal().startswith("LATENTD_API_KEY: ")
+
+
+@pytest.mark.parametrize("wrong", ["bad secret", "schlüssel", "tab\t"])
+def test_no_key_is_in_a_message(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    monkeypatch.setenv("LATENTD_API_KEY", f"good-key,{wrong}")
+    said = refusal()
+    assert said.startswith("LATENTD_API_KEY: ")
+    assert "good-key" not in said
+    assert wrong not in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_keys"),
+    [({}, False), ({"api_key": ("a",)}, True), ({"key_file": Path("keys.json")}, True)],
+)
+def test_keys_are_asked_for_where_any_can_be(settings: dict[str, Any], has_keys: bool) -> None:
+    assert read_settings(settings).has_keys is has_keys

@@ -36,7 +36,7 @@ def draw_function() -> Any:
 
     logits `[rows, vocab]` float32, heat above 0 and points from 0 to 1 `[rows]` float64; a token id
     for each row is written to chosen `[rows]` int64. Sums are float64. It is -1 where no token has
-    a weight, which is so beside NaN and inf, too: exp(NaN) is 0 here.
+    a weight, or where one is NaN, which is so beside NaN and inf.
     """
     source = SOURCE
 

@@ -10,7 +10,7 @@ from numba import float32, float64, int8, int32
 
 from model.heinsen.attention import GRID
 from model.heinsen.config import FASTEST_DECAY
-from model.kernels.cpu.functions import bits, exp, from_bits, jit, jit_sum, log, log1p
+from model.kernels.cpu.functions import bits, exp, from_bits, jit, jit_sum, larger, log, log1p
 
 TINY = 1.1754944e-38
 """The smallest normal float32."""
@@ -52,8 +52,8 @@ def position(
             for j in range(first, last):
                 a, b = gates[t, j], float64(gates[t, width + j])
                 decayed = float64(min(a, float32(0.0)) - log1p(exp(-abs(a)))) + past[j]
-                larger = max(decayed, b)
-                after = larger + float64(log1p(exp(float32(min(decayed, b) - larger))))
+                top = larger(decayed, b)
+                after = top + float64(log1p(exp(float32(min(decayed, b) - top))))
                 past[j] = after
                 x[t, j] = emb[t, j] + float32(after)
 
@@ -91,9 +91,9 @@ def attend(
         old = m[j]
         if decays:
             fraction = old - np.floor(old)
-            new = max(old, np.ceil(k[j] - fraction) + fraction)
+            new = larger(old, np.ceil(k[j] - fraction) + fraction)
         else:
-            new = max(old, np.ceil(k[j]))
+            new = larger(old, np.ceil(k[j]))
         higher |= new != old
         kept[j], weight[j] = exp(old - new), exp(k[j] - new)
         m[j] = new
@@ -113,7 +113,7 @@ def attend(
         total[i] = float32(0.0)
         if log_values:
             old = n[i]
-            new = max(old, np.ceil(v[i]))
+            new = larger(old, np.ceil(v[i]))
             higher |= new != old
             kept_v[i], u[i] = exp(old - new), exp(v[i] - new)
             n[i] = new
@@ -133,9 +133,10 @@ def attend(
             row_low[i] = _lost(before, after, added)
             row[i] = after
             total[i] += e_j * after
-    below = max(_dot(e, z), float32(TINY))
+    below = larger(_dot(e, z), float32(TINY))
     for i in range(d_val):
         if log_values:
-            y[i] = log(max(total[i], float32(TINY))) - log(below) + n[i]
+            above = larger(total[i], float32(TINY))
+            y[i] = log(above) - log(below) + n[i]
         else:
             y[i] = total[i] / below

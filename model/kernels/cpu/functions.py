@@ -69,9 +69,16 @@ def call(_typing: Any, _address: Any) -> Any:
 
 
 @jit
+def larger(a: Any, b: Any) -> Any:
+    """The maximum, NaN if either is NaN: what is broken must show."""
+    return a if a > b or a != a else b
+
+
+@jit
 def exp(x: Any) -> Any:
     """exp in float32, to 2 units of the last place; 0 below -87 (Cephes' polynomial)."""
-    x = min(max(x, float32(-104.0)), float32(88.0))
+    x = float32(-104.0) if x < float32(-104.0) else x  # not min and max: NaN stays
+    x = float32(88.0) if x > float32(88.0) else x
     n = np.floor(x * float32(1.44269504) + float32(0.5))
     r = x - n * float32(0.693359375)
     r = r + n * float32(2.12194440e-4)
@@ -83,12 +90,13 @@ def exp(x: Any) -> Any:
     p = p * r + float32(5.0000001201e-1)
     y = p * r * r + r + float32(1.0)
     power = from_bits((max(int32(n), int32(-126)) + int32(127)) << int32(23))
-    return y * power if x >= float32(-87.0) else float32(0.0)
+    return float32(0.0) if x < float32(-87.0) else y * power
 
 
 @jit
 def log(x: Any) -> Any:
-    """log in float32 of a normal positive number, to 2 units (Cephes' polynomial)."""
+    """log in float32 of a normal positive number, to 2 units (Cephes' polynomial); NaN of the
+    numbers that are none."""
     whole = bits(x)
     e = float32((whole >> int32(23)) - int32(126))
     r = from_bits((whole & int32(0x007FFFFF)) | int32(0x3F000000))
@@ -106,7 +114,7 @@ def log(x: Any) -> Any:
     p = p * r + float32(3.3333331174e-1)
     s = r * r
     y = r * s * p + e * float32(-2.12194440e-4) - float32(0.5) * s
-    return r + y + e * float32(0.693359375)
+    return r + y + e * float32(0.693359375) + (x - x)
 
 
 @jit

@@ -1,6 +1,7 @@
 """The one loop from a turn's events to its client, and the turn's end."""
 
 import asyncio
+import time
 from collections.abc import Coroutine, Iterable
 from typing import Any, Protocol
 
@@ -10,14 +11,12 @@ from starlette.types import Receive, Scope, Send
 from server.api.generation.answer import TOKEN_SIZE, Answer, Delta
 from server.api.generation.shape import Shape, as_json
 from server.api.generation.turn import AdmittedTurn, TextEvent
+from server.api.problems import OUTCOME
 from server.api.schemas.generation import Timings
 from server.api.sse import EVENT_STREAM, NO_BUFFERING, EventSink, Piece
 from server.errors import Cancelled, InternalError, LatentdError
 
 CLIENT_CLOSED_REQUEST = 499
-OUTCOME = "latentd.outcome"
-"""Where a request's scope has its outcome, if its status does not show it."""
-
 TIMING_HEADERS = {
     "X-Queue-Time": ("queue_s", "until the request had a row of the engine"),
     "X-Prefill-Time": ("prefill_s", "reading the prompt"),
@@ -83,6 +82,8 @@ async def deliver(turn: AdmittedTurn, answer: Answer, shape: Shape[Any], sink: S
                 continue
             size = TOKEN_SIZE * sum(len(event.tokens) for _, event in events)
             deltas = await run(size, add, events)
+            if turn.record.first_token_s is None:
+                turn.record.first_token_s = time.monotonic() - turn.record.started
             if answer.is_finished:
                 size, body = answer.size, None  # the last events may have all of it
                 if turn.needs_body:
@@ -95,7 +96,23 @@ async def deliver(turn: AdmittedTurn, answer: Answer, shape: Shape[Any], sink: S
         raise
     finally:
         body = None if turn.is_committed else as_json(shape.failed(ended_by))
+        _describe(turn, answer, ended_by)
         await turn.close(body, answer.num_generated)
+
+
+def _describe(turn: AdmittedTurn, answer: Answer, ended_by: LatentdError) -> None:
+    """Note how the turn ended, for its record."""
+    record, timings = turn.record, answer.timings
+    record.answer_id = answer.id
+    record.cached_tokens = answer.usage.prompt_tokens_details.cached_tokens
+    record.reasons = tuple(choice.reason for choice in answer.choices if choice.reason is not None)
+    if timings is not None:
+        record.queue_s, record.prefill_s = timings.queue_s, timings.prefill_s
+        record.first_token_s, record.decoded_s = timings.first_token_s, timings.total_s
+    if turn.is_committed:
+        record.outcome = "ok"
+    else:
+        record.outcome, record.error = ended_by.outcome, ended_by.code
 
 
 async def deliver_events(

@@ -42,6 +42,7 @@ class Generation:
         owner: str,
         keep_as: str | None,
         deadline: float | None,
+        client_id: str = "",
     ) -> list[EngineRequest]:
         """One request a choice, prompt by prompt."""
         template = self.template
@@ -58,6 +59,7 @@ class Generation:
                 prefix_salt=owner.encode(),
                 keep_as=keep_as,
                 deadline=deadline,
+                client_id=client_id,
             )
             for ids in prompts
             for index in range(self.num_per_prompt)

@@ -13,6 +13,7 @@ from server.api.generation.generation import read_generation
 from server.api.generation.prompts import Prompt
 from server.api.generation.shape import TurnShape
 from server.api.generation.turn import Replay, open_turn
+from server.api.problems import record_of
 from server.api.schemas.base import EXAMPLE_SESSION, EXAMPLE_STREAM
 from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.generation import GenerationRequest
@@ -71,6 +72,8 @@ async def answer_turn(
     A session's turn that was committed before with the same Idempotency-Key is not run again: its
     answer is delivered as it was. Raises LatentdError.
     """
+    record = record_of(request.scope)
+    record.streams = bool(body.stream)
     _check_delivery(body)
     session_id = _session_id(body, given)
     generation = await read_generation(service, body, is_detached=bool(body.resumable))
@@ -80,7 +83,8 @@ async def answer_turn(
         key = given.idempotency_key
         identity = "" if key is None else await service.texts.run(LONG, _identity, body)
         target = NextTurn(key, identity)
-    turn = await open_turn(service, caller, source, target, generation, prompt)
+    record.session_id = session_id
+    turn = await open_turn(service, caller, source, target, generation, prompt, request=record)
     headers = {} if session_id is None else {"X-Session-ID": session_id}
     if isinstance(turn, Replay):
         headers["Idempotent-Replayed"] = "true"

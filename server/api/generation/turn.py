@@ -29,6 +29,7 @@ from server.engine.messages import (
     GrammarFailed,
     NoProbabilities,
     PromptScored,
+    RowDamaged,
     StoredState,
     TextDelta,
 )
@@ -37,8 +38,11 @@ from server.errors import (
     InternalError,
     InvalidRequest,
     ShuttingDown,
+    StateDamaged,
     StorageFailed,
 )
+from server.metrics import exemplar
+from server.records import RequestRecord, TurnRecord
 from server.sessions.codec import SessionState
 from server.sessions.ledger import Source, Target, new_state_id
 from server.sessions.ledger_turn import LedgerTurn
@@ -102,6 +106,13 @@ class AdmittedTurn:
         self.session_turn = entry.turn + 1 if entry is not None and is_session else None
         """The session's turn that this is, once it is committed."""
 
+        firsts = requests[:: generation.num_per_prompt]
+        num_tokens = self.start.position + sum(len(request.token_ids) for request in firsts)
+        self.record = TurnRecord(
+            requests[0].max_tokens, len(requests), num_tokens, generation.is_detached
+        )
+        """What the log and the traces say of it."""
+
     def submit(self) -> None:
         """Queue every choice, or none. Raises Overloaded and ShuttingDown."""
         self._service.check_ready()
@@ -115,8 +126,8 @@ class AdmittedTurn:
         """What happens until every choice has finished, each with the index of its choice: all that
         waits at once, or None when nothing has happened for `silence_s`.
 
-        Raises DeadlineExceeded, InvalidRequest for a grammar's dead end, InternalError, what
-        `LedgerTurn.damaged` returns, and ShuttingDown.
+        Raises DeadlineExceeded, InvalidRequest for a grammar's dead end, InternalError,
+        StateDamaged, what `LedgerTurn.damaged` returns, and ShuttingDown.
         """
         while self._running:
             if not await self._queue.wait(silence_s):
@@ -136,6 +147,8 @@ class AdmittedTurn:
                     raise self._opened.damaged(
                         "the model gives no probabilities for the next token"
                     )
+                case RowDamaged(_, reason):
+                    raise StateDamaged(reason)
                 case GrammarFailed(_, reason):
                     raise InvalidRequest(
                         f"the text cannot be completed: {reason}", None, "grammar_failed"
@@ -168,8 +181,11 @@ class AdmittedTurn:
         if self._opened.entry is not None:
             if self._after is None or self.keep_as is None:
                 raise InternalError("the engine ended a turn without its state")
+            began = time.monotonic()
             await self._opened.commit(self._after, self.keep_as, body)
+            self.record.committing = began, time.monotonic()
         self.is_committed = True
+        self._service.metrics.answer_tokens_total.inc(num_generated)
         await self._unlock(num_generated)
 
     async def close(self, body: str | None, num_generated: int) -> None:
@@ -198,7 +214,11 @@ class AdmittedTurn:
         finally:
             service.open_turns.discard(self)
             await self._unlock(num_generated)
-        service.metrics.request_duration_seconds.observe(time.monotonic() - self._started)
+        service.metrics.request_duration_seconds.observe(
+            time.monotonic() - self._started, exemplar(self.requests[0].client_id)
+        )
+        self.record.generated_tokens = num_generated
+        self.record.end()
 
     async def _unlock(self, num_generated: int) -> None:
         await self._allowance.leave(num_generated)
@@ -213,12 +233,14 @@ async def open_turn(
     generation: Generation,
     prompt: Prompt,
     pending_body: str | None = None,
+    request: RequestRecord | None = None,
 ) -> AdmittedTurn | Replay:
     """Lock the target, find the source's state, read the prompt, and queue the choices.
 
-    `pending_body`: a response is stored with it at once. Raises every LatentdError that can refuse
-    a turn: what `Ledger.begin` and `LedgerTurn.load` raise, InvalidRequest for the prompt,
-    RateLimited, Overloaded, ShuttingDown, QuotaExceeded, StorageFull and StorageFailed.
+    `pending_body`: a response is stored with it at once. `request` gets the turn's record.
+    Raises every LatentdError that can refuse a turn: what `Ledger.begin` and `LedgerTurn.load`
+    raise, InvalidRequest for the prompt, RateLimited, Overloaded, ShuttingDown, QuotaExceeded,
+    StorageFull and StorageFailed.
     """
     started = time.monotonic()
     service.check_ready()
@@ -248,11 +270,15 @@ async def open_turn(
             owner=caller.owner,
             keep_as=None if opened.entry is None else new_state_id(),
             deadline=None if timeout_s is None else started + timeout_s,
+            client_id="" if request is None else request.request_id,
         )
         num_tokens = sum(len(request.token_ids) for request in requests)
         await allowance.check(num_tokens)
         turn = AdmittedTurn(service, opened, requests, generation, allowance, stack, started)
         turn.submit()
+        if request is not None:
+            request.turn = turn.record
+            request.session_id = turn.session_id or request.session_id
         await allowance.charge(num_tokens)
         if pending_body is not None:
             await opened.store_pending(pending_body)

@@ -1,6 +1,5 @@
 """What completions and chats have in common: how to choose tokens, how to deliver them."""
 
-from collections.abc import Callable
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -255,15 +254,6 @@ class GenerationRequest(SamplingRequest):
     def wants_usage_in_events(self) -> bool:
         options = self.stream_options
         return options is not None and bool(options.continuous_usage_stats)
-
-    def usage_in_event(self, usage: "Callable[[], Usage | None]") -> "dict[str, Usage | None]":
-        """The usage in an event of a stream that has something else to tell, if it belongs there.
-
-        Where it is to come at the end, the others have null.
-        """
-        if self.wants_usage_in_events:
-            return {"usage": usage()}
-        return {"usage": None} if self.wants_usage_event else {}
 
 
 class PromptTokensDetails(AnswerModel):

@@ -6,6 +6,9 @@ over is swept at the next start.
 """
 
 import os
+import shutil
+import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +25,10 @@ class StateFiles:
         folder.mkdir(0o700, exist_ok=True)
         folder.chmod(0o700)
         if sync:
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
+        self._counting = threading.Lock()
+        self.num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+        """Of all files."""
 
     def write(self, state_id: str, blob: bytes) -> None:
         """On return the file survives a crash. Raises OSError, and leaves nothing behind then."""
@@ -38,7 +44,8 @@ class StateFiles:
                     os.fsync(file.fileno())
             unfinished.rename(path)
             if self._sync:
-                _sync_folder(self._folder)
+                sync_folder(self._folder)
+            self._count(len(blob))
         except BaseException:
             for left in (unfinished, path):
                 with suppress(OSError):
@@ -52,16 +59,49 @@ class StateFiles:
         except FileNotFoundError:
             return None
 
+    def beginning(self, state_id: str, most: int) -> bytes:
+        """So many bytes at most; none if there is no such file. Raises OSError."""
+        with suppress(FileNotFoundError), (self._folder / state_id).open("rb") as file:
+            return file.read(most)
+        return b""
+
     def delete(self, state_id: str) -> None:
         """Also of one that is not there. Raises OSError."""
-        (self._folder / state_id).unlink(missing_ok=True)
+        path = self._folder / state_id
+        with suppress(FileNotFoundError):
+            size = path.stat().st_size
+            path.unlink()
+            self._count(-size)
 
     def names(self) -> set[str]:
         """Of all files: state ids, and what was never completed. Raises OSError."""
         return {path.name for path in self._folder.iterdir()}
 
+    def link(self, names: Iterable[str], folder: Path) -> None:
+        """Put these files into another folder of the same disk too, but for those that are not
+        there or unfinished. Raises OSError."""
+        for name in names:
+            if not name.endswith(UNFINISHED):
+                with suppress(FileNotFoundError):
+                    link_or_copy(self._folder / name, folder / name)
 
-def _sync_folder(path: Path) -> None:
+    def _count(self, num_bytes: int) -> None:
+        with self._counting:
+            self.num_bytes += num_bytes
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """A hard link, or a copy where there are none. Raises OSError."""
+    try:
+        os.link(source, path)
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError:
+        shutil.copyfile(source, path)
+        path.chmod(0o600)
+
+
+def sync_folder(path: Path) -> None:
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(folder)

@@ -2,7 +2,7 @@
 
 import os
 import sqlite3
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -159,6 +159,20 @@ def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
             db.close()
         raise StoreError(reason(path, error)) from error
     return db
+
+
+def check_store(path: Path) -> None:
+    """Raises StoreError for a database that is damaged, or none of this version."""
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+            if _is_new(db, path):
+                raise StoreError(f"{path}: it has no tables")
+            [found, *_] = db.execute("PRAGMA integrity_check(1)").fetchone()
+            if found != "ok":
+                raise ValueError(found)
+            _check_accounts(db)
+    except (sqlite3.Error, TypeError, ValueError, StoreError) as error:
+        raise StoreError(reason(path, error)) from error
 
 
 def one_line(error: Exception) -> str:

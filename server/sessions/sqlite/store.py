@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from server.sessions.sqlite.disk import OpenFiles
 from server.sessions.sqlite.files import StateFiles
 from server.sessions.sqlite.rows import ENTRY, body_bytes, entry_of, find_entry, insert_entry
 from server.sessions.sqlite.schema import Durability, open_store, reason
@@ -13,17 +14,24 @@ from server.sessions.sqlite.writer import Writer, storage_error
 from server.sessions.store import (
     Checkpoint,
     Entry,
+    Header,
     KeptAnswer,
     Kind,
     NewState,
     StoreError,
+    StoreHealth,
     Usage,
 )
+
+STORE_FILE = "sessions.sqlite3"
+"""Of a data folder."""
 
 LARGE_BYTES = 1 << 20
 """Blobs from here on are files: SQLite would write them twice, and erase them page by page."""
 
 FILE_THREADS = 2
+DATABASE_FILES = ("", "-wal", "-shm")
+MOST_OF_A_HEADER = 64 << 10
 UNFINISHED = "status IN ('queued', 'in_progress')"
 
 
@@ -38,13 +46,14 @@ class SQLiteStore:
         """Open or create. Raises StoreError for a file that this server cannot use."""
         db = open_store(path, durability)
         try:
-            self._files = StateFiles(
-                path.with_name(f"{path.name}-states"), sync=durability == "sync"
-            )
+            folder = states_folder(path)
+            self._files = StateFiles(folder, sync=durability == "sync")
             _sweep(db, self._files)
+            self._opened = OpenFiles((path, path.with_name(f"{path.name}-wal"), folder))
         except (OSError, sqlite3.Error) as error:
             db.close()
             raise StoreError(reason(path, error)) from error
+        self._path = path
         self._writer = Writer(db, self._files)
         self._run = self._writer.run
         self._threads = ThreadPoolExecutor(FILE_THREADS, "state-files")
@@ -52,6 +61,35 @@ class SQLiteStore:
     @property
     def total(self) -> Usage:
         return self._writer.total
+
+    async def health(self) -> StoreHealth:
+        return await asyncio.to_thread(self._look)
+
+    def snapshot(self, folder: Path) -> None:
+        """Put everything, as it is at one moment before this returns, into a folder on the same
+        disk, durable or not; commits go on meanwhile.
+
+        No file of a state goes but in the writer's thread, after the commit that gave it up: those
+        that the copied database names are all there at the moment of the copy, and linked then.
+        Blocks, so it is called from another thread than the event loop's. Raises OSError,
+        sqlite3.Error and StorageFailed.
+        """
+        states = states_folder(folder / self._path.name)
+        states.mkdir(0o700)
+        self._files.link(self._files.names(), states)  # most of them, while commits go on
+        named = set[str]()
+
+        def link_rest(db: sqlite3.Connection) -> None:
+            rows = db.execute("SELECT state_id FROM checkpoints WHERE blob IS NULL")
+            named.update(state_id for (state_id,) in rows)
+            self._files.link(named - {path.name for path in states.iterdir()}, states)
+
+        database = folder / self._path.name
+        database.touch(0o600, exist_ok=False)
+        self._writer.copy(database, link_rest)
+        for path in states.iterdir():
+            if path.name not in named:
+                path.unlink()
 
     async def insert(self, entry: Entry, state: NewState | None = None) -> None:
         def work(db: sqlite3.Connection) -> bool:
@@ -170,6 +208,29 @@ class SQLiteStore:
         state_id, blob = found
         return await self._read_file(state_id) if blob is None else blob
 
+    async def headers(self, after: int, limit: int) -> Sequence[Header]:
+        def work(db: sqlite3.Connection) -> Sequence[Header]:
+            rows = db.execute(
+                """SELECT number, kind, id, checkpoints.rowid, state_id, typeof(blob) = 'null'
+                FROM entries JOIN checkpoints
+                ON entry_number = number AND checkpoints.turn = entries.turn
+                WHERE number > ? ORDER BY number LIMIT ?""",
+                [after, limit],
+            )
+            return [
+                Header(number, kind, entry_id, beginning(db, rowid, state_id, is_file))
+                for number, kind, entry_id, rowid, state_id, is_file in rows
+            ]
+
+        def beginning(db: sqlite3.Connection, rowid: int, state_id: str, is_file: bool) -> bytes:
+            if is_file:
+                return self._files.beginning(state_id, MOST_OF_A_HEADER)
+            with db.blobopen("checkpoints", "blob", rowid, readonly=True) as blob:
+                size = int.from_bytes(blob.read(8), "little")
+                return blob.read(min(size, MOST_OF_A_HEADER))
+
+        return await self._run(work)
+
     async def fork(self, source_id: str, entry: Entry) -> Entry | None:
         def work(db: sqlite3.Connection) -> Entry | None:
             source = _checkpoint(db, source_id, entry.turn)
@@ -231,6 +292,16 @@ class SQLiteStore:
         await self._writer.close()
         await asyncio.to_thread(self._threads.shutdown)
 
+    def _look(self) -> StoreHealth:
+        fault, num_bytes, free_bytes = self._opened.fault, self._files.num_bytes, 0
+        try:
+            databases = (self._path.with_name(self._path.name + end) for end in DATABASE_FILES)
+            num_bytes += sum(path.stat().st_size for path in databases if path.exists())
+            free_bytes = self._opened.free_bytes
+        except OSError as error:
+            fault = fault or str(error)
+        return StoreHealth(num_bytes, free_bytes, fault)
+
     async def _write(
         self, work: Callable[[sqlite3.Connection], bool], state: NewState | None
     ) -> bool:
@@ -250,6 +321,11 @@ class SQLiteStore:
             return await loop.run_in_executor(self._threads, self._files.read, state_id)
         except OSError as error:
             raise storage_error(error) from error
+
+
+def states_folder(path: Path) -> Path:
+    """Where the files of large states are, beside their database."""
+    return path.with_name(f"{path.name}-states")
 
 
 def _sweep(db: sqlite3.Connection, files: StateFiles) -> None:

@@ -5,6 +5,7 @@ undoes only its own part. The answers leave after the commit.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import errno
 import logging
@@ -13,6 +14,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from server.errors import StorageFailed, StorageFull
@@ -23,6 +25,9 @@ from server.sessions.store import Usage
 log = logging.getLogger(__name__)
 
 MOST_TOGETHER = 256
+COPIED_PAGES = 256
+"""Pages of the database that are copied between two transactions."""
+
 T = TypeVar("T")
 
 
@@ -39,6 +44,13 @@ class _Job:
     answer: "asyncio.Future[Any]"
 
 
+@dataclass(frozen=True)
+class _Copy:
+    path: Path
+    at_end: Callable[[sqlite3.Connection], None]
+    done: "concurrent.futures.Future[None]"
+
+
 class Writer:
     """Runs what is asked for, in order, in transactions."""
 
@@ -48,8 +60,8 @@ class Writer:
         self.total = _total(db)
         """What the store holds since the last commit."""
 
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._closing = False
+        self._jobs: queue.SimpleQueue[_Job | _Copy | None] = queue.SimpleQueue()
+        self._closing = self._closed = False
         self._must_erase = False
         """What was deleted is still in the write-ahead log."""
 
@@ -75,6 +87,19 @@ class Writer:
         self._jobs.put(_Job(work, erases, file, loop, answer))
         return await answer
 
+    def copy(self, path: Path, at_end: Callable[[sqlite3.Connection], None]) -> None:
+        """Copy the database as it is at one moment between two transactions, which go on until then
+        and are in the copy. At that moment `at_end` runs, and nothing else.
+
+        Blocks; called from any other thread. Raises sqlite3.Error, OSError, and StorageFailed when
+        the store is closed.
+        """
+        done = concurrent.futures.Future[None]()
+        if self._closing:
+            raise StorageFailed("the session store is closed")
+        self._jobs.put(_Copy(path, at_end, done))
+        done.result()
+
     async def close(self) -> None:
         """Finish what was asked for and close the database."""
         self._closing = True
@@ -82,14 +107,40 @@ class Writer:
         await asyncio.to_thread(self._thread.join)
 
     def _main(self) -> None:
-        closing = False
-        while not closing:
-            jobs = [self._jobs.get()]
-            while len(jobs) < MOST_TOGETHER and not self._jobs.empty():
-                jobs.append(self._jobs.get())
-            closing = None in jobs
-            self._run_together([job for job in jobs if job is not None])
+        while not self._closed:
+            self._run_next()
         self.db.close()
+
+    def _run_next(self) -> None:
+        """Wait for something to do, and do all that waits."""
+        jobs = [self._jobs.get()]
+        while len(jobs) < MOST_TOGETHER and not self._jobs.empty():
+            jobs.append(self._jobs.get())
+        self._closed = self._closed or None in jobs
+        self._run_together([job for job in jobs if isinstance(job, _Job)])
+        for job in jobs:
+            if isinstance(job, _Copy):
+                self._copy(job)
+
+    def _copy(self, job: _Copy) -> None:
+        """SQLite's online backup: what this connection writes between its steps is in the copy."""
+        try:
+            with contextlib.closing(sqlite3.connect(job.path, isolation_level=None)) as copy:
+                copy.execute("PRAGMA synchronous = OFF")  # of a file that nobody needs yet
+                self.db.backup(copy, pages=COPIED_PAGES, progress=self._between_steps)
+                job.at_end(self.db)
+                copy.execute("PRAGMA journal_mode = DELETE")
+        except Exception as error:  # whatever it was, the thread goes on
+            job.done.set_exception(error)
+        else:
+            job.done.set_result(None)
+
+    def _between_steps(self, _status: int, remaining: int, _total: int) -> None:
+        """After the last step nothing may run before the end of the copy."""
+        if self._closing:
+            raise StorageFailed("the session store is closed")
+        if remaining and not self._jobs.empty():
+            self._run_next()
 
     def _run_together(self, jobs: Sequence[_Job]) -> None:
         """One transaction for all of them; then the answers."""

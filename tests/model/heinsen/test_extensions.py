@@ -103,6 +103,7 @@ def test_the_definition_is_what_the_equations_say(chosen: tuple[str, ...], value
     torch.testing.assert_close(found, expected(chosen, values)[0, :40], rtol=0, atol=1e-9)
 
 
+@pytest.mark.long
 @each_network
 @both_values
 def test_forward_prefill_and_steps_are_the_definition(chosen: tuple[str, ...], values: str) -> None:
@@ -180,6 +181,7 @@ def test_ragged_sequences_in_one_batch_are_each_as_if_alone(
     assert_logits(found, wanted[sequences, lengths])
 
 
+@pytest.mark.long
 @each_network
 @both_values
 def test_gradients_are_those_of_the_definition(chosen: tuple[str, ...], values: str) -> None:

@@ -17,7 +17,7 @@ from model.heinsen.attention import Attention, AttentionState, chunked, quadrati
 from model.heinsen.config import ModelConfig
 from model.heinsen.layers import NetworkState
 from model.heinsen.network import LanguageModel
-from model.state import StatePool
+from model.state import DamagedState, StatePool
 from tests.model.calls import prefill, step
 
 VECTORS = Path(__file__).parents[2] / "vectors"
@@ -440,3 +440,41 @@ def test_a_pool_of_something_else_is_refused() -> None:
     spec = replace(network.state_spec, tensors=network.state_spec.tensors[:2])
     with pytest.raises(ValueError, match="new_pool"):
         step(network, torch.tensor([1]), StatePool(spec, 1, torch.device("cpu")), [0])
+
+
+def served(form: str) -> LanguageModel:
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_sz=96, d_emb=16, n_layers=2, n_heads=2, d_key=4, d_val=4)
+    network = LanguageModel(config).requires_grad_(False).eval()
+    match form:
+        case "compiled":
+            network = network.pack()
+            assert network.is_compiled
+        case "kernels":
+            network.to("cuda" if torch.cuda.is_available() else "cpu").fuse()
+    return network
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which interprets the kernels
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tensor", ["h", "m", "z", "s", "n"])
+@pytest.mark.parametrize("form", ["plain torch", "compiled", "kernels"])
+def test_a_damaged_state_shows_in_its_logits_and_stays_damaged(
+    form: str, tensor: str, value: float
+) -> None:
+    """And in no other row."""
+    network, ids = served(form), torch.arange(12).view(2, 6)
+    pools = [network.new_pool(2) for _ in range(2)]
+    for pool in pools:
+        prefill(network, ids[:, :5], [5, 5], pool, [0, 1])
+    pools[0].tensors[tensor][0, 1].view(-1)[2] = value
+    [logits, expected] = [step(network, ids[:, 5], pool, [0, 1]) for pool in pools]
+    assert torch.equal(logits[0], expected[0])
+    assert not logits[1].isfinite().any()
+    assert pools[0].export_row(0) == pools[1].export_row(0)
+    with pytest.raises(DamagedState):
+        pools[0].check_row(1)
+    prefill(network, ids[1:, :3], [3], pools[0], [1])
+    with pytest.raises(DamagedState):
+        pools[0].check_row(1)

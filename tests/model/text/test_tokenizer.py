@@ -56,6 +56,27 @@ def test_the_faster_call_gives_the_tokens_of_the_plain_one(parts: list[str]) -> 
     assert WORDS.encode(text) == WORDS._inner.encode(text, add_special_tokens=False).ids
 
 
+PARTS = st.sampled_from(["a", "the", "é", "it's", "'s", "7", "…", " ", "  ", "\n", "\t ", *SPECIAL])
+
+
+@given(st.lists(PARTS | st.text(st.sampled_from("ab' \n<|end>7é"))), st.integers(1, 8))
+def test_a_long_text_has_the_tokens_of_its_pieces(parts: list[str], piece: int) -> None:
+    text = "".join(parts)
+    whole, as_text = WORDS.encode(text), WORDS.encode_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.text.tokenizer.PIECE", piece)
+        patch.setattr("model.text.tokenizer.SEARCHED_TOGETHER", 4)
+        assert WORDS.encode(text) == whole
+        assert WORDS.encode_text(text) == as_text
+
+
+def test_only_where_a_word_ends_a_text_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.text.tokenizer.PIECE", 3)
+    monkeypatch.setattr("model.text.tokenizer.SEARCHED_TOGETHER", 4)
+    found = list(WORDS._pieces("ab cd  ef 7 gh'x ij k"))
+    assert found == ["ab cd  ef 7 gh'x", " ij k"]
+
+
 @given(ANY_TEXT, st.integers(0, 20))
 def test_a_text_with_more_tokens_than_it_may_have_is_refused(text: str, most: int) -> None:
     ids = WORDS.encode(text)

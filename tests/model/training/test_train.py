@@ -20,7 +20,7 @@ from model.heinsen.network import LanguageModel
 from model.text import tokenizer
 from model.training import requests, train
 from model.training.evaluate import bits_per_byte
-from model.training.train import Recipe, Schedule, Trainer, encode_documents
+from model.training.train import Recipe, Schedule, Trainer, encode_documents, joined
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(vocab_sz=50, d_emb=16, n_layers=2, n_heads=2, d_key=4, d_val=4)
@@ -62,6 +62,7 @@ def total_losses(trainer: Trainer, num_steps: int) -> list[float]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("values", ["log", "linear"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_loss_falls(values: str, bf16: bool) -> None:
@@ -130,6 +131,7 @@ def test_another_recipe_is_refused_by_its_setting() -> None:
         "seed": 1,
         "start_tokens": 100,
         "train_characters": 1000,
+        "joined_tokens": 50,
     }
     assert list(changes) == [field.name for field in dataclasses.fields(Recipe)]
     for name, value in changes.items():
@@ -200,11 +202,20 @@ def test_weights_that_have_been_trained_warm_up_to_where_the_schedule_is() -> No
     assert trainer.tokens == 4990 + 2 * 16
 
 
+def test_short_documents_are_joined_in_their_order() -> None:
+    texts = documents(3, 4, 9, 20, 2, 1)
+    found = joined(texts, 7)
+    assert [len(document) for document in found] == [7, 9, 20, 3]
+    assert torch.equal(torch.cat(found), torch.cat(texts))
+    assert all(map(torch.equal, joined(texts, 0), texts))
+
+
 def test_only_matrices_decay() -> None:
     trainer = Trainer(network(), documents(9), RECIPE)
     decay = {
         id(parameter): group["weight_decay"]
-        for group in trainer.optimizer.param_groups
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
         for parameter in group["params"]
     }
     for parameter in trainer.network.parameters():

@@ -18,7 +18,11 @@ def send(url: str, body: dict[str, Any], **headers: str) -> socket.socket:
     """A connection on which a completion was asked for; closing it is leaving."""
     address = urlsplit(url)
     content = json.dumps(body).encode()
-    facts = {"host": "a", "content-type": "application/json", "content-length": str(len(content))}
+    facts = {
+        "host": "localhost",
+        "content-type": "application/json",
+        "content-length": str(len(content)),
+    }
     head = "".join(f"{name}: {value}\r\n" for name, value in (facts | headers).items())
     connection = socket.create_connection((address.hostname, address.port or 80), PATIENCE_S)
     connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + content)

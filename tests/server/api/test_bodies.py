@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.bodies import MAX_CONTAINERS, MAX_NAMES, check_shape
+from server.api.bodies import MAX_CONTAINERS, MAX_DEEP_VALUES, MAX_NAMES, MAX_STRINGS, check_shape
 from server.errors import InvalidRequest
 from tests.server.api.test_problems import check
 
@@ -18,6 +18,9 @@ TOO_MUCH: list[tuple[Any, str | None, str]] = [
     ({"a": 1, "b": {str(i): i for i in range(MANY)}, "c": 2}, "b", "names"),
     ({"a": 1, "b": [[]] * MANY, "c": {}}, "b", "objects and lists"),
     ({"a": {"x": [1, {}]}, "b": {"c": [[{}]] * MANY}}, "b", "objects and lists"),
+    ({"a": "x", "b": ["", '",'] * (MAX_STRINGS // 2), "c": 1}, "b", "strings"),
+    ({"a": 1, "b": {"c": {"d": [0] * (MAX_DEEP_VALUES + 1)}}}, "b", "values in values"),
+    ({"a": [[0] * MAX_VALUES] * 2}, "a", "values"),
     ({"a": [0] * (MAX_VALUES + 1)}, "a", "values"),
     ({f"a{i}": 1 for i in range(MANY)}, f"a{MAX_NAMES}", "names"),
     ([0] * (MAX_VALUES + 2), None, "values"),
@@ -50,6 +53,12 @@ def test_marks_within_strings_do_not_count(value: Any) -> None:
     if num_values:
         with pytest.raises(InvalidRequest, match="values, the most is"):
             check_shape(text, num_values - 1)
+
+
+def test_as_many_strings_as_there_may_be() -> None:
+    check_shape(json.dumps(["a"] * MAX_STRINGS).encode(), MAX_VALUES)
+    with pytest.raises(InvalidRequest, match=f"{MAX_STRINGS + 1} strings"):
+        check_shape(json.dumps(["a"] * (MAX_STRINGS + 1)).encode(), MAX_VALUES)
 
 
 def count(value: Any) -> int:

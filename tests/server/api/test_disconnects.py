@@ -36,7 +36,7 @@ def server(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[LiveServer]:
 def raw_request(body: dict[str, Any]) -> bytes:
     content = json.dumps(body).encode()
     head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(content)}\r\n\r\n"
     )
     return head.encode() + content
@@ -65,6 +65,7 @@ def port_of(server: LiveServer) -> int:
     return int(server.url.rpartition(":")[2])
 
 
+@pytest.mark.long
 def test_two_hundred_clients_leave_at_any_moment(server: LiveServer) -> None:
     with server.client() as client:
         sessions = [client.post("/v1/sessions").json()["id"] for _ in range(20)]

@@ -5,8 +5,7 @@ import json
 import time
 from pathlib import Path
 
-from server.serve import STORE_FILE
-from server.sessions.sqlite.store import SQLiteStore
+from server.sessions.sqlite.store import STORE_FILE, SQLiteStore
 from server.sessions.store import Entry, Status
 from tests.patience import wait_until
 from tests.server.live import live_server, tiny_settings

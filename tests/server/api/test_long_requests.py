@@ -84,7 +84,7 @@ CALLS: dict[str, tuple[str, Callable[[], str], int]] = {
             '[{"type":"output_text","text":"x","logprobs":[',
             "]}]}]}",
         ),
-        200,
+        400,
     ),
     "tokenised": ("/tokenize", lambda: json.dumps({"prompt": "q7" * 400_000}), 200),
     "tokenised with names": (

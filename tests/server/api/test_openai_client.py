@@ -226,6 +226,7 @@ def test_a_wrong_key_is_an_authentication_error(talker: LiveServer) -> None:
         client.models.list()
 
 
+@pytest.mark.long
 def test_repeating_never_advances_a_session_twice(talker: LiveServer) -> None:
     """The client gives up, and asks again while the first turn runs, and after it ended."""
     with talker.client() as plain:

@@ -16,7 +16,12 @@ JSON = b"content-type: application/json\r\n"
 
 
 def head(line: bytes, *headers: bytes) -> bytes:
-    return line + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" + b"".join(headers) + b"\r\n"
+    return (
+        line
+        + b" HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+        + b"".join(headers)
+        + b"\r\n"
+    )
 
 
 def post(body: bytes, *headers: bytes, path: bytes = b"/v1/completions") -> bytes:

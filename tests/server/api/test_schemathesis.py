@@ -85,7 +85,7 @@ def test_a_few_requests_to_every_call(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str | None
 ) -> None:
     header = () if key is None else ("-H", f"Authorization: Bearer {key}")
-    with serve(tmp_path, api_key=key or "") as running:
+    with serve(tmp_path, api_key=(key,) if key else ()) as running:
         told = run(running, tmp_path / "report.json", 20, *header)
     check(told, caplog, 2000)
 

@@ -121,6 +121,9 @@ def test_a_damaged_state_is_named_and_an_earlier_one_can_be_used(alone: LiveServ
         message = json.loads(answer.text)["error"]["message"]
         assert session_id in message
         assert "rewind" in message
+        exported = client.get(f"/v1/sessions/{session_id}/state")
+        assert error(exported) == (503, None, "session_damaged")
+        assert client.get(f"/v1/sessions/{session_id}/state", params={"turn": 1}).is_success
         client.post(f"/v1/sessions/{session_id}/rewind", json={"turn": 1})
         assert text_of(client, session_id=session_id)
         assert get(client, session_id)["turn"] == 2

@@ -255,6 +255,7 @@ def check(file: Path, damaged: bytes, codec: Codec, checkpoint: Path) -> None:
         assert done.exit_code == 0
 
 
+@pytest.mark.long
 @given(noise=st.binary(max_size=300))
 @quick
 def test_noise(noise: bytes, file: Path, codec: Codec, tiny_checkpoint: Path) -> None:

@@ -52,7 +52,8 @@ class Stepper:
     def __init__(self, checkpoint: Checkpoint, limits: EngineLimits = LIMITS) -> None:
         self.inbox = Inbox(limits.max_waiting, limits.max_waiting_tokens)
         self.delivered: list[Event | RowGivenUp] = []
-        self.worker = Worker(checkpoint, limits, self.inbox, self.delivered.extend, Metrics())
+        self.metrics = Metrics()
+        self.worker = Worker(checkpoint, limits, self.inbox, self.delivered.extend, self.metrics)
         self.pool = self.worker._pool
         self.slots = self.worker._slots
         self.scheduler = self.worker._scheduler

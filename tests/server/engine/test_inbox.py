@@ -87,3 +87,10 @@ def test_a_refusal_tells_when_the_queue_will_have_moved_on() -> None:
     inbox.submit(*new)
     now += 0.1
     assert retry_after() == 1  # the time without a queue does not count
+
+
+def test_who_waits_for_so_long_gets_nothing() -> None:
+    inbox = Inbox(5, 100)
+    assert list(inbox.receive(wait=True, timeout_s=0.001)) == []
+    inbox.put(Cancel("a"))
+    assert list(inbox.receive(wait=True, timeout_s=0.001)) == [Cancel("a")]

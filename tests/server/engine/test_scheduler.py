@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from model.decoding.sampling import SamplingParams
@@ -130,6 +130,7 @@ def test_a_step_reads_whole_cuts_and_fewer_while_others_decode(
     decoding=st.booleans(),
     stops=st.sets(st.integers(1, 40).map(lambda chunks: chunks * CHUNK)),
 )
+@example(lengths=[1473], budget=1, decoding=False, stops={1472})
 def test_every_prompt_is_read_in_whole_cuts_and_no_step_exceeds_its_budget(
     lengths: list[int], budget: int, decoding: bool, stops: set[int]
 ) -> None:

@@ -8,11 +8,11 @@ import torch
 from model.checkpoint import Checkpoint
 from model.decoding import runners
 from model.decoding.sampling import SamplingParams
-from server.engine.messages import EngineRequest, Failed, NoProbabilities, StoredState
+from server.engine.messages import EngineRequest, Failed, NoProbabilities, RowDamaged, StoredState
 from server.engine.steps import FAILED, End, Outcomes, Steps
 from server.engine.text_sequence import TextSequence
 from server.metrics import Metrics
-from tests.server.engine.driver import request
+from tests.server.engine.driver import LIMITS, request
 from tests.server.engine.stepper import Stepper, asked
 
 CHOICES = {
@@ -42,20 +42,43 @@ def test_a_damaged_state_fails_alone(checkpoint: Checkpoint, choice: str, value:
     assert stepper.owners() == {}
 
 
-def test_a_state_that_is_damaged_on_the_way_fails_alone(stepper: Stepper) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tensor", ["h", "m", "z", "s", "n"])
+def test_a_state_that_is_damaged_on_the_way_fails_alone(
+    stepper: Stepper, tensor: str, value: float
+) -> None:
     other = asked("beside", 2, 30, max_tokens=40)
     expected, _ = stepper.turn(replace(other, request_id="alone"))
     bad = asked("bad", 9, 3, max_tokens=40, keep_as="state")
     undamaged, _ = stepper.turn(replace(bad, request_id="undamaged", keep_as=None))
     stepper.submit(bad, other)
     stepper.step(10)
-    stepper.pool.tensors["h"][0, stepper.owners()["bad"]] = torch.nan
+    stepper.pool.tensors[tensor][0, stepper.owners()["bad"]].view(-1)[0] = value
     stepper.run()
-    assert stepper.last("bad") == NoProbabilities("bad")
+    last = stepper.last("bad")
+    assert isinstance(last, RowDamaged)
+    assert "not finite" in last.reason
+    assert stepper.metrics.damaged_states_total.labels(found="turn")._value.get() == 1
     assert stepper.text("bad") != undamaged
     assert undamaged.startswith(stepper.text("bad"))
     assert stepper.text("beside") == expected
     assert stepper.owners() == {}
+
+
+def test_a_damaged_beginning_of_prompts_fails_one_turn_only(checkpoint: Checkpoint) -> None:
+    stepper = Stepper(checkpoint, replace(LIMITS, prefix_cache_bytes=1 << 20))
+    asking = asked("first", 9, 200)
+    expected, first = stepper.turn(asking)
+    kept = stepper.worker._reader._prefixes._kept
+    assert kept
+    for state in kept.values():
+        state[0].fill_(torch.nan)
+    stepper.submit(replace(asking, request_id="second"))
+    stepper.run()
+    assert isinstance(stepper.last("second"), RowDamaged)
+    assert not kept
+    text, last = stepper.turn(replace(asking, request_id="third"))
+    assert (text, last.cached_tokens) == (expected, first.cached_tokens)
 
 
 @pytest.mark.parametrize("method", ["push_plain", "cut", "append"])

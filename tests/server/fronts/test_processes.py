@@ -168,7 +168,7 @@ def test_a_resumable_stream_goes_on_over_another_connection(fronted: ServerProce
 def test_a_client_that_sends_no_more_is_answered(fronted: ServerProcess, is_stream: bool) -> None:
     """Also one that offered to upgrade."""
     body = json.dumps(BODY | {"max_tokens": 500, "ignore_eos": True, "stream": is_stream}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     offer = b"connection: upgrade\r\nupgrade: h2c\r\n"
     with closing(connect(fronted)) as connection:
         connection.sendall(head + offer + b"content-length: %d\r\n\r\n" % len(body) + body)
@@ -211,7 +211,7 @@ def test_megabytes_of_state_go_out_and_in(fronted: ServerProcess) -> None:
 
 
 def test_what_is_not_http_and_what_is_too_large_are_refused(fronted: ServerProcess) -> None:
-    asking = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\n"
+    asking = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\n"
     cases = {
         b"hello\r\n\r\n": (b"400", b"invalid_http"),
         asking + b"content-length: 5000000\r\n\r\n": (b"413", b"too_large"),
@@ -234,7 +234,8 @@ def test_a_client_that_does_not_read_is_let_go(fronted: ServerProcess) -> None:
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         where = urlsplit(fronted.url)
         stalled.connect((where.hostname, where.port))
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+        head += b"content-type: application/json\r\n"
         stalled.sendall(head + b"content-length: %d\r\n\r\n" % len(content) + content)
         wait_until_running(client, 16)
         generated = metric(client, "latentd_generation_tokens_total")
@@ -310,3 +311,15 @@ def test_without_its_core_no_front_stays(fronted: ServerProcess) -> None:
         reader.join(PATIENCE_S)
         assert ended
         wait_until_gone(pids)
+
+
+def test_fronts_log_as_the_core_does(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with server_process(tiny_checkpoint, tmp_path, *FLAGS) as server, server.client() as client:
+        complete(client)
+        with connect(server) as connection:
+            connection.sendall(b"NONSENSE\r\n\r\n")
+            assert rest(connection).startswith(b"HTTP/1.1 400")
+        assert server.stop() == 0
+    [request], [refused] = server.lines("request"), server.lines("connection refused")
+    assert (request["client"], request["tokens_out"]) == ("127.0.0.1", BODY["max_tokens"])
+    assert (refused["client"], refused["error"]) == ("127.0.0.1", "invalid_http")

@@ -17,10 +17,12 @@ from contextlib import (
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from model.state import split_state
 from server.api.generation.turn import run_to_end
 from server.errors import (
     InternalError,
@@ -30,6 +32,7 @@ from server.errors import (
     ResponseDamaged,
     ResponseGone,
     SessionDamaged,
+    StateDamaged,
     StorageFailed,
     StorageFull,
 )
@@ -421,13 +424,14 @@ def test_a_failed_commit_leaves_everything_as_it_was(
                     await turn.store_pending(body("queued"))
                 before, files = (turn.entry, w.held(), w.store.total), state_files(tmp_path)
                 with fault(w):
-                    for _ in range(2):
+                    for number in (1, 2):
                         with pytest.raises(expected) as caught:
                             await commit(turn, replace(state(b"b"), recent=bytes(300_000)), "after")
                         assert caught.value.status == (507 if expected is StorageFull else 503)
                         assert (turn.entry, w.held(), w.store.total) == before
                         assert state_files(tmp_path) == files
                         assert "after" not in w.cache
+                        assert w.metrics.session_commit_failures_total._value.get() == number
                         assert await turn.load() == state(b"a")
                 assert (await of_me(w, start)).state_id == start.state_id
                 assert w.ledger.tiers.tier(start) == "device"
@@ -463,6 +467,38 @@ def test_a_state_of_another_size_is_not_committed(tmp_path: Path) -> None:
                     await commit(turn, replace(state(b"b"), state=bytes(STATE_BYTES + 1)))
             assert await w.get(session_id) == before
             assert await w.load(session_id) == state(b"a")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("place", "tensor"), [(0, "m"), (1, "h")])
+def test_a_state_that_is_not_sound_is_not_committed(
+    tmp_path: Path, kind: Kind, place: int, tensor: str
+) -> None:
+    arrays = split_state(SPEC, bytearray(STATE_BYTES))
+    arrays[tensor].flat[1] = np.nan if place else -np.inf
+    damaged = b"".join(values.tobytes() for values in arrays.values())
+
+    async def main() -> None:
+        async with world(tmp_path) as w:
+            start = await w.made(kind, b"a", has_row=True)
+            async with going_on(w, start) as turn:
+                before = (turn.entry, w.held(), w.store.total)
+                with pytest.raises(StateDamaged, match=f"1 of the .* tensor {tensor}") as caught:
+                    await commit(turn, replace(state(b"b"), state=damaged), "after")
+                assert (caught.value.status, caught.value.code) == (500, "state_damaged")
+                assert (turn.entry, w.held(), w.store.total) == before
+                assert "after" not in w.cache
+                assert await turn.load() == state(b"a")
+                await commit(turn, state(b"c", position=9), "after")
+            value = w.metrics.registry.get_sample_value
+            counted = {"turn": 1, "idle": 0, "store": 0}
+            for found, count in counted.items():
+                assert value("latentd_damaged_states_total", {"found": found}) == count
+            assert value("latentd_state_position") == 9
+            assert value("latentd_state_magnitude") == CODEC.check(state(b"c"))
+            assert value("latentd_session_commit_failures_total") == 0
 
     asyncio.run(main())
 
@@ -504,6 +540,9 @@ def test_a_stored_state_that_cannot_be_read_is_named_and_others_are_good(
                 await replace_blob(w, made, blob)
             for _ in range(2):
                 await check_damaged(w, made, "")
+            # what another model made is not damaged
+            count = 0 if blob == DAMAGED[2] else 2
+            assert w.metrics.damaged_states_total.labels(found="store")._value.get() == count
             assert w.ledger.tier(made) == "store"
             assert await w.state_of(other) == state(b"b")
             await w.ledger.delete(ME, kind, made.id)

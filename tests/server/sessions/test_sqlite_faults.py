@@ -211,6 +211,7 @@ def put_alone(data: bytes, folder: Path) -> None:
     (folder / FILE).write_bytes(data)
 
 
+@pytest.mark.long
 def test_a_page_of_garbage_is_found_or_harmless(tmp_path: Path) -> None:
     made = asyncio.run(fill(tmp_path / "whole"))
     data = (tmp_path / "whole" / FILE).read_bytes()

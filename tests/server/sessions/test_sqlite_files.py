@@ -44,6 +44,36 @@ def small_are_large() -> Iterator[None]:
         yield
 
 
+def test_the_bytes_of_all_files_are_known(tmp_path: Path, small_are_large: None) -> None:
+    del small_are_large
+
+    def measured() -> dict[str, int]:
+        files = (path for path in tmp_path.rglob("*") if path.is_file())
+        return {path.name: path.stat().st_size for path in files}
+
+    async def check(store: SQLiteStore) -> None:
+        sizes = measured()
+        assert (await store.health()).num_bytes == sum(sizes.values())
+        assert store._files.num_bytes == sum(sizes[name] for name in state_files(tmp_path))
+
+    async def main() -> None:
+        async with opened(tmp_path) as store:
+            await store.insert(session("a"))
+            for turn in range(1, 5):
+                await commit(store, "a", turn, bytes(1000 * turn), keep=2)
+                await check(store)
+            assert store._files.num_bytes == 7000
+            assert not await commit(store, "nobody", 1, bytes(100))
+            await check(store)
+        async with opened(tmp_path) as store:
+            await check(store)
+            await store.delete("session", "a")
+            await check(store)
+            assert store._files.num_bytes == 0
+
+    asyncio.run(main())
+
+
 def test_states_from_a_mebibyte_on_are_files(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:

@@ -50,6 +50,7 @@ PERSON = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(12))
 def test_a_json_object_is_one(seed: int, grammars: GrammarCompiler, tokens: Tokenizer) -> None:
     text = write(grammars.compile(GrammarSpec("json_object")), tokens, seed)

@@ -146,6 +146,7 @@ SCHEMAS = st.recursive(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=150, deadline=None)
 @given(value=SCHEMAS, referred=numbers(), seed=st.integers(0, 1000))
 def test_a_text_keeps_to_any_numbers(

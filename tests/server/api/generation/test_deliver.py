@@ -14,10 +14,10 @@ from starlette.types import Message
 
 from server.api.generation.deliver import (
     CLIENT_CLOSED_REQUEST,
-    OUTCOME,
     EventStream,
     until_disconnected,
 )
+from server.api.problems import OUTCOME
 from server.api.service import Service
 from server.errors import LatentdError, StorageFailed
 from server.sessions.codec import SessionState

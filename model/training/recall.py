@@ -1,0 +1,230 @@
+"""Recall, measured: networks trained on a synthetic task, by the bytes of their states.
+
+    python -m model.training.recall associative --results recall.jsonl
+    python -m model.training.recall passkey --results recall.jsonl
+
+associative   pairs of a key and its value, then all keys in another order, each of which asks for
+              its value (multi-query associative recall, arXiv 2312.04927)
+passkey       a marked key somewhere in noise, asked for at the end; also at lengths never trained
+
+Each run adds a line to the results.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
+from model.training.corpus import IGNORED
+from model.training.softmax import SoftmaxModel
+from model.training.train import Schedule, new_optimizers
+from model.training.trial import SOFTMAX, VARIANTS
+
+VOCAB = 512
+FILLER, MARK, FIRST = 0, 1, 2
+"""Tokens: what stands between pairs and their questions, what stands before a passkey, others."""
+
+DIGITS = 5
+"""Tokens of a passkey."""
+
+HELD_OUT_SEED = 2**40
+"""Of the examples that are measured; those of training have the run's."""
+
+Examples = tuple[Tensor, Tensor]
+"""Inputs and targets `[batch, tokens]`; targets are IGNORED where nothing is asked."""
+
+
+def associative(chance: torch.Generator, batch: int, pairs: int, gap: int) -> Examples:
+    """Half of the vocabulary are keys, the other half values; `gap` fillers before the questions.
+
+    Raises ValueError for more pairs than there are keys.
+    """
+    first_value = (VOCAB + FIRST) // 2
+    if pairs > first_value - FIRST:
+        raise ValueError(f"{pairs} pairs: there are {first_value - FIRST} keys")
+    order = torch.rand(batch, first_value - FIRST, generator=chance).argsort(1)
+    keys = order[:, :pairs] + FIRST
+    values = torch.randint(first_value, VOCAB, (batch, pairs), generator=chance)
+    given = torch.stack([keys, values], 2).flatten(1)
+    asked_for = torch.rand(batch, pairs, generator=chance).argsort(1)
+    asked = torch.stack([keys.gather(1, asked_for), values.gather(1, asked_for)], 2).flatten(1)
+    inputs = torch.cat([given, torch.full((batch, gap), FILLER), asked], 1)
+    targets = torch.full_like(inputs, IGNORED)
+    targets[:, 2 * pairs + gap :: 2] = asked[:, 1::2]
+    return inputs[:, :-1], targets[:, :-1]
+
+
+def passkey(
+    chance: torch.Generator, batch: int, length: int, depth: float | None = None
+) -> Examples:
+    """`length` tokens of noise with a key after the share `depth` of them; None: any share."""
+    noise = torch.randint(FIRST, VOCAB, (batch, length), generator=chance)
+    key = torch.randint(FIRST, VOCAB, (batch, DIGITS), generator=chance)
+    shares = torch.rand(batch, generator=chance) if depth is None else torch.full((batch,), depth)
+    mark = torch.full((batch, 1), MARK)
+    rows = [
+        torch.cat([row[:place], mark[0], digits, row[place:], mark[0], digits])
+        for row, digits, place in zip(noise, key, (shares * length).long().tolist(), strict=True)
+    ]
+    inputs = torch.stack(rows)
+    targets = torch.full_like(inputs, IGNORED)
+    targets[:, -DIGITS - 1 : -1] = key
+    return inputs[:, :-1], targets[:, :-1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network and how it is trained."""
+
+    variant: str
+    d_key: int = 32
+    d_emb: int = 64
+    n_layers: int = 2
+    n_heads: int = 2
+    steps: int = 3000
+    batch: int = 32
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+
+def build(run: Run) -> LanguageModel:
+    """A new network."""
+    shape = {"vocab_sz": VOCAB, "d_emb": run.d_emb, "n_layers": run.n_layers, "values": "linear"}
+    sizes = {"n_heads": run.n_heads, "d_key": run.d_key, "d_val": run.d_key}
+    config = ModelConfig.model_validate({**shape, **sizes, **VARIANTS[run.variant]})
+    torch.manual_seed(run.seed)
+    return SoftmaxModel(config, 0) if run.variant in SOFTMAX else LanguageModel(config)
+
+
+def state_bytes(network: LanguageModel, tokens: int) -> int:
+    """Of one sequence after so many tokens, in float32; of softmax, its keys and values."""
+    c = network.config
+    if isinstance(network, SoftmaxModel):
+        return 4 * tokens * c.n_layers * c.n_heads * (c.d_key + c.d_val)
+    return network.state_spec.num_bytes
+
+
+def fit(network: LanguageModel, run: Run, examples: Callable[[torch.Generator], Examples]) -> float:
+    """Train on new examples each step; the last steps' mean loss in nats per answer."""
+    optimizers = new_optimizers(network, 0.1)
+    schedule = Schedule(run.learning_rate, run.steps // 20, run.steps)
+    chance, smooth = torch.Generator().manual_seed(run.seed), 0.0
+    for step in range(run.steps):
+        inputs, targets = examples(chance)
+        logits, _ = network.unroll(inputs, network.empty_state(len(inputs)))
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        network.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.learning_rate(step)
+            optimizer.step()
+        smooth += (float(loss.detach()) - smooth) / min(step + 1, 50)
+    return smooth
+
+
+@torch.inference_mode()
+def accuracy(network: LanguageModel, examples: Examples) -> float:
+    """The share of answers that are the network's first choice."""
+    inputs, targets = examples
+    logits, _ = network.unroll(inputs, network.empty_state(len(inputs)))
+    asked = targets != IGNORED
+    return float((logits.argmax(-1) == targets)[asked].float().mean())
+
+
+def measure_associative(run: Run, pairs: int, gap: int) -> dict[str, object]:
+    """Train and measure at one number of pairs and one length."""
+    network = build(run)
+    loss = fit(network, run, lambda chance: associative(chance, run.batch, pairs, gap))
+    held_out = associative(torch.Generator().manual_seed(HELD_OUT_SEED), 256, pairs, gap)
+    return {
+        **{"task": "associative", "pairs": pairs, "gap": gap, **asdict(run)},
+        "parameters": network.num_parameters,
+        "state_bytes": state_bytes(network, 4 * pairs + gap),
+        "loss": round(loss, 4),
+        "accuracy": round(accuracy(network, held_out), 4),
+    }
+
+
+def measure_passkey(
+    run: Run, trained_length: int, lengths: list[int], depths: list[float]
+) -> dict[str, object]:
+    """Train at lengths up to one, measure at several lengths and depths of the key."""
+    network = build(run)
+
+    def examples(chance: torch.Generator) -> Examples:
+        (length,) = torch.randint(1, trained_length + 1, (1,), generator=chance).tolist()
+        return passkey(chance, run.batch, length)
+
+    loss = fit(network, run, examples)
+    found = []
+    for length in lengths:
+        chance = torch.Generator().manual_seed(HELD_OUT_SEED)
+        tests = [(depth, passkey(chance, 32, length, depth)) for depth in depths]
+        found += [
+            {
+                **{"length": length, "depth": depth},
+                "state_bytes": state_bytes(network, length),
+                "accuracy": round(accuracy(network, test), 4),
+            }
+            for depth, test in tests
+        ]
+    return {
+        **{"task": "passkey", "trained_length": trained_length, **asdict(run)},
+        "parameters": network.num_parameters,
+        "loss": round(loss, 4),
+        "found": found,
+    }
+
+
+def main(
+    task: Annotated[Literal["associative", "passkey"], typer.Argument()],
+    results: Annotated[Path, typer.Option(help="Lines of JSON are added to this file.")],
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Of model.training.trial; repeatable.")
+    ] = None,
+    d_key: Annotated[
+        list[int] | None, typer.Option(help="Key and value channels of a head; repeatable.")
+    ] = None,
+    pairs: Annotated[list[int] | None, typer.Option(help="Associative; repeatable.")] = None,
+    gap: Annotated[list[int] | None, typer.Option(help="Associative; repeatable.")] = None,
+    trained_length: Annotated[int, typer.Option(min=1, help="Passkey.")] = 256,
+    length: Annotated[list[int] | None, typer.Option(help="Passkey; repeatable.")] = None,
+    depth: Annotated[list[float] | None, typer.Option(help="Passkey; repeatable.")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = Run.steps,
+    seeds: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Train each network on the task, and write down how much of it it recalls."""
+    names = variant or ["paper", "decay + shift + gate", "softmax + shift + gate"]
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise typer.BadParameter(f"there is no {unknown[0]}", param_hint="--variant")
+    for seed, name, channels in itertools.product(range(seeds), names, d_key or [8, 32]):
+        run = Run(name, channels, steps=steps, seed=seed)
+        lines: Iterator[dict[str, object]]
+        if task == "associative":
+            lines = itertools.starmap(
+                partial(measure_associative, run),
+                itertools.product(pairs or [4, 16, 64], gap or [0, 256]),
+            )
+        else:
+            lengths, depths = length or [128, 256, 512, 2048], depth or [0.0, 0.25, 0.5, 0.75, 1.0]
+            lines = iter([measure_passkey(run, trained_length, lengths, depths)])
+        for line in lines:
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,133 @@
+"""The log: one line an event, as JSON or for a terminal, through the standard library's logging.
+
+A line has a message and fields: `log.info("ready", extra={"fields": {"ready_s": 1.5}})`. Lines of
+one kind that anybody can cause in any number say so by `extra={"limited": kind}`: of each kind only
+some are written, and how many were left out.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO
+
+ENCODER = json.JSONEncoder(default=str)
+Format = Literal["json", "console"]
+
+MOST_LINES = 10
+"""Of a kind of limited lines in a period."""
+
+PERIOD_S = 10.0
+LIMITED_LOGGERS = ("asyncio", "opentelemetry", "urllib3")
+"""Of libraries that repeat themselves: when no more sockets can be had, or a receiver is down."""
+
+
+def configure(level: str, format: Format | None, stream: TextIO | None = None) -> None:
+    """Log to stderr, or to `stream`; without a format, for people where it is a terminal."""
+    stream = stream or sys.stderr
+    chosen = format or ("console" if stream.isatty() else "json")
+    handler = LogHandler(stream)
+    handler.setFormatter(JSONFormatter() if chosen == "json" else ConsoleFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # The server says itself when it starts, is ready and ends.
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.root.level))
+
+
+class JSONFormatter(logging.Formatter):
+    """A line is one object: time, level, logger, message, and the event's own fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_fields(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return ENCODER.encode(line)
+
+
+class ConsoleFormatter(logging.Formatter):
+    """Time, level and message, then the fields as name=value."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = "".join(f" {name}={value}" for name, value in _fields(record).items())
+        line = f"{_time(record)} {record.levelname:7} {record.getMessage()}{fields}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Writes lines, of each limited kind at most MOST_LINES in a period."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._limit = Limit()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        now = time.monotonic()
+        self._report(self._limit.left_out(now))
+        if self._limit.admits(_kind(record), now):
+            super().emit(record)
+
+    def close(self) -> None:
+        self._report(self._limit.left_out(float("inf")))
+        super().close()
+
+    def _report(self, left_out: Iterator[tuple[str, int]]) -> None:
+        for kind, count in left_out:
+            fields = {"kind": kind, "count": count, "period_s": PERIOD_S}
+            record = logging.LogRecord(
+                __name__, logging.WARNING, __file__, 0, "lines left out", None, None
+            )
+            record.__dict__["fields"] = fields
+            super().emit(record)
+
+
+class Limit:
+    """Counts lines by kind; there are few kinds."""
+
+    def __init__(self) -> None:
+        self._ends: dict[str, float] = {}
+        """When the present period of a kind is over."""
+
+        self._counts: dict[str, int] = {}
+        """Lines in it."""
+
+    def admits(self, kind: str | None, now: float) -> bool:
+        """Whether a line of this kind is written; None: any number of them."""
+        if kind is None:
+            return True
+        if kind not in self._ends:
+            self._ends[kind], self._counts[kind] = now + PERIOD_S, 0
+        self._counts[kind] += 1
+        return self._counts[kind] <= MOST_LINES
+
+    def left_out(self, now: float) -> Iterator[tuple[str, int]]:
+        """The kinds of which some were left out in a period that is over, and how many."""
+        for kind in [kind for kind, end in self._ends.items() if end <= now]:
+            del self._ends[kind]
+            count = self._counts.pop(kind) - MOST_LINES
+            if count > 0:
+                yield kind, count
+
+
+def _kind(record: logging.LogRecord) -> str | None:
+    kind: str | None = getattr(record, "limited", None)
+    if kind is None and record.name.partition(".")[0] in LIMITED_LOGGERS:
+        return record.name
+    return kind
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    fields: dict[str, Any] = getattr(record, "fields", {})
+    return fields
+
+
+def _time(record: logging.LogRecord) -> str:
+    """RFC 3339, in UTC."""
+    at = datetime.fromtimestamp(record.created, UTC)
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,65 @@
+"""Which models the stored states belong to: no other model can continue them."""
+
+import re
+from collections import Counter
+from collections.abc import AsyncIterator
+
+from server.sessions.store import Header, Kind, Store
+
+READ_TOGETHER = 64
+FINGERPRINT = re.compile(rb'"fingerprint":\s*"([0-9a-f]{64})"')
+SHORT = 12
+"""Digits of a fingerprint that are shown, which are enough to name it."""
+
+
+class ModelError(Exception):
+    """No model of the store is meant, or more than one; one line says which there are."""
+
+
+async def count_models(store: Store) -> dict[str, Counter[Kind]]:
+    """Sessions and responses by the fingerprint of their model; "" where none can be read.
+
+    Raises StorageFailed.
+    """
+    counts = dict[str, Counter[Kind]]()
+    async for header in _headers(store):
+        counts.setdefault(_fingerprint(header), Counter())[header.kind] += 1
+    return counts
+
+
+async def erase_model(store: Store, beginning: str) -> Counter[Kind]:
+    """Erase the sessions and responses of the model whose fingerprint begins so.
+
+    Returns how many there were. Raises ModelError and StorageFailed.
+    """
+    known = sorted(name for name in await count_models(store) if name)
+    meant = [name for name in known if name.startswith(beginning)]
+    if len(meant) != 1 or len(beginning) < SHORT:
+        there = ", ".join(name[:SHORT] for name in known) or "none"
+        raise ModelError(f"{beginning!r} is not the fingerprint of one model; there are: {there}")
+    erased = Counter[Kind]()
+    async for header in _headers(store):
+        if _fingerprint(header) == meant[0]:
+            erased[header.kind] += await store.delete(header.kind, header.id)
+    return erased
+
+
+def described(counts: Counter[Kind]) -> str:
+    """In words."""
+    parts = (
+        f"{count:,} {kind}{'' if count == 1 else 's'}" for kind, count in sorted(counts.items())
+    )
+    return " and ".join(parts)
+
+
+async def _headers(store: Store) -> AsyncIterator[Header]:
+    after = 0
+    while headers := await store.headers(after, READ_TOGETHER):
+        for header in headers:
+            yield header
+        after = headers[-1].number
+
+
+def _fingerprint(header: Header) -> str:
+    found = FINGERPRINT.search(header.beginning)
+    return "" if found is None else found[1].decode()

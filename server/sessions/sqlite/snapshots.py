@@ -1,0 +1,164 @@
+"""Snapshots of a store that a server has open, for another process of the machine.
+
+A server listens on a socket in its data folder: who may use the folder may ask for one. Whoever
+connects gets the name of a folder beside the store with everything that it had at one moment, and
+the server removes it when the connection ends.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import socket
+import sqlite3
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from server.errors import StorageFailed
+from server.sessions.sqlite.store import STORE_FILE, SQLiteStore
+from server.sessions.store import StoreError
+
+SOCKET = "backup.sock"
+PREFIX = "snapshot-"
+LONGEST_ADDRESS = 100
+log = logging.getLogger(__name__)
+
+
+class SnapshotError(Exception):
+    """There is no snapshot; one line says why."""
+
+
+@contextmanager
+def offered(store: SQLiteStore, data_dir: Path) -> Iterator[None]:
+    """While the block runs, other processes can have snapshots of the store in this folder."""
+    for left_over in data_dir.glob(f"{PREFIX}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    path = data_dir / SOCKET
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            path.unlink(missing_ok=True)  # the store is ours, so nobody listens there
+            with _address(path) as address:
+                listener.bind(address)
+            path.chmod(0o600)
+            listener.listen()
+        except OSError as error:
+            log.warning("no backups while the server runs: %s: %s", path, error.strerror or error)
+            yield
+            return
+        answering = threading.Thread(
+            target=_answer_all, args=(listener, store, data_dir), name="snapshots", daemon=True
+        )
+        answering.start()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def snapshot(data_dir: Path) -> Iterator[Path]:
+    """A folder with a snapshot of the store in a data folder, until the block ends.
+
+    It comes from the server that has the store open; if there is none, the store is opened. Raises
+    SnapshotError and OSError.
+    """
+    connection = connect(data_dir)
+    if connection is None:
+        with _own(data_dir) as folder:
+            yield folder
+        return
+    with connection, connection.makefile("r", encoding="utf-8") as answers:
+        answer = json.loads(answers.readline() or '{"error": "the server has ended"}')
+        if "error" in answer:
+            raise SnapshotError(f"the server could not make a snapshot: {answer['error']}")
+        yield data_dir / answer["folder"]
+
+
+def connect(data_dir: Path) -> socket.socket | None:
+    """A connection with the server of a data folder; None if there is none."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        with _address(data_dir / SOCKET) as address:
+            connection.connect(address)
+    except (FileNotFoundError, ConnectionRefusedError):
+        connection.close()
+        return None
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@contextmanager
+def _own(data_dir: Path) -> Iterator[Path]:
+    path = data_dir / STORE_FILE
+    if not path.exists():
+        raise SnapshotError(f"{path}: there is no session store")
+    try:
+        store = SQLiteStore(path)
+    except StoreError as error:
+        raise SnapshotError(str(error)) from error
+    try:
+        with _made(store, data_dir) as folder:
+            yield folder
+    finally:
+        asyncio.run(store.close())
+
+
+@contextmanager
+def _made(store: SQLiteStore, data_dir: Path) -> Iterator[Path]:
+    """Raises SnapshotError."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=data_dir))
+    except OSError as error:
+        raise SnapshotError(str(error)) from error
+    try:
+        try:
+            store.snapshot(folder)
+        except (OSError, sqlite3.Error, StorageFailed) as error:
+            raise SnapshotError(str(error)) from error
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answer_all(listener: socket.socket, store: SQLiteStore, data_dir: Path) -> None:
+    """One after another, until the socket ends."""
+    with suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            with connection, suppress(OSError):
+                _answer(connection, store, data_dir)
+
+
+def _answer(connection: socket.socket, store: SQLiteStore, data_dir: Path) -> None:
+    try:
+        with _made(store, data_dir) as folder:
+            _send(connection, {"folder": folder.name})
+            connection.recv(1)  # until it ends
+    except SnapshotError as error:
+        log.error("no snapshot: %s", error)
+        _send(connection, {"error": str(error)})
+
+
+def _send(connection: socket.socket, answer: dict[str, str]) -> None:
+    connection.sendall(json.dumps(answer).encode() + b"\n")
+
+
+@contextmanager
+def _address(path: Path) -> Iterator[str]:
+    """The path, or a shorter one that leads there: a socket's address has at most 104 bytes."""
+    if len(os.fsencode(path)) <= LONGEST_ADDRESS:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)

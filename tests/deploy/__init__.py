@@ -1,0 +1,1 @@
+"""What deploy/ says, checked by the programs that read it."""

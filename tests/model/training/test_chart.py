@@ -1,0 +1,75 @@
+"""Results become lines at the right places."""
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from model.training import chart
+from model.training.chart import HEIGHT, LEFT, TOP, WIDTH, Chart, draw
+
+CONTEXT: list[dict[str, Any]] = [
+    {"piece_tokens": None, "by_position": [(1, 4.0), (2, 2.0), (4, 1.0)]},
+    {"piece_tokens": 1024, "by_position": [(1, 4.0), (4, 3.0)]},
+]
+NETWORK = {"variant": "a < b", "d_key": 8}
+
+
+def test_a_session_is_a_line_by_position() -> None:
+    made = chart.chart(CONTEXT)
+    assert made.lines == {
+        "one session": [(1, 4.0), (2, 2.0), (4, 1.0)],
+        "pieces of 1,024": [(1, 4.0), (4, 3.0)],
+    }
+
+
+def test_seeds_and_depths_are_averaged() -> None:
+    pairs: dict[str, Any] = {"task": "associative", **NETWORK, "gap": 3}
+    values = [(16, 0.4), (4, 1.0), (16, 0.6)]
+    made = chart.chart([{**pairs, "pairs": n, "accuracy": value} for n, value in values])
+    assert made.lines == {"a < b, d_k 8, gap 3": [(4, 1.0), (16, 0.5)]}
+    found = [{"length": 8, "depth": d, "accuracy": d} for d in (0.0, 1.0)]
+    made = chart.chart([{"task": "passkey", **NETWORK, "trained_length": 9, "found": found}])
+    assert made.lines == {"a < b, d_k 8": [(8, 0.5)]}
+    assert "9" in made.title
+
+
+def test_points_stand_where_their_numbers_say() -> None:
+    made = Chart("t < u", "x", "y", {"a < b": [(1, 4.0), (2, 2.0), (4, 0.0)]})
+    root = ElementTree.fromstring(draw(made))
+    (line,) = [each for each in root if each.tag.endswith("polyline")]
+    points = [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
+    assert points == [
+        (LEFT, TOP),
+        (LEFT + WIDTH / 2, TOP + HEIGHT / 2),
+        (LEFT + WIDTH, TOP + HEIGHT),
+    ]
+    texts = {each.text for each in root}
+    assert {"t < u", "a < b", "1", "2", "4", "4.00"} <= texts
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ([*CONTEXT, {"task": "passkey"}], "results of one task make a chart"),
+        ([{"piece_tokens": None, "by_position": []}], "no results to draw"),
+    ],
+)
+def test_what_cannot_be_drawn_is_an_error(
+    lines: list[dict[str, Any]], reason: str, tmp_path: Path
+) -> None:
+    results = tmp_path / "results.jsonl"
+    application = typer.Typer()
+    application.command()(chart.main)
+    arguments = [str(results), str(tmp_path / "out.svg")]
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    failed = CliRunner().invoke(application, arguments)
+    assert failed.exit_code == 1
+    assert reason in failed.stderr
+    results.write_text("".join(json.dumps(line) + "\n" for line in CONTEXT), "utf-8")
+    assert CliRunner().invoke(application, arguments).exit_code == 0
+    assert (tmp_path / "out.svg").read_text("utf-8").startswith("<svg")
