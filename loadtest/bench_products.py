@@ -28,7 +28,7 @@ ROWS = (1, 8, 64, 512)
 SHAPES = ((3072, 768), (768, 3072), (768, 768), (50304, 768))
 DTYPES: tuple[WeightDtype, ...] = ("float32", "bfloat16", "int8")
 COLD_BYTES = 96 << 20
-"""Of weights that take turns, and of numbers whose sum measures the bandwidth: more than a cache."""
+"""Of weights that take turns, and of numbers whose sum measures the bandwidth."""
 
 
 class Products:
