@@ -11,4 +11,4 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 """Folder of the default checkpoint."""
 
 WeightDtype = Literal["float32", "bfloat16", "int8"]
-"""What the weights of matrix products are kept in; all else is float32."""
+"""What the weights of matrix products are kept in. All that is kept besides is float32."""

@@ -43,6 +43,10 @@ class Network(Protocol):
     backend: str
     """What it runs as and why, in words."""
 
+    arithmetic: str
+    """What its products multiply, weights x inputs: "int8 x float32". Sums are wider, outputs
+    float32. States go on in another one, but not to the bit."""
+
     @property
     def vocab_size(self) -> int:
         """Token ids are below it."""

@@ -233,6 +233,7 @@ def _facts(settings: Settings, loaded: Checkpoint, device: str) -> str:
             f"{settings.checkpoint}, fingerprint {loaded.fingerprint[:SHORT]}",
             f"device     {device}",
             f"backend    {network.backend}",
+            f"arithmetic {network.arithmetic}",
             f"session    {state_bytes:,} bytes, at any length",
             f"fits       {rows:,} on the device, {settings.host_cache_bytes // state_bytes:,} in "
             f"host memory, about {free // (state_bytes * turns):,} on disk with {turns} turns each",

@@ -53,6 +53,8 @@ class LanguageModel(nn.Module):
         self._fused: FusedNetwork | None = None
         self.backend = "plain torch"
         """What `forward` runs as and, once packed, why; in words."""
+        self.arithmetic = "float32 x float32"
+        """`Network.arithmetic`"""
 
     def pack(
         self, dtype: WeightDtype = "float32", device: torch.device | None = None
@@ -74,6 +76,7 @@ class LanguageModel(nn.Module):
 
             self._compiled = CompiledNetwork(self, unembed)
             self.backend = f"compiled for {target()}"
+            self.arithmetic = unembed.arithmetic.name
             return self
         if where.type == "cuda":
             reason = missing_for(self.config)
@@ -81,6 +84,7 @@ class LanguageModel(nn.Module):
                 return self.fuse(dtype, device)
             reason = reason or "Triton is not installed"
         self.backend = f"plain torch ({reason})"
+        self.arithmetic = f"{dtype} x float32"
         if dtype != "float32":
             self._unembed = self._narrow(NarrowLinear, dtype, device)
         else:
@@ -101,6 +105,7 @@ class LanguageModel(nn.Module):
         self._unembed = unembed = self._narrow(NarrowLinear, dtype, device)
         self._fused = FusedNetwork(self, unembed)
         self.backend = "Triton kernels"
+        self.arithmetic = f"{dtype} x float32"
         return self
 
     def _narrow(

@@ -1,7 +1,8 @@
 """Linear maps of a network that only serves, with weights in the dtype of the user's choice.
 
 float32 as they are, bfloat16 rounded, int8 as whole numbers times one scale per output (its largest
-weight is 127). Inputs, sums and outputs are float32 in all cases: only the weights are smaller.
+weight is 127). Outputs are float32 in all cases, and so are inputs and sums, unless the processor
+multiplies in the weights' own type: then inputs are rounded to it, int8 with one scale per row.
 """
 
 import logging
@@ -92,24 +93,30 @@ class PackedLinear(nn.Module):
         dtype: WeightDtype,
         device: torch.device | None = None,
     ) -> None:
+        from model.kernels.cpu.arithmetic import arithmetic_for
         from model.kernels.cpu.linear import product_function
         from model.kernels.cpu.products import BLOCK
 
         super().__init__()
+        self.arithmetic = arithmetic_for(dtype)
+        together, stored = self.arithmetic.together, self.arithmetic.stored
         self.bias = None if bias is None else bias.detach().float().contiguous()
         self.num_outputs, self.num_inputs = weight.shape
         num_blocks = -(-self.num_outputs // BLOCK)
-        shape = (num_blocks, self.num_inputs, BLOCK)
-        self.weight = torch.zeros(shape, dtype=DTYPES[dtype], device=device)
+        shape = (num_blocks, -(-self.num_inputs // together), BLOCK, together)
+        self.weight = torch.zeros(shape, dtype=stored, device=device)
         scales = []
         for rows in _parts(weight, BLOCK):
             part, scale = narrow(weight[rows], dtype, device)
             scales.append(scale)
+            if stored == torch.uint8:
+                part = part.view(torch.uint8) ^ 128  # plus 128
+            part = F.pad(part, (0, -self.num_inputs % together)).view(len(part), -1, together)
             for start in range(0, len(part), BLOCK):
-                block = part[start : start + BLOCK]
-                self.weight[(rows.start + start) // BLOCK, :, : len(block)] = block.T
+                block = part[start : start + BLOCK].transpose(0, 1)
+                self.weight[(rows.start + start) // BLOCK, :, : block.shape[1]] = block
         self.scale = torch.cat([s for s in scales if s is not None]) if dtype == "int8" else None
-        self._function = product_function(self.weight.dtype)
+        self._function = product_function(self.arithmetic)
 
     @property
     def addresses(self) -> tuple[int, int, int]:

@@ -106,11 +106,11 @@ def build(
     source: Source, device: torch.device, dtype: WeightDtype | None = None, *, plain: bool = False
 ) -> RWKV7:
     """Raises CheckpointError for weights that are not finite."""
-    stored = source.dtypes["blocks.0.att.key.weight"]
-    builder = Builder(source, device, dtype or DTYPES[stored], plain=plain)
+    dtype = dtype or DTYPES[source.dtypes["blocks.0.att.key.weight"]]
+    builder = Builder(source, device, dtype, plain=plain)
     weights = builder.weights()
     return RWKV7(
-        source.config, weights, builder.num_parameters, builder.num_bytes, builder.why_plain
+        source.config, weights, dtype, builder.num_parameters, builder.num_bytes, builder.why_plain
     )
 
 

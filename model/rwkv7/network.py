@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from model import WeightDtype
 from model.batch import Batch
 from model.kernels import cuda
 from model.kernels.cpu.team import num_threads
@@ -28,11 +29,13 @@ class RWKV7:
         self,
         config: Config,
         weights: Weights,
+        dtype: WeightDtype,
         num_parameters: int,
         weight_bytes: int,
         why_plain: str = "",
     ) -> None:
-        """`why_plain`: why it is not compiled; nothing if it is, from `PackedLinear` maps."""
+        """`dtype`: of the weights. `why_plain`: why it is not compiled; nothing if it is, from
+        `PackedLinear` maps."""
         self.config, self.weights = config, weights
         self.num_parameters, self.weight_bytes = num_parameters, weight_bytes
         self._compiled: CompiledNetwork | None = None
@@ -40,6 +43,7 @@ class RWKV7:
         """What plain torch reads with."""
 
         self.backend = f"plain torch ({why_plain})"
+        self.arithmetic = f"{dtype} x float32"
         if not why_plain:
             self._compile()
         elif self.device.type == "cuda" and cuda.is_available():
@@ -54,6 +58,7 @@ class RWKV7:
 
         self._compiled = CompiledNetwork(self.config, self.weights, self.num_threads)
         self.backend = f"compiled for {target()}"
+        self.arithmetic = self._compiled.arithmetic.name
 
     @property
     def vocab_size(self) -> int:

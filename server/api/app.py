@@ -84,7 +84,12 @@ def create_app(
     """
     metrics, keys, limiter = Metrics(), KeyRing(settings), Limiter(settings)
     network = checkpoint.network
-    codec = Codec(checkpoint.fingerprint, network.state_spec.tensors, network.vocab_size)
+    codec = Codec(
+        checkpoint.fingerprint,
+        network.state_spec.tensors,
+        network.vocab_size,
+        network.arithmetic,
+    )
     conversation = _conversation(checkpoint)
 
     @asynccontextmanager

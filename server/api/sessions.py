@@ -28,6 +28,7 @@ from server.api.schemas.sessions import (
     CheckpointList,
     CreateSessionRequest,
     ForkRequest,
+    ImportedSession,
     Metadata,
     Parent,
     RewindRequest,
@@ -127,18 +128,24 @@ async def import_session(
     caller: CallerDep,
     metadata: MetadataQuery = None,
     ttl: TtlQuery = None,
-) -> Session:
+) -> ImportedSession:
     """Make a session from an exported state, which is the body.
 
     It must be of this server's model: what differs is named with status 422. `metadata` is a JSON
-    object.
+    object. Where products are computed in another arithmetic than before, the session goes on, but
+    not to the bit as it would have there.
     """
     await service.limiter.count(caller)
     service.check_ready()
     ttl_s = _ttl_s(service, ttl)
     facts = _metadata(metadata)
-    record = await service.ledger.import_blob(caller.owner, await request.body(), facts, ttl_s)
-    return _render(service, record)
+    blob = await request.body()
+    record, before = await service.ledger.import_blob(caller.owner, blob, facts, ttl_s)
+    return ImportedSession(
+        **_render(service, record).model_dump(),
+        arithmetic=service.checkpoint.network.arithmetic,
+        arithmetic_before=before,
+    )
 
 
 @router.get("/{session_id}", responses=refusals(*STORED))

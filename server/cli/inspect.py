@@ -14,7 +14,10 @@ from model.text.tokenizer import Tokenizer
 from server.cli.tables import plain, print_facts, print_table
 from server.sessions.codec import FORMAT, BlobError, Codec, read
 
-FACTS = ("format", "version", "dtype", "turn", "position", "pending", "undecoded")
+FACTS = (
+    *("format", "version", "dtype", "arithmetic"),
+    *("turn", "position", "pending", "undecoded"),
+)
 LONGEST_FACT = 100
 CHECKSUM = {True: "ok", False: "WRONG", None: "not known: this model has other tensors"}
 
@@ -32,7 +35,8 @@ def inspect(file: Path, folder: Path) -> bool:
         return True
     check_file(file)
     model = describe(folder)
-    codec = Codec(fingerprint(folder), model.state_spec.tensors, model.vocab_size)
+    no_arithmetic = ""  # nothing is computed here
+    codec = Codec(fingerprint(folder), model.state_spec.tensors, model.vocab_size, no_arithmetic)
     blob = read_file(file, max(MOST_BLOB_BYTES, codec.most_blob_bytes))
     try:
         facts, arrays = read(blob)

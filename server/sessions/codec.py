@@ -2,14 +2,16 @@
 
 The tensors are the named tensors of the model's state and `recent`, the tokens that penalties look
 back on. The header's metadata tell the format, the model's fingerprint, the dtype of its states,
-the turn, the position, what is pending, and a checksum over all of it. Nothing in it is ever
-executed.
+the arithmetic that computed them, the turn, the position, what is pending, and a checksum over all
+of it. Nothing in it is ever executed.
 """
 
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import safetensors.numpy
@@ -19,7 +21,13 @@ from safetensors import SafetensorError
 from model.decoding.sampling import RecentTokens
 from model.state import DamagedState, TensorSpec, check_values, split_state
 
-FORMAT, VERSION = "latentd-session", "4"
+log = logging.getLogger(__name__)
+
+FORMAT, VERSION = "latentd-session", "5"
+BEFORE = "4"
+"""The version that does not say which arithmetic computed the state."""
+
+ARITHMETIC = re.compile(r"[a-z]+\d+ x [a-z]+\d+")
 RECENT = "recent"
 LARGEST = 1 << 53
 MOST_IMPORTED = 1 << 52
@@ -66,6 +74,10 @@ class SessionState:
     turn: int = 0
     """The turn that it is the end of; 0 before it is known."""
 
+    arithmetic: str | None = field(default=None, compare=False)
+    """`Network.arithmetic` of the network that computed it, of a state that was decoded and says
+    so."""
+
     @property
     def num_bytes(self) -> int:
         """Memory that holding it takes."""
@@ -75,8 +87,12 @@ class SessionState:
 class Codec:
     """Blobs of one model."""
 
-    def __init__(self, fingerprint: str, tensors: Sequence[TensorSpec], vocab_sz: int) -> None:
+    def __init__(
+        self, fingerprint: str, tensors: Sequence[TensorSpec], vocab_sz: int, arithmetic: str
+    ) -> None:
+        """`arithmetic`: that of the network, whose states are encoded."""
         self.fingerprint = fingerprint
+        self.arithmetic = arithmetic
         self._tensors = tuple(tensors)
         self._vocab_sz = vocab_sz
 
@@ -107,7 +123,7 @@ class Codec:
         """
         arrays = split_state(self._tensors, session.state)
         arrays[RECENT] = np.frombuffer(session.recent, np.uint8)
-        return safetensors.numpy.save(arrays, self._facts(session))
+        return safetensors.numpy.save(arrays, self._facts(session, self.arithmetic))
 
     def decode(self, blob: bytes) -> SessionState:
         """Raises BlobError for anything but an undamaged blob of this model."""
@@ -122,10 +138,11 @@ class Codec:
                 recent=arrays[RECENT].tobytes(),
                 state=b"".join(arrays[tensor.name].tobytes() for tensor in self._tensors),
                 turn=int(facts["turn"]),
+                arithmetic=None if facts["version"] == BEFORE else facts["arithmetic"],
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise DamagedBlob(f"the header is damaged: {error}") from error
-        if facts != self._facts(session):
+        if facts != self._facts(session, session.arithmetic):
             raise DamagedBlob("the checksum does not match: the blob is damaged")
         self._check_values(session, arrays)
         return session
@@ -143,6 +160,14 @@ class Codec:
             raise BlobError(f"it has numbers up to {largest:.3g}, more than {MOST_MAGNITUDE:g}")
         return session
 
+    def report_arithmetic(self, entry_id: str, session: SessionState) -> None:
+        """Log if a state was computed in another arithmetic than it will go on in."""
+        if session.arithmetic not in {None, self.arithmetic}:
+            log.warning(
+                "%s was computed in %s and goes on in %s: not to the bit as it would have",
+                *(entry_id, session.arithmetic, self.arithmetic),
+            )
+
     def checksum_fits(
         self, facts: Mapping[str, str], arrays: Mapping[str, NDArray[np.generic]]
     ) -> bool | None:
@@ -157,11 +182,11 @@ class Codec:
         kept = {name: value for name, value in facts.items() if name != "sha256"}
         return facts.get("sha256") == _checksum(kept, arrays[RECENT].tobytes(), state)
 
-    def _facts(self, session: SessionState) -> dict[str, str]:
+    def _facts(self, session: SessionState, arithmetic: str | None) -> dict[str, str]:
         """The header's metadata; there is one way to write it."""
         facts = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": BEFORE if arithmetic is None else VERSION,
             "fingerprint": self.fingerprint,
             "dtype": self._dtype,
             "turn": str(session.turn),
@@ -169,6 +194,8 @@ class Codec:
             "pending": json.dumps(session.pending),
             "undecoded": session.undecoded.hex(),
         }
+        if arithmetic is not None:
+            facts["arithmetic"] = arithmetic
         return facts | {"sha256": _checksum(facts, session.recent, session.state)}
 
     @property
@@ -179,7 +206,7 @@ class Codec:
     def _check_header(self, facts: Mapping[str, str]) -> None:
         if facts.get("format") != FORMAT:
             raise BlobError(f"format is {facts.get('format')!r}, not {FORMAT!r}")
-        if facts.get("version") != VERSION:
+        if facts.get("version") not in {BEFORE, VERSION}:
             raise BlobError(f"version is {facts.get('version')!r}, this program reads {VERSION!r}")
         if facts.get("fingerprint") != self.fingerprint:
             theirs = str(facts.get("fingerprint"))[:12]
@@ -203,6 +230,8 @@ class Codec:
         """A checksum that fits does not say that a server of ours computed it."""
         if not 0 <= session.turn < LARGEST or not 0 <= session.position < LARGEST:
             raise BlobError(f"turn {session.turn} at position {session.position} cannot be")
+        if session.arithmetic is not None and not ARITHMETIC.fullmatch(session.arithmetic):
+            raise BlobError(f"arithmetic {session.arithmetic!r} cannot be")
         if len(session.pending) > session.position or len(session.undecoded) > 3:
             raise BlobError(f"position {session.position} and what is pending cannot be")
         try:

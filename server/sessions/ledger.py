@@ -344,8 +344,8 @@ class Ledger:
 
     async def import_blob(
         self, owner: str, blob: bytes, metadata: dict[str, str], ttl_s: float | None
-    ) -> Entry:
-        """A new session that goes on from an exported blob.
+    ) -> tuple[Entry, str | None]:
+        """A new session that goes on from an exported blob; and the arithmetic that computed it.
 
         Raises UnfitState, QuotaExceeded, StorageFull and StorageFailed.
         """
@@ -360,7 +360,9 @@ class Ledger:
             raise UnfitState(f"this is no state for this server: {error}") from error
         entry = new_session(owner, self._store.now(), metadata, ttl_s)
         entry = replace(entry, turn=max(state.turn, 1), num_tokens=state.position)
-        return await self._insert(entry, NewState(new_state_id(), blob))
+        entry = await self._insert(entry, NewState(new_state_id(), blob))
+        self._codec.report_arithmetic(entry.id, state)
+        return entry, state.arithmetic
 
     async def delete(self, owner: str, kind: Kind, entry_id: str) -> None:
         """Erase a session or response, its states and kept answers everywhere.

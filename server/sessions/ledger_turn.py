@@ -118,6 +118,7 @@ class LedgerTurn:
                 if isinstance(error, DamagedBlob):
                     self._metrics.damaged_states_total.labels(found="store").inc()
                 raise self.damaged(str(error)) from error
+            self._codec.report_arithmetic(start.id, state)
             if self._tiers.num_forgotten == num_forgotten:
                 self._tiers.cache(start.state_id, state, start.owner)
             return state

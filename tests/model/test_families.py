@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model import WeightDtype
 from model.batch import Batch
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 from model.kernels import cuda
+from model.kernels.cpu import arithmetic
 from model.network import Network
 from model.state import StatePool
 from tests.model import toy
@@ -40,9 +42,18 @@ CONFIGS = {
 }
 
 
-def served(name: str, steep: bool = False) -> LanguageModel:
+def served(name: str, steep: bool = False, dtype: WeightDtype = "float32") -> LanguageModel:
     """A compiled network; a steep one has keys that rise and fall by hundreds."""
-    return untrained(name, steep).pack()
+    return untrained(name, steep).pack(dtype)
+
+
+def masked(name: str, dtype: WeightDtype) -> LanguageModel:
+    """A compiled network as a processor has it that multiplies in float32 only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arithmetic, "features", list)
+        network = served(name, dtype=dtype)
+    assert network.arithmetic == f"{dtype} x float32"
+    return network
 
 
 def untrained(name: str, steep: bool = False) -> LanguageModel:
@@ -59,6 +70,10 @@ NETWORKS: dict[str, Network] = {
     **{name: served(name) for name in CONFIGS},
     "steep": served("log", steep=True),
     "rwkv7": rwkv7.network(),
+    "bfloat16": served("log", dtype="bfloat16"),
+    "int8": served("beyond", dtype="int8"),
+    "bfloat16 x float32": masked("beyond", "bfloat16"),
+    "int8 x float32": masked("linear", "int8"),
     "toy": toy.make(toy.Config(VOCAB)),
 }
 """Those whose bits do not depend on the number of tokens that are computed together."""

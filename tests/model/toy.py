@@ -40,6 +40,7 @@ class Toy:
     """The `Network`: one sequence after another, one token after another."""
 
     backend = "plain torch"
+    arithmetic = "float32 x float32"
     recordable = None
     cut = 1
     is_compiled = False

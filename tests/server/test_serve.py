@@ -26,6 +26,7 @@ def test_it_tells_its_facts_and_ends_with_status_0(tiny_checkpoint: Path, tmp_pa
         assert f"{model['state_bytes']:,} bytes" in facts["session"]
         assert "cpu" in facts["device"]
         assert re.fullmatch(r"backend +compiled for \w+( with [\w-]+)?", facts["backend"])
+        assert facts["arithmetic"] == "arithmetic float32 x float32"
         assert re.fullmatch(r"listening +http:\S+ +\(ready in \d+\.\d s\)", server.facts[-1])
         assert "64 on the device" in facts["fits"]
         data = tmp_path / "data"

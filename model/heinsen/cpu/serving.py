@@ -28,7 +28,7 @@ class CompiledNetwork:
         self._vocab_sz = network.config.vocab_sz
         self._num_threads = network.num_threads
         self._spec = network.state_spec
-        self._function = step.forward_function(unembed.weight.dtype, network.embed.weight.dtype)
+        self._function = step.forward_function(unembed.arithmetic, network.embed.weight.dtype)
         self._fixed = self._fixed_arguments(network, unembed)
 
     def forward(self, batch: Batch, pool: StatePool) -> Tensor:

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, float32, float64, int8, int64
+from numba import carray, cfunc, float32, float64, int8, int64, uint16
 
 from model.heinsen.config import DECAY_RANK
 from model.heinsen.cpu.kernels import attend, decay, position
+from model.kernels.cpu.arithmetic import Arithmetic
 from model.kernels.cpu.functions import CACHE, SOURCE, jit
 from model.kernels.cpu.linear import (
     ADDRESS,
     COUNT,
-    DTYPES,
     FUNCTION_OF_A_THREAD,
     WEIGHT,
     array,
@@ -69,7 +69,7 @@ FORWARD = np.dtype(
 
 
 @jit
-def _unembed(a: Any, x: Any, places: Any, weight_dtype: Any, tid: Any, n: Any) -> None:
+def _unembed(a: Any, x: Any, places: Any, numbers: Any, tid: Any, n: Any) -> None:
     """Logits of some rows of x, in the order of their places; x is not the space of that name."""
     count, d, vocab = len(places), a.d_emb, a.vocab
     normed = array(a.x, (count, d), float32)
@@ -78,13 +78,13 @@ def _unembed(a: Any, x: Any, places: Any, weight_dtype: Any, tid: Any, n: Any) -
         place = places[i]
         layer_norm(x[place : place + 1], gain, offset, normed[i : i + 1], 0, 1)
     wait(a.team)
-    w, scale, bias = weight(a.unembed, d, vocab, weight_dtype)
+    w, scale, bias = weight(a.unembed, d, vocab, numbers)
     logits = array(a.logits, (count, vocab), float32)
     product(normed, w, scale, bias, logits, False, tid, n)
 
 
 @jit
-def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
+def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
     """Read tokens into states; logits after some of them. Every thread of a team runs it.
 
     The tokens of all sequences stand one after another, those of i from starts[i] to starts[i + 1].
@@ -116,7 +116,7 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
     gates, gated = array(a.gates, (tokens, 2 * d), float32), array(a.glu, (tokens, d), float32)
     last = array(a.last, (pool, d), float32)
     if not a.ids:
-        _unembed(a, last, index, weight_dtype, tid, n)
+        _unembed(a, last, index, numbers, tid, n)
         return
     h = array(a.h, (pool, d), float64)
     m = array(a.m, (num_layers, pool, heads, d_key), float32)
@@ -129,12 +129,12 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
     no_maximum, before = np.empty(0, np.float32), np.empty(per_head, np.float32)
     keys, vals = np.empty((3, d_key), np.float32), np.empty((3, d_val), np.float32)
 
-    embed = array(a.embed, (vocab, d), embed_dtype)
+    embed = array(a.embed, (vocab, d), embed_numbers)
     for t in range(tid, tokens, n):
         for j in range(d):
             normed[t, j] = number(embed[ids[t], j])
     wait(team)
-    w, scale, bias = weight(a.position, d, 2 * d, weight_dtype)
+    w, scale, bias = weight(a.position, d, 2 * d, numbers)
     product(normed[:tokens], w, scale, bias, gates, False, tid, n)
     wait(team)
     position(gates, normed[:tokens], starts, h, index, x, tid, n)
@@ -147,19 +147,19 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
         for i in range(tid, firsts, n):
             normed[tokens + i] = previous[layer, index[i]]
         wait(team)
-        w, scale, bias = weight(at.project, d, heads * per_head, weight_dtype)
+        w, scale, bias = weight(at.project, d, heads * per_head, numbers)
         product(normed, w, scale, bias, projected, False, tid, n)
         shifts, decays = at.mix != 0, at.rank.numbers != 0
         is_gated = at.output_gate.numbers != 0
         share = array(at.mix, (heads * per_head if shifts else 0,), float32)
         if is_gated:
-            w, scale, bias = weight(at.output_gate, d, heads * d_val, weight_dtype)
+            w, scale, bias = weight(at.output_gate, d, heads * d_val, numbers)
             product(normed[:tokens], w, scale, bias, output_gate, False, tid, n)
         if decays:
-            w, scale, bias = weight(at.rank, d, DECAY_RANK, weight_dtype)
+            w, scale, bias = weight(at.rank, d, DECAY_RANK, numbers)
             product(normed[:tokens], w, scale, bias, rank, False, tid, n)
             wait(team)
-            w, scale, bias = weight(at.rates, DECAY_RANK, heads * d_key, weight_dtype)
+            w, scale, bias = weight(at.rates, DECAY_RANK, heads * d_key, numbers)
             product(rank, w, scale, bias, rates, False, tid, n)
         wait(team)
         for i in range(tid, firsts, n):
@@ -198,27 +198,28 @@ def _forward(a: Any, weight_dtype: Any, embed_dtype: Any) -> None:
             gates = array(a.gates, (num_kept, 2 * d), float32)
             gated = array(a.glu, (num_kept, d), float32)
             wait(team)
-        w, scale, bias = weight(at.gate, heads * d_val, 2 * d, weight_dtype)
+        w, scale, bias = weight(at.gate, heads * d_val, 2 * d, numbers)
         product(y, w, scale, bias, gates, False, tid, n)
         wait(team)
         glu(gates, gated, tid, n)
         wait(team)
-        w, scale, bias = weight(at.merge, d, d, weight_dtype)
+        w, scale, bias = weight(at.merge, d, d, numbers)
         product(gated, w, scale, bias, x, True, tid, n)
         wait(team)
     for i in range(tid, sequences, n):
         last[index[i]] = x[ends[i]]
-    _unembed(a, x, read, weight_dtype, tid, n)
+    _unembed(a, x, read, numbers, tid, n)
 
 
 @functools.cache
-def forward_function(dtype: torch.dtype, embed_dtype: torch.dtype) -> Any:
-    """`void f(FORWARD *arguments)` for weights of one dtype and embeddings of another."""
-    weights, embeddings, source = DTYPES[dtype], DTYPES[embed_dtype], SOURCE
+def forward_function(arithmetic: Arithmetic, embed_dtype: torch.dtype) -> Any:
+    """`void f(FORWARD *arguments)` for weights of one kind and embeddings of a dtype."""
+    numbers, source = arithmetic.numbers, SOURCE
+    embeddings = float32 if embed_dtype == torch.float32 else uint16  # bfloat16
 
     @cfunc(FUNCTION_OF_A_THREAD, cache=CACHE)
     def run(arguments: Any) -> None:
         if source:
-            _forward(carray(arguments, (1,), FORWARD)[0], weights, embeddings)
+            _forward(carray(arguments, (1,), FORWARD)[0], numbers, embeddings)
 
     return run

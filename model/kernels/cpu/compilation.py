@@ -25,6 +25,11 @@ def can_fuse() -> bool:
     return architecture != "x86_64" or "+fma" in features
 
 
+def features() -> list[str]:
+    """What compiled code may use of the processor, as LLVM calls it: `+avx2`, `-avx512f`."""
+    return _target()[1]
+
+
 def _target() -> tuple[str, list[str]]:
     triple, _, features = registry.cpu_target.target_context.codegen().magic_tuple()
     return triple.split("-")[0], features.split(",")

@@ -7,15 +7,12 @@ import functools
 from typing import Any
 
 import numpy as np
-import torch
-from numba import carray, cfunc, float32, int8, int64, types, uint16
+from numba import carray, cfunc, float32, int64, types
 
+from model.kernels.cpu.arithmetic import Arithmetic
 from model.kernels.cpu.functions import CACHE, SOURCE, call, jit, pointer
-from model.kernels.cpu.products import BLOCK, product
+from model.kernels.cpu.products import BLOCK, product, together
 from model.kernels.cpu.team import TEAM
-
-DTYPES = {torch.float32: float32, torch.bfloat16: uint16, torch.int8: int8}
-"""How compiled code sees the numbers of a weight."""
 
 ADDRESS = COUNT = np.int64
 
@@ -44,11 +41,12 @@ def array(address: Any, shape: Any, dtype: Any) -> Any:
 
 
 @jit
-def weight(addresses: Any, num_inputs: Any, num_outputs: Any, dtype: Any) -> Any:
+def weight(addresses: Any, num_inputs: Any, num_outputs: Any, numbers: Any) -> Any:
     """Weight, scale and bias, as `product` takes them, from a WEIGHT."""
     blocks = (num_outputs + BLOCK - 1) // BLOCK
+    steps = (num_inputs + together(numbers) - 1) // together(numbers)
     return (
-        array(addresses.numbers, (blocks, num_inputs, BLOCK), dtype),
+        array(addresses.numbers, (blocks, steps, BLOCK), numbers),
         array(addresses.scale, (num_outputs if addresses.scale else 0,), float32),
         array(addresses.bias, (num_outputs if addresses.bias else 0,), float32),
     )
@@ -70,18 +68,18 @@ def wait(team: Any) -> None:
 
 
 @jit
-def _product(a: Any, dtype: Any) -> None:
+def _product(a: Any, numbers: Any) -> None:
     """y = x @ weight^T * scale + bias; every thread of the team runs it."""
     tid, n = place_in(a.team)
-    w, scale, bias = weight(a.weight, a.num_inputs, a.num_outputs, dtype)
+    w, scale, bias = weight(a.weight, a.num_inputs, a.num_outputs, numbers)
     x, y = array(a.x, (a.rows, a.num_inputs), float32), array(a.y, (a.rows, a.num_outputs), float32)
     product(x, w, scale, bias, y, False, tid, n)
 
 
 @functools.cache
-def product_function(dtype: torch.dtype) -> Any:
-    """`void f(PRODUCT *arguments)` for a weight of this dtype."""
-    numbers, source = DTYPES[dtype], SOURCE
+def product_function(arithmetic: Arithmetic) -> Any:
+    """`void f(PRODUCT *arguments)`"""
+    numbers, source = arithmetic.numbers, SOURCE
 
     @cfunc(FUNCTION_OF_A_THREAD, cache=CACHE)
     def run(arguments: Any) -> None:

@@ -31,8 +31,11 @@ class CompiledNetwork:
         self._kept: list[object] = [weights]
         self._config, self._num_threads = config, num_threads
         self._spec = config.state_spec
-        dtype, small = weights.head.weight.dtype, weights.embed.dtype
-        self._function = step.forward_function(dtype, small, config.head_size)
+        self.arithmetic = _packed(weights.head).arithmetic
+        small = _packed(weights.layers[0].time_mix.gate.down).arithmetic
+        self._function = step.forward_function(
+            self.arithmetic, small, weights.embed.dtype, config.head_size
+        )
         self._fixed = self._fixed_arguments(weights)
 
     def forward(self, batch: Batch, pool: StatePool) -> Tensor:
@@ -145,6 +148,10 @@ def _low_rank(maps: LowRank | None) -> tuple[Addresses, Addresses]:
 
 def _product(linear: Linear) -> Addresses:
     """Addresses of the weight, the scale and the bias; 0 for what there is not."""
+    return _packed(linear).addresses
+
+
+def _packed(linear: Linear) -> PackedLinear:
     if not isinstance(linear, PackedLinear):
         raise TypeError(f"not packed: {linear}")
-    return linear.addresses
+    return linear

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, float32, int64, literally
+from numba import carray, cfunc, float32, int64, literally, uint16
 
+from model.kernels.cpu.arithmetic import Arithmetic
 from model.kernels.cpu.functions import CACHE, SOURCE, jit
 from model.kernels.cpu.linear import (
     ADDRESS,
     COUNT,
-    DTYPES,
     FUNCTION_OF_A_THREAD,
     WEIGHT,
     array,
@@ -81,14 +81,14 @@ def _norm(at: Any, d: Any) -> Any:
 
 
 @jit
-def _times(at: Any, dtype: Any, x: Any, y: Any, add: bool, tid: int, n: int) -> None:
+def _times(at: Any, numbers: Any, x: Any, y: Any, add: bool, tid: int, n: int) -> None:
     """y = x @ weight^T, or y += it, this thread's share; `at` is a WEIGHT."""
-    w, scale, bias = weight(at, x.shape[1], y.shape[1], dtype)
+    w, scale, bias = weight(at, x.shape[1], y.shape[1], numbers)
     product(x, w, scale, bias, y, add, tid, n)
 
 
 @jit
-def _head(a: Any, x: Any, places: Any, dtype: Any, tid: Any, n: Any) -> None:
+def _head(a: Any, x: Any, places: Any, numbers: Any, tid: Any, n: Any) -> None:
     """Logits of some rows of x, in the order of their places; x is not the space named u."""
     count, d = len(places), a.d_emb
     u = array(a.u, (count, d), float32)
@@ -96,11 +96,11 @@ def _head(a: Any, x: Any, places: Any, dtype: Any, tid: Any, n: Any) -> None:
     for i in range(tid, count, n):
         norm(x[places[i]], gain, offset, float32(a.norm_eps), u[i])
     wait(a.team)
-    _times(a.head, dtype, u, array(a.logits, (count, a.vocab), float32), False, tid, n)
+    _times(a.head, numbers, u, array(a.logits, (count, a.vocab), float32), False, tid, n)
 
 
 @jit
-def _forward(a: Any, dtype: Any, small: Any, size: Any) -> None:
+def _forward(a: Any, numbers: Any, small: Any, embed_numbers: Any, size: Any) -> None:
     """Read tokens into states; logits after some of them. Every thread of a team runs it.
 
     The tokens of all sequences stand one after another, those of i from starts[i] to starts[i + 1].
@@ -116,7 +116,7 @@ def _forward(a: Any, dtype: Any, small: Any, size: Any) -> None:
     index, read = array(a.index, (sequences,), int64), array(a.read, (a.num_read,), int64)
     last = array(a.last, (pool, d), float32)
     if not a.ids:
-        _head(a, last, index, dtype, tid, n)
+        _head(a, last, index, numbers, tid, n)
         return
     ids, owner = array(a.ids, (tokens,), int64), array(a.owner, (tokens,), int64)
     starts = array(a.starts, (sequences + 1,), int64)
@@ -135,7 +135,7 @@ def _forward(a: Any, dtype: Any, small: Any, size: Any) -> None:
     eps, group_eps = float32(a.norm_eps), float32(a.group_norm_eps)
     space = np.empty((2, size), np.float32)
 
-    embed = array(a.embed, (a.vocab, d), small)
+    embed = array(a.embed, (a.vocab, d), embed_numbers)
     gain, offset = _norm(a.embed_norm, d)
     for t in range(tid, tokens, n):
         for j in range(d):
@@ -154,9 +154,9 @@ def _forward(a: Any, dtype: Any, small: Any, size: Any) -> None:
         wait(team)
         for i in range(tid, sequences, n):
             att_shift[layer, index[i]] = u[starts[i + 1] - 1]
-        _times(at.receptance, dtype, mixed[0], r, False, tid, n)
-        _times(at.key, dtype, mixed[2], k, False, tid, n)
-        _times(at.value, dtype, mixed[3], v, False, tid, n)
+        _times(at.receptance, numbers, mixed[0], r, False, tid, n)
+        _times(at.key, numbers, mixed[2], k, False, tid, n)
+        _times(at.value, numbers, mixed[3], v, False, tid, n)
         if tid == 0:
             _times(at.decay.down, float32, mixed[1], decays, False, 0, 1)
             tanh_all(decays)
@@ -194,7 +194,7 @@ def _forward(a: Any, dtype: Any, small: Any, size: Any) -> None:
                     k_k[h], k_a[h], r_k[h], gain[h], offset[h], group_eps, y[t, h], space,
                 )  # fmt: skip
         wait(team)
-        _times(at.output, dtype, y, x, True, tid, n)
+        _times(at.output, numbers, y, x, True, tid, n)
         wait(team)
         gain, offset = _norm(at.channel_norm, d)
         shares = array(at.channel_share, (1, d), float32)
@@ -204,27 +204,30 @@ def _forward(a: Any, dtype: Any, small: Any, size: Any) -> None:
         wait(team)
         for i in range(tid, sequences, n):
             ffn_shift[layer, index[i]] = u[starts[i + 1] - 1]
-        _times(at.channel_key, dtype, mixed[0], hidden, False, tid, n)
+        _times(at.channel_key, numbers, mixed[0], hidden, False, tid, n)
         blocks = (d_ffn + BLOCK - 1) // BLOCK
         first, end = tid * blocks // n * BLOCK, (tid + 1) * blocks // n * BLOCK
         square_all(hidden, first, min(end, d_ffn))
         wait(team)
-        _times(at.channel_value, dtype, hidden, x, True, tid, n)
+        _times(at.channel_value, numbers, hidden, x, True, tid, n)
         wait(team)
     for i in range(tid, sequences, n):
         last[index[i]] = x[starts[i + 1] - 1]
-    _head(a, x, read, dtype, tid, n)
+    _head(a, x, read, numbers, tid, n)
 
 
 @functools.cache
-def forward_function(dtype: torch.dtype, small: torch.dtype, head_size: int) -> Any:
-    """`void f(FORWARD *arguments)` for weights of one dtype, and embedding and low-rank maps, but
-    those of decays, of another."""
-    weights, low_rank, size, source = DTYPES[dtype], DTYPES[small], head_size, SOURCE
+def forward_function(
+    arithmetic: Arithmetic, small: Arithmetic, embed_dtype: torch.dtype, head_size: int
+) -> Any:
+    """`void f(FORWARD *arguments)` for weights of one kind, low-rank maps, but those of decays, of
+    another, and embeddings of a dtype."""
+    numbers, low_rank, size, source = arithmetic.numbers, small.numbers, head_size, SOURCE
+    embeddings = float32 if embed_dtype == torch.float32 else uint16  # bfloat16
 
     @cfunc(FUNCTION_OF_A_THREAD, cache=CACHE)
     def run(arguments: Any) -> None:
         if source:
-            _forward(carray(arguments, (1,), FORWARD)[0], weights, low_rank, size)
+            _forward(carray(arguments, (1,), FORWARD)[0], numbers, low_rank, embeddings, size)
 
     return run

@@ -131,6 +131,16 @@ class Session(AnswerModel):
     """Your notes."""
 
 
+class ImportedSession(Session):
+    """A session that goes on from an exported state."""
+
+    arithmetic: str = Field(examples=["int8 x int8"])
+    """What this server's products multiply: weights x inputs."""
+
+    arithmetic_before: str | None = Field(examples=["float32 x float32"])
+    """The same of the server that computed the state; null in blobs that do not say it."""
+
+
 class Checkpoint(AnswerModel):
     """A turn whose state is kept."""
 

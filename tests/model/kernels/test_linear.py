@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from model import WeightDtype
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
+from model.kernels.cpu import arithmetic
 from model.kernels.linear import NarrowLinear, PackedLinear, narrow, why_not_compiled
 from tests.model.calls import prefill, step
 
@@ -21,7 +22,14 @@ ERROR = {"float32": 1e-5, "bfloat16": 0.3, "int8": 0.5}
 """Of outputs whose size is about 8."""
 
 
+@pytest.fixture
+def masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that multiplies in float32 only, as torch does here."""
+    monkeypatch.setattr(arithmetic, "features", list)
+
+
 @each_dtype
+@pytest.mark.usefixtures("masked")
 @pytest.mark.parametrize("bias", [BIAS, None])
 def test_both_kinds_compute_the_same_from_the_same_numbers(
     dtype: WeightDtype, bias: torch.Tensor | None
@@ -68,6 +76,16 @@ def test_a_network_keeps_its_weights_in_the_dtype(dtype: WeightDtype) -> None:
 
 
 @each_dtype
+@pytest.mark.parametrize("bias", [BIAS, None])
+def test_in_the_weights_own_type_little_more_is_lost(
+    dtype: WeightDtype, bias: torch.Tensor | None
+) -> None:
+    error = (PackedLinear(WEIGHT, bias, dtype)(X) - F.linear(X, WEIGHT, bias)).abs().max()
+    assert error < ERROR[dtype]
+
+
+@each_dtype
+@pytest.mark.usefixtures("masked")
 def test_where_nothing_can_be_compiled_torch_serves_the_same(
     dtype: WeightDtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

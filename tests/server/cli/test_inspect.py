@@ -34,7 +34,7 @@ def outline(tiny_checkpoint: Path) -> Description:
 @pytest.fixture(scope="module")
 def codec(outline: Description, tiny_checkpoint: Path) -> Codec:
     fingerprint = checkpoints.fingerprint(tiny_checkpoint)
-    return Codec(fingerprint, outline.state_spec.tensors, outline.vocab_size)
+    return Codec(fingerprint, outline.state_spec.tensors, outline.vocab_size, "int8 x int8")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,8 @@ def test_a_whole_state_is_shown(
     assert verdict(done.stdout).startswith("ok: ")
     shown = fields(done.stdout)
     assert shown == {
-        **{"format": "latentd-session", "version": "4", "dtype": "float32"},
+        **{"format": "latentd-session", "version": "5", "dtype": "float32"},
+        **{"arithmetic": "int8 x int8"},
         **{"turn": "4", "position": "70", "pending": "[5]", "undecoded": "e2"},
         **{"fingerprint": codec.fingerprint, "model": "this one", "checksum": "ok"},
         "size": f"{len(blob):,} bytes",

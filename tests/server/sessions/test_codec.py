@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from dataclasses import replace
 from typing import Any
@@ -30,7 +31,8 @@ SPEC = (
     TensorSpec("h", (1, 4), "float64", 0.0),
 )
 VOCAB = 1000
-CODEC = Codec("0123456789abcdef" * 4, SPEC, VOCAB)
+ARITHMETIC = "float32 x float32"
+CODEC = Codec("0123456789abcdef" * 4, SPEC, VOCAB, ARITHMETIC)
 
 
 def recent(*token_ids: int) -> bytes:
@@ -91,6 +93,28 @@ def refusal(blob: bytes) -> str:
 @given(SESSIONS)
 def test_a_session_comes_out_as_it_went_in(session: SessionState) -> None:
     assert CODEC.decode(CODEC.encode(session)) == session
+
+
+def test_the_arithmetic_is_that_of_the_network_that_computed_the_state(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    other = Codec(CODEC.fingerprint, SPEC, VOCAB, "int8 x int8")
+    state = other.decode(BLOB)
+    assert (state, state.arithmetic) == (SESSION, ARITHMETIC)
+    assert other.decode(other.encode(state)).arithmetic == "int8 x int8"
+    with caplog.at_level(logging.WARNING):
+        CODEC.report_arithmetic("sess_1", state)
+        assert not caplog.records
+        other.report_arithmetic("sess_1", state)
+    assert f"sess_1 was computed in {ARITHMETIC} and goes on in int8 x int8" in caplog.text
+
+
+def test_a_blob_of_before_does_not_say_its_arithmetic() -> None:
+    before = forged(version="4", arithmetic=None)
+    assert (CODEC.decode(before), CODEC.decode(before).arithmetic) == (SESSION, None)
+    CODEC.report_arithmetic("sess_1", CODEC.decode(before))
+    assert "checksum" in refusal(forged(version="4"))
+    assert "damaged" in refusal(forged(arithmetic=None))
 
 
 def test_the_size_is_the_models() -> None:
@@ -186,6 +210,7 @@ def test_every_fact_is_needed(key: str) -> None:
         *(("pending", v) for v in ("[" * 100_000, "[5, 6", "[" + "9" * 5000 + "]")),
         *(("undecoded", v) for v in ("e", "zz", "E282", "e2 82", "é")),
         ("extra", "x"),
+        *(("arithmetic", v) for v in ("", "fast", "int8", "int8 x int8 " * 1000)),
     ],
 )
 def test_forged_facts_are_refused(key: str, value: str) -> None:
@@ -194,11 +219,11 @@ def test_forged_facts_are_refused(key: str, value: str) -> None:
 
 def test_the_message_names_what_differs() -> None:
     assert "belongs to model 999999999999, this is 0123456789ab" in refusal(
-        Codec("9" * 64, SPEC, VOCAB).encode(SESSION)
+        Codec("9" * 64, SPEC, VOCAB, ARITHMETIC).encode(SESSION)
     )
-    for version in ("1", "3", "5"):
+    for version in ("1", "3", "6"):
         said = refusal(forged(version=version))
-        assert f"version is '{version}', this program reads '4'" in said
+        assert f"version is '{version}', this program reads '5'" in said
     assert "dtype is 'float16', this model has 'float64'" in refusal(forged(dtype="float16"))
     assert "format is 'gguf'" in refusal(forged(format="gguf"))
     no_checksum = HEADER["__metadata__"] | {"sha256": ""}
@@ -250,7 +275,7 @@ def test_what_no_server_would_have_written_is_refused(changes: dict[str, Any], n
 
 
 def test_the_checksum_of_another_models_blob_can_be_told() -> None:
-    fewer = Codec("f" * 64, SPEC[1:], VOCAB)
+    fewer = Codec("f" * 64, SPEC[1:], VOCAB, ARITHMETIC)
     without_m = fewer.encode(replace(SESSION, state=SESSION.state[24:]))
     for blob in (BLOB, forged(fingerprint="x"), forged(extra="x"), without_m):
         assert CODEC.checksum_fits(*read(blob)) is True

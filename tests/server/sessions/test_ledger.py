@@ -702,13 +702,14 @@ def test_what_is_exported_can_be_imported(tmp_path: Path) -> None:
             entry, second, blob = await w.ledger.export(ME, name, None)
             assert (entry.id, first, second) == (name, 1, 2)
         async with world(tmp_path / "two") as w:
-            moved = await w.ledger.import_blob("them", blob, {"k": "v"}, 9.0)
+            moved, arithmetic = await w.ledger.import_blob("them", blob, {"k": "v"}, 9.0)
             assert (moved.turn, moved.num_tokens, moved.num_checkpoints) == (2, 77, 1)
             assert (moved.metadata, moved.ttl_s, moved.owner) == ({"k": "v"}, 9.0, "them")
+            assert arithmetic == "float32 x float32"
             assert moved == await w.ledger.get("them", "session", moved.id)
             async with w.turn(Head(moved.id, 2), NextTurn(), "them") as turn:
                 assert await turn.load() == state(b"b", 77, turn=2)
-            early = await w.ledger.import_blob(ME, earlier, {}, None)
+            early, _ = await w.ledger.import_blob(ME, earlier, {}, None)
             assert await w.load(early.id) == state(b"a")
             before, files = w.store.total, state_files(tmp_path / "two")
             for wrong in (b"", blob[:-1], blob[:-1] + b"?", b"x" * 1000):

@@ -24,7 +24,7 @@ ME = "me"
 @asynccontextmanager
 async def ledger_in(folder: Path, busy_wait_s: float) -> AsyncIterator[Ledger]:
     store, metrics = SQLiteStore(folder / "sessions.sqlite3"), Metrics()
-    codec = Codec("f" * 64, (TensorSpec("m", (2, 3), "float32", 0.0),), 300)
+    codec = Codec("f" * 64, (TensorSpec("m", (2, 3), "float32", 0.0),), 300, "float32 x float32")
     tiers = Tiers(HostCache(0), store, codec.state_bytes, metrics, lambda _: None)
     quota = Quota(store, Quotas())
     yield Ledger(store, tiers, quota, codec, metrics, busy_wait_s=busy_wait_s)

@@ -522,7 +522,8 @@ def test_a_session_that_moved_meanwhile_is_not_advanced(tmp_path: Path, are_larg
     asyncio.run(main())
 
 
-DAMAGED = [b"", b"noise", Codec("0" * 64, SPEC, VOCAB).encode(state()), BLOB[:-1], BLOB[:-1] + b"x"]
+FOREIGN = Codec("0" * 64, SPEC, VOCAB, "int8 x int8").encode(state())
+DAMAGED = [b"", b"noise", FOREIGN, BLOB[:-1], BLOB[:-1] + b"x"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -46,7 +46,8 @@ def are_large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def blob(fingerprint: str, after: object = None) -> bytes:
-    return Codec(fingerprint, SPEC, VOCAB).encode(LONG if after == LONG else state())
+    codec = Codec(fingerprint, SPEC, VOCAB, "float32 x float32")
+    return codec.encode(LONG if after == LONG else state())
 
 
 async def fill(store: SQLiteStore) -> None:

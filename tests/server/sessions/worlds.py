@@ -34,7 +34,7 @@ RECENT_BYTES = len(RecentTokens().to_bytes())
 CACHED_BYTES = STATE_BYTES + RECENT_BYTES
 VOCAB = 300
 ME = "me"
-CODEC = Codec("f" * 64, SPEC, VOCAB)
+CODEC = Codec("f" * 64, SPEC, VOCAB, "float32 x float32")
 
 
 def state(mark: bytes = b"-", position: int = 5, turn: int = 1) -> SessionState:
