@@ -1,0 +1,26 @@
+"""The command line."""
+
+import sys
+
+import typer
+
+from loadtest.bench import bench
+from loadtest.capacity import capacity
+from loadtest.compare import compare
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+for command in (bench, capacity, compare):
+    app.command()(command)
+
+
+def main() -> None:
+    """Runs a command. What a user can set right is one line."""
+    try:
+        app()
+    except RuntimeError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
