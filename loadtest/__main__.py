@@ -7,9 +7,11 @@ import typer
 from loadtest.bench import bench
 from loadtest.capacity import capacity
 from loadtest.compare import compare
+from loadtest.paper import paper
+from loadtest.soak import soak
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-for command in (bench, capacity, compare):
+for command in (bench, capacity, compare, soak, paper):
     app.command()(command)
 
 

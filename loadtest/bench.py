@@ -21,7 +21,9 @@ WARM_UP = 2
 def progress_bar() -> Progress:
     """For a terminal; elsewhere nothing is shown."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    return Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    )
 
 
 async def run(

@@ -14,6 +14,7 @@ from loadtest.measures import Objective
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.ticker import FuncFormatter
 
 Format = Literal["png", "svg"]
 Points = Sequence[tuple[float, float]]
@@ -78,8 +79,15 @@ def draw_lines(
         axes.legend()
 
 
-def _label(axes: "Axes", title: str, x: Axis, y: Axis) -> None:
+def plain() -> "FuncFormatter":
+    """Numbers as people write them."""
     from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda value, _: f"{value:,.10g}")
+
+
+def _label(axes: "Axes", title: str, x: Axis, y: Axis) -> None:
+    from matplotlib.ticker import NullFormatter
 
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel(x.label)
@@ -91,10 +99,10 @@ def _label(axes: "Axes", title: str, x: Axis, y: Axis) -> None:
     else:
         axes.set_ylim(bottom=0)
     for axis, given in ((axes.xaxis, x), (axes.yaxis, y)):
+        axis.set_major_formatter(plain())
         if given.log:
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        else:
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+            low, high = axis.get_view_interval()
+            axis.set_minor_formatter(NullFormatter() if high > 10 * low else plain())
 
 
 def draw_bench(

@@ -92,15 +92,19 @@ def draw(path: Path, urls: Sequence[str], found: Sequence[Mapping[str, Interval]
     """Ratios with their intervals; where 1 is."""
     with charts.figure(path, len(found), f"Over those of {urls[0]}") as many:
         for axes, url, intervals in zip(many, urls[1:], found, strict=True):
-            for number, each in enumerate(reversed(intervals.values())):
+            for number, each in enumerate(reversed(list(intervals.values()))):
                 axes.plot([each.low, each.high], [number, number], color=charts.BLUE, linewidth=2)
                 axes.plot([each.value], [number], "o", color=charts.BLUE)
                 label = f"{each.value:.2f}"
                 axes.annotate(label, (each.value, number), (0, 5), textcoords="offset points")
             axes.axvline(1, color=charts.GREY, linestyle="--")
-            axes.set_yticks(range(len(intervals)), list(reversed(intervals)))
+            axes.set_yticks(range(len(intervals)), list(reversed(list(intervals))))
             axes.set_ylim(-0.6, len(intervals) - 0.4)
             axes.set_title(url, loc="left", fontsize=10)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(charts.plain())
+            axes.xaxis.set_minor_formatter(charts.plain())
+            axes.tick_params(axis="x", which="both", labelrotation=45)
             axes.set_xlabel("ratio, with its 95 % interval")
 
 
