@@ -50,7 +50,7 @@ def figure(path: Path, columns: int, title: str, *, rows: int = 1) -> Iterator[l
     from cycler import cycler
     from matplotlib.figure import Figure
 
-    style: dict[str, Any] = {**STYLE, "axes.prop_cycle": cycler(color=COLOURS)}
+    style: dict[Any, Any] = {**STYLE, "axes.prop_cycle": cycler(color=COLOURS)}
     with matplotlib.rc_context(style):
         made = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
         axes = made.subplots(rows, columns, squeeze=False)
