@@ -124,6 +124,7 @@ def compare(
     output: options.Output = options.OUTPUT,
     file: options.File = None,
     endpoint: options.AnyEndpoint = "completions",
+    model: options.Model = None,
     key: options.Key = None,
     ignore_eos: options.IgnoreEos = False,
     timeout_s: options.Timeout = 600,
@@ -135,7 +136,7 @@ def compare(
     if concurrency is not None and rate is not None:
         raise typer.BadParameter("give --concurrency or --rate, not both")
     load = options.workload(prompt, output, file, 0, 0.0, 1.1)
-    access = Access(endpoint, None, key, ignore_eos, timeout_s)
+    access = Access(endpoint, model, key, ignore_eos, timeout_s)
     if out is not None:
         charts.require()
     found = asyncio.run(
