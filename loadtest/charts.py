@@ -75,8 +75,8 @@ def draw_lines(
         at, values = zip(*points, strict=True)
         axes.plot(at, values, marker=marker, markersize=4, label=name)
     _label(axes, title, x, y)
-    if len(lines) > 1:
-        axes.legend()
+    if len(lines) > 1:  # below, where it covers nothing
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def plain() -> "FuncFormatter":

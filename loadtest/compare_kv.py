@@ -56,7 +56,7 @@ def transformer_config(network: Network, num_parameters: int, width: int, most: 
     embedding, layer = network.vocab_size * width, 12 * width**2 + 13 * width
     return GPT2Config(
         vocab_size=network.vocab_size,
-        n_positions=most + STEPS + 1,
+        n_positions=most + 1,
         n_embd=width,
         n_layer=max(1, round((num_parameters - embedding) / layer)),
         n_head=max(1, width // HEAD_CHANNELS),
@@ -88,7 +88,7 @@ class Transformer:
         """Its cache with so many tokens of random numbers: what they are costs nothing."""
         from transformers import StaticCache
 
-        made: Any = StaticCache(config=self.config, max_cache_len=tokens + STEPS)
+        made: Any = StaticCache(config=self.config, max_cache_len=tokens + 1)
         heads = self.config.n_head
         made.early_initialization(
             1, heads, self.config.n_embd // heads, torch.float32, torch.device("cpu")
@@ -98,15 +98,13 @@ class Transformer:
             layer.values.normal_()
         return made
 
-    def steps(self, cache: Any, tokens: int) -> None:
-        """Decode STEPS tokens after the first `tokens`."""
+    def step(self, cache: Any, tokens: int) -> None:
+        """Decode the token after the first `tokens`."""
         for layer in cache.layers:
             layer.cumulative_length.fill_(tokens)
-        token = torch.tensor([[5]])
+        token, position = torch.tensor([[5]]), torch.tensor([[tokens]])
         with torch.inference_mode():
-            for number in range(STEPS):
-                position = torch.tensor([[tokens + number]])
-                self.model(token, cache=cache, use_cache=True, position_ids=position)
+            self.model(token, cache=cache, use_cache=True, position_ids=position)
 
 
 def cache_bytes(cache: Any, tokens: int) -> int:
@@ -136,14 +134,15 @@ def grown(network: Network, contexts: Sequence[int], seed: int) -> list[StatePoo
 
 
 def alternate(rounds: int, tasks: Sequence[Callable[[], object]]) -> list[float]:
-    """Median seconds of each task, run in turn after a first time that does not count."""
+    """Median seconds of each task: in turn, each STEPS times after one that does not count."""
     times: list[list[float]] = [[] for _ in tasks]
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for task, taken in zip(tasks, times, strict=True):
-            started = time.perf_counter()
             task()
-            if number:
-                taken.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            for _ in range(STEPS):
+                task()
+            taken.append((time.perf_counter() - started) / STEPS)
     return [statistics.median(taken) for taken in times]
 
 
@@ -159,16 +158,12 @@ def measure(
     pools, token = grown(network, ours, seed), torch.tensor([5])
     caches = [transformer.cache(length) for length in theirs]
 
-    def session_steps(pool: StatePool) -> None:
-        for _ in range(STEPS):
-            network.step(token, pool, [0])
-
-    tasks: list[Callable[[], object]] = [partial(session_steps, pool) for pool in pools]
+    tasks: list[Callable[[], object]] = [partial(network.step, token, pool, [0]) for pool in pools]
     tasks += [
-        partial(transformer.steps, cache, length)
+        partial(transformer.step, cache, length)
         for cache, length in zip(caches, theirs, strict=True)
     ]
-    seconds = [each / STEPS for each in alternate(rounds, tasks)]
+    seconds = alternate(rounds, tasks)
     of_cache = {
         length: (cache_bytes(cache, length), taken)
         for length, cache, taken in zip(theirs, caches, seconds[len(ours) :], strict=True)
@@ -226,6 +221,7 @@ def compare_kv(
     theirs = [n for n in ours if n <= cache_tokens]
     shape = transformer_config(network, size.num_parameters, width_of(size), max(theirs))
     transformer = Transformer(shape)
+    console.print(f"reading {tokens:,} tokens")
     found = measure(network, transformer, ours, theirs, rounds, seed)
     names = (
         f"latentd, {size.num_parameters / 1e6:.1f} M parameters",

@@ -1,4 +1,4 @@
-"""The load test measures a server that others wrote: transformers', with a tiny model of random weights."""
+"""The load test measures a server that others wrote: transformers', with a tiny model."""
 
 import json
 import os
