@@ -112,7 +112,7 @@ def draw(path: Path, trials: Sequence[Trial], how: Search) -> None:
             "answered": [(t.rate, t.summary.requests_per_s) for t in by_rate],
             "good": [(t.rate, t.summary.goodput_per_s) for t in by_rate],
         }
-        y = charts.Axis("requests a second", log=True)
+        y = charts.Axis("requests a second")
         charts.draw_lines(good, "goodput", x, y, lines)
         for axes, kind, name in (
             (first, "ttft", "time to first token"),

@@ -29,6 +29,7 @@ STYLE = {
     "axes.axisbelow": True,
     "axes.prop_cycle": COLOURS,
     "font.size": 10,
+    "svg.fonttype": "none",
     "svg.hashsalt": "latentd",  # the same file of the same numbers
     "legend.frameon": False,
 }
@@ -97,7 +98,7 @@ def _label(axes: "Axes", title: str, x: Axis, y: Axis) -> None:
     if y.log:
         axes.set_yscale("log")
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     for axis, given in ((axes.xaxis, x), (axes.yaxis, y)):
         axis.set_major_formatter(plain())
         if given.log:

@@ -1,5 +1,6 @@
 """A session beside a transformer's key-value cache: bytes, and time per token, by context."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -134,10 +135,14 @@ def grown(network: Network, contexts: Sequence[int], seed: int) -> list[StatePoo
 
 
 def alternate(rounds: int, tasks: Sequence[Callable[[], object]]) -> list[float]:
-    """Median seconds of each task: in turn, each STEPS times after one that does not count."""
+    """Median seconds of each task: in turn, each STEPS times after one that does not count.
+
+    The order is another one in each round: a task after a long cache finds cold processor caches.
+    """
     times: list[list[float]] = [[] for _ in tasks]
+    both, chance = list(zip(tasks, times, strict=True)), random.Random(0)
     for _ in range(rounds):
-        for task, taken in zip(tasks, times, strict=True):
+        for task, taken in chance.sample(both, len(both)):
             task()
             started = time.perf_counter()
             for _ in range(STEPS):
