@@ -1,17 +1,23 @@
-"""What making a turn durable costs: in the store alone, in a server, and as bytes on the disk."""
+"""What making a turn durable costs: in the store alone, in a server, and as bytes on the disk.
+
+python -m loadtest.bench_commits
+"""
 
 import asyncio
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import numpy as np
+import typer
 
+from model import PRETRAINED
 from server.sessions.sqlite.schema import Durability
 from server.sessions.sqlite.store import SQLiteStore
 from server.sessions.store import Entry, NewState
@@ -164,3 +170,18 @@ def _written_and_synced(path: Path, content: bytes, rounds: int) -> list[float]:
 def _row(what: str, sessions: int, times: Sequence[float]) -> str:
     p50, p99 = 1e3 * np.percentile(times, (50, 99)) if times else (np.nan, np.nan)
     return f"{what:24} {sessions:8} {p50:8.2f} {p99:8.2f}"
+
+
+def main(
+    turns: Annotated[int, typer.Option(help="Turns of one session alone.")] = 300,
+    together: Annotated[int, typer.Option(help="Sessions that finish together.")] = 32,
+    rounds: Annotated[int, typer.Option(help="How often they do.")] = 50,
+    checkpoint: Annotated[Path, typer.Option(help="Folder of the model.")] = PRETRAINED,
+) -> None:
+    """Measure and print."""
+    with tempfile.TemporaryDirectory() as folder:
+        print_commits(checkpoint, Path(folder), turns=turns, together=together, rounds=rounds)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,6 +1,6 @@
 """Programs that others wrote, against a real server of the default model.
 
-    pip install '.[dev,external]' && pytest -m external
+    pip install '.[dev,external,loadtest]' && pytest -m external
 
 They pull many packages, so they are not part of the usual tests.
 """

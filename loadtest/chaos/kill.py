@@ -1,6 +1,6 @@
 """Proof that kill -9 loses nothing: sessions and responses under load, against a twin.
 
-    python -m loadtest.kill --kills 200 --servers 4 --clients 16 --seed 0
+    python -m loadtest chaos --kills 200 --servers 4 --clients 16 --seed 0
 
 Every client follows a script of turns, rewinds, forks and deletions of sessions and of stored
 responses, whole, streamed, in the background and cancelled, again and again. A server that nobody
@@ -10,28 +10,28 @@ being committed. After each restart a client's sessions and responses must be wh
 acknowledged step left, or what the step in flight makes of them, and nothing else. A response in
 the background whose creation was acknowledged is there, whole or as failed. The last turn is asked
 for again and must be answered with the answer that was kept; then the step in flight is run again.
-All texts must be those of the first server, and so must exported states, bit for bit. Ends with
-status 1 if anything was not.
+All texts must be those of the first server, and so must exported states, bit for bit.
+
+Meanwhile other clients leave in the middle of their streams, whose sessions must stay where they
+were, or read them slowly; and what each server counts is held against what was sent and answered.
 """
 
 import asyncio
 import random
-import re
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated
 
 import httpx
-import typer
 
-from loadtest.kill_file import Account, check_file
-from loadtest.kill_look import list_sessions, look_at_sessions
-from loadtest.kill_player import Moment, Player, Scene, rehearse
-from loadtest.kill_scripts import KEEP_TURNS, script
-from loadtest.kill_tally import Tally, report
-from model import PRETRAINED
+from loadtest.chaos.crowds import Crowds, slow_stream
+from loadtest.chaos.file import Account, check_file
+from loadtest.chaos.look import list_sessions, look_at_sessions
+from loadtest.chaos.player import Moment, Player, Scene, rehearse
+from loadtest.chaos.scripts import KEEP_TURNS, script
+from loadtest.chaos.tally import Tally
+from loadtest.chaos.totals import Totals, completions, watch
+from loadtest.processes import parse_metrics
 from server.sessions.sqlite.store import STORE_FILE
 from tests.server.processes import ServerProcess
 
@@ -59,11 +59,24 @@ COMPARED = 0.25
 
 
 async def run(
-    checkpoint: Path, folder: Path, *, kills: int, servers: int, clients: int, seed: int
+    checkpoint: Path,
+    folder: Path,
+    *,
+    kills: int,
+    servers: int,
+    clients: int,
+    left: int,
+    slow: int,
+    seed: int,
 ) -> Tally:
-    """Kill servers of this checkpoint; the folder gets their data."""
+    """Kill servers of this checkpoint; the folder gets their data.
+
+    Each has so many clients with scripts, `left` that leave, and `slow` ones.
+    """
     tally = Tally()
-    async with _server(checkpoint, folder / "twin", *KEEP) as server, _http(server) as http:
+    twin = _server(checkpoint, folder / "twin", *KEEP)
+    async with twin as server, _http(server, Totals()) as http:
+        slow_text = "".join([piece async for piece in slow_stream(http)])
         scripts = [script(seed, number) for number in range(clients)]
         stories = await asyncio.gather(
             *(rehearse(http, number, steps) for number, steps in enumerate(scripts))
@@ -72,6 +85,7 @@ async def run(
         *(
             _kill_repeatedly(
                 *(checkpoint, folder / f"{number}", stories, tally),
+                Crowds(left, slow, slow_text, tally, random.Random(f"{seed}/{number} crowds")),
                 kills=kills // servers + (number < kills % servers),
                 chance=random.Random(f"{seed}/{number}"),
             )
@@ -86,6 +100,7 @@ async def _kill_repeatedly(
     data: Path,
     stories: Sequence[Sequence[Scene]],
     tally: Tally,
+    crowds: Crowds,
     *,
     kills: int,
     chance: random.Random,
@@ -94,9 +109,9 @@ async def _kill_repeatedly(
     players = [Player(number, scenes, tally) for number, scenes in enumerate(stories)]
     for _ in range(kills):
         async with _server(checkpoint, data, *KEEP, *FEW_ROWS) as server:
-            await _check_and_kill(server, players, tally, chance)
+            await _check_and_kill(server, players, crowds, tally, chance)
     async with _server(checkpoint, data, *KEEP, *FEW_ROWS) as server:
-        account = await _check_at_the_end(server, players, tally)
+        account = await _check_at_the_end(server, players, crowds, tally)
         await asyncio.to_thread(server.stop)
     check_file(data / STORE_FILE, account, players, tally)
 
@@ -110,25 +125,35 @@ async def _server(checkpoint: Path, data: Path, *flags: str) -> AsyncIterator[Se
         await asyncio.to_thread(server.kill)
 
 
-def _http(server: ServerProcess) -> httpx.AsyncClient:
+def _http(server: ServerProcess, totals: Totals) -> httpx.AsyncClient:
     """A connection for each request: one that is kept may be closed by the server as it is used."""
-    limits = httpx.Limits(max_keepalive_connections=0)
-    return httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S, limits=limits)
+    limits, hooks = httpx.Limits(max_keepalive_connections=0), {"request": [totals.count]}
+    return httpx.AsyncClient(
+        base_url=server.url, timeout=PATIENCE_S, limits=limits, event_hooks=hooks
+    )
 
 
 async def _check_and_kill(
-    server: ServerProcess, players: list[Player], tally: Tally, chance: random.Random
+    server: ServerProcess,
+    players: list[Player],
+    crowds: Crowds,
+    tally: Tally,
+    chance: random.Random,
 ) -> None:
-    async with _http(server) as http:
+    totals = Totals()
+    async with _http(server, totals) as http:
         await _check(http, players, COMPARED, chance)
-        moment = Moment()
+        await crowds.check(http)
+        moment = Moment(totals)
         waiting = asyncio.create_task(_wait(moment, MOST_STEPS * len(players), chance))
         playing = asyncio.create_task(_play(http, players, moment))
+        others = asyncio.gather(crowds.play(http, totals), watch(http, totals, tally))
         await asyncio.wait([waiting, playing], return_when=asyncio.FIRST_COMPLETED)
         moment.killed.set()
         server.process.kill()
         waiting.cancel()
         await playing
+        await others
     tally.kills.update(set(moment.hits) or {"idle"})
 
 
@@ -156,18 +181,25 @@ async def _check(
         await player.check(http, own, share, chance)
 
 
-async def _check_at_the_end(server: ServerProcess, players: list[Player], tally: Tally) -> Account:
+async def _check_at_the_end(
+    server: ServerProcess, players: list[Player], crowds: Crowds, tally: Tally
+) -> Account:
     """The server's account of what it holds."""
-    async with _http(server) as http:
+    totals = Totals()
+    async with _http(server, totals) as http:
         await _check(http, players, 1, random.Random(0))
+        await crowds.check(http)
         listed = await list_sessions(http)
         looks = [await look_at_sessions(http, [session], session.life) for session in listed]
-        metrics = (await http.get("/metrics")).text
+        metrics = parse_metrics((await http.get("/metrics")).text)
+    if (counted := completions(metrics)) != totals.sent:
+        story = f"{counted:g} completions of a server that nobody killed; sent {totals.sent}"
+        tally.problems.append(("wrong metrics", story))
     account = Account(
-        sessions=_metric(metrics, 'latentd_sessions{tier="store"}'),
-        responses=_metric(metrics, "latentd_responses"),
-        states=_metric(metrics, "latentd_session_checkpoints"),
-        num_bytes=_metric(metrics, 'latentd_session_bytes{tier="store"}'),
+        sessions=int(metrics['latentd_sessions{tier="store"}']),
+        responses=int(metrics["latentd_responses"]),
+        states=int(metrics["latentd_session_checkpoints"]),
+        num_bytes=int(metrics['latentd_session_bytes{tier="store"}']),
         checkpoints=sorted(
             kept for sessions in looks for one in sessions.values() for kept in one.checkpoints
         ),
@@ -175,37 +207,3 @@ async def _check_at_the_end(server: ServerProcess, players: list[Player], tally:
     if account.sessions != len(listed):
         tally.problems.append(("wrong account", f"{account}, sessions: {len(listed)}"))
     return account
-
-
-def _metric(text: str, name: str) -> int:
-    [value] = re.findall(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-    return int(float(value))
-
-
-def main(
-    kills: Annotated[int, typer.Option(help="How often a server is killed.")] = 200,
-    servers: Annotated[int, typer.Option(help="At a time, on a data folder each.")] = 4,
-    clients: Annotated[
-        int, typer.Option(help="Of a server; each has sessions and responses of its own.")
-    ] = 16,
-    seed: Annotated[int, typer.Option(help="Of scripts and moments.")] = 0,
-    checkpoint: Annotated[Path, typer.Option(help="Folder of the model.")] = PRETRAINED,
-) -> None:
-    """Kill servers, print what happened."""
-    with tempfile.TemporaryDirectory() as folder:
-        tally = asyncio.run(
-            run(
-                *(checkpoint, Path(folder)),
-                kills=kills,
-                servers=servers,
-                clients=clients,
-                seed=seed,
-            )
-        )
-    report(tally, kills)
-    if tally.problems:
-        raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from loadtest.kill_client import Answer, Client
-from loadtest.kill_look import (
+from loadtest.chaos.client import Answer, Client
+from loadtest.chaos.look import (
     INTERRUPTED,
     Listed,
     Refused,
@@ -23,8 +23,9 @@ from loadtest.kill_look import (
     response_digest,
     state_digest,
 )
-from loadtest.kill_scripts import Respond, Step, Turn
-from loadtest.kill_tally import Tally
+from loadtest.chaos.scripts import Respond, Step, Turn
+from loadtest.chaos.tally import Tally
+from loadtest.chaos.totals import Totals
 
 MOST_ERASED = 20
 """Of a client's responses that were erased, so many are asked for again after a kill; the last."""
@@ -46,6 +47,7 @@ class Scene:
 class Moment:
     """What the clients of one server wait for or announce."""
 
+    totals: Totals
     killed: asyncio.Event = field(default_factory=asyncio.Event)
     last_token: asyncio.Event = field(default_factory=asyncio.Event)
     """Some stream has shown its last token, so that its turn is being committed."""
@@ -118,6 +120,9 @@ class Player:
             else:
                 self._in_flight = False
                 moment.steps.release()
+                if isinstance(answer, Answer):
+                    is_new = not self._client.replayed
+                    moment.totals.acknowledge(answer.completion_tokens if is_new else 0)
                 self._note_answer(answer)
 
     async def check(

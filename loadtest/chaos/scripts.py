@@ -1,4 +1,4 @@
-"""What the clients of `loadtest.kill` do: scripts that depend on nothing but a seed."""
+"""What the clients of `loadtest chaos` do: scripts that depend on nothing but a seed."""
 
 import random
 from collections.abc import Iterator

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtest.kill_look import INTERRUPTED, seen_response
-from loadtest.kill_player import Player
-from loadtest.kill_tally import Tally
+from loadtest.chaos.look import INTERRUPTED, seen_response
+from loadtest.chaos.player import Player
+from loadtest.chaos.tally import Tally
 
 
 @dataclass(frozen=True)

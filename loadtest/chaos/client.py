@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 
-from loadtest.kill_look import Refused, SeenResponse, check, seen_response
-from loadtest.kill_scripts import Begin, Create, Delete, Erase, Fork, Respond, Rewind, Step, Turn
+from loadtest.chaos.look import Refused, SeenResponse, check, seen_response
+from loadtest.chaos.scripts import Begin, Create, Delete, Erase, Fork, Respond, Rewind, Step, Turn
 
 POLL_S = 0.02
 """Between two looks at a response in the background."""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest import kill
-from loadtest.kill_look import INTERRUPTED, SeenResponse, SeenSession, Verdict, World, judge
+from loadtest.chaos import kill
+from loadtest.chaos.look import INTERRUPTED, SeenResponse, SeenSession, Verdict, World, judge
 from tests.patience import PROGRAM_S
 
 
@@ -76,7 +76,9 @@ def test_nothing_is_lost_when_servers_are_killed(tiny_checkpoint: Path, tmp_path
     for seed in itertools.count():
         folder = tmp_path / f"{seed}"
         folder.mkdir()
-        tally = asyncio.run(kill.run(checkpoint, folder, kills=4, servers=2, clients=8, seed=seed))
+        tally = asyncio.run(
+            kill.run(checkpoint, folder, kills=4, servers=2, clients=8, left=4, slow=1, seed=seed)
+        )
         assert tally.problems == []
         found.update({f"acknowledged {kind}": n for kind, n in tally.acknowledged.items()})
         found.update({f"verified {what}": n for what, n in tally.verified.items()})

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 PROBLEMS = (
     *("lost", "half applied", "wrong text", "wrong state", "wrong replay", "came back"),
-    *("refused", "wrong account", "damaged file"),
+    *("refused", "wrong account", "wrong metrics", "damaged file"),
 )
 
 

@@ -1,0 +1,42 @@
+"""The command line."""
+
+import sys
+
+import typer
+
+from loadtest.bench import bench
+from loadtest.capacity import capacity
+from loadtest.chaos.command import chaos
+from loadtest.compare import compare
+from loadtest.compare_kv import compare_kv
+from loadtest.long_session import long_session
+from loadtest.many_sessions import many_sessions
+from loadtest.paper import paper
+from loadtest.soak import soak
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+for command in (
+    bench,
+    capacity,
+    compare,
+    long_session,
+    many_sessions,
+    chaos,
+    soak,
+    compare_kv,
+    paper,
+):
+    app.command()(command)
+
+
+def main() -> None:
+    """Runs a command. What a user can set right is one line."""
+    try:
+        app()
+    except RuntimeError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

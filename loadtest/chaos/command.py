@@ -1,0 +1,53 @@
+"""The command line of chaos."""
+
+import asyncio
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loadtest import options
+from loadtest.chaos.kill import run
+from loadtest.chaos.tally import PROBLEMS, report
+from loadtest.results import write_result
+from model import PRETRAINED
+
+
+def chaos(
+    kills: Annotated[int, typer.Option(min=0, help="How often a server is killed.")] = 200,
+    servers: Annotated[int, typer.Option(min=1, help="At a time, on a data folder each.")] = 4,
+    clients: Annotated[
+        int, typer.Option(min=1, help="Of a server; each has sessions and responses of its own.")
+    ] = 16,
+    left: Annotated[
+        int, typer.Option(min=0, help="Of a server, that leave in the middle of streams.")
+    ] = 8,
+    slow: Annotated[int, typer.Option(min=0, help="Of a server, that read slowly.")] = 2,
+    checkpoint: options.Checkpoint = PRETRAINED,
+    out: options.Out = None,
+    seed: options.Seed = 0,
+) -> None:
+    """Kill latentd servers with kill -9 under load, storms of disconnects and slow readers.
+
+    Every acknowledged turn must be there after the restart, no other one, and bit for bit as of a
+    server that nobody killed. Ends with status 1 if anything was not as it must be.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tally = asyncio.run(
+            run(
+                *(checkpoint, Path(folder)),
+                kills=kills,
+                servers=servers,
+                clients=clients,
+                left=left,
+                slow=slow,
+                seed=seed,
+            )
+        )
+    report(tally, kills)
+    if out is not None:
+        counts = {kind: tally.count(kind) for kind in PROBLEMS}
+        write_result(out, {"kills": kills, "problems by kind": counts, "tally": vars(tally)})
+    if tally.problems:
+        raise typer.Exit(1)

@@ -1,0 +1,74 @@
+"""Options that several commands have, and the load that they describe."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loadtest.measures import Objective
+from loadtest.workload import Endpoint, Lengths, Workload, read_requests
+
+Url = Annotated[str, typer.Argument(help="Of the server, like http://127.0.0.1:8000.")]
+Objectives = Annotated[
+    list[str] | None,
+    typer.Option("--slo", help="ttft, itl, tpot or e2e: --slo ttft=500ms --slo itl=50ms."),
+]
+Out = Annotated[Path | None, typer.Option(file_okay=False, help="Gets result.json and the charts.")]
+Svg = Annotated[bool, typer.Option("--svg", help="Draw SVG in place of PNG.")]
+Seed = Annotated[int, typer.Option(help="Of all that is drawn by chance.")]
+Prompt = Annotated[
+    str,
+    typer.Option(
+        help="Words of a prompt: N, uniform:LOW:HIGH, normal:MEAN:SD, lognormal:MEDIAN:SIGMA."
+    ),
+]
+Output = Annotated[str, typer.Option(help="Tokens of an answer at most, likewise.")]
+File = Annotated[
+    Path | None,
+    typer.Option(
+        "--file",
+        exists=True,
+        dir_okay=False,
+        help="JSONL: `prompt` or `messages`, and `output_tokens`.",
+    ),
+]
+NumSessions = Annotated[
+    int, typer.Option("--sessions", min=0, help="Sessions of a latentd server to make.")
+]
+Resumed = Annotated[
+    float, typer.Option("--resume", min=0, max=1, help="Share of the requests that resume one.")
+]
+Zipf = Annotated[float, typer.Option(min=0, help="Session r is resumed as r ** -zipf.")]
+AnyEndpoint = Annotated[Endpoint, typer.Option(help="What is called.")]
+Model = Annotated[str | None, typer.Option(help="Its name; the first of /v1/models if none.")]
+Key = Annotated[str | None, typer.Option(envvar="LOADTEST_KEY", help="The server's API key.")]
+IgnoreEos = Annotated[
+    bool, typer.Option(help="Ask for all tokens of an answer; a field that not all servers know.")
+]
+Timeout = Annotated[float, typer.Option(min=1, help="Seconds without a byte from the server.")]
+Checkpoint = Annotated[Path, typer.Option(help="Folder of the model to serve.")]
+
+PROMPT, OUTPUT = "lognormal:60:0.6", "lognormal:60:0.5"
+"""A short conversation."""
+
+
+def objectives(given: list[str] | None) -> list[Objective]:
+    """Raises typer.BadParameter."""
+    try:
+        return [Objective.parse(text) for text in given or ()]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--slo") from None
+
+
+def workload(
+    prompt: str, output: str, file: Path | None, sessions: int, resume: float, zipf: float
+) -> Workload:
+    """Raises typer.BadParameter."""
+    if resume and not sessions:
+        raise typer.BadParameter("needs --sessions to resume", param_hint="--resume")
+    try:
+        lengths = Lengths.parse(output)
+        given = () if file is None else read_requests(file, lengths)
+        return Workload(Lengths.parse(prompt), lengths, given, sessions, resume, zipf)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None

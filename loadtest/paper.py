@@ -1,0 +1,32 @@
+"""A checkpoint of the paper's size, to be served by the commands that measure."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tokenizers
+import torch
+import typer
+
+from model import PRETRAINED
+from model.heinsen.checkpoint import save
+from model.heinsen.config import ModelConfig
+from model.heinsen.network import LanguageModel
+from model.text.tokenizer import Tokenizer
+
+
+def paper(
+    folder: Annotated[Path, typer.Argument(help="Where it is written.")],
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+) -> None:
+    """Write the paper's network (124.9 M parameters) with random weights.
+
+    Its tokenizer is the default model's, with texts for the tokens beyond it.
+    """
+    torch.manual_seed(seed)
+    config = ModelConfig()
+    words = tokenizers.Tokenizer.from_file(str(PRETRAINED / "tokenizer.json"))
+    more = range(words.get_vocab_size(), config.vocab_sz)
+    words.add_tokens([f" <{number}>" for number in more])
+    network = LanguageModel(config)
+    save(folder, config, network.state_dict(), Tokenizer(words), None)
+    typer.echo(f"{folder}: {network.num_parameters:,} parameters")

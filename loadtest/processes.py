@@ -1,0 +1,44 @@
+"""What a latentd server's process holds, by /proc and by its own account."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Held:
+    """By a process."""
+
+    resident_bytes: int
+    descriptors: int
+    threads: int
+
+
+def held(pid: int) -> Held:
+    """Raises RuntimeError if there is no such process any more."""
+    process = Path(f"/proc/{pid}")
+    try:
+        resident = int((process / "statm").read_text().split()[1]) * PAGE
+        descriptors = len(os.listdir(process / "fd"))
+        threads = len(os.listdir(process / "task"))
+    except OSError as error:
+        raise RuntimeError(f"process {pid} cannot be seen: {error}") from None
+    return Held(resident, descriptors, threads)
+
+
+Metrics = dict[str, float]
+"""Values by name, with labels as they are written: `latentd_sessions{tier="store"}`."""
+
+
+def parse_metrics(text: str) -> Metrics:
+    """Of Prometheus' text format."""
+    return {name: float(value) for name, value in re.findall(r"^(\w\S*) (\S+)$", text, re.M)}
+
+
+def read_metrics(client: httpx.Client) -> Metrics:
+    return parse_metrics(client.get("/metrics").raise_for_status().text)
