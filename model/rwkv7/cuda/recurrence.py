@@ -1,4 +1,4 @@
-"""`recurrence.recurrent` as a Triton kernel: a state stays in registers from first token to last."""
+"""`recurrence.recurrent` as a Triton kernel: states stay in registers from first token to last."""
 
 import torch
 import triton
