@@ -12,7 +12,7 @@ from model.rwkv7.checkpoint import load_network, published_state
 from tests.model.rwkv7 import networks
 from tests.model.rwkv7.networks import CPU, SMALL
 
-pytestmark = pytest.mark.external
+pytestmark = [pytest.mark.external, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
 def test_logits_and_states_are_those_of_the_package(tmp_path: Path) -> None:
