@@ -24,7 +24,7 @@ from model.network import (
     checkpoint_errors,
 )
 from model.rwkv7 import checkpoint as rwkv7
-from model.state import RowState, StatePool
+from model.state import DamagedState, StatePool, StateSpec
 
 __all__ = [
     "Checkpoint",
@@ -77,6 +77,29 @@ def load(path: Path, device: torch.device, dtype: WeightDtype | None = None) -> 
     )
 
 
+def read_initial_state(path: Path, file: Path, spec: StateSpec) -> bytes:
+    """A state to begin with in place of the usual one, from a file of the checkpoint's family, as
+    the bytes of a row. Raises CheckpointError for what is no state of this network."""
+    with checkpoint_errors():
+        tensors = _family_of(path).read_initial_state(file, spec)
+    pool = StatePool(spec, 1, torch.device("cpu"))
+    known = {tensor.name: tensor for tensor in spec.tensors}
+    if unknown := sorted(tensors.keys() - known.keys()):
+        raise CheckpointError(f"{file}: {unknown[0]} is no tensor of this network's state")
+    for name, values in tensors.items():
+        if tuple(values.shape) != known[name].shape:
+            raise CheckpointError(
+                f"{file}: {name} is {list(values.shape)}, this network's state has "
+                f"{list(known[name].shape)}"
+            )
+        pool.tensors[name][:, 0] = values.to(pool.tensors[name].dtype)
+    try:
+        pool.check_row(0)
+    except DamagedState as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    return pool.export_row(0)
+
+
 def describe(path: Path) -> Description:
     """What a checkpoint is, without reading its weights. Raises CheckpointError."""
     return _family_of(path).describe(path)
@@ -92,14 +115,6 @@ def load_network(
 def published_state(path: Path, pool: StatePool, row: int) -> dict[str, Tensor]:
     """A row's tensors as the network's publisher names and arranges them."""
     return _family_of(path).published_state(pool, row)
-
-
-def read_initial_state(path: Path, file: Path) -> RowState:
-    """What the checkpoint's sequences may begin with: for `StatePool.write_row`.
-
-    Raises CheckpointError.
-    """
-    return _family_of(path).read_initial_state(path, file)
 
 
 def fingerprint(path: Path) -> str:

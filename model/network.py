@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model import WeightDtype
 from model.batch import Batch
-from model.state import RowState, StatePool, StateSpec
+from model.state import StatePool, StateSpec
 from model.text.tokenizer import Tokenizer, TokenizerError
 
 
@@ -176,10 +176,11 @@ class Family(Protocol):
     ) -> Network:
         """Only the network, in plain torch if so asked for. Raises CheckpointError."""
 
-    def read_initial_state(self, path: Path, file: Path) -> RowState:
-        """What the checkpoint's sequences may begin with, from a file of the publisher's format.
+    def read_initial_state(self, file: Path, spec: StateSpec) -> Mapping[str, Tensor]:
+        """Tensors of one state, by the names of the spec, from a file in which the family's tuned
+        states are published; those that are not there are as before the first token.
 
-        Raises CheckpointError.
+        Raises CheckpointError and OSError.
         """
 
     def published_state(self, pool: StatePool, row: int) -> dict[str, Tensor]:

@@ -17,9 +17,9 @@ def check_shapes(
 ) -> None:
     """Raises CheckpointError unless just the tensors that are expected are there."""
     if missing := [name for name in expected if name not in found]:
-        raise CheckpointError(f"{source}: {_some(missing)} missing")
+        raise CheckpointError(f"{source}: {shorten(missing)} missing")
     if unexpected := [name for name in found if name not in expected]:
-        raise CheckpointError(f"{source}: {_some(unexpected)} not part of this network")
+        raise CheckpointError(f"{source}: {shorten(unexpected)} not part of this network")
     for name, shape in expected.items():
         if tuple(found[name]) != tuple(shape):
             raise CheckpointError(
@@ -38,6 +38,7 @@ def check_finite(name: str, tensor: Tensor, source: Path) -> Tensor:
     return tensor
 
 
-def _some(names: Sequence[str]) -> str:
+def shorten(names: Sequence[str]) -> str:
+    """Names in a message."""
     shown = ", ".join(names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -170,7 +170,7 @@ def generate(
     dtype: Annotated[
         WeightDtype | None,
         typer.Option(
-            help="Weights of matrix products; if not given, float32 on a CPU, bfloat16 on a GPU."
+            help="Weights of matrix products; if not given, what suits model and device best."
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,

@@ -109,7 +109,8 @@ class Settings(BaseSettings):
     dtype: Annotated[WeightDtype | None, Group.MODEL] = Field(
         None,
         description="Weights of matrix products; fewer bits are faster and a little less exact. If "
-        "not given, float32 on a CPU and bfloat16 on a GPU. "
+        "not given, those of the file for a published model; for a model that was trained here, "
+        "float32 on a CPU and bfloat16 on a GPU. "
         "States are float32 in all cases, and a session may go on with another dtype.",
     )
     threads: Annotated[int | None, Group.MODEL] = Field(

@@ -23,10 +23,10 @@ from model.heinsen.config import EXTENSIONS, ModelConfig
 from model.heinsen.config import describe as config_errors
 from model.heinsen.network import LanguageModel
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
-from model.state import RowState, StatePool
+from model.state import StatePool, StateSpec
 from model.text import byte_level
 from model.text.tokenizer import Tokenizer, TokenizerError
-from model.weights import check_finite, check_shapes
+from model.weights import check_finite, check_shapes, shorten
 
 CONFIG, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = (
     "config.json",
@@ -111,9 +111,19 @@ def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
     return state
 
 
-def read_initial_state(path: Path, file: Path) -> RowState:
-    """There are none for this family. Raises CheckpointError."""
-    raise CheckpointError(f"{file}: {path} is of the family {name}, which has no initial states")
+@checkpoint_errors()
+def read_initial_state(file: Path, spec: StateSpec) -> dict[str, Tensor]:
+    """A safetensors file with tensors of a state, as an exported session is one.
+
+    Raises CheckpointError.
+    """
+    names = {tensor.name for tensor in spec.tensors}
+    found = {name: tensor for name, tensor in read_weights(file).items() if name != "recent"}
+    if not found.keys() & names:
+        raise CheckpointError(
+            f"{file}: has none of the tensors of a state: {shorten(sorted(names))}"
+        )
+    return found
 
 
 @checkpoint_errors()

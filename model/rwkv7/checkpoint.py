@@ -9,11 +9,11 @@ from torch import Tensor
 
 from model import WeightDtype
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
-from model.rwkv7 import initial_state
 from model.rwkv7.files import CONFIG, Source, open_source
+from model.rwkv7.initial_state import read_initial_state as read_initial_state
 from model.rwkv7.network import RWKV7
 from model.rwkv7.weights import Builder
-from model.state import RowState, StatePool
+from model.state import StatePool
 from model.text import world
 from model.text.tokenizer import Tokenizer, TokenizerError
 
@@ -94,12 +94,6 @@ def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
         pool.tensors[name][:, row] for name in ("att_shift", "ffn_shift", "wkv")
     )
     return {"att_shift": att_shift, "ffn_shift": ffn_shift, "wkv": wkv.mT}
-
-
-@checkpoint_errors()
-def read_initial_state(path: Path, file: Path) -> RowState:
-    """A tuned initial state of the checkpoint's network. Raises CheckpointError."""
-    return initial_state.read(file, open_source(path).config)
 
 
 def build(

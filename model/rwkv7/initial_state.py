@@ -8,27 +8,25 @@ begin with zeros.
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from model.network import CheckpointError
-from model.rwkv7.config import Config
+from model.network import CheckpointError, checkpoint_errors
 from model.rwkv7.files import read_tensors
-from model.state import RowState, StatePool
+from model.state import StateSpec
 from model.weights import check_finite, check_shapes
 
 
-def read(file: Path, config: Config) -> RowState:
-    """What `StatePool.write_row` writes. Raises CheckpointError, and OSError."""
+@checkpoint_errors()
+def read_initial_state(file: Path, spec: StateSpec) -> dict[str, Tensor]:
+    """The state's `wkv` `[layers, heads, key channels, value channels]`.
+
+    Raises CheckpointError for a file of another network or of something else.
+    """
     tensors = read_tensors(file)
-    heads = (config.num_heads, config.head_size, config.head_size)
-    names = [f"blocks.{number}.att.time_state" for number in range(config.num_layers)]
     if not any(name.endswith(".att.time_state") for name in tensors):
-        raise CheckpointError(f"{file}: not a tuned initial state: it has no {names[0]}")
+        raise CheckpointError(f"{file}: not a tuned initial state: it has no .att.time_state")
+    [(layers, *heads)] = (tensor.shape for tensor in spec.tensors if tensor.name == "wkv")
+    names = [f"blocks.{number}.att.time_state" for number in range(layers)]
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_shapes(shapes, dict.fromkeys(names, heads), file)
-    pool = StatePool(config.state_spec, 1, torch.device("cpu"))
-    for number, name in enumerate(names):
-        tensor = tensors[name]
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{file}: {name} is {tensor.dtype}, not floating-point numbers")
-        pool.tensors["wkv"][number, 0] = check_finite(name, tensor, file).mT
-    return pool.read_row(0)
+    return {"wkv": torch.stack([check_finite(n, tensors[n], file).mT.float() for n in names])}

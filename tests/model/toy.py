@@ -16,7 +16,7 @@ from torch import Tensor
 from model import WeightDtype
 from model.batch import Batch
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
-from model.state import RowState, StatePool, StateSpec, TensorSpec
+from model.state import StatePool, StateSpec, TensorSpec
 from model.text import byte_level
 
 name = "toy"
@@ -147,8 +147,9 @@ def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
     return {"mean": pool.tensors["mean"][0, row]}
 
 
-def read_initial_state(path: Path, file: Path) -> RowState:
-    raise CheckpointError(f"{file}: not for {path}: a toy has no initial states")
+def read_initial_state(file: Path, spec: StateSpec) -> dict[str, Tensor]:
+    del spec
+    return load_file(file)
 
 
 def _config(path: Path) -> Config:

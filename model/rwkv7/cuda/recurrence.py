@@ -1,4 +1,6 @@
-"""`recurrence.recurrent` as a Triton kernel: a state stays in registers from first token to last."""
+"""`recurrence.recurrent` as a Triton kernel: states stay in registers from first token to last."""
+
+from typing import Any
 
 import torch
 import triton
@@ -13,9 +15,10 @@ VALUES = 16
 
 @triton.jit
 def _recurrent(
-    r_ptr, w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, s_ptr, y_ptr, after_ptr,
-    tokens, heads, n, keys: tl.constexpr, values: tl.constexpr,
-):  # fmt: skip
+    r_ptr: Any, w_ptr: Any, k_ptr: Any, v_ptr: Any, a_ptr: Any, b_ptr: Any,
+    s_ptr: Any, y_ptr: Any, after_ptr: Any, tokens: Any, heads: Any, n: Any,
+    keys: tl.constexpr, values: tl.constexpr,
+) -> None:  # fmt: skip
     """Vectors `[batch, tokens, heads, n]`, states `[batch, heads, n, n]`; keys is n or more."""
     sequence_head = tl.program_id(0)
     sequence, head = sequence_head // heads, sequence_head % heads
