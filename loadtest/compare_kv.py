@@ -16,6 +16,7 @@ from rich.table import Table
 from loadtest import charts, options
 from loadtest.results import console, write_result
 from model import PRETRAINED, checkpoint
+from model.batch import Batch
 from model.network import Description, Network
 from model.state import StatePool
 from server.engine.device import choose_threads
@@ -125,8 +126,8 @@ def grown(network: Network, contexts: Sequence[int], seed: int) -> list[StatePoo
     for length in contexts:
         while seen < length:
             count = min(CHUNK_TOKENS, length - seen)
-            ids = torch.randint(4, network.vocab_size, (1, count), generator=chance)
-            network.prefill(ids, [count], pool, [0])
+            ids = torch.randint(4, network.vocab_size, (count,), generator=chance)
+            network.forward(Batch.of([ids.numpy()], [0]), pool)
             seen += count
         copy = network.new_pool(1)
         copy.import_row(0, pool.export_row(0))
@@ -160,10 +161,10 @@ def measure(
     seed: int,
 ) -> list[Measured]:
     """All lengths of both in turn, so that ratios do not depend on what else the machine does."""
-    pools, token = grown(network, ours, seed), torch.tensor([5])
+    pools, token = grown(network, ours, seed), Batch.of_tokens([5], [0])
     caches = [transformer.cache(length) for length in theirs]
 
-    tasks: list[Callable[[], object]] = [partial(network.step, token, pool, [0]) for pool in pools]
+    tasks: list[Callable[[], object]] = [partial(network.forward, token, pool) for pool in pools]
     tasks += [
         partial(transformer.step, cache, length)
         for cache, length in zip(caches, theirs, strict=True)

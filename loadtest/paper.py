@@ -11,7 +11,7 @@ from model import PRETRAINED
 from model.heinsen.checkpoint import save
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
-from model.text.tokenizer import Tokenizer
+from model.text.byte_level import ByteLevelTokenizer
 
 
 def paper(
@@ -28,5 +28,5 @@ def paper(
     more = range(words.get_vocab_size(), config.vocab_sz)
     words.add_tokens([f" <{number}>" for number in more])
     network = LanguageModel(config)
-    save(folder, config, network.state_dict(), Tokenizer(words), None)
+    save(folder, config, network.state_dict(), ByteLevelTokenizer(words), None)
     typer.echo(f"{folder}: {network.num_parameters:,} parameters")

@@ -213,6 +213,7 @@ def test_the_description_is_that_of_the_network(folder: Path, dtype: WeightDtype
     assert found.sizes == loaded.network.config.model_dump()
     assert found.num_parameters == loaded.network.num_parameters
     assert found.vocab_size == loaded.network.vocab_size
+    assert found.tokenizer is not None
     assert found.tokenizer.to_json() == loaded.tokenizer.to_json()
     assert found.chat_template is loaded.chat_template is None
     assert found.weight_dtypes == ["F32"]

@@ -164,7 +164,7 @@ def save_hf(
     if num_shards == 1:
         save_file(tensors, folder / "model.safetensors")
         return folder
-    places = {}
+    places = dict[str, str]()
     for shard in range(num_shards):
         file_name = f"model-{shard + 1:05}-of-{num_shards:05}.safetensors"
         part = dict(list(tensors.items())[shard::num_shards])

@@ -124,7 +124,8 @@ def of_version(*parts: str) -> Callable[[Path], Path]:
 
 
 def folder_with(**told: object) -> Callable[[Path], Path]:
-    return lambda folder: networks.save_hf(folder / "model", TINY, networks.weights(TINY), **told)
+    made = networks.weights(TINY)
+    return lambda folder: networks.save_hf(folder / "model", TINY, made, 1, **told)
 
 
 def gguf(folder: Path) -> Path:
