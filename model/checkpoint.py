@@ -149,6 +149,8 @@ def _family_of(path: Path) -> Family:
 
 def _is_gguf(path: Path) -> bool:
     """By its first bytes, whatever its name."""
+    if not path.is_file():
+        return False
     try:
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"

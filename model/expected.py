@@ -19,6 +19,7 @@ from torch import Tensor
 
 from model import checkpoint
 from model.batch import Batch
+from model.files import check_file
 from model.network import Network
 from model.state import StatePool
 from model.verify import VerifyError
@@ -150,7 +151,7 @@ def _place(errors: Tensor) -> tuple[int, ...]:
 
 def _read(file: Path) -> dict[str, Tensor]:
     try:
-        file.open("rb").close()  # not every error of the library would name the file
+        check_file(file)  # not every error of the library would name the file
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise _not_expected(file, str(error)) from error

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model import WeightDtype
+from model.files import read_file
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
 from model.rwkv7.files import CONFIG, Source, open_source
 from model.rwkv7.initial_state import read_initial_state as read_initial_state
@@ -35,7 +36,7 @@ def matches(path: Path) -> bool:
     if path.suffix == ".pth":
         return path.is_file()
     try:
-        config = json.loads((path / CONFIG).read_bytes())
+        config = json.loads(read_file(path / CONFIG))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and str(config.get("model_type")).startswith("rwkv")
@@ -116,7 +117,7 @@ def _read_template(path: Path) -> str | None:
     """The one beside the weights."""
     beside = _folder(path) / CHAT_TEMPLATE
     try:
-        return beside.read_text("utf-8") if beside.exists() else None
+        return read_file(beside).decode() if beside.exists() else None
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{beside}: not UTF-8 text: {error}") from error
 
