@@ -1,10 +1,9 @@
-"""How much a caller may use: requests and tokens a minute, and requests at the same time.
+"""Rate limits: requests and tokens per minute, and concurrent requests.
 
-A turn takes an allowance: `Limiter.enter`, then `check` and `charge` when its prompt is known, and
-`leave` at its end. The windows are those of the library `limits`, as sliding window counters: the
-present minute, and of the minute before the part that is still less than a minute ago as if that
-minute's use had been even. Two numbers are kept for each limit, whatever is counted; the library's
-exact windows would keep one entry for each token.
+A turn holds an `Allowance`: `Limiter.enter`, then `check` and `charge` once its prompt is known,
+and `leave` at its end. Windows are the sliding window counters of the library `limits`: the current
+minute plus the overlapping share of the previous one, as if that had been used evenly. Each limit
+keeps two numbers; the library's exact windows would keep one entry per token.
 """
 
 import math
@@ -23,14 +22,14 @@ from server.keys import Limits
 from server.settings import Settings
 
 EVERY_CALLER = "all"
-"""Whose use counts for the server's own limits; no owner is called so."""
+"""Pseudo-owner of the server-wide limits; no owner has this name."""
 
 Kind = Literal["requests", "tokens"]
 KINDS: tuple[Kind, ...] = ("requests", "tokens")
 
 
 class _Limit(RateLimitItemPerMinute):
-    """So many requests or tokens a minute, of one caller or of all."""
+    """Requests or tokens per minute, of one caller or of all."""
 
     __slots__ = ("_owner", "code", "kind")
 
@@ -41,11 +40,11 @@ class _Limit(RateLimitItemPerMinute):
         self._owner = "the server's" if whose == EVERY_CALLER else "your"
 
     def __str__(self) -> str:
-        return f"{self._owner} limit of {self.amount} {self.kind} a minute"
+        return f"{self._owner} limit of {self.amount} {self.kind} per minute"
 
 
 class Limiter:
-    """Counts what callers use. For one event loop."""
+    """Counts usage by caller. Belongs to the event loop."""
 
     def __init__(self, settings: Settings) -> None:
         self._storage = MemoryStorage()
@@ -57,12 +56,11 @@ class Limiter:
         )
 
     def enter(self, caller: Caller) -> "Allowance":
-        """Begin a request. Raises RateLimited when as many run as may at the same time."""
+        """Begin a request. Raises RateLimited at the limit of concurrent requests."""
         most = caller.limits.concurrent_requests
         if most is not None and self._running[caller.owner] >= most:
             raise RateLimited(
-                f"{most} of your requests are running, which is your limit; try again when one of "
-                "them has ended",
+                f"{most} of your requests are running, which is your limit; retry when one ends",
                 "concurrent_requests",
                 1,
             )
@@ -70,23 +68,23 @@ class Limiter:
         return Allowance(self, caller)
 
     def leave(self, caller: Caller) -> None:
-        """A request of the caller has ended."""
+        """End a request."""
         self._running[caller.owner] -= 1
         if not self._running[caller.owner]:
             del self._running[caller.owner]
 
     async def check(self, caller: Caller, num_tokens: int) -> None:
-        """Raises RateLimited when no request with so many prompt tokens may begin now.
+        """Raises RateLimited if a request with so many prompt tokens may not begin now.
 
-        Raises InvalidRequest when it never may.
+        Raises InvalidRequest if it can never begin.
         """
         waits = list[tuple[float, _Limit]]()
         for limit in self._limits(caller):
             cost = 1 if limit.kind == "requests" else max(1, num_tokens)
             if cost > limit.amount:
                 raise InvalidRequest(
-                    f"the prompt has {num_tokens} tokens, counted once for each choice, and can "
-                    f"never fit into {limit}",
+                    f"the prompt has {num_tokens} tokens, counted once per choice, and never fits "
+                    f"into {limit}",
                     code=limit.code,
                 )
             if not await self._windows.test(limit, cost=cost):
@@ -95,13 +93,13 @@ class Limiter:
             wait_s, limit = max(waits, key=lambda wait: wait[0])
             seconds = math.floor(wait_s) + 1
             raise RateLimited(
-                f"this request would exceed {limit}; try again in {seconds} s",
+                f"this request would exceed {limit}; retry in {seconds} s",
                 limit.code,
                 seconds,
             )
 
     async def record(self, caller: Caller, kind: Kind, count: int) -> None:
-        """Count what was used, also beyond the limits."""
+        """Count usage, even beyond the limits."""
         for limit in self._limits(caller):
             if limit.kind == kind and count:
                 await self._storage.acquire_sliding_window_entry(
@@ -109,7 +107,7 @@ class Limiter:
                 )
 
     async def headers(self, caller: Caller) -> dict[str, str]:
-        """What an answer tells of the limits: of each kind, the one that leaves least."""
+        """Rate limit headers: of each kind, the limit that leaves least."""
         found = dict[Kind, tuple[int, _Limit]]()
         for limit in self._limits(caller):
             stats = await self._windows.get_window_stats(limit)
@@ -131,10 +129,10 @@ class Limiter:
                     yield _Limit(amount, kind, whose)
 
     async def _wait_s(self, limit: _Limit, cost: int) -> float:
-        """Seconds until `cost` fits, if nothing else is used until then; any time later it does.
+        """Seconds until `cost` fits, if nothing else is used until then.
 
-        It fits while weighted < room. In this window weighted = previous * left / expiry + current
-        with `left` seconds of it still to come; in the next one what is now current has that place.
+        It fits while weighted < space. In this window weighted = previous * left / expiry +
+        current, with `left` seconds to go; in the next one current takes the place of previous.
         """
         expiry = limit.get_expiry()
         window = await self._storage.get_sliding_window(limit.key_for(), expiry)
@@ -148,7 +146,8 @@ class Limiter:
 
 
 class Allowance:
-    """What one request uses. `check` and `charge` once its prompt is known; `leave` in any case."""
+    """The usage of one request. Call `check` and `charge` once its prompt is known, `leave`
+    always."""
 
     def __init__(self, limiter: Limiter, caller: Caller) -> None:
         self._limiter = limiter
@@ -156,16 +155,16 @@ class Allowance:
         self._has_left = False
 
     async def check(self, num_tokens: int) -> None:
-        """Raises RateLimited and InvalidRequest, as `Limiter.check` does."""
+        """As `Limiter.check`."""
         await self._limiter.check(self._caller, num_tokens)
 
     async def charge(self, num_tokens: int) -> None:
-        """The request is accepted: it counts, with its prompt tokens."""
+        """Charge an accepted request and its prompt tokens."""
         await self._limiter.record(self._caller, "requests", 1)
         await self._limiter.record(self._caller, "tokens", num_tokens)
 
     async def leave(self, num_generated: int) -> None:
-        """The request has ended: its place is free, what it generated is charged. Only once."""
+        """End the request and charge its generated tokens. Idempotent."""
         if not self._has_left:
             self._has_left = True
             self._limiter.leave(self._caller)
@@ -173,6 +172,6 @@ class Allowance:
 
 
 def _duration(seconds: float) -> str:
-    """Whole seconds as OpenAI writes them: 1s, 6m0s."""
+    """Whole seconds in OpenAI's format: 1s, 6m0s."""
     minutes, rest = divmod(math.ceil(seconds), 60)
     return f"{minutes}m{rest}s" if minutes else f"{rest}s"

@@ -1,4 +1,4 @@
-"""What every route works with; built once in the app's lifespan."""
+"""The service behind all routes, built once in the app's lifespan."""
 
 import asyncio
 import logging
@@ -21,13 +21,13 @@ from server.sessions.ledger import Ledger
 from server.settings import Settings
 
 ROLLBACK_S = 5.0
-"""Time for turns that were told to end."""
+"""Time for aborted turns to roll back."""
 
 log = logging.getLogger(__name__)
 
 
 class OpenTurns:
-    """Turns that are not closed yet."""
+    """The set of open turns."""
 
     def __init__(self) -> None:
         self._turns = set[object]()
@@ -47,7 +47,7 @@ class OpenTurns:
         return len(self._turns)
 
     async def closed(self, timeout_s: float) -> bool:
-        """Wait until there is none. False if the time was too short."""
+        """Wait until there are none. False on timeout."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._none.wait()
@@ -58,7 +58,7 @@ class OpenTurns:
 
 @dataclass(frozen=True)
 class Service:
-    """The running parts of one server."""
+    """The components of one server."""
 
     settings: Settings
     checkpoint: Checkpoint
@@ -73,25 +73,25 @@ class Service:
     streams: Streams
     grammars: GrammarCompiler
     conversation: Conversation | None
-    """How messages become a prompt; None for a model without a chat template."""
+    """The chat template; None for a model without one."""
 
     limiter: Limiter
     texts: Texts = field(default_factory=Texts)
     open_turns: OpenTurns = field(default_factory=OpenTurns)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the server is about to stop: no new turns."""
+    """Set on shutdown: no new turns."""
 
     @property
     def is_ready(self) -> bool:
         return self.engine.is_running and not self.draining.is_set()
 
     def check_ready(self) -> None:
-        """Raises ShuttingDown when no new turn may begin."""
+        """Raises ShuttingDown if no new turn may begin."""
         if not self.is_ready:
-            raise ShuttingDown("the server is not taking requests")
+            raise ShuttingDown("the server is not accepting requests")
 
     async def drain(self) -> None:
-        """Take no new turns; those that still run when the drain timeout is over roll back."""
+        """Accept no new turns; abort those that still run after the drain timeout."""
         self.draining.set()
         timeout_s, num_turns = self.settings.drain_timeout_s, len(self.open_turns)
         log.info("drain", extra={"fields": {"turns": num_turns, "timeout_s": timeout_s}})
@@ -101,7 +101,7 @@ class Service:
 
 
 async def get_service(request: Request) -> Service:
-    """The service of the app that got the request."""
+    """FastAPI dependency: the app's service."""
     service = request.app.state.service
     if not isinstance(service, Service):
         raise ShuttingDown("the server is not running")

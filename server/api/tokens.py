@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`: what the model reads of a text."""
+"""`/tokenize`, `/detokenize` and `/tokenizer_info`."""
 
 from collections.abc import Sequence
 
@@ -31,7 +31,7 @@ router = APIRouter(
 
 @router.post("/tokenize", response_model=Tokenized, responses=refusals(*BODY, 404))
 async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
-    """The tokens of a text, or of a conversation by the model's chat template."""
+    """Tokenize a text, or a conversation using the model's chat template."""
     check_model(service, body.model)
     adds = body.add_special_tokens is None or body.add_special_tokens
     bos = service.checkpoint.network.bos
@@ -45,14 +45,14 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
             [ids] = await ChatPrompt(service, said(messages), "messages").read(Continuation())
             ids = ids if adds or ids[:1] != (bos,) else ids[1:]
         case _:
-            raise InvalidRequest("give a prompt or messages, one of them", "prompt")
+            raise InvalidRequest("give either prompt or messages", "prompt")
     content = await texts.run(len(ids), _tokenized, service, ids, bool(body.return_token_strs))
     return Response(content, media_type="application/json")
 
 
 @router.post("/detokenize", response_model=Detokenized, responses=refusals(*BODY, 404))
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
-    """The text of tokens. What was tokenised without `add_special_tokens` comes back as it was."""
+    """Detokenize; the inverse of `/tokenize` without `add_special_tokens`."""
     check_model(service, body.model)
     check_ids(service, body.tokens, "tokens")
     content = await service.texts.run(len(body.tokens), _detokenized, service, body.tokens)
@@ -74,7 +74,7 @@ async def tokenizer_info(service: ServiceDep) -> TokenizerInfo:
 
 
 def _tokenized(service: Service, ids: Sequence[int], with_names: bool) -> bytes:
-    """The answer, written without its model: it may have a million tokens."""
+    """Serialized without a model: it may have a million tokens."""
     name_of = service.checkpoint.tokenizer.name_of
     names = to_json_list([name_of(i) for i in ids]) if with_names else b"null"
     fields = (len(ids), to_json_list(ids), names)
