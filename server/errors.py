@@ -293,5 +293,5 @@ class UnfitState(LatentdError):
 class InternalError(LatentdError):
     """A fault of the server."""
 
-    def __init__(self, message: str = "the server failed; its log tells more") -> None:
+    def __init__(self, message: str = "internal server error; see the server's log") -> None:
         super().__init__(message, status=500, kind="server_error", code="internal_error")

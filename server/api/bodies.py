@@ -126,7 +126,7 @@ def check_shape(content: bytes, max_values: int) -> None:
             param = marks.member(int(np.flatnonzero(found)[most]))
             where = "" if param is None else f"{param}: "
             raise InvalidRequest(
-                f"{where}the body has {count} {what}, the most is {most}",
+                f"{where}the body has {count} {what}, the maximum is {most}",
                 param,
                 "invalid_body" if param is None else "invalid_value",
             )

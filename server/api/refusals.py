@@ -42,9 +42,7 @@ ALL = (
     ),
     _Refusal(
         "The named object does not exist, has expired, or belongs to another key.",
-        NotFound(
-            "there is no model 'gpt-4'; this server has 'latentd'", "model", "model_not_found"
-        ),
+        NotFound("unknown model 'gpt-4'; this server serves 'latentd'", "model", "model_not_found"),
     ),
     _Refusal(
         "The body did not arrive in time; the connection is closed.",

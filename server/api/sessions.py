@@ -223,7 +223,7 @@ def _ttl_s(service: Service, ttl: float | None) -> float | None:
     """Validated time to live. Raises InvalidRequest."""
     most = service.settings.session_ttl_s
     if ttl is not None and most is not None and ttl > most:
-        raise InvalidRequest(f"ttl is {ttl:g}, the most is {most:g}", "ttl")
+        raise InvalidRequest(f"ttl is {ttl:g}, the maximum is {most:g}", "ttl")
     return most if ttl is None else ttl
 
 

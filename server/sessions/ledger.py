@@ -445,7 +445,7 @@ class Ledger:
         """Of a response that begins now. Raises InvalidRequest and ResponseGone."""
         most = self._max_response_ttl_s
         if ttl_s is not None and most is not None and ttl_s > most:
-            raise InvalidRequest(f"ttl is {ttl_s:g}, the most is {most:g}", "ttl")
+            raise InvalidRequest(f"ttl is {ttl_s:g}, the maximum is {most:g}", "ttl")
         now, ttl_s = time.time(), most if ttl_s is None else ttl_s
         expires_at = None if ttl_s is None else now + ttl_s
         return Entry(

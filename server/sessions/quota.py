@@ -86,7 +86,7 @@ class Quota:
         match new:
             case "session" if _exceeds(used.num_sessions + num_reserved, quotas.sessions_per_owner):
                 raise QuotaExceeded(
-                    f"you have {used.num_sessions} sessions, the most is "
+                    f"you have {used.num_sessions} sessions, the maximum is "
                     f"{quotas.sessions_per_owner}; delete some",
                     "session_quota_exceeded",
                 )
@@ -94,14 +94,14 @@ class Quota:
                 used.num_responses + num_reserved, quotas.responses_per_owner
             ):
                 raise QuotaExceeded(
-                    f"you have {used.num_responses} stored responses, the most is "
+                    f"you have {used.num_responses} stored responses, the maximum is "
                     f"{quotas.responses_per_owner}; delete some",
                     "response_quota_exceeded",
                 )
         if num_bytes and _exceeds(used.num_bytes + all_bytes, quotas.bytes_per_owner):
             raise QuotaExceeded(
                 f"your sessions and responses hold {used.num_bytes} bytes and need {num_bytes} "
-                f"more, the most is {quotas.bytes_per_owner}; delete some",
+                f"more, the maximum is {quotas.bytes_per_owner}; delete some",
                 "session_bytes_quota_exceeded",
             )
 
