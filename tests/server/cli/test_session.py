@@ -255,8 +255,8 @@ def test_the_key_decides_whose_sessions_they_are(server: LiveServer, session_id:
     assert session_id in commands.told(*own, "--key", KEY)
     assert session_id in commands.told(*own, LATENT_KEY=KEY)
     assert commands.told(*own, "--key", OTHER, LATENT_KEY=KEY) == ""
-    assert "does not know" in commands.refused(*own, "--key", "wrong")
-    assert "wants an API key" in commands.refused(*own)
+    assert "invalid API key" in commands.refused(*own, "--key", "wrong")
+    assert "an API key is required" in commands.refused(*own)
     for impossible in ("é", "a\nb", "\ud800"):
         assert "printable ASCII" in commands.refused(*own, "--key", impossible)
 
