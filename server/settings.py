@@ -480,8 +480,8 @@ def read_settings(flags: Mapping[str, Any]) -> Settings:
     for name, value in given.items():
         if value.startswith(("tcp://", "udp://", "sctp://")) or name.endswith("_SERVICE_HOST"):
             raise SettingsError(
-                f"{name}: {value!r}: this is a service link of Kubernetes, for a service whose name "
-                "begins with latentd, not a setting: set enableServiceLinks: false in the pod's spec"
+                f"{name}: {value!r}: this is a Kubernetes service link, of a service whose name "
+                "begins with latentd, not a setting: set enableServiceLinks: false in the pod spec"
             )
     for name in given:
         if name.upper() not in known:

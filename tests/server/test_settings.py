@@ -100,7 +100,7 @@ def test_a_link_of_kubernetes_to_a_service_is_explained(
     monkeypatch.setenv("LATENTD_PORT_8000_TCP_PROTO", "tcp")  # one that looks like nothing special
     monkeypatch.setenv(name, value)
     refused = refusal()
-    assert refused.startswith(f"{name}: {value!r}: this is a service link of Kubernetes")
+    assert refused.startswith(f"{name}: {value!r}: this is a Kubernetes service link")
     assert refused.endswith("put enableServiceLinks: false into the pod's spec")
     assert "\n" not in refused
 
