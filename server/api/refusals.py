@@ -68,7 +68,7 @@ ALL = (
     ),
     _Refusal(
         "The blob is not a state of this server's model: the message names the difference.",
-        UnfitState("this is no state for this server: it is not a safetensors file"),
+        UnfitState("the state does not fit this server: it is not a safetensors file"),
     ),
     _Refusal(
         "A rate limit or the queue is exhausted: retry after `Retry-After` seconds; or a quota "

@@ -1,4 +1,4 @@
-"""Where the model runs: decided once."""
+"""Choice of the device, dtype and number of threads."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,18 +12,20 @@ from model.decoding import sampling
 from model.network import Network
 
 FEW_BYTES = 128 << 20
-"""Weights that a thread reads in a few milliseconds. For fewer, a second thread of a step is more
-often waited for than of use: it has to be awake a thousand times a second, next to the server."""
+"""Weight size that one thread reads in a few milliseconds. Below it, waiting for a second thread
+costs more than it gains: it would have to wake up a thousand times per second, next to the
+server."""
 
 
 class DeviceError(ValueError):
-    """The device that was asked for is not there."""
+    """The requested device is not available."""
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
-    """The device for `auto`, `cpu` or `cuda`, and the reason in words. Raises DeviceError."""
+    """The device for `auto`, `cpu` or `cuda`, and a description with the reason. Raises
+    DeviceError."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("device cuda was asked for, but torch finds no CUDA device")
+        raise DeviceError("device cuda was requested, but torch finds no CUDA device")
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return torch.device("cuda"), f"cuda ({torch.cuda.get_device_name()})"
     why = "" if name == "cpu" else ", no CUDA device found"
@@ -31,16 +33,16 @@ def choose_device(name: str) -> tuple[torch.device, str]:
 
 
 def choose_dtype(asked: WeightDtype | None, device: torch.device) -> WeightDtype:
-    """The weights' dtype: as asked for, or what the device computes best with."""
+    """The weights' dtype: as requested, or the device's default."""
     if asked is not None:
         return asked
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def choose_threads(threads: int | None, network: Network) -> str:
-    """Set the number of CPU threads of this process: as asked for, or one for a small network.
+    """Set the number of CPU threads: as requested, or one for a small network.
 
-    Returns the number in words.
+    Returns a description.
     """
     if threads is None and network.weight_bytes < FEW_BYTES:
         threads = 1
@@ -53,9 +55,10 @@ def choose_threads(threads: int | None, network: Network) -> str:
 def load(
     folder: Path, device: torch.device, dtype: WeightDtype, report: Callable[[str], None]
 ) -> Checkpoint:
-    """A checkpoint to serve. Raises CheckpointError.
+    """Load a checkpoint to serve. Raises CheckpointError.
 
-    If machine code is compiled, which takes long, `report` is called with a line before and after.
+    If machine code must be compiled, which takes long, `report` is called with a line before and
+    after.
     """
     with _compilation_reported(report):
         loaded = checkpoint.load(folder, device, dtype)

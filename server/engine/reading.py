@@ -1,4 +1,4 @@
-"""Prefill: prompts into states, each common beginning once."""
+"""Prefill: reads prompts into states, each shared prefix once."""
 
 from collections.abc import Sequence as Row
 
@@ -13,11 +13,11 @@ from server.engine.text_sequence import TextSequence
 from server.metrics import Metrics
 
 LEAST_CHUNK = 64
-"""Tokens after which a beginning of a prompt may be kept: a state is worth more than a few."""
+"""Minimum tokens of a cached prefix: shorter ones are not worth a state."""
 
 
 class PromptReader:
-    """Reads prompts into the rows that their sequences own."""
+    """Reads prompts into the rows of their sequences."""
 
     def __init__(
         self,
@@ -36,16 +36,16 @@ class PromptReader:
         self._prefixes = SharedPrefixes[RowState](prefix_cache_bytes, state_bytes, chunk)
 
     def begin(self, sequence: Sequence) -> None:
-        """Begin after what others have read of the same prompt, or wait until they have.
+        """Start from a cached prefix, or wait for one that is being read.
 
-        The row holds the state before the first token, or after what the sequence has read.
+        The row must hold the empty state, or the state after what the sequence has read.
         """
         state = self._prefixes.begin(sequence)
         if state is not None:
             self._pool.write_row(self._row(sequence), state)
 
     def read(self, pieces: Row[tuple[TextSequence, int]]) -> None:
-        """Read the next tokens of several prompts, so many of each."""
+        """Read the next `count` tokens of each prompt."""
         longest = max(count for _, count in pieces)
         ids = torch.zeros(len(pieces), longest, dtype=torch.long)
         for i, (sequence, count) in enumerate(pieces):
@@ -60,28 +60,28 @@ class PromptReader:
                 self._keep(sequence)
 
     def leave(self, sequence: Sequence) -> None:
-        """The sequence reads no more; those that waited for it begin again."""
+        """The sequence has stopped reading; those that waited for it begin again."""
         for orphan in self._prefixes.leave(sequence):
             self.begin(orphan)
 
     def count(self, sequence: Sequence) -> None:
-        """A prompt has been read."""
+        """Count a completed prompt in the metrics."""
         self._metrics.prompt_tokens_total.inc(len(sequence.request.token_ids))
         if sequence.cached_tokens:
             self._metrics.prefix_cache_hits_total.inc()
             self._metrics.prefix_cached_tokens_total.inc(sequence.cached_tokens)
 
     def forget(self) -> None:
-        """All sequences have ended."""
+        """Forget all sequences."""
         self._prefixes.forget_readers()
 
     def forget_kept(self) -> None:
-        """Give up the states that were kept for later prompts: one of them may be damaged."""
+        """Drop the cached states: one of them may be damaged."""
         self._prefixes.forget_kept()
         self._metrics.prefix_cache_bytes.set(0)
 
     def _keep(self, sequence: Sequence) -> None:
-        """Keep the state for later prompts, and give it to those that wait for it."""
+        """Cache the state, and copy it to sequences that wait for it."""
         state = self._pool.read_row(self._row(sequence))
         for follower in self._prefixes.keep(sequence, state):
             self._pool.write_row(self._row(follower), state)

@@ -20,12 +20,12 @@ from server.engine.sequence import Sequence
 from server.engine.slots import Slots
 
 TURN_OF_ALL = 4
-"""In every so many steps the prompt that has waited longest is read first, however long it is; in
-the others the one with the fewest tokens left."""
+"""Every this many steps, the longest waiting prompt is read first, however long; otherwise the one
+with the fewest tokens left."""
 
 PIECES_PER_CHUNK = 4
-"""A piece of a prompt counts as at least this part of a chunk: where the network is not compiled it
-computes whole chunks of attention."""
+"""A piece of a prompt counts as at least this fraction of a chunk: plain torch computes attention
+in whole chunks."""
 
 
 S = TypeVar("S", bound=Sequence)
@@ -33,32 +33,32 @@ S = TypeVar("S", bound=Sequence)
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """Sizes that bound the engine's memory and the time of a step."""
+    """Limits of the engine's memory and step time."""
 
     max_running: int
-    """Sequences that read or decode at the same time."""
+    """Maximum sequences in prefill or decoding."""
 
     warm_sessions: int
-    """Rows beyond those, where the states of finished turns stay."""
+    """Additional rows, for states of finished turns."""
 
     max_waiting: int
-    """Requests that may wait for a row."""
+    """Maximum requests waiting for a row."""
 
     max_waiting_tokens: int
-    """Prompt tokens of the requests that wait."""
+    """Maximum prompt tokens of waiting requests."""
 
     prefill_chunk_tokens: int
-    """Prompt tokens that a step reads at most while nothing decodes; a prompt with more is long."""
+    """Maximum prompt tokens per step while nothing decodes; a longer prompt counts as long."""
 
     prefill_tokens_while_decoding: int
-    """Prompt tokens that a step reads at most while sequences decode."""
+    """Maximum prompt tokens per step while sequences decode."""
 
     prefix_cache_bytes: int
-    """Memory for states after beginnings of prompts."""
+    """Memory of the prefix cache."""
 
     @property
     def max_long_prompts(self) -> int:
-        """Long prompts that are read at the same time: a row in four is left to the others."""
+        """Maximum concurrent long prompts: one row in four is reserved for others."""
         return max(1, self.max_running * 3 // 4)
 
 
@@ -67,14 +67,14 @@ class Plan(Generic[S]):
     """One step of the engine."""
 
     prefill: tuple[tuple[S, int], ...]
-    """Sequences and how many tokens of them to read."""
+    """Sequences and the number of tokens to read of each."""
 
     decode: tuple[S, ...]
     """In the order of their rows."""
 
 
 class Scheduler(Generic[S]):
-    """The sequences in the engine, by phase, and the rows that they own."""
+    """The engine's sequences by phase, and their rows."""
 
     def __init__(self, limits: EngineLimits, chunk: int) -> None:
         self._limits = limits
@@ -91,7 +91,7 @@ class Scheduler(Generic[S]):
         return not (self.waiting or self.reading or self.decoding)
 
     def find(self, request_id: str) -> S | None:
-        """The sequence of a request in any phase."""
+        """Find a request's sequence in any phase."""
         return next((s for s in self.sequences() if s.request.request_id == request_id), None)
 
     def sequences(self) -> Iterator[S]:
@@ -100,12 +100,12 @@ class Scheduler(Generic[S]):
         yield from self.decoding.values()
 
     def add(self, sequence: S) -> None:
-        """A new sequence waits for a row."""
+        """Add a new waiting sequence."""
         self.waiting.append(sequence)
         self._next_deadline = min(self._next_deadline, _deadline(sequence))
 
     def expired(self, now: float) -> list[S]:
-        """Sequences in any phase whose deadline has passed; the caller drops them."""
+        """Sequences past their deadline; the caller drops them."""
         if now < self._next_deadline:
             return []
         late = [s for s in self.sequences() if _deadline(s) <= now]
@@ -114,10 +114,9 @@ class Scheduler(Generic[S]):
         return late
 
     def admit(self) -> S | None:
-        """Let the first waiting sequence that may have a row begin to read.
+        """Admit the first waiting sequence that may have a row.
 
-        First come, first served, but while there are many long prompts another one lets the shorter
-        ones pass.
+        First come, first served, but at the limit of long prompts shorter ones may overtake.
         """
         running = len(self.reading) + len(self.decoding)
         if running >= self._limits.max_running or not self.slots.can_acquire():
@@ -133,18 +132,18 @@ class Scheduler(Generic[S]):
         return None
 
     def plan(self) -> Plan[S]:
-        """Read some of the prompts; decode everything that can."""
+        """Plan a step: read some prompts, decode all decoding sequences."""
         return Plan(
             prefill=self._plan_prefill(),
             decode=self.decode_order(),
         )
 
     def decode_order(self) -> tuple[S, ...]:
-        """What decodes, in the order of the rows."""
+        """Decoding sequences in row order."""
         return tuple(self.decoding[row] for row in sorted(self.decoding))
 
     def _plan_prefill(self) -> tuple[tuple[S, int], ...]:
-        """Pieces of prompts which padded to the longest of them keep within the budget."""
+        """Pieces of prompts that, padded to the longest, fit the budget."""
         limits = self._limits
         tokens = (
             limits.prefill_tokens_while_decoding if self.decoding else limits.prefill_chunk_tokens
@@ -166,7 +165,7 @@ class Scheduler(Generic[S]):
         return tuple(pieces)
 
     def _by_urgency(self) -> list[S]:
-        """The prompts that can be read; a long one for which a short one waits counts as short."""
+        """Prompts ready to be read; a long one that blocks a short one counts as short."""
         left = {id(s): s.num_unread for s in self.reading}
         for sequence in self.reading:
             reader: Sequence = sequence

@@ -1,4 +1,4 @@
-"""States in host memory: the least recently used ones go first."""
+"""Host memory cache of states, with LRU eviction."""
 
 from collections import OrderedDict
 
@@ -6,7 +6,7 @@ from server.sessions.codec import SessionState
 
 
 class HostCache:
-    """States by their ids, at most `max_bytes` of them."""
+    """States by id, at most `max_bytes` in total."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -20,16 +20,16 @@ class HostCache:
         return state_id in self._states
 
     def get(self, state_id: str) -> SessionState | None:
-        """The state, now the most recently used one."""
+        """Get a state and mark it as most recently used."""
         if state_id not in self._states:
             return None
         self._states.move_to_end(state_id)
         return self._states[state_id]
 
     def put(self, state_id: str, state: SessionState) -> int:
-        """Keep a state, forget others for it. Returns how many were forgotten.
+        """Add a state. Returns how many others were evicted.
 
-        A state that is larger than the whole cache is not kept.
+        A state larger than the whole cache is not added.
         """
         self.remove(state_id)
         if state.num_bytes > self._max_bytes:
@@ -44,7 +44,7 @@ class HostCache:
         return evicted
 
     def remove(self, state_id: str) -> None:
-        """Forget a state if it is here."""
+        """Remove a state if present."""
         state = self._states.pop(state_id, None)
         if state is not None:
             self.num_bytes -= state.num_bytes
