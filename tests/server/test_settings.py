@@ -101,7 +101,7 @@ def test_a_link_of_kubernetes_to_a_service_is_explained(
     monkeypatch.setenv(name, value)
     refused = refusal()
     assert refused.startswith(f"{name}: {value!r}: this is a Kubernetes service link")
-    assert refused.endswith("put enableServiceLinks: false into the pod's spec")
+    assert refused.endswith("set enableServiceLinks: false in the pod spec")
     assert "\n" not in refused
 
 
