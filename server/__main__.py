@@ -1,4 +1,4 @@
-"""The command line. What a command needs is imported when it runs, so that help comes at once."""
+"""The command line. Commands import what they need when they run, so that help is fast."""
 
 import inspect
 import os
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from server.sessions.sqlite.backup import Contents
 
 app = typer.Typer(
-    help="An inference server for language models whose memory does not grow.",
+    help="An inference server for language models with constant memory per session.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,15 +43,15 @@ Folder = Annotated[
 
 
 def main() -> None:
-    """Entry point of `latentd`. What it writes is for the user alone: states, answers and keys."""
+    """Entry point of `latentd`. Files are created for the user alone: states, answers and keys."""
     os.umask(0o077)
     app()
 
 
 def _parameters_from_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give the command the model as its argument and one option per other field of Settings.
+    """Give the command an option per field of Settings, and the model as its argument.
 
-    All are unset unless given, so that the environment counts. A default stands in the help text.
+    All default to None, so that environment variables apply. Defaults are shown in the help text.
     """
     groups = list(Group)
     parameters = []
@@ -113,34 +113,30 @@ def serve(**given: Any) -> None:
 @app.command()
 def chat(
     session_id: Annotated[
-        str | None, typer.Option("--session", metavar="ID", help="Go on with this session.")
+        str | None, typer.Option("--session", metavar="ID", help="Continue this session.")
     ] = None,
-    system: Annotated[
-        str | None, typer.Option(help="What a fresh session begins with, as its system message.")
-    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message of a new session.")] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of an answer at most.")
+        int | None, typer.Option(min=1, help="Maximum tokens per answer.")
     ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(min=0, max=10, help="0: always the likeliest.")
+    temperature: Annotated[float | None, typer.Option(min=0, max=10, help="0: greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Nucleus sampling.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Sample from the k most probable tokens; 0: all.")
     ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Only this much probability.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Only the k likeliest; 0: all.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Send text as it is, for models without a template.")
+        bool, typer.Option("--raw", help="Send plain text, for models without a chat template.")
     ] = False,
     url: session.Url = session.LOCAL,
     key: session.Key = "",
 ) -> None:
-    """Talk with a running server, in a session that it keeps.
+    """Chat with a running server, in a session.
 
     Lines can also come from a pipe; the first that fails ends the chat with exit status 1.
     """
     if raw and system is not None:
-        raise fail("--system needs a chat template, which --raw does without")
+        raise fail("--system needs a chat template and cannot be used with --raw")
     from server.cli.chat import Options
     from server.cli.chat import chat as run
 
@@ -159,14 +155,16 @@ def chat(
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     checkpoint: Folder = PRETRAINED,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, max=10, help="0: always the likeliest.")] = (
-        0.7
-    ),
-    top_k: Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Only this much probability.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=10, help="0: greedy.")] = (0.7),
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Sample from the k most probable tokens; 0: all.")
+    ] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.")] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Device to run on.")
+    ] = "auto",
     dtype: Annotated[
         WeightDtype | None,
         typer.Option(
@@ -175,7 +173,7 @@ def generate(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
-    """Write a continuation of a text to the terminal, without a server."""
+    """Continue a text in the terminal, without a server."""
     from model.checkpoint import CheckpointError
     from model.decoding.sampling import SamplingParams
     from server.engine.device import DeviceError
@@ -269,10 +267,10 @@ def inspect_state(
     file: Annotated[Path, typer.Argument(help="Exported state of a session, or a model.")],
     checkpoint: Folder = PRETRAINED,
 ) -> None:
-    """Show what is in an exported state, and whether a server of the model would import it.
+    """Show an exported state, and whether a server of the model would import it.
 
-    Exit status 1 if it would not. Of a model, show its sizes and those of its sessions' state; no
-    weight is read.
+    Exit status 1 if it would not. For a model, show its sizes and those of its state, without
+    reading weights.
     """
     from model.checkpoint import CheckpointError
     from server.cli.inspect import inspect as run
@@ -293,8 +291,8 @@ def back_up(
 ) -> None:
     """Back up all sessions and stored responses, while a server runs or not.
 
-    Every turn that was acknowledged before is in the backup, and what is committed meanwhile is in
-    it wholly or not at all. Keys are not: copy the key file.
+    The backup has every turn acknowledged before it started, and later ones wholly or not at all.
+    Keys are not included: copy the key file.
     """
     from server.sessions.sqlite.backup import BackupError, backup
 
@@ -309,9 +307,9 @@ def restore(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="A backup.")],
     data_dir: DataDir = DATA_DIR,
 ) -> None:
-    """Put a backup into a data folder that has no session store, and no server.
+    """Restore a backup into a data folder without a session store or a server.
 
-    Its checksums and its database are checked before.
+    Checksums and database are verified first.
     """
     from server.sessions.sqlite.backup import BackupError
     from server.sessions.sqlite.backup import restore as run
@@ -331,7 +329,7 @@ def erase_model(
 ) -> None:
     """Erase all sessions and stored responses of one model, while no server runs.
 
-    A server that serves another model says at its start which there are.
+    At startup, a server of another model logs the fingerprints that it finds.
     """
     import asyncio
 
@@ -362,16 +360,14 @@ def _print_contents(done: str, contents: "Contents") -> None:
         f"{contents.num_states:,} states, {contents.num_bytes:,} bytes"
     )
     if contents.num_missing:
-        print(f"{contents.num_missing:,} states are lost: the store had no files of them any more")
+        print(f"{contents.num_missing:,} states are lost: their files were missing from the store")
 
 
 @app.command()
 def import_checkpoint(
     file: Annotated[Path, typer.Argument(help="State dict: .pt, .pth or .safetensors.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    tokenizer: Annotated[
-        Path, typer.Option(help="tokenizer.json that the model was trained with.")
-    ],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json of the model.")],
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file.")] = None,
     vocab_sz: Annotated[int, typer.Option(min=1)] = 50304,
     d_emb: Annotated[int, typer.Option(min=1)] = 768,
@@ -379,13 +375,15 @@ def import_checkpoint(
     n_heads: Annotated[int, typer.Option(min=1)] = 24,
     d_key: Annotated[int, typer.Option(min=1)] = 32,
     d_val: Annotated[int, typer.Option(min=1)] = 32,
-    values: Annotated[Literal["log", "linear"], typer.Option(help="What v is.")] = "log",
-    bos_token_id: Annotated[int | None, typer.Option(help="Put before fresh text.")] = None,
-    eos_token_id: Annotated[list[int] | None, typer.Option(help="Ends a text.")] = None,
+    values: Annotated[
+        Literal["log", "linear"], typer.Option(help="Whether the network computes log v or v.")
+    ] = "log",
+    bos_token_id: Annotated[int | None, typer.Option(help="Token before a new text.")] = None,
+    eos_token_id: Annotated[list[int] | None, typer.Option(help="Token that ends a text.")] = None,
 ) -> None:
-    """Make a checkpoint from a state dict of the reference implementation.
+    """Create a checkpoint from a state dict of the reference implementation.
 
-    The numbers are the arguments of its ModelConfig; the defaults are the paper's model.
+    The options are the arguments of its ModelConfig; the defaults are the paper's model.
     """
     from model.checkpoint import CheckpointError, import_state_dict
 

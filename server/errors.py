@@ -1,11 +1,11 @@
-"""Errors that a client sees, as facts; server/api renders them."""
+"""Errors reported to clients; server/api renders them."""
 
 NO_RETRY = {"x-should-retry": "false"}
-"""Tells the official clients, which repeat many failed requests, not to repeat this one."""
+"""Tells the official clients, which retry many errors, not to retry this one."""
 
 
 class LatentdError(Exception):
-    """An error with what OpenAI's error object needs."""
+    """An error with the fields of OpenAI's error object."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class LatentdError(Exception):
 
     @property
     def outcome(self) -> str:
-        """How a request that ends with it is counted."""
+        """The request's outcome in the metrics."""
         return "server_error" if self.status >= 500 else "client_error"
 
     def body(self) -> dict[str, dict[str, str | None]]:
@@ -38,7 +38,7 @@ class LatentdError(Exception):
 
 
 class InvalidRequest(LatentdError):
-    """The request is wrong; the message says what would be right."""
+    """The request is invalid."""
 
     def __init__(
         self, message: str, param: str | None = None, code: str = "invalid_value", status: int = 400
@@ -49,21 +49,21 @@ class InvalidRequest(LatentdError):
 
 
 class NeedsStream(InvalidRequest):
-    """A parameter that has a meaning for streams only, in a request without one."""
+    """A parameter that needs `stream: true`."""
 
     def __init__(self, param: str) -> None:
         super().__init__(f"{param} needs stream: true", param)
 
 
 class NotFound(InvalidRequest):
-    """What the request names does not exist."""
+    """The named object does not exist."""
 
     def __init__(self, message: str, param: str | None, code: str) -> None:
         super().__init__(message, param, code, 404)
 
 
 class Conflict(LatentdError):
-    """What the request names is not in the state that it needs; repeating it would not help."""
+    """The named object is in a conflicting state; retrying would not help."""
 
     def __init__(self, message: str, param: str, code: str) -> None:
         super().__init__(
@@ -81,7 +81,7 @@ class SessionBusy(Conflict):
 
 
 class TurnMismatch(Conflict):
-    """The session is not at the turn that the request expects."""
+    """The session is not at the expected turn."""
 
     def __init__(self, session_id: str, turn: int, expected: int) -> None:
         super().__init__(
@@ -92,18 +92,18 @@ class TurnMismatch(Conflict):
 
 
 class KeyReused(Conflict):
-    """An Idempotency-Key came again with another request."""
+    """An Idempotency-Key was reused for another request."""
 
     def __init__(self) -> None:
         super().__init__(
-            "this Idempotency-Key belongs to an earlier turn with another request",
+            "this Idempotency-Key was used for a different request",
             "Idempotency-Key",
             "idempotency_key_reused",
         )
 
 
 class ResponseGone(Conflict):
-    """A response was deleted or cancelled while it was being made; nothing of it was stored."""
+    """A response was deleted or cancelled while being generated; nothing was stored."""
 
     def __init__(self, response_id: str) -> None:
         super().__init__(
@@ -114,7 +114,7 @@ class ResponseGone(Conflict):
 
 
 class Unauthorized(LatentdError):
-    """The request has no key, or none that this server knows."""
+    """The API key is missing or invalid."""
 
     def __init__(self, message: str) -> None:
         super().__init__(
@@ -127,7 +127,7 @@ class Unauthorized(LatentdError):
 
 
 class QuotaExceeded(LatentdError):
-    """An owner has as many sessions, responses, or bytes of them, as one may have."""
+    """The owner's quota of sessions, responses or bytes is used up."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(
@@ -136,7 +136,7 @@ class QuotaExceeded(LatentdError):
 
 
 class RateLimited(LatentdError):
-    """A caller, or all together, would use more than the limit that the code names."""
+    """A rate limit, named by the code, would be exceeded."""
 
     def __init__(self, message: str, code: str, retry_after_s: int) -> None:
         super().__init__(
@@ -149,7 +149,7 @@ class RateLimited(LatentdError):
 
 
 class Overloaded(LatentdError):
-    """Too many requests, or too many tokens, wait already; the code tells which."""
+    """A queue, named by the code, is full."""
 
     def __init__(self, message: str, code: str, retry_after_s: int = 1) -> None:
         super().__init__(
@@ -162,7 +162,7 @@ class Overloaded(LatentdError):
 
 
 class Cancelled(LatentdError):
-    """Somebody ended the turn on purpose."""
+    """The turn was cancelled on purpose."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -175,11 +175,11 @@ class Cancelled(LatentdError):
 
 
 class EventsGone(LatentdError):
-    """A stream has told more than is kept of it."""
+    """The requested events of a stream are no longer stored."""
 
     def __init__(self, stream_id: str, first: int) -> None:
         super().__init__(
-            f"of stream {stream_id} only the events from {first} on are kept",
+            f"stream {stream_id} has only the events from {first} on",
             status=410,
             kind="invalid_request_error",
             param="Last-Event-ID",
@@ -189,7 +189,7 @@ class EventsGone(LatentdError):
 
 
 class DeadlineExceeded(LatentdError):
-    """The request did not end in time; repeating it would do the same work in vain."""
+    """The request exceeded its deadline; retrying would fail the same way."""
 
     def __init__(self, timeout_s: float) -> None:
         super().__init__(
@@ -207,7 +207,7 @@ class DeadlineExceeded(LatentdError):
 
 
 class ShuttingDown(LatentdError):
-    """No new work is taken."""
+    """The server accepts no new work."""
 
     def __init__(self, message: str = "the server is shutting down") -> None:
         super().__init__(
@@ -220,14 +220,14 @@ class ShuttingDown(LatentdError):
 
 
 class StorageFailed(LatentdError):
-    """A session could not be written or read; it is as it was before the request."""
+    """Reading or writing a session failed; it is unchanged."""
 
     def __init__(self, message: str, status: int = 503, code: str = "storage_failed") -> None:
         super().__init__(message, status=status, kind="server_error", code=code)
 
 
 class StorageFull(StorageFailed):
-    """The disk, or what the store may take of it, is full."""
+    """The disk or the store's quota is full."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, 507, "storage_full")
@@ -235,13 +235,13 @@ class StorageFull(StorageFailed):
 
 
 class StateDamaged(LatentdError):
-    """What a turn computed are no numbers any more. Nothing of it is kept, and the state that it
-    began from is sound: the request may be repeated."""
+    """A turn produced non-finite values. It was rolled back, and the state before it is intact: the
+    request may be retried."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(
-            f"the state was damaged while the turn ran ({reason}); the turn was undone, and what "
-            "it began from is as it was",
+            f"the state was damaged during the turn ({reason}); the turn was rolled back to the "
+            "intact state before it",
             status=500,
             kind="server_error",
             code="state_damaged",
@@ -249,14 +249,14 @@ class StateDamaged(LatentdError):
 
 
 class NotReady(LatentdError):
-    """Something of the server has to be mended; the code tells what."""
+    """The server is not ready, for the reason named by the code."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message, status=503, kind="server_error", code=code)
 
 
 class SessionDamaged(StorageFailed):
-    """A state in the store is not what was put there."""
+    """A session's stored state is damaged."""
 
     def __init__(self, session_id: str, turn: int, reason: str) -> None:
         super().__init__(
@@ -269,7 +269,7 @@ class SessionDamaged(StorageFailed):
 
 
 class ResponseDamaged(StorageFailed):
-    """The state after a stored response is not what was put there."""
+    """A response's stored state is damaged."""
 
     def __init__(self, response_id: str, reason: str) -> None:
         super().__init__(
@@ -282,7 +282,7 @@ class ResponseDamaged(StorageFailed):
 
 
 class UnfitState(LatentdError):
-    """A blob that is not a state for this server; the message names what differs."""
+    """A blob is not a state of this server's model; the message names the difference."""
 
     def __init__(self, message: str) -> None:
         super().__init__(
@@ -291,7 +291,7 @@ class UnfitState(LatentdError):
 
 
 class InternalError(LatentdError):
-    """A fault of the server."""
+    """An internal error."""
 
-    def __init__(self, message: str = "the server failed; its log tells more") -> None:
+    def __init__(self, message: str = "internal server error; see the server's log") -> None:
         super().__init__(message, status=500, kind="server_error", code="internal_error")

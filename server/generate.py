@@ -24,7 +24,7 @@ from server.metrics import Metrics
 
 
 class GenerateError(Exception):
-    """No text can be written; one line says why."""
+    """Generation failed; the message is one line."""
 
 
 def generate(
@@ -36,7 +36,7 @@ def generate(
     dtype: WeightDtype | None,
     threads: int | None,
 ) -> None:
-    """Write a continuation to stdout as it comes, and its speed to stderr.
+    """Stream a continuation to stdout, and print its speed to stderr.
 
     Raises CheckpointError, DeviceError and GenerateError.
     """
@@ -47,7 +47,7 @@ def generate(
     bos = loaded.network.bos
     token_ids = (*([] if bos is None else [bos]), *loaded.tokenizer.encode(prompt))
     if not token_ids:
-        raise GenerateError("the prompt is empty and the model has no token to begin with")
+        raise GenerateError("the prompt is empty and the model has no initial token")
     events: queue.SimpleQueue[list[Event | RowGivenUp]] = queue.SimpleQueue()
     limits = EngineLimits(
         max_running=1,
@@ -79,7 +79,7 @@ def generate(
 
 
 def _stream(events: "queue.SimpleQueue[list[Event | RowGivenUp]]") -> Finished:
-    """Print text until the end."""
+    """Print text until the end of the request."""
     while True:
         for event in events.get():
             match event:
@@ -91,4 +91,6 @@ def _stream(events: "queue.SimpleQueue[list[Event | RowGivenUp]]") -> Finished:
                 case Failed(_, message):
                     raise GenerateError(message)
                 case NoProbabilities() | RowDamaged():
-                    raise GenerateError("the model gives no probabilities for the next token")
+                    raise GenerateError(
+                        "the model returned no valid probabilities for the next token"
+                    )

@@ -1,9 +1,9 @@
-"""The key file: who may use the server, and how much.
+"""The key file: API keys and their limits.
 
 The command line writes it, the server reads it.
 
-A key is 256 random bits and is shown once; the file has its SHA-256. A slow hash, as passwords need
-it, would only cost time: nobody guesses 256 bits, however fast the hash.
+A key is 256 random bits and is shown once; the file stores its SHA-256. A slow hash, as for
+passwords, would gain nothing: 256 bits cannot be guessed.
 """
 
 import fcntl
@@ -21,14 +21,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from model.files import read_file, write_file
 
 PREFIX = "lk_"
-"""What a key begins with, so that people and scanners for secrets know it when they see it."""
+"""Prefix by which people and secret scanners recognize a key."""
 
 ID = re.compile(r"key_[0-9a-f]{32}")
 Count = Annotated[int, Field(ge=1)] | None
 
 
 class KeyFileError(Exception):
-    """The key file cannot be used or changed; one line names it and says why."""
+    """The key file cannot be read or changed; the message is one line."""
 
 
 class _Stored(BaseModel):
@@ -36,7 +36,7 @@ class _Stored(BaseModel):
 
 
 class Limits(_Stored):
-    """What a key may use; None: what the server's settings say."""
+    """A key's limits; None: the server's setting."""
 
     requests_per_minute: Count = None
     tokens_per_minute: Count = None
@@ -58,7 +58,7 @@ class Key(_Stored):
 
     @property
     def id(self) -> str:
-        """Also the owner of the key's sessions."""
+        """The key's id, also the owner of its sessions."""
         return owner_of(self.hash)
 
 
@@ -75,12 +75,12 @@ class _KeyFile(_Stored):
 
 
 def digest(key: str) -> str:
-    """What the server keeps of a key."""
+    """SHA-256 of a key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def owner_of(key_digest: str) -> str:
-    """The name under which a key's sessions are kept; it tells nothing of the key."""
+    """Owner of a key's sessions; reveals nothing about the key."""
     return f"key_{key_digest[:32]}"
 
 
@@ -94,7 +94,7 @@ def read_keys(path: Path) -> list[Key]:
 
 
 def add_key(path: Path, name: str, limits: Limits) -> tuple[Key, str]:
-    """A new key in the file, which is made if it does not exist; and its secret.
+    """Add a new key, creating the file if necessary. Returns it with its secret.
 
     Raises KeyFileError.
     """
@@ -103,8 +103,8 @@ def add_key(path: Path, name: str, limits: Limits) -> tuple[Key, str]:
         key = Key(name=name, hash=digest(secret), created_at=int(time.time()), limits=limits)
     except ValidationError as error:
         raise KeyFileError(
-            f"{name!r} is no name for a key: that has 1 to 64 letters, digits, '.', '_' and '-', "
-            "and begins with a letter or digit"
+            f"{name!r} is not a valid key name: use 1 to 64 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit"
         ) from error
 
     def added(keys: list[Key]) -> list[Key]:
@@ -117,7 +117,7 @@ def add_key(path: Path, name: str, limits: Limits) -> tuple[Key, str]:
 
 
 def revoke_key(path: Path, name_or_id: str) -> Key:
-    """Take a key out of the file. Raises KeyFileError."""
+    """Remove a key from the file. Raises KeyFileError."""
     revoked = list[Key]()
 
     def rest(keys: list[Key]) -> list[Key]:
@@ -126,7 +126,7 @@ def revoke_key(path: Path, name_or_id: str) -> Key:
             raise KeyFileError(f"{path}: there is no key {name_or_id!r}")
         return [key for key in keys if key not in revoked]
 
-    read_keys(path)  # a file that is not there has no keys, and is not made for this
+    read_keys(path)  # fails if there is no file, instead of creating one
     _change(path, rest)
     return revoked[0]
 
@@ -145,7 +145,7 @@ def key_id_of(path: Path, name_or_id: str) -> str:
 
 
 def _change(path: Path, change: Callable[[list[Key]], list[Key]]) -> None:
-    """Read, change and write the file while no other process does."""
+    """Change the file under a lock."""
     path = path.resolve()  # a link stays a link
     try:
         with _locked(path):
@@ -158,7 +158,7 @@ def _change(path: Path, change: Callable[[list[Key]], list[Key]]) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """The lock is a file of its own: the key file itself is replaced while it is held."""
+    """Uses a separate lock file: the key file itself is replaced under the lock."""
     with path.with_name(f".{path.name}.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""Where the server listens: TCP or a Unix socket, with TLS or without, and metrics apart."""
+"""Listening sockets: TCP or Unix, with or without TLS, and metrics."""
 
 import errno
 import socket
@@ -16,11 +16,11 @@ from server.settings import Settings
 
 
 class ListenError(Exception):
-    """The server cannot listen there; one line says why."""
+    """The server cannot listen there; the message is one line."""
 
 
 def bind(settings: Settings, stack: ExitStack) -> list[socket.socket]:
-    """A listening socket for each process."""
+    """One listening socket per process."""
     count = settings.api_workers
     if settings.unix_socket is not None:
         first = stack.enter_context(_bind_unix(settings.unix_socket))
@@ -31,7 +31,7 @@ def bind(settings: Settings, stack: ExitStack) -> list[socket.socket]:
 
 
 def _bind_unix(path: Path) -> socket.socket:
-    """For the owner and the group. What another server left there after its death is replaced."""
+    """A socket for owner and group. A stale socket of a dead server is replaced."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if path.is_socket():
@@ -48,7 +48,7 @@ def _bind_unix(path: Path) -> socket.socket:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A listening socket, before the slow part of the start."""
+    """A bound socket, before the slow part of startup."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -61,7 +61,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _share(first: socket.socket, count: int, stack: ExitStack) -> list[socket.socket]:
-    """So many sockets in the place of `first`, among which the kernel spreads connections.
+    """Replace `first` by `count` sockets that share its address.
 
     `first` was bound without sharing, so that another server on the address was noticed.
     """
@@ -85,7 +85,7 @@ def _share(first: socket.socket, count: int, stack: ExitStack) -> list[socket.so
 
 
 def url_of(listener: socket.socket, settings: Settings) -> str:
-    """What clients call it."""
+    """URL of the listener."""
     address = listener.getsockname()
     if listener.family == socket.AF_UNIX:
         return f"unix:{address}"
@@ -111,9 +111,9 @@ def check_certificate(settings: Settings) -> None:
 
 @contextmanager
 def metrics_server(settings: Settings, metrics: Metrics) -> Iterator[str]:
-    """Answers at `metrics_address`, in threads of its own: also while the event loop is late.
+    """Serve metrics at `metrics_address`, in separate threads: even while the event loop lags.
 
-    The block gets the URL, or nothing if there is no such address. Raises ListenError.
+    Yields the URL, or an empty string if there is no such address. Raises ListenError.
     """
     if settings.metrics_address is None:
         yield ""
@@ -133,7 +133,7 @@ def metrics_server(settings: Settings, metrics: Metrics) -> Iterator[str]:
             self.wfile.write(text)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Nothing: it is asked for all the time."""
+            """Log nothing: it is polled."""
 
     class Server(ThreadingHTTPServer):
         address_family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET

@@ -1,8 +1,8 @@
-"""The log: one line an event, as JSON or for a terminal, through the standard library's logging.
+"""Logging: one line per event, as JSON or for a terminal, through the standard library.
 
-A line has a message and fields: `log.info("ready", extra={"fields": {"ready_s": 1.5}})`. Lines of
-one kind that anybody can cause in any number say so by `extra={"limited": kind}`: of each kind only
-some are written, and how many were left out.
+A line has a message and fields: `log.info("ready", extra={"fields": {"ready_s": 1.5}})`. Lines that
+clients can cause in any number have `extra={"limited": kind}`: of each kind only some are written,
+and the rest are counted.
 """
 
 import json
@@ -17,26 +17,26 @@ ENCODER = json.JSONEncoder(default=str)
 Format = Literal["json", "console"]
 
 MOST_LINES = 10
-"""Of a kind of limited lines in a period."""
+"""Maximum lines per limited kind and period."""
 
 PERIOD_S = 10.0
 LIMITED_LOGGERS = ("asyncio", "opentelemetry", "urllib3")
-"""Of libraries that repeat themselves: when no more sockets can be had, or a receiver is down."""
+"""Repetitive libraries, for example when sockets run out or a collector is down."""
 
 
 def configure(level: str, format: Format | None, stream: TextIO | None = None) -> None:
-    """Log to stderr, or to `stream`; without a format, for people where it is a terminal."""
+    """Log to stderr or `stream`; default format: console on a terminal, otherwise JSON."""
     stream = stream or sys.stderr
     chosen = format or ("console" if stream.isatty() else "json")
     handler = LogHandler(stream)
     handler.setFormatter(JSONFormatter() if chosen == "json" else ConsoleFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # The server says itself when it starts, is ready and ends.
+    # The server logs startup, readiness and exit itself.
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.root.level))
 
 
 class JSONFormatter(logging.Formatter):
-    """A line is one object: time, level, logger, message, and the event's own fields."""
+    """One object per line: time, level, logger, message, and the event's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -61,7 +61,7 @@ class ConsoleFormatter(logging.Formatter):
 
 
 class LogHandler(logging.StreamHandler[TextIO]):
-    """Writes lines, of each limited kind at most MOST_LINES in a period."""
+    """Writes log lines, at most MOST_LINES per limited kind and period."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
@@ -88,17 +88,17 @@ class LogHandler(logging.StreamHandler[TextIO]):
 
 
 class Limit:
-    """Counts lines by kind; there are few kinds."""
+    """Rate limiter of lines by kind."""
 
     def __init__(self) -> None:
         self._ends: dict[str, float] = {}
-        """When the present period of a kind is over."""
+        """End of a kind's current period."""
 
         self._counts: dict[str, int] = {}
-        """Lines in it."""
+        """Lines in the current period."""
 
     def admits(self, kind: str | None, now: float) -> bool:
-        """Whether a line of this kind is written; None: any number of them."""
+        """Whether to write a line of this kind; None is unlimited."""
         if kind is None:
             return True
         if kind not in self._ends:
@@ -107,7 +107,7 @@ class Limit:
         return self._counts[kind] <= MOST_LINES
 
     def left_out(self, now: float) -> Iterator[tuple[str, int]]:
-        """The kinds of which some were left out in a period that is over, and how many."""
+        """Kinds with suppressed lines in a finished period, and their number."""
         for kind in [kind for kind, end in self._ends.items() if end <= now]:
             del self._ends[kind]
             count = self._counts.pop(kind) - MOST_LINES

@@ -19,7 +19,7 @@ SECONDS = (
 
 
 OUTCOMES = ("ok", "client_error", "server_error", "cancelled", "deadline_exceeded")
-"""How requests end."""
+"""Outcomes of requests."""
 
 REJECTIONS = (
     *("requests_per_minute", "tokens_per_minute", "concurrent_requests"),
@@ -27,18 +27,18 @@ REJECTIONS = (
     *("session_quota_exceeded", "response_quota_exceeded", "session_bytes_quota_exceeded"),
     "shutting_down",
 )
-"""Why requests are refused: the errors' codes."""
+"""Reasons for rejections: error codes."""
 
 METRICS = "/metrics"
-"""The path that Prometheus scrapes."""
+"""Path of the metrics endpoint."""
 
 OPENMETRICS = openmetrics.CONTENT_TYPE_LATEST
 MAX_EXEMPLAR_CHARACTERS = 128
-"""Of an exemplar's names and values together, by OpenMetrics."""
+"""OpenMetrics' limit for an exemplar's names and values together."""
 
 
 class GroupedHistogram(Collector):
-    """A histogram of which one thread observes many equal values at once."""
+    """A histogram with bulk observations from a single thread."""
 
     def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
         self._name = name
@@ -49,7 +49,7 @@ class GroupedHistogram(Collector):
         registry.register(self)
 
     def observe(self, value: float, count: int = 1) -> None:
-        """The value came so many times."""
+        """Observe a value `count` times."""
         self._counts[bisect_left(self._bounds, value)] += count
         self._sum += value * count
 
@@ -61,7 +61,7 @@ class GroupedHistogram(Collector):
 
 
 class LargestGauge(Collector):
-    """The largest of the values observed since the start."""
+    """The largest value observed since startup."""
 
     def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
         self._name = name
@@ -195,7 +195,7 @@ class Metrics:
         self._begin_at_zero()
 
     def _begin_at_zero(self) -> None:
-        """Let rates and alerts work from the first event of each kind on."""
+        """Initialize labels, so that rates and alerts work from the first event."""
         for reason in REJECTIONS:
             self.admission_rejections_total.labels(reason=reason)
         for tier in ("device", "host"):
@@ -204,13 +204,13 @@ class Metrics:
             self.damaged_states_total.labels(found=found)
 
     def add_endpoints(self, endpoints: Iterable[str]) -> None:
-        """Count the requests of these from zero on."""
+        """Initialize the request counters of these endpoints."""
         for endpoint in (*endpoints, "unknown"):
             for outcome in OUTCOMES:
                 self.requests_total.labels(endpoint=endpoint, outcome=outcome)
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
-        """What Prometheus scrapes, in the format that the Accept header asks for, and its type."""
+        """The metrics in the format that the Accept header requests, and its content type."""
         if "application/openmetrics-text" in accept:
             # Names are written as they are: the library's other choices replace colons in some.
             encode: Callable[..., bytes] = openmetrics.generate_latest
@@ -228,7 +228,7 @@ class Metrics:
 
 
 class GatewayMetrics(Collector):
-    """What gateways that balance load among inference servers look at, by the names of vLLM."""
+    """vLLM-compatible metrics for load-balancing gateways."""
 
     def __init__(self, metrics: Metrics, model_name: str, max_running: int) -> None:
         self._model_name = model_name
@@ -255,7 +255,7 @@ class GatewayMetrics(Collector):
 
 
 def exemplar(request_id: str) -> dict[str, str] | None:
-    """Of a measurement: the request that it is of, if its name is not too long."""
+    """Exemplar that names the request, if its id is not too long."""
     found = {"request_id": request_id}
     is_short = len("".join([*found, request_id])) <= MAX_EXEMPLAR_CHARACTERS
     return found if request_id and is_short else None

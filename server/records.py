@@ -1,6 +1,6 @@
-"""What the log and the traces say of a request: names, numbers and times, never content.
+"""Records of requests and turns for logs and traces: names, numbers and times, never content.
 
-A record is filled while its request runs; its times are of `time.monotonic`.
+Filled in while the request runs; times are of `time.monotonic`.
 """
 
 import time
@@ -10,52 +10,52 @@ from dataclasses import dataclass, field
 
 @dataclass
 class TurnRecord:
-    """The turn that a request ran."""
+    """A request's turn."""
 
     max_tokens: int
     num_choices: int
     prompt_tokens: int
-    """As the answer's usage counts them: with the history of a session, once for all choices."""
+    """As in the answer's usage: with the session's history, once for all choices."""
 
     is_detached: bool = False
-    """It goes on without its request's connection, and may end before it or after it."""
+    """Whether it outlives its request's connection; it may end before or after it."""
 
     started: float = field(default_factory=time.monotonic)
-    """When the engine got it."""
+    """When it was submitted to the engine."""
 
     cached_tokens: int = 0
-    """Those of them that did not need to be read."""
+    """Cached tokens among them."""
 
     generated_tokens: int = 0
-    """Tokens that were sampled; of a turn that was abandoned, those that its reader has seen."""
+    """Sampled tokens; of an abandoned turn, those delivered."""
 
     queue_s: float | None = None
     prefill_s: float | None = None
-    """None for a turn that did not get to its end, as for the time until its last token."""
+    """None for a turn that did not complete."""
 
     first_token_s: float | None = None
     decoded_s: float | None = None
-    """From the start to the last token."""
+    """From submission to the last token."""
 
     committing: tuple[float, float] | None = None
-    """When the commit of its state began and ended."""
+    """Start and end of the commit."""
 
     answer_id: str = ""
     reasons: tuple[str, ...] = ()
-    """Why each of the choices ended."""
+    """Finish reasons of the choices."""
 
     outcome: str = "cancelled"
     error: str | None = None
-    """The code of the error that ended it."""
+    """Code of the error that ended it."""
 
     ended: float | None = None
-    """None while it runs."""
+    """None while running."""
 
     when_ended: Callable[[], None] | None = None
     """Called at the end."""
 
     def end(self) -> None:
-        """Nothing changes any more."""
+        """Finish the record."""
         self.ended = time.monotonic()
         if self.when_ended is not None:
             self.when_ended()
@@ -63,29 +63,29 @@ class TurnRecord:
 
 @dataclass
 class RequestRecord:
-    """A request over HTTP."""
+    """An HTTP request."""
 
     request_id: str = ""
     method: str = ""
     client: str | None = None
-    """The address, if there is one."""
+    """The client's address."""
 
     started: float = field(default_factory=time.monotonic)
     trace_headers: dict[str, str] = field(default_factory=dict)
-    """What the client says of the trace that the request belongs to."""
+    """Trace context headers from the client."""
 
     endpoint: str = "unknown"
-    """The route, in which ids are placeholders."""
+    """The route, with placeholders for ids."""
 
     status: int = 0
-    """0: no answer began."""
+    """0: no response was started."""
 
     outcome: str = ""
     error: str | None = None
-    """The code of the error that was the answer."""
+    """Code of the error returned."""
 
     key: str | None = None
-    """What the client's key is called."""
+    """Name of the client's key."""
 
     session_id: str | None = None
     streams: bool = False
@@ -93,7 +93,7 @@ class RequestRecord:
     ended: float = 0.0
 
     def end(self) -> None:
-        """All of it is over. A detached turn says how."""
+        """Finish the record. A detached turn determines the outcome."""
         turn, self.ended = self.turn, time.monotonic()
         if turn is None:
             return
@@ -102,7 +102,7 @@ class RequestRecord:
             self.outcome = turn.outcome
 
     def fields(self) -> dict[str, object]:
-        """What the log has of it; what is not known is left out."""
+        """Fields of the log line, without unknown ones."""
         turn = self.turn
         known: dict[str, object] = {
             "request_id": self.request_id,

@@ -1,4 +1,4 @@
-"""`latentd serve`: build everything, say what was built, run until a signal comes."""
+"""`latentd serve`: build the server, report its configuration, run until a signal."""
 
 import asyncio
 import gc
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LAST_BYTES_S = 10
-"""Time for answers that are complete to reach their clients."""
+"""Time limit for complete responses to reach their clients."""
 
 
 class ServeError(Exception):
@@ -45,13 +45,13 @@ class ServeError(Exception):
 
 
 def serve(settings: Settings, started: float) -> None:
-    """Run a server until SIGTERM or SIGINT. `started` is when the start began (monotonic).
+    """Run a server until SIGTERM or SIGINT. `started`: when startup began (monotonic).
 
     Raises ServeError, ListenError, CheckpointError, DeviceError, StoreError and KeyFileError before
     it has started.
     """
     logs.configure(settings.log_level, settings.log_format)
-    # What is wrong with these is told before the slow part.
+    # Report errors in these before the slow part.
     if settings.key_file is not None:
         read_keys(settings.key_file)
     check_certificate(settings)
@@ -113,9 +113,9 @@ def _serve_on(
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens; a signal begins the drain, a second one ends the process at once.
+    """Reports when it listens; a signal starts the drain, a second one ends the process at once.
 
-    While it drains it still answers, so that clients are told why no turn is taken.
+    While draining it still responds, so that clients learn why new turns are rejected.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class _Server(uvicorn.Server):
 
 
 class _FrontedServer(_Server):
-    """One whose connections are those of front processes, a process for each socket."""
+    """A server whose connections are handled by front processes, one per socket."""
 
     def __init__(
         self,
@@ -212,10 +212,10 @@ def _telemetry(settings: Settings) -> "Telemetry | None":
 
 
 def _warn_if_open(address: str) -> None:
-    """A server without keys is for its own machine."""
+    """Warn if a server without keys is reachable from other machines."""
     if not ipaddress.ip_address(address).is_loopback:
         log.warning(
-            "without keys, anybody who reaches %s can do everything: set LATENTD_API_KEY or "
+            "without keys, anybody who can reach %s can do everything: set LATENTD_API_KEY or "
             "--key-file, or listen on --host 127.0.0.1",
             address,
         )

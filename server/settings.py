@@ -1,4 +1,4 @@
-"""Everything that can be set, in one place: flags and `LATENTD_*` variables come from here."""
+"""All settings, in one place: command-line flags and `LATENTD_*` variables."""
 
 import math
 import os
@@ -21,21 +21,21 @@ SPARE_FILES = 64
 """Open files that are not connections."""
 
 SECRETS = {"api_key"}
-"""Settings whose values no message shows."""
+"""Settings whose values never appear in messages."""
 
 DOTLESS = "<local>"
-"""Among names of hosts: every name without a dot."""
+"""Pseudo host name that matches every name without a dot."""
 
 LOOPBACK_NAMES = (DOTLESS, "*.localhost", "127.0.0.1", "::1")
-"""How a server on the loopback may be called: names that no page can have but local ones."""
+"""Host names accepted by a server on the loopback: only local pages can have them."""
 
 
 class SettingsError(ValueError):
-    """A setting is unknown or has a wrong value; the message names it and the value."""
+    """A setting is unknown or invalid; the message names it and its value."""
 
 
 class Group(StrEnum):
-    """What a setting belongs to, in the order of `latentd serve --help`."""
+    """Groups of settings, in the order of `latentd serve --help`."""
 
     MODEL = "Model"
     ENGINE = "Engine"
@@ -47,7 +47,7 @@ class Group(StrEnum):
 
 
 class Settings(BaseSettings):
-    """Settings of `latentd serve`; a flag wins over its environment variable."""
+    """Settings of `latentd serve`; flags override environment variables."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="forbid", protected_namespaces=()
@@ -55,56 +55,55 @@ class Settings(BaseSettings):
 
     checkpoint: Annotated[Path, Group.MODEL] = Field(
         PRETRAINED,
-        description="Folder of the model to serve; if not given, the one in this package.",
+        description="Folder of the model to serve; default: the one in this package.",
     )
     model_name: Annotated[str, Group.MODEL] = Field(
-        "", description="Name that clients use for the model; the checkpoint folder's if empty."
+        "", description="Name of the model in the API; default: the name of the checkpoint folder."
     )
     host: Annotated[str, Group.HTTP] = Field("127.0.0.1", description="Address to listen on.")
     port: Annotated[int, Group.HTTP] = Field(
-        8000, ge=0, le=65535, description="Port to listen on; 0: any free one."
+        8000, ge=0, le=65535, description="Port to listen on; 0: any free port."
     )
     unix_socket: Annotated[Path | None, Group.HTTP] = Field(
-        None, description="Unix socket to listen on, in place of --host and --port."
+        None, description="Unix socket to listen on, instead of --host and --port."
     )
     tls_certificate: Annotated[Path | None, Group.HTTP] = Field(
         None,
-        description="PEM file with the certificate to show, and those between it and its "
-        "authority: the server then speaks HTTPS.",
+        description="PEM file with the certificate chain; enables HTTPS.",
     )
     tls_key: Annotated[Path | None, Group.HTTP] = Field(
-        None, description="PEM file with its private key, if that is not in the same file."
+        None, description="PEM file with the private key, if not in --tls-certificate."
     )
     root_path: Annotated[str, Group.HTTP] = Field(
         "",
         pattern="^(/[^/?#]+)*$",
-        description="Path under which a proxy shows the server, such as /llm, whether it is part "
-        "of the requests that arrive or not.",
+        description="Path under which a proxy exposes the server, such as /llm, whether the proxy "
+        "strips it or not.",
     )
     trusted_proxies: Annotated[tuple[str, ...], NoDecode, Group.HTTP] = Field(
         ("127.0.0.1", "::1"),
         description="Addresses and networks of proxies whose X-Forwarded-For and "
-        "X-Forwarded-Proto are believed, in the variable with commas between them; *: all. What "
-        "comes over a Unix socket is believed in any case.",
+        "X-Forwarded-Proto are trusted (comma-separated in the variable); *: all. Requests over "
+        "a Unix socket are always trusted.",
     )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode, Group.HTTP] = Field(
         (),
-        description="Names by which clients may call the server, in the Host header without the "
-        "port, such as llm.example.com or *.example.com, in the variable with commas between "
-        "them; *: any. If not given, names without a dot and the address where --host is of the "
-        "loopback, which keeps web pages out that call it by a name of their own; otherwise any.",
+        description="Names accepted in the Host header, without port, such as llm.example.com or "
+        "*.example.com (comma-separated in the variable); *: any. Default: if --host is a "
+        "loopback address, that address and names without a dot, which prevents DNS rebinding; "
+        "otherwise any.",
     )
     api_workers: Annotated[int, Group.HTTP] = Field(
         1,
         ge=1,
-        description="Processes that own the clients' connections. With 1 the engine's process does "
-        "that too; more are for thousands of tokens a second (see docs/serving.md).",
+        description="Processes that handle HTTP. With 1 the engine's process does that too; use "
+        "more for thousands of tokens per second (see docs/serving.md).",
     )
     data_dir: Annotated[Path, Group.STORAGE] = Field(
         platformdirs.user_data_path("latentd"), description="Folder of the session store."
     )
     device: Annotated[Literal["auto", "cpu", "cuda"], Group.MODEL] = Field(
-        "auto", description="Where the model runs."
+        "auto", description="Device of the model."
     )
     dtype: Annotated[WeightDtype | None, Group.MODEL] = Field(
         None,
@@ -120,18 +119,18 @@ class Settings(BaseSettings):
         "one for the clients where there are more than two. Steps with little to compute use one.",
     )
     max_running: Annotated[int, Group.ENGINE] = Field(
-        32, ge=1, description="Sequences that run together."
+        32, ge=1, description="Maximum number of sequences in the batch."
     )
     warm_sessions: Annotated[int, Group.SESSIONS] = Field(
-        32, ge=0, description="Sessions that keep their state on the device between turns."
+        32, ge=0, description="Sessions whose states stay on the device between turns."
     )
     max_waiting: Annotated[int, Group.ENGINE] = Field(
-        256, ge=1, description="Sequences that may wait; more are refused."
+        256, ge=1, description="Maximum number of waiting sequences; more are rejected."
     )
     max_waiting_tokens: Annotated[int, Group.ENGINE] = Field(
         1 << 20,
         ge=1,
-        description="Prompt tokens of sequences that wait; requests with more are refused.",
+        description="Maximum prompt tokens of waiting sequences; more are rejected.",
     )
     prefill_chunk_tokens: Annotated[int, Group.ENGINE] = Field(
         512,
@@ -150,53 +149,51 @@ class Settings(BaseSettings):
     prefix_cache_bytes: Annotated[int, Group.ENGINE] = Field(
         64 << 20,
         ge=0,
-        description="Device memory for states after beginnings that prompts have in common, which "
-        "are then read once; 0: none.",
+        description="Device memory for the prefix cache: states after prompt prefixes, which are "
+        "then read only once; 0: disabled.",
     )
     hung_step_s: Annotated[float, Group.ENGINE] = Field(
         300.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds after which a step of the engine counts as hung: /health/live fails, "
-        "so that whatever watches the process starts it anew.",
+        description="Seconds after which an engine step counts as hung: /health/live then fails, "
+        "so that the process is restarted.",
     )
     request_timeout_s: Annotated[float | None, Group.KEYS] = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds until a request must have ended: the most that its timeout may be, "
-        "and what it gets without one; no limit if not given.",
+        description="Maximum and default of a request's timeout, in seconds; default: no limit.",
     )
     max_told_logprobs: Annotated[int, Group.KEYS] = Field(
         1 << 18,
         ge=0,
-        description="Most log-probabilities that an answer may have: one for each token told, and "
-        "those beside it.",
+        description="Maximum number of log-probabilities in an answer, alternatives included.",
     )
     max_prompt_tokens: Annotated[int, Group.KEYS] = Field(
-        131_072, ge=1, description="Longest prompt of one request."
+        131_072, ge=1, description="Maximum prompt tokens per request."
     )
     max_tokens_limit: Annotated[int, Group.KEYS] = Field(
-        65_536, ge=1, description="Largest max_tokens of a request."
+        65_536, ge=1, description="Maximum of a request's max_tokens."
     )
     default_max_tokens: Annotated[int, Group.KEYS] = Field(
-        16, ge=0, description="max_tokens of a completion without it."
+        16, ge=0, description="Default max_tokens of a completion."
     )
     default_chat_max_tokens: Annotated[int, Group.KEYS] = Field(
-        1024, ge=0, description="max_completion_tokens of a chat without it."
+        1024, ge=0, description="Default max_completion_tokens of a chat."
     )
     max_logprobs: Annotated[int, Group.KEYS] = Field(
-        20, ge=0, description="Most probable tokens that can be asked for beside each token."
+        20, ge=0, description="Maximum number of most probable tokens per position."
     )
-    max_n: Annotated[int, Group.KEYS] = Field(16, ge=1, description="Most choices per prompt.")
+    max_n: Annotated[int, Group.KEYS] = Field(16, ge=1, description="Maximum choices per prompt.")
     max_stop: Annotated[int, Group.KEYS] = Field(
-        16, ge=1, description="Most stop strings of a request."
+        16, ge=1, description="Maximum stop strings per request."
     )
     max_logit_bias: Annotated[int, Group.KEYS] = Field(
-        300, ge=0, description="Most tokens of a request's logit_bias."
+        300, ge=0, description="Maximum tokens in a request's logit_bias."
     )
     max_body_bytes: Annotated[int, Group.HTTP] = Field(
-        4 << 20, ge=1024, description="Largest request body."
+        4 << 20, ge=1024, description="Maximum bytes of a request body."
     )
     max_connections: Annotated[int, Group.HTTP] = Field(
         4096,
@@ -206,43 +203,43 @@ class Settings(BaseSettings):
         "and if all have one, the new one is closed.",
     )
     max_header_bytes: Annotated[int, Group.HTTP] = Field(
-        32 << 10, ge=1024, description="Bytes of a request's path, headers and trailers."
+        32 << 10, ge=1024, description="Maximum bytes of a request's path, headers and trailers."
     )
     max_headers: Annotated[int, Group.HTTP] = Field(
-        100, ge=1, description="Headers and trailers of a request."
+        100, ge=1, description="Maximum number of headers and trailers per request."
     )
     stall_timeout_s: Annotated[float, Group.HTTP] = Field(
         60.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds in which a client whose buffers are full must read on; otherwise it "
-        "counts as gone, and its turn is rolled back.",
+        description="Seconds after which a client that reads nothing while its buffers are full "
+        "counts as disconnected, and its turn is rolled back.",
     )
     header_timeout_s: Annotated[float, Group.HTTP] = Field(
         30.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds in which a client must have told a request's headers.",
+        description="Time limit for receiving a request's headers, in seconds.",
     )
     body_timeout_s: Annotated[float, Group.HTTP] = Field(
         60.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds in which a request's body must have arrived.",
+        description="Time limit for receiving a request's body, in seconds.",
     )
     keep_alive_timeout_s: Annotated[int, Group.HTTP] = Field(
         75,
         ge=1,
-        description="Seconds that a connection may stay without a request; longer than clients and "
-        "proxies keep theirs, or their next request is lost.",
+        description="Seconds that an idle connection stays open; set it above the value of clients "
+        "and proxies, or they may lose a request.",
     )
     host_cache_bytes: Annotated[int, Group.SESSIONS] = Field(
-        256 << 20, ge=0, description="Host memory for parked states; 0: none."
+        256 << 20, ge=0, description="Host memory for states of idle sessions; 0: none."
     )
     durability: Annotated[Literal["sync", "async"], Group.STORAGE] = Field(
         "sync",
-        description="sync: a turn is on the disk before its last event. async: it survives the end "
-        "of the process, but the last turns may be lost when the machine loses its power.",
+        description="sync: a turn is on disk before its last event. async: it survives a crash of "
+        "the process, but the last turns may be lost in a power failure.",
     )
     min_free_bytes: Annotated[int, Group.STORAGE] = Field(
         64 << 20,
@@ -251,77 +248,77 @@ class Settings(BaseSettings):
         "goes on; on a small disk a twentieth of it, in any case two states.",
     )
     keep_turns: Annotated[int, Group.SESSIONS] = Field(
-        8, ge=1, description="Turns of a session whose states are kept, to fork or rewind to."
+        8, ge=1, description="Checkpoints per session: the last turns, to fork or rewind to."
     )
     session_ttl_s: Annotated[float | None, Group.SESSIONS] = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds without use after which a session is erased: the most that its ttl "
-        "may be, and what it gets without one; never if not given.",
+        description="Maximum and default of a session's ttl: seconds without use after which it "
+        "expires; default: never.",
     )
     response_ttl_s: Annotated[float | None, Group.SESSIONS] = Field(
         30 * 86400.0,
         gt=0,
-        description="Seconds after which a stored response is erased: the most that its ttl may "
-        "be, and what it gets without one; inf: never.",
+        description="Maximum and default of a stored response's ttl: seconds after which it "
+        "expires; inf: never.",
     )
     sweep_interval_s: Annotated[float, Group.STORAGE] = Field(
         30.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds between looks for expired sessions and responses to erase, which "
-        "clients do not see meanwhile.",
+        description="Seconds between sweeps that erase expired sessions and responses, which are "
+        "already invisible.",
     )
     busy_wait_s: Annotated[float, Group.SESSIONS] = Field(
         1.5,
         ge=0,
         allow_inf_nan=False,
-        description="Seconds that a turn waits for the one before it, which may just be rolled "
-        "back because its client has gone; then it is refused.",
+        description="Seconds that a turn waits for a busy session, whose turn may be rolling back "
+        "after a disconnect, before it is rejected.",
     )
     max_sessions: Annotated[int | None, Group.STORAGE] = Field(
-        None, ge=0, description="Most sessions in all."
+        None, ge=0, description="Maximum number of sessions."
     )
     max_store_bytes: Annotated[int | None, Group.STORAGE] = Field(
-        None, ge=0, description="Most bytes in the store: states, kept answers and responses."
+        None, ge=0, description="Maximum bytes in the store: states, answers and responses."
     )
     max_sessions_per_key: Annotated[int | None, Group.KEYS] = Field(
-        None, ge=0, description="Most sessions of a key."
+        None, ge=0, description="Maximum sessions per key."
     )
     max_responses_per_key: Annotated[int | None, Group.KEYS] = Field(
-        None, ge=0, description="Most stored responses of a key."
+        None, ge=0, description="Maximum stored responses per key."
     )
     max_bytes_per_key: Annotated[int | None, Group.KEYS] = Field(
-        None, ge=0, description="Most bytes of a key's states, kept answers and responses."
+        None, ge=0, description="Maximum bytes per key: states, answers and responses."
     )
     api_key: Annotated[tuple[str, ...], NoDecode, Group.KEYS] = Field(
         (),
-        description="Keys that clients must show, in the variable with commas between them; each "
-        "sees its own sessions only. Without any key, everybody may do everything.",
+        description="API keys (comma-separated in the variable); each sees only its own sessions. "
+        "Without keys, anybody may do everything.",
     )
     key_file: Annotated[Path | None, Group.KEYS] = Field(
         None,
-        description="File of further keys, which latentd keys makes and revokes while the server "
-        "runs (see docs/keys.md).",
+        description="File with further keys, managed by latentd keys while the server runs (see "
+        "docs/keys.md).",
     )
     guard_metrics: Annotated[bool, Group.LOGS] = Field(
-        True, description="Whether /metrics needs a key, where anything does."
+        True, description="Whether /metrics needs a key, if keys are required."
     )
     key_requests_per_minute: Annotated[int | None, Group.KEYS] = Field(
         None,
         ge=1,
-        description="Requests that read or write text which a key may make in a minute, if its "
-        "entry in the key file says nothing else; no limit if not given. Without keys, all clients "
-        "together count as one key.",
+        description="Prompt-processing or generating requests per minute and key, unless the key "
+        "file says otherwise; default: no limit. Without keys, all clients together count as one "
+        "key.",
     )
     key_tokens_per_minute: Annotated[int | None, Group.KEYS] = Field(
         None,
         ge=1,
-        description="Tokens that a key may have read and generated in a minute, likewise.",
+        description="Prompt and generated tokens per minute and key, likewise.",
     )
     key_concurrent_requests: Annotated[int | None, Group.KEYS] = Field(
-        None, ge=1, description="Requests of a key that may wait or run together, likewise."
+        None, ge=1, description="Waiting and running requests per key, likewise."
     )
     key_concurrent_sequences: Annotated[int | None, Group.KEYS] = Field(
         None,
@@ -330,38 +327,41 @@ class Settings(BaseSettings):
         "for each of its prompts.",
     )
     requests_per_minute: Annotated[int | None, Group.KEYS] = Field(
-        None, ge=1, description="Requests in a minute of all keys together; no limit if not given."
+        None, ge=1, description="Requests per minute of all keys together; default: no limit."
     )
     tokens_per_minute: Annotated[int | None, Group.KEYS] = Field(
-        None, ge=1, description="Tokens in a minute of all keys together; no limit if not given."
+        None, ge=1, description="Tokens per minute of all keys together; default: no limit."
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode, Group.HTTP] = Field(
         (),
-        description="Origins of web pages that may use the server, such as https://example.com, in "
-        "the variable with commas between them; *: any.",
+        description="Web origins that may use the server, such as https://example.com "
+        "(comma-separated in the variable); *: any.",
     )
     unknown_parameters: Annotated[Literal["refuse", "ignore"], Group.HTTP] = Field(
         "refuse",
-        description="What becomes of parameters of a request that nobody knows; one that is "
-        "ignored is logged once.",
+        description="Handling of unknown request parameters; ignored names are logged once.",
     )
     keepalive_s: Annotated[float, Group.HTTP] = Field(
         15.0,
         gt=0,
         allow_inf_nan=False,
-        description="Silence on a stream after which a comment is sent.",
+        description="Seconds of silence after which a stream sends a keep-alive comment.",
     )
     grammar_timeout_s: Annotated[float, Group.KEYS] = Field(
         5.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds to compile a schema, regular expression or grammar of a request.",
+        description="Time limit for compiling a schema, regular expression or grammar, in seconds.",
     )
     max_resumable_streams: Annotated[int, Group.HTTP] = Field(
-        64, ge=0, description="Streams that can be resumed; the oldest ended ones make room."
+        64,
+        ge=0,
+        description="Maximum resumable streams; the oldest finished ones are dropped first.",
     )
     stream_buffer_bytes: Annotated[int, Group.HTTP] = Field(
-        4 << 20, ge=1024, description="Most bytes kept of a resumable stream; its oldest events go."
+        4 << 20,
+        ge=1024,
+        description="Maximum stored bytes per resumable stream; the oldest events are dropped.",
     )
     stream_ttl_s: Annotated[float, Group.HTTP] = Field(
         300.0,
@@ -373,31 +373,29 @@ class Settings(BaseSettings):
         30.0,
         ge=0,
         allow_inf_nan=False,
-        description="Time for running turns to finish when the server stops; what is left is "
-        "rolled back.",
+        description="Seconds for running turns to finish on shutdown; the rest are rolled back.",
     )
     metrics_address: Annotated[str | None, Group.LOGS] = Field(
         None,
         pattern=r"^(\[[0-9A-Fa-f:.]+\]|[^:\[\]]+):[0-9]{1,5}$",
-        description="Address and port, such as 127.0.0.1:9090, where /metrics is answered instead "
-        "of beside the API, without a key.",
+        description="Address and port, such as 127.0.0.1:9090, to serve /metrics on instead of "
+        "with the API, without a key.",
     )
     metrics_names: Annotated[Literal["latentd", "vllm"], Group.LOGS] = Field(
         "latentd",
-        description="vllm: besides the server's own, those metrics of vLLM that gateways look at.",
+        description="vllm: also export the vLLM metrics that gateways use.",
     )
     otel: Annotated[bool, Group.LOGS] = Field(
         False,
-        description="Send traces and metrics by OpenTelemetry's OTLP over HTTP, as the variables "
-        "OTEL_* say; needs latentd[otel].",
+        description="Export traces and metrics by OTLP over HTTP, configured by OpenTelemetry's "
+        "OTEL_* variables; needs latentd[otel].",
     )
     log_format: Annotated[Literal["json", "console"] | None, Group.LOGS] = Field(
         None,
-        description="How the log is written, which goes to stderr; if not given, console where "
-        "that is a terminal, and json otherwise.",
+        description="Format of the log on stderr; default: console on a terminal, otherwise json.",
     )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Group.LOGS] = Field(
-        "info", description="Least severe messages to log."
+        "info", description="Minimum level of log messages."
     )
 
     @field_validator("response_ttl_s")
@@ -415,7 +413,8 @@ class Settings(BaseSettings):
     @field_validator("api_key", mode="before")
     @classmethod
     def _refuse_unset_secret(cls, value: Any) -> Any:
-        """An empty variable is a secret that was not found, and must not open the server."""
+        """Reject an empty variable: it may be a missing secret, and must not disable
+        authentication."""
         if isinstance(value, str) and not value.strip(", "):
             raise ValueError("it is empty: leave it unset to serve without keys")
         return value
@@ -425,7 +424,7 @@ class Settings(BaseSettings):
     def _check_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
         for key in keys:
             if not key.isascii() or not key.isprintable() or " " in key or not key:
-                raise ValueError("a key is made of printable ASCII characters without spaces")
+                raise ValueError("a key must consist of printable ASCII characters without spaces")
         return keys
 
     @field_validator("cors_origins")
@@ -450,7 +449,7 @@ class Settings(BaseSettings):
     @classmethod
     def _check_certificate(cls, file: Path | None, info: ValidationInfo) -> Path | None:
         if file is not None and info.data.get("unix_socket") is not None:
-            raise ValueError("a Unix socket needs no TLS: give one or the other")
+            raise ValueError("TLS is not supported on a Unix socket: set only one of them")
         return file
 
     @field_validator("tls_key")
@@ -462,7 +461,7 @@ class Settings(BaseSettings):
 
     @property
     def known_hosts(self) -> tuple[str, ...]:
-        """Names by which clients may call the server; empty: any."""
+        """Accepted host names; empty: any."""
         if self.allowed_hosts:
             return () if "*" in self.allowed_hosts else self.allowed_hosts
         if self.unix_socket is not None or not _is_loopback(self.host):
@@ -479,12 +478,13 @@ class Settings(BaseSettings):
 
     @property
     def has_keys(self) -> bool:
-        """Also with a key file in which there is none: its last key may have been revoked."""
+        """Whether keys are required: also with an empty key file, whose last key may have been
+        revoked."""
         return bool(self.api_key) or self.key_file is not None
 
     @property
     def served_name(self) -> str:
-        """What clients call the model."""
+        """The model's name in the API."""
         if self.model_name:
             return self.model_name
         return "latentd" if self.checkpoint == PRETRAINED else self.checkpoint.resolve().name
@@ -500,19 +500,18 @@ def _is_loopback(host: str) -> bool:
 
 
 def read_settings(flags: Mapping[str, Any]) -> Settings:
-    """Settings from flags by field name and from the environment. Raises SettingsError."""
+    """Read settings from flags (by field name) and the environment. Raises SettingsError."""
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     given = {k: v for k, v in os.environ.items() if k.upper().startswith(PREFIX)}
     for name, value in given.items():
         if value.startswith(("tcp://", "udp://", "sctp://")) or name.endswith("_SERVICE_HOST"):
             raise SettingsError(
-                f"{name}: {value!r}: this is a link that Kubernetes makes for a service whose name "
-                "begins with latentd, not a setting: put enableServiceLinks: false into the pod's "
-                "spec"
+                f"{name}: {value!r}: this is a Kubernetes service link, of a service whose name "
+                "begins with latentd, not a setting: set enableServiceLinks: false in the pod spec"
             )
     for name in given:
         if name.upper() not in known:
-            raise SettingsError(f"{name}: there is no such setting")
+            raise SettingsError(f"{name}: unknown setting")
     try:
         return Settings(**flags)
     except ValidationError as error:

@@ -1,9 +1,8 @@
-"""OpenTelemetry: a server span of each request, and its durations, sent by OTLP over HTTP.
+"""OpenTelemetry: a server span per request and duration metrics, exported by OTLP over HTTP.
 
-The only module that imports it, and imported itself only if it is switched on. Where to send, how
-much, and under which name is said by the OTEL_* variables of OpenTelemetry's specification. Spans
-are made when a request has ended, from its record; sending is a thread's of the SDK, which drops
-what it cannot send.
+The only module that imports OpenTelemetry, itself imported only if enabled. The OTEL_* variables of
+the specification configure destination, sampling and names. Spans are created from a request's
+record when it has ended; an SDK thread sends them and drops what it cannot send.
 """
 
 import threading
@@ -31,16 +30,16 @@ from server.records import RequestRecord, TurnRecord
 
 PROVIDER = "latentd"
 CHATS = ("/v1/chat/completions", "/v1/responses")
-"""Endpoints whose operation is `chat`; that of others is `text_completion`."""
+"""Endpoints with the operation `chat`; others are `text_completion`."""
 
 FAULTS = ("server_error", "deadline_exceeded")
-"""Outcomes for which the server, and not the client, made the span an error."""
+"""Outcomes that mark a span as an error: caused by the server, not the client."""
 
 CLOSING_S = 2.0
-"""For what is left to be sent at the end; a receiver that is down would keep the SDK for longer."""
+"""Time limit for the final export; the SDK would wait longer for a dead collector."""
 
 CLOSING = "closing telemetry"
-"""The name of threads that do."""
+"""Name of the closing threads."""
 
 DURATION_S = tuple(0.01 * 2**i for i in range(14))
 FIRST_TOKEN_S = (
@@ -48,11 +47,11 @@ FIRST_TOKEN_S = (
     *(0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
 )
 PER_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-"""Bounds of the histograms, those that the conventions recommend."""
+"""Histogram bounds recommended by the conventions."""
 
 
 class Telemetry:
-    """Sends what it is told of requests. Any thread may call it."""
+    """Exports records of requests. Thread-safe."""
 
     def __init__(self, version: str, model_name: str) -> None:
         self._model_name = model_name
@@ -76,7 +75,7 @@ class Telemetry:
         )
 
     def record(self, request: RequestRecord) -> None:
-        """A request has ended."""
+        """Record a finished request."""
         at = _clock()
         name = f"{request.method} {request.endpoint}"
         if request.turn is not None:
@@ -97,7 +96,7 @@ class Telemetry:
         span.end(at(request.ended))
 
     def close(self) -> None:
-        """Send what is left, but not for long: by threads that do not keep the process."""
+        """Flush within a time limit, in daemon threads."""
         providers = (self._traces, self._metrics)
         threads = [
             threading.Thread(target=each.shutdown, name=CLOSING, daemon=True) for each in providers
@@ -155,7 +154,7 @@ class Telemetry:
 
 
 def _clock() -> Callable[[float], int]:
-    """From seconds of `time.monotonic` to nanoseconds since 1970, which spans have."""
+    """Converter from `time.monotonic` seconds to Unix nanoseconds."""
     offset_ns = time.time_ns() - time.monotonic_ns()
     return lambda moment: offset_ns + round(moment * 1e9)
 
@@ -165,7 +164,7 @@ def _operation(request: RequestRecord) -> str:
 
 
 def _http_attributes(request: RequestRecord) -> dict[str, AttributeValue]:
-    """Without the path, which has ids in it."""
+    """Without the path, which contains ids."""
     attributes: dict[str, AttributeValue] = {
         "http.request.method": request.method,
         "http.route": request.endpoint,
@@ -179,7 +178,7 @@ def _http_attributes(request: RequestRecord) -> dict[str, AttributeValue]:
 
 
 def _phases(turn: TurnRecord) -> list[tuple[str, float, float]]:
-    """What a turn's time went to, as far as it is known: names, starts and ends."""
+    """Known phases of a turn: names, starts and ends."""
     phases = []
     if turn.queue_s is not None and turn.prefill_s is not None and turn.decoded_s is not None:
         row_at = turn.started + turn.queue_s

@@ -1,4 +1,4 @@
-"""The application: its parts are built when it starts and taken down when it stops."""
+"""The FastAPI application; its lifespan builds the service and shuts it down."""
 
 import asyncio
 import logging
@@ -54,16 +54,16 @@ NO_TELEMETRY: Any = {
     **dict.fromkeys(("tracing", "metrics", "logs", "operation_spans"), False),
     "auto_configure": False,
 }
-"""The framework's own, which would cost time and tell of content; ours is server.telemetry."""
+"""The framework's own telemetry, which is slow and records content; ours is server.telemetry."""
 
 LAG_INTERVAL_S = 0.1
-"""Between two looks at how late the event loop is."""
+"""Interval of the event loop lag probe."""
 
 HEALTH_INTERVAL_S = 1.0
-"""Between two looks at the health, where only its metrics ask for it."""
+"""Interval of health checks, if no request to /metrics triggers them."""
 
 KEY_FILE_INTERVAL_S = 1.0
-"""Between two looks at the key file, which are a stat each while nothing changes."""
+"""Polling interval of the key file: one stat while nothing changes."""
 
 EXPOSED_TO_PAGES = (
     *(REQUEST_ID, "X-Session-ID", "X-Session-Turn", "X-Stream-ID", "Idempotent-Replayed"),
@@ -77,10 +77,10 @@ log = logging.getLogger(__name__)
 def create_app(
     settings: Settings, checkpoint: Checkpoint, store: Store, trace: Trace | None = None
 ) -> FastAPI:
-    """An app that serves one checkpoint; it closes the store when it ends. `trace` gets the records
-    of its requests.
+    """An app that serves one checkpoint; it closes the store on shutdown. `trace` receives the
+    records of its requests.
 
-    Raises TemplateFault when the model's chat template is none, and KeyFileError.
+    Raises TemplateFault for an invalid chat template, and KeyFileError.
     """
     metrics, keys, limiter = Metrics(), KeyRing(settings), Limiter(settings)
     network = checkpoint.network
@@ -156,13 +156,13 @@ def create_app(
         trace=trace,
     )
     app.state.metrics = metrics
-    if settings.cors_origins:  # around the others, so that web pages can read their errors
+    if settings.cors_origins:  # outermost, so that pages can read errors, too
         app.add_middleware(PageMiddleware, origins=settings.cors_origins, exposed=EXPOSED_TO_PAGES)
     return app
 
 
 async def drain(app: FastAPI) -> None:
-    """Let the turns that run come to their ends, or roll them back. Also before the app started."""
+    """Let running turns finish, or roll them back. May be called before startup."""
     service = getattr(app.state, "service", None)
     if isinstance(service, Service):
         await service.drain()
@@ -223,7 +223,7 @@ def _grammars(checkpoint: Checkpoint) -> GrammarCompiler:
 
 
 async def _measure_lag(metrics: Metrics) -> None:
-    """See how late the event loop wakes who sleeps, for ever."""
+    """Measure the event loop's lag, forever."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + LAG_INTERVAL_S
@@ -232,7 +232,7 @@ async def _measure_lag(metrics: Metrics) -> None:
 
 
 async def _watch_health(service: Service) -> None:
-    """Keep the metrics of health fresh where no request asks for them, for ever."""
+    """Keep the health metrics fresh if no request to /metrics does, forever."""
     while True:
         await health.find_trouble(service)
         await asyncio.sleep(HEALTH_INTERVAL_S)
@@ -247,42 +247,42 @@ async def _watch(keys: KeyRing, service: Service) -> None:
 
 
 async def _recover(ledger: Ledger) -> None:
-    """Tell of responses that the last process left unfinished that they failed."""
+    """Mark responses that the last process left unfinished as failed."""
     try:
         interrupted = await ledger.recover()
     except StorageFailed as error:
-        log.warning("interrupted responses stay unfinished for now: %s", error)
+        log.warning("interrupted responses cannot be marked as failed yet: %s", error)
     else:
         if interrupted:
-            log.warning("%d responses in the background were interrupted", interrupted)
+            log.warning("%d background responses were interrupted", interrupted)
 
 
 async def _report_models(store: Store, codec: Codec, data_dir: Path) -> None:
-    """Say which of the stored sessions and responses this model cannot continue."""
+    """Log which stored sessions and responses belong to other models."""
     try:
         counts = await count_models(store)
     except StorageFailed as error:
-        log.warning("which models the stored states belong to is not known: %s", error)
+        log.warning("cannot determine the models of the stored states: %s", error)
         return
     for fingerprint, count in counts.items():
         if fingerprint and fingerprint != codec.fingerprint:
             log.warning(
-                "kept, but not to be continued by this model (fingerprint %s): %s of the model "
-                "with fingerprint %s; serve that model again, or stop the server and erase them "
+                "the store has %s of the model with fingerprint %s, which this model (fingerprint "
+                "%s) cannot continue; serve that model again, or stop the server and erase them "
                 "with `latentd erase-model %s --data-dir %s`",
-                *(codec.fingerprint[:SHORT], described(count), fingerprint[:SHORT]),
+                *(described(count), fingerprint[:SHORT], codec.fingerprint[:SHORT]),
                 *(fingerprint[:SHORT], data_dir),
             )
 
 
 async def _sweep(service: Service, every_s: float) -> None:
-    """Erase expired sessions, responses and streams, for ever."""
+    """Erase expired sessions, responses and streams, forever."""
     while True:
         service.streams.forget_expired()
         try:
             swept = await service.ledger.sweep()
         except StorageFailed as error:
-            log.warning("expired sessions and responses stay for now: %s", error)
+            log.warning("expired sessions and responses cannot be erased yet: %s", error)
             swept = 0
         if not swept:
             await asyncio.sleep(every_s)

@@ -1,4 +1,4 @@
-"""Who asks: the key of a request, and the name under which its sessions are kept."""
+"""Authentication: a request's API key, and the owner of its sessions."""
 
 import logging
 from collections import Counter
@@ -19,13 +19,13 @@ from server.metrics import METRICS
 from server.settings import Settings
 
 EVERYBODY = ""
-"""The owner of all sessions where no keys are asked for."""
+"""The owner of all sessions if no keys are required."""
 
 OPEN = {"/health", "/health/live", "/health/ready"}
-"""What is asked without a key: orchestrators have none."""
+"""Paths that need no key: orchestrators have none."""
 
 CALLER = "latentd.caller"
-"""Where a request's scope has its caller."""
+"""Key of the caller in a request's scope."""
 
 NO_LIMITS = Limits()
 log = logging.getLogger(__name__)
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks; the default is anybody."""
+    """Who sent a request; by default anybody."""
 
     owner: str = EVERYBODY
     name: str = ""
-    """What the key is called in the key file."""
+    """The key's name in the key file."""
 
     limits: Limits = NO_LIMITS
 
@@ -46,7 +46,7 @@ ANYBODY = Caller()
 
 
 class KeyRing:
-    """The keys that the server knows: those of its settings and those of the key file."""
+    """The server's API keys: those of its settings and those of the key file."""
 
     def __init__(self, settings: Settings) -> None:
         """Raises KeyFileError."""
@@ -68,20 +68,20 @@ class KeyRing:
             self._listed = self._read(self._file)
 
     def find(self, authorization: str) -> Caller:
-        """Who sends this header. Raises Unauthorized.
+        """The caller with this Authorization header. Raises Unauthorized.
 
-        The key is looked up by its digest, which takes the same time for any number of keys. How
-        long that takes could tell something of a digest, but no digest tells anything of the key.
+        Keys are looked up by digest. The time that takes could only reveal something about a
+        digest, and a digest reveals nothing about its key.
         """
         if not self.asks_for_keys:
             return self._anybody
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
-            raise Unauthorized("this server wants an API key: Authorization: Bearer KEY")
+            raise Unauthorized("an API key is required: Authorization: Bearer KEY")
         key_digest = digest(key.strip())
         caller = self._listed.get(key_digest) or self._given.get(key_digest)
         if caller is None:
-            raise Unauthorized("this server does not know this API key")
+            raise Unauthorized("invalid API key")
         return caller
 
     def refresh(self) -> set[str]:
@@ -94,7 +94,7 @@ class KeyRing:
         try:
             self._listed = self._read(self._file)
         except KeyFileError as error:
-            log.error("the keys stay as they were: %s", error)
+            log.error("the key file was not reloaded: %s", error)
         else:
             log.info("%s: %d keys", self._file, len(self._listed))
         valid = (*self._listed.values(), *self._given.values())
@@ -106,14 +106,14 @@ class KeyRing:
         }
 
     def _limits(self, own: Limits) -> Limits:
-        """A key's own limits, and the settings' where it has none."""
+        """A key's limits, with the settings as defaults."""
         return self._defaults.model_copy(update=own.model_dump(exclude_none=True))
 
 
 class Guard:
-    """Lets requests through whose caller is known, and puts the caller into their scope.
+    """Middleware that authenticates requests and puts the caller into their scope.
 
-    It stands before all routes, so that none can be forgotten.
+    It precedes all routes, so that none can be left unprotected.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing, guard_metrics: bool, most: int) -> None:
@@ -162,17 +162,17 @@ class Guard:
 BEARER = HTTPBearer(
     auto_error=False,
     scheme_name="APIKey",
-    description="A key of this server, if it asks for keys.",
+    description="An API key, if the server requires one.",
 )
 
 
 async def get_caller(
     request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(BEARER)]
 ) -> Caller:
-    """Who asks, as the guard found out."""
+    """The authenticated caller."""
     caller = request.scope[CALLER]
     if not isinstance(caller, Caller):
-        raise Unauthorized("nobody has asked who this is")
+        raise Unauthorized("the request was not authenticated")
     return caller
 
 
@@ -180,7 +180,7 @@ CallerDep = Annotated[Caller, Depends(get_caller)]
 
 
 async def get_owner(caller: CallerDep) -> str:
-    """The name under which the caller's sessions are kept."""
+    """The owner of the caller's sessions."""
     return caller.owner
 
 
@@ -188,7 +188,7 @@ OwnerDep = Annotated[str, Depends(get_owner)]
 
 
 def _stamp(file: Path) -> object:
-    """What changes with the file; None if there is none."""
+    """Identifies a version of the file; None if there is none."""
     try:
         status = file.stat()
     except OSError:

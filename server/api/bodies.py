@@ -1,7 +1,7 @@
-"""JSON bodies: bounded, parsed and validated, large ones off the event loop.
+"""JSON bodies: bounded, parsed and validated; large ones off the event loop.
 
-A large body's shape is looked at before it is parsed. Hundreds of thousands of objects are no
-request that could be answered, and to make, to refuse and to free them holds the GIL.
+The shape of a large body is checked before it is parsed. Hundreds of thousands of objects are never
+a valid request, and creating, rejecting and freeing them would hold the GIL.
 """
 
 import json
@@ -24,18 +24,19 @@ from server.api.texts import SHORT
 from server.errors import InvalidRequest
 
 MAX_NAMES = MAX_CONTAINERS = 16_384
-"""Members of all objects of a body, and objects and lists. A chat of 5,000 messages has fewer."""
+"""Limits per body: members of objects, and objects plus lists. A chat of 5,000 messages has
+fewer."""
 
 MAX_STRINGS = MAX_DEEP_VALUES = 65_536
-"""Strings with the names, and values below the token ids of a list of prompts. A schema that is as
-long as a grammar may be has fewer."""
+"""Limits per body: strings including names, and values nested deeper than token ids in a list of
+prompts. A schema of the maximum grammar size has fewer."""
 
 TOKEN_IDS = 3
-"""The deepest level of token ids: a body has a list of prompts, that are lists."""
+"""Deepest nesting of token ids: body, list of prompts, prompt."""
 
 
 class JSONRoute(APIRoute):
-    """Hands its endpoint a body that is validated already."""
+    """A route whose endpoint receives an already validated body."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -61,7 +62,7 @@ class JSONRoute(APIRoute):
 
 
 class ReadRequest(Request):
-    """A request whose body has been read."""
+    """A request with a parsed body."""
 
     value: Any = None
 
@@ -70,7 +71,7 @@ class ReadRequest(Request):
 
 
 def parse(content: bytes, adapter: TypeAdapter[Any], max_values: int) -> Any:
-    """What a body says, validated. Raises InvalidRequest naming the first thing wrong."""
+    """Parse and validate a body. Raises InvalidRequest naming the first error."""
     if (encoding := json.detect_encoding(content)) not in ("utf-8", "utf-8-sig"):
         content = content.decode(encoding, "replace").encode()
     if len(content) > SHORT:
@@ -91,10 +92,10 @@ def _is_json(content_type: str) -> bool:
 
 
 def _loads(content: bytes) -> Any:
-    """Raises InvalidRequest for what is not JSON."""
+    """Parse JSON. Raises InvalidRequest."""
     try:
         return from_json(content)
-    except ValueError:  # the standard library reads more, and its messages name the place
+    except ValueError:  # the standard library accepts more, and its messages name the position
         pass
     try:
         return json.loads(content)
@@ -109,7 +110,7 @@ def _loads(content: bytes) -> Any:
 def check_shape(content: bytes, max_values: int) -> None:
     """Raises InvalidRequest for more values, names or objects than a request may have.
 
-    It need not be JSON: only the marks outside of strings are counted.
+    The content may be invalid JSON: only punctuation outside strings is counted.
     """
     marks = _Marks(content)
     bounds = (
@@ -125,17 +126,17 @@ def check_shape(content: bytes, max_values: int) -> None:
             param = marks.member(int(np.flatnonzero(found)[most]))
             where = "" if param is None else f"{param}: "
             raise InvalidRequest(
-                f"{where}the body has {count} {what}, the most is {most}",
+                f"{where}the body has {count} {what}, the maximum is {most}",
                 param,
                 "invalid_body" if param is None else "invalid_value",
             )
 
 
 class _Marks:
-    """The marks `[]{},:` of a JSON text outside of its strings. numpy releases the GIL."""
+    """The punctuation `[]{},:` of a JSON text outside its strings. numpy releases the GIL."""
 
     def __init__(self, content: bytes) -> None:
-        # A quote that a backslash escapes is none; pairs of backslashes escape each other.
+        # Blank out escaped backslashes and escaped quotes.
         plain = content
         if b"\\" in content:
             plain = content.replace(b"\\\\", b"__").replace(b'\\"', b"__")
@@ -153,7 +154,7 @@ class _Marks:
         self.depths = np.cumsum(self.is_container.astype(np.int32) - self._is(b"]}"))
 
     def member(self, mark: int) -> str | None:
-        """The name of the body's own member in which a mark is."""
+        """Name of the body's top-level member that contains a mark."""
         own = np.flatnonzero(self.is_name[: mark + 1] & (self.depths[: mark + 1] == 1))
         if not len(own):
             return None

@@ -1,7 +1,7 @@
-"""Messages to prompt text, by the checkpoint's chat template, in a sandbox.
+"""Messages to prompt tokens, by the checkpoint's chat template in a sandbox.
 
-A session holds the end of its last answer, which no end of message was written to. So its next turn
-begins with what the template writes between an answer and the messages that follow it.
+A session ends with its last answer, without the template's end of message. So its next turn begins
+with what the template puts between an answer and the following messages.
 """
 
 import datetime
@@ -19,29 +19,29 @@ from server.api.special_names import Marks, SpecialNames, random_digits
 
 @dataclass(frozen=True)
 class Said:
-    """A message."""
+    """A chat message."""
 
     role: str
     text: str
     name: str | None = None
-    """Who spoke, for templates that have a place for it."""
+    """Name of the speaker, for templates that use it."""
 
 
 class UnfitMessages(ValueError):
-    """The template does not take these messages; the message says why."""
+    """The template rejects these messages; the message says why."""
 
 
 class TemplateFault(ValueError):
-    """The checkpoint's template cannot be used."""
+    """The checkpoint's chat template is invalid."""
 
 
 class Conversation:
-    """The chat template of a checkpoint."""
+    """A checkpoint's chat template."""
 
     def __init__(
         self, template: str, tokenizer: Tokenizer, bos: int | None, eos: int | None
     ) -> None:
-        """Raises TemplateFault when it is not a template."""
+        """Raises TemplateFault for an invalid template."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
@@ -59,16 +59,16 @@ class Conversation:
         }
 
     def begin(self, messages: Sequence[Said], max_tokens: int) -> list[int]:
-        """Tokens of a whole conversation, up to where the answer begins.
+        """Tokens of a whole conversation, up to the start of the answer.
 
-        Raises UnfitMessages, and TooManyTokens.
+        Raises UnfitMessages and TooManyTokens.
         """
         return self._encode(messages, max_tokens)
 
     def go_on(self, messages: Sequence[Said], max_tokens: int) -> list[int]:
         """Tokens between the last answer and the next one. Raises UnfitMessages and TooManyTokens.
 
-        No messages: nothing, so that the last answer itself goes on.
+        Empty for no messages, so that the last answer continues.
         """
         if not messages:
             return []
@@ -83,9 +83,10 @@ class Conversation:
         before: Sequence[dict[str, str]] = (),
         behind: str = "",
     ) -> list[int]:
-        """Special tokens are those of the template only: in what users write, names are text.
+        """Encode rendered messages; only the template can produce special tokens.
 
-        Roles are no user's text: templates make special tokens of them.
+        In user text, their names are plain text. Roles are not user text: templates turn them into
+        special tokens.
         """
         self._tokenizer.check_length(sum(len(each.text) for each in messages), max_tokens)
         marks = Marks(random_digits(), random_digits())
@@ -100,7 +101,7 @@ class Conversation:
         if behind:
             _, found, text = text.partition(behind)
             if not found:
-                raise UnfitMessages("it does not show earlier answers, so that no chat can go on")
+                raise UnfitMessages("it omits earlier answers, so that no chat can be continued")
         return self._special.encode(text, marks, max_tokens)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
@@ -108,7 +109,7 @@ class Conversation:
             return self._template.render(
                 messages=messages, add_generation_prompt=True, tools=None, **self._names
             )
-        except Exception as error:  # the template is a program of the checkpoint's
+        except Exception as error:  # templates are programs and may raise anything
             raise UnfitMessages(str(error)[:200] or type(error).__name__) from error
 
 

@@ -1,4 +1,4 @@
-"""Bodies with a Content-Encoding: decoded as they arrive, and never beyond the limit of a body."""
+"""Bodies with a Content-Encoding, decoded as they arrive, never beyond the body limit."""
 
 import asyncio
 import importlib
@@ -12,17 +12,17 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
-UNDECODABLE = "the body is not what its Content-Encoding says"
+UNDECODABLE = "the body does not match its Content-Encoding"
 WINDOW_LOG_MAX = 23
-"""8 MiB, what every decoder of zstd must have (RFC 8878, 3.1.1.1.2); a frame may ask for more."""
+"""8 MiB, which every zstd decoder must support (RFC 8878, 3.1.1.1.2); frames may ask for more."""
 
 Make = Callable[[bytes], Any]
-"""A decoder for what begins with these bytes, with the methods of zlib's."""
+"""Makes a decoder, with zlib's interface, for data that begins with these bytes."""
 
 
 def decoded(receive: Receive, headers: Headers, most: int) -> Receive:
-    """Receives the decoded body. Raises HTTPException for an unknown coding (415), for one that the
-    body does not have (400), and after `most` bytes (413): no more are ever decoded."""
+    """A `receive` that decodes the body. Raises HTTPException for an unknown encoding (415), a body
+    that is not encoded that way (400), and after `most` bytes (413): no more are ever decoded."""
     given = headers.getlist("content-encoding")
     names = [name.strip().lower() for name in ",".join(given).split(",")]
     codings = [name for name in names if name not in ("", "identity")]
@@ -53,7 +53,7 @@ def decoded(receive: Receive, headers: Headers, most: int) -> Receive:
 
 
 class _Decoder:
-    """Of one body, which may be several compressed pieces in a row."""
+    """Decodes one body, which may consist of several compressed members."""
 
     def __init__(self, make: Make | None) -> None:
         self._make = make
@@ -68,7 +68,7 @@ class _Decoder:
         return self._piece is None or self._piece.eof
 
     def decode(self, data: bytes, most: int) -> bytes:
-        """What arrived, at most so many bytes of it. Raises what the library raises."""
+        """Decode at most `most` bytes. Raises what the library raises."""
         found = bytearray()
         while data and len(found) < most and self._make is not None:
             if self.is_complete:
@@ -84,7 +84,7 @@ def _gzip(begun: bytes) -> Any:
 
 
 def _deflate(begun: bytes) -> Any:
-    """Some clients leave out the header of zlib."""
+    """Some clients omit the zlib header."""
     return zlib.decompressobj(15 if begun[0] & 0x0F == 8 else -15)
 
 

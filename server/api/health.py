@@ -1,4 +1,4 @@
-"""For orchestrators and Prometheus."""
+"""Health probes and metrics."""
 
 from fastapi import APIRouter, Request, Response, Security
 
@@ -12,7 +12,7 @@ from server.sessions.store import StoreHealth
 
 router = APIRouter(tags=["operations"], responses=refusals(*ALWAYS))
 metrics_router = APIRouter(tags=["operations"], responses=refusals(*ALWAYS))
-"""Left out where metrics have an address of their own."""
+"""Not included if metrics have an address of their own."""
 
 EXPOSITION = {
     "type": "string",
@@ -29,7 +29,7 @@ SMALL_PART = 20
 
 @router.get("/health/live", responses=refusals(503))
 async def live(service: ServiceDep) -> Health:
-    """The process answers, and its engine does not hang."""
+    """The process responds, and its engine is not hung."""
     _check_step(service)
     return Health()
 
@@ -37,8 +37,7 @@ async def live(service: ServiceDep) -> Health:
 @router.get("/health", include_in_schema=False)
 @router.get("/health/ready", responses=refusals(503))
 async def ready(service: ServiceDep) -> Health:
-    """The server takes turns and can store them; otherwise the message says what has to be
-    mended."""
+    """The server accepts turns and can store them; otherwise the message says what is wrong."""
     trouble = await find_trouble(service)
     if trouble is not None:
         raise trouble
@@ -53,14 +52,14 @@ async def ready(service: ServiceDep) -> Health:
     | {200: {"content": {kind: {"schema": EXPOSITION} for kind in FORMATS}}},
 )
 async def metrics(service: ServiceDep, request: Request) -> Response:
-    """Prometheus metrics; for who accepts OpenMetrics, with exemplars that name requests."""
+    """Prometheus metrics; in OpenMetrics format, if accepted, with exemplars that name requests."""
     await find_trouble(service)
     text, content_type = service.metrics.exposition(request.headers.get("accept", ""))
     return Response(text, headers={"Content-Type": content_type})
 
 
 async def find_trouble(service: Service) -> LatentdError | None:
-    """Why the server is not ready, if it is not. Sets the metrics that say so."""
+    """Why the server is not ready, or None. Updates the health metrics."""
     metrics, trouble = service.metrics, None
     metrics.running_step_seconds.set(service.engine.running_step_s)
     store = await service.ledger.store_health()
@@ -77,18 +76,17 @@ async def find_trouble(service: Service) -> LatentdError | None:
 
 
 def _check_step(service: Service) -> None:
-    """Raises NotReady when the present step of the engine hangs."""
+    """Raises NotReady when the engine's current step hangs."""
     seconds, most = service.engine.running_step_s, service.settings.hung_step_s
     if seconds > most:
         raise NotReady(
-            f"a step of the engine has run for {seconds:.0f} seconds; more than {most:g} count as "
-            "hung",
+            f"an engine step has run for {seconds:.0f} seconds; more than {most:g} count as hung",
             "step_hung",
         )
 
 
 def _check_store(service: Service, store: StoreHealth) -> None:
-    """Raises NotReady when what is committed next may be lost, or has no space."""
+    """Raises NotReady when commits may be lost, or the disk is full."""
     if store.fault is not None:
         raise NotReady(f"the store is lost: {store.fault}", "store_lost")
     wanted = min(service.settings.min_free_bytes, store.disk_bytes // SMALL_PART)

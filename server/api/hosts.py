@@ -1,7 +1,7 @@
-"""By what names clients may call the server: protects one on the loopback from DNS rebinding.
+"""Validation of the Host header: protects a server on the loopback from DNS rebinding.
 
-A web page whose own name leads to 127.0.0.1 may send anything there, and browsers name the page in
-the Host header. No stranger owns a name without a dot.
+A web page whose hostname resolves to 127.0.0.1 can send requests there, and browsers put that name
+into the Host header. Nobody else can own a name without a dot.
 """
 
 from starlette.datastructures import Headers
@@ -14,13 +14,13 @@ from server.settings import DOTLESS
 
 
 class HostMiddleware:
-    """Lets requests through that call the server by one of its names, or by none.
+    """Accepts requests whose Host header is one of the server's names, or missing.
 
-    What is asked for without a key is answered to all: orchestrators use addresses.
+    Paths that need no key accept any name: orchestrators use addresses.
     """
 
     def __init__(self, app: ASGIApp, hosts: tuple[str, ...]) -> None:
-        """`hosts` without ports; `*.` stands for any names before the rest, DOTLESS for itself."""
+        """`hosts` without ports; `*.` matches any subdomain, DOTLESS any name without a dot."""
         self._app = app
         self._hosts = [host.lower() for host in hosts]
 
@@ -31,8 +31,7 @@ class HostMiddleware:
                 await respond(
                     scope,
                     InvalidRequest(
-                        f"this server does not go by the name {given[:LONGEST_ECHO]!r}: see "
-                        "--allowed-hosts",
+                        f"unknown host name {given[:LONGEST_ECHO]!r}: see --allowed-hosts",
                         code="host_not_allowed",
                         status=421,
                     ),
@@ -48,7 +47,7 @@ class HostMiddleware:
 
 
 def _name(host: str) -> str:
-    """Without the port, the brackets of an IPv6 address, and the dot at the end."""
+    """Strip the port, the brackets of an IPv6 address, and a trailing dot."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].rstrip(".").lower()

@@ -31,14 +31,14 @@ memory.time = SimpleNamespace(time=time.monotonic)  # type: ignore[assignment, a
 # The library counts minutes by the system's clock otherwise, which may jump.
 
 EVERY_CALLER = "all"
-"""Whose use counts for the server's own limits; no owner is called so."""
+"""Pseudo-owner of the server-wide limits; no owner has this name."""
 
 Kind = Literal["requests", "tokens"]
 KINDS: tuple[Kind, ...] = ("requests", "tokens")
 
 
 class _Limit(RateLimitItemPerMinute):
-    """So many requests or tokens a minute, of one caller or of all."""
+    """Requests or tokens per minute, of one caller or of all."""
 
     __slots__ = ("_owner", "code", "kind")
 
@@ -49,7 +49,7 @@ class _Limit(RateLimitItemPerMinute):
         self._owner = "the server's" if whose == EVERY_CALLER else "your"
 
     def __str__(self) -> str:
-        return f"{self._owner} limit of {self.amount} {self.kind} a minute"
+        return f"{self._owner} limit of {self.amount} {self.kind} per minute"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Used:
 
 
 class Limiter:
-    """Counts what callers use. For one event loop."""
+    """Counts usage by caller. Belongs to the event loop."""
 
     def __init__(self, settings: Settings) -> None:
         self._storage = MemoryStorage()
@@ -77,12 +77,11 @@ class Limiter:
         )
 
     def enter(self, caller: Caller) -> "Allowance":
-        """Begin a request. Raises RateLimited when as many run as may at the same time."""
+        """Begin a request. Raises RateLimited at the limit of concurrent requests."""
         most = caller.limits.concurrent_requests
         if most is not None and self._running[caller.owner] >= most:
             raise RateLimited(
-                f"{most} of your requests are running, which is your limit; try again when one of "
-                "them has ended",
+                f"{most} of your requests are running, which is your limit; retry when one ends",
                 "concurrent_requests",
                 1,
             )
@@ -128,17 +127,17 @@ class Limiter:
         await self.record(caller, "tokens", num_tokens)
 
     async def check(self, caller: Caller, num_tokens: int) -> None:
-        """Raises RateLimited when no request with so many prompt tokens may begin now.
+        """Raises RateLimited if a request with so many prompt tokens may not begin now.
 
-        Raises InvalidRequest when it never may.
+        Raises InvalidRequest if it can never begin.
         """
         waits = list[tuple[float, _Limit]]()
         for limit in self._limits(caller):
             cost = 1 if limit.kind == "requests" else max(1, num_tokens)
             if cost > limit.amount:
                 raise InvalidRequest(
-                    f"the prompt has {num_tokens} tokens, counted once for each choice, and can "
-                    f"never fit into {limit}",
+                    f"the prompt has {num_tokens} tokens, counted once per choice, and never fits "
+                    f"into {limit}",
                     code=limit.code,
                 )
             if not await self._windows.test(limit, cost=cost):
@@ -147,7 +146,7 @@ class Limiter:
             wait_s, limit = max(waits, key=lambda wait: wait[0])
             seconds = math.floor(wait_s) + 1
             raise RateLimited(
-                f"this request would exceed {limit}; try again in {seconds} s",
+                f"this request would exceed {limit}; retry in {seconds} s",
                 limit.code,
                 seconds,
             )
@@ -169,7 +168,7 @@ class Limiter:
         self._used[owner] = replace(used, **sums)
 
     async def headers(self, caller: Caller) -> dict[str, str]:
-        """What an answer tells of the limits: of each kind, the one that leaves least."""
+        """Rate limit headers: of each kind, the limit that leaves least."""
         found = dict[Kind, tuple[int, _Limit]]()
         for limit in self._limits(caller):
             stats = await self._windows.get_window_stats(limit)
@@ -191,10 +190,10 @@ class Limiter:
                     yield _Limit(amount, kind, whose)
 
     async def _wait_s(self, limit: _Limit, cost: int) -> float:
-        """Seconds until `cost` fits, if nothing else is used until then; any time later it does.
+        """Seconds until `cost` fits, if nothing else is used until then.
 
-        It fits while weighted < room. In this window weighted = previous * left / expiry + current
-        with `left` seconds of it still to come; in the next one what is now current has that place.
+        It fits while weighted < space. In this window weighted = previous * left / expiry +
+        current, with `left` seconds to go; in the next one current takes the place of previous.
         """
         expiry = limit.get_expiry()
         window = await self._storage.get_sliding_window(limit.key_for(), expiry)
@@ -208,7 +207,8 @@ class Limiter:
 
 
 class Allowance:
-    """What one request uses. `check` and `charge` once its prompt is known; `leave` in any case."""
+    """The usage of one request. Call `check` and `charge` once its prompt is known, `leave`
+    always."""
 
     def __init__(self, limiter: Limiter, caller: Caller) -> None:
         self._limiter = limiter
@@ -235,7 +235,7 @@ class Allowance:
         self._limiter.add_used(self._caller.owner, num_prompt_tokens=num_tokens)
 
     async def leave(self, num_generated: int) -> None:
-        """The request has ended: its place is free, what it generated is charged. Only once."""
+        """End the request and charge its generated tokens. Idempotent."""
         if not self._has_left:
             self._has_left = True
             self._limiter.leave(self._caller, self._num_sequences)
@@ -244,6 +244,6 @@ class Allowance:
 
 
 def _duration(seconds: float) -> str:
-    """Whole seconds as OpenAI writes them: 1s, 6m0s."""
+    """Whole seconds in OpenAI's format: 1s, 6m0s."""
     minutes, rest = divmod(math.ceil(seconds), 60)
     return f"{minutes}m{rest}s" if minutes else f"{rest}s"

@@ -1,6 +1,6 @@
-"""What happens to every request: an id, bounds, what it may still use, a count, a line in the log.
+"""Around every request: its id, body limits, rate limit headers, metrics and log line.
 
-Pure ASGI, so that streams flow through it.
+Pure ASGI, so that streams are not buffered.
 """
 
 import asyncio
@@ -28,11 +28,10 @@ from server.records import RequestRecord
 REQUEST_ID = "X-Request-ID"
 TRACE_HEADERS = ("traceparent", "tracestate", "baggage")
 PROBES = {*OPEN, METRICS}
-"""Paths that programs ask for all the time: logged at level debug, and not traced."""
+"""Paths that are polled: logged at level debug, and not traced."""
 
 TURNED_AWAY = (401, 421, 429, 503)
-"""Statuses of requests that cost nothing, of which there may be any number: their lines are
-limited."""
+"""Statuses of cheap rejections, which can be arbitrarily many: their log lines are limited."""
 
 Trace = Callable[[RequestRecord], None]
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -40,10 +39,9 @@ log = logging.getLogger(__name__)
 
 
 class RequestMiddleware:
-    """Takes a request's id from its header or makes one, and sends it back; bounds its body.
+    """Assigns each request an id, from its header or new, and bounds its body.
 
-    Tells in the answer's headers what the caller may still use. HEAD is GET without the body, which
-    the server below leaves away.
+    Adds rate limit headers to responses. HEAD is handled as GET; the server drops the body.
     """
 
     def __init__(
@@ -58,9 +56,8 @@ class RequestMiddleware:
         root_path: str,
         trace: Trace | None,
     ) -> None:
-        """Where `max_bytes_by_path` has a path, its number counts if it is larger. A proxy
-        may leave `root_path` before the paths. `trace` gets the records of requests that have
-        ended."""
+        """`max_bytes_by_path` raises the body limit of single paths. A proxy may leave `root_path`
+        in front of paths. `trace` receives the records of finished requests."""
         self._app = app
         self._metrics = metrics
         self._limiter = limiter
@@ -108,7 +105,7 @@ class RequestMiddleware:
                 in_time = _in_time(receive, self._body_timeout_s)
                 body = decoded(_limited(in_time, most), headers, most)
                 await self._app(scope, body, send_with_id)
-        except Exception:  # the last place where a fault can still become an answer
+        except Exception:  # last resort: answer with status 500
             log.exception("request %s failed", request_id)
             if record.status == 0:
                 await render(InternalError())(scope, receive, send_with_id)
@@ -121,12 +118,12 @@ class RequestMiddleware:
             labels = {"endpoint": record.endpoint, "outcome": record.outcome}
             self._metrics.requests_total.labels(**labels).inc()
             if record.turn is not None and record.turn.ended is None:
-                record.turn.when_ended = partial(self._report, record)  # it goes on by itself
+                record.turn.when_ended = partial(self._report, record)  # detached: reported later
             else:
                 self._report(record)
 
     def _report(self, record: RequestRecord) -> None:
-        """What can be said of a request when all of it is over."""
+        """Log and trace a finished request."""
         record.end()
         is_probe = record.endpoint in PROBES and record.status < 400
         refused = f"status {record.status}" if record.status in TURNED_AWAY else None
@@ -145,7 +142,7 @@ def _address(scope: Scope) -> str | None:
 
 
 def _in_time(receive: Receive, timeout_s: float) -> Receive:
-    """Stops reading a body that has not come in time; what comes after it may take any time."""
+    """Limits the time for receiving the body, not what comes after it."""
     deadline = time.monotonic() + timeout_s
     is_complete = False
 
@@ -165,7 +162,7 @@ def _in_time(receive: Receive, timeout_s: float) -> Receive:
 
 
 def _limited(receive: Receive, most: int) -> Receive:
-    """Stops reading when more arrives than is allowed, whatever the headers declared."""
+    """Limits the bytes of the body, whatever the headers declare."""
     num_bytes = 0
 
     async def limited() -> Message:
@@ -173,7 +170,7 @@ def _limited(receive: Receive, most: int) -> Receive:
         message = await receive()
         num_bytes += len(message.get("body", b""))
         if num_bytes > most:
-            raise HTTPException(413)  # what the framework lets through while it reads a body
+            raise HTTPException(413)  # the framework passes HTTPException on
         return message
 
     return limited

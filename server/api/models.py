@@ -1,4 +1,4 @@
-"""`/v1/models`: the one model of this server."""
+"""`/v1/models`: the served model."""
 
 from fastapi import APIRouter, Depends
 
@@ -16,13 +16,13 @@ router = APIRouter(
 
 @router.get("/v1/models")
 async def list_models(service: ServiceDep) -> ModelList:
-    """The models that requests can name."""
+    """List the models: one."""
     return ModelList(data=[_render(service)])
 
 
 @router.get("/v1/models/{model:path}", responses=refusals(404))
 async def get_model(model: ModelName, service: ServiceDep) -> Model:
-    """One model."""
+    """Get the model."""
     check_model(service, model)
     return _render(service)
 

@@ -1,4 +1,4 @@
-"""`/openapi.json`: what the framework finds out, and what it does not know."""
+"""`/openapi.json`: the framework's document, completed."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from server.settings import Settings
 
 REF = "#/components/schemas/{model}"
 EVENTS = (ChatChunk, ResponseEvent)
-"""What only comes in streams, which the framework does not see."""
+"""Models of streamed events, which the framework does not see."""
 
 TOKEN_LIMITS = (
     *("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"),
@@ -23,20 +23,20 @@ TOKEN_LIMITS = (
 FRAMEWORKS_OWN = ("HTTPValidationError", "ValidationError")
 
 DESCRIPTION = """\
-Language models whose memory does not grow.
+Language models with constant memory per session.
 
-`/v1/models`, `/v1/completions`, `/v1/chat/completions` and `/v1/responses` are OpenAI's, for its
-clients; `/v1/sessions` keeps conversations, each as one state of fixed size, and `/v1/streams` goes
-on with streams whose connection was lost.
+`/v1/models`, `/v1/completions`, `/v1/chat/completions` and `/v1/responses` are OpenAI-compatible;
+`/v1/sessions` stores conversations, each as one state of fixed size, and `/v1/streams` resumes
+streams whose connection was lost.
 
-Every error is an `ErrorResponse`, also one in the middle of a stream. Besides those that each call
-lists, any request may get 400 `invalid_http` or 431 `headers_too_large` for what cannot be read as
-HTTP, 404 `not_found` for a path and 405 `method_not_allowed` for a method that there is not,
-413 `body_too_large`, and 421 `host_not_allowed` where the Host header has another server's name.
-Parameters that are not known are refused, not ignored.
+Every error is an `ErrorResponse`, even in the middle of a stream. Besides those listed for each
+operation, any request may get 400 `invalid_http` or 431 `headers_too_large` for invalid HTTP,
+404 `not_found` for an unknown path, 405 `method_not_allowed` for an unsupported method,
+413 `body_too_large`, and 421 `host_not_allowed` for an unknown Host header.
+Unknown parameters are rejected, not ignored.
 
-A stream is made of server-sent events; comments, lines that begin with a colon, fill silences.
-Where a stream can be resumed, each event has an `id:`, its number from 0 on. The last event of
+A stream consists of server-sent events; comments (lines that begin with a colon) keep it alive.
+In a resumable stream each event has an `id:`, counting from 0. The last event of
 completions and chats is `data: [DONE]`; that of a response is `response.completed`,
 `response.incomplete` or `response.failed`.
 """
@@ -57,12 +57,12 @@ REQUEST_ID = {
     "name": "X-Request-ID",
     "in": "header",
     "required": False,
-    "description": "Your name for the request, of up to 128 letters, digits and `._:/+=@-`; any "
-    "other is replaced. The answer and the server's log have it.",
+    "description": "Your id for the request, of up to 128 letters, digits and `._:/+=@-`; any "
+    "other is replaced. The response and the server's log include it.",
     "schema": {"type": "string", "examples": ["req-2026-0001"]},
 }
 REQUEST_ID_TOLD = {
-    "description": "The request's name, yours or one that the server gave it.",
+    "description": "The request's id, yours or one assigned by the server.",
     "required": True,
     "schema": {"type": "string", "examples": ["req-2026-0001"]},
 }
@@ -71,7 +71,7 @@ Schema = dict[str, Any]
 
 
 def describe(app: FastAPI, settings: Settings, *, asks_for_keys: bool) -> None:
-    """Make the app tell all that there is to know; it is put together when first asked for."""
+    """Complete the app's OpenAPI document; it is built on first use."""
     framework = app.openapi
 
     def whole() -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _complete(document: dict[str, Any], settings: Settings) -> None:
 
 
 def _open(document: dict[str, Any]) -> None:
-    """Keys may be given, but need not."""
+    """Make keys optional."""
     for operation in _operations(document):
         if "security" in operation:
             operation["security"].append({})
@@ -114,7 +114,7 @@ def _operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _drop_validation_error(operation: dict[str, Any]) -> None:
-    """The framework's own 422: what does not validate is a 400 here."""
+    """Remove the framework's 422: validation errors are 400 here."""
     content = operation["responses"].get("422", {}).get("content", {})
     if "HTTPValidationError" in str(content):
         del operation["responses"]["422"]
@@ -127,8 +127,8 @@ def _schemas_of_events() -> dict[str, Schema]:
 
 
 def _bound(schemas: dict[str, Schema], settings: Settings) -> None:
-    """Tell the bounds that are this server's settings. A keyword counts for its own type only, so
-    that it can stand beside the forms that a field has."""
+    """Add the bounds from the settings. A keyword applies to its own type only, so it can be added
+    next to a field's alternatives."""
     for name, schema in schemas.items():
         if name.endswith("Request"):
             bounds = _bounds(name, settings)
@@ -137,7 +137,7 @@ def _bound(schemas: dict[str, Schema], settings: Settings) -> None:
 
 
 def _bounds(name: str, settings: Settings) -> dict[str, Schema]:
-    """By the field's name."""
+    """Bounds by field name."""
     ttl_s = settings.response_ttl_s if name == "ResponseRequest" else settings.session_ttl_s
     most = {
         **dict.fromkeys(TOKEN_LIMITS, settings.max_tokens_limit),
@@ -155,7 +155,7 @@ def _bounds(name: str, settings: Settings) -> dict[str, Schema]:
 
 
 def _exemplify(schemas: dict[str, Schema]) -> None:
-    """Give each model and each of its fields an example."""
+    """Give every model and field an example."""
     examples = {name: _example_of_model(schema, schemas) for name, schema in schemas.items()}
     for name, schema in schemas.items():
         for field in schema.get("properties", {}).values():
@@ -164,7 +164,8 @@ def _exemplify(schemas: dict[str, Schema]) -> None:
 
 
 def _example_of_model(schema: Schema, schemas: dict[str, Schema]) -> Any:
-    """All its fields; where the model has an example, the fields in it and those always present."""
+    """Example of a model: its required fields and those with a value, merged with its own
+    example."""
     fields, required = schema.get("properties", {}), schema.get("required", [])
     given: list[dict[str, Any]] = schema.get("examples", [])
     found = {
@@ -177,7 +178,7 @@ def _example_of_model(schema: Schema, schemas: dict[str, Schema]) -> Any:
 
 
 def _example(schema: Schema, schemas: dict[str, Schema]) -> Any:
-    """Its own example, or else what its kind tells. Raises ValueError for one without either."""
+    """A schema's own example, or one for its type. Raises ValueError if there is none."""
     match schema:
         case {"examples": [value, *_]} | {"const": value} | {"enum": [value, *_]}:
             return value

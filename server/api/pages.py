@@ -1,4 +1,4 @@
-"""Web pages of other origins: which may use the server (CORS)."""
+"""CORS: which web origins may use the server."""
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -12,11 +12,11 @@ METHODS = ("GET", "POST", "DELETE")
 
 
 class PageMiddleware(CORSMiddleware):
-    """Pages of the listed origins may send any header, also from a public page to a private
-    address, and read ours. Others get no permission, and an error where they ask for one."""
+    """Pages of the listed origins may send any header, even from a public page to a private
+    address, and read ours. Others are denied, with an error for their preflights."""
 
     def __init__(self, app: ASGIApp, origins: tuple[str, ...], exposed: tuple[str, ...]) -> None:
-        """`exposed`: headers of answers that they may read."""
+        """`exposed`: response headers that they may read."""
         super().__init__(
             app,
             allow_origins=origins,
@@ -39,11 +39,7 @@ class PageMiddleware(CORSMiddleware):
             request_headers[name][:80] for name in ("origin", "access-control-request-method")
         )
         if not self.is_allowed_origin(request_headers["origin"]):
-            return render(
-                InvalidRequest(f"pages of {origin} may not use this server", code="cors_refused")
-            )
+            return render(InvalidRequest(f"origin {origin} is not allowed", code="cors_refused"))
         if method not in METHODS:
-            return render(
-                InvalidRequest(f"pages may not use the method {method}", code="cors_refused")
-            )
+            return render(InvalidRequest(f"method {method} is not allowed", code="cors_refused"))
         return super().preflight_response(request_headers)

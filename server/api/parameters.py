@@ -1,4 +1,4 @@
-"""Parameters outside of bodies, as calls declare and document them."""
+"""Path, query and header parameters, with their documentation."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ SessionId = Annotated[str, Path(description="The session's id.", examples=[EXAMP
 ResponseId = Annotated[str, Path(description="The response's id.", examples=[EXAMPLE_RESPONSE])]
 StreamId = Annotated[
     str,
-    Path(description="The stream's id: that of the answer.", examples=[EXAMPLE_STREAM]),
+    Path(description="The stream's id, which is that of the answer.", examples=[EXAMPLE_STREAM]),
 ]
 ModelName = Annotated[str, Path(description="The model's name.", examples=["latentd"])]
 
@@ -30,8 +30,8 @@ IdempotencyKey = Annotated[
         min_length=1,
         max_length=255,
         pattern="^[ -~]*$",
-        description="With a session: a name of yours for this turn, in printable ASCII. A request "
-        "that comes again with it gets the answer of the turn that was committed.",
+        description="With a session: your key for this turn, in printable ASCII. Repeating the "
+        "request with it returns the answer of the committed turn.",
         examples=["turn-4-of-cats"],
     ),
 ]
@@ -39,37 +39,40 @@ LastEventId = Annotated[
     str | None,
     Header(
         alias="Last-Event-ID",
-        description="The number of the last event that you have; those behind it follow.",
+        description="The number of the last event received; later ones follow.",
         examples=["41"],
     ),
 ]
 AfterEvent = Annotated[
     str | None,
-    Query(description="The same as `Last-Event-ID`, where headers cannot be set.", examples=["41"]),
+    Query(
+        description="The same as `Last-Event-ID`, for clients that cannot set headers.",
+        examples=["41"],
+    ),
 ]
 
-Limit = Annotated[int, Query(ge=1, le=100, description="Most sessions of a page.", examples=[20])]
+Limit = Annotated[int, Query(ge=1, le=100, description="Maximum sessions per page.", examples=[20])]
 AfterSession = Annotated[
     str | None,
-    Query(description="The `last_id` of the page before.", examples=[EXAMPLE_SESSION]),
+    Query(description="The `last_id` of the previous page.", examples=[EXAMPLE_SESSION]),
 ]
 MetadataQuery = Annotated[
     Text | None,
     Query(
-        description="Your notes, kept with the session: a JSON object of strings.",
+        description="Metadata stored with the session: a JSON object of strings.",
         examples=['{"topic": "cats"}'],
     ),
 ]
 TtlQuery = Annotated[
     Ttl | None,
-    Query(description="Seconds without use after which the session is erased.", examples=[3600.0]),
+    Query(description="Seconds without use after which the session expires.", examples=[3600.0]),
 ]
 TurnQuery = Annotated[
     TurnNumber | None,
-    Query(description="After which turn; the last one if not given.", examples=[3]),
+    Query(description="The turn; default: the last.", examples=[3]),
 ]
 WantsStream = Annotated[
-    bool, Query(description="Tell the events of a response in the background.", examples=[True])
+    bool, Query(description="Stream the events of a background response.", examples=[True])
 ]
 IncludeObfuscation = Annotated[
     bool,
@@ -84,7 +87,7 @@ StartingAfter = Annotated[
     Query(
         ge=0,
         le=LARGEST,
-        description="With `stream`: the `sequence_number` of the last event that you have.",
+        description="With `stream`: the `sequence_number` of the last event received.",
         examples=[7],
     ),
 ]

@@ -1,4 +1,4 @@
-"""Tokens and their probabilities in the shape that chats and responses share."""
+"""Log-probabilities in the format of chats and responses."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from server.engine.messages import Token
 
 
 def told_tokens(tokenizer: Tokenizer, tokens: Sequence[Token]) -> list[TokenLogprob]:
-    """An entry a token, with the most probable ones in its place."""
+    """One entry per token, with the most probable alternatives."""
     return [_told(tokenizer, token) for token in tokens]
 
 

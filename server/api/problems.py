@@ -1,4 +1,4 @@
-"""Every error becomes OpenAI's error object, whoever raised it."""
+"""Renders every error as OpenAI's error object."""
 
 import http
 import reprlib
@@ -25,10 +25,10 @@ from server.metrics import Metrics
 from server.records import RequestRecord
 
 OUTCOME = "latentd.outcome"
-"""Where a request's scope has its outcome, if its status does not show it."""
+"""Key of the outcome in a request's scope, if the status does not imply it."""
 
 RECORD = "latentd.record"
-"""Where a request's scope has its record."""
+"""Key of the record in a request's scope."""
 
 LONGEST_ECHO = 200
 _ECHO = reprlib.Repr()
@@ -37,7 +37,7 @@ METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
 def install(app: FastAPI, metrics: Metrics) -> None:
-    """Make the app answer all errors in one shape."""
+    """Register the app's exception handlers."""
 
     async def known(request: Request, error: Exception) -> JSONResponse:
         if not isinstance(error, LatentdError):
@@ -64,19 +64,19 @@ def install(app: FastAPI, metrics: Metrics) -> None:
 
 
 def record_of(scope: Scope) -> RequestRecord:
-    """The record of a request; outside of the server's middleware a new one."""
+    """The record of a request; a new one outside the server's middleware."""
     record: RequestRecord = scope.setdefault(RECORD, RequestRecord())
     return record
 
 
 def respond(scope: Scope, error: LatentdError) -> JSONResponse:
-    """The answer that tells an error, which is noted in the request's record."""
+    """The response for an error, which is noted in the request's record."""
     record_of(scope).error = error.code
     return render(error)
 
 
 def render(error: LatentdError) -> JSONResponse:
-    """The answer that tells an error."""
+    """The response for an error."""
     return JSONResponse(error.body(), error.status, error.headers)
 
 
@@ -88,8 +88,7 @@ def body_too_large() -> InvalidRequest:
 
 
 def describe(found: Sequence[Mapping[str, Any]], path: Sequence[int | str]) -> InvalidRequest:
-    """The first of a validation's errors, with the path of its field and what was given, cut to a
-    few words."""
+    """The first validation error, with the path of its field and the value, shortened."""
     problem = found[0]
     param, kind = _field([str(part) for part in path]), problem["type"]
     if kind == "missing":
@@ -98,7 +97,7 @@ def describe(found: Sequence[Mapping[str, Any]], path: Sequence[int | str]) -> I
     if not path:
         return InvalidRequest("the body must be a JSON object", code="invalid_body")
     if kind == "extra_forbidden":
-        return InvalidRequest(f"{param}: there is no such parameter", param, "unknown_parameter")
+        return InvalidRequest(f"{param}: unknown parameter", param, "unknown_parameter")
     if kind == "unsupported":
         return InvalidRequest(f"{param}: {problem['msg']}", param, "unsupported_parameter")
     given = shortened(_ECHO.repr(problem.get("input")))
@@ -106,12 +105,12 @@ def describe(found: Sequence[Mapping[str, Any]], path: Sequence[int | str]) -> I
 
 
 def shortened(text: str) -> str:
-    """So much of what a client sent as an answer may have."""
+    """Shorten client input for an error message."""
     return text if len(text) <= LONGEST_ECHO else text[:LONGEST_ECHO] + "…"
 
 
 def _describe(request: Request, found: Sequence[Any]) -> InvalidRequest:
-    """What the framework finds wrong with a request: a parameter, or a body that is not JSON."""
+    """The framework's validation error: of a parameter, or of a body that is not JSON."""
     path = found[0]["loc"][1:]
     if path or found[0]["type"] == "missing":
         return describe(found, path)
@@ -129,7 +128,7 @@ def _describe(request: Request, found: Sequence[Any]) -> InvalidRequest:
 def _field(path: Sequence[str]) -> str | None:
     """`a.b[0]` for the parts of a path.
 
-    Parts in parentheses are not of the path: they say which of several forms a field has.
+    Parts in parentheses are tags of union members, not part of the path.
     """
     shown = ""
     for part in path:
@@ -141,13 +140,13 @@ def _field(path: Sequence[str]) -> str | None:
 
 
 def _from_http(request: Request, error: HTTPException) -> LatentdError:
-    """The framework's own errors."""
+    """Convert the framework's errors."""
     method, path = request.method, request.url.path[:LONGEST_ECHO]
     match error.status_code:
         case 404:
-            message, code = f"there is no {method} {path}", "not_found"
+            message, code = f"unknown path: {method} {path}", "not_found"
         case 405:
-            message, code = f"{path} cannot be asked to {method}", "method_not_allowed"
+            message, code = f"{path} does not support {method}", "method_not_allowed"
         case 408:
             message, code = "the body did not arrive in time", "request_timeout"
         case 413:
@@ -171,10 +170,10 @@ def _from_http(request: Request, error: HTTPException) -> LatentdError:
 
 
 def _methods(request: Request) -> list[str]:
-    """What the path can be asked to, by all of its routes: the framework tells the first one's.
+    """The methods of a path, over all its routes: the framework reports only the first one's.
 
-    A path that is documented as it stands has the methods that it is documented with: routes that
-    would take it for the id of something do not count.
+    A path that is itself documented has only its documented methods: routes that would match it as
+    an id do not count.
     """
     documented = request.app.openapi()["paths"].get(request.scope["path"])
     if documented is None:

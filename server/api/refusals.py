@@ -1,4 +1,4 @@
-"""How calls may end otherwise than well, for the documentation."""
+"""Error responses of operations, for the documentation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from server.errors import (
 
 @dataclass(frozen=True)
 class _Refusal:
-    """What a status means, and one of the errors that have it."""
+    """A status: its meaning, and an example error."""
 
     meaning: str
     example: LatentdError
@@ -33,35 +33,33 @@ class _Refusal:
 
 ALL = (
     _Refusal(
-        "The request is wrong: the message says what would be right, `param` where.",
+        "The request is invalid: see the message and `param`.",
         NeedsStream("stream_options"),
     ),
     _Refusal(
-        "The server asks for a key, and the request has none that it knows.",
-        Unauthorized("this server wants an API key: Authorization: Bearer KEY"),
+        "The API key is missing or invalid.",
+        Unauthorized("an API key is required: Authorization: Bearer KEY"),
     ),
     _Refusal(
-        "What the request names does not exist, has expired, or is another key's.",
-        NotFound(
-            "there is no model 'gpt-4'; this server has 'latentd'", "model", "model_not_found"
-        ),
+        "The named object does not exist, has expired, or belongs to another key.",
+        NotFound("unknown model 'gpt-4'; this server serves 'latentd'", "model", "model_not_found"),
     ),
     _Refusal(
         "The body did not arrive in time; the connection is closed.",
         InvalidRequest("the body did not arrive in time", code="request_timeout", status=408),
     ),
     _Refusal(
-        "The session is busy, not at the turn that the request expects, or took another turn with "
-        "this `Idempotency-Key`. Repeating the request does not help: `x-should-retry: false`.",
+        "The session is busy, at another turn than expected, or ran another request with "
+        "this `Idempotency-Key`. Do not retry: `x-should-retry: false`.",
         SessionBusy(EXAMPLE_SESSION),
     ),
     _Refusal(
-        "Of the stream's events only later ones are kept.",
+        "The requested events are no longer stored.",
         EventsGone(EXAMPLE_STREAM, 118),
     ),
-    _Refusal("The body is larger than this server accepts.", body_too_large()),
+    _Refusal("The body is too large.", body_too_large()),
     _Refusal(
-        "The body is not said to be JSON, or has a Content-Encoding that is not decoded here.",
+        "The body's Content-Type is not JSON, or its Content-Encoding is not supported.",
         InvalidRequest(
             "the body is of type text/plain; it must be application/json",
             code="unsupported_media_type",
@@ -69,26 +67,26 @@ ALL = (
         ),
     ),
     _Refusal(
-        "The blob is not a state for this server's model: the message names what differs.",
-        UnfitState("this is no state for this server: it is not a safetensors file"),
+        "The blob is not a state of this server's model: the message names the difference.",
+        UnfitState("the state does not fit this server: it is not a safetensors file"),
     ),
     _Refusal(
-        "More than a limit or the queue allows, for `Retry-After` seconds; or more than a quota "
-        "allows, for which waiting does not help.",
+        "A rate limit or the queue is exhausted: retry after `Retry-After` seconds; or a quota "
+        "is exceeded, where waiting does not help.",
         RateLimited(
-            "this request would exceed your limit of 60 requests a minute; try again in 7 s",
+            "this request would exceed your limit of 60 requests per minute; retry in 7 s",
             "requests_per_minute",
             7,
         ),
     ),
-    _Refusal("A fault of the server; its log tells more.", InternalError()),
+    _Refusal("An internal error; see the server's log.", InternalError()),
     _Refusal(
-        "The server is stopping, is not well, or its store failed; a session is as it was before.",
+        "The server is stopping or not ready, or its store failed; sessions are unchanged.",
         StorageFailed("the session could not be written"),
     ),
-    _Refusal("`timeout` has passed; nothing is kept.", DeadlineExceeded(5)),
+    _Refusal("`timeout` was exceeded; the turn was rolled back.", DeadlineExceeded(5)),
     _Refusal(
-        "The disk, or what the store may take of it, is full; nothing is kept.",
+        "The disk or the store's quota is full; the turn was rolled back.",
         StorageFull("this server holds 1000 sessions already"),
     ),
 )
@@ -98,7 +96,7 @@ ALWAYS = (500,)
 GUARDED = (401, *ALWAYS)
 BODY = (400, 408, 413, 415)
 STORED = (404, 503)
-"""What is asked of one session or response."""
+"""Operations on one session or response."""
 
 WRITTEN = (503, 507)
 TURN = (404, 429, 504, *WRITTEN)
@@ -107,7 +105,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def refusals(*statuses: int) -> Responses:
-    """The documentation of these statuses."""
+    """Documentation of these statuses."""
     return {
         status: {"model": ErrorResponse, "description": BY_STATUS[status].meaning}
         for status in sorted(set(statuses))
@@ -115,7 +113,7 @@ def refusals(*statuses: int) -> Responses:
 
 
 def add_examples(operation: dict[str, Any]) -> None:
-    """Put an example into each error that is documented; the framework would drop its nulls."""
+    """Add an example to each documented error; the framework would drop its nulls."""
     for status, response in operation["responses"].items():
         if int(status) in BY_STATUS:
             example = BY_STATUS[int(status)].example.body()

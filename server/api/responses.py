@@ -1,4 +1,4 @@
-"""`/v1/responses`: answers that are kept, each with the state after it, to go on from any."""
+"""`/v1/responses`: stored answers, each with the state after it, to continue from."""
 
 from fastapi import APIRouter, Request, Response
 
@@ -51,10 +51,10 @@ router = APIRouter(
 async def create_response(
     body: ResponseRequest, request: Request, service: ServiceDep, caller: CallerDep
 ) -> Response:
-    """Answer an input, or go on from an earlier response, whatever has gone on from there already.
+    """Answer an input, or continue an earlier response, even one that was continued before.
 
-    A stored response is durable before its last event, with the state after it: going on from it
-    costs the copy of one state of fixed size, and reads nothing of the past again.
+    A stored response is durable before its last event, with the state after it: continuing it
+    copies one state of fixed size and re-reads nothing.
     """
     _check(body)
     generation = await read_generation(
@@ -70,7 +70,7 @@ async def create_response(
     record.streams = bool(body.stream)
     turn = await open_turn(service, caller, source, target, generation, prompt, pending, record)
     if isinstance(turn, Replay):
-        raise InternalError("a response has no answer before it is made")
+        raise InternalError("a new response was replayed")
     answer = Answer(turn, service.checkpoint.tokenizer, first.id)
     shape = ResponseShape(service, body, answer, first)
     keepalive_s = service.settings.keepalive_s
@@ -96,10 +96,10 @@ async def get_response(
     include_obfuscation: IncludeObfuscation = False,
     last_event_id: LastEventId = None,
 ) -> Response:
-    """A stored response.
+    """Get a stored response.
 
-    With `stream`, the events of one in the background, those to come included; with
-    `starting_after` or `Last-Event-ID`, those behind the event of that number.
+    With `stream`, stream the events of a background response, past and future; with
+    `starting_after` or `Last-Event-ID`, those after that event.
     """
     if include_obfuscation:
         raise InvalidRequest(NO_PADDING, "include_obfuscation", "unsupported_parameter")
@@ -115,12 +115,12 @@ async def get_response(
         found = service.streams.get(caller.owner, response_id)
     except NotFound as error:
         raise InvalidRequest(
-            f"the events of response {response_id} are not kept: those of one in the background "
-            f"are, for {service.settings.stream_ttl_s:g} seconds after its end",
+            f"the events of response {response_id} are not available: only those of background "
+            f"responses are, until {service.settings.stream_ttl_s:g} seconds after their end",
             "stream",
             "events_gone",
         ) from error
-    if last_event_id is not None:  # of a client that has reconnected, to the same address
+    if last_event_id is not None:  # sent by a client that reconnects
         start = found.number_behind(last_event_id)
     else:
         start = 0 if starting_after is None else starting_after + 1
@@ -135,17 +135,16 @@ async def get_response(
 async def cancel_response(
     response_id: ResponseId, service: ServiceDep, owner: OwnerDep
 ) -> Response:
-    """End a response in the background: nothing can go on from it.
+    """Cancel a background response; it cannot be continued.
 
-    One that has ended stays as it is.
+    A finished response is returned unchanged.
     """
     record = await service.ledger.get(owner, "response", response_id)
     body = record.body or ""
     parse = ResponseObject.model_validate_json
     if not (await service.texts.run(len(body), parse, body)).background:
         raise InvalidRequest(
-            "only a response in the background can be cancelled; any other ends with its "
-            "connection",
+            "only a background response can be cancelled; any other ends with its connection",
             "response_id",
             "response_not_in_background",
         )
@@ -157,29 +156,29 @@ async def cancel_response(
 async def delete_response(
     response_id: ResponseId, service: ServiceDep, owner: OwnerDep
 ) -> ResponseDeleted:
-    """Erase a response with its state, also one that is being made. What has gone on from it stays
-    as it is."""
+    """Erase a response with its state, even while it is being generated. Responses continued from
+    it are not affected."""
     await service.ledger.delete(owner, "response", response_id)
     await _cancel(service, owner, response_id)
     return ResponseDeleted(id=response_id)
 
 
 def _check(body: ResponseRequest) -> None:
-    """Raises InvalidRequest for parameters that go ill together."""
+    """Raises InvalidRequest for conflicting parameters."""
     if body.top_logprobs is not None and not body.includes_logprobs:
         raise InvalidRequest(
             "top_logprobs needs include: ['message.output_text.logprobs']", "top_logprobs"
         )
     if body.background and not body.stores:
-        raise InvalidRequest("a response in the background is stored", "store")
+        raise InvalidRequest("background needs store: true", "store")
     if body.ttl is not None and not body.stores:
-        raise InvalidRequest("ttl is for responses that are stored", "ttl")
+        raise InvalidRequest("ttl needs store: true", "ttl")
     if body.stream_options is not None and not body.stream:
         raise NeedsStream("stream_options")
 
 
 async def _cancel(service: Service, owner: str, response_id: str) -> None:
-    """End its turn, if it runs in the background."""
+    """Cancel its turn, if it runs in the background."""
     try:
         stream = service.streams.get(owner, response_id)
     except NotFound:

@@ -1,4 +1,4 @@
-"""`/v1/streams`: go on with a stream whose connection was lost."""
+"""`/v1/streams`: resume a stream whose connection was lost."""
 
 from fastapi import APIRouter, Response
 
@@ -31,10 +31,10 @@ async def resume_stream(
     last_event_id: LastEventId = None,
     after: AfterEvent = None,
 ) -> Response:
-    """The events of a `resumable` stream, those to come included.
+    """Follow a `resumable` stream: its events so far and those to come.
 
-    With `Last-Event-ID`, or `after` where headers cannot be set, those behind that event; without
-    either, all that are kept. Any number of readers may follow, and leave, at any time.
+    Starts after the event named by `Last-Event-ID` (or `after`, for clients that cannot set
+    headers), or at the oldest stored event. Any number of readers may follow a stream.
     """
     stream = service.streams.get(owner, stream_id)
     given = after if last_event_id is None else last_event_id
@@ -44,9 +44,9 @@ async def resume_stream(
 
 @router.post("/{stream_id}/cancel")
 async def cancel_stream(stream_id: StreamId, service: ServiceDep, owner: OwnerDep) -> StreamInfo:
-    """End the turn behind a stream; a session's turn is rolled back.
+    """Cancel a stream's turn; a session's turn is rolled back.
 
-    One that has ended stays as it is.
+    A finished stream is returned unchanged.
     """
     stream = service.streams.get(owner, stream_id)
     await stream.cancel()
@@ -55,7 +55,7 @@ async def cancel_stream(stream_id: StreamId, service: ServiceDep, owner: OwnerDe
 
 @router.delete("/{stream_id}")
 async def delete_stream(stream_id: StreamId, service: ServiceDep, owner: OwnerDep) -> StreamDeleted:
-    """Cancel a stream and forget what it told."""
+    """Cancel a stream and delete its events."""
     await service.streams.delete(owner, stream_id)
     return StreamDeleted(id=stream_id)
 

@@ -1,4 +1,4 @@
-"""What every route works with; built once in the app's lifespan."""
+"""The service behind all routes, built once in the app's lifespan."""
 
 import asyncio
 import logging
@@ -24,7 +24,7 @@ from server.sessions.store import Kind
 from server.settings import Settings
 
 ROLLBACK_S = 5.0
-"""Time for turns that were told to end."""
+"""Time for aborted turns to roll back."""
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class OpenTurn(Protocol):
 
 
 class OpenTurns:
-    """Turns that are not closed yet."""
+    """The set of open turns."""
 
     def __init__(self) -> None:
         self._turns = set[OpenTurn]()
@@ -73,7 +73,7 @@ class OpenTurns:
 
 @dataclass(frozen=True)
 class Service:
-    """The running parts of one server."""
+    """The components of one server."""
 
     settings: Settings
     checkpoint: Checkpoint
@@ -88,22 +88,22 @@ class Service:
     streams: Streams
     grammars: GrammarCompiler
     conversation: Conversation | None
-    """How messages become a prompt; None for a model without a chat template."""
+    """The chat template; None for a model without one."""
 
     limiter: Limiter
     texts: Texts = field(default_factory=Texts)
     open_turns: OpenTurns = field(default_factory=OpenTurns)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the server is about to stop: no new turns."""
+    """Set on shutdown: no new turns."""
 
     @property
     def is_ready(self) -> bool:
         return self.engine.is_running and not self.draining.is_set()
 
     def check_ready(self) -> None:
-        """Raises ShuttingDown when no new turn may begin."""
+        """Raises ShuttingDown if no new turn may begin."""
         if not self.is_ready:
-            raise ShuttingDown("the server is not taking requests")
+            raise ShuttingDown("the server is not accepting requests")
 
     def end_turns(self, owner: str, reason: LatentdError) -> None:
         """Roll back every turn of an owner that runs, also in the background."""
@@ -123,7 +123,7 @@ class Service:
         return erased
 
     async def drain(self) -> None:
-        """Take no new turns; those that still run when the drain timeout is over roll back."""
+        """Accept no new turns; abort those that still run after the drain timeout."""
         self.draining.set()
         timeout_s, num_turns = self.settings.drain_timeout_s, len(self.open_turns)
         log.info("drain", extra={"fields": {"turns": num_turns, "timeout_s": timeout_s}})
@@ -133,7 +133,7 @@ class Service:
 
 
 async def get_service(request: Request) -> Service:
-    """The service of the app that got the request."""
+    """FastAPI dependency: the app's service."""
     service = request.app.state.service
     if not isinstance(service, Service):
         raise ShuttingDown("the server is not running")

@@ -1,4 +1,4 @@
-"""`/v1/sessions`: conversations that the server keeps, each as one state of fixed size."""
+"""`/v1/sessions`: stored conversations, each one state of fixed size."""
 
 from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter, ValidationError
@@ -48,12 +48,12 @@ BLOB = "application/octet-stream"
 BLOB_SCHEMA = {
     "type": "string",
     "format": "binary",
-    "description": "A safetensors file: the tensors of one state, and in its metadata the model's "
-    "fingerprint and what text needs to go on.",
+    "description": "A safetensors file: the tensors of one state, and metadata with the model's "
+    "fingerprint and what is needed to continue the text.",
 }
 TURN_TOLD = {
     "X-Session-Turn": {
-        "description": "The turn after which the state is.",
+        "description": "The turn that the state belongs to.",
         "required": True,
         "schema": {"type": "integer", "minimum": 0, "examples": [3]},
     },
@@ -74,13 +74,13 @@ async def create_session(
     caller: CallerDep,
     body: CreateSessionRequest | None = None,
 ) -> Session:
-    """Create a session: empty, with a first text, or where a stored response ended."""
+    """Create a session: empty, with a first prompt, or from a stored response."""
     service.check_ready()
     body = body or CreateSessionRequest()
     ttl_s = _ttl_s(service, body.ttl)
     if body.response_id is not None:
         if body.prompt is not None:
-            raise InvalidRequest("a session begins with a prompt or a response", "response_id")
+            raise InvalidRequest("give either prompt or response_id", "response_id")
         record = await service.ledger.fork_response(
             caller.owner, body.response_id, body.metadata or {}, ttl_s
         )
@@ -100,7 +100,7 @@ async def list_sessions(
     limit: Limit = 20,
     after: AfterSession = None,
 ) -> SessionList:
-    """Your sessions, newest first; `after` is the id that the page before ended with."""
+    """List your sessions, newest first; `after` is the last id of the previous page."""
     records = await service.ledger.list(owner, "session", limit + 1, after)
     page = [_render(service, record) for record in records[:limit]]
     return SessionList(
@@ -150,13 +150,13 @@ async def import_session(
 
 @router.get("/{session_id}", responses=refusals(*STORED))
 async def get_session(session_id: SessionId, service: ServiceDep, owner: OwnerDep) -> Session:
-    """One session: its tokens, its turn, and where its state is."""
+    """Get a session."""
     return _render(service, await service.ledger.get(owner, "session", session_id))
 
 
 @router.get("/{session_id}/turns", responses=refusals(*STORED))
 async def list_turns(session_id: SessionId, service: ServiceDep, owner: OwnerDep) -> CheckpointList:
-    """The last turns, whose states are kept: these can be forked, rewound to and exported."""
+    """List the session's checkpoints: the turns that can be forked, rewound to and exported."""
     kept = await service.ledger.checkpoints(owner, session_id)
     return CheckpointList(
         data=[
@@ -174,9 +174,9 @@ async def list_turns(session_id: SessionId, service: ServiceDep, owner: OwnerDep
 async def fork_session(
     session_id: SessionId, service: ServiceDep, caller: CallerDep, body: ForkRequest | None = None
 ) -> Session:
-    """Make a session that begins where this one is, or was after an earlier turn.
+    """Create a session from this one's state, now or after an earlier turn.
 
-    The session itself stays as it is, and may be busy. The cost does not depend on its length.
+    The session itself does not change and may be busy. The cost does not depend on its length.
     """
     await service.limiter.count(caller)
     service.check_ready()
@@ -192,8 +192,7 @@ async def rewind_session(
 ) -> Session:
     """Go back to an earlier turn. Later turns are erased; fork first to keep them.
 
-    A latent state cannot be cut to a length: the ends of the last turns are all that there is to go
-    back to.
+    A latent state cannot be truncated: only checkpoints can be restored.
     """
     await service.limiter.count(caller)
     return _render(service, await service.ledger.rewind(caller.owner, session_id, body.turn))
@@ -226,21 +225,21 @@ async def export_session(
 async def delete_session(
     session_id: SessionId, service: ServiceDep, owner: OwnerDep
 ) -> SessionDeleted:
-    """Erase a session with its checkpoints and kept answers, in memory and on disk."""
+    """Erase a session with its checkpoints and stored answers, in memory and on disk."""
     await service.ledger.delete(owner, "session", session_id)
     return SessionDeleted(id=session_id)
 
 
 def _ttl_s(service: Service, ttl: float | None) -> float | None:
-    """Seconds without use that a session may live. Raises InvalidRequest."""
+    """Validated time to live. Raises InvalidRequest."""
     most = service.settings.session_ttl_s
     if ttl is not None and most is not None and ttl > most:
-        raise InvalidRequest(f"ttl is {ttl:g}, the most is {most:g}", "ttl")
+        raise InvalidRequest(f"ttl is {ttl:g}, the maximum is {most:g}", "ttl")
     return most if ttl is None else ttl
 
 
 def _metadata(given: str | None) -> dict[str, str]:
-    """Metadata written as JSON. Raises InvalidRequest."""
+    """Parse metadata. Raises InvalidRequest."""
     try:
         return {} if given is None else METADATA.validate_json(given, strict=True)
     except ValidationError as error:
@@ -251,15 +250,15 @@ def _metadata(given: str | None) -> dict[str, str]:
 async def _create_with_prompt(
     service: Service, caller: Caller, prompt: Prompt, target: NewSession, request: RequestRecord
 ) -> Entry:
-    """A session whose first turn read the prompt. Raises InvalidRequest and what a turn does."""
-    asked = CompletionRequest.model_construct(prompt=prompt, max_tokens=0)  # it is valid
+    """Create a session and run a first turn that reads the prompt. Raises what a turn raises."""
+    asked = CompletionRequest.model_construct(prompt=prompt, max_tokens=0)  # already validated
     if len(asked.prompts) != 1 or not asked.prompts[0]:
-        raise InvalidRequest("a session begins with one text, which is not empty", "prompt")
+        raise InvalidRequest("prompt must be one non-empty text", "prompt")
     generation = await read_generation(service, asked)
     text = TextPrompt(service, asked.prompts)
     turn = await open_turn(service, caller, None, target, generation, text, request=request)
     if isinstance(turn, Replay) or turn.session_id is None:
-        raise InternalError("a new session has no answer before its first turn")
+        raise InternalError("a new session was replayed")
     answer = Answer(turn, service.checkpoint.tokenizer, turn.session_id)
     await deliver(turn, answer, Shape(service, asked, answer), Reply())
     return await service.ledger.get(caller.owner, "session", turn.session_id)

@@ -1,8 +1,8 @@
-"""Names of special tokens in what users write: there they are text like any other.
+"""Names of special tokens in user text, where they are plain text.
 
-A template puts texts together, and where they meet a name may come to be that is in none of them,
-as of `<|` and `end|>`. So whole names are marked in a text, and at its ends what may be part of
-one. Other text stays as it is: templates may look into it.
+A template concatenates texts, and a name may form where they join, such as from `<|` and `end|>`.
+So complete names are marked in a text, and, at its ends, possible parts of one. Other text stays
+unchanged, since templates may inspect it.
 """
 
 import secrets
@@ -13,20 +13,20 @@ from model.text.tokenizer import Tokenizer, TooManyTokens
 
 
 def random_digits() -> str:
-    """Text that nobody can guess, and that templates leave as it is when they change case or
-    escape characters."""
+    """Unguessable text that templates leave unchanged when they change case or escape
+    characters."""
     return f"{secrets.randbelow(10**24):024}"
 
 
 class Marks(NamedTuple):
-    """What stands around marked text, in one rendering of a template."""
+    """Delimiters of marked text, unique to one rendering."""
 
     begin: str
     end: str
 
 
 class SpecialNames:
-    """Marks names in texts, and finds the marks in what a template makes of these."""
+    """Marks names in texts, and encodes rendered text by its marks."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -36,7 +36,7 @@ class SpecialNames:
         self._ends = {name[start:] for name in self._names for start in range(1, len(name))}
 
     def mark(self, text: str, marks: Marks) -> str:
-        """The text, with marks around what may be of a name."""
+        """Put marks around everything that may be part of a name."""
         parts, done = list[str](), 0
         for start, end in _join(sorted(self._spans(text))):
             parts += (text[done:start], marks.begin, text[start:end], marks.end)
@@ -44,7 +44,7 @@ class SpecialNames:
         return "".join((*parts, text[done:]))
 
     def encode(self, text: str, marks: Marks, max_tokens: int) -> list[int]:
-        """Tokens of a text in which names stand for special tokens, but not where it is marked.
+        """Encode a text; names of special tokens count only outside marks.
 
         Raises TooManyTokens.
         """
@@ -60,7 +60,8 @@ class SpecialNames:
         return ids
 
     def _spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where something of a name is; the template may strip the text, and change its case."""
+        """Spans that may be part of a name, even if the template strips the text or changes its
+        case."""
         lowered = _lower(text)
         for name in self._names:
             at = lowered.find(name)
@@ -82,7 +83,7 @@ class SpecialNames:
 
 
 def _join(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Sorted spans, those that overlap or touch as one."""
+    """Merge sorted spans that overlap or touch."""
     first, last = 0, 0
     for start, end in spans:
         if start > last:
@@ -95,13 +96,13 @@ def _join(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _find(text: str, mark: str, start: int) -> int:
-    """Where the mark is; the end of the text if it is nowhere."""
+    """Position of the mark, or the end of the text."""
     found = text.find(mark, start)
     return len(text) if found < 0 else found
 
 
 def _lower(text: str) -> str:
-    """In lower case, each character in its place: of some, the lower case is two."""
+    """Lower case without changing positions: some characters have two in lower case."""
     lowered = text.lower()
     if len(lowered) == len(text):
         return lowered

@@ -1,4 +1,4 @@
-"""Server-sent events: what is put on the wire."""
+"""Server-sent events: wire format."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
@@ -11,29 +11,29 @@ from server.errors import LatentdError
 
 KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_WITH_IDS = b": keep-alive\n"
-"""The official client takes a blank line after an event with an id for another event, an empty one:
-where events have ids, the comment stands before the next event."""
+"""The official client reads a blank line after an event with an id as another, empty event: where
+events have ids, the comment precedes the next event."""
 
 DONE = b"[DONE]"
 EVENT_STREAM = "text/event-stream"
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 AT_END: dict[int | str, dict[str, Any]] = {
-    204: {"description": "The stream has ended, and no event follows the last one that you have."}
+    204: {"description": "The stream has ended, and there are no further events."}
 }
-"""The documentation of a stream that is resumed behind its end."""
+"""Documentation of resuming a stream after its end."""
 
 Piece = BaseModel | bytes
-"""What an event says: a model, or what one would be as JSON."""
+"""Data of an event: a model, or its JSON."""
 
 Write = Callable[[list[bytes]], Awaitable[None]]
-"""Sends events that are there at once."""
+"""Sends several events at once."""
 
 
 def events_of(*models: str) -> dict[str, Any]:
-    """The documentation of an answer that is a stream, by the names of what its events tell.
+    """Documentation of a streamed response, by the names of its events' models.
 
-    OpenAPI 3.1 has no place for a stream's items: here the schema is that of one event.
+    OpenAPI 3.1 cannot describe a stream's items: the schema is that of one event.
     """
     told = [{"$ref": f"#/components/schemas/{model}"} for model in (*models, "ErrorResponse")]
     message = {
@@ -44,24 +44,24 @@ def events_of(*models: str) -> dict[str, Any]:
     ends = {"type": "string", "const": "[DONE]"}
     event = {
         "type": "object",
-        "description": "One server-sent event. A stream of completions or of a chat ends with the "
-        "event `data: [DONE]`.",
+        "description": "One server-sent event. Streams of completions and chats end with "
+        "`data: [DONE]`.",
         "required": ["data"],
         "properties": {
             "id": {
                 "type": "string",
                 "pattern": "^[0-9]+$",
-                "description": "The event's number, from 0 on, where a stream can be resumed.",
+                "description": "The event's number, from 0, in resumable streams.",
                 "examples": ["0"],
             },
             "event": {
                 "type": "string",
-                "description": "The `type` of a response's event; others have none.",
+                "description": "The `type` of a response event; other events have none.",
                 "examples": ["response.output_text.delta"],
             },
             "data": {
                 "anyOf": [message, ends],
-                "description": "One JSON object in one line, or `[DONE]`.",
+                "description": "One JSON object on one line, or `[DONE]`.",
                 "examples": ["[DONE]"],
             },
         },
@@ -70,12 +70,11 @@ def events_of(*models: str) -> dict[str, Any]:
 
 
 LINE_SEPARATORS = {c.encode(): b"\\u%04x" % ord(c) for c in "\u2028\u2029\x85"}
-"""Not ends of lines in JSON and in a stream of events, but for clients that split lines otherwise;
-JSON may escape them."""
+"""Not line breaks in JSON or SSE, but some clients split lines there; JSON may escape them."""
 
 
 def encode_event(piece: Piece, number: int | None = None, name: str | None = None) -> bytes:
-    """A piece as an event, with its number where the stream can be resumed."""
+    """Encode an event, with its number if the stream is resumable."""
     data = piece
     if not isinstance(data, bytes):
         data = dump_json(data)
@@ -88,24 +87,24 @@ def encode_event(piece: Piece, number: int | None = None, name: str | None = Non
 
 
 class SSEFormat:
-    """How a kind of stream is written."""
+    """Format of a kind of stream."""
 
     ends_with_done = True
     """Whether `[DONE]` is the last event."""
 
     def name_of(self, piece: Piece) -> str | None:
-        """The name of a piece's event, where events have names."""
+        """The name of an event, if events have names."""
         del piece
         return None
 
 
 class EventSink:
-    """Writes the pieces of an answer as events."""
+    """Writes an answer as events."""
 
     def __init__(
         self, write: Write, format: SSEFormat, silence_s: float | None, *, has_ids: bool
     ) -> None:
-        """`has_ids`: events have numbers from 0 on, for clients that resume the stream."""
+        """`has_ids`: number events from 0, for clients that resume the stream."""
         self._write = write
         self._format = format
         self._has_ids = has_ids
@@ -133,5 +132,5 @@ class EventSink:
 
 
 def error_piece(error: LatentdError) -> BaseModel:
-    """An error as an event."""
+    """An error event."""
     return ErrorResponse.model_validate(error.body())

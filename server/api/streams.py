@@ -1,4 +1,4 @@
-"""Streams that outlive their connection: what was sent is kept for a while, within bounds."""
+"""Resumable streams: sent events are stored for a while, within bounds."""
 
 import asyncio
 import time
@@ -20,7 +20,7 @@ Status = Literal["in_progress", "completed", "failed", "cancelled"]
 
 
 class EventLog:
-    """The last events of a stream, no more bytes than are allowed, for any number of readers."""
+    """The last events of a stream, up to `max_bytes`, for any number of readers."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -32,16 +32,16 @@ class EventLog:
 
     @property
     def num_events(self) -> int:
-        """Events so far, those included that are kept no longer."""
+        """Events so far, including dropped ones."""
         return self._first + len(self._events)
 
     @property
     def first(self) -> int:
-        """The number of the oldest event that is kept."""
+        """The number of the oldest stored event."""
         return self._first
 
     async def append(self, events: Sequence[bytes]) -> None:
-        """Add events; the oldest ones make space for them."""
+        """Append events, dropping the oldest ones if necessary."""
         self._events.extend(events)
         self._num_bytes += sum(map(len, events))
         while self._num_bytes > self._max_bytes and len(self._events) > 1:
@@ -50,14 +50,14 @@ class EventLog:
         self._wake()
 
     def end(self) -> None:
-        """Nothing more will come."""
+        """Mark the end."""
         self._ended = True
         self._wake()
 
     async def follow(self, start: int, silence_s: float) -> AsyncIterator[bytes]:
-        """The events from number `start` on, and those to come; a comment after a silence.
+        """Events from number `start` on, past and future; a comment after each silence.
 
-        Ends early for a reader who is so slow that what it needs next is kept no longer.
+        Ends early for a reader so slow that the events it needs next were dropped.
         """
         number = start
         while number >= self._first:
@@ -72,7 +72,7 @@ class EventLog:
                 yield KEEP_ALIVE_WITH_IDS
 
     async def _grow(self, silence_s: float) -> bool:
-        """Wait for another event. False if none came in time."""
+        """Wait for another event. False on timeout."""
         grown = self._grown
         try:
             async with asyncio.timeout(silence_s):
@@ -87,7 +87,7 @@ class EventLog:
 
 
 class Stream:
-    """A turn that runs without a connection, and its events so far."""
+    """A turn detached from its connection, and its events."""
 
     def __init__(
         self, stream_id: str, owner: str, max_bytes: int, clock: Callable[[], float] = time.time
@@ -102,7 +102,7 @@ class Stream:
         self._task: asyncio.Task[None] | None = None
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run what fills the log, and calls `end`."""
+        """Start the task that fills the log and calls `end`."""
         self._task = asyncio.create_task(work)
 
     def end(self, status: Status) -> None:
@@ -111,19 +111,19 @@ class Stream:
         self.log.end()
 
     async def cancel(self) -> None:
-        """End the turn, which rolls back; one that has ended stays as it is."""
+        """Cancel the turn, which rolls back; a finished one stays unchanged."""
         if self._task is not None and not self._task.done():
-            await asyncio.sleep(0)  # a task that has not begun would end without closing the turn
+            await asyncio.sleep(0)  # a task cancelled before it starts would not close the turn
             self._task.cancel()
             await asyncio.wait([self._task])
 
     def number_behind(self, event_id: str) -> int:
-        """The number of the event that follows the one with this id. Raises InvalidRequest."""
+        """The number after this event id. Raises InvalidRequest."""
         given = event_id
         number = int(given) if given.isascii() and given.isdecimal() and len(given) < 16 else -1
         if not 0 <= number < self.log.num_events:
             raise InvalidRequest(
-                f"{given[:40]!r} is not the id of an event of this stream: those so far are 0 to "
+                f"{given[:40]!r} is not an event id of this stream: valid ids are 0 to "
                 f"{self.log.num_events - 1}",
                 "Last-Event-ID",
             )
@@ -132,10 +132,11 @@ class Stream:
     def response(
         self, keepalive_s: float, *, start: int = 0, headers: dict[str, str] | None = None
     ) -> Response:
-        """Its events from number `start` on. Raises EventsGone if they are not kept any more.
+        """A response with the events from number `start` on. Raises EventsGone if they were
+        dropped.
 
-        No content when all have been sent and no more will come: an EventSource, which would ask
-        for ever otherwise, stops at that.
+        Status 204 if all were sent and the stream has ended, which stops an EventSource from
+        reconnecting.
         """
         if start < self.log.first:
             raise EventsGone(self.id, self.log.first)
@@ -150,20 +151,20 @@ class Stream:
 
 @dataclass(frozen=True)
 class StreamLimits:
-    """What the streams of a server may take."""
+    """Limits of resumable streams."""
 
     max_streams: int
     max_bytes: int
-    """Of the events that are kept of a stream."""
+    """Stored events per stream."""
 
     ttl_s: float
-    """How long an ended stream can be read."""
+    """Seconds for which a finished stream can be read."""
 
 
 class Streams:
     """All resumable streams of a server. Belongs to the event loop.
 
-    Whoever does not own a stream gets NotFound, as for one that does not exist or has expired.
+    Other owners get NotFound, as for a stream that does not exist or has expired.
     """
 
     def __init__(self, limits: StreamLimits, clock: Callable[[], float] = time.time) -> None:
@@ -213,15 +214,15 @@ class Streams:
         stream = self._streams.get(stream_id)
         if stream is None or stream.owner != owner:
             raise NotFound(
-                f"there is no stream {stream_id[:80]}; one that has ended is kept for "
-                f"{self._limits.ttl_s:g} seconds",
+                f"there is no stream {stream_id[:80]}; streams are stored until "
+                f"{self._limits.ttl_s:g} seconds after their end",
                 "stream_id",
                 "stream_not_found",
             )
         return stream
 
     async def delete(self, owner: str, stream_id: str) -> None:
-        """Cancel and forget. Raises NotFound."""
+        """Cancel and delete. Raises NotFound."""
         stream = self.get(owner, stream_id)
         await stream.cancel()
         self._streams.pop(stream_id, None)
@@ -238,11 +239,11 @@ class Streams:
             await stream.cancel()
 
     def expires_at(self, stream: Stream) -> float | None:
-        """When it is forgotten; None while it runs."""
+        """When the stream expires; None while it runs."""
         return None if stream.ended_at is None else stream.ended_at + self._limits.ttl_s
 
     def forget_expired(self) -> None:
-        """Forget the streams that ended long ago."""
+        """Drop expired streams."""
         now = self._clock()
         for stream in list(self._streams.values()):
             expires_at = self.expires_at(stream)

@@ -1,4 +1,4 @@
-"""From what a request says of the structure of its text to a compiled grammar."""
+"""Structured output: from a request's parameters to a compiled grammar."""
 
 import json
 
@@ -16,7 +16,7 @@ STRUCTURES = (
     "structured_outputs",
     *(f"{GUIDED}{kind}" for kind in ("json", "regex", "grammar", "choice")),
 )
-"""Parameters that ask for a structure, beside OpenAI's."""
+"""Structure parameters other than OpenAI's."""
 
 
 async def read_grammar(service: Service, caller: Caller, body: SamplingRequest) -> Grammar | None:
@@ -49,7 +49,7 @@ async def read_grammar(service: Service, caller: Caller, body: SamplingRequest) 
 
 
 def _asked_within_bounds(body: SamplingRequest) -> tuple[GrammarSpec, str] | None:
-    """`_asked`, which is not too large. Raises InvalidRequest."""
+    """`_asked`, within the size limit. Raises InvalidRequest."""
     asked = _asked(body)
     if asked is not None:
         spec, param = asked
@@ -61,11 +61,11 @@ def _asked_within_bounds(body: SamplingRequest) -> tuple[GrammarSpec, str] | Non
 
 
 def _asked(body: SamplingRequest) -> tuple[GrammarSpec, str] | None:
-    """The source, and the parameter that it comes from. Raises InvalidRequest."""
+    """The grammar's source and its parameter. Raises InvalidRequest."""
     given = [body.format_name] if not isinstance(body.asked_format, TextFormat | None) else []
     given += [name for name in STRUCTURES if getattr(body, name) is not None]
     if len(given) > 1:
-        raise InvalidRequest(f"give {given[0]} or {given[1]}, one of them", given[1])
+        raise InvalidRequest(f"give either {given[0]} or {given[1]}", given[1])
     match given:
         case []:
             return None
@@ -84,9 +84,9 @@ def _of_format(given: object) -> GrammarSpec:
 
 
 def _source(schema: object) -> str:
-    """A schema as JSON, written in parts, between which other threads can have the GIL.
+    """Serialize a schema in parts, between which other threads can have the GIL.
 
-    Of one that is too large only so much that this shows.
+    Stops once the size limit is exceeded.
     """
     parts, size = list[str](), 0
     for part in json.JSONEncoder().iterencode(schema):
@@ -98,7 +98,7 @@ def _source(schema: object) -> str:
 
 
 def _of_outputs(given: StructuredOutputs) -> tuple[GrammarSpec, str]:
-    """Exactly one of them is given."""
+    """Exactly one field is set."""
     name = "structured_outputs"
     if given.json_ is not None:
         source = given.json_ if isinstance(given.json_, str) else _source(given.json_)

@@ -1,6 +1,6 @@
-"""Events that differ in nothing but their text: built once, then only the text is put in.
+"""Events that differ only in their text: serialized once, then only the text is inserted.
 
-Making a model and writing it out costs several times what sending it does, for every token.
+Building and serializing a model costs several times as much as sending it, for every token.
 """
 
 import secrets
@@ -11,14 +11,14 @@ from pydantic_core import to_json
 
 
 class TextTemplate:
-    """A message's JSON with a place for one text. `render` is what the model itself would give."""
+    """A message's JSON with a placeholder for one text. `render` equals the serialized model."""
 
     def __init__(self, make: Callable[[str], BaseModel]) -> None:
-        """`make` gives the message with a text, which is in it once and changes nothing else."""
-        text = secrets.token_hex(16)  # nothing else in the message is like it
+        """`make` builds the message for a text, which must appear once and change nothing else."""
+        text = secrets.token_hex(16)  # unique in the message
         written = make(text).model_dump_json(exclude_unset=True).encode()
         self._before, self._after = written.split(to_json(text))
 
     def render(self, text: str) -> bytes:
-        """The message with this text, as JSON in one line."""
+        """The message with this text, as JSON on one line."""
         return self._before + to_json(text) + self._after

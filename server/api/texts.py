@@ -1,4 +1,4 @@
-"""Threads for what clients send and get: bodies, texts and answers that are long.
+"""Thread pools for long bodies, texts and answers.
 
 The store and the engine have threads of their own, so that no client's text holds them up. Owners
 get the threads in turn.
@@ -14,11 +14,11 @@ from pydantic_core import to_json
 from server.threads import FairThreads
 
 SHORT = 2048
-"""Bytes, or items of a list, that are handled faster than a thread is asked to do it."""
+"""Bytes or items below which a thread is not worth it."""
 
 LONG = 256 * 1024
-"""More than these are handled one after the other: tokenising needs about a hundred times the
-memory of its text. Also the size of what may be long."""
+"""Bytes or items above which work is serialized: tokenizing needs about a hundred times the memory
+of its text. Also the size to assume for work that may be long."""
 
 THREADS = 2
 OWNER: ContextVar[str] = ContextVar("owner", default="")
@@ -30,17 +30,17 @@ R = TypeVar("R")
 
 
 class Texts:
-    """Runs work whose length a client decides. For one event loop."""
+    """Runs work whose size clients control. For one event loop."""
 
     def __init__(self) -> None:
         self._long = FairThreads(1, "long-text")
         self._others = FairThreads(THREADS, "text")
 
     async def run(self, size: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """The work's result; `size` is the number of bytes or items that it goes through.
+        """Run `work`, in a thread if `size`, its number of bytes or items, is large.
 
-        The work must not hold the GIL for long: neither in one call of a library nor by freeing
-        hundreds of thousands of objects together. Raises what the work raises.
+        The work must not hold the GIL for long: neither in one library call nor by freeing hundreds
+        of thousands of objects at once. Raises what the work raises.
         """
         if size <= SHORT:
             return work(*args, **kwargs)
@@ -49,13 +49,13 @@ class Texts:
         return await pool.run(OWNER.get(), lambda: context.run(work, *args, **kwargs))
 
     def close(self) -> None:
-        """Wait for what runs; what has not begun is dropped."""
+        """Wait for running work; drop queued work."""
         for pool in (self._long, self._others):
             pool.close()
 
 
 def dump_json(model: BaseModel) -> bytes:
-    """The fields of a model that are set, as JSON; in parts where a list in it is long."""
+    """Serialize the set fields of a model, in parts if it contains a long list."""
     if not _is_long(model):
         return model.model_dump_json(exclude_unset=True).encode()
     return b"".join(_parts(model))
@@ -70,7 +70,7 @@ def _is_long(value: object) -> bool:
 
 
 def _parts(value: object) -> Iterator[bytes]:
-    """Of a value's JSON."""
+    """Parts of a value's JSON."""
     if isinstance(value, BaseModel) and _is_long(value):
         separator = b"{"
         for name in (name for name in type(value).model_fields if name in value.model_fields_set):
@@ -94,7 +94,7 @@ def _parts(value: object) -> Iterator[bytes]:
 
 
 def to_json_list(items: Sequence[object]) -> bytes:
-    """The items as JSON, in parts, so that the GIL is free between them."""
+    """Serialize a list in parts, releasing the GIL between them."""
     starts = range(0, len(items), WRITTEN_TOGETHER)
     parts = (to_json(items[start : start + WRITTEN_TOGETHER])[1:-1] for start in starts)
     return b"[" + b",".join(parts) + b"]"

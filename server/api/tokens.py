@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`: what the model reads of a text."""
+"""`/tokenize`, `/detokenize` and `/tokenizer_info`."""
 
 from collections.abc import Sequence
 
@@ -82,7 +82,7 @@ async def tokenizer_info(service: ServiceDep, _: CallerDep) -> TokenizerInfo:
 
 
 def _tokenized(service: Service, ids: Sequence[int], with_names: bool) -> bytes:
-    """The answer, written without its model: it may have a million tokens."""
+    """Serialized without a model: it may have a million tokens."""
     name_of = service.checkpoint.tokenizer.name_of
     names = to_json_list([name_of(i) for i in ids]) if with_names else b"null"
     fields = (len(ids), to_json_list(ids), names)

@@ -1,4 +1,4 @@
-"""`latentd chat`: talk with a running server, in a session that it keeps."""
+"""`latentd chat`: an interactive chat in a session of a running server."""
 
 import os
 import shlex
@@ -17,7 +17,7 @@ NUM_LISTED = 20
 
 @dataclass(frozen=True)
 class Options:
-    """How to talk."""
+    """Options of `latentd chat`."""
 
     url: str
     key: str
@@ -25,31 +25,31 @@ class Options:
     system: str | None
     raw: bool
     sampling: Mapping[str, float]
-    """Parameters of every request."""
+    """Sampling parameters sent with every request."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a line that begins with a slash does."""
+    """A slash command."""
 
     run: Callable[[str], None]
-    """Takes what follows the name."""
+    """Called with the text after the name."""
 
     argument: str
-    """What may follow; empty: nothing."""
+    """Placeholder of the argument; empty if there is none."""
 
     help: str
 
 
 class CommandError(Exception):
-    """A command is not one, or cannot do its work."""
+    """The command is unknown or failed."""
 
 
 def chat(options: Options) -> int:
-    """Talk until the input ends. Returns the exit status.
+    """Chat until the input ends. Returns the exit status.
 
-    1 if there is no session to begin with, or a line of a pipe fails, which ends the chat: the
-    next ones may need what it did.
+    It is 1 if the session cannot be opened, or if a line from a pipe fails, which ends the chat:
+    later lines may depend on it.
     """
     terminal = Terminal()
     try:
@@ -63,9 +63,9 @@ def chat(options: Options) -> int:
             where = f"at turn {session.turn}, with {session.tokens:,} tokens"
             terminal.remark(f"session {session.id}: {where if session.turn else 'new'}")
             if options.system is not None and session.turn:
-                terminal.remark("the session has begun: the system text is not sent")
+                terminal.remark("the session has already begun: the system message is not sent")
             ok = Chat(client, terminal, dialogue).run()
-            terminal.remark(f"to go on: {_resuming(options.url, dialogue)}")
+            terminal.remark(f"to continue: {_resuming(options.url, dialogue)}")
             return 0 if ok else 1
     except ClientError as error:
         terminal.error(error)
@@ -73,7 +73,7 @@ def chat(options: Options) -> int:
 
 
 class Chat:
-    """Lines, each a message or a command."""
+    """The input loop: each line is a message or a command."""
 
     def __init__(self, client: Client, terminal: Terminal, dialogue: Dialogue) -> None:
         self._client = client
@@ -82,21 +82,19 @@ class Chat:
         self._quits = False
         self._commands = {
             "sessions": Command(self._list, "", "list your newest sessions"),
-            "new": Command(self._new, "", "begin a new session"),
-            "switch": Command(self._switch, "ID", "go on with another session"),
-            "fork": Command(self._fork, "[TURN]", "go on in a copy of the session, as it was then"),
-            "rewind": Command(self._rewind, "[TURN]", "go back a turn, or to this one"),
+            "new": Command(self._new, "", "start a new session"),
+            "switch": Command(self._switch, "ID", "switch to another session"),
+            "fork": Command(self._fork, "[TURN]", "continue in a copy of the session"),
+            "rewind": Command(self._rewind, "[TURN]", "go back one turn, or to this turn"),
             "export": Command(self._export, "[FILE]", "write the session's state to a file"),
-            "stats": Command(
-                self._stats, "", "what the session is, and how fast the last turn was"
-            ),
-            "system": Command(self._system, "[TEXT]", "what new sessions begin with"),
-            "help": Command(self._help, "", "this list"),
-            "quit": Command(self._quit, "", "end; so does Ctrl-D"),
+            "stats": Command(self._stats, "", "show the session and the speed of the last turn"),
+            "system": Command(self._system, "[TEXT]", "set the system message of new sessions"),
+            "help": Command(self._help, "", "show this list"),
+            "quit": Command(self._quit, "", "exit; so does Ctrl-D"),
         }
 
     def run(self) -> bool:
-        """To the end of the input. False if a line of a pipe failed."""
+        """Process lines until the input ends. False if a line from a pipe failed."""
         if self._terminal.is_interactive:
             self._terminal.remark("/help lists the commands; Ctrl-C stops an answer")
         while not self._quits:
@@ -112,7 +110,7 @@ class Chat:
         return True
 
     def _take(self, line: str) -> bool:
-        """Whether it could be done."""
+        """Whether the line succeeded."""
         try:
             if line.startswith("/") and not line.startswith("//"):
                 self._command(line)
@@ -131,10 +129,10 @@ class Chat:
         if command is None:
             known = ", ".join(f"/{name}" for name in self._commands)
             raise CommandError(
-                f"there is no /{name}, but {known}; // at the beginning of a line sends a slash"
+                f"unknown command /{name}: use {known}; start a line with // to send a slash"
             )
         if argument and not command.argument:
-            raise CommandError(f"/{name} stands alone")
+            raise CommandError(f"/{name} takes no argument")
         command.run(argument)
 
     def _list(self, _: str) -> None:
@@ -146,7 +144,7 @@ class Chat:
 
     def _switch(self, session_id: str) -> None:
         if not session_id:
-            raise CommandError("/switch needs the ID of a session; /sessions lists them")
+            raise CommandError("/switch needs a session ID; /sessions lists them")
         session = self._client.session(session_id)
         self._dialogue.go_on(session)
         self._terminal.write(f"{session.id}: turn {session.turn}, {session.tokens:,} tokens\n")
@@ -159,18 +157,18 @@ class Chat:
     def _rewind(self, argument: str) -> None:
         turn = _turn(argument) if argument else self._dialogue.session().turn - 1
         if turn < 0:
-            raise CommandError("the session is at its beginning")
+            raise CommandError("the session is at its first turn")
         session = self._client.rewind(self._dialogue.session_id, turn)
         self._dialogue.go_on(session)
         self._terminal.write(f"{session.id}: turn {session.turn}, {session.tokens:,} tokens\n")
 
     def _export(self, argument: str) -> None:
         exported = self._client.export(self._dialogue.session_id, None)
-        # The id is the server's word: it must not lead to another folder.
+        # The id comes from the server: it must not name another folder.
         name = Path(f"{self._dialogue.session_id}-{exported.turn}.safetensors").name
         file = Path(argument or name)
         if file.exists():
-            raise CommandError(f"{file}: exists")
+            raise CommandError(f"{file} already exists")
         try:
             write_file(file, exported.blob)
         except OSError as error:
@@ -185,12 +183,12 @@ class Chat:
     def _system(self, text: str) -> None:
         if text:
             self._dialogue.system = text
-        print(self._dialogue.system or "new sessions begin with no system text")
+        print(self._dialogue.system or "new sessions have no system message")
 
     def _help(self, _: str) -> None:
         for name, command in self._commands.items():
             print(f"{f'/{name} {command.argument}':18}{command.help}")
-        print("A line that ends in a backslash goes on in the next; // sends a slash.")
+        print("A line ending in a backslash continues on the next; // sends a slash.")
 
     def _quit(self, _: str) -> None:
         self._quits = True
@@ -198,12 +196,12 @@ class Chat:
 
 def _turn(argument: str) -> int:
     if not (argument.isascii() and argument.isdecimal()):
-        raise CommandError(f"{argument} is not the number of a turn")
+        raise CommandError(f"{argument} is not a turn number")
     return int(argument)
 
 
 def _resuming(url: str, dialogue: Dialogue) -> str:
-    """The command that goes on with the session."""
+    """The command that continues the session."""
     parts = ["latentd", "chat", "--session", dialogue.session_id]
     if url != os.environ.get("LATENT_URL"):
         parts += ["--url", url]

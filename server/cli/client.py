@@ -1,4 +1,4 @@
-"""The sessions of a running server, over HTTP."""
+"""HTTP client for a running server's sessions."""
 
 import json
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -24,12 +24,12 @@ from server.api.schemas.sessions import (
 
 SESSIONS = "/v1/sessions"
 PAGE = 100
-"""Sessions that a server tells at once."""
+"""Sessions per page."""
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 DONE = b"[DONE]"
 UNIX = "unix:"
-"""What the address of a server begins with whose socket's path follows."""
+"""Prefix of a server address that is the path of a Unix socket."""
 
 TIMEOUT_S = 60.0
 NOT_SENT = (
@@ -39,7 +39,7 @@ NOT_SENT = (
     httpx.InvalidURL,
     UnicodeError,
 )
-"""After these the server has not seen the request."""
+"""Errors after which the server has certainly not received the request."""
 
 Event = ChatChunk | Completion
 EVENTS: TypeAdapter[Event | ErrorResponse] = TypeAdapter(Event | ErrorResponse)
@@ -47,14 +47,14 @@ Answer = TypeVar("Answer", bound=BaseModel)
 
 
 class ClientError(Exception):
-    """There is no answer; one line says why."""
+    """The request failed; the message is one line."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 
 
 class RefusedError(ClientError):
-    """The server's answer is an error; the message is the server's."""
+    """The server responded with an error; the message is the server's."""
 
     def __init__(self, message: str, code: str | None) -> None:
         super().__init__(message)
@@ -62,17 +62,16 @@ class RefusedError(ClientError):
 
 
 class StrangeError(ClientError):
-    """Whatever answered is no latentd."""
+    """The response is not from a latentd server."""
 
 
 class UnfinishedError(ClientError):
-    """The answer broke off, with the server's word for it or without one: whether the turn was
-    taken is not known."""
+    """The answer ended early: whether the turn was committed is unknown."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A session's state after this turn."""
+    """A session's state after a turn."""
 
     turn: int
     blob: bytes
@@ -80,7 +79,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class TurnRequest:
-    """A turn of a session to take, once, however often it is asked for."""
+    """A turn to run exactly once, however often the request is sent."""
 
     path: str
     """CHAT or COMPLETIONS."""
@@ -92,10 +91,10 @@ class TurnRequest:
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """A turn that was committed."""
+    """A committed turn."""
 
     turn: int
-    """Its number."""
+    """The turn's number."""
 
     usage: Usage
     reason: Literal["stop", "length"] | None
@@ -103,12 +102,12 @@ class TurnEnd:
 
 
 class Client:
-    """A connection to one server. Every call raises ClientError."""
+    """A connection to one server. Every method raises ClientError."""
 
     def __init__(self, url: str, key: str) -> None:
-        """With an empty key, none is shown."""
+        """With an empty `key`, no Authorization header is sent."""
         if not key.isascii() or not key.isprintable():
-            raise ClientError("a key is made of printable ASCII characters")
+            raise ClientError("a key must consist of printable ASCII characters")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._url, transport = url, None
         if url.startswith(UNIX):
@@ -132,7 +131,7 @@ class Client:
         self._http.close()
 
     def sessions(self, limit: int | None) -> Iterator[Session]:
-        """Newest first, at most `limit`, asked for page by page."""
+        """Newest first, at most `limit`, fetched page by page."""
         after, left = None, limit
         while left is None or left > 0:
             params = {"limit": str(PAGE if left is None else min(PAGE, left))}
@@ -146,18 +145,18 @@ class Client:
             left = None if left is None else left - len(page.data)
 
     def create(self) -> Session:
-        """A new session, which is empty."""
+        """Create an empty session."""
         return self._parse(Session, self._ask("POST", SESSIONS))
 
     def session(self, session_id: str) -> Session:
         return self._parse(Session, self._ask("GET", _path(session_id)))
 
     def turns(self, session_id: str) -> list[Checkpoint]:
-        """The checkpoints kept, newest first."""
+        """The session's checkpoints, newest first."""
         return self._parse(CheckpointList, self._ask("GET", _path(session_id, "turns"))).data
 
     def export(self, session_id: str, turn: int | None) -> Exported:
-        """The state now, or after an earlier turn."""
+        """Export the current state, or that after an earlier turn."""
         params = {} if turn is None else {"turn": str(turn)}
         response = self._ask("GET", _path(session_id, "state"), params)
         told = response.headers.get("x-session-turn", "")
@@ -166,7 +165,7 @@ class Client:
         return Exported(int(told), response.content)
 
     def import_state(self, blob: bytes, metadata: Mapping[str, str], ttl: float | None) -> Session:
-        """The session that goes on from the blob."""
+        """Create a session from an exported blob."""
         params = {"metadata": json.dumps(metadata)} if metadata else {}
         if ttl is not None:
             params["ttl"] = str(ttl)
@@ -174,7 +173,7 @@ class Client:
         return self._parse(Session, response)
 
     def fork(self, session_id: str, turn: int | None) -> Session:
-        """The new session."""
+        """Fork the session."""
         body = {} if turn is None else {"turn": turn}
         return self._parse(Session, self._ask("POST", _path(session_id, "fork"), body=body))
 
@@ -186,11 +185,11 @@ class Client:
         self._parse(SessionDeleted, self._ask("DELETE", _path(session_id)))
 
     def take_turn(self, asked: TurnRequest) -> Generator[str | TurnEnd, None, None]:
-        """Pieces of text as they come, and the end of the turn.
+        """Stream a turn: pieces of text, then its end.
 
-        A turn that was taken before is told again. Closing the iterator closes the connection, and
-        the server rolls back a turn that is not at its end. Raises UnfinishedError, RefusedError
-        and, if the server has not seen the request, ClientError.
+        A turn that was already committed is replayed. Closing the iterator closes the connection,
+        and the server rolls back a turn that is not finished. Raises UnfinishedError, RefusedError
+        and, if the server has not received the request, ClientError.
         """
         headers = {"Idempotency-Key": asked.key}
         try:
@@ -207,12 +206,12 @@ class Client:
             raise UnfinishedError(self._reason(error)) from error
 
     def _pieces(self, response: httpx.Response) -> Iterator[str | TurnEnd]:
-        """The text of a stream's events, and what they tell about the turn."""
+        """Yields the text of a stream's events, then the end of the turn."""
         turn, usage, reason, timings = None, None, None, None
         ended = False
         for data in event_data(response.iter_bytes()):
             if ended or data == DONE:
-                ended = True  # what is left is read, so that the connection can be used again
+                ended = True  # drain the rest, so that the connection can be reused
                 continue
             event = self._event(data, response)
             turn = turn if event.session_turn is None else event.session_turn
@@ -223,7 +222,7 @@ class Client:
                 if text:
                     yield text
         if not ended:
-            raise UnfinishedError(f"{self._url}: the answer broke off")
+            raise UnfinishedError(f"{self._url}: the answer ended early")
         if turn is None or usage is None:
             raise self._strange(response)
         yield TurnEnd(turn, usage, reason, timings)
@@ -246,7 +245,8 @@ class Client:
         body: Any = None,
         blob: bytes | None = None,
     ) -> httpx.Response:
-        """The answer, if it is no error. `body` is sent as JSON, a `blob` as it is."""
+        """Send a request, `body` as JSON or `blob` as it is. Raises ClientError for error
+        responses."""
         headers = {} if blob is None else {"Content-Type": "application/octet-stream"}
         try:
             response = self._http.request(
@@ -259,11 +259,11 @@ class Client:
         return response
 
     def _reason(self, error: Exception) -> str:
-        """Why there is no answer."""
+        """Why the request failed."""
         if isinstance(error, StrangeError):
             return str(error)
         if isinstance(error, httpx.TimeoutException):
-            return f"{self._url}: no answer within {TIMEOUT_S:g} seconds"
+            return f"{self._url}: no response within {TIMEOUT_S:g} seconds"
         return f"{self._url}: {str(error) or type(error).__name__}"
 
     def _refusal(self, response: httpx.Response) -> RefusedError:
@@ -278,14 +278,14 @@ class Client:
 
     def _strange(self, response: httpx.Response) -> StrangeError:
         return StrangeError(
-            f"{self._url}: the answer, of status {response.status_code}, is not one of latentd"
+            f"{self._url}: the response (status {response.status_code}) is not from latentd"
         )
 
 
 def event_data(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The data of server-sent events, each of which has it on one line.
+    """The data of server-sent events that have one `data:` line each.
 
-    Only a line feed ends a line: the data may have other separators in it, as text.
+    Only a line feed ends a line: the data may contain other Unicode line separators.
     """
     begun = b""
     for chunk in chunks:

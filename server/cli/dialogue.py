@@ -1,6 +1,6 @@
-"""The turns of one session after another: send a text, show the answer, know what became of it.
+"""The turns of a session, one after another: send a text, show the answer, resolve the outcome.
 
-send -> show what comes -> committed, or else: wait until the session is idle -> look at its turn
+send -> show pieces -> committed; otherwise wait until the session is idle -> check its turn
 """
 
 import secrets
@@ -25,30 +25,30 @@ from server.cli.terminal import Terminal
 
 POLL_S = 0.05
 SETTLE_S = 10.0
-"""How long a session may take to become idle after its turn has ended here."""
+"""Time limit for a session to become idle after its turn has ended here."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A turn that was asked for."""
+    """A turn that was sent."""
 
     text: str
     expected_turn: int
-    """The turn that the session was at."""
+    """The session's turn before it."""
 
     request: TurnRequest
 
 
 class Fate(Enum):
-    """What became of a turn whose end was not seen."""
+    """Outcome of a turn whose end was not received."""
 
-    ROLLED_BACK = "the turn was rolled back, the session is as it was before"
-    COMMITTED = "the turn was committed, and is part of the session"
-    SUPERSEDED = "the turn was not taken: the session has gone on without it"
+    ROLLED_BACK = "the turn was rolled back, the session is unchanged"
+    COMMITTED = "the turn was committed"
+    SUPERSEDED = "the turn was lost: another client has continued the session"
 
 
 class Dialogue:
-    """A session, and who talks with it. Methods raise ClientError."""
+    """The user's side of one session. Methods raise ClientError."""
 
     def __init__(
         self,
@@ -59,39 +59,39 @@ class Dialogue:
         *,
         raw: bool,
     ) -> None:
-        """`sampling` goes into every request."""
+        """`sampling`: parameters of every request."""
         self._client = client
         self._terminal = terminal
         self._sampling = sampling
         self._open: Asked | None = None
         self._num_shown = 0
         self.raw = raw
-        """Whether texts are sent as they are, without a chat template."""
+        """Whether texts are sent without a chat template."""
 
         self.system: str | None = None
-        """What the first turn of a session begins with."""
+        """System message of a session's first turn."""
 
         self.session_id = session.id
         self.turn = session.turn
-        """The session's, as far as is known here."""
+        """The session's last known turn."""
 
         self.last: TurnEnd | None = None
-        """The last turn taken here."""
+        """The last turn of this client."""
 
     def go_on(self, session: Session) -> None:
-        """Talk with this session, as it is now."""
+        """Continue with this session."""
         self.session_id, self.turn = session.id, session.turn
         self._open = self.last = None
 
     def session(self) -> Session:
-        """The session as the server has it."""
+        """Fetch the session from the server."""
         return self._client.session(self.session_id)
 
     def say(self, text: str) -> bool:
-        """Take a turn; whether it was taken.
+        """Run a turn. Returns whether it was committed.
 
-        KeyboardInterrupt stops it. If the fate of the turn before is not known, that comes first,
-        and the same text again asks for no more than its answer.
+        KeyboardInterrupt stops it. If the outcome of the previous turn is unknown, it is resolved
+        first; then sending the same text again only fetches its answer.
         """
         before = self._open
         if before is not None:
@@ -104,7 +104,7 @@ class Dialogue:
             self._receive(asked)
         except UnfinishedError as error:
             self._terminal.error(error)
-            self._terminal.remark("whether the turn was taken is not known: looking at the session")
+            self._terminal.remark("whether the turn was committed is unknown: checking the session")
             return self._learn_fate(asked) is Fate.COMMITTED
         except KeyboardInterrupt:
             self._terminal.remark("stopped")
@@ -138,7 +138,7 @@ class Dialogue:
         return Asked(text, self.turn, request)
 
     def _receive(self, asked: Asked) -> None:
-        """Show what was not shown yet of the answer, to its end."""
+        """Show the part of the answer that was not shown yet."""
         skip, end = self._num_shown, None
         try:
             with closing(self._client.take_turn(asked.request)) as pieces:
@@ -155,30 +155,30 @@ class Dialogue:
             self._open, self.turn, self.last = None, end.turn, end
 
     def _sum_up(self) -> None:
-        """One line about the last turn."""
+        """Print a summary of the last turn."""
         if self.last is not None:
             self._terminal.remark(_summary(self.last, self.session()))
 
     def _go_on_after(self, error: RefusedError, text: str) -> bool:
-        """The server did not begin the turn."""
+        """Handle a turn that the server rejected."""
         if error.code == "turn_mismatch":
             self.turn = self.session().turn
             raise ClientError(
-                f"somebody else has changed the session, which is at turn {self.turn} now: this "
-                "was not sent; what you send next goes on from there"
+                f"another client has changed the session, which is now at turn {self.turn}: your "
+                "text was not sent; the next one continues from there"
             ) from error
         if error.code == "no_chat_template" and not self.raw:
             self.raw = True
-            lost = "" if self.system is None else ", and the system text is not sent"
+            lost = "" if self.system is None else "; the system message is not sent"
             self._terminal.remark(
-                f"this model has no chat template: text goes to it as it is from now on, as with "
+                f"this model has no chat template: text is sent without one from now on, as with "
                 f"--raw{lost}"
             )
             return self.say(text)
         raise error
 
     def _learn_fate(self, asked: Asked) -> Fate:
-        """Look, and say what was seen."""
+        """Resolve the outcome of a turn and report it."""
         fate = self._fate(asked)
         session = self.session()
         self._terminal.remark(
@@ -192,7 +192,7 @@ class Dialogue:
             self._open = None
             return Fate.ROLLED_BACK
         try:
-            self._receive(asked)  # the turn expected is past: this gives its answer or is refused
+            self._receive(asked)  # the session has advanced: replays the turn, or is rejected
         except RefusedError:
             self.go_on(session)
             return Fate.SUPERSEDED
@@ -206,11 +206,11 @@ class Dialogue:
             session = self.session()
             if session.status == "idle":
                 return session
-        raise ClientError(f"session {self.session_id} is busy still after {SETTLE_S:g} seconds")
+        raise ClientError(f"session {self.session_id} is still busy after {SETTLE_S:g} seconds")
 
 
 def speeds(end: TurnEnd) -> dict[str, str]:
-    """How fast a turn was, by name; nothing if it has generated nothing."""
+    """Speed figures of a turn by name; empty if nothing was generated."""
     timings = end.timings
     if timings is None or timings.first_token_s is None:
         return {}
@@ -221,7 +221,7 @@ def speeds(end: TurnEnd) -> dict[str, str]:
 
 
 def _summary(end: TurnEnd, session: Session) -> str:
-    """A turn in one line."""
+    """One line about a turn."""
     resumed = 0 if end.timings is None else end.timings.resumed_tokens
     parts = [
         f"turn {end.turn}: {end.usage.prompt_tokens - resumed:,} + "
@@ -230,5 +230,5 @@ def _summary(end: TurnEnd, session: Session) -> str:
         *(f"{name}: {value}" for name, value in speeds(end).items()),
     ]
     if end.reason == "length":
-        parts.append("cut at the limit of tokens")
+        parts.append("stopped at the token limit")
     return "; ".join(parts)

@@ -1,4 +1,4 @@
-"""How a command that cannot do its work ends."""
+"""Exit of a command that failed."""
 
 import sys
 
@@ -6,6 +6,6 @@ import typer
 
 
 def fail(message: object) -> typer.Exit:
-    """One line on stderr, and the exit that goes with it."""
+    """Print one line to stderr. Returns the exit to raise."""
     print(f"latentd: {message}", file=sys.stderr)
     return typer.Exit(2)

@@ -1,4 +1,4 @@
-"""`latentd inspect`: what is in an exported state, without a server."""
+"""`latentd inspect`: show an exported state or a checkpoint, without a server."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,16 +19,16 @@ FACTS = (
     *("turn", "position", "pending", "undecoded"),
 )
 LONGEST_FACT = 100
-CHECKSUM = {True: "ok", False: "WRONG", None: "not known: this model has other tensors"}
+CHECKSUM = {True: "ok", False: "WRONG", None: "unknown: this model has other tensors"}
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 def inspect(file: Path, folder: Path) -> bool:
-    """Print what is in an exported state; whether a server of this checkpoint would import it.
+    """Print an exported state. Returns whether a server of this checkpoint would import it.
 
-    Of a checkpoint, print what it is. Raises OSError for a file that cannot be read, and
-    CheckpointError.
+    If `file` is a checkpoint, print its description. Raises OSError for a file that cannot be read,
+    and CheckpointError.
     """
     if is_checkpoint(file):
         _print_model(file)
@@ -48,7 +48,7 @@ def inspect(file: Path, folder: Path) -> bool:
         print()
         codec.decode_foreign(blob)
         if len(blob) > codec.most_blob_bytes:
-            raise BlobError(f"it is larger than {codec.most_blob_bytes} bytes")
+            raise BlobError(f"it is larger than the limit of {codec.most_blob_bytes} bytes")
     except BlobError as error:
         print(f"not importable: {plain(str(error))}")
         return False
@@ -88,7 +88,7 @@ def _print_header(
     if facts.get("fingerprint") == model:
         shown["model"] = "this one"
     else:
-        shown["model"] = f"not this one, which is {model}"
+        shown["model"] = f"another one; this model is {model}"
     shown["checksum"] = CHECKSUM[checksum_fits]
     shown["size"] = f"{num_bytes:,} bytes"
     print_facts(shown)
@@ -102,7 +102,7 @@ def _shown(fact: str | None) -> str:
 
 
 def _tensors(arrays: Arrays) -> Table:
-    """Every tensor: its kind and the range of its values."""
+    """Dtype, shape and range of every tensor."""
     table = Table("tensor", "dtype", "shape", "min", "max", "finite")
     for name, values in sorted(arrays.items()):
         shape = " ".join(map(str, values.shape))
@@ -113,7 +113,7 @@ def _tensors(arrays: Arrays) -> Table:
 
 
 def _layers(arrays: Arrays) -> Table:
-    """The mean magnitude of what each tensor has for each layer, along its first axis."""
+    """Mean magnitude of each tensor's layers, along its first axis."""
     layered = {
         name: values for name, values in sorted(arrays.items()) if values.ndim > 1 and values.size
     }

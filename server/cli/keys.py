@@ -1,4 +1,4 @@
-"""`latentd keys`: who may use a server."""
+"""`latentd keys`: manage a server's API keys."""
 
 import sys
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import typer
 from server.cli.failure import fail
 from server.keys import Key, KeyFileError, Limits, add_key, key_id_of, read_keys, revoke_key
 
-app = typer.Typer(help="Make, list and revoke the keys of a server.", no_args_is_help=True)
+app = typer.Typer(help="Create, list and revoke the API keys of a server.", no_args_is_help=True)
 
 File = Annotated[
     Path,
@@ -32,14 +32,14 @@ Count = Annotated[int | None, typer.Option(min=1, help="The server's setting if 
 
 @app.command()
 def add(
-    name: Annotated[str, typer.Argument(help="What to call the key.")],
+    name: Annotated[str, typer.Argument(help="Name of the key.")],
     file: File,
     requests_per_minute: Count = None,
     tokens_per_minute: Count = None,
     concurrent_requests: Count = None,
     concurrent_sequences: Count = None,
 ) -> None:
-    """Make a key and print it. This is the only time that it is shown: the file has its hash."""
+    """Create a key and print it. It is shown only once: the file stores its hash."""
     limits = Limits(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
@@ -64,12 +64,12 @@ def list_keys(file: File) -> None:
 
 @app.command()
 def revoke(
-    name_or_id: Annotated[str, typer.Argument(metavar="NAME_OR_ID", help="The key.")],
+    name_or_id: Annotated[str, typer.Argument(metavar="NAME_OR_ID", help="Name or id of the key.")],
     file: File,
 ) -> None:
-    """Take a key out of the file. A running server refuses it within two seconds.
+    """Revoke a key. A running server rejects it within two seconds.
 
-    Its sessions stay in the store until their time to live is over.
+    Its sessions stay in the store until they expire.
     """
     with _or_fail():
         key: Key = revoke_key(file, name_or_id)

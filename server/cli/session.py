@@ -1,4 +1,4 @@
-"""`latentd session`: the sessions of a running server."""
+"""`latentd session`: manage the sessions of a running server."""
 
 import sys
 from collections.abc import Iterator
@@ -14,26 +14,24 @@ from server.cli.failure import fail
 if TYPE_CHECKING:
     from server.cli.client import Client
 
-app = typer.Typer(help="Look after the sessions of a running server.", no_args_is_help=True)
+app = typer.Typer(help="Manage the sessions of a running server.", no_args_is_help=True)
 
-# LATENTD_* are the server's own settings, of which it accepts no unknown one.
-Url = Annotated[str, typer.Option(envvar="LATENT_URL", help="Address of the server, or unix:PATH.")]
+# Not LATENTD_*: those are server settings, and unknown ones are errors.
+Url = Annotated[str, typer.Option(envvar="LATENT_URL", help="URL of the server, or unix:PATH.")]
 Key = Annotated[
     str,
-    typer.Option(envvar="LATENT_KEY", help="API key to show.", show_default=False),
+    typer.Option(envvar="LATENT_KEY", help="API key.", show_default=False),
 ]
-Id = Annotated[str, typer.Argument(metavar="ID", help="The session.")]
-Turn = Annotated[
-    int | None, typer.Option(help="A turn whose state is kept; the last if not given.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="Session id.")]
+Turn = Annotated[int | None, typer.Option(help="Turn with a checkpoint; default: the last.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 LOCAL = "http://127.0.0.1:8000"
 
 
 @app.command("list")
 def list_sessions(
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Most to list; all if not given.")
+        int | None, typer.Option(min=1, help="Maximum number to list; default: all.")
     ] = None,
     as_json: Json = False,
     url: Url = LOCAL,
@@ -66,7 +64,7 @@ def show(session_id: Id, as_json: Json = False, url: Url = LOCAL, key: Key = "")
 
 @app.command()
 def turns(session_id: Id, as_json: Json = False, url: Url = LOCAL, key: Key = "") -> None:
-    """List the turns whose states are kept: to export, to fork or to rewind to."""
+    """List the session's checkpoints: the turns to export, fork or rewind to."""
     from server.cli.tables import print_turns
 
     with _connect(url, key) as client:
@@ -84,7 +82,7 @@ def export(
     turn: Turn = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write, - for stdout; ID-TURN.safetensors if not given."),
+        typer.Option(help="Output file, - for stdout; default: ID-TURN.safetensors."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     url: Url = LOCAL,
@@ -93,7 +91,7 @@ def export(
     """Write a session's state to a file."""
     to_stdout = out == Path("-")
     if to_stdout and sys.stdout.isatty():
-        raise fail("a state is not for a terminal; redirect it or name a file with --out")
+        raise fail("refusing to write a binary state to a terminal; redirect it or use --out")
     with _connect(url, key) as client:
         exported = client.export(session_id, turn)
     if to_stdout:
@@ -102,7 +100,7 @@ def export(
         return
     file = out or Path(f"{session_id}-{exported.turn}.safetensors")
     if file.exists() and not force:
-        raise fail(f"{file}: exists; --force overwrites it")
+        raise fail(f"{file} already exists; use --force to overwrite it")
     try:
         write_file(file, exported.blob)
     except OSError as error:
@@ -114,13 +112,13 @@ def export(
 def import_state(
     file: Annotated[Path, typer.Argument(help="Exported state, - for stdin.")],
     metadata: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be given several times.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Repeatable.")
     ] = None,
-    ttl: Annotated[float | None, typer.Option(help="Seconds without use that it may live.")] = None,
+    ttl: Annotated[float | None, typer.Option(help="Seconds without use until it expires.")] = None,
     url: Url = LOCAL,
     key: Key = "",
 ) -> None:
-    """Make a session from an exported state and print its id."""
+    """Create a session from an exported state and print its id."""
     facts = {}
     for item in metadata or []:
         name, equals, value = item.partition("=")
@@ -137,7 +135,7 @@ def import_state(
 
 @app.command()
 def fork(session_id: Id, turn: Turn = None, url: Url = LOCAL, key: Key = "") -> None:
-    """Make a session that begins where this one is, or was, and print its id."""
+    """Create a copy of a session, as of its last turn or an earlier one, and print its id."""
     with _connect(url, key) as client:
         print(client.fork(session_id, turn).id)
 
@@ -145,7 +143,7 @@ def fork(session_id: Id, turn: Turn = None, url: Url = LOCAL, key: Key = "") -> 
 @app.command()
 def rewind(
     session_id: Id,
-    turn: Annotated[int, typer.Argument(help="The turn to go back to; 0 is the beginning.")],
+    turn: Annotated[int, typer.Argument(help="Turn to go back to; 0 is the beginning.")],
     url: Url = LOCAL,
     key: Key = "",
 ) -> None:
@@ -157,13 +155,13 @@ def rewind(
 
 @app.command()
 def delete(
-    session_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="The sessions.")],
+    session_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Session ids.")],
     url: Url = LOCAL,
     key: Key = "",
 ) -> None:
-    """Erase sessions with their checkpoints, and print the ids of those that are gone.
+    """Erase sessions with their checkpoints, and print the ids of those erased.
 
-    One that the server refuses to erase does not keep the others.
+    If the server rejects one, the others are still erased.
     """
     from server.cli.client import RefusedError
 
@@ -181,7 +179,7 @@ def delete(
 
 @contextmanager
 def _connect(url: str, key: str) -> Iterator["Client"]:
-    """A client of this server; with what it raises the command fails."""
+    """A client of this server. Its errors end the command."""
     from server.cli.client import Client, ClientError
 
     try:

@@ -1,4 +1,4 @@
-"""How sessions and keys look on a terminal."""
+"""Tables of sessions and keys for the terminal."""
 
 import time
 from collections.abc import Iterable
@@ -11,8 +11,7 @@ from server.api.schemas.sessions import Checkpoint, Session
 from server.keys import Key
 
 NARROWEST, WIDE = 110, 1000
-"""Columns that a table may have: on a terminal that has fewer, and where there is no terminal. An
-id that is cut is of no use."""
+"""Minimum table width on a terminal, and the width elsewhere: a truncated id is useless."""
 
 
 def print_sessions(sessions: Iterable[Session]) -> None:
@@ -72,14 +71,14 @@ def print_keys(keys: Iterable[Key]) -> None:
 
 
 def print_facts(facts: dict[str, str]) -> None:
-    """Names and values, one a line."""
+    """Print names and values, one per line."""
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:{width}}  {value}".rstrip())
 
 
 def print_table(table: Table) -> None:
-    """As it is: what others wrote into it is no markup."""
+    """Print without markup: cells may contain user text."""
     console = Console(markup=False, emoji=False, highlight=False)
     width = max(console.width, NARROWEST if console.is_terminal else WIDE)
     console.size = ConsoleDimensions(width, console.height)
@@ -87,7 +86,7 @@ def print_table(table: Table) -> None:
 
 
 def plain(text: str) -> str:
-    """The text on one line, and without orders to the terminal."""
+    """The text on one line, without control characters."""
     return text if text.isprintable() else repr(text)
 
 
@@ -107,7 +106,7 @@ def _time(seconds: float) -> str:
 
 
 def _age(seconds: float) -> str:
-    """Whole ones of the largest unit that fits; clocks may disagree."""
+    """In whole units of the largest that fits; never negative, since clocks may disagree."""
     whole = max(int(seconds), 0)
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
         if whole >= length:

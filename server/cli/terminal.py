@@ -1,4 +1,4 @@
-"""Lines from a person or a pipe; text, and remarks about it, back."""
+"""Terminal or pipe: reads lines, writes text and remarks."""
 
 import importlib
 import io
@@ -9,14 +9,13 @@ from contextlib import suppress
 PROMPT, MORE = "> ", ". "
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 ORDERS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""Control characters, with which a text could give the terminal orders."""
+"""Control characters, which could control the terminal."""
 
 
 class Terminal:
-    """Standard input and output. Remarks and errors go to stderr, so that a pipe has only text.
+    """Standard input and output. Remarks and errors go to stderr, so that stdout has only text.
 
-    Editing of lines, and the history of those typed in this process, are the readline module's,
-    where there is one.
+    Line editing and the history of this process use the readline module, if there is one.
     """
 
     def __init__(self) -> None:
@@ -32,7 +31,7 @@ class Terminal:
                 importlib.import_module("readline")
 
     def read(self) -> str | None:
-        """The next line, None at the end. One that ends in a backslash goes on in the next."""
+        """The next line, None at the end of input. A trailing backslash continues the line."""
         parts = list[str]()
         while (line := self._read_line(MORE if parts else PROMPT)) is not None:
             parts.append(line.removesuffix("\\"))
@@ -41,12 +40,12 @@ class Terminal:
         return "\n".join(parts) if parts else None
 
     def leave(self) -> None:
-        """The input has ended: what comes next is not to stand behind the prompt."""
+        """Leave the prompt's line when the input has ended."""
         if self.is_interactive:
             print(file=sys.stderr, flush=True)
 
     def write(self, text: str) -> None:
-        """Text from elsewhere, as it comes, without orders to the terminal."""
+        """Write text without control characters."""
         shown = text.translate(ORDERS)
         if shown:
             sys.stdout.write(shown)
@@ -54,17 +53,17 @@ class Terminal:
             self._is_in_line = not shown.endswith("\n")
 
     def end_line(self) -> None:
-        """What comes next begins a line."""
+        """Start a new line unless already at one."""
         if self._is_in_line:
             self.write("\n")
 
     def remark(self, text: str) -> None:
-        """A line about the chat."""
+        """Print a remark on its own line."""
         line = text.translate(ORDERS)
         self._tell(f"{DIM}{line}{PLAIN}" if self._dims else line)
 
     def error(self, error: Exception) -> None:
-        """A line about what went wrong."""
+        """Print an error on its own line."""
         self._tell(f"latentd: {error}".translate(ORDERS))
 
     def _tell(self, line: str) -> None:

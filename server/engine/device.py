@@ -1,4 +1,4 @@
-"""Where the model runs: decided once."""
+"""Choice of the device, dtype and number of threads."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,13 +13,14 @@ from model.network import Network
 
 
 class DeviceError(ValueError):
-    """The device that was asked for is not there."""
+    """The requested device is not available."""
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
-    """The device for `auto`, `cpu` or `cuda`, and the reason in words. Raises DeviceError."""
+    """The device for `auto`, `cpu` or `cuda`, and a description with the reason. Raises
+    DeviceError."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("device cuda was asked for, but torch finds no CUDA device")
+        raise DeviceError("device cuda was requested, but torch finds no CUDA device")
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return torch.device("cuda"), f"cuda ({torch.cuda.get_device_name()})"
     why = "" if name == "cpu" else ", no CUDA device found"
@@ -51,7 +52,8 @@ def load(
 ) -> Checkpoint:
     """A checkpoint to serve, by default in the dtype that suits it best. Raises CheckpointError.
 
-    If machine code is compiled, which takes long, `report` is called with a line before and after.
+    If machine code must be compiled, which takes long, `report` is called with a line before and
+    after.
     """
     with _compilation_reported(report):
         loaded = checkpoint.load(folder, device, dtype)

@@ -1,4 +1,4 @@
-"""The engine's outside: requests in, events out, from any thread."""
+"""The engine's thread-safe interface: requests in, events out."""
 
 import threading
 import time
@@ -15,10 +15,11 @@ __all__ = ["Engine", "EngineLimits"]
 
 
 class Engine:
-    """Runs requests on a checkpoint's network. All public methods may be called from any thread.
+    """Runs requests on a checkpoint's network. All public methods are thread-safe.
 
-    `deliver` is called in the engine's thread, at most once a step, with that step's events. After
-    a cancelled request no event of it is delivered that was not on its way already.
+    `deliver` is called in the engine's thread, at most once per step, with that step's events.
+    After a cancellation no further event of the request is delivered, except those already on their
+    way.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the present step; what still runs gets no further events."""
+        """Stop the thread after the current step; running requests get no further events."""
         self._inbox.put(Stop())
         self._thread.join()
 
@@ -43,15 +44,15 @@ class Engine:
 
     @property
     def running_step_s(self) -> float:
-        """For how long the present step has run; 0 between steps and before the first one."""
+        """Seconds that the current step has run; 0 between steps."""
         started = self._worker.step_started
         return 0.0 if started is None else time.monotonic() - started
 
     def submit(self, *requests: EngineRequest) -> None:
         """Queue requests, all or none.
 
-        Raises Overloaded when the queue is full, and ShuttingDown when the engine has ended: it
-        does so by itself when its device is lost.
+        Raises Overloaded when the queue is full, and ShuttingDown when the engine has ended, as it
+        does if its device is lost.
         """
         self._check_running()
         now = time.monotonic()
@@ -59,11 +60,11 @@ class Engine:
         self._check_running()  # it may have ended just before the requests came
 
     def cancel(self, request_id: str) -> None:
-        """Abandon a request in whatever phase it is; unknown and finished ones are ignored."""
+        """Cancel a request in any phase; unknown and finished ones are ignored."""
         self._inbox.put(Cancel(request_id))
 
     def release(self, state_id: str) -> None:
-        """Free the row kept under this state id; unknown ids are ignored."""
+        """Free the row retained under this state id; unknown ids are ignored."""
         self._inbox.put(Release(state_id))
 
     def forget(self, owner: str) -> None:

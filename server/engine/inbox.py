@@ -1,4 +1,4 @@
-"""The way into the engine's thread: a queue of messages, in which few enough requests wait."""
+"""Message queue of the engine's thread, with a bounded number of waiting requests."""
 
 import math
 import queue
@@ -13,15 +13,15 @@ from server.engine.messages import EngineRequest, Message, Submit
 from server.errors import Overloaded
 
 RECENT = 64
-"""The last requests that left, by which the queue's speed is measured."""
+"""Number of recent requests by which the queue's speed is measured."""
 
 LONGEST_RETRY_S = 60
 
 
 class Inbox:
-    """Any thread may put messages in; the engine's receives them.
+    """Thread-safe queue; the engine's thread receives.
 
-    A request counts as waiting from its submission until the engine says that it does not.
+    A request counts as waiting from submission until `left_queue`.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Inbox:
 
         self._clock = clock
         self._left = deque[float](maxlen=RECENT + 1)
-        """When the queue last began to fill, and when requests left it since then."""
+        """When the queue last became non-empty, and when requests left it since."""
 
         self._lock = threading.Lock()
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -69,7 +69,7 @@ class Inbox:
             self._messages.put(message)
 
     def put(self, message: Message) -> None:
-        """Queue what takes no place among the waiting."""
+        """Queue a message other than a request."""
         self._messages.put(message)
 
     @property
@@ -77,8 +77,7 @@ class Inbox:
         return self._messages.empty()
 
     def receive(self, *, wait: bool, timeout_s: float | None = None) -> Iterator[Message]:
-        """The messages that are there; if there are none and so asked, the next one first, unless
-        the time passes before it comes."""
+        """Receive all pending messages; with `wait`, block for the first one, up to `timeout_s`."""
         with suppress(queue.Empty):
             if wait:
                 yield self._messages.get(timeout=timeout_s)
@@ -99,7 +98,7 @@ class Inbox:
         return has_space(waiting[owner], waiting.total(), new, most, num_owners)
 
     def _overloaded(self, message: str, code: str) -> Overloaded:
-        """Says when those that wait now will have left, at the speed at which others did."""
+        """The error, with an estimate of when the queue will have drained at its recent speed."""
         wait_s = 0.0
         if self._left:
             elapsed_s = self._clock() - self._left[0]

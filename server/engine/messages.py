@@ -1,4 +1,4 @@
-"""What crosses the engine's boundary: small immutable messages, in both directions."""
+"""Immutable messages to and from the engine."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -10,32 +10,31 @@ if TYPE_CHECKING:  # what only counts requests needs neither torch nor grammars
 
 @dataclass(frozen=True)
 class StoredState:
-    """A state to continue from. If the device still has a row with it, the row is continued in
-    place; otherwise the bytes are imported."""
+    """A state to continue from: in place if the device still has its row, otherwise imported."""
 
     id: str
-    """Names this state and no other."""
+    """Unique id of the state."""
 
     data: bytes
-    """The bytes of a row."""
+    """The state's bytes."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a sequence continues from besides its state. Saved with a session."""
+    """What a sequence continues from besides its state. Stored with a session."""
 
     position: int = 0
-    """Tokens of the sequence so far, those pending included."""
+    """Tokens of the sequence so far, including pending ones."""
 
     pending: tuple[int, ...] = ()
-    """The last of them that are not in the state yet; they are read first. None is where a text
-    ended before the token that was sampled last: the state itself tells what can follow."""
+    """The last tokens, not yet in the state; read first. Empty if the text ended before the last
+    sampled token: the state itself determines what can follow."""
 
     undecoded: bytes = b""
-    """Bytes of the generated text that began a character, at most three."""
+    """Bytes of an incomplete character, at most three."""
 
     recent: bytes = b""
-    """`model.decoding.sampling.RecentTokens` as bytes: what the penalties look back on."""
+    """`model.decoding.sampling.RecentTokens` as bytes, for penalties."""
 
 
 @dataclass(frozen=True)
@@ -44,57 +43,57 @@ class EngineRequest:
 
     request_id: str
     source: StoredState | None
-    """None: start from the state before the first token."""
+    """None: start from the empty state."""
 
     continuation: Continuation
     token_ids: tuple[int, ...]
-    """The prompt. May be empty unless text is to be generated where there are no tokens at all."""
+    """The prompt. May be empty unless text is generated from the empty state."""
 
     max_tokens: int
     sampling: "SamplingParams"
     stop: tuple[str, ...] = ()
-    """Texts that end the text. The name of a special token stands for the token as well, as if its
-    id were among `stop_token_ids`."""
+    """Stop strings. The name of a special token also stops at the token, as if its id were in
+    `stop_token_ids`."""
 
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the text as the model's end tokens do, also with `ignore_eos`."""
+    """Tokens that end the text, even with `ignore_eos`."""
 
     include_stop: bool = False
-    """The stop string, or the stop token, is part of the text and of the state. The model's own end
-    token is not."""
+    """Include the stop string or stop token in the text and the state. The model's own end token
+    never is."""
 
     min_tokens: int = 0
-    """Before so many tokens nothing ends the text. End and stop tokens cannot be sampled; a stop
-    string counts if the token that completes it is the last of so many or a later one, wherever the
-    string begins, and is ordinary text otherwise."""
+    """Number of tokens before which nothing ends the text. End and stop tokens cannot be sampled; a
+    stop string counts only if completed by the last of these tokens or later, wherever it begins,
+    and is ordinary text otherwise."""
 
     num_logprobs: int | None = None
-    """None: tokens come without their probabilities. Else so many of the most probable tokens come
-    with each token of the answer. Probabilities are the model's: before penalties, biases,
-    temperature, filters and grammar."""
+    """None: no log-probabilities. Otherwise the number of most probable tokens returned with each
+    token. Log-probabilities are the model's: before penalties, biases, temperature, filters and
+    grammar."""
 
     return_tokens: bool = False
-    """Events have the tokens of their text; they also do when probabilities are asked for."""
+    """Events include the tokens of their text; always so with log-probabilities."""
 
     score_prompt: bool = False
-    """The prompt's tokens come with probabilities, in one `PromptScored`: with as many of the most
-    probable tokens as `num_logprobs` says, and none where it says None."""
+    """Return the prompt's log-probabilities in one `PromptScored`, with `num_logprobs` most
+    probable tokens each (none if it is None)."""
 
     grammar: "Grammar | None" = None
-    """What the text of this turn has to keep to. It ends where nothing but its end can follow, also
-    with `ignore_eos` and before `min_tokens`."""
+    """Constraint on the text of this turn. The text ends where nothing else is allowed, even with
+    `ignore_eos` and before `min_tokens`."""
 
     owner: str = ""
     """Whose request it is: owners have equal shares of the engine, and what was read of a common
     beginning is for prompts of the same owner only."""
 
     keep_as: str | None = None
-    """Return the state at the end, and keep its row on the device under this id while there is
-    space. No other state and no request may have the id."""
+    """Return the final state, and retain its row on the device under this id, capacity permitting.
+    The id must be unique."""
 
     deadline: float | None = None
-    """When to give up, on the clock of `time.monotonic`, which processes of a machine share."""
+    """Deadline on the clock of `time.monotonic`, which all processes of a machine share."""
 
     priority: int = 0
     """Of the owner's requests that wait those with smaller numbers are admitted first."""
@@ -103,7 +102,7 @@ class EngineRequest:
     """It is admitted when none of the owner's others waits."""
 
     client_id: str = ""
-    """What the client calls its request, of which this may be one choice: for metrics."""
+    """The client's request id, shared by the choices of a request; for metrics."""
 
     @property
     def num_to_read(self) -> int:
@@ -119,7 +118,7 @@ def num_to_read(token_ids: tuple[int, ...], start: Continuation) -> int:
 
 @dataclass(frozen=True)
 class Submit:
-    """A request, and when it was submitted on the clock of `time.monotonic`."""
+    """Submit a request; `at` is on the clock of `time.monotonic`."""
 
     request: EngineRequest
     at: float
@@ -127,14 +126,14 @@ class Submit:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Abandon a request in whatever phase it is; unknown and finished ones are ignored."""
+    """Cancel a request in any phase; unknown and finished ones are ignored."""
 
     request_id: str
 
 
 @dataclass(frozen=True)
 class Release:
-    """Free the row kept under this state id; unknown ids are ignored."""
+    """Free the row retained under this state id; unknown ids are ignored."""
 
     state_id: str
 
@@ -148,7 +147,7 @@ class Forget:
 
 @dataclass(frozen=True)
 class Stop:
-    """End after the present step."""
+    """Stop after the current step."""
 
 
 Message = Submit | Cancel | Release | Forget | Stop
@@ -157,7 +156,7 @@ Message = Submit | Cancel | Release | Forget | Stop
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds from the submission of a request."""
+    """Timings of a request in seconds; `total_s` and `first_token_s` are from submission."""
 
     queue_s: float
     prefill_s: float
@@ -166,46 +165,43 @@ class Timings:
 
 
 class Token(NamedTuple):
-    """A token, and what the model thought of it before it came."""
+    """A token with its log-probability."""
 
     token_id: int
     logprob: float | None = None
-    """Natural logarithm of its probability; None if it was not asked for, or nothing came before
-    the token."""
+    """None if not requested, or if the token has no context."""
 
     top: tuple[tuple[int, float], ...] = ()
-    """The most probable tokens with their log-probabilities, the most probable first."""
+    """The most probable tokens with their log-probabilities, most probable first."""
 
 
 @dataclass(frozen=True)
 class PromptScored:
-    """The prompt's tokens with their probabilities; comes before any text."""
+    """The prompt's log-probabilities; sent before any text."""
 
     request_id: str
     tokens: tuple[Token, ...]
 
 
 class TextDelta(NamedTuple):
-    """A generated token and the text that is certain to be part of the answer because of it.
+    """A generated token and the text that it makes final.
 
-    The text may be empty: half a character, or the beginning of a stop string.
+    The text may be empty: an incomplete character, or the beginning of a stop string.
     """
 
     request_id: str
     text: str
     tokens: tuple[Token, ...] = ()
-    """If asked for: the tokens whose text begins in what is certain now and was not before, half
-    characters when the rest of them is. What a stop string cuts away is in no event, nor is the
-    token that ends the text unless it is to be included."""
+    """If requested: tokens whose text begins in the newly final part. Tokens cut by a stop string
+    are in no event, nor is the token that ends the text unless it is to be included."""
 
     num_generated: int = 1
-    """Tokens sampled, of which the text came to be; more than one where events were put together
-    for somebody who reads slowly."""
+    """Number of sampled tokens; more than one if events were merged for a slow reader."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a turn: all text has been delivered, the state is that of what was delivered."""
+    """The end of a turn: all text was delivered, and the state matches it."""
 
     request_id: str
     text: str
@@ -213,7 +209,7 @@ class Finished:
 
     reason: Literal["stop", "length"]
     num_generated: int
-    """Tokens sampled, those cut by a stop string and the end token included."""
+    """Number of sampled tokens, including the end token and those cut by a stop string."""
 
     timings: Timings
     tokens: tuple[Token, ...] = ()
@@ -223,17 +219,17 @@ class Finished:
     """The stop string or stop token that ended the text; None for the model's end token."""
 
     cached_tokens: int = 0
-    """Tokens of the prompt that were not read, since the state after them was known."""
+    """Prompt tokens found in the prefix cache."""
 
     state: bytes | None = None
     continuation: Continuation | None = None
     kept_as: str | None = None
-    """The state id under which the row stays on the device, if it does."""
+    """The state id under which the row is retained, if it is."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The turn ended with an error of the server; nothing is kept."""
+    """The turn failed with a server error and was rolled back."""
 
     request_id: str
     message: str
@@ -241,16 +237,15 @@ class Failed:
 
 @dataclass(frozen=True)
 class NoProbabilities:
-    """The model's output was no numbers: it can make nothing of the state that the turn began with,
-    or is damaged itself. Nothing is kept."""
+    """The model's logits were not finite: the initial state is unusable, or the model is damaged.
+    The turn was rolled back."""
 
     request_id: str
 
 
 @dataclass(frozen=True)
 class RowDamaged:
-    """The turn's state is no longer made of numbers, though it was at its beginning. Nothing is
-    kept."""
+    """The turn's state became non-finite. The turn was rolled back."""
 
     request_id: str
     reason: str
@@ -258,7 +253,7 @@ class RowDamaged:
 
 @dataclass(frozen=True)
 class GrammarFailed:
-    """The text cannot go on, though it does not keep to its grammar yet. Nothing is kept."""
+    """The grammar allows no continuation of an incomplete text. The turn was rolled back."""
 
     request_id: str
     reason: str
@@ -266,23 +261,23 @@ class GrammarFailed:
 
 @dataclass(frozen=True)
 class DeadlinePassed:
-    """The turn did not end before its deadline; nothing is kept."""
+    """The turn exceeded its deadline and was rolled back."""
 
     request_id: str
 
 
 @dataclass(frozen=True)
 class RowGivenUp:
-    """A row kept under this state id holds that state no longer."""
+    """A retained row no longer holds this state."""
 
     state_id: str
     is_evicted: bool
-    """It was needed for another sequence, or lost in an error; otherwise it was continued in place
-    or released."""
+    """Evicted for another sequence, or lost in an error; otherwise continued in place or
+    released."""
 
 
 Ending = Finished | Failed | NoProbabilities | RowDamaged | GrammarFailed | DeadlinePassed
-"""What a request ends with."""
+"""Final events of a request."""
 
 Event = PromptScored | TextDelta | Ending
-"""What happens to a request."""
+"""Events of a request."""

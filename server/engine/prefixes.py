@@ -1,14 +1,14 @@
-"""States after common beginnings of prompts: read once, used by every prompt that begins so.
+"""Prefix cache: states after shared prompt prefixes, each read once.
 
-A prompt's whole chunks are named by a chain of digests: each covers all tokens up to its chunk, so
-one look-up tells whether two prompts are equal until there. A state is kept
+The chunks of a prompt are identified by a chain of digests, each covering all tokens up to its
+chunk, so one look-up tells whether two prompts share a prefix. A state is stored
 
-* after the last whole chunk of a prompt, for one that goes on from there;
-* where a prompt parts from an earlier one, since others will part there, too.
+* after the last whole chunk of a prompt, for prompts that extend it;
+* where a prompt diverges from an earlier one, since others will diverge there, too.
 
-Nobody reads what another sequence is about to read: it waits for that one's state, and looks again
-if that one ends before. A sequence waits after a shorter beginning than it is itself waited for, so
-there is no circle. States are opaque here.
+No sequence reads what another is about to read: it waits for that sequence's state, and checks
+again if that sequence ends early. A sequence waits for a shorter prefix than others wait for it, so
+there is no cycle. States are opaque here.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ from model.shares import SharedCache
 from server.engine.sequence import Sequence
 
 MOST_SEEN = 1 << 16
-"""Beginnings remembered without a state; each takes about 200 bytes."""
+"""Prefixes remembered without a state, at about 200 bytes each."""
 
 State = TypeVar("State")
 
 
 def chain(token_ids: Row[int], chunk: int, salt: bytes = b"") -> tuple[bytes, ...]:
-    """A digest of the salt and all tokens so far after each whole chunk of them.
+    """A digest of the salt and all previous tokens after each whole chunk.
 
-    256 bits of BLAKE2b: nobody finds two prompts of one name, with which to get another's state.
-    The first digest is of another kind, so that no salt does the work of tokens.
+    256 bits of BLAKE2b, so that nobody can construct a collision to get another prompt's state. The
+    salt is hashed separately, so that it cannot stand in for tokens.
     """
     digests = list[bytes]()
     digest = hashlib.blake2b(salt, digest_size=32, person=b"prefix salt").digest()
@@ -55,15 +55,15 @@ class SharedPrefixes(Generic[State]):
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the kept states."""
+        """Bytes of the cached states."""
         return len(self._kept) * self._state_bytes
 
     def begin(self, sequence: Sequence) -> State | None:
-        """Decide what a fresh sequence reads, and for whom it waits before.
+        """Decide what a new sequence reads, and which other sequence it waits for.
 
-        Returns the state that it goes on from, if one is kept that is ahead of it. A sequence whose
-        prompt is scored goes on from none, since it needs what comes out at every token; others go
-        on from its states. May be called again for a sequence that `leave` returned.
+        Returns the cached state to start from, if one is ahead of it. A sequence whose prompt is
+        scored needs the logits of every token and never uses a cached state; others may use its
+        states. May be called again for a sequence returned by `leave`.
         """
         if not self._may_keep:
             return None
@@ -95,9 +95,9 @@ class SharedPrefixes(Generic[State]):
         return self._kept.get(digests[kept - 1])
 
     def keep(self, sequence: Sequence, state: State) -> list[Sequence]:
-        """Keep the state where a sequence stopped for it.
+        """Cache the state where a sequence stopped for it.
 
-        Returns the sequences that waited for it; the caller gives it to them.
+        Returns the sequences that waited for it, for the caller to copy it to them.
         """
         digest = sequence.digests[sequence.num_read // self._chunk - 1]
         self._kept.put(digest, state, sequence.request.owner)
@@ -108,7 +108,7 @@ class SharedPrefixes(Generic[State]):
         return ready
 
     def leave(self, sequence: Sequence) -> list[Sequence]:
-        """A sequence reads no more. Returns those that waited for it: they have to begin again."""
+        """A sequence has stopped reading. Returns those that waited for it, to begin again."""
         for digest in sequence.digests:
             if self._readers.get(digest) is sequence:
                 del self._readers[digest]
@@ -120,7 +120,7 @@ class SharedPrefixes(Generic[State]):
         return orphans
 
     def forget_readers(self) -> None:
-        """All sequences have ended."""
+        """Forget all sequences."""
         self._readers.clear()
         self._followers.clear()
 
@@ -130,11 +130,11 @@ class SharedPrefixes(Generic[State]):
         self._seen.remove_all(owner)
 
     def forget_kept(self) -> None:
-        """Keep none of the states any more."""
+        """Drop all cached states."""
         self._kept.clear()
 
     def _is_coming(self, sequence: Sequence, num_chunks: int) -> bool:
-        """Whether another sequence will have read this much of the prompt."""
+        """Whether another sequence is about to read this prefix."""
         reader = self._readers.get(sequence.digests[num_chunks - 1])
         if reader is None or reader is sequence:
             return False

@@ -30,9 +30,9 @@ class PromptReader:
         self._prefixes = SharedPrefixes[RowState](prefix_cache_bytes, state_bytes, shared)
 
     def begin(self, sequence: Sequence) -> None:
-        """Begin after what others have read of the same prompt, or wait until they have.
+        """Start from a cached prefix, or wait for one that is being read.
 
-        The row holds the state before the first token, or after what the sequence has read.
+        The row must hold the empty state, or the state after what the sequence has read.
         """
         state = self._prefixes.begin(sequence)
         if state is not None:
@@ -49,19 +49,19 @@ class PromptReader:
         self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
 
     def leave(self, sequence: Sequence) -> None:
-        """The sequence reads no more; those that waited for it begin again."""
+        """The sequence has stopped reading; those that waited for it begin again."""
         for orphan in self._prefixes.leave(sequence):
             self.begin(orphan)
 
     def count(self, sequence: Sequence) -> None:
-        """A prompt has been read."""
+        """Count a completed prompt in the metrics."""
         self._metrics.prompt_tokens_total.inc(len(sequence.request.token_ids))
         if sequence.cached_tokens:
             self._metrics.prefix_cache_hits_total.inc()
             self._metrics.prefix_cached_tokens_total.inc(sequence.cached_tokens)
 
     def forget(self) -> None:
-        """All sequences have ended."""
+        """Forget all sequences."""
         self._prefixes.forget_readers()
 
     def forget_owner(self, owner: str) -> None:
@@ -70,7 +70,7 @@ class PromptReader:
         self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
 
     def forget_kept(self) -> None:
-        """Give up the states that were kept for later prompts: one of them may be damaged."""
+        """Drop the cached states: one of them may be damaged."""
         self._prefixes.forget_kept()
         self._metrics.prefix_cache_bytes.set(0)
 

@@ -1,4 +1,4 @@
-"""States in the rows of the pool: where a turn's state comes from, and where it goes at the end."""
+"""Rows of the pool: loads a turn's initial state, and exports its final one."""
 
 import logging
 from collections import deque
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class Rows:
-    """The pool and who owns its rows. A free row holds nobody's state."""
+    """The state pool and the owners of its rows. Free rows are erased."""
 
     def __init__(self, network: Network, slots: Slots, num_kept: int) -> None:
         """`num_kept`: rows beyond those of running sequences."""
@@ -23,13 +23,13 @@ class Rows:
         self._keeps = num_kept > 0
         self._transfer = new_transfer(self.pool)
         self._departing = deque[tuple[Finished, Export]]()
-        """Turns that have ended and whose states are on their way to the host, in this order."""
+        """Finished turns whose states are being exported, in order."""
 
         self._erase_all()
 
     def place(self, request: EngineRequest) -> bool:
-        """Give the request a row with the state that it starts from. Whether the row had it
-        already. Raises ValueError for bytes of a wrong length."""
+        """Give the request a row with its initial state. Returns whether a retained row was
+        continued in place. Raises ValueError for a state of a wrong size."""
         source, owner = request.source, request.request_id
         if source is None:
             self.pool.reset(self._slots.acquire(owner))
@@ -50,8 +50,7 @@ class Rows:
             self.free(owner)
 
     def arrived(self, *, wait: bool) -> Iterator[Finished]:
-        """The ended turns whose states have come, in the order of their ends; all, if asked to
-        wait."""
+        """Finished turns whose exports are complete, in order; with `wait`, all."""
         while self._departing and (wait or self._departing[0][1].is_done):
             finished, export = self._departing.popleft()
             kept_as = finished.kept_as
@@ -60,16 +59,16 @@ class Rows:
             yield replace(finished, state=export.take(), kept_as=kept_as)
 
     def release(self, state_id: str) -> None:
-        """Free the row kept under this id; unknown ids are ignored."""
+        """Free the row retained under this id; unknown ids are ignored."""
         if self._slots.is_kept(state_id):
             self.free(state_id)
 
     def free(self, owner: str) -> None:
-        """Free a row and erase the state in it."""
+        """Free and erase a row."""
         self.pool.poison(self._slots.release(owner))
 
     def lose_all(self) -> None:
-        """After an error nobody knows which states are whole: forget all."""
+        """Drop all states after an error, when any of them may be incomplete."""
         self._departing.clear()
         self._slots.release_all()
         try:

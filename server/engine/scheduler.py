@@ -30,8 +30,8 @@ from server.engine.slots import Slots
 from server.engine.waiting import WaitingQueue
 
 TURN_OF_ALL = 4
-"""In every so many steps the prompt that has waited longest is read first, however long it is; in
-the others the one with the fewest tokens left."""
+"""Every this many steps, the longest waiting prompt is read first, however long; otherwise the one
+with the fewest tokens left."""
 
 EFFICIENT_TOKENS = 128
 """While nothing decodes, a step reads at least as many prompt tokens, however long it is: with more
@@ -50,19 +50,19 @@ S = TypeVar("S", bound=Sequence)
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """Sizes that bound the engine's memory and the time of a step."""
+    """Limits of the engine's memory and step time."""
 
     max_running: int
-    """Sequences that read or decode at the same time."""
+    """Maximum sequences in prefill or decoding."""
 
     warm_sessions: int
-    """Rows beyond those, where the states of finished turns stay."""
+    """Additional rows, for states of finished turns."""
 
     max_waiting: int
-    """Requests that may wait for a row."""
+    """Maximum requests waiting for a row."""
 
     max_waiting_tokens: int
-    """Prompt tokens of the requests that wait."""
+    """Maximum prompt tokens of waiting requests."""
 
     prefill_chunk_tokens: int
     """Prompt tokens that a step reads at most; a prompt with more is long."""
@@ -71,11 +71,11 @@ class EngineLimits:
     """How long a step may be while sequences decode."""
 
     prefix_cache_bytes: int
-    """Memory for states after beginnings of prompts."""
+    """Memory of the prefix cache."""
 
     @property
     def max_long_prompts(self) -> int:
-        """Long prompts that are read at the same time: a row in four is left to the others."""
+        """Maximum concurrent long prompts: one row in four is reserved for others."""
         return max(1, self.max_running * 3 // 4)
 
     @property
@@ -101,7 +101,7 @@ class Plan(Generic[S]):
 
 
 class Scheduler(Generic[S]):
-    """The sequences in the engine, by phase, and the rows that they own."""
+    """The engine's sequences by phase, and their rows."""
 
     def __init__(self, limits: EngineLimits, cut: int, most_logits: int) -> None:
         """`most_logits`: rows of logits that a step may have for scored prompts; at least a cut's
@@ -125,7 +125,7 @@ class Scheduler(Generic[S]):
         return not (self.waiting or self.reading or self.decoding)
 
     def find(self, request_id: str) -> S | None:
-        """The sequence of a request in any phase."""
+        """Find a request's sequence in any phase."""
         return next((s for s in self.sequences() if s.request.request_id == request_id), None)
 
     def sequences(self) -> Iterator[S]:
@@ -142,7 +142,7 @@ class Scheduler(Generic[S]):
         self._next_deadline = min(self._next_deadline, _deadline(sequence))
 
     def expired(self, now: float) -> list[S]:
-        """Sequences in any phase whose deadline has passed; the caller drops them."""
+        """Sequences past their deadline; the caller drops them."""
         if now < self._next_deadline:
             return []
         late = [s for s in self.sequences() if _deadline(s) <= now]
@@ -263,7 +263,7 @@ class Scheduler(Generic[S]):
         return tuple(pieces)
 
     def _by_urgency(self) -> list[S]:
-        """The prompts that can be read; a long one for which a short one waits counts as short."""
+        """Prompts ready to be read; a long one that blocks a short one counts as short."""
         left = {id(s): s.num_unread for s in self.reading}
         for sequence in self.reading:
             reader: Sequence = sequence

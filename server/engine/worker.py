@@ -35,7 +35,7 @@ from server.metrics import Metrics, exemplar
 log = logging.getLogger(__name__)
 
 IDLE_SAMPLE_S = 1.0
-"""While nothing runs, the state in one kept row is checked in so many seconds."""
+"""Interval at which an idle engine checks a retained row."""
 
 SCORED_BYTES = 64 << 20
 """Memory for logits of scored prompts in a step."""
@@ -45,7 +45,8 @@ Deliver = Callable[[list[Event | RowGivenUp]], None]
 
 
 class Worker:
-    """Sequences, their rows and the network. Everything here runs in the thread of `run`."""
+    """The engine's loop, with its sequences, rows and network. Everything runs in the thread of
+    `run`."""
 
     def __init__(
         self,
@@ -71,19 +72,19 @@ class Worker:
         self._runner = runners.new_runner(self._network, self._pool, limits.max_running)
         self._steps = Steps(self._runner, self._pool, metrics)
         self._flight: Flight | None = None
-        """The step that was launched last, if its tokens are not known yet."""
+        """The last launched step, if not yet collected."""
 
         self._events: list[Event | RowGivenUp] = []
         self._open: dict[str, None] = {}
-        """Requests whose end was not reported yet, oldest first."""
+        """Requests without a final event, oldest first."""
 
         self.step_started: float | None = None
-        """When the step began that runs now, on the clock of `time.monotonic`."""
+        """Start of the current step, on the clock of `time.monotonic`."""
 
         self._num_sampled = 0
         self._stopping = False
         self._is_broken = False
-        """The device is lost: the thread ends, and a server without it is not ready."""
+        """The device is lost: the thread ends, and the server is no longer ready."""
 
     def run(self) -> None:
         """Work until stopped; sleep while there is nothing to do."""
@@ -95,7 +96,7 @@ class Worker:
             self._refuse_all()
 
     def step(self) -> None:
-        """Do what there is to do now; wait for a message first if that is nothing."""
+        """Run one step; wait for a message first if idle."""
         if self._scheduler.idle:
             self._slots.check()
         try:
@@ -156,7 +157,7 @@ class Worker:
                 self._end(ending)
 
     def _find_damage(self, sequence: TextSequence) -> NoProbabilities | RowDamaged:
-        """Why the model's output for a sequence was no numbers. Called before it is dropped."""
+        """Determine why a sequence's logits were not finite. Called before it is dropped."""
         request_id = sequence.request.request_id
         try:
             self._pool.check_row(self._row(sequence))
@@ -183,7 +184,7 @@ class Worker:
             self._sample()
 
     def _sample(self) -> None:
-        """Check the state in one of the kept rows, each in its turn; a damaged one is given up."""
+        """Check one retained row, in rotation; release it if damaged."""
         self._num_sampled += 1
         kept = self._slots.kept
         state_id = kept[self._num_sampled % len(kept)]
@@ -273,7 +274,7 @@ class Worker:
         self._reader.leave(sequence)
 
     def _finish(self, sequence: TextSequence, end: End) -> None:
-        """End a turn as it should end: hand its state out, keep or free its row."""
+        """Finish a turn: export its state, retain or free its row."""
         request = sequence.request
         self._stop_decoding(sequence)
         text, tokens = sequence.text.flush()
@@ -296,7 +297,7 @@ class Worker:
             self._rows.depart(finished, request.keep_as, request.owner)
 
     def _drop(self, sequence: TextSequence) -> None:
-        """End a sequence in whatever phase it is and free its row."""
+        """Drop a sequence in any phase and free its row."""
         request = sequence.request
         if sequence in self._scheduler.waiting:
             self._scheduler.waiting.remove(sequence)
@@ -308,15 +309,15 @@ class Worker:
         self._rows.free(request.request_id)
 
     def _stop_decoding(self, sequence: TextSequence) -> None:
-        """Remove the sequence from those that decode, if it is among them."""
+        """Remove the sequence from decoding, if it is there."""
         row = self._row(sequence)
         if self._scheduler.decoding.get(row) is sequence:
             del self._scheduler.decoding[row]
 
     def _fail_all(self) -> None:
-        """After an error in a step nobody knows which states are whole: end every request.
+        """Fail every request after an error in a step, when any state may be incomplete.
 
-        Kept states are lost, too: one may have been on its way to another row.
+        Retained states are dropped, too: one may have been on its way to another row.
         """
         scheduler = self._scheduler
         for sequence in scheduler.waiting:
@@ -333,7 +334,7 @@ class Worker:
             self._is_broken = self._stopping = True
 
     def _refuse_all(self) -> None:
-        """Report to those that came too late for a broken engine."""
+        """Fail requests that arrive after the engine broke."""
         for message in self._inbox.receive(wait=False):
             if isinstance(message, Submit):
                 self._inbox.left_queue(message.request)
@@ -341,7 +342,7 @@ class Worker:
         self._flush()
 
     def _end(self, event: Ending) -> None:
-        """Report a request's last event."""
+        """Report a request's final event."""
         self._open.pop(event.request_id, None)
         self._events.append(event)
 

@@ -1,7 +1,7 @@
-"""Processes that own the clients' connections, so that HTTP costs the engine's process little.
+"""Front processes: they own the clients' connections, to take HTTP off the engine's process.
 
     client <-HTTP-> front process <-frames on a Unix socket-> core process: the app, the engine
 
-A front reads and writes HTTP and carries ASGI messages; it knows no session and decides nothing.
-The core keeps the fronts running and runs the app for what they carry.
+A front parses and writes HTTP and forwards ASGI messages; it keeps no other state. The core keeps
+the fronts running and runs the app for the requests that they forward.
 """

@@ -1,4 +1,4 @@
-"""`python -m server.fronts`: a front process, which only the core starts."""
+"""`python -m server.fronts`: a front process, started by the core only."""
 
 import sys
 

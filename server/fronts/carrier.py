@@ -1,4 +1,4 @@
-"""The core's side: runs the app for the requests that one front carries."""
+"""The core's side: runs the app for the requests forwarded by one front."""
 
 import asyncio
 import logging
@@ -41,7 +41,7 @@ class Carrier:
     """The requests of one front."""
 
     def __init__(self, app: App, tasks: set[asyncio.Task[None]], ready: Callable[[], None]) -> None:
-        """Each request runs as one of `tasks`; `ready` is called when the front listens."""
+        """Each request runs as one of `tasks`; `ready` is called once the front is listening."""
         self._app = app
         self._tasks = tasks
         self._ready = ready
@@ -74,7 +74,7 @@ class Carrier:
 
 
 class CarriedRequest:
-    """One request, as the app sees it. What uvicorn does for one that is not carried, it does."""
+    """One forwarded request, as the app sees it: what uvicorn is for a direct one."""
 
     def __init__(self, link: Link, number: int, scope: dict[str, Any]) -> None:
         self._link = link
@@ -89,17 +89,17 @@ class CarriedRequest:
         self._is_complete = False
 
     async def run(self, app: App) -> None:
-        """Run the app, and tell the front if it left its answer incomplete."""
+        """Run the app, and notify the front if its response is incomplete."""
         try:
             await app(self._scope, self._receive, self._send)
         except Exception:
-            log.exception("a carried request failed")
+            log.exception("a forwarded request failed")
         finally:
             if not self._is_complete:
                 self._link.send(Kind.BROKEN, self._number)
 
     def take(self, frame: Frame) -> None:
-        """What the front says of it."""
+        """Handle a frame of this request."""
         match frame.kind:
             case Kind.CREDIT:
                 self._window.give(unpack_credit(frame.payload))
@@ -113,7 +113,7 @@ class CarriedRequest:
                 self.disconnect()
 
     def disconnect(self) -> None:
-        """The client has gone, or the front with it."""
+        """The client or the front has disconnected."""
         self._is_gone = True
         self._window.lift()
         self._happened.set()
@@ -151,7 +151,7 @@ class CarriedRequest:
             self._happened.set()
 
     async def _all_but_the_last_piece(self, body: memoryview) -> bytes:
-        """Send them; returns what is left."""
+        """Send all pieces but the last. Returns the last."""
         start = 0
         while len(body) - start > PIECE_BYTES:
             await self._window.open()

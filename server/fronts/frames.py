@@ -1,7 +1,7 @@
-"""What a core and its fronts say to each other: frames, each of a kind and of one request.
+"""The protocol between a core and its fronts: frames, each with a kind and a request number.
 
-A frame is a header (kind, request's number, payload's length; big-endian) and a payload. Bodies are
-raw bytes; a request's scope and an answer's head are JSON, in which bytes are Latin-1 text.
+A frame is a header (kind, request number, payload length; big-endian) and a payload. Bodies are raw
+bytes; a request's scope and a response's head are JSON, in which bytes are Latin-1 text.
 """
 
 import json
@@ -13,47 +13,47 @@ from typing import Any, NamedTuple
 _HEADER = Struct(">BII")
 HEADER_BYTES = _HEADER.size
 MAX_PAYLOAD_BYTES = 1 << 26
-"""More than any head; a longer frame means that the two have lost each other."""
+"""More than any head; a longer frame means that the stream is out of sync."""
 
 PIECE_BYTES = 1 << 16
-"""Most of a body in one frame, so that a large one does not hold up others."""
+"""Maximum body bytes per frame, so that large bodies do not block others."""
 
 REQUEST_WINDOW_BYTES = 1 << 18
 ANSWER_WINDOW_BYTES = 1 << 16
-"""What may be under way of a body that the other side has not taken."""
+"""Flow control: maximum bytes of a body in flight."""
 
 
 class Kind(IntEnum):
-    """What a frame says."""
+    """Kinds of frames."""
 
     REQUEST = 1
-    """Front: a request has come; its scope."""
+    """Front: a new request; its scope."""
 
     BODY = 2
     LAST_BODY = 3
     """Front: a piece of the request's body."""
 
     DISCONNECT = 4
-    """Front: the client has gone."""
+    """Front: the client has disconnected."""
 
     CREDIT = 5
-    """Either: so many bytes of the other's body were taken, and as many more may come."""
+    """Either: flow control; the other side may send so many more bytes."""
 
     START = 6
-    """Core: the answer's status and headers."""
+    """Core: the response's status and headers."""
 
     DATA = 7
     LAST_DATA = 8
-    """Core: a piece of the answer's body."""
+    """Core: a piece of the response's body."""
 
     BROKEN = 9
-    """Core: the answer ends here, though it is not complete."""
+    """Core: the response ends here, incomplete."""
 
     READY = 10
-    """Front: it listens. Of no request, as the next."""
+    """Front: it is listening. For no request, like STOP."""
 
     STOP = 11
-    """Core: take no new connections, and end when the answers that have begun are delivered."""
+    """Core: accept no new connections, and exit when the responses in progress are delivered."""
 
     PING = 12
     """Core: are you there?"""
@@ -63,12 +63,10 @@ class Kind(IntEnum):
 
 
 class FrameError(ValueError):
-    """Bytes that are no frame."""
+    """Bytes that are not a frame."""
 
 
 class Frame(NamedTuple):
-    """One frame."""
-
     kind: Kind
     request: int
     payload: bytes
@@ -78,21 +76,18 @@ _KINDS = {int(kind): kind for kind in Kind}
 
 
 def header(kind: Kind, request: int, num_bytes: int) -> bytes:
-    """What comes before a payload of so many bytes."""
+    """Header of a frame with a payload of `num_bytes`."""
     return _HEADER.pack(kind, request, num_bytes)
 
 
 class FrameReader:
-    """Frames out of a stream of bytes, however it is cut."""
+    """Incremental parser of frames."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, data: bytes) -> Iterator[Frame]:
-        """The frames that are complete with these bytes. To be read to the end.
-
-        Raises FrameError, after which there is no going on.
-        """
+        """The frames completed by these bytes; exhaust the iterator. Raises FrameError."""
         if self._rest:
             data = self._rest + data
         start, end = 0, len(data)
@@ -118,7 +113,7 @@ def unpack_credit(payload: bytes) -> int:
 
 
 def pack_scope(scope: dict[str, Any]) -> bytes:
-    """An HTTP request's ASGI scope, without what only its own process can use."""
+    """An HTTP request's ASGI scope, without process-local parts."""
     told = {
         name: value.decode("latin-1") if isinstance(value, bytes) else value
         for name, value in scope.items()
@@ -128,7 +123,7 @@ def pack_scope(scope: dict[str, Any]) -> bytes:
 
 
 def unpack_scope(payload: bytes) -> dict[str, Any]:
-    """The scope in the core."""
+    """Inverse of `pack_scope`."""
     scope: dict[str, Any] = json.loads(payload)
     for name in _AS_BYTES:
         scope[name] = scope[name].encode("latin-1")
@@ -148,9 +143,9 @@ def unpack_start(payload: bytes) -> dict[str, Any]:
 
 
 def first_window(scope: dict[str, Any]) -> int:
-    """How much of a request's body may come before the app has asked for it.
+    """Body bytes that a request may send before the app asks for it.
 
-    None for a client that waits to be asked: an answer may spare it the sending.
+    0 for a client that sends Expect: 100-continue: the response may make the body unnecessary.
     """
     waits = any(
         name.lower() == b"expect" and value.lower() == b"100-continue"

@@ -1,4 +1,4 @@
-"""A front's side: an ASGI app that has its requests answered by the core."""
+"""The front's side: an ASGI app that forwards its requests to the core."""
 
 import asyncio
 from collections import deque
@@ -26,17 +26,17 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Gateway:
-    """Gives each request a number and the core's frames to the request that they are of."""
+    """Numbers requests and dispatches the core's frames to them."""
 
     def __init__(self, stop: Callable[[], None]) -> None:
-        """`stop` is called when the core says so. Needs its `link` before the first request."""
+        """`stop` is called on STOP. Set `link` before the first request."""
         self.link: Link
         self._stop = stop
         self._numbers = count(1)
         self._open: dict[int, Exchange] = {}
 
     def take(self, frame: Frame) -> None:
-        """The next frame of the core."""
+        """Handle a frame from the core."""
         if frame.kind is Kind.STOP:
             self._stop()
         elif frame.kind is Kind.PING:
@@ -56,7 +56,7 @@ class Gateway:
 
 
 class Exchange:
-    """One request and its answer."""
+    """One request and its response."""
 
     def __init__(self, link: Link, number: int, scope: dict[str, Any]) -> None:
         self._link = link
@@ -68,7 +68,7 @@ class Exchange:
         self._waiting: asyncio.Future[None] | None = None
 
     def take(self, frame: Frame) -> None:
-        """What the core says of it."""
+        """Handle a frame of this request."""
         if frame.kind is Kind.CREDIT:
             self._window.give(unpack_credit(frame.payload))
             return
@@ -77,7 +77,7 @@ class Exchange:
             self._waiting.set_result(None)
 
     async def carry_request(self, receive: Receive) -> None:
-        """The request to the core: its scope, its body, and that the client has gone."""
+        """Forward the request to the core: scope, body, disconnect."""
         self._link.send(Kind.REQUEST, self._number, pack_scope(self._scope))
         more = True
         while True:
@@ -95,7 +95,7 @@ class Exchange:
             self._link.send(Kind.BODY if more else Kind.LAST_BODY, self._number, body)
 
     async def carry_answer(self, send: Send) -> None:
-        """The answer to the client. An incomplete one ends without its end, which closes the
+        """Forward the response to the client. Returns early if it is incomplete, which closes the
         connection."""
         while True:
             while not self._came:
@@ -118,7 +118,7 @@ class Exchange:
                         self._link.send(Kind.CREDIT, self._number, pack_credit(credit))
 
     def _all_data(self, first: Frame) -> tuple[bytes, bool]:
-        """What has come of the body in one piece, and whether that is its end."""
+        """The body received so far in one piece, and whether it is complete."""
         kind, pieces = first.kind, [first.payload]
         while kind is Kind.DATA and self._came and self._came[0].kind is not Kind.BROKEN:
             frame = self._came.popleft()

@@ -1,4 +1,4 @@
-"""The core's care for its fronts: starts them, starts another for one that has ended, ends them."""
+"""Supervises the front processes: starts them, restarts those that exit, stops them."""
 
 import asyncio
 import logging
@@ -15,13 +15,13 @@ from server.fronts.frames import Kind
 from server.settings import Settings
 
 START_S = 60
-"""For the fronts to be ready."""
+"""Time limit for the fronts to be ready."""
 
 EXTRA_S = 2
-"""For a front to end, beyond the time that its last answers have."""
+"""Time for a front to exit after the time limit of its last responses."""
 
 SHORT_LIFE_S = 5.0
-"""A front that lived no longer would probably end again at once: the next one waits."""
+"""If a front lived no longer, wait before restarting it: the next would probably fail, too."""
 
 PAUSE_S = 1.0
 PING_S = 1.0
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 
 
 class FrontFailed(Exception):
-    """A front ended before it was ready."""
+    """A front exited before it was ready."""
 
 
 class Keeper:
-    """One front process for each listening socket."""
+    """Supervises one front process per listening socket."""
 
     def __init__(
         self,
@@ -46,7 +46,8 @@ class Keeper:
         last_bytes_s: int,
         tasks: set[asyncio.Task[None]],
     ) -> None:
-        """Requests run as `tasks`; the last answers have `last_bytes_s` to reach their clients."""
+        """Requests run as `tasks`; on shutdown, responses have `last_bytes_s` to reach their
+        clients."""
         self._app = app
         self._settings = settings.model_dump_json(include={*SETTINGS, "log_level", "log_format"})
         self._listeners = listeners
@@ -57,7 +58,7 @@ class Keeper:
         self._stopping = asyncio.Event()
 
     async def start(self) -> None:
-        """Start all and wait until they listen. Raises FrontFailed."""
+        """Start all and wait until they are listening. Raises FrontFailed."""
         loop = asyncio.get_running_loop()
         ready = [loop.create_future() for _ in self._listeners]
         self._keeping = [
@@ -71,7 +72,7 @@ class Keeper:
             raise FrontFailed(f"a front process was not ready within {START_S} s") from None
 
     async def stop(self) -> None:
-        """Have all deliver what has begun, and end."""
+        """Let all fronts deliver the responses in progress, and stop them."""
         self._stopping.set()
         for listener in self._listeners:
             listener.close()
@@ -80,7 +81,7 @@ class Keeper:
         if self._keeping:
             await asyncio.wait(self._keeping, timeout=self._last_bytes_s + EXTRA_S)
         for process in self._fronts:
-            log.error("front process %d does not end: it is killed", process.pid)
+            log.error("front process %d does not exit: killing it", process.pid)
             with suppress(ProcessLookupError):
                 process.kill()
         for keeping in self._keeping:
@@ -94,9 +95,9 @@ class Keeper:
             if self._stopping.is_set():
                 return
             if not ready.done():
-                ready.set_exception(FrontFailed(f"a front process ended with status {status}"))
+                ready.set_exception(FrontFailed(f"a front process exited with status {status}"))
                 return
-            log.error("front process %d ended with status %d: another is started", pid, status)
+            log.error("front process %d exited with status %d: restarting it", pid, status)
             if monotonic() - started < SHORT_LIFE_S:
                 await asyncio.sleep(PAUSE_S)
 
@@ -122,7 +123,7 @@ class Keeper:
     async def _run_front(
         self, listener: socket.socket, ready: asyncio.Future[None]
     ) -> tuple[int, int]:
-        """Its exit status and its process id, when it has ended."""
+        """Run a front until it exits. Returns its exit status and process id."""
 
         started = asyncio.get_running_loop().create_future()
 

@@ -10,10 +10,10 @@ log = logging.getLogger(__name__)
 
 
 class Link(asyncio.Protocol):
-    """Reads frames and writes them: all those of one turn of the event loop in one piece."""
+    """Reads and writes frames; those of one event loop iteration are written together."""
 
     def __init__(self, take: Callable[[Frame], None], lost: Callable[[], None]) -> None:
-        """`take` gets each frame, `lost` is called when the other side has gone."""
+        """`take` is called with each frame, `lost` when the connection is lost."""
         self._take = take
         self._lost = lost
         self._reader = FrameReader()
@@ -23,7 +23,7 @@ class Link(asyncio.Protocol):
         self._has_gone = False
 
     def send(self, kind: Kind, request: int = 0, payload: bytes = b"") -> None:
-        """Send a frame, as soon as there is a connection; when it has gone, nothing."""
+        """Send a frame, buffered until connected; dropped after the connection is lost."""
         if self._has_gone:
             return
         unsent = self._unsent
@@ -33,7 +33,7 @@ class Link(asyncio.Protocol):
         unsent.append(payload)
 
     def close(self) -> None:
-        """Let the other side go, which notices."""
+        """Close the connection."""
         if self._transport is not None:
             self._transport.close()
 
@@ -46,7 +46,7 @@ class Link(asyncio.Protocol):
             for frame in self._reader.feed(data):
                 self._take(frame)
         except FrameError as error:
-            log.error("the other process cannot be understood: %s", error)
+            log.error("invalid data from the other process: %s", error)
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:

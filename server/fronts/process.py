@@ -1,4 +1,4 @@
-"""The process of a front: a socket with clients behind it, and one with the core."""
+"""A front process: serves clients on one socket, talks to the core on another."""
 
 import asyncio
 import json
@@ -16,11 +16,11 @@ from server.fronts.link import Link
 from server.settings import Settings
 
 LOST_CORE = 1
-"""The exit status of a front without a core."""
+"""Exit status of a front that lost its core."""
 
 
 def run(link_fd: str, listener_fd: str, last_bytes_s: str, settings_json: str) -> None:
-    """Serve until the core says stop or is gone. The descriptors are inherited."""
+    """Serve until the core sends STOP or exits. The file descriptors are inherited."""
     settings = Settings(**json.loads(settings_json))
     logs.configure(settings.log_level, settings.log_format)
     with socket.socket(fileno=int(link_fd)) as link, socket.socket(fileno=int(listener_fd)) as own:
@@ -28,7 +28,7 @@ def run(link_fd: str, listener_fd: str, last_bytes_s: str, settings_json: str) -
 
 
 class _Server(uvicorn.Server):
-    """Signals are for the core, which tells when to stop: until then it needs its fronts."""
+    """Ignores signals: the core tells its fronts when to stop."""
 
     def __init__(self, settings: Settings, link: socket.socket, last_bytes_s: int) -> None:
         self._gateway = Gateway(self._stop)
@@ -52,4 +52,4 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     def _lost(self) -> None:
-        os._exit(LOST_CORE)  # nothing that has begun can be completed
+        os._exit(LOST_CORE)  # no request in progress can be completed

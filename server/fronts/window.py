@@ -1,13 +1,13 @@
-"""How much of a body may be under way: who sends waits, who takes gives room again."""
+"""Flow control of bodies: the sender waits for credit, the receiver grants it."""
 
 import asyncio
 
 
 class Window:
-    """Of the side that sends. Open while there is any room; the last piece may go beyond it."""
+    """The sender's side. Open while there is any credit; the last piece may exceed it."""
 
     def __init__(self, room: int) -> None:
-        """`room` in bytes."""
+        """`room`: initial credit in bytes."""
         self._room = room
         self._is_void = False
         self._opened: asyncio.Future[None] | None = None
@@ -17,21 +17,21 @@ class Window:
         return self._room > 0 or self._is_void
 
     def use(self, num_bytes: int) -> None:
-        """So much is under way."""
+        """Bytes were sent."""
         self._room -= num_bytes
 
     def give(self, num_bytes: int) -> None:
-        """So much has been taken."""
+        """The receiver granted credit."""
         self._room += num_bytes
         self._wake()
 
     def lift(self) -> None:
-        """Nobody takes any more: there is nothing to wait for."""
+        """Lift the limit: the receiver is gone."""
         self._is_void = True
         self._wake()
 
     async def open(self) -> None:
-        """Wait until there is room."""
+        """Wait for credit."""
         while not self.is_open:
             self._opened = asyncio.get_running_loop().create_future()
             await self._opened
@@ -42,14 +42,14 @@ class Window:
 
 
 class Taken:
-    """Of the side that takes: what it owes, told in large pieces so that telling costs little."""
+    """The receiver's side: grants credit in large pieces, to save frames."""
 
     def __init__(self, window_bytes: int) -> None:
         self._least = window_bytes // 2
         self._owed = 0
 
     def add(self, num_bytes: int) -> int:
-        """So much was taken. How much room to give now; often none."""
+        """Bytes were consumed. Returns the credit to grant now, often 0."""
         self._owed += num_bytes
         if self._owed < self._least:
             return 0

@@ -5,7 +5,7 @@ from server.sessions.codec import SessionState
 
 
 class HostCache:
-    """States by their ids, at most `max_bytes` of them."""
+    """States by id, at most `max_bytes` in total."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -28,7 +28,7 @@ class HostCache:
     def put(self, state_id: str, state: SessionState, owner: str = "") -> int:
         """Keep a state, forget others for it. Returns how many were forgotten.
 
-        A state that is larger than the whole cache is not kept.
+        A state larger than the whole cache is not added.
         """
         if state.num_bytes > self._max_bytes:
             self.remove(state_id)

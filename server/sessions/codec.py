@@ -1,4 +1,4 @@
-"""A session's state as one blob: a safetensors file that says what it belongs to.
+"""Serialization of a session's state as a safetensors blob.
 
 The tensors are the named tensors of the model's state and `recent`, the tokens that penalties look
 back on. The header's metadata tell the format, the model's fingerprint, the dtype of its states,
@@ -42,37 +42,37 @@ LONGEST_MESSAGE = 300
 
 
 class BlobError(ValueError):
-    """The blob is damaged or not for this model; the message names what differs."""
+    """The blob is damaged or of another model; the message names the difference."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message[:LONGEST_MESSAGE])  # a header can be as long as its sender likes
+        super().__init__(message[:LONGEST_MESSAGE])  # headers may be long
 
 
 class DamagedBlob(BlobError):
-    """The blob is of this model, but not as it was written, or its state is damaged."""
+    """The blob is of this model but damaged, or its state is."""
 
 
 @dataclass(frozen=True)
 class SessionState:
-    """All that a session continues from."""
+    """Everything that a session continues from."""
 
     position: int
-    """Tokens of the session, those pending included."""
+    """Tokens of the session, including pending ones."""
 
     pending: tuple[int, ...]
-    """The last of them, which the state has not read yet."""
+    """The last tokens, not yet part of the state."""
 
     undecoded: bytes
-    """Bytes of the text that began a character."""
+    """Bytes of an incomplete character."""
 
     recent: bytes
-    """What the penalties look back on."""
+    """Recent tokens, for penalties."""
 
     state: bytes
-    """The model's state: its tensors one after another."""
+    """The model's state: its concatenated tensors."""
 
     turn: int = 0
-    """The turn that it is the end of; 0 before it is known."""
+    """The turn that it follows; 0 if not yet known."""
 
     arithmetic: str | None = field(default=None, compare=False)
     """`Network.arithmetic` of the network that computed it, of a state that was decoded and says
@@ -80,12 +80,12 @@ class SessionState:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that holding it takes."""
+        """Size in memory."""
         return len(self.state) + len(self.recent)
 
 
 class Codec:
-    """Blobs of one model."""
+    """Encodes and decodes blobs of one model."""
 
     def __init__(
         self, fingerprint: str, tensors: Sequence[TensorSpec], vocab_sz: int, arithmetic: str
@@ -103,30 +103,30 @@ class Codec:
 
     @property
     def usual_blob_bytes(self) -> int:
-        """No blob is larger, unless more than a thousand tokens are pending."""
+        """Upper bound of a blob's size with at most a thousand pending tokens."""
         return self.state_bytes + (1 << 13)
 
     @property
     def most_blob_bytes(self) -> int:
-        """No blob is larger, even if thousands of tokens are pending."""
+        """Upper bound of a blob's size, even with thousands of pending tokens."""
         return self.state_bytes + (1 << 16)
 
     def check(self, session: SessionState) -> float:
-        """The largest absolute value of the state. Raises DamagedState, and ValueError when it does
-        not have the size of this model's."""
+        """Check a state. Returns its largest absolute value. Raises DamagedState, and ValueError
+        for a wrong size."""
         return check_values(self._tensors, split_state(self._tensors, session.state))
 
     def encode(self, session: SessionState) -> bytes:
-        """The blob; its size depends on the model only, but for a few digits in the header.
+        """Encode a state; the size depends on the model, except for a few digits in the header.
 
-        Raises ValueError when the state does not have the size of this model's.
+        Raises ValueError for a state of a wrong size.
         """
         arrays = split_state(self._tensors, session.state)
         arrays[RECENT] = np.frombuffer(session.recent, np.uint8)
         return safetensors.numpy.save(arrays, self._facts(session, self.arithmetic))
 
     def decode(self, blob: bytes) -> SessionState:
-        """Raises BlobError for anything but an undamaged blob of this model."""
+        """Decode a blob. Raises BlobError unless it is an intact blob of this model."""
         facts, arrays = read(blob)
         self._check_header(facts)
         self._check_tensors(arrays)
@@ -171,9 +171,9 @@ class Codec:
     def checksum_fits(
         self, facts: Mapping[str, str], arrays: Mapping[str, NDArray[np.generic]]
     ) -> bool | None:
-        """Whether a blob, perhaps of another model, is as it was written.
+        """Whether the checksum of a blob, perhaps of another model, matches.
 
-        None if it has other tensors than this model: it does not say in which order to sum them up.
+        None if its tensors differ from this model's, since their order is then unknown.
         """
         names = [tensor.name for tensor in self._tensors]
         if not arrays.keys() <= {*names, RECENT} or RECENT not in arrays:
@@ -200,7 +200,7 @@ class Codec:
 
     @property
     def _dtype(self) -> str:
-        """That of most of the state."""
+        """Dtype of the largest tensor."""
         return max(self._tensors, key=lambda tensor: tensor.num_bytes).dtype
 
     def _check_header(self, facts: Mapping[str, str]) -> None:
@@ -227,13 +227,13 @@ class Codec:
     def _check_values(
         self, session: SessionState, arrays: Mapping[str, NDArray[np.generic]]
     ) -> None:
-        """A checksum that fits does not say that a server of ours computed it."""
+        """Validate values: a matching checksum does not prove that a server wrote the blob."""
         if not 0 <= session.turn < LARGEST or not 0 <= session.position < LARGEST:
             raise BlobError(f"turn {session.turn} at position {session.position} cannot be")
         if session.arithmetic is not None and not ARITHMETIC.fullmatch(session.arithmetic):
             raise BlobError(f"arithmetic {session.arithmetic!r} cannot be")
         if len(session.pending) > session.position or len(session.undecoded) > 3:
-            raise BlobError(f"position {session.position} and what is pending cannot be")
+            raise BlobError(f"the pending tokens do not fit position {session.position}")
         try:
             recent = RecentTokens.from_bytes(session.recent).seen()
         except ValueError as error:

@@ -1,7 +1,7 @@
-"""All that the server keeps: sessions and stored responses, and the turns that advance them.
+"""The ledger: sessions and stored responses, and the turns that advance them.
 
-A turn goes from a source to a target. Its state is written through to the store at its end, so what
-the host cache and the rows on the device hold only makes it faster to get.
+A turn goes from a source to a target. Its state is written through to the store, so the host cache
+and the rows on the device only make it faster to load.
 """
 
 import asyncio
@@ -45,12 +45,12 @@ INTERRUPTED = {
     "code": "server_error",
     "message": "the server stopped, or could not store the response, before it was complete",
 }
-"""The error of a response that nobody works on any more."""
+"""The error of an interrupted response."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """The state after a session's last turn, which must be the expected one if that is given."""
+    """The state after a session's last turn, which must be `expected_turn` if given."""
 
     session_id: str
     expected_turn: int | None = None
@@ -66,23 +66,23 @@ class After:
 
 
 Source = Head | After | None
-"""What a turn continues from; None: nothing."""
+"""What a turn continues from; None: the empty state."""
 
 
 @dataclass(frozen=True)
 class NextTurn:
-    """The next turn of the session that the turn starts from."""
+    """The next turn of the source session."""
 
     key: str | None = None
-    """The client's Idempotency-Key: a turn that was committed with it is not run again."""
+    """The client's Idempotency-Key: a turn committed with it is replayed."""
 
     request: str = ""
-    """What the key stands for; the same key with another request is refused."""
+    """The request that the key identifies; another request with it is rejected."""
 
 
 @dataclass(frozen=True)
 class NewSession:
-    """A new session, of which this is the first turn."""
+    """A new session, with this as its first turn."""
 
     metadata: dict[str, str] = field(default_factory=dict)
     ttl_s: float | None = None
@@ -90,21 +90,20 @@ class NewSession:
 
 @dataclass(frozen=True)
 class NewResponse:
-    """A response to be stored."""
+    """A new stored response."""
 
     id: str
     ttl_s: float | None = None
 
 
 Target = NextTurn | NewSession | NewResponse | None
-"""Where a turn's end is kept; None: nowhere."""
+"""Where a turn's result is stored; None: nowhere."""
 
 
 class Ledger:
-    """Belongs to the event loop.
+    """All sessions and stored responses. Belongs to the event loop.
 
-    Whoever does not own a session or response gets NotFound, as for one that does not exist or has
-    expired.
+    Other owners get NotFound, as for an entry that does not exist or has expired.
     """
 
     def __init__(
@@ -119,9 +118,9 @@ class Ledger:
         busy_wait_s: float = 1.5,
         max_response_ttl_s: float | None = None,
     ) -> None:
-        """`busy_wait_s`: seconds to wait for a session that is busy, perhaps with a turn whose
-        client has just gone. `max_response_ttl_s`: seconds that a response is kept, at most and by
-        default; None: no end."""
+        """`busy_wait_s`: seconds to wait for a busy session, whose client may have just
+        disconnected. `max_response_ttl_s`: maximum and default lifetime of responses in seconds;
+        None: unlimited."""
         self._store = store
         self._tiers = tiers
         self._quota = quota
@@ -131,17 +130,17 @@ class Ledger:
         self._busy_wait_s = busy_wait_s
         self._max_response_ttl_s = max_response_ttl_s
         self._open: dict[str, LedgerTurn | None] = {}
-        """Entries that a turn is advancing, or that are being rewound or erased."""
+        """Locked entries: being advanced by a turn, rewound or erased."""
 
         self._blobs = FairThreads(1, "blobs")
         """Where blobs are read that clients import and export; turns have other threads."""
 
         self._unlocked: dict[str, asyncio.Event] = {}
-        """Of those that somebody waits for."""
+        """Events for waiters on locked entries."""
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of one state, at any length of its conversation."""
+        """Bytes of a state, at any length of its conversation."""
         return self._codec.state_bytes
 
     @property
@@ -149,7 +148,7 @@ class Ledger:
         return self._tiers
 
     async def store_health(self) -> StoreHealth:
-        """Looks at the store's disk, now."""
+        """Check the store's disk."""
         return await self._store.health()
 
     def close(self) -> None:
@@ -160,9 +159,9 @@ class Ledger:
     async def begin(
         self, owner: str, source: Source, target: Target
     ) -> AsyncIterator[LedgerTurn | KeptAnswer]:
-        """The right to run one turn, or the answer of the turn that was committed with its key.
+        """Begin a turn, or return the answer committed with its key.
 
-        A session has one turn at a time; any number may go on from a response. Raises NotFound,
+        A session has one turn at a time; a response can be continued concurrently. Raises NotFound,
         SessionBusy, TurnMismatch, KeyReused, InvalidRequest, QuotaExceeded, StorageFull and
         StorageFailed.
         """
@@ -239,7 +238,7 @@ class Ledger:
         return LedgerTurn(*parts, entry, start, is_stored, answer, reservation)
 
     async def get(self, owner: str, kind: Kind, entry_id: str, param: str | None = None) -> Entry:
-        """A session, or a stored response, finished or in the background. `param` named it.
+        """Get a session or stored response, finished or in the background. `param` named it.
 
         Raises NotFound.
         """
@@ -249,7 +248,7 @@ class Ledger:
         return entry
 
     async def list(self, owner: str, kind: Kind, limit: int, after: str | None) -> list[Entry]:
-        """Newest first, beginning behind the entry `after`. Raises InvalidRequest."""
+        """List entries, newest first, after the entry `after`. Raises InvalidRequest."""
         if after is not None:
             last = await self._store.get(kind, after)
             if last is None or last.owner != owner:
@@ -257,7 +256,7 @@ class Ledger:
         return await self._store.list(kind, owner, limit, after, self._store.now())
 
     async def checkpoints(self, owner: str, session_id: str) -> Sequence[Checkpoint]:
-        """The turns whose states are kept, newest first. Raises NotFound."""
+        """The session's checkpoints, newest first. Raises NotFound."""
         await self.get(owner, "session", session_id)
         return await self._store.checkpoints(session_id)
 
@@ -275,10 +274,10 @@ class Ledger:
         metadata: dict[str, str] | None = None,
         ttl_s: float | None = None,
     ) -> Entry:
-        """A new session that begins with a session's state after a turn, the last if None is named.
+        """Create a session from a session's state after a turn, by default the last.
 
-        The session itself may be busy. Metadata and ttl are those of the session if not given.
-        Raises NotFound, QuotaExceeded, StorageFull and StorageFailed.
+        The source session may be busy. Metadata and ttl default to the source's. Raises NotFound,
+        QuotaExceeded, StorageFull and StorageFailed.
         """
         source = await self.get(owner, "session", session_id)
         made = new_session(
@@ -297,7 +296,7 @@ class Ledger:
     async def fork_response(
         self, owner: str, response_id: str, metadata: dict[str, str], ttl_s: float | None
     ) -> Entry:
-        """A new session that begins with the state after a response.
+        """Create a session from the state after a response.
 
         Raises NotFound, InvalidRequest, QuotaExceeded, StorageFull and StorageFailed.
         """
@@ -309,7 +308,7 @@ class Ledger:
         return forked
 
     async def rewind(self, owner: str, session_id: str, turn: int) -> Entry:
-        """Go back to a turn; those after it are erased. Raises NotFound and SessionBusy."""
+        """Go back to a turn and erase later ones. Raises NotFound and SessionBusy."""
         await self.get(owner, "session", session_id)
         async with self._lock(session_id):
             before = await self.get(owner, "session", session_id)
@@ -324,7 +323,7 @@ class Ledger:
     async def export(
         self, owner: str, session_id: str, turn: int | None
     ) -> tuple[Entry, int, bytes]:
-        """The session, and the state after a turn as a blob: of the last turn if None is named.
+        """The session, the turn, and the blob of its state; default: the last turn.
 
         Raises NotFound, also for the state before the first turn, and SessionDamaged.
         """
@@ -339,7 +338,7 @@ class Ledger:
             self._metrics.damaged_states_total.labels(found="store").inc()
             raise SessionDamaged(session_id, turn, str(error)) from error
         except BlobError:
-            pass  # of another model, which may continue it
+            pass  # of another model, which can continue it
         return entry, turn, blob
 
     async def import_blob(
@@ -365,15 +364,15 @@ class Ledger:
         return entry, state.arithmetic
 
     async def delete(self, owner: str, kind: Kind, entry_id: str) -> None:
-        """Erase a session or response, its states and kept answers everywhere.
+        """Erase a session or response with its states and answers in all tiers.
 
-        A response may be in the making: it cannot be stored afterwards. A session must not be busy.
-        Raises NotFound, SessionBusy and StorageFailed.
+        A response in progress cannot be stored afterwards. A session must not be busy. Raises
+        NotFound, SessionBusy and StorageFailed.
         """
         making = self._open.get(entry_id)
         if kind == "response" and making is not None and making.is_for(owner, kind):
             making.is_deleted = True
-            async with making.writing:  # what it writes just now is there when it is erased
+            async with making.writing:  # wait for a write in progress
                 await self._erase(kind, entry_id, making.state_id)
             return
         await self.get(owner, kind, entry_id)
@@ -396,9 +395,9 @@ class Ledger:
         return erased
 
     async def sweep(self) -> int:
-        """Erase what has expired, and make failed what was interrupted.
+        """Erase expired entries, and mark interrupted responses as failed.
 
-        Returns how many were erased; there may be more if there are any. Raises StorageFailed.
+        Returns how many were erased; if any, there may be more. Raises StorageFailed.
         """
         await self.recover()
         num_swept = num_sessions = 0
@@ -415,14 +414,14 @@ class Ledger:
         return num_swept
 
     async def recover(self) -> int:
-        """Make failed the responses that are unfinished though nobody works on them. Returns how
-        many were. Raises StorageFailed."""
+        """Mark unfinished responses without a running turn as failed. Returns their number. Raises
+        StorageFailed."""
         interrupted = await self._store.rewrite_unfinished(_interrupted, frozenset(self._open))
         self._tiers.report()
         return interrupted
 
     def tier(self, entry: Entry) -> Tier | None:
-        """The fastest tier that holds the entry's state; None before its first turn."""
+        """The fastest tier with the entry's state; None before its first turn."""
         return "device" if self._open.get(entry.id) is not None else self._tiers.tier(entry)
 
     def is_busy(self, entry_id: str) -> bool:
@@ -452,7 +451,7 @@ class Ledger:
             self._tiers.report()
 
     async def _continuable(self, owner: str, source: After) -> Entry:
-        """A response that has a state. Raises NotFound and InvalidRequest."""
+        """A response with a state. Raises NotFound and InvalidRequest."""
         making = self._open.get(source.response_id)
         if making is not None and making.entry is not None and making.is_for(owner, "response"):
             entry = making.entry
@@ -470,13 +469,13 @@ class Ledger:
             case _:
                 why = "is not complete yet"
         raise InvalidRequest(
-            f"response {entry.id} {why}: nothing can go on from it",
+            f"response {entry.id} {why}: it cannot be continued",
             source.param,
             "response_unusable",
         )
 
     def _new_response(self, owner: str, response_id: str, ttl_s: float | None) -> Entry:
-        """Of a response that begins now. Raises InvalidRequest and ResponseGone."""
+        """Entry of a new response. Raises InvalidRequest and ResponseGone."""
         most = self._max_response_ttl_s
         if ttl_s is not None and most is not None and ttl_s > most:
             raise InvalidRequest(f"ttl is {ttl_s:g}, the most is {most:g}", "ttl")
@@ -488,10 +487,10 @@ class Ledger:
 
     @asynccontextmanager
     async def _lock(self, entry_id: str) -> AsyncIterator[None]:
-        """Waits a while for an entry that is busy. Raises SessionBusy when it stays so."""
+        """Lock an entry, waiting for a busy one. Raises SessionBusy on timeout."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._busy_wait_s):
-                while entry_id in self._open:  # whoever else waited may have been first
+                while entry_id in self._open:  # another waiter may have been faster
                     await self._unlocked.setdefault(entry_id, asyncio.Event()).wait()
         if entry_id in self._open:
             raise SessionBusy(entry_id)
@@ -523,7 +522,7 @@ class Ledger:
     async def _no_turn(self, session_id: str, turn: int) -> NotFound:
         kept = ", ".join(str(c.turn) for c in await self._store.checkpoints(session_id))
         return NotFound(
-            f"session {session_id} has no state after turn {turn}; those kept are after: "
+            f"session {session_id} has no checkpoint of turn {turn}; available turns: "
             f"{kept or 'none'}",
             "turn",
             "turn_not_found",
@@ -531,12 +530,12 @@ class Ledger:
 
 
 def new_state_id() -> str:
-    """Names one state, everywhere and for ever; cannot be guessed."""
+    """A new unguessable, globally unique state id."""
     return secrets.token_hex(16)
 
 
 def new_response_id() -> str:
-    """Cannot be guessed."""
+    """A new unguessable id."""
     return f"resp_{secrets.token_urlsafe(24)}"
 
 

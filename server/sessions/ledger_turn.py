@@ -1,4 +1,4 @@
-"""One turn in the ledger: the state that it starts from, and its end, written once or never."""
+"""A turn in the ledger: loads its initial state and writes its result at most once."""
 
 import asyncio
 import hashlib
@@ -25,7 +25,7 @@ from server.sessions.tiers import Tiers
 
 
 class LedgerTurn:
-    """From one entry's state to the next turn of an entry.
+    """A turn from a source's state to a target entry.
 
     At most one of `commit` and `abandon` takes effect.
     """
@@ -43,8 +43,8 @@ class LedgerTurn:
         answer: KeptAnswer | None,
         reservation: Reservation | None,
     ) -> None:
-        """`answer`: the key under which the turn's answer is to be kept, without the answer.
-        `reservation`: space for a new entry."""
+        """`answer`: where to store the turn's answer, still empty. `reservation`: space for a new
+        entry."""
         self._store = store
         self._codec = codec
         self._tiers = tiers
@@ -58,22 +58,22 @@ class LedgerTurn:
         """Held while the entry is being written."""
 
         self.entry = entry
-        """What the turn advances, as it was stored last; None: nothing is kept."""
+        """The target entry as last stored; None: nothing is stored."""
 
         self.start = start
-        """What the turn continues from; None: nothing."""
+        """The source entry; None: the empty state."""
 
         self.is_deleted = False
-        """Set when nothing may be stored any more."""
+        """Set when the entry was deleted and must not be stored."""
 
     @property
     def state_id(self) -> str | None:
-        """Of the entry's present state."""
+        """Id of the entry's current state."""
         return None if self.entry is None else self.entry.state_id
 
     @property
     def start_id(self) -> str:
-        """Of the state that `load` returned."""
+        """Id of the state that `load` returns."""
         return "" if self.start is None else self.start.state_id or ""
 
     @property
@@ -84,7 +84,7 @@ class LedgerTurn:
         )
 
     def is_for(self, owner: str, kind: Kind) -> bool:
-        """Whether it makes an owner's entry of this kind, which can still be stored."""
+        """Whether its target is an owner's entry of this kind that can still be stored."""
         return (
             self.entry is not None
             and (self.entry.owner, self.entry.kind) == (owner, kind)
@@ -92,10 +92,9 @@ class LedgerTurn:
         )
 
     async def load(self) -> SessionState | None:
-        """The state that the turn continues from, from host memory or the store.
+        """Load the state that the turn continues from, from host memory or the store.
 
-        Raises StorageFailed, NotFound when it has been deleted meanwhile, and what `damaged`
-        returns.
+        Raises StorageFailed, NotFound if it was deleted meanwhile, and what `damaged` returns.
         """
         start = self.start
         if start is None:
@@ -124,7 +123,7 @@ class LedgerTurn:
             return state
 
     def damaged(self, reason: str) -> StorageFailed:
-        """What to raise when the state that the turn continues from cannot be used."""
+        """The error to raise if the source's state is unusable."""
         if self.start is None:
             raise InternalError(reason)
         if self.start.kind == "response":
@@ -132,7 +131,7 @@ class LedgerTurn:
         return SessionDamaged(self.start.id, self.start.turn, reason)
 
     async def store_pending(self, body: str) -> None:
-        """Store a response before it is complete. Raises StorageFailed and ResponseGone."""
+        """Store an unfinished response. Raises StorageFailed and ResponseGone."""
         if self.entry is None:
             raise InternalError("nothing is kept of this turn")
         entry = with_body(self.entry, body)
@@ -144,8 +143,8 @@ class LedgerTurn:
     async def commit(self, state: SessionState, state_id: str, body: str | None) -> None:
         """Make the turn durable; on return it survives a crash.
 
-        `body` is the answer, where `needs_body`. Raises StorageFailed, StateDamaged for a state
-        that is not sound, and ResponseGone when the response was deleted.
+        `body` is the answer, if `needs_body`. Raises StorageFailed, StateDamaged for an invalid
+        state, and ResponseGone if the response was deleted.
         """
         if self.entry is None or self._is_over:
             raise InternalError("there is nothing to commit")
@@ -171,7 +170,7 @@ class LedgerTurn:
         self._tiers.cache(state_id, state, entry.owner, replaced=before)
 
     async def abandon(self, body: str | None) -> None:
-        """End without a commit. A response that is stored already gets its last body.
+        """End without a commit. An already stored response gets its final body.
 
         Raises StorageFailed; the response is then reported as interrupted.
         """
@@ -213,13 +212,13 @@ class LedgerTurn:
             finally:
                 self._tiers.report()
         if not is_written and entry.kind == "session":
-            raise StorageFailed(f"session {entry.id} is not at turn {entry.turn - 1} any more")
+            raise StorageFailed(f"session {entry.id} is no longer at turn {entry.turn - 1}")
         if not is_written or self.is_deleted:
             raise ResponseGone(entry.id)
 
 
 def with_body(entry: Entry, body: str) -> Entry:
-    """The entry with this response object, and the status that it shows. Raises ValueError."""
+    """The entry with this response object and its status. Raises ValueError."""
     status: Status = json.loads(body)["status"]
     if status not in get_args(Status):
         raise ValueError(f"a response has no status {status!r}")
@@ -227,7 +226,7 @@ def with_body(entry: Entry, body: str) -> Entry:
 
 
 def unanswered(key: str, request: str) -> KeptAnswer:
-    """Where the answer to a request with an Idempotency-Key is kept."""
+    """The empty record for the answer to a request with an Idempotency-Key."""
     return KeptAnswer(_digest(key), _digest(request), "")
 
 

@@ -1,4 +1,4 @@
-"""Which models the stored states belong to: no other model can continue them."""
+"""The models of the stored states: only the same model can continue a state."""
 
 import re
 from collections import Counter
@@ -9,15 +9,15 @@ from server.sessions.store import Header, Kind, Store
 READ_TOGETHER = 64
 FINGERPRINT = re.compile(rb'"fingerprint":\s*"([0-9a-f]{64})"')
 SHORT = 12
-"""Digits of a fingerprint that are shown, which are enough to name it."""
+"""Digits shown of a fingerprint, enough to identify it."""
 
 
 class ModelError(Exception):
-    """No model of the store is meant, or more than one; one line says which there are."""
+    """The fingerprint matches no model or several; the message lists them."""
 
 
 async def count_models(store: Store) -> dict[str, Counter[Kind]]:
-    """Sessions and responses by the fingerprint of their model; "" where none can be read.
+    """Number of sessions and responses by fingerprint; "" if it is unreadable.
 
     Raises StorageFailed.
     """
@@ -28,7 +28,7 @@ async def count_models(store: Store) -> dict[str, Counter[Kind]]:
 
 
 async def erase_model(store: Store, beginning: str) -> Counter[Kind]:
-    """Erase the sessions and responses of the model whose fingerprint begins so.
+    """Erase the sessions and responses of the model whose fingerprint begins with `beginning`.
 
     Returns how many there were. Raises ModelError and StorageFailed.
     """
@@ -45,7 +45,7 @@ async def erase_model(store: Store, beginning: str) -> Counter[Kind]:
 
 
 def described(counts: Counter[Kind]) -> str:
-    """In words."""
+    """Format counts."""
     parts = (
         f"{count:,} {kind}{'' if count == 1 else 's'}" for kind, count in sorted(counts.items())
     )

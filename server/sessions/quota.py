@@ -1,8 +1,7 @@
-"""How many sessions and responses, and bytes of them, an owner and the whole store may hold.
+"""Quotas of sessions, responses and bytes, per owner and for the whole store.
 
-Space is reserved before the work that needs it, so that no turn fails at its end for want of it. A
-reservation is counted before the store is asked what it holds: what is committed in between counts
-twice then, never not at all.
+Space is reserved before the work that needs it, so that no turn fails at its commit. A reservation
+is added before the store's usage is read: a concurrent commit is counted twice then, never missed.
 """
 
 from collections.abc import AsyncIterator
@@ -15,7 +14,7 @@ from server.sessions.store import Kind, Store
 
 @dataclass(frozen=True)
 class Quotas:
-    """The most of each; None: no limit. Bytes are those that Usage counts."""
+    """Limits; None: unlimited. Bytes are counted as in Usage."""
 
     sessions_per_owner: int | None = None
     responses_per_owner: int | None = None
@@ -25,24 +24,24 @@ class Quotas:
 
     @property
     def limit_owners(self) -> bool:
-        """Whether there is any limit for an owner."""
+        """Whether there is any per-owner limit."""
         limits = (self.sessions_per_owner, self.responses_per_owner, self.bytes_per_owner)
         return any(limit is not None for limit in limits)
 
 
 @dataclass(eq=False)
 class Reservation:
-    """Space that the store does not count yet."""
+    """Reserved space that the store does not count yet."""
 
     owner: str
     new: Kind | None
-    """Kind of the entry that is to be added; None: none, or the store has it by now."""
+    """Kind of the entry to be added; None if none, or already counted by the store."""
 
     num_bytes: int
 
 
 class Quota:
-    """Space in a store. Belongs to the event loop."""
+    """Checks and reserves space in a store. Belongs to the event loop."""
 
     def __init__(self, store: Store, quotas: Quotas) -> None:
         self._store = store
@@ -53,7 +52,7 @@ class Quota:
     async def reserve(
         self, owner: str, new: Kind | None = None, *, num_bytes: int = 0
     ) -> AsyncIterator[Reservation]:
-        """Hold space for an owner's new entry, or none, and bytes while they are being written.
+        """Reserve space for an owner's new entry, if any, and bytes to be written.
 
         Raises QuotaExceeded and StorageFull.
         """
@@ -86,7 +85,7 @@ class Quota:
         match new:
             case "session" if _exceeds(used.num_sessions + num_reserved, quotas.sessions_per_owner):
                 raise QuotaExceeded(
-                    f"you have {used.num_sessions} sessions, the most is "
+                    f"you have {used.num_sessions} sessions, the maximum is "
                     f"{quotas.sessions_per_owner}; delete some",
                     "session_quota_exceeded",
                 )
@@ -94,14 +93,14 @@ class Quota:
                 used.num_responses + num_reserved, quotas.responses_per_owner
             ):
                 raise QuotaExceeded(
-                    f"you have {used.num_responses} stored responses, the most is "
+                    f"you have {used.num_responses} stored responses, the maximum is "
                     f"{quotas.responses_per_owner}; delete some",
                     "response_quota_exceeded",
                 )
         if num_bytes and _exceeds(used.num_bytes + all_bytes, quotas.bytes_per_owner):
             raise QuotaExceeded(
                 f"your sessions and responses hold {used.num_bytes} bytes and need {num_bytes} "
-                f"more, the most is {quotas.bytes_per_owner}; delete some",
+                f"more, the maximum is {quotas.bytes_per_owner}; delete some",
                 "session_bytes_quota_exceeded",
             )
 

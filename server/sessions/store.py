@@ -1,6 +1,6 @@
-"""What a durable store must do. Every method is awaited from the event loop.
+"""Interface of a durable store. All methods are awaited from the event loop.
 
-One ledger has sessions and stored responses: entries of a kind, each with the states after its last
+A store has sessions and stored responses: entries of a kind, each with the states after its last
 turns. A response is an entry of one turn.
 """
 
@@ -15,17 +15,17 @@ UNFINISHED: tuple[Status, ...] = ("queued", "in_progress")
 
 
 class StoreError(Exception):
-    """The store cannot be opened; one line says why."""
+    """The store cannot be opened; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a session or response besides its states. Times are Unix seconds."""
+    """A session or response without its states. Times are Unix seconds."""
 
     kind: Kind
     id: str
     owner: str
-    """Who made it; nobody else can see it."""
+    """Its creator; invisible to others."""
 
     created_at: float
     last_used_at: float
@@ -33,19 +33,19 @@ class Entry:
     """Committed turns."""
 
     num_tokens: int = 0
-    """Tokens of the conversation after them."""
+    """Tokens of the conversation so far."""
 
     state_id: str | None = None
-    """The state after the last turn; None before the first one, and where no state was kept."""
+    """The state after the last turn; None before the first turn, and if none is stored."""
 
     num_checkpoints: int = 0
-    """States kept, of the last turns."""
+    """Number of checkpoints."""
 
     ttl_s: float | None = None
-    """Seconds without use after which it is erased; None: use does not matter."""
+    """Seconds without use after which it expires; None: no sliding lifetime."""
 
     expires_at: float | None = None
-    """When it is erased; None: never."""
+    """When it expires; None: never."""
 
     parent_id: str | None = None
     """The session that it was forked from."""
@@ -53,7 +53,7 @@ class Entry:
     parent_turn: int | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     status: Status | None = None
-    """Of a response: the one that the body shows."""
+    """Status of a response, as in its body."""
 
     body: str | None = None
     """The response object as JSON."""
@@ -69,7 +69,7 @@ class Entry:
         return self.status not in UNFINISHED
 
     def used(self, now: float) -> "Entry":
-        """The entry when it is used now: a sliding lifetime begins anew. Time does not go back."""
+        """The entry after use at `now`, with a renewed sliding lifetime. Time never goes back."""
         now = max(now, self.last_used_at)
         expires_at = self.expires_at if self.ttl_s is None else now + self.ttl_s
         return replace(self, last_used_at=now, expires_at=expires_at)
@@ -77,20 +77,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class KeptAnswer:
-    """The answer of a turn, kept for a client that sends the same request again."""
+    """A turn's answer, stored to be replayed for a repeated request."""
 
     key: str
     """Digest of the Idempotency-Key."""
 
     request: str
-    """Digest of the request that came with it."""
+    """Digest of the request."""
 
     answer: str
 
 
 @dataclass(frozen=True)
 class NewState:
-    """The state after an entry's present turn, to be kept with it."""
+    """The state after an entry's current turn."""
 
     id: str
     blob: bytes
@@ -99,22 +99,22 @@ class NewState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A turn whose state is kept."""
+    """A turn whose state is stored."""
 
     turn: int
     num_tokens: int
-    """Tokens of the conversation after it."""
+    """Tokens of the conversation after the turn."""
 
     created_at: float
     num_bytes: int
-    """Of the blob."""
+    """Size of the blob."""
 
     state_id: str
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What the store holds, of one owner or of all."""
+    """Usage of the store, of one owner or in total."""
 
     num_sessions: int = 0
     num_responses: int = 0
@@ -125,10 +125,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Header:
-    """The beginning of the blob of an entry's present state."""
+    """The header of the blob of an entry's current state."""
 
     number: int
-    """Entries are numbered in the order in which they were made."""
+    """Sequence number, by creation."""
 
     kind: Kind
     id: str
@@ -137,57 +137,56 @@ class Header:
 
 @dataclass(frozen=True)
 class StoreHealth:
-    """Whether the store can keep what it is given."""
+    """Health of the store."""
 
     num_bytes: int
-    """Of its files."""
+    """Bytes of its files."""
 
     free_bytes: int
-    """Free on its disk."""
+    """Free bytes on its disk."""
 
     disk_bytes: int
     """Of its disk, used or free."""
 
     fault: str | None = None
-    """Why what it is given may be lost, if so."""
+    """Why data may be lost, if so."""
 
 
 class Store(Protocol):
-    """When a call that writes returns, what it wrote survives the process and the machine.
+    """When a writing call returns, its data survives a crash of process and machine.
 
-    Every call raises StorageFailed when the disk does; the store is then as before the call. Calls
-    take effect in the order in which they were made, but those that write a large state later.
-    Unless it is said otherwise a call takes a time that depends neither on the length of a
-    conversation nor on the number of entries.
+    Every call raises StorageFailed on disk errors and then changes nothing. Calls take effect in
+    order, except that writes of large states may take effect later. Unless noted otherwise, the
+    time of a call depends neither on the length of a conversation nor on the number of entries.
     """
 
     @property
     def total(self) -> Usage:
-        """All that it holds."""
+        """Total usage."""
 
     def now(self) -> float:
         """Unix seconds by which entries live: it only grows, also over a restart and whatever the
         system's clock does."""
 
     async def health(self) -> StoreHealth:
-        """Looks at the disk, now."""
+        """Check the disk."""
 
     async def insert(self, entry: Entry, state: NewState | None = None) -> None:
-        """Add an entry, with the state after its present turn if it has one."""
+        """Add an entry, with the state after its current turn if it has one."""
 
     async def advance(self, entry: Entry, state: NewState | None, keep: int) -> bool:
-        """Write an entry as it is after its next turn, wholly or not at all; the last `keep` states
-        stay. Without a state the turn stays as it is, and only a response ends.
+        """Write an entry after its next turn, atomically, and retain the last `keep` states.
+        Without a state the turn number stays, and only a response can end.
 
-        False, and nothing changes, if the entry is gone, at another turn, or finished.
+        False, without any change, if the entry is gone, at another turn, or finished.
         """
 
     async def rewrite_unfinished(
         self, rewrite: Callable[[Entry], Entry], but: frozenset[str]
     ) -> int:
-        """Give all unfinished responses a new status and body, but for these ids; all or none.
+        """Rewrite all unfinished responses except these ids, atomically.
 
-        `rewrite` runs outside of the event loop. Returns how many there were.
+        `rewrite` runs outside the event loop. Returns how many there were.
         """
 
     async def get(self, kind: Kind, entry_id: str) -> Entry | None: ...
@@ -195,7 +194,7 @@ class Store(Protocol):
     async def list(
         self, kind: Kind, owner: str, limit: int, after: str | None, now: float
     ) -> list[Entry]:
-        """The owner's that have not expired, newest first, beginning behind the entry `after`."""
+        """The owner's unexpired entries, newest first, after the entry `after`."""
 
     async def usage(self, owner: str) -> Usage: ...
 
@@ -203,29 +202,29 @@ class Store(Protocol):
         """Newest first."""
 
     async def find_answer(self, entry_id: str, key: str) -> KeptAnswer | None:
-        """The answer kept under this digest of a key."""
+        """The answer stored under this digest of a key."""
 
     async def load(self, entry_id: str, turn: int) -> bytes | None:
         """The blob of the state after a turn."""
 
     async def headers(self, after: int, limit: int) -> Sequence[Header]:
-        """Of the entries that have a state, in the order of their numbers, from behind `after`;
-        each with its header as safetensors have one, or 64 KiB of it."""
+        """Headers of entries with a state, in order, after number `after`; each has the blob's
+        safetensors header, at most 64 KiB."""
 
     async def fork(self, source_id: str, entry: Entry) -> Entry | None:
-        """Add an entry that begins with the source's state after the turn `entry.turn`.
+        """Add an entry with the source's state after turn `entry.turn`.
 
         Returns it with its tokens and state; None if there is no such state.
         """
 
     async def rewind(self, entry_id: str, turn: int, now: float) -> Entry | None:
-        """Go back to a turn and erase those after it; None if its state is not kept."""
+        """Go back to a turn and erase later ones; None if it has no checkpoint."""
 
     async def expired(self, now: float, limit: int) -> Sequence[Entry]:
-        """Entries whose time is over, the longest over first."""
+        """Expired entries, oldest expiry first."""
 
     async def delete(self, kind: Kind, entry_id: str) -> bool:
-        """Erase the entry, its states and answers. False if there is no such entry.
+        """Erase an entry with its states and answers. False if there is none.
 
         Also on a full disk, which is freed so. The one call that may have done half of its work
         when it raises: the entry is gone then, and its bytes are erased as soon as the disk

@@ -1,7 +1,7 @@
-"""Where states are besides the store, and how much each tier holds.
+"""Tiers above the store: which states are on the device and in host memory.
 
-A state has an id of its own, so that no tier can answer with a state of another turn. Forgetting a
-state in a tier loses nothing.
+Each state has a unique id, so a tier can never return the state of another turn. Evicting a state
+from a tier loses nothing.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Tiers:
         metrics: Metrics,
         release_row: Callable[[str], None],
     ) -> None:
-        """`release_row` frees the row that the engine keeps under a state id."""
+        """`release_row` frees the row that the engine retains under a state id."""
         self._cache = cache
         self._store = store
         self._state_bytes = state_bytes
@@ -34,14 +34,14 @@ class Tiers:
         self._release_row = release_row
         self._rows = set[str]()
         self.num_forgotten = 0
-        """How often a state was erased on demand: who reads one from the store may only cache it if
-        this has not changed meanwhile."""
+        """Number of erased states: a state read from the store may be cached only if this has not
+        changed meanwhile."""
 
         metrics.session_state_bytes.set(state_bytes)
         self.report()
 
     def tier(self, entry: Entry) -> Tier | None:
-        """The fastest tier that holds the entry's state; None if it has none."""
+        """The fastest tier with the entry's state; None if it has none."""
         if entry.state_id is None:
             return None
         if entry.state_id in self._rows:
@@ -49,12 +49,12 @@ class Tiers:
         return "host" if entry.state_id in self._cache else "store"
 
     def row_kept(self, state_id: str) -> None:
-        """The engine keeps a row with this state."""
+        """The engine has retained a row with this state."""
         self._rows.add(state_id)
         self.report()
 
     def row_given_up(self, state_id: str, *, is_evicted: bool) -> None:
-        """The row does not hold the state any more."""
+        """The row no longer holds the state."""
         self._rows.discard(state_id)
         if is_evicted:
             self._metrics.session_evictions_total.labels(tier="device").inc()
@@ -76,7 +76,7 @@ class Tiers:
         self.report()
 
     def forget(self, state_id: str | None) -> None:
-        """Hold the state nowhere any more."""
+        """Erase the state from all tiers."""
         self.num_forgotten += 1
         if state_id is not None:
             self._cache.remove(state_id)
@@ -84,12 +84,12 @@ class Tiers:
         self.report()
 
     def release(self, state_id: str) -> None:
-        """Give up the state's row on the device, if there is one."""
+        """Release the state's row on the device, if there is one."""
         if state_id in self._rows:
             self._release_row(state_id)
 
     def report(self) -> None:
-        """Set the metrics of what each tier holds."""
+        """Update the tiers' metrics."""
         total = self._store.total
         tiers = {
             "device": (len(self._rows), len(self._rows) * self._state_bytes),

@@ -50,7 +50,7 @@ def test_a_key_is_revoked_by_name_or_id(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "-a", "a b", "a\n", "ä", "x" * 65])
 def test_a_bad_name_makes_no_key(tmp_path: Path, name: str) -> None:
-    with pytest.raises(KeyFileError, match="no name for a key"):
+    with pytest.raises(KeyFileError, match="not a valid key name"):
         add_key(tmp_path / "keys.json", name, Limits())
     assert list(tmp_path.iterdir()) == []
 

@@ -81,7 +81,7 @@ def test_a_wrong_variable_does_not_matter_where_a_flag_wins(
 @pytest.mark.parametrize("name", ["LATENTD_PROT", "latentd_prot", "LATENTD_", "LATENTD_PORT_"])
 def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
-    assert refusal() == f"{name}: there is no such setting"
+    assert refusal() == f"{name}: unknown setting"
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ def test_a_link_of_kubernetes_to_a_service_is_explained(
     monkeypatch.setenv("LATENTD_PORT_8000_TCP_PROTO", "tcp")  # one that looks like nothing special
     monkeypatch.setenv(name, value)
     refused = refusal()
-    assert refused.startswith(f"{name}: {value!r}: this is a link that Kubernetes makes")
-    assert refused.endswith("put enableServiceLinks: false into the pod's spec")
+    assert refused.startswith(f"{name}: {value!r}: this is a Kubernetes service link")
+    assert refused.endswith("set enableServiceLinks: false in the pod spec")
     assert "\n" not in refused
 
 
@@ -170,7 +170,7 @@ def test_proxies_are_addresses() -> None:
 
 def test_a_unix_socket_has_no_certificate() -> None:
     flags = {"unix_socket": "some.socket", "tls_certificate": "cert.pem"}
-    assert "a Unix socket needs no TLS" in refusal(**flags)
+    assert "TLS is not supported on a Unix socket" in refusal(**flags)
     assert read_settings({"tls_certificate": "cert.pem", "tls_key": "key.pem"}).tls_key
 
 

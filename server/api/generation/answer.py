@@ -1,4 +1,4 @@
-"""What has been generated so far of one answer. Shapes render it."""
+"""The generated part of an answer. Shapes render it."""
 
 import secrets
 import time
@@ -12,45 +12,46 @@ from server.engine.messages import EngineRequest, Finished, PromptScored, Token
 from server.engine.messages import Timings as EngineTimings
 
 TOKEN_SIZE = 16
-"""A token with probabilities takes as long to render as so many characters."""
+"""Rendering a token with log-probabilities takes as long as so many characters."""
 
 
 class Delta(NamedTuple):
-    """What one event added to a choice."""
+    """What an event adds to a choice."""
 
     choice: int
     """The choice's index."""
 
     text: str = ""
     tokens: tuple[Token, ...] = ()
-    """Tokens that begin in the text, or the prompt's, if they were asked for."""
+    """Tokens that begin in the text, or those of the prompt, if requested."""
 
     offsets: Sequence[int] = ()
-    """Where in the choice's text each of them begins, in characters."""
+    """Their offsets in the choice's text, in characters."""
 
     is_prompt: bool = False
-    """It is the prompt, with its probabilities."""
+    """Whether it is the prompt with its log-probabilities."""
 
     reason: Literal["stop", "length"] | None = None
-    """Why the choice ends, if it does."""
+    """Why the choice ended; None while it continues."""
 
     stopped_by: str | int | None = None
     usage: Usage | None = None
-    """Tokens so far, if every event has them."""
+    """Usage so far, if every event includes it."""
 
 
 class PlacedTokens:
-    """Tokens, and where in a text each of them begins."""
+    """Tokens with their offsets in a text."""
 
     def __init__(self, tokenizer: Tokenizer, start: int = 0, undecoded: bytes = b"") -> None:
-        """`start` characters come before; `undecoded` is half a character that they end with."""
+        """`start`: characters before the first token. `undecoded`: incomplete character at their
+        end."""
         self.tokens: list[Token] = []
         self.offsets: list[int] = []
         self._place = start
         self._decoder = Detokenizer(tokenizer, undecoded)
 
     def extend(self, tokens: Sequence[Token]) -> None:
-        """Tokens that follow."""
+        """Append tokens."""
         for token in tokens:
             self.tokens.append(token)
             self.offsets.append(self._place)
@@ -58,28 +59,28 @@ class PlacedTokens:
 
 
 class Choice:
-    """What has come so far of one choice."""
+    """The received part of one choice."""
 
     def __init__(self, request: EngineRequest, tokenizer: Tokenizer, start: int) -> None:
-        """The text begins with `start` characters of the prompt."""
+        """`start`: characters of the prompt that the text begins with."""
         self.prompt_ids = request.token_ids
         self.prompt = PlacedTokens(tokenizer)
-        """The prompt's tokens, if they are scored."""
+        """The prompt's tokens, if scored."""
 
         self.generated = PlacedTokens(tokenizer, start, request.continuation.undecoded)
-        """Tokens of the text, if they were asked for."""
+        """Tokens of the text, if requested."""
 
         self.text: list[str] = []
         self.num_generated = 0
         self.cached_tokens = 0
-        """Tokens of the prompt that this choice did not need to read."""
+        """Prompt tokens found in the prefix cache."""
 
         self.reason: Literal["stop", "length"] | None = None
         self.stopped_by: str | int | None = None
         self.timings: EngineTimings | None = None
 
     def add(self, event: TextEvent) -> PlacedTokens:
-        """The next event. Returns the tokens that it added to."""
+        """Add an event. Returns the tokens that it extended."""
         if isinstance(event, PromptScored):
             self.prompt.extend(event.tokens)
             return self.prompt
@@ -96,13 +97,13 @@ class Choice:
 
     @property
     def mean_logprob(self) -> float:
-        """Per token of the text; of no tokens the smallest that there is."""
+        """Mean log-probability of the text's tokens; -inf if there are none."""
         logprobs = [token.logprob or 0.0 for token in self.generated.tokens]
         return sum(logprobs) / len(logprobs) if logprobs else -float("inf")
 
     @property
     def per_token_s(self) -> float | None:
-        """Seconds between two tokens, on average."""
+        """Mean seconds between tokens."""
         timings = self.timings
         if timings is None or timings.first_token_s is None or self.num_generated < 2:
             return None
@@ -110,7 +111,7 @@ class Choice:
 
 
 class Answer:
-    """The choices of one turn."""
+    """The answer of one turn: its choices."""
 
     def __init__(
         self,
@@ -122,7 +123,8 @@ class Answer:
         echoes: bool = False,
         counts_usage: bool = False,
     ) -> None:
-        """`echoes`: choices begin with their prompts. `counts_usage`: every delta has the usage."""
+        """`echoes`: choices begin with their prompts. `counts_usage`: every delta includes the
+        usage."""
         self.id = answer_id
         self.created = int(time.time())
         self.session_id = turn.session_id
@@ -132,7 +134,7 @@ class Answer:
         self._counts_usage = counts_usage
         decode = tokenizer.decode
         self.echoes = [decode(r.token_ids) if echoes else "" for r in turn.requests]
-        """What the text of each choice begins with."""
+        """The echoed prompt of each choice."""
 
         self.choices = [
             Choice(request, tokenizer, len(echo))
@@ -147,7 +149,7 @@ class Answer:
         self.num_generated = 0
 
     def add(self, index: int, event: TextEvent) -> Delta:
-        """The next event of a choice."""
+        """Add an event of a choice."""
         choice = self.choices[index]
         before = choice.num_generated
         placed = choice.add(event)
@@ -166,7 +168,7 @@ class Answer:
 
     @property
     def size(self) -> int:
-        """How much a rendering of all of it goes through, for `Texts.run`."""
+        """Size of rendering all of it, for `Texts.run`."""
         num_tokens = sum(len(c.generated.tokens) + len(c.prompt.tokens) for c in self.choices)
         return TOKEN_SIZE * num_tokens + sum(len(c.prompt_ids) + len(c.text) for c in self.choices)
 
@@ -176,7 +178,7 @@ class Answer:
 
     @property
     def session_turn(self) -> int | None:
-        """The session's turn that this is, as soon as it is complete."""
+        """The number of the session's turn, once complete."""
         return self._session_turn if self.is_finished else None
 
     @property
@@ -193,7 +195,7 @@ class Answer:
 
     @property
     def timings(self) -> Timings | None:
-        """Those of the slowest choice, when all have finished."""
+        """Timings of the slowest choice, once all have finished."""
         known = [choice.timings for choice in self.choices if choice.timings is not None]
         if not self.is_finished or not known:
             return None
@@ -216,5 +218,5 @@ class Answer:
 
 
 def new_id(prefix: str) -> str:
-    """An answer's id, which cannot be guessed."""
+    """A new unguessable answer id."""
     return f"{prefix}-{secrets.token_hex(16)}"

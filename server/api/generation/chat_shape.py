@@ -1,4 +1,4 @@
-"""A chat completion in OpenAI's shape."""
+"""Chat completions in OpenAI's format."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -35,7 +35,7 @@ class ChatShape(TurnShape[ChatRequest]):
             yield self._chunk(index, delta, {}, self._usage, first)
 
     def pieces(self, delta: Delta) -> Iterable[Piece]:
-        """At most one event for a text, and one for its end."""
+        """At most one event for the text, and one for the end."""
         if delta.is_prompt:
             return []
         if not self._is_plain or delta.reason is not None:
@@ -43,7 +43,7 @@ class ChatShape(TurnShape[ChatRequest]):
         return [self.render_text(delta.choice, delta.text, self._text_chunk)] if delta.text else []
 
     def closing(self) -> Iterator[ChatChunk]:
-        """The usage, if asked for."""
+        """The usage, if requested."""
         if self.body.wants_usage_event:
             yield ChatChunk.model_validate(
                 self.facts | OBJECT | {"choices": [], "usage": self.answer.usage}
@@ -67,7 +67,7 @@ class ChatShape(TurnShape[ChatRequest]):
 
     @classmethod
     def replay_pieces(cls, known: str, body: ChatRequest) -> Iterator[ChatChunk]:
-        """One event a choice, with all of it."""
+        """One event per choice, with all of its text."""
         answer = ChatCompletion.model_validate_json(known)
         facts = answer.model_dump(exclude={"choices", "usage", "object"}, exclude_unset=True)
         facts |= OBJECT
@@ -108,7 +108,7 @@ class ChatShape(TurnShape[ChatRequest]):
         )
 
     def _text_chunk(self, index: int, text: str) -> ChatChunk:
-        """An event with a text and nothing else."""
+        """An event with only text."""
         return self._chunk(index, MessageDelta(content=text), {}, None)
 
     def _chunk(
@@ -134,7 +134,7 @@ class ChatShape(TurnShape[ChatRequest]):
         return {"prompt_token_ids": list(self.answer.choices[0].prompt_ids)}
 
     def _token_fields(self, tokens: Sequence[Token]) -> dict[str, object]:
-        """What was asked for about these tokens."""
+        """The requested details of these tokens."""
         fields: dict[str, object] = {}
         if self.body.logprobs:
             content = told_tokens(self.tokenizer, tokens)

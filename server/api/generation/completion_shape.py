@@ -1,4 +1,4 @@
-"""A completion in OpenAI's shape."""
+"""Completions in OpenAI's format."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,7 +21,7 @@ class CompletionShape(TurnShape[CompletionRequest]):
     id_prefix = "cmpl"
 
     def opening(self) -> Iterator[Completion]:
-        """The prompts, unless their probabilities are to come with them."""
+        """The prompts, unless they are sent with log-probabilities later."""
         if self.body.echo and not self.body.scores_prompt:
             for index, text in enumerate(self.answer.echoes):
                 yield self._event(Delta(index, text), self._prompt_ids(index))
@@ -44,12 +44,12 @@ class CompletionShape(TurnShape[CompletionRequest]):
         return [self._event(delta, self._token_fields(delta.tokens, delta.offsets))]
 
     def closing(self) -> Iterator[Completion]:
-        """The usage, if asked for."""
+        """The usage, if requested."""
         if self.body.wants_usage_event:
             yield self._completion([], usage=self.answer.usage)
 
     def whole(self) -> Completion:
-        """All choices that are answered with."""
+        """All returned choices."""
         return self._completion(
             [self._whole_choice(index, at) for index, at in enumerate(self._chosen())],
             usage=self.answer.usage,
@@ -59,7 +59,7 @@ class CompletionShape(TurnShape[CompletionRequest]):
 
     @classmethod
     def replay_pieces(cls, known: str, body: CompletionRequest) -> Iterator[Completion]:
-        """One event with all of it."""
+        """One event with everything."""
         answer = Completion.model_validate_json(known)
         facts = answer.model_dump(exclude={"usage"}, exclude_unset=True)
         yield Completion.model_validate(facts | usage_fields(body, answer.usage))
@@ -67,9 +67,9 @@ class CompletionShape(TurnShape[CompletionRequest]):
             yield answer.model_copy(update={"choices": []})
 
     def _chosen(self) -> Iterator[int]:
-        """The choices that are answered with: of each prompt the best, as many as were asked for.
+        """The returned choices: the best of each prompt, as many as requested.
 
-        Where all are, in their order.
+        In their original order if all are returned.
         """
         made, kept = self.body.num_generated_per_prompt, self.body.num_choices_per_prompt
         choices = self.answer.choices
@@ -97,7 +97,7 @@ class CompletionShape(TurnShape[CompletionRequest]):
         )
 
     def _text_event(self, index: int, text: str) -> Completion:
-        """An event with a text and nothing else."""
+        """An event with only text."""
         return self._event(Delta(index, text), {})
 
     def _event(self, delta: Delta, fields: dict[str, Any]) -> Completion:
@@ -122,7 +122,7 @@ class CompletionShape(TurnShape[CompletionRequest]):
         return {"prompt_token_ids": list(self.answer.choices[index].prompt_ids)}
 
     def _token_fields(self, tokens: Iterable[Token], offsets: Iterable[int]) -> dict[str, Any]:
-        """What was asked for about these tokens."""
+        """The requested details of these tokens."""
         tokens, fields = list(tokens), dict[str, Any]()
         if self.body.logprobs is not None:
             fields["logprobs"] = self._logprobs(tokens, offsets)
@@ -132,7 +132,7 @@ class CompletionShape(TurnShape[CompletionRequest]):
 
     def _logprobs(self, tokens: Iterable[Token], offsets: Iterable[int]) -> CompletionLogprobs:
         tokens = list(tokens)
-        return CompletionLogprobs.model_construct(  # as many as a prompt has
+        return CompletionLogprobs.model_construct(  # not validated: there may be many
             tokens=[self._name(token.token_id) for token in tokens],
             token_logprobs=[token.logprob for token in tokens],
             top_logprobs=[self._top(token) for token in tokens] if self.body.logprobs else None,
@@ -140,7 +140,7 @@ class CompletionShape(TurnShape[CompletionRequest]):
         )
 
     def _top(self, token: Token) -> dict[str, float] | None:
-        """The most probable tokens and the token itself, by name."""
+        """Log-probabilities of the most probable tokens and of the token itself, by name."""
         if token.logprob is None:
             return None
         named = dict[str, float]()
@@ -150,7 +150,7 @@ class CompletionShape(TurnShape[CompletionRequest]):
         return named
 
     def _name(self, token_id: int) -> str:
-        """A token in the older API: its text, or else its bytes."""
+        """A token's name in the older API: its text, or its bytes."""
         text = self.tokenizer.bytes_of(token_id)
         try:
             return text.decode() if text else self.tokenizer.name_of(token_id)

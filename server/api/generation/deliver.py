@@ -1,4 +1,4 @@
-"""The one loop from a turn's events to its client, and the turn's end."""
+"""The delivery loop: from a turn's events to its client, and the turn's commit."""
 
 import asyncio
 import time
@@ -18,37 +18,37 @@ from server.errors import Cancelled, InternalError, LatentdError
 
 CLIENT_CLOSED_REQUEST = 499
 TIMING_HEADERS = {
-    "X-Queue-Time": ("queue_s", "until the request had a row of the engine"),
-    "X-Prefill-Time": ("prefill_s", "reading the prompt"),
+    "X-Queue-Time": ("queue_s", "until the request got a row"),
+    "X-Prefill-Time": ("prefill_s", "of prefill"),
     "X-Time-To-First-Token": ("first_token_s", "to the first token"),
-    "X-Time-Per-Token": ("per_token_s", "between two tokens, on average"),
+    "X-Time-Per-Token": ("per_token_s", "between tokens, on average"),
     "X-Total-Time": ("total_s", "to the last token"),
 }
-"""The timings that an answer's headers have, in seconds, and what they measure."""
+"""Timing headers of responses: field and description, in seconds."""
 
 
 class Sink(Protocol):
-    """Where the pieces of an answer go."""
+    """Receives the pieces of an answer."""
 
     silence_s: float | None
-    """After so many seconds without a piece `keep_alive` is called; None: never."""
+    """Seconds of silence after which `keep_alive` is called; None: never."""
 
     def encode(self, pieces: Iterable[Piece]) -> list[bytes]:
-        """The pieces as they will be sent."""
+        """Encode the pieces for sending."""
 
     async def send(self, events: list[bytes]) -> None:
-        """What is there at once."""
+        """Send events together."""
 
     async def keep_alive(self) -> None: ...
 
 
 class Reply:
-    """For an answer that is sent whole: nothing leaves before its end."""
+    """Sink of an answer that is sent as a whole: sends nothing before its end."""
 
     silence_s: float | None = None
 
     def encode(self, pieces: Iterable[Piece]) -> list[bytes]:
-        """Nothing."""
+        """Encodes nothing."""
         del pieces
         return []
 
@@ -60,10 +60,10 @@ class Reply:
 
 
 async def deliver(turn: AdmittedTurn, answer: Answer, shape: Shape[Any], sink: Sink) -> None:
-    """Run the turn to its end. The last event leaves after the commit, when the client may go on.
+    """Run the turn to its end. The last event is sent after the commit, when the client may
+    continue.
 
-    A turn that does not reach its commit is abandoned. Raises what `AdmittedTurn.events` and
-    `commit` raise.
+    A turn that is not committed is abandoned. Raises what `AdmittedTurn.events` and `commit` raise.
     """
     ended_by: LatentdError = Cancelled()
     run = turn.texts.run
@@ -85,7 +85,7 @@ async def deliver(turn: AdmittedTurn, answer: Answer, shape: Shape[Any], sink: S
             if turn.record.first_token_s is None:
                 turn.record.first_token_s = time.monotonic() - turn.record.started
             if answer.is_finished:
-                size, body = answer.size, None  # the last events may have all of it
+                size, body = answer.size, None  # the last events may contain the whole answer
                 if turn.needs_body:
                     body = await run(size, shape.to_json)
                 await turn.commit(body, answer.num_generated)
@@ -101,7 +101,7 @@ async def deliver(turn: AdmittedTurn, answer: Answer, shape: Shape[Any], sink: S
 
 
 def _describe(turn: AdmittedTurn, answer: Answer, ended_by: LatentdError) -> None:
-    """Note how the turn ended, for its record."""
+    """Fill in the turn's record."""
     record, timings = turn.record, answer.timings
     record.answer_id = answer.id
     record.cached_tokens = answer.usage.prompt_tokens_details.cached_tokens
@@ -118,8 +118,8 @@ def _describe(turn: AdmittedTurn, answer: Answer, ended_by: LatentdError) -> Non
 async def deliver_events(
     turn: AdmittedTurn, answer: Answer, shape: Shape[Any], sink: EventSink
 ) -> str:
-    """`deliver` as server-sent events: an error is the last one but `[DONE]`, since the status left
-    long ago. Returns the outcome, for the metrics."""
+    """`deliver` as server-sent events: an error is the last one before `[DONE]`, since the status
+    was sent long ago. Returns the outcome, for the metrics."""
     outcome = "ok"
     try:
         await deliver(turn, answer, shape, sink)
@@ -137,7 +137,7 @@ async def reply(
     shape: Shape[Any],
     headers: dict[str, str],
 ) -> Response:
-    """The answer as one JSON object. The turn ends as soon as the client has gone.
+    """The answer as one JSON object. A disconnect ends the turn.
 
     Raises what `deliver` raises.
     """
@@ -146,14 +146,14 @@ async def reply(
             request.scope[OUTCOME] = "cancelled"
             return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
-        await turn.close(None, answer.num_generated)  # the delivery may not have begun
+        await turn.close(None, answer.num_generated)  # in case the delivery never started
     headers = headers | timing_headers(shape.timings)
     body = await turn.texts.run(answer.size, shape.to_json)
     return Response(body, media_type="application/json", headers=headers)
 
 
 class EventStream(Response):
-    """Runs a turn while it sends the events. The turn ends as soon as the client has gone."""
+    """A response that runs a turn while sending its events. A disconnect ends the turn."""
 
     media_type = EVENT_STREAM
 
@@ -176,7 +176,7 @@ class EventStream(Response):
         scope[OUTCOME] = "cancelled"
 
         async def write(events: list[bytes]) -> None:
-            # At once: a system call costs as much as the making of several events.
+            # Together: a system call costs as much as rendering several events.
             await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
 
         async def run() -> None:
@@ -192,7 +192,7 @@ class EventStream(Response):
 
 
 async def until_disconnected(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
-    """Whether the work came to its end; it is cancelled as soon as the client has gone.
+    """Run `work` until the client disconnects, which cancels it. Returns whether it completed.
 
     Raises what the work raises.
     """
@@ -215,7 +215,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 def timing_headers(timings: Timings | None) -> dict[str, str]:
-    """The timings as headers, in seconds."""
+    """Timing headers, in seconds."""
     if timings is None:
         return {}
     values = {name: getattr(timings, field) for name, (field, _) in TIMING_HEADERS.items()}

@@ -1,4 +1,4 @@
-"""Turns that go on without their connection: their events go into a log that can be read again."""
+"""Detached turns: they run without a connection, and their events are logged for later readers."""
 
 import asyncio
 from typing import Any
@@ -16,7 +16,7 @@ from server.errors import Cancelled
 def start_stream(
     service: Service, owner: str, turn: AdmittedTurn, answer: Answer, shape: Shape[Any]
 ) -> Stream:
-    """Run the turn to its end, whoever reads its events."""
+    """Run the turn in the background and log its events."""
     stream = service.streams.add(owner, answer.id)
     stream.start(_run(stream, turn, answer, shape))
     return stream

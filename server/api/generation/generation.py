@@ -1,4 +1,4 @@
-"""What a request's body and the server's settings alone decide, before anything is looked up."""
+"""Generation parameters, from the request's body and the settings alone, before any look-up."""
 
 import secrets
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ from server.settings import Settings
 
 @dataclass(frozen=True)
 class Generation:
-    """How text is generated, whatever it continues."""
+    """How to generate text, independent of what it continues."""
 
     template: EngineRequest
-    """What the engine is asked for, but for the prompt and the state that it follows."""
+    """The engine request without its prompt and state."""
 
     num_per_prompt: int
-    """Choices to generate for each prompt."""
+    """Choices to generate per prompt."""
 
     timeout_s: float | None
     is_detached: bool
-    """The answer goes on without its connection."""
+    """Whether the turn outlives its connection."""
 
     prompt_name: str
-    """The request's parameter with the prompt, for messages."""
+    """The parameter with the prompt, for error messages."""
 
     logprobs_name: str
 
@@ -45,7 +45,7 @@ class Generation:
         deadline: float | None,
         client_id: str = "",
     ) -> list[EngineRequest]:
-        """One request a choice, prompt by prompt."""
+        """One engine request per choice, prompt by prompt."""
         template = self.template
         seed = template.sampling.seed
         return [
@@ -55,7 +55,7 @@ class Generation:
                 token_ids=ids,
                 sampling=replace(template.sampling, seed=derive_seed(seed, index)),
                 source=source,
-                # Bytes of half a character only matter when the text goes on where it ended.
+                # An incomplete character only matters if the text continues without a prompt.
                 continuation=replace(start, undecoded=b"") if ids else start,
                 owner=owner,
                 keep_as=keep_as,
@@ -69,13 +69,14 @@ class Generation:
     def check_prompts(
         self, settings: Settings, prompts: Sequence[tuple[int, ...]], start: Continuation
     ) -> None:
-        """Raises InvalidRequest for prompts that are empty or too long, each or together."""
+        """Raises InvalidRequest for prompts that are empty or too long, individually or in
+        total."""
         for ids in prompts:
             self._check_prompt(settings, ids, start)
         num_tokens = self.num_per_prompt * sum(num_to_read(ids, start) for ids in prompts)
         if num_tokens > settings.max_waiting_tokens:
             raise InvalidRequest(
-                f"n times the tokens of the prompts is {num_tokens}, the most is "
+                f"n times the prompt tokens is {num_tokens}, the maximum is "
                 f"{settings.max_waiting_tokens}",
                 self.prompt_name,
                 "context_length_exceeded",
@@ -88,9 +89,8 @@ class Generation:
         num_logprobs = num_scored * (1 + self.template.num_logprobs)
         if num_logprobs > settings.max_told_logprobs:
             raise InvalidRequest(
-                f"the answer could have {num_logprobs} log-probabilities, the most is "
-                f"{settings.max_told_logprobs}: ask for fewer tokens, or fewer of the most "
-                "probable ones",
+                f"the answer could have {num_logprobs} log-probabilities, the maximum is "
+                f"{settings.max_told_logprobs}: request fewer tokens or fewer alternatives",
                 self.logprobs_name,
             )
 
@@ -112,7 +112,7 @@ async def read_generation(
     caller: Caller = ANYBODY,
     is_detached: bool = False,
 ) -> Generation:
-    """Everything wrong with the parameters is named here; a grammar is compiled.
+    """Validate the parameters and compile the grammar.
 
     Raises NotFound for a model that is not served here, InvalidRequest, Overloaded when too many
     grammars are being compiled, and RateLimited.
@@ -153,35 +153,37 @@ async def read_generation(
 
 
 def _check_aliases(body: SamplingRequest) -> None:
-    """Raises InvalidRequest for two names of one thing with different values."""
+    """Raises InvalidRequest if a parameter and its alias differ."""
     for name, alias in (("repetition_penalty", "repeat_penalty"), (body.limit_name, "n_predict")):
         values = {getattr(body, name), getattr(body, alias)} - {None}
         if len(values) > 1:
-            raise InvalidRequest(f"{name} and {alias} are one parameter, and differ", alias)
+            raise InvalidRequest(f"{name} and its alias {alias} have different values", alias)
 
 
 def check_model(service: Service, name: str | None) -> None:
-    """Raises NotFound for a model that is not served here."""
+    """Raises NotFound for a model other than the served one."""
     if name is not None and name != service.model_name:
         raise NotFound(
-            f"there is no model {name[:80]!r}; this server has {service.model_name!r}",
+            f"unknown model {name[:80]!r}; this server serves {service.model_name!r}",
             "model",
             "model_not_found",
         )
 
 
 def check_ids(service: Service, token_ids: Sequence[int], param: str) -> None:
-    """Raises InvalidRequest for a token that the model does not have."""
+    """Raises InvalidRequest for a token id outside the vocabulary."""
     vocab_sz = service.checkpoint.network.vocab_size
     largest = max(token_ids, default=0)
     if largest >= vocab_sz:
-        raise InvalidRequest(f"token id {largest} is not below {vocab_sz}", param)
+        raise InvalidRequest(
+            f"token id {largest} is not below the vocabulary size {vocab_sz}", param
+        )
 
 
 def too_long(num_tokens: int, most: int, param: str) -> InvalidRequest:
-    """A prompt has more tokens than a request may have."""
+    """The error for a prompt that is too long for one request."""
     return InvalidRequest(
-        f"the prompt has {num_tokens} tokens, the most in one request is {most}; a session can "
+        f"the prompt has {num_tokens} tokens, the maximum per request is {most}; a session can "
         "read any number in several requests",
         param,
         "context_length_exceeded",
@@ -197,7 +199,7 @@ def _max_tokens(settings: Settings, body: SamplingRequest) -> int:
 
 
 def _check_limits(settings: Settings, body: SamplingRequest, max_tokens: int) -> None:
-    """Raises InvalidRequest for what exceeds the settings."""
+    """Raises InvalidRequest for parameters above the configured limits."""
     num_made, n = body.num_generated_per_prompt, body.num_choices_per_prompt
     num_waiting = num_made * body.num_prompts
     num_biased, num_stops = len(body.logit_bias or {}), len(body.stops)
@@ -223,7 +225,7 @@ def _check_limits(settings: Settings, body: SamplingRequest, max_tokens: int) ->
     ]
     for param, asked, most, what in checks:
         if most is not None and asked > most:
-            raise InvalidRequest(f"{what} {asked:.15g}, the most is {most:.15g}", param)
+            raise InvalidRequest(f"{what} {asked:.15g}, the maximum is {most:.15g}", param)
     if body.min_tokens is not None and body.min_tokens > max_tokens:
         raise InvalidRequest(
             f"min_tokens is {body.min_tokens}, which is more than {body.limit_name}, {max_tokens}",

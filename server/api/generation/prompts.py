@@ -1,4 +1,4 @@
-"""Prompts: what a request says, as tokens that follow what a turn continues from."""
+"""Prompts: a request's input as tokens, to follow what a turn continues from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from server.engine.messages import Continuation
 from server.errors import InvalidRequest
 
 MESSAGE_CHARACTERS = 64
-"""A message takes as long to render, besides its text."""
+"""Rendering a message takes as long as so many characters, plus its text."""
 
 
 class Prompt(Protocol):
-    """What is to be read before text is generated."""
+    """The input of a turn."""
 
     async def read(self, start: Continuation) -> list[tuple[int, ...]]:
-        """The tokens of each prompt, to follow `start`. Raises InvalidRequest."""
+        """Tokens of each prompt, to follow `start`. Raises InvalidRequest."""
 
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """Texts or token ids, each a prompt of its own."""
+    """Texts or token ids, each a separate prompt."""
 
     service: Service
     texts: Sequence[str | list[int]]
@@ -49,7 +49,7 @@ class TextPrompt:
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """Messages, written by the model's chat template."""
+    """Messages, rendered by the model's chat template."""
 
     service: Service
     messages: Sequence[Said]
@@ -63,7 +63,7 @@ class ChatPrompt:
                 "this model has no chat template: use /v1/completions", None, "no_chat_template"
             )
         if not self.messages and not start.position:
-            raise InvalidRequest("a conversation begins with at least one message", self.param)
+            raise InvalidRequest("a new conversation needs at least one message", self.param)
         render = conversation.go_on if start.position else conversation.begin
         size = sum(MESSAGE_CHARACTERS + len(message.text) for message in self.messages)
         most = self.service.settings.max_prompt_tokens
@@ -73,7 +73,7 @@ class ChatPrompt:
             raise too_long(error.num_tokens, most, self.param) from error
         except UnfitMessages as error:
             raise InvalidRequest(
-                f"this model's chat template does not take these messages: {error}", self.param
+                f"this model's chat template rejects these messages: {error}", self.param
             ) from error
         bos = self.service.checkpoint.network.bos
         if start.position or bos is None or ids[:1] == [bos]:
@@ -87,7 +87,7 @@ def said(messages: Sequence[Message]) -> list[Said]:
 
 
 def encode(service: Service, text: str, max_tokens: int) -> list[int]:
-    """Tokens of a prompt. Raises InvalidRequest where there are more than `max_tokens`."""
+    """Tokens of a prompt. Raises InvalidRequest for more than `max_tokens`."""
     try:
         return service.checkpoint.tokenizer.encode(text, max_tokens)
     except TooManyTokens as error:

@@ -1,4 +1,4 @@
-"""A response in OpenAI's shape: one message with one text, and typed events."""
+"""Responses in OpenAI's format: one message with one text, and typed events."""
 
 import secrets
 import time
@@ -32,7 +32,7 @@ DEFAULT_TEMPERATURE = DEFAULT_TOP_P = 1.0
 
 
 class ResponseFormat(SSEFormat):
-    """Events have the names of their types."""
+    """Events are named after their types."""
 
     ends_with_done = False
 
@@ -48,7 +48,7 @@ class ResponseShape(Shape[ResponseRequest]):
     def __init__(
         self, service: Service, body: ResponseRequest, answer: Answer, first: ResponseObject
     ) -> None:
-        """`first` is the response before it has any output."""
+        """`first`: the response without output."""
         super().__init__(service, body, answer)
         self._first = first
         self._item_id = f"msg_{secrets.token_hex(16)}"
@@ -56,7 +56,7 @@ class ResponseShape(Shape[ResponseRequest]):
         self._completed_at: int | None = None
 
     def opening(self) -> Iterator[ResponseEvent]:
-        """The response and its message before they have any text."""
+        """The response and its message, still empty."""
         yield self._event("response.created", response=self._first)
         yield self._event("response.in_progress", response=self._first)
         item = OutputMessage(
@@ -67,7 +67,7 @@ class ResponseShape(Shape[ResponseRequest]):
         yield self._text_event("response.content_part.added", part=part)
 
     def pieces(self, delta: Delta) -> Iterator[ResponseEvent]:
-        """New text; at the end, the whole of it."""
+        """New text; at the end, the complete text."""
         if delta.text or delta.tokens:
             logprobs = self._logprobs(delta.tokens)
             yield self._text_event(
@@ -82,12 +82,12 @@ class ResponseShape(Shape[ResponseRequest]):
             yield self._event("response.output_item.done", output_index=0, item=self._message())
 
     def closing(self) -> Iterator[ResponseEvent]:
-        """The whole response."""
+        """The complete response."""
         whole = self.whole()
         yield self._event(f"response.{whole.status}", response=whole)
 
     def whole(self) -> ResponseObject:
-        """The response with its output."""
+        """The complete response."""
         self._completed_at = self._completed_at or int(time.time())
         details = None
         if self._status == "incomplete":
@@ -105,7 +105,7 @@ class ResponseShape(Shape[ResponseRequest]):
         )
 
     def failed(self, error: LatentdError) -> ResponseObject:
-        """What the response becomes by an error, or by being cancelled."""
+        """The response after an error or a cancellation."""
         cancelled = isinstance(error, Cancelled)
         reason = ResponseError(code=error.code or "server_error", message=error.message)
         return self._first.model_copy(
@@ -117,7 +117,7 @@ class ResponseShape(Shape[ResponseRequest]):
         )
 
     def failure(self, error: LatentdError) -> ResponseEvent:
-        """The event for an error that ends it."""
+        """The event for an error."""
         return self._event("response.failed", response=self.failed(error))
 
     @property
@@ -145,7 +145,7 @@ class ResponseShape(Shape[ResponseRequest]):
         )
 
     def _logprobs(self, tokens: Sequence[Token]) -> list[TokenLogprob]:
-        """If asked for."""
+        """Log-probabilities, if requested."""
         return told_tokens(self.tokenizer, tokens) if self.body.includes_logprobs else []
 
     def _usage(self) -> ResponseUsage:
@@ -169,7 +169,7 @@ class ResponseShape(Shape[ResponseRequest]):
 
 
 def first_object(service: Service, body: ResponseRequest, response_id: str) -> ResponseObject:
-    """The response before it has any output."""
+    """The response without output."""
     given: dict[str, Any] = {
         "id": response_id,
         "object": "response",

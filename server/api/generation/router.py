@@ -1,4 +1,4 @@
-"""From the engine's thread to the tasks that wait: every request's events go into its queue."""
+"""Routes events from the engine's thread to the tasks that wait for them."""
 
 import asyncio
 import math
@@ -20,12 +20,12 @@ from server.errors import LatentdError, ShuttingDown
 from server.sessions.tiers import Tiers
 
 MOST_APART = 1
-"""Events of a queue that stay as they are; text beyond them is put together: whoever keeps up gets
-an event a token, and a reader or an event loop that is late catches up."""
+"""Events per queue that stay separate; later text is merged: fast readers get an event per token,
+and slow readers or a lagging event loop catch up."""
 
 
 Text = TextDelta | PromptScored
-"""What is told and ends nothing."""
+"""Events that do not end a request."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Aborted:
 
 
 class _Heap:
-    """Text of one request that nobody has read yet, in one piece."""
+    """Merged unread text of one request."""
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
@@ -55,10 +55,10 @@ class _Heap:
 
 
 class EventQueue:
-    """Events of one answer, for the one task that reads them.
+    """Events of one answer, for a single reader.
 
-    Who reads slowly gets fewer and larger pieces: the queue has no more events than `MOST_APART`
-    and a few for each request.
+    Slow readers get fewer and larger pieces: the queue holds at most `MOST_APART` events and a few
+    per request.
     """
 
     def __init__(self) -> None:
@@ -67,13 +67,12 @@ class EventQueue:
         self._reader: asyncio.Future[None] | None = None
         self._timer: TimerHandle | None = None
         self._silent_at = math.inf
-        """When the reader has waited for too long, on the loop's clock."""
+        """Deadline of the reader's wait, on the loop's clock."""
 
     def __len__(self) -> int:
         return len(self._events)
 
     def put(self, event: Event | Aborted) -> None:
-        """Add an event."""
         if isinstance(event, TextDelta) and len(self._events) >= MOST_APART:
             heap = self._heaps.get(event.request_id)
             if heap is None:
@@ -86,9 +85,9 @@ class EventQueue:
             self._reader.set_result(None)
 
     def take(self) -> list[Text] | Ending | Aborted:
-        """The texts that are next, all that there are; or the one event that is no text.
+        """All pending texts, or the next event that is not text.
 
-        Raises IndexError if there is nothing.
+        Raises IndexError if the queue is empty.
         """
         event = self._events.popleft()
         if not isinstance(event, TextDelta | _Heap | PromptScored):
@@ -103,20 +102,20 @@ class EventQueue:
         return texts
 
     async def wait(self, silence_s: float | None = None) -> bool:
-        """Until there is an event. False when none has come for so long."""
+        """Wait for an event. False after `silence_s` without one."""
         if self._events:
             return True
         loop = asyncio.get_running_loop()
         self._reader = loop.create_future()
         self._silent_at = math.inf if silence_s is None else loop.time() + silence_s
         if self._timer is None and silence_s is not None:
-            # One timer for many waits: it looks when it fires whether the silence began later.
+            # One timer for many waits: when it fires, it re-arms itself if the silence began later.
             self._timer = loop.call_at(self._silent_at, self._end_silence)
         await self._reader
         return bool(self._events)
 
     def close(self) -> None:
-        """Nobody will wait any more."""
+        """Stop the timer; the reader is done."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -139,25 +138,25 @@ class EventQueue:
 
 
 class Router:
-    """Hands the engine's events to the turns that wait for them. Belongs to the event loop."""
+    """Dispatches the engine's events to the queues of their turns. Belongs to the event loop."""
 
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
         self._queues: dict[str, EventQueue] = {}
 
     def open(self, request_ids: Iterable[str]) -> EventQueue:
-        """One queue for the events of all these requests."""
+        """Open one queue for the events of these requests."""
         queue = EventQueue()
         self._queues.update(dict.fromkeys(request_ids, queue))
         return queue
 
     def close(self, request_ids: Iterable[str]) -> None:
-        """Deliver no more events of these requests."""
+        """Drop further events of these requests."""
         for request_id in request_ids:
             self._queues.pop(request_id, None)
 
     def dispatch(self, events: list[Event | RowGivenUp]) -> None:
-        """Hand out one step's events."""
+        """Dispatch one step's events."""
         for event in events:
             if isinstance(event, RowGivenUp):
                 self._tiers.row_given_up(event.state_id, is_evicted=event.is_evicted)
@@ -167,7 +166,7 @@ class Router:
                 queue.put(event)
             if isinstance(event, Finished) and event.kept_as is not None:
                 self._tiers.row_kept(event.kept_as)
-                if queue is None:  # nobody will continue from there
+                if queue is None:  # abandoned: nobody will continue it
                     self._tiers.release(event.kept_as)
 
     def abort(self) -> None:

@@ -1,4 +1,4 @@
-"""Completions and chats: from a request to its response, with a session or without."""
+"""Completions and chats: from a request to its response, with or without a session."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,20 +31,20 @@ TIMING_HEADERS_DOC: dict[str, Any] = {
 }
 ANSWER_HEADERS_DOC: dict[str, Any] = {
     "X-Session-ID": {
-        "description": "The session of which this is a turn.",
+        "description": "The session that the turn belongs to.",
         "schema": {"type": "string", "examples": [EXAMPLE_SESSION]},
     },
     "X-Stream-ID": {
-        "description": "Of a resumable stream: its id.",
+        "description": "The id of a resumable stream.",
         "schema": {"type": "string", "examples": [EXAMPLE_STREAM]},
     },
     "Idempotent-Replayed": {
-        "description": "The turn was committed before, and this is its answer.",
+        "description": "The turn was already committed; its answer is replayed.",
         "schema": {"type": "string", "const": "true", "examples": ["true"]},
     },
     **TIMING_HEADERS_DOC,
 }
-"""The headers of an answer, for the documentation."""
+"""Response headers, for the documentation."""
 
 DELIVERY = {
     *("session_id", "stream", "stream_options", "resumable", "timings", "timeout", "user"),
@@ -55,7 +55,7 @@ DELIVERY = {
 
 @dataclass(frozen=True)
 class SessionHeaders:
-    """What headers say about the session's turn."""
+    """Request headers about the session's turn."""
 
     session_id: str | None = None
     idempotency_key: str | None = None
@@ -70,10 +70,10 @@ async def answer_turn(
     prompt: Prompt,
     shape_type: type[TurnShape[Any]],
 ) -> Response:
-    """Run a turn and deliver its answer in the way that the request asks for.
+    """Run a turn and deliver its answer in the requested form.
 
-    A session's turn that was committed before with the same Idempotency-Key is not run again: its
-    answer is delivered as it was. Raises LatentdError.
+    A session's turn that was already committed with the same Idempotency-Key is replayed. Raises
+    LatentdError.
     """
     record = record_of(request.scope)
     record.streams = bool(body.stream)
@@ -121,20 +121,20 @@ async def answer_turn(
 
 
 def _check_delivery(body: GenerationRequest) -> None:
-    """Raises InvalidRequest for ways of delivery that go ill together."""
+    """Raises InvalidRequest for conflicting delivery options."""
     if body.stream_options is not None and not body.stream:
         raise NeedsStream("stream_options")
     if body.resumable and not body.stream:
         raise NeedsStream("resumable")
     if body.stream and body.num_generated_per_prompt > body.num_choices_per_prompt:
         raise InvalidRequest(
-            "which choices are best is known at the end only: best_of cannot be streamed",
+            "best_of cannot be streamed: the best choices are known only at the end",
             "best_of",
         )
 
 
 def _session_id(body: GenerationRequest, given: SessionHeaders) -> str | None:
-    """The session that body or header name. Raises InvalidRequest."""
+    """The session named by body or header. Raises InvalidRequest."""
     if None not in (body.session_id, given.session_id) and body.session_id != given.session_id:
         raise InvalidRequest("session_id and the header X-Session-ID differ", "session_id")
     session_id = given.session_id if body.session_id is None else body.session_id
@@ -142,13 +142,13 @@ def _session_id(body: GenerationRequest, given: SessionHeaders) -> str | None:
         raise InvalidRequest("expected_turn needs a session", "expected_turn")
     if session_id is not None and body.num_generated_per_prompt > 1:
         wrong = "n" if body.num_choices_per_prompt > 1 else "best_of"
-        raise InvalidRequest(f"a session has one future: {wrong} must be 1", wrong)
+        raise InvalidRequest(f"with a session {wrong} must be 1", wrong)
     if session_id is not None and body.num_prompts > 1:
-        raise InvalidRequest("a turn of a session has one prompt", "prompt")
+        raise InvalidRequest("a session's turn has exactly one prompt", "prompt")
     return session_id
 
 
 def _identity(body: GenerationRequest) -> str:
-    """What an Idempotency-Key stands for; how an answer is delivered is no part of it."""
+    """The request that an Idempotency-Key identifies, without delivery options."""
     asked = body.model_dump_json(exclude=DELIVERY, exclude_none=True)
     return f"{type(body).__name__} {asked}"

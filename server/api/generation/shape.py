@@ -1,4 +1,4 @@
-"""How an answer is rendered: whole, and as the events of a stream."""
+"""Shapes: rendering of answers, as a whole and as events of a stream."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
@@ -29,7 +29,7 @@ Turned = TypeVar("Turned", bound=GenerationRequest)
 
 
 class Shape(Generic[Body]):
-    """Renders nothing: each endpoint has a shape of its own. Holds no facts but the answer's."""
+    """Base class that renders nothing. Keeps no state except caches."""
 
     format = SSEFormat()
 
@@ -47,52 +47,52 @@ class Shape(Generic[Body]):
         } | ({} if answer.session_id is None else {"session_id": answer.session_id})
 
     def opening(self) -> Iterable[Piece]:
-        """Events of a stream before anything has happened."""
+        """Initial events of a stream."""
         return ()
 
     def pieces(self, delta: Delta) -> Iterable[Piece]:
-        """Events of a stream for what is new."""
+        """Events for new text."""
         del delta
         return ()
 
     def closing(self) -> Iterable[Piece]:
-        """Events of a stream after everything has happened."""
+        """Final events of a stream."""
         return ()
 
     def whole(self) -> BaseModel | None:
-        """The answer when all choices have finished."""
+        """The complete answer."""
         return None
 
     def failed(self, error: LatentdError) -> BaseModel | None:
-        """What is stored in place of the answer when it ends by an error."""
+        """What to store instead of the answer after an error."""
         del error
         return None
 
     def failure(self, error: LatentdError) -> Piece:
-        """The event for an error that ends the stream."""
+        """The event for an error."""
         return error_piece(error)
 
     def to_json(self) -> str:
-        """`whole`, as text; written once, for what is stored and what is sent."""
+        """`whole` as JSON; cached, for both storing and sending."""
         if self._json is None:
             self._json = as_json(self.whole()) or ""
         return self._json
 
     @property
     def timings(self) -> Timings | None:
-        """If they were asked for and all choices have finished."""
+        """Timings, if requested and all choices have finished."""
         return self.answer.timings if self.body.timings else None
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What every rendering of the answer and each of its events has."""
+        """Fields common to the answer and all of its events."""
         if not self.answer.is_finished:
             return self._constant
         known = {"session_turn": self.answer.session_turn, "timings": self.timings}
         return self._constant | {name: fact for name, fact in known.items() if fact is not None}
 
     def render_text(self, index: int, text: str, make: Callable[[int, str], BaseModel]) -> bytes:
-        """What `make` makes of a choice's new text, where nothing but the text changes."""
+        """Render `make(index, text)`, where only the text varies between calls."""
         template = self._templates.get(index)
         if template is None:
             template = self._templates[index] = TextTemplate(partial(make, index))
@@ -100,10 +100,10 @@ class Shape(Generic[Body]):
 
 
 class TurnShape(Shape[Turned]):
-    """Of completions and chats."""
+    """Shape of completions and chats."""
 
     id_prefix: str
-    """What the answer's id begins with."""
+    """Prefix of the answer's id."""
 
     def __init__(self, service: Service, body: Turned, answer: Answer) -> None:
         super().__init__(service, body, answer)
@@ -112,11 +112,11 @@ class TurnShape(Shape[Turned]):
             and not body.return_token_ids
             and not body.wants_usage_in_events
         )
-        """Whether an event with a text has nothing else."""
+        """Whether text events contain only text."""
 
     @classmethod
     def replay(cls, known: str, body: Turned, headers: dict[str, str]) -> Response:
-        """The answer of a turn that was committed before; its text comes in one piece."""
+        """Replay the answer of a committed turn; a stream has its text in one piece."""
         if not body.stream:
             return Response(known, media_type="application/json", headers=headers)
         pieces = [*cls.replay_pieces(known, body), DONE]
@@ -126,11 +126,11 @@ class TurnShape(Shape[Turned]):
     @classmethod
     @abstractmethod
     def replay_pieces(cls, known: str, body: Turned) -> Iterable[Piece]:
-        """The events of a stream for an answer that is known already."""
+        """Events of a stream for a complete answer."""
 
     @property
     def _usage(self) -> Usage | None:
-        """Tokens so far, where every event has them."""
+        """Usage so far, if every event includes it."""
         return self.answer.usage if self.body.wants_usage_in_events else None
 
 
@@ -139,7 +139,7 @@ def as_json(model: BaseModel | None) -> str | None:
 
 
 def usage_fields(body: GenerationRequest, usage: Usage | None) -> dict[str, Usage | None]:
-    """The usage in an event of a stream with text: where it comes at the end, others have null."""
+    """The usage field of a text event: null if the usage comes in an event of its own."""
     if body.wants_usage_in_events:
         return {"usage": usage}
     return {"usage": None} if body.wants_usage_event else {}

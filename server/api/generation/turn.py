@@ -1,9 +1,9 @@
-"""A turn: where the ledger and the engine meet.
+"""A turn: connects the ledger and the engine.
 
     open_turn -> AdmittedTurn: events ... -> commit or abandon -> close
 
-Every refusal is in `open_turn`, before any header leaves. What can end an admitted turn is its
-deadline, a grammar that has no way on, the device, the storage at its commit, and a drain.
+Every rejection is in `open_turn`, before any header is sent. An admitted turn can still end early
+by its deadline, a grammar without a valid continuation, the device, a failed commit, or a drain.
 """
 
 import asyncio
@@ -52,18 +52,18 @@ from server.sessions.store import KeptAnswer
 log = logging.getLogger(__name__)
 
 TextEvent = PromptScored | TextDelta | Finished
-"""What an answer is made of."""
+"""Events that an answer consists of."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """The turn was committed before, with this answer."""
+    """The answer of an already committed turn."""
 
     body: str
 
 
 class AdmittedTurn:
-    """The choices of one answer, in the engine. Made by `open_turn`."""
+    """A turn queued in the engine. Created by `open_turn`."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class AdmittedTurn:
         stack: AsyncExitStack,
         started: float,
     ) -> None:
-        """`stack` unlocks what the turn holds."""
+        """`stack` releases the turn's locks."""
         self._service = service
         self._opened = opened
         self._generation = generation
@@ -86,11 +86,11 @@ class AdmittedTurn:
         self._queue = EventQueue()
         self._after: SessionState | None = None
         self.is_committed = False
-        """Whether its end is durable, if anything of it is kept."""
+        """Whether the turn is committed, and durable if it is stored."""
 
         self._is_closed = False
         self.texts = service.texts
-        """Threads for an answer that is long."""
+        """Thread pools for long answers."""
 
         self.owner = requests[0].owner
         self.requests = requests
@@ -98,25 +98,25 @@ class AdmittedTurn:
         """What the choices continue from."""
 
         self.keep_as = requests[0].keep_as
-        """The id of the state after the turn, if it is kept."""
+        """The id of the state after the turn, if it is stored."""
 
         entry = opened.entry
         is_session = entry is not None and entry.kind == "session"
         self.session_id = entry.id if entry is not None and is_session else None
-        """The session of which this is a turn."""
+        """The session that the turn belongs to."""
 
         self.session_turn = entry.turn + 1 if entry is not None and is_session else None
-        """The session's turn that this is, once it is committed."""
+        """The number of the session's turn, once committed."""
 
         firsts = requests[:: generation.num_per_prompt]
         num_tokens = self.start.position + sum(len(request.token_ids) for request in firsts)
         self.record = TurnRecord(
             requests[0].max_tokens, len(requests), num_tokens, generation.is_detached
         )
-        """What the log and the traces say of it."""
+        """The turn's record, for logs and traces."""
 
     def submit(self) -> None:
-        """Queue every choice, or none. Raises Overloaded and ShuttingDown."""
+        """Queue all choices or none. Raises Overloaded and ShuttingDown."""
         self._service.check_ready()
         self._service.engine.submit(*self.requests)
         self._queue = self._service.router.open(self._running)
@@ -129,8 +129,8 @@ class AdmittedTurn:
     async def events(
         self, silence_s: float | None = None
     ) -> AsyncIterator[list[tuple[int, TextEvent]] | None]:
-        """What happens until every choice has finished, each with the index of its choice: all that
-        waits at once, or None when nothing has happened for `silence_s`.
+        """Yields all pending events, each with the index of its choice, until every choice has
+        finished; None after `silence_s` without events.
 
         Raises DeadlineExceeded, InvalidRequest for a grammar's dead end, InternalError,
         StateDamaged, what `LedgerTurn.damaged` returns, and ShuttingDown.
@@ -151,7 +151,7 @@ class AdmittedTurn:
                     raise InternalError(message)
                 case NoProbabilities():
                     raise self._opened.damaged(
-                        "the model gives no probabilities for the next token"
+                        "the model returned no valid probabilities for the next token"
                     )
                 case RowDamaged(_, reason):
                     raise StateDamaged(reason)
@@ -166,14 +166,14 @@ class AdmittedTurn:
 
     @property
     def needs_body(self) -> bool:
-        """Whether the answer is stored with the turn."""
+        """Whether the commit stores the answer."""
         return self._opened.needs_body
 
     async def commit(self, body: str | None, num_generated: int) -> None:
-        """Make the turn durable, then unlock what it held. `num_generated` tokens are charged.
+        """Make the turn durable, then release its locks. `num_generated` tokens are charged.
 
-        A cancellation that comes meanwhile is too late, if the commit succeeds: the turn is
-        complete, and whoever follows it sees its end. Raises StorageFailed and ResponseGone.
+        A cancellation during a successful commit comes too late: the turn is complete, and its
+        readers see the end. Raises StorageFailed and ResponseGone.
         """
         try:
             await run_to_end(self._commit(body, num_generated))
@@ -186,7 +186,7 @@ class AdmittedTurn:
     async def _commit(self, body: str | None, num_generated: int) -> None:
         if self._opened.entry is not None:
             if self._after is None or self.keep_as is None:
-                raise InternalError("the engine ended a turn without its state")
+                raise InternalError("the engine returned a turn without its state")
             began = time.monotonic()
             await self._opened.commit(self._after, self.keep_as, body)
             self.record.committing = began, time.monotonic()
@@ -195,10 +195,9 @@ class AdmittedTurn:
         await self._unlock(num_generated)
 
     async def close(self, body: str | None, num_generated: int) -> None:
-        """Stop what still runs, and unlock what it holds, which is as its last commit left it.
+        """Cancel what still runs, and release the locks; uncommitted work is rolled back.
 
-        A stored response that was not committed gets `body`. Nothing is lost if the caller is
-        cancelled meanwhile.
+        `body` is stored for an uncommitted response. Completes even if the caller is cancelled.
         """
         if not self._is_closed:
             self._is_closed = True
@@ -215,8 +214,8 @@ class AdmittedTurn:
                 if self.keep_as is not None:
                     service.ledger.tiers.release(self.keep_as)
                 await self._opened.abandon(body)
-        except StorageFailed as error:  # it is reported as interrupted when the disk permits
-            log.warning("the end of a response cannot be stored: %s", error)
+        except StorageFailed as error:  # reported as interrupted once the disk recovers
+            log.warning("the end of a response could not be stored: %s", error)
         finally:
             service.open_turns.discard(self)
             await self._unlock(num_generated)
@@ -241,10 +240,10 @@ async def open_turn(
     pending_body: str | None = None,
     request: RequestRecord | None = None,
 ) -> AdmittedTurn | Replay:
-    """Lock the target, find the source's state, read the prompt, and queue the choices.
+    """Lock the target, load the source's state, tokenize the prompt, and queue the choices.
 
-    `pending_body`: a response is stored with it at once. `request` gets the turn's record.
-    Raises every LatentdError that can refuse a turn: what `Ledger.begin` and `LedgerTurn.load`
+    `pending_body`: stored at once as the unfinished response. `request` receives the turn's record.
+    Raises every LatentdError that can reject a turn: what `Ledger.begin` and `LedgerTurn.load`
     raise, InvalidRequest for the prompt, RateLimited, Overloaded, ShuttingDown, QuotaExceeded,
     StorageFull and StorageFailed.
     """
@@ -320,7 +319,8 @@ async def _check(allowance: Allowance, num_tokens: int, num_sequences: int) -> N
 
 
 async def run_to_end(work: Coroutine[Any, Any, None]) -> None:
-    """Await work that goes on when the caller is cancelled; the caller is cancelled after it."""
+    """Await work that continues if the caller is cancelled; the cancellation is raised
+    afterwards."""
     task, cancelled = asyncio.ensure_future(work), None
     while not task.done():
         try:
@@ -328,7 +328,7 @@ async def run_to_end(work: Coroutine[Any, Any, None]) -> None:
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:
-        task.exception()  # nobody is left to hear of it
+        task.exception()  # mark as retrieved
         raise cancelled
     task.result()
 

@@ -1,1 +1,1 @@
-"""What the API reads and writes. Unknown parameters are errors."""
+"""Request and response models of the API. Unknown parameters are errors."""

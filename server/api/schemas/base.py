@@ -1,4 +1,4 @@
-"""What requests of all kinds are made of."""
+"""Building blocks of request models."""
 
 import math
 from collections.abc import Iterable
@@ -23,11 +23,11 @@ from pydantic_core.core_schema import no_info_plain_validator_function
 from server.api.schemas.unknown import POLICY
 
 VALIDATED_TOGETHER = 65_536
-"""Items of a list."""
+"""List items validated at a time."""
 
 
 def _kind_of_prompt(value: Any) -> str:
-    """Which form of a prompt the first element shows, so that only that form is checked."""
+    """Choose the form of a prompt by its first element, so that only that form is validated."""
     if not isinstance(value, list):
         return "(text)"
     first = value[0] if value else 0
@@ -37,7 +37,7 @@ def _kind_of_prompt(value: Any) -> str:
 
 
 def _take_whole(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    """For JSON, and so for its schemas, 1.0 is an integer.
+    """Accept 1.0 as an integer, as JSON and its schemas do.
 
     A long list is validated in parts, between which other threads can have the GIL.
     """
@@ -59,7 +59,7 @@ def _take_whole(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
 
 
 def _further_on(error: ValidationError, start: int) -> ValidationError:
-    """The first error of a part of a list, as one of the list."""
+    """Shift the location of a part's first error to the whole list."""
     first = error.errors(include_url=False)[0]
     match first["loc"]:
         case (int(index), *inner):
@@ -73,14 +73,14 @@ def _further_on(error: ValidationError, start: int) -> ValidationError:
 
 
 def _whole(value: Any) -> Any:
-    """The value with integers where it has floats that are whole."""
+    """Convert integral floats to integers."""
     if isinstance(value, list):
         return [_whole(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check_unicode(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which no encoding of text has a place for."""
+    """Reject unpaired surrogates, which JSON can spell but no encoding can represent."""
     if not text.isascii():
         try:
             text.encode()
@@ -94,7 +94,7 @@ def _unpaired() -> PydanticCustomError:
 
 
 def _check_json(value: Any) -> Any:
-    """What is kept or handed on as JSON: Unicode, finite and of a depth that can be written."""
+    """Check arbitrary JSON: Unicode, finite, and not too deep to be serialized."""
     level = [value]
     for _ in range(MAX_DEPTH):
         if not level:
@@ -117,9 +117,9 @@ def _parts(value: Any) -> Iterable[Any]:
 
 
 class Refused:
-    """Annotates a parameter of OpenAI's that this server cannot honour.
+    """Annotates an OpenAI parameter that this server does not support.
 
-    null and the `harmless` values ask for nothing and are taken; all others are refused by name.
+    null and the `harmless` values are accepted; all others are rejected by name.
     """
 
     def __init__(self, why: str, *harmless: Any) -> None:
@@ -140,14 +140,14 @@ class Refused:
 
 
 MAX_DEPTH = 128
-"""Levels of JSON of any form. The library that writes JSON stops at about 255."""
+"""Maximum nesting of arbitrary JSON. The serializer stops at about 255."""
 
 AS_JSON = AfterValidator(_check_json)
-"""Annotates what may be any JSON."""
+"""Annotates arbitrary JSON."""
 
 
 class Neutral:
-    """Annotates a parameter that changes nothing here, whatever its value, which is not kept."""
+    """Annotates a parameter that is accepted and ignored."""
 
     def __init__(self, why: str, example: Any) -> None:
         self._why = why
@@ -160,7 +160,7 @@ class Neutral:
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
         del schema, handler
         return {
-            "description": f"{self._why}; it changes nothing.",
+            "description": f"{self._why}; ignored.",
             "examples": [self._example],
         }
 
@@ -175,7 +175,7 @@ EXAMPLE_RESPONSE = "resp_Qm3xT8vLc0ZrJ5wKpBn2YdHsFgAeUi7o"
 EXAMPLE_MESSAGE = "msg_7d1f0a52c8e94b63a1f2d3c4b5a69788"
 
 LARGEST = 2**53
-"""Beyond it not every program that reads JSON has integers."""
+"""Largest integer that every JSON reader can represent."""
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=LARGEST)]], Field(fail_fast=True), WHOLE]
 Prompt = Annotated[
@@ -197,13 +197,14 @@ AnswerTokenIds = Annotated[list[int], Field(examples=[[7, 205, 2]])]
 
 
 class AnswerModel(BaseModel):
-    """What a client reads."""
+    """Base class of response models."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class RequestModel(BaseModel):
-    """Strict about types and names; an explicit null means the default, also in unknown names."""
+    """Base class of request models: strict types and names; null means the default, even for
+    unknown names."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -216,7 +217,7 @@ class RequestModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_unknown(cls, value: Any) -> Any:
-        """Without the unknown names that ask for nothing, or that the server ignores."""
+        """Drop unknown names that are null or ignored by policy."""
         if not isinstance(value, dict):
             return value
         known = {field.alias or name for name, field in cls.model_fields.items()}

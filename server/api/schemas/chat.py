@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` in OpenAI's shapes."""
+"""Models of `/v1/chat/completions`."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -25,29 +25,29 @@ NO_MODERATION = "this server moderates nothing"
 
 
 def as_it_came(example: Any) -> Neutral:
-    """Part of an earlier answer, which is sent back whole."""
-    return Neutral("As it came with an earlier answer", example)
+    """A field of an earlier answer that is sent back as a message."""
+    return Neutral("A field of an earlier answer", example)
 
 
 def cache_hint(example: Any) -> Neutral:
-    """Where a beginning that prompts have in common ends, and how long to keep it."""
-    return Neutral("A hint on beginnings of prompts, which are found without it", example)
+    """OpenAI's hints on prompt caching."""
+    return Neutral("A prompt caching hint, which is not needed", example)
 
 
 class TextPart(RequestModel):
-    """A piece of a message."""
+    """A part of a message."""
 
     type: Literal["text"]
-    """Other kinds of content are not supported."""
+    """Other types are not supported."""
 
     text: Text = Field(examples=["Who sat on the mat?"])
-    """What it says."""
+    """The text."""
 
     prompt_cache_breakpoint: Annotated[None, cache_hint({"mode": "explicit"})] = None
 
 
 def kind_of_content(value: Any) -> str:
-    """Which form of a message's content it is."""
+    """Choose the form of a message's content."""
     return "(parts)" if isinstance(value, list) else "(text)"
 
 
@@ -59,18 +59,18 @@ Content = Annotated[
 
 
 class Message(RequestModel):
-    """What somebody said."""
+    """A message."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(examples=["user"])
     """developer means the same as system."""
 
     content: Content | None = Field(examples=["Who sat on the mat?"])
-    """A text, or a list of text parts, which are joined. null, of an answer: it has no text."""
+    """A text, or a list of text parts, which are joined. null for an answer without text."""
 
     name: Text | None = Field(None, examples=["Ada"])
-    """Who speaks, for models whose template has a place for it."""
+    """Name of the speaker, if the model's template uses it."""
 
-    refusal: Annotated[None, Refused("messages have no refusals here")] = None
+    refusal: Annotated[None, Refused("refusals are not supported")] = None
     tool_calls: Annotated[None, Refused(NO_TOOLS, [])] = None
     tool_call_id: Annotated[None, Refused(NO_TOOLS)] = None
     function_call: Annotated[None, Refused(NO_TOOLS)] = None
@@ -86,12 +86,12 @@ class Message(RequestModel):
 
 
 class PromptCacheOptions(RequestModel):
-    """How OpenAI is to keep beginnings of prompts."""
+    """OpenAI's prompt cache options."""
 
     mode: Annotated[None, cache_hint("implicit")] = None
     ttl: Annotated[None, cache_hint("30m")] = None
-    prewarm: Annotated[None, Refused("an answer is generated in any case", False)] = None
-    comparison_response_id: Annotated[None, Refused("there are no cache diagnostics")] = None
+    prewarm: Annotated[None, Refused("prewarming is not supported", False)] = None
+    comparison_response_id: Annotated[None, Refused("cache diagnostics are not supported")] = None
 
 
 class ChatRequest(GenerationRequest):
@@ -105,37 +105,37 @@ class ChatRequest(GenerationRequest):
     )
 
     messages: Annotated[list[Message], Field(fail_fast=True)]
-    """The conversation; with a session, only what was said since its last turn, and nothing at all
-    to let the model go on with its last message."""
+    """The conversation; with a session, only the messages since its last turn. An empty list
+    continues the last message."""
 
     max_completion_tokens: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(
         None, examples=[16]
     )
-    """Tokens to generate at most; the newer name of max_tokens."""
+    """Maximum tokens to generate; the newer name of max_tokens."""
 
     logprobs: bool | None = None
-    """Tell the log-probability of each token: the model's, before penalties, temperature and
+    """Return the log-probability of each token: the model's own, before penalties, temperature and
     filters."""
 
     top_logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[2])
-    """So many of the most probable tokens beside each; needs `logprobs`."""
+    """Number of most probable tokens to return per position; needs `logprobs`."""
 
     metadata: Annotated[dict[Text, Text], Field(fail_fast=True)] | None = Field(
         None, examples=[{"topic": "cats"}]
     )
-    """Your notes on the request; they change nothing."""
+    """Ignored."""
 
     safety_identifier: Text | None = Field(None, examples=["user-17"])
-    """Your name for who asks; it changes nothing."""
+    """Ignored."""
 
     prompt_cache_key: Text | None = Field(None, examples=["cats"])
-    """A hint that this server does not need: common beginnings are found without it."""
+    """Ignored: shared prefixes are found automatically."""
 
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
-    """A hint that this server does not need."""
+    """Ignored."""
 
     prompt_cache_options: PromptCacheOptions | None = None
-    """Hints that this server does not need."""
+    """Ignored."""
 
     store: Annotated[None, Refused("chats are kept in sessions: send a session_id", False)] = None
     modalities: Annotated[None, Refused(TEXT_ONLY, ["text"])] = None
@@ -145,11 +145,11 @@ class ChatRequest(GenerationRequest):
     parallel_tool_calls: Annotated[None, Refused(NO_TOOLS, False, True)] = None
     functions: Annotated[None, Refused(NO_TOOLS, [])] = None
     function_call: Annotated[None, Refused(NO_TOOLS, "none", "auto")] = None
-    prediction: Annotated[None, Refused("this server predicts no outputs")] = None
-    reasoning_effort: Annotated[None, Refused("this server's models do not reason", "none")] = None
-    verbosity: Annotated[None, Refused("this server's models know no verbosity", "medium")] = None
+    prediction: Annotated[None, Refused("predicted outputs are not supported")] = None
+    reasoning_effort: Annotated[None, Refused("reasoning is not supported", "none")] = None
+    verbosity: Annotated[None, Refused("verbosity is not supported", "medium")] = None
     moderation: Annotated[None, Refused(NO_MODERATION)] = None
-    web_search_options: Annotated[None, Refused("this server searches nothing")] = None
+    web_search_options: Annotated[None, Refused("web search is not supported")] = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -165,46 +165,46 @@ class ChatRequest(GenerationRequest):
 
 
 def _same(text: str) -> str:
-    """Called for each token, so that other threads can have the GIL while many are written."""
+    """Called for every token, so that other threads can have the GIL during serialization."""
     return text
 
 
 class TopLogprob(AnswerModel):
-    """A token that could have come, and how probable it was."""
+    """A possible token and its log-probability."""
 
     token: Annotated[str, PlainSerializer(_same)] = Field(examples=[" cat"])
-    """Its text, with replacement characters where it is not whole characters; the name of a token
-    without text."""
+    """Its text, with replacement characters for incomplete ones; the name of a token without
+    text."""
 
     logprob: float = Field(examples=[-0.31])
     """Natural logarithm of its probability."""
 
     bytes: list[int] = Field(examples=[[32, 99, 97, 116]])
-    """Its text in UTF-8; nothing for tokens without text."""
+    """Its UTF-8 bytes; empty for tokens without text."""
 
 
 class TokenLogprob(TopLogprob):
-    """A token of the answer, and how probable it was."""
+    """A generated token and its log-probability."""
 
     top_logprobs: list[TopLogprob]
-    """The most probable tokens in its place."""
+    """The most probable tokens at its position."""
 
 
 class ChatLogprobs(AnswerModel):
-    """Probabilities of an answer's tokens."""
+    """Log-probabilities of an answer's tokens."""
 
     content: list[TokenLogprob] | None
-    """An entry a token."""
+    """One entry per token."""
 
     refusal: None = None
     """Always null."""
 
 
 class AssistantMessage(AnswerModel):
-    """What the model said."""
+    """The model's message."""
 
     role: Literal["assistant"] = "assistant"
-    """Who said it."""
+    """The role."""
 
     content: str = Field(examples=["The cat."])
     """The text."""
@@ -217,32 +217,32 @@ class AssistantMessage(AnswerModel):
 
 
 class ChatChoice(AnswerModel):
-    """One answer to the conversation."""
+    """One of the answers."""
 
     index: int
-    """Its number."""
+    """Its index."""
 
     message: AssistantMessage
     """The answer."""
 
     logprobs: ChatLogprobs | None = None
-    """If asked for."""
+    """Only if requested."""
 
     finish_reason: Literal["stop", "length"]
-    """stop: the model, a stop string or a stop token ended it; length: the token limit did."""
+    """stop: ended by the model, a stop string or a stop token; length: ended by the token limit."""
 
     stop_reason: str | int | None = Field(None, examples=["\n\n"])
     """The stop string or stop token that ended it."""
 
     token_ids: AnswerTokenIds | None = None
-    """The text's tokens, if asked for."""
+    """The text's tokens, if requested."""
 
 
 class ChatAnswer(AnswerModel):
-    """What a chat's answer and each of its events have in common."""
+    """Fields common to a chat completion and its events."""
 
     id: str = Field(examples=[EXAMPLE_STREAM])
-    """The answer's id, which is also that of a resumable stream."""
+    """The answer's id, also that of a resumable stream."""
 
     created: UnixSecond
     """Unix seconds."""
@@ -251,58 +251,58 @@ class ChatAnswer(AnswerModel):
     """The model's name."""
 
     system_fingerprint: str = Field(examples=["fp_3b1c9a7d52e0"])
-    """Which weights and tokenizer they were."""
+    """Identifies weights and tokenizer."""
 
     service_tier: Literal["default", "flex"] = "default"
     """The tier that was asked for."""
 
     usage: Usage | None = None
-    """Tokens; in a stream only where asked for."""
+    """Token usage; in a stream only if requested."""
 
     session_id: str | None = Field(None, examples=[EXAMPLE_SESSION])
-    """The session of which this is a turn."""
+    """The session that the turn belongs to."""
 
     session_turn: int | None = Field(None, examples=[4])
-    """The session's turn that this is, once it is committed."""
+    """The number of the session's turn, once committed."""
 
     timings: Timings | None = None
-    """If asked for, with the end of the last choice."""
+    """If requested, in the last choice's final event."""
 
     prompt_token_ids: AnswerTokenIds | None = None
-    """The prompt's tokens, if asked for; in a stream, in the first event."""
+    """The prompt's tokens, if requested; in a stream, in the first event."""
 
 
 class ChatCompletion(ChatAnswer):
-    """The answer of `POST /v1/chat/completions`."""
+    """Response of `POST /v1/chat/completions`."""
 
     object: Literal["chat.completion"] = "chat.completion"
-    """The kind of object."""
+    """The object type."""
 
     choices: list[ChatChoice]
     """All choices."""
 
 
 class Delta(AnswerModel):
-    """What is new of a message."""
+    """New content of a message."""
 
     role: Literal["assistant"] | None = None
-    """In a choice's first event."""
+    """In a choice's first event only."""
 
     content: str | None = Field(None, examples=[" cat"])
-    """Text that follows the text so far."""
+    """Text to append."""
 
 
 class ChatChunkChoice(AnswerModel):
-    """What is new of a choice."""
+    """New content of a choice."""
 
     index: int
-    """The choice's number."""
+    """The choice's index."""
 
     delta: Delta
-    """What is new."""
+    """The new content."""
 
     logprobs: ChatLogprobs | None = None
-    """If asked for, of the tokens whose text begins here."""
+    """Tokens whose text begins here, if requested."""
 
     finish_reason: Literal["stop", "length"] | None = None
     """null until the choice ends."""
@@ -311,14 +311,14 @@ class ChatChunkChoice(AnswerModel):
     """The stop string or stop token that ended it."""
 
     token_ids: AnswerTokenIds | None = None
-    """The tokens whose text begins here, if asked for."""
+    """Tokens whose text begins here, if requested."""
 
 
 class ChatChunk(ChatAnswer):
     """An event of a chat's stream."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    """The kind of object."""
+    """The object type."""
 
     choices: list[ChatChunkChoice]
-    """What is new of one choice; none in the event for the usage."""
+    """The updated choice; empty in the usage event."""

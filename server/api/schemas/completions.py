@@ -1,4 +1,4 @@
-"""`/v1/completions` in OpenAI's shapes."""
+"""Models of `/v1/completions`."""
 
 from functools import cached_property
 from typing import Annotated, Literal, cast
@@ -24,19 +24,19 @@ class CompletionRequest(GenerationRequest):
     model_config = ConfigDict(json_schema_extra={"examples": [{"max_tokens": 16}]})
 
     prompt: Prompt | None = Field(examples=["The cat sat on"])
-    """Text, token ids, or a list of either. null: nothing, to go on with a session."""
+    """Text, token ids, or a list of either. null: continue a session without a prompt."""
 
     echo: bool | None = None
-    """Begin the text with the prompt; with `logprobs`, tell the prompt's probabilities, too."""
+    """Include the prompt in the text; with `logprobs`, also its log-probabilities."""
 
     logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[2])
-    """Tell the log-probability of each token and of so many of the most probable ones. They are
-    the model's, before penalties, temperature and filters."""
+    """Return the log-probability of each token and of that many alternatives: the model's own,
+    before penalties, temperature and filters."""
 
     best_of: Annotated[int, Field(ge=1, le=LARGEST), WHOLE] | None = Field(None, examples=[2])
-    """Generate so many choices and answer with the `n` of the highest log-probability a token."""
+    """Generate this many choices and return the `n` with the highest mean log-probability."""
 
-    suffix: Annotated[None, Refused("this model cannot write what comes before a text", "")] = None
+    suffix: Annotated[None, Refused("insertion before a suffix is not supported", "")] = None
 
     @property
     def num_generated_per_prompt(self) -> int:
@@ -58,7 +58,7 @@ class CompletionRequest(GenerationRequest):
 
     @cached_property
     def prompts(self) -> list[str | list[int]]:
-        """Every prompt of the request, each a text or token ids."""
+        """All prompts, each a text or token ids."""
         prompt = self.prompt
         if prompt is None or isinstance(prompt, str):
             return [prompt or ""]
@@ -68,57 +68,57 @@ class CompletionRequest(GenerationRequest):
 
 
 class CompletionLogprobs(AnswerModel):
-    """Four lists of one length: an entry a token."""
+    """Four lists with one entry per token."""
 
     tokens: list[str] = Field(examples=[[" the"]])
-    """A token's text; `bytes:\\x..` where it is not whole characters."""
+    """The token's text; `bytes:\\x..` if it is not complete characters."""
 
     token_logprobs: list[float | None] = Field(examples=[[-0.27]])
-    """null for a prompt's first token, before which there is nothing."""
+    """null for a prompt's first token, which has no context."""
 
     top_logprobs: list[dict[str, float] | None] | None = Field(
         examples=[[{" the": -0.27, " a": -2.05}]]
     )
-    """The most probable tokens, and the token itself; null if none were asked for."""
+    """The most probable tokens and the token itself; null if not requested."""
 
     text_offset: list[int] = Field(examples=[[14]])
-    """Where in the choice's text the token begins, in characters."""
+    """Character offset of the token in the choice's text."""
 
 
 class CompletionChoice(AnswerModel):
-    """One text that continues a prompt, or a piece of it."""
+    """A completion of a prompt, or a piece of it."""
 
     index: int
-    """Its number among all choices: those of the first prompt first."""
+    """Its index among all choices, ordered by prompt."""
 
     text: str = Field(examples=[" the mat."])
     """The text."""
 
     logprobs: CompletionLogprobs | None = None
-    """If asked for."""
+    """Only if requested."""
 
     finish_reason: Literal["stop", "length"] | None = None
-    """stop: the model, a stop string or a stop token ended it; length: max_tokens did; null: more
-    is to come."""
+    """stop: ended by the model, a stop string or a stop token; length: ended by max_tokens; null:
+    not finished."""
 
     stop_reason: str | int | None = Field(None, examples=["\n\n"])
     """The stop string or stop token that ended it."""
 
     token_ids: AnswerTokenIds | None = None
-    """The text's tokens, if asked for."""
+    """The text's tokens, if requested."""
 
     prompt_token_ids: AnswerTokenIds | None = None
-    """The prompt's tokens, if asked for."""
+    """The prompt's tokens, if requested."""
 
 
 class Completion(AnswerModel):
-    """The answer of `POST /v1/completions`, and each event of a stream."""
+    """Response of `POST /v1/completions`, and each event of a stream."""
 
     id: str = Field(examples=["cmpl-0a6d3e91f7c24b58a3e6d90b17f4c2d8"])
-    """The answer's id, which is also that of a resumable stream."""
+    """The answer's id, also that of a resumable stream."""
 
     object: Literal["text_completion"] = "text_completion"
-    """The kind of object."""
+    """The object type."""
 
     created: UnixSecond
     """Unix seconds."""
@@ -127,19 +127,19 @@ class Completion(AnswerModel):
     """The model's name."""
 
     system_fingerprint: str = Field(examples=["fp_3b1c9a7d52e0"])
-    """Which weights and tokenizer they were."""
+    """Identifies weights and tokenizer."""
 
     choices: list[CompletionChoice]
-    """All choices; in a stream, what is new of one."""
+    """All choices; in a stream, the updated one."""
 
     usage: Usage | None = None
-    """Tokens; in a stream only where asked for."""
+    """Token usage; in a stream only if requested."""
 
     session_id: str | None = Field(None, examples=[EXAMPLE_SESSION])
-    """The session of which this is a turn."""
+    """The session that the turn belongs to."""
 
     session_turn: int | None = Field(None, examples=[4])
-    """The session's turn that this is, once it is committed."""
+    """The number of the session's turn, once committed."""
 
     timings: Timings | None = None
-    """If asked for, with the end of the last choice."""
+    """If requested, in the last choice's final event."""

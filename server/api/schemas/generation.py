@@ -1,4 +1,4 @@
-"""What completions and chats have in common: how to choose tokens, how to deliver them."""
+"""Parameters common to completions, chats and responses: sampling and delivery."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -36,13 +36,13 @@ LogitBias = Annotated[
 
 
 class StreamOptions(RequestModel):
-    """How a stream tells more than text."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
-    """End the stream with an event that has no choices but the usage."""
+    """End the stream with an event that contains only the usage."""
 
     continuous_usage_stats: bool | None = None
-    """Put the usage so far into every event."""
+    """Include the usage so far in every event."""
 
     include_obfuscation: Annotated[None, Refused(NO_PADDING, False)] = None
 
@@ -51,70 +51,70 @@ class SamplingRequest(RequestModel):
     """Parameters of every request that generates text."""
 
     limit_names: ClassVar[tuple[str, ...]] = ("max_tokens", "n_predict")
-    """Parameters that bound the tokens to generate; the first one that is given counts."""
+    """Names of the token limit; the first one given applies."""
 
     model: Text | None = Field(None, examples=["latentd"])
-    """The model's name; without it, the one that is served."""
+    """The model's name; default: the served one."""
 
     min_tokens: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[1])
-    """Before so many tokens nothing ends the text: no end token, no stop token, no stop string."""
+    """Number of tokens before which nothing ends the text: no end token, stop token or stop
+    string."""
 
     temperature: Annotated[float, Field(ge=0, le=10)] | None = Field(None, examples=[0.7])
-    """0: always the most probable token. Default 1."""
+    """0: greedy. Default 1."""
 
     top_p: Probability | None = Field(None, examples=[0.95])
-    """Choose among the most probable tokens that together have this probability. 0: always the
-    most probable token."""
+    """Sample from the most probable tokens that together have this probability. 0: greedy."""
 
     top_k: Annotated[int, Field(ge=-1, le=LARGEST), WHOLE] | None = Field(None, examples=[40])
-    """Choose among so many of the most probable tokens. 0 and -1: no limit."""
+    """Sample from this many most probable tokens. 0 and -1: no limit."""
 
     min_p: Probability | None = Field(None, examples=[0.05])
-    """Choose among tokens with at least this fraction of the largest probability."""
+    """Sample from tokens with at least this fraction of the largest probability."""
 
     repetition_penalty: RepetitionPenalty | None = Field(None, examples=[1.1])
-    """Divides the positive logits of the last 1,024 tokens and multiplies negative ones."""
+    """Divides positive logits of the last 1,024 tokens and multiplies negative ones."""
 
     repeat_penalty: RepetitionPenalty | None = Field(None, examples=[1.1])
-    """llama.cpp's name of `repetition_penalty`."""
+    """llama.cpp's name for `repetition_penalty`."""
 
     frequency_penalty: Penalty | None = Field(None, examples=[0.2])
-    """Subtracted from a logit for each time that its token was generated lately."""
+    """Subtracted from a token's logit for each recent occurrence in the generated text."""
 
     presence_penalty: Penalty | None = Field(None, examples=[0.1])
-    """Subtracted once from the logit of a token that was generated lately."""
+    """Subtracted once from the logit of a recently generated token."""
 
     logit_bias: LogitBias | None = Field(None, examples=[{"42": -100.0}])
-    """Added to logits, by token id, which JSON writes as a string."""
+    """Added to logits, by token id (a string in JSON)."""
 
     seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX), WHOLE] | None = Field(None, examples=[7])
-    """The same seed gives the same text for the same request."""
+    """The same request with the same seed gives the same text."""
 
     stop: Stop | None = Field(None, examples=[["\n\n"]])
-    """Strings that end the text; they are not part of it."""
+    """Strings that end the text; they are not included."""
 
     stop_token_ids: Annotated[TokenIds, Field(max_length=256)] | None = Field(None, examples=[[2]])
-    """Tokens that end the text, also with `ignore_eos`; they are not part of it."""
+    """Tokens that end the text, even with `ignore_eos`; they are not included."""
 
     include_stop_str_in_output: bool | None = None
-    """What ends the text, a stop string or a stop token, is part of it."""
+    """Include the stop string or stop token that ends the text."""
 
     ignore_eos: bool | None = None
-    """Go on behind the model's end token."""
+    """Continue after the model's end token."""
 
     stream: bool | None = None
-    """Send server-sent events as the text comes to be."""
+    """Stream the text as server-sent events."""
 
     timings: bool | None = None
-    """Tell how long the parts of the work took."""
+    """Return timings."""
 
     timeout: Annotated[float, Field(gt=0)] | None = Field(None, examples=[5.0])
-    """Seconds from the request's arrival in which it must end. One that does not is dropped where
-    it is, a session's turn rolled back: status 504, or an error event in a stream, with the code
+    """Time limit in seconds from the request's arrival. A request that exceeds it is aborted and a
+    session's turn rolled back: status 504, or an error event in a stream, with the code
     `deadline_exceeded`."""
 
     user: Text | None = Field(None, examples=["user-17"])
-    """Your name for who asks; it changes nothing."""
+    """Ignored."""
 
     priority: Annotated[int, Field(ge=-LARGEST, le=LARGEST), WHOLE] | None = Field(
         None, examples=[10]
@@ -126,7 +126,7 @@ class SamplingRequest(RequestModel):
     """flex: this request waits for all of your others."""
 
     structured_outputs: StructuredOutputs | None = None
-    """What the text has to keep to."""
+    """Constrains the text."""
 
     guided_json: JsonSchema | Text | None = Field(None, examples=[PERSON])
     """An older name of `structured_outputs.json`."""
@@ -141,10 +141,10 @@ class SamplingRequest(RequestModel):
     """An older name of `structured_outputs.choice`."""
 
     n_predict: Annotated[int, Field(ge=-1, le=LARGEST), WHOLE] | None = Field(None, examples=[16])
-    """llama.cpp's name of the token limit; -1: the server's default."""
+    """llama.cpp's name for the token limit; -1: the server's default."""
 
     cache_prompt: bool | None = None
-    """A hint that this server does not need: common beginnings are found without it."""
+    """Ignored: shared prefixes are found automatically."""
 
     @property
     def told_tier(self) -> Literal["default", "flex"]:
@@ -153,22 +153,22 @@ class SamplingRequest(RequestModel):
 
     @property
     def asked_format(self) -> ResponseFormat | None:
-        """What the text has to keep to, said in OpenAI's way."""
+        """The constraint in OpenAI's format."""
         return None
 
     @property
     def format_name(self) -> str:
-        """The parameter that `asked_format` comes from."""
+        """The parameter of `asked_format`."""
         return "response_format"
 
     @property
     def num_choices_per_prompt(self) -> int:
-        """Choices that an answer has for each prompt."""
+        """Choices returned per prompt."""
         return 1
 
     @property
     def num_generated_per_prompt(self) -> int:
-        """Choices that are generated for each prompt, those that no answer has included."""
+        """Choices generated per prompt, including those not returned."""
         return self.num_choices_per_prompt
 
     @property
@@ -177,39 +177,39 @@ class SamplingRequest(RequestModel):
 
     @property
     def num_logprobs(self) -> int | None:
-        """The most probable tokens to tell beside each token; None: no probabilities at all."""
+        """Number of most probable tokens to return per position; None: no log-probabilities."""
         return None
 
     @property
     def logprobs_name(self) -> str:
-        """The parameter that `num_logprobs` comes from."""
+        """The parameter of `num_logprobs`."""
         return "logprobs"
 
     @property
     def token_limit(self) -> int | None:
-        """Tokens to generate at most, if the request says it."""
+        """Maximum tokens to generate, if given."""
         limit: int | None = getattr(self, self.limit_name)
         return None if limit == -1 else limit
 
     @property
     def limit_name(self) -> str:
-        """The parameter that `token_limit` comes from."""
+        """The parameter of `token_limit`."""
         given = (name for name in self.limit_names if getattr(self, name) is not None)
         return next(given, self.limit_names[0])
 
     @property
     def prompt_name(self) -> str:
-        """The parameter that the prompt comes from."""
+        """The parameter of the prompt."""
         return "prompt"
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether the prompt's tokens are to be told with their probabilities."""
+        """Whether to return the prompt's log-probabilities."""
         return False
 
     @property
     def returns_tokens(self) -> bool:
-        """Whether token ids are to be told without probabilities."""
+        """Whether to return token ids."""
         return False
 
     @property
@@ -223,29 +223,29 @@ class GenerationRequest(SamplingRequest):
     """Parameters of completions and chats."""
 
     session_id: Text | None = Field(None, examples=[EXAMPLE_SESSION])
-    """Take the session's next turn: send only what is new."""
+    """Run the session's next turn; send only new input."""
 
     expected_turn: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[3])
-    """The turn that the session must be at; otherwise the answer is 409 `turn_mismatch`."""
+    """The turn that the session must be at, else 409 `turn_mismatch`."""
 
     max_tokens: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[16])
-    """Tokens to generate at most. 0 only reads the prompt."""
+    """Maximum tokens to generate. 0: only read the prompt."""
 
     n: Annotated[int, Field(ge=1, le=LARGEST), WHOLE] | None = None
-    """Choices to generate for each prompt."""
+    """Choices per prompt."""
 
     stream_options: StreamOptions | None = None
     """Needs `stream`."""
 
     resumable: bool | None = None
-    """With `stream`: a client that loses its connection does not end the turn.
-    `GET /v1/streams/{id}` goes on, where the id is that of the answer."""
+    """With `stream`: the turn survives a lost connection. Resume it with `GET /v1/streams/{id}`,
+    using the answer's id."""
 
     response_format: ResponseFormat | None = None
-    """What the text has to keep to: JSON of some schema, any JSON object, or nothing."""
+    """Constrains the text to a JSON schema or any JSON object."""
 
     return_token_ids: bool | None = None
-    """Put token ids beside the text."""
+    """Return token ids."""
 
     @property
     def num_choices_per_prompt(self) -> int:
@@ -261,7 +261,7 @@ class GenerationRequest(SamplingRequest):
 
     @property
     def wants_usage_event(self) -> bool:
-        """Whether the stream ends with an event for the usage."""
+        """Whether the stream ends with a usage event."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
@@ -271,50 +271,49 @@ class GenerationRequest(SamplingRequest):
 
 
 class PromptTokensDetails(AnswerModel):
-    """Of the prompt's tokens."""
+    """Details of the prompt's tokens."""
 
     cached_tokens: int = Field(examples=[2])
-    """Prompt tokens that did not need to be read: those that the session held already, or the
-    beginning of a prompt that the server has read before. In a stream a prompt's beginning counts
-    from the end of its choices."""
+    """Prompt tokens that did not have to be read: the session's history, and a cached prefix. In a
+    stream, a cached prefix is counted once the choices have ended."""
 
 
 class Usage(AnswerModel):
-    """Tokens of a request. Those that a session held already count as prompt tokens, too."""
+    """Token usage. A session's history counts as prompt tokens."""
 
     prompt_tokens: int = Field(examples=[6])
-    """Tokens before the answer, those of the session's past included."""
+    """Prompt tokens, including the session's history."""
 
     completion_tokens: int = Field(examples=[3])
-    """Tokens generated, those of choices that are not in the answer included."""
+    """Generated tokens, including those of choices not returned."""
 
     total_tokens: int = Field(examples=[9])
-    """Both together."""
+    """The sum of both."""
 
     prompt_tokens_details: PromptTokensDetails
-    """Which of the prompt's tokens cost nothing."""
+    """Cached prompt tokens."""
 
 
 class Timings(AnswerModel):
-    """Where the time went, in seconds; of several choices, that of the slowest."""
+    """Timings in seconds; of several choices, those of the slowest."""
 
     queue_s: float = Field(examples=[0.0004])
-    """Until the request had a row of the engine."""
+    """Until the request got a row."""
 
     prefill_s: float = Field(examples=[0.0031])
-    """Reading the prompt, from then on."""
+    """Prefill, from then on."""
 
     first_token_s: float | None = Field(examples=[0.0042])
-    """From the request's submission to its first token; null if none was generated."""
+    """From submission to the first token; null if none was generated."""
 
     per_token_s: float | None = Field(examples=[0.0011])
-    """Between two tokens, on average; null with fewer than two."""
+    """Between tokens, on average; null for fewer than two."""
 
     total_s: float = Field(examples=[0.0064])
-    """From the submission to the last token."""
+    """From submission to the last token."""
 
     cached_tokens: int = Field(examples=[2])
-    """Prompt tokens that were not read, since the server had read them before."""
+    """Prompt tokens found in the prefix cache."""
 
     resumed_tokens: int
-    """Tokens of the session's past, which did not need to be read."""
+    """Tokens of the session's history."""

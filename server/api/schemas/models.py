@@ -1,4 +1,4 @@
-"""`/v1/models` and the server's health."""
+"""Models of `/v1/models` and of the health probes."""
 
 from typing import Literal
 
@@ -8,54 +8,54 @@ from server.api.schemas.base import AnswerModel, UnixSecond
 
 
 class Model(AnswerModel):
-    """The model that is served, and what its sessions cost."""
+    """The served model and the size of its sessions."""
 
     id: str = Field(examples=["latentd"])
     """Its name in requests."""
 
     object: Literal["model"] = "model"
-    """The kind of object."""
+    """The object type."""
 
     created: UnixSecond
-    """Unix seconds when its checkpoint was written."""
+    """When its checkpoint was written, in Unix seconds."""
 
     owned_by: str = "latentd"
-    """Who serves it."""
+    """The owner."""
 
     parameters: int = Field(examples=[30_142_976])
-    """Numbers in its weights."""
+    """Number of parameters."""
 
     vocab_size: int = Field(examples=[8192])
     """Token ids are below this."""
 
     context: Literal["unbounded"] = "unbounded"
-    """A session can have any number of tokens, each at the same cost."""
+    """A session can have any number of tokens, at constant cost per token."""
 
     state_bytes: int = Field(examples=[1_622_016])
-    """Memory of one session, at any length of its context."""
+    """Memory per session, at any length."""
 
     max_prompt_tokens: int = Field(examples=[131_072])
-    """Most tokens that one request may add; a session can have any number of requests."""
+    """Maximum prompt tokens per request; a session can have any number of requests."""
 
     max_tokens: int = Field(examples=[65_536])
-    """Most tokens that one request may generate."""
+    """Maximum generated tokens per request."""
 
     chat: bool
-    """Whether it has a chat template, which `/v1/chat/completions` needs."""
+    """Whether it has a chat template, as `/v1/chat/completions` requires."""
 
 
 class ModelList(AnswerModel):
-    """All models of the server: one."""
+    """The served models: one."""
 
     object: Literal["list"] = "list"
-    """The kind of object."""
+    """The object type."""
 
     data: list[Model]
     """The models."""
 
 
 class Health(AnswerModel):
-    """The server is well."""
+    """The server is healthy."""
 
     status: Literal["ok"] = "ok"
-    """It is well."""
+    """Always ok."""

@@ -1,4 +1,4 @@
-"""The shape of every error."""
+"""Response body of every error."""
 
 from pydantic import Field
 
@@ -6,23 +6,23 @@ from server.api.schemas.base import AnswerModel
 
 
 class ErrorDetail(AnswerModel):
-    """What is wrong."""
+    """Details of an error."""
 
     message: str = Field(examples=["temperature: Input should be less than or equal to 10, not 11"])
-    """For people: what is wrong, and what would be right."""
+    """Human-readable description."""
 
     type: str = Field(examples=["invalid_request_error"])
-    """The family of errors that it belongs to."""
+    """The type of error."""
 
     param: str | None = Field(examples=["temperature"])
-    """The parameter that is wrong, as a path such as `stop[1]`; null if it is not one of them."""
+    """Path of the invalid parameter, such as `stop[1]`; null if none is."""
 
     code: str = Field(examples=["invalid_value"])
-    """For programs: which error it is."""
+    """Machine-readable code."""
 
 
 class ErrorResponse(AnswerModel):
-    """The shape of every error."""
+    """Response body of every error."""
 
     error: ErrorDetail
     """The error."""

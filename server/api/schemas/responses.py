@@ -1,4 +1,4 @@
-"""`/v1/responses` in OpenAI's shapes."""
+"""Models of `/v1/responses`."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -52,13 +52,13 @@ Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "
 
 
 class InputPart(RequestModel):
-    """A piece of an input message."""
+    """A part of an input message."""
 
     type: Literal["input_text", "output_text"]
-    """Other kinds of content are not supported."""
+    """Other types are not supported."""
 
     text: Text = Field(examples=["Who sat on the mat?"])
-    """What it says."""
+    """The text."""
 
     annotations: Annotated[None, as_it_came([])] = None
     logprobs: Annotated[None, as_it_came([])] = None
@@ -67,10 +67,10 @@ class InputPart(RequestModel):
 
 
 class InputMessage(RequestModel):
-    """A message; an earlier response's output item is one, too."""
+    """An input message; may be an output item of an earlier response."""
 
     type: Literal["message"] | None = None
-    """Other kinds of items are not supported."""
+    """Other types are not supported."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(examples=["user"])
     """developer means the same as system."""
@@ -105,10 +105,10 @@ Input = Annotated[
 
 
 class JsonSchemaText(NamedSchema):
-    """JSON that a schema describes."""
+    """JSON described by a schema."""
 
     type: Literal["json_schema"]
-    """JSON by a schema."""
+    """JSON described by a schema."""
 
 
 TextStructure = Annotated[
@@ -120,30 +120,30 @@ TextStructure = Annotated[
 
 
 class TextOptions(RequestModel):
-    """What the text is to be like."""
+    """Options of the text."""
 
     format: TextStructure | None = None
     """Its structure."""
 
-    verbosity: Annotated[None, Refused("this server's models know no verbosity", "medium")] = None
+    verbosity: Annotated[None, Refused("verbosity is not supported", "medium")] = None
 
 
 class ResponseStreamOptions(RequestModel):
-    """How a stream tells."""
+    """Options of a stream."""
 
     include_obfuscation: Annotated[None, Refused(NO_PADDING, False)] = None
 
 
 def of_reasoning(example: str) -> Neutral:
-    """What is to be shown of reasoning."""
-    return Neutral("There is no reasoning to show", example)
+    """Reasoning output options."""
+    return Neutral("Reasoning is not supported", example)
 
 
 class Reasoning(RequestModel):
-    """What a model that reasons is to do; of reasoning that is not there nothing can be told."""
+    """Reasoning options; not supported."""
 
-    effort: Annotated[None, Refused("this server's models do not reason", "none")] = None
-    mode: Annotated[None, Refused("this server's models do not reason", "standard")] = None
+    effort: Annotated[None, Refused("reasoning is not supported", "none")] = None
+    mode: Annotated[None, Refused("reasoning is not supported", "standard")] = None
     context: Annotated[None, of_reasoning("auto")] = None
     summary: Annotated[None, of_reasoning("auto")] = None
     generate_summary: Annotated[None, of_reasoning("auto")] = None
@@ -159,77 +159,77 @@ class ResponseRequest(SamplingRequest):
     limit_names: ClassVar[tuple[str, ...]] = ("max_output_tokens", "n_predict")
 
     input: Input | None = Field(None, examples=["Who sat on the mat?"])
-    """A user's text, or messages. Only what is new, with `previous_response_id`."""
+    """A user's text, or messages; with `previous_response_id`, only new ones."""
 
     instructions: Text | None = Field(None, examples=["Answer in one word."])
-    """A system message before the input. The state of a response includes the instructions that
-    came before it: they cannot be taken back, only added to."""
+    """A system message before the input. A response's state includes earlier instructions: they
+    cannot be removed, only extended."""
 
     previous_response_id: Text | None = Field(None, examples=[EXAMPLE_RESPONSE])
-    """Go on from the end of this response, whatever has gone on from there already."""
+    """Continue this response, even if it was continued before."""
 
     store: bool | None = None
-    """Keep the response and the state after it; true unless it is said otherwise."""
+    """Store the response and the state after it; default true."""
 
     background: bool | None = None
-    """Answer at once and go on without the connection; needs `store`."""
+    """Return immediately and run detached from the connection; needs `store`."""
 
     max_output_tokens: Annotated[int, Field(ge=1, le=LARGEST), WHOLE] | None = Field(
         None, examples=[16]
     )
-    """Tokens to generate at most."""
+    """Maximum tokens to generate."""
 
     metadata: Metadata | None = None
-    """Your notes, kept with the response."""
+    """Metadata stored with the response."""
 
     ttl: Ttl | None = None
-    """Seconds after which a stored response is erased."""
+    """Seconds until a stored response expires."""
 
     top_logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[2])
-    """So many of the most probable tokens beside each; needs the include below."""
+    """Number of most probable tokens to return per position; needs the include below."""
 
     include: Annotated[list[Includable], Field(max_length=16, fail_fast=True)] | None = None
-    """What else to tell: the log-probability of each token. The others are of reasoning and tools,
-    which are not there."""
+    """Additional output: log-probabilities. The other values concern reasoning and tools and have
+    no effect."""
 
     text: TextOptions | None = None
-    """What the text is to be like."""
+    """Options of the text."""
 
     stream_options: ResponseStreamOptions | None = None
     """Needs `stream`."""
 
     truncation: Literal["auto", "disabled"] | None = None
-    """Nothing needs to be cut off: a context has no longest length here."""
+    """No effect: the context length is unlimited."""
 
     safety_identifier: Text | None = Field(None, examples=["user-17"])
-    """Your name for who asks; it changes nothing."""
+    """Ignored."""
 
     prompt_cache_key: Text | None = Field(None, examples=["cats"])
-    """A hint that this server does not need: common beginnings are found without it."""
+    """Ignored: shared prefixes are found automatically."""
 
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
-    """A hint that this server does not need."""
+    """Ignored."""
 
     prompt_cache_options: PromptCacheOptions | None = None
-    """Hints that this server does not need."""
+    """Ignored."""
 
     reasoning: Reasoning | None = None
-    """What a model that reasons is to do."""
+    """Reasoning options; not supported."""
 
     tools: Annotated[None, Refused(NO_TOOLS, [])] = None
     tool_choice: Annotated[None, Refused(NO_TOOLS, "none", "auto")] = None
     parallel_tool_calls: Annotated[None, Refused(NO_TOOLS, False, True)] = None
     max_tool_calls: Annotated[None, Refused(NO_TOOLS)] = None
-    prompt: Annotated[None, Refused("this server keeps no prompt templates")] = None
+    prompt: Annotated[None, Refused("stored prompt templates are not supported")] = None
     conversation: Annotated[
-        None, Refused("go on with previous_response_id, or chat with a session_id")
+        None, Refused("use previous_response_id, or chat with a session_id")
     ] = None
-    context_management: Annotated[None, Refused("a context has no longest length here", [])] = None
+    context_management: Annotated[None, Refused("the context length is unlimited", [])] = None
     background_options: Annotated[
-        None, Refused("there is one kind of background", {}, {"completion_window": "soonest"})
+        None, Refused("background options are not supported", {}, {"completion_window": "soonest"})
     ] = None
     moderation: Annotated[None, Refused(NO_MODERATION)] = None
-    access_programs: Annotated[None, Refused("this server has no access programs", {})] = None
+    access_programs: Annotated[None, Refused("access programs are not supported", {})] = None
     image: Annotated[None, Refused(TEXT_ONLY, {})] = None
 
     @property
@@ -258,7 +258,7 @@ class ResponseRequest(SamplingRequest):
 
     @property
     def told_format(self) -> dict[str, Any]:
-        """The structure of the text, as the response tells it."""
+        """The text's format, as reported in the response."""
         asked = None if self.text is None else self.text.format
         if asked is None:
             return {"type": "text"}
@@ -274,7 +274,7 @@ class ResponseRequest(SamplingRequest):
 
     @property
     def messages(self) -> list[tuple[str, str]]:
-        """Roles and texts of what is new, the instructions first."""
+        """Roles and texts of the new messages, instructions first."""
         given = self.input
         told = [] if self.instructions is None else [("system", self.instructions)]
         if isinstance(given, str):
@@ -283,10 +283,10 @@ class ResponseRequest(SamplingRequest):
 
 
 class OutputText(AnswerModel):
-    """A text that the model wrote."""
+    """Generated text."""
 
     type: Literal["output_text"] = "output_text"
-    """The kind of part."""
+    """The part type."""
 
     text: str = Field(examples=["The cat."])
     """The text."""
@@ -295,113 +295,112 @@ class OutputText(AnswerModel):
     """Always empty."""
 
     logprobs: list[TokenLogprob] = Field(default_factory=list)
-    """Its tokens, if asked for."""
+    """Its tokens, if requested."""
 
 
 class OutputMessage(AnswerModel):
-    """A message that the model wrote."""
+    """The generated message."""
 
     id: str = Field(examples=[EXAMPLE_MESSAGE])
     """Its id."""
 
     type: Literal["message"] = "message"
-    """The kind of item."""
+    """The item type."""
 
     status: Literal["in_progress", "completed", "incomplete"] = Field(examples=["completed"])
     """incomplete: the token limit ended it."""
 
     role: Literal["assistant"] = "assistant"
-    """Who said it."""
+    """The role."""
 
     content: list[OutputText]
-    """One text."""
+    """One text part."""
 
 
 class InputTokensDetails(AnswerModel):
-    """Of the input's tokens."""
+    """Details of the input tokens."""
 
     cached_tokens: int = Field(examples=[2])
-    """Tokens that did not need to be read: those of earlier responses, or a beginning that the
-    server has read before."""
+    """Tokens that did not have to be read: those of earlier responses, and a cached prefix."""
 
     cache_write_tokens: int = 0
-    """Always 0: what is kept for others is not counted."""
+    """Always 0."""
 
 
 class OutputTokensDetails(AnswerModel):
-    """Of the output's tokens."""
+    """Details of the output tokens."""
 
     reasoning_tokens: int = 0
     """Always 0."""
 
 
 class ResponseUsage(AnswerModel):
-    """Tokens of a response. Those of earlier responses count as input, too."""
+    """Token usage. Earlier responses count as input."""
 
     input_tokens: int = Field(examples=[6])
-    """Tokens before the output, those of earlier responses included."""
+    """Input tokens, including those of earlier responses."""
 
     input_tokens_details: InputTokensDetails
-    """Which of them cost nothing."""
+    """Cached input tokens."""
 
     output_tokens: int = Field(examples=[3])
-    """Tokens generated."""
+    """Generated tokens."""
 
     output_tokens_details: OutputTokensDetails
-    """Of those generated."""
+    """Breakdown of the generated tokens."""
 
     total_tokens: int = Field(examples=[9])
-    """All together."""
+    """The sum of both."""
 
 
 class ResponseError(AnswerModel):
     """Why a response failed."""
 
     code: str = Field(examples=["internal_error"])
-    """The kind of fault."""
+    """The error code."""
 
-    message: str = Field(examples=["the server failed; its log tells more"])
-    """What happened."""
+    message: str = Field(examples=["internal server error; see the server's log"])
+    """The description."""
 
 
 class IncompleteDetails(AnswerModel):
     """Why a response is incomplete."""
 
     reason: Literal["max_output_tokens"]
-    """The token limit ended it."""
+    """Ended by the token limit."""
 
 
 class ToldFormat(AnswerModel):
-    """What the text was to be like."""
+    """The requested text format."""
 
     format: dict[str, Any] = Field(examples=[{"type": "text"}])
-    """As it was asked for."""
+    """As requested."""
 
 
 class ResponseObject(AnswerModel):
-    """A response. Once stored it does not change, and any number of others can go on from it."""
+    """A response. Once stored it is immutable and can be continued any number of times."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"error": None, "incomplete_details": None}]}
     )
 
     id: str = Field(examples=[EXAMPLE_RESPONSE])
-    """Its id, for `previous_response_id` and all calls under `/v1/responses`."""
+    """Its id, for `previous_response_id` and all operations under `/v1/responses`."""
 
     object: Literal["response"] = "response"
-    """The kind of object."""
+    """The object type."""
 
     created_at: UnixSecond
     """Unix seconds."""
 
     completed_at: UnixSecond | None
-    """Unix seconds of its end; null before."""
+    """When it ended, in Unix seconds; null before."""
 
     status: Status = Field(examples=["completed"])
-    """How it stands."""
+    """The status."""
 
     background: bool = Field(examples=[False])
-    """Whether it goes on without a connection."""
+    """Whether it runs detached from the connection."""
 
     error: ResponseError | None
     """Why it failed."""
@@ -410,10 +409,10 @@ class ResponseObject(AnswerModel):
     """Why it is incomplete."""
 
     instructions: str | None = Field(examples=["Answer in one word."])
-    """As they were given."""
+    """As requested."""
 
     max_output_tokens: int | None = Field(examples=[16])
-    """As it was given."""
+    """As requested."""
 
     model: str = Field(examples=["latentd"])
     """The model's name."""
@@ -422,31 +421,31 @@ class ResponseObject(AnswerModel):
     """One message; none before the end."""
 
     parallel_tool_calls: bool = True
-    """No model here calls tools."""
+    """No effect: tool calls are not supported."""
 
     previous_response_id: str | None = Field(examples=["resp_Zc81Lw0uYb4NqEsVtKx6RmJaPgDhOi2f"])
-    """The response that it went on from."""
+    """The response that it continues."""
 
     service_tier: Literal["default", "flex"] = "default"
     """The tier that was asked for."""
 
     store: bool
-    """Whether it is kept."""
+    """Whether it is stored."""
 
     temperature: float = Field(examples=[1.0])
     """The temperature."""
 
     text: ToldFormat
-    """The text's structure."""
+    """The text's format."""
 
     tool_choice: Literal["auto"] = "auto"
-    """No model here calls tools."""
+    """No effect: tool calls are not supported."""
 
     tools: list[Any] = Field(default_factory=list, examples=[[]])
-    """No model here calls tools."""
+    """No effect: tool calls are not supported."""
 
     top_logprobs: int
-    """Most probable tokens beside each."""
+    """Most probable tokens returned per position."""
 
     top_p: float = Field(examples=[1.0])
     """The top_p."""
@@ -458,48 +457,48 @@ class ResponseObject(AnswerModel):
     """The frequency_penalty."""
 
     reasoning: None = None
-    """No model here reasons."""
+    """Always null: reasoning is not supported."""
 
     max_tool_calls: None = None
-    """No model here calls tools."""
+    """No effect: tool calls are not supported."""
 
     safety_identifier: str | None = Field(None, examples=["user-17"])
-    """As it was given."""
+    """As requested."""
 
     prompt_cache_key: str | None = Field(None, examples=["cats"])
-    """As it was given."""
+    """As requested."""
 
     truncation: Literal["disabled"] = "disabled"
-    """Nothing is ever cut off."""
+    """Always disabled."""
 
     usage: ResponseUsage | None
-    """Tokens; null before the end."""
+    """Token usage; null before the end."""
 
     user: str | None = Field(examples=["user-17"])
-    """As it was given."""
+    """As requested."""
 
     metadata: dict[str, str] = Field(examples=[{"topic": "cats"}])
-    """Your notes."""
+    """As requested."""
 
     timings: Timings | None = None
-    """If asked for."""
+    """Only if requested."""
 
 
 class ResponseDeleted(AnswerModel):
-    """A response that is no more."""
+    """A deleted response."""
 
     id: str = Field(examples=[EXAMPLE_RESPONSE])
-    """What it was called."""
+    """Its id."""
 
     object: Literal["response"] = "response"
-    """The kind of object."""
+    """The object type."""
 
     deleted: Literal[True] = True
-    """It is gone."""
+    """Always true."""
 
 
 class ResponseEvent(AnswerModel):
-    """An event of a response's stream. Which fields it has depends on its type."""
+    """An event of a response's stream. Its fields depend on its type."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -523,19 +522,19 @@ class ResponseEvent(AnswerModel):
         "response.incomplete",
         "response.failed",
     ] = Field(examples=["response.output_text.delta"])
-    """What happened."""
+    """The description."""
 
     sequence_number: int = Field(examples=[4])
-    """Its place in the stream, from 0 on."""
+    """Its number in the stream, from 0."""
 
     response: ResponseObject | None = None
-    """The response as it is now."""
+    """The current response."""
 
     output_index: int | None = None
     """Always 0: there is one message."""
 
     item: OutputMessage | None = None
-    """The message as it is now."""
+    """The current message."""
 
     item_id: str | None = Field(None, examples=[EXAMPLE_MESSAGE])
     """The message's id."""
@@ -544,13 +543,13 @@ class ResponseEvent(AnswerModel):
     """Always 0: a message has one text."""
 
     part: OutputText | None = None
-    """The text as it is now."""
+    """The current text."""
 
     delta: str | None = Field(None, examples=[" cat"])
-    """Text that follows the text so far."""
+    """Text to append."""
 
     text: str | None = Field(None, examples=["The cat."])
-    """The whole text."""
+    """The complete text."""
 
     logprobs: list[TokenLogprob] | None = None
-    """The tokens whose text begins here, if asked for."""
+    """Tokens whose text begins here, if requested."""

@@ -1,4 +1,4 @@
-"""`/v1/sessions`."""
+"""Models of `/v1/sessions`."""
 
 from typing import Annotated, Literal
 
@@ -28,7 +28,7 @@ TurnNumber = Annotated[int, Field(ge=0, le=LARGEST, examples=[1]), WHOLE]
 
 
 class CreateSessionRequest(RequestModel):
-    """`POST /v1/sessions`; the body may be left out."""
+    """`POST /v1/sessions`; the body is optional."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -39,33 +39,33 @@ class CreateSessionRequest(RequestModel):
     )
 
     metadata: Metadata | None = None
-    """Your notes, kept with the session."""
+    """Metadata stored with the session."""
 
     ttl: Ttl | None = None
-    """Seconds without use after which the session is erased."""
+    """Seconds without use after which the session expires."""
 
     prompt: Prompt | None = Field(None, examples=["Once upon a time"])
-    """Text or token ids that the session begins with, read as its first turn."""
+    """Initial text or token ids, read as the first turn."""
 
     response_id: Text | None = Field(None, examples=[EXAMPLE_RESPONSE])
-    """Begin with a copy of the state after this stored response, instead of a prompt."""
+    """Start from the state after this stored response, instead of a prompt."""
 
 
 class ForkRequest(RequestModel):
-    """`POST /v1/sessions/{id}/fork`; the body may be left out."""
+    """`POST /v1/sessions/{id}/fork`; the body is optional."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"metadata": {"topic": "dogs"}, "ttl": 3600.0}]}
     )
 
     turn: TurnNumber | None = None
-    """The checkpoint to begin with; the last one if not given. 0 is the empty beginning."""
+    """The checkpoint to start from; default: the last. 0 is the empty beginning."""
 
     metadata: Metadata | None = None
-    """Those of the session if not given."""
+    """Default: the session's."""
 
     ttl: Ttl | None = None
-    """That of the session if not given."""
+    """Default: the session's."""
 
 
 class RewindRequest(RequestModel):
@@ -76,7 +76,7 @@ class RewindRequest(RequestModel):
 
 
 class Parent(AnswerModel):
-    """A checkpoint of another session, which may not exist any more."""
+    """A checkpoint of another session, which may have been deleted."""
 
     session_id: str = Field(examples=["sess_w8Rk3TzB5nQ0yVj6XcLmHd1sPaGfEu9o"])
     """Its id."""
@@ -86,49 +86,49 @@ class Parent(AnswerModel):
 
 
 class Session(AnswerModel):
-    """A conversation that the server keeps as one state of fixed size. Times are Unix seconds."""
+    """A conversation stored as one state of fixed size. Times are Unix seconds."""
 
     id: str = Field(examples=[EXAMPLE_SESSION])
-    """Its id, which cannot be guessed."""
+    """Its unguessable id."""
 
     object: Literal["session"] = "session"
-    """The kind of object."""
+    """The object type."""
 
     created_at: UnixTime
-    """When it was made."""
+    """When it was created."""
 
     last_used_at: UnixTime
-    """When its last turn was committed, or when it was made."""
+    """When its last turn was committed, or when it was created."""
 
     expires_at: float | None = Field(examples=[1_767_229_200.5])
-    """When it is erased if nobody uses it; null: never."""
+    """When it expires unless used; null: never."""
 
     ttl: float | None = Field(examples=[3600.0])
     """Seconds without use after which it expires."""
 
     turn: int = Field(examples=[3])
-    """Turns committed."""
+    """Number of committed turns."""
 
     checkpoints: int = Field(examples=[3])
-    """How many of its last turns can be forked or rewound to."""
+    """Number of checkpoints, of the last turns."""
 
     tokens: int = Field(examples=[412])
-    """Tokens that the session has read and written."""
+    """Tokens read and generated."""
 
     state_bytes: int = Field(examples=[1_622_016])
-    """Memory of its state, whatever its length."""
+    """Size of its state, at any length."""
 
     tier: Literal["device", "host", "store"] | None
-    """The fastest place that has its state; null before the first turn."""
+    """The fastest tier with its state; null before the first turn."""
 
     status: Literal["idle", "busy"]
-    """busy: a turn is running, and another one would be refused."""
+    """busy: a turn is running, and another would be rejected."""
 
     parent: Parent | None
-    """Where it was forked from."""
+    """The checkpoint that it was forked from."""
 
     metadata: dict[str, str] = Field(examples=[{"topic": "cats"}])
-    """Your notes."""
+    """Metadata."""
 
 
 class ImportedSession(Session):
@@ -142,29 +142,29 @@ class ImportedSession(Session):
 
 
 class Checkpoint(AnswerModel):
-    """A turn whose state is kept."""
+    """A turn whose state is stored."""
 
     object: Literal["session.turn"] = "session.turn"
-    """The kind of object."""
+    """The object type."""
 
     turn: int = Field(examples=[3])
     """Its number."""
 
     tokens: int = Field(examples=[412])
-    """Tokens of the session after it."""
+    """Tokens of the session after the turn."""
 
     created_at: UnixTime
     """When it was committed, in Unix seconds."""
 
     bytes: int = Field(examples=[1_623_104])
-    """What it takes in the store."""
+    """Size in the store."""
 
 
 class CheckpointList(AnswerModel):
     """A session's checkpoints, newest first."""
 
     object: Literal["list"] = "list"
-    """The kind of object."""
+    """The object type."""
 
     data: list[Checkpoint]
     """The checkpoints."""
@@ -174,7 +174,7 @@ class SessionList(AnswerModel):
     """A page of sessions, newest first."""
 
     object: Literal["list"] = "list"
-    """The kind of object."""
+    """The object type."""
 
     data: list[Session]
     """The sessions."""
@@ -183,20 +183,20 @@ class SessionList(AnswerModel):
     """The page's first session; null if there is none."""
 
     last_id: str | None = Field(examples=[EXAMPLE_SESSION])
-    """Pass as `after` for the next page."""
+    """Pass it as `after` for the next page."""
 
     has_more: bool
-    """Whether there is a page after this one."""
+    """Whether there is a next page."""
 
 
 class SessionDeleted(AnswerModel):
-    """A session that is no more."""
+    """A deleted session."""
 
     id: str = Field(examples=[EXAMPLE_SESSION])
-    """What it was called."""
+    """Its id."""
 
     object: Literal["session.deleted"] = "session.deleted"
-    """The kind of object."""
+    """The object type."""
 
     deleted: Literal[True] = True
-    """It is gone."""
+    """Always true."""

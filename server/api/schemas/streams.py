@@ -1,4 +1,4 @@
-"""`/v1/streams`."""
+"""Models of `/v1/streams`."""
 
 from typing import Literal
 
@@ -8,13 +8,13 @@ from server.api.schemas.base import EXAMPLE_STREAM, AnswerModel, UnixTime
 
 
 class StreamInfo(AnswerModel):
-    """A stream that can be resumed."""
+    """A resumable stream."""
 
     id: str = Field(examples=[EXAMPLE_STREAM])
-    """That of the answer that it delivers."""
+    """Its id, that of the answer."""
 
     object: Literal["stream"] = "stream"
-    """The kind of object."""
+    """The object type."""
 
     created_at: UnixTime
     """Unix seconds."""
@@ -22,23 +22,23 @@ class StreamInfo(AnswerModel):
     status: Literal["in_progress", "completed", "failed", "cancelled"] = Field(
         examples=["completed"]
     )
-    """How its turn stands."""
+    """Status of its turn."""
 
     events: int = Field(examples=[5])
-    """Events so far."""
+    """Number of events so far."""
 
     expires_at: float | None = Field(examples=[1_767_229_200.5])
-    """Unix seconds when it is forgotten; null while it runs."""
+    """When it expires, in Unix seconds; null while it runs."""
 
 
 class StreamDeleted(AnswerModel):
-    """A stream that is no more."""
+    """A deleted stream."""
 
     id: str = Field(examples=[EXAMPLE_STREAM])
-    """What it was called."""
+    """Its id."""
 
     object: Literal["stream.deleted"] = "stream.deleted"
-    """The kind of object."""
+    """The object type."""
 
     deleted: Literal[True] = True
-    """It is gone."""
+    """Always true."""

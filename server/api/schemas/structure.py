@@ -1,4 +1,4 @@
-"""What a text has to keep to."""
+"""Models of structured output."""
 
 from typing import Annotated, Any, Literal
 
@@ -23,39 +23,39 @@ class NamedSchema(RequestModel):
     """A JSON schema with a name."""
 
     name: Annotated[Text, Field(min_length=1, max_length=64)] = Field(examples=["person"])
-    """Yours; the text does not depend on it."""
+    """No effect on the text."""
 
     description: Text | None = Field(None, examples=["Somebody."])
-    """Yours; the text does not depend on it."""
+    """No effect on the text."""
 
     schema_: Annotated[JsonSchema | None, Field(alias="schema"), AS_JSON] = Field(
         None, examples=[PERSON]
     )
-    """The JSON schema; without it, any JSON object. What cannot be enforced is refused."""
+    """The JSON schema; default: any JSON object. Unenforceable schemas are rejected."""
 
     strict: bool | None = None
-    """Schemas are always kept to, whatever this says."""
+    """No effect: schemas are always enforced."""
 
 
 class TextFormat(RequestModel):
-    """Text as it comes."""
+    """Unconstrained text."""
 
     type: Literal["text"]
-    """No structure is asked for."""
+    """No constraint."""
 
 
 class JsonObjectFormat(RequestModel):
-    """Some JSON object."""
+    """Any JSON object."""
 
     type: Literal["json_object"]
     """Any JSON object."""
 
 
 class JsonSchemaFormat(RequestModel):
-    """JSON that a schema describes."""
+    """JSON described by a schema."""
 
     type: Literal["json_schema"]
-    """JSON by a schema."""
+    """JSON described by a schema."""
 
     json_schema: NamedSchema
     """The schema."""
@@ -84,11 +84,11 @@ _GIVEN: dict[str, JsonValue] = {
     **dict.fromkeys(("json", "regex", "grammar", "choice"), _NOT_NULL),
     "json_object": {"const": True},
 }
-"""What gives each of the structures, for the documentation."""
+"""Schema of each field when given, for the documentation."""
 
 
 class StructuredOutputs(RequestModel):
-    """What the text has to keep to: one of these."""
+    """A constraint on the text: exactly one of these fields."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -108,7 +108,7 @@ class StructuredOutputs(RequestModel):
     """Any JSON object."""
 
     regex: Source | None = Field(None, examples=["[0-9]{4}"])
-    """A regular expression that the whole text matches, in the syntax of Rust's regex crate."""
+    """A regular expression that must match the whole text, in the syntax of Rust's regex crate."""
 
     grammar: Source | None = Field(None, examples=['root ::= "yes" | "no"'])
     """A context-free grammar: llguidance's Lark if it has a rule `start`, else llama.cpp's GBNF."""

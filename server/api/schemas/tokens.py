@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`, in the shape that other servers gave them."""
+"""Models of `/tokenize` and `/detokenize`, compatible with other servers."""
 
 from typing import Annotated
 
@@ -9,40 +9,40 @@ from server.api.schemas.chat import Message
 
 
 class TokenizeRequest(RequestModel):
-    """`POST /tokenize`: a prompt or messages, one of them."""
+    """`POST /tokenize`: either a prompt or messages."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "The cat sat on"}]})
 
     model: Text | None = Field(None, examples=["latentd"])
-    """The model's name; without it, the one that is served."""
+    """The model's name; default: the served one."""
 
     prompt: Text | None = Field(None, examples=["The cat sat on"])
-    """Text as `/v1/completions` would read it."""
+    """A prompt, as for `/v1/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
-    """A conversation as `/v1/chat/completions` would read it."""
+    """A conversation, as for `/v1/chat/completions`."""
 
     add_special_tokens: bool | None = None
-    """Begin with the token that a fresh text begins with; true unless it is said otherwise."""
+    """Include the initial token of a new text; default true."""
 
     return_token_strs: bool | None = None
-    """Tell each token's name in the vocabulary, too."""
+    """Also return each token's name in the vocabulary."""
 
 
 class Tokenized(AnswerModel):
     """A text as tokens."""
 
     count: int = Field(examples=[3])
-    """How many there are."""
+    """Number of tokens."""
 
     tokens: list[int] = Field(examples=[[1, 71, 24]])
-    """Their ids."""
+    """Token ids."""
 
     token_strs: list[str] | None = Field(examples=[["<|begin|>", "The", " cat"]])
-    """Their names, if asked for."""
+    """Their names, if requested."""
 
     max_model_len: None
-    """Always null: a context has no longest length here."""
+    """Always null: the context length is unlimited."""
 
 
 class DetokenizeRequest(RequestModel):
@@ -51,7 +51,7 @@ class DetokenizeRequest(RequestModel):
     model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [1, 71, 24]}]})
 
     model: Text | None = Field(None, examples=["latentd"])
-    """The model's name; without it, the one that is served."""
+    """The model's name; default: the served one."""
 
     tokens: TokenIds = Field(examples=[[1, 71, 24]])
     """Token ids."""
@@ -61,20 +61,20 @@ class Detokenized(AnswerModel):
     """Tokens as text."""
 
     prompt: str = Field(examples=["The cat"])
-    """The text; special tokens are there by their names."""
+    """The text; special tokens appear by name."""
 
 
 class TokenizerInfo(AnswerModel):
-    """What clients need to know that prepare prompts themselves."""
+    """Tokenizer details, for clients that prepare prompts themselves."""
 
     bos_token: str | None = Field(examples=["<|begin|>"])
-    """The token that a fresh text begins with."""
+    """The initial token of a new text."""
 
     eos_token: str | None = Field(examples=["<|end|>"])
-    """The token that the model ends a text with; the first of several."""
+    """The model's end token; the first of several."""
 
     pad_token: None = None
-    """Always null: nothing is padded."""
+    """Always null."""
 
     vocab_size: int = Field(examples=[8192])
     """Token ids are below this."""
@@ -82,4 +82,4 @@ class TokenizerInfo(AnswerModel):
     chat_template: str | None = Field(
         examples=["{% for message in messages %}{{ message.content }}{% endfor %}"]
     )
-    """The template that messages become a prompt by."""
+    """The chat template."""

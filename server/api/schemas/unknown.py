@@ -1,4 +1,4 @@
-"""Names in a request that nobody knows: refused, or ignored where the operator says so."""
+"""Unknown request parameters: rejected, or ignored if the operator says so."""
 
 import logging
 from contextvars import ContextVar
@@ -10,14 +10,14 @@ log = logging.getLogger(__name__)
 
 
 class UnknownParameters:
-    """What a server does with them. One that is ignored is logged once."""
+    """A server's policy for unknown parameters. Ignored names are logged once."""
 
     def __init__(self, policy: Literal["refuse", "ignore"] = "refuse") -> None:
         self._ignores = policy == "ignore"
         self._named = set[str]()
 
     def ignores(self, name: str) -> bool:
-        """Whether a parameter of this name is to be dropped."""
+        """Whether to drop a parameter with this name."""
         if not self._ignores:
             return False
         shown = name[:LONGEST_NAME]
@@ -28,4 +28,4 @@ class UnknownParameters:
 
 
 POLICY: ContextVar[UnknownParameters] = ContextVar("POLICY", default=UnknownParameters())  # noqa: B039
-"""Of the server that reads the request: models are validated without a context of their own."""
+"""The policy of the current request's server; models are validated without other context."""

@@ -34,7 +34,7 @@ TOO_MUCH: list[tuple[Any, str | None, str]] = [
 def test_what_is_too_much_is_named(
     body: Any, param: str | None, what: str, indent: int | None
 ) -> None:
-    with pytest.raises(InvalidRequest, match=f"{what}, the most is") as caught:
+    with pytest.raises(InvalidRequest, match=f"{what}, the maximum is") as caught:
         check_shape(json.dumps(body, indent=indent).encode(), MAX_VALUES)
     assert caught.value.param == param
 
@@ -51,7 +51,7 @@ def test_marks_within_strings_do_not_count(value: Any) -> None:
     num_values = count(value)
     check_shape(text, num_values)
     if num_values:
-        with pytest.raises(InvalidRequest, match="values, the most is"):
+        with pytest.raises(InvalidRequest, match="values, the maximum is"):
             check_shape(text, num_values - 1)
 
 

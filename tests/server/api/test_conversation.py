@@ -146,7 +146,7 @@ def test_what_a_template_refuses_is_the_clients_to_know(template: str, reason: s
 
 
 def test_a_template_that_hides_answers_cannot_go_on_with_a_session() -> None:
-    with pytest.raises(UnfitMessages, match="does not show earlier answers"):
+    with pytest.raises(UnfitMessages, match="omits earlier answers"):
         conversation("{{ messages[-1].content }}").go_on(said("x"), MOST)
 
 

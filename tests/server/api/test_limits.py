@@ -129,7 +129,7 @@ def test_generated_tokens_may_pass_the_limit_and_then_nothing_is_left(clock: Clo
 def test_a_prompt_that_can_never_fit_is_not_told_to_come_back() -> None:
     async def main() -> None:
         limits, who = limiter(), caller(tokens_per_minute=100)
-        with pytest.raises(InvalidRequest, match=r"101 tokens.* can never fit") as caught:
+        with pytest.raises(InvalidRequest, match=r"101 tokens.* never fits") as caught:
             await use(limits, who, 101)
         assert caught.value.status == 400
         assert "Retry-After" not in caught.value.headers
@@ -315,7 +315,7 @@ def test_a_limit_refuses_counts_and_lets_through_again(limited: LiveServer, cloc
         assert refused.status_code == 429
         error = refused.json()["error"]
         assert (error["type"], error["code"]) == ("rate_limit_error", "requests_per_minute")
-        assert "4 requests a minute" in error["message"]
+        assert "4 requests per minute" in error["message"]
         assert sample(client, reason, reason="requests_per_minute") == before + 1
         assert left(refused)[0] == "0"
         complete(other, max_tokens=1)

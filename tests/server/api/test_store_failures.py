@@ -167,7 +167,7 @@ def test_expired_sessions_are_erased_when_the_disk_works_again(
             return store_of(server).total.num_sessions
 
         def num_failed() -> int:
-            return sum("stay for now" in record.getMessage() for record in caplog.records)
+            return sum("cannot be erased yet" in record.getMessage() for record in caplog.records)
 
         client.post("/v1/sessions", json={"ttl": 1000, "prompt": "the cat"})
         with broken_disk(server):

@@ -31,7 +31,7 @@ LONG = ("--temperature", 0, "--max-tokens", 60_000)
 
 SUMMARY = re.compile(
     r"turn (\d+): (\d+) \+ (\d+) tokens; session: ([\d,]+) tokens in ([\d,]+) bytes; "
-    r"first token: [\d,]+ ms; speed: [\d,]+ tokens/s; cut at the limit of tokens"
+    r"first token: [\d,]+ ms; speed: [\d,]+ tokens/s; stopped at the token limit"
 )
 
 
@@ -122,7 +122,7 @@ def test_lines_come_from_a_pipe_and_plain_text_goes_to_one(
     assert done.stdout.decode() == "".join(answers)
     first, *summaries, last = done.stderr.decode().splitlines()
     [session_id] = re.findall(r"^session (\S+): new$", first)
-    assert last == f"to go on: latentd chat --session {session_id}"
+    assert last == f"to continue: latentd chat --session {session_id}"
     session = facts(client, session_id)
     assert [SUMMARY.fullmatch(line) is not None for line in summaries] == [True, True]
     told = [int(number.replace(",", "")) for number in SUMMARY.findall(summaries[1])[0]]
@@ -178,7 +178,7 @@ def test_what_is_sent(between: Proxy) -> None:
         }
     assert len(set(between.keys)) == 3
     _, remarks = piped(between.url, "the cat\n", "--session", session_id, *SHORT, *options)
-    assert "the session has begun: the system text is not sent" in remarks
+    assert "the session has already begun: the system message is not sent" in remarks
     assert between.turns[-1]["messages"] == [users[1] | {"content": "the cat"}]
 
 
@@ -190,7 +190,7 @@ def test_text_goes_as_it_is_where_there_is_no_template(
         lines, key = "the cat\n sat\n", ("--key", KEY, "--system", "x")
         said, remarks = piped(between.url, lines, *SHORT, *key)
         assert remarks.count("this model has no chat template") == 1
-        assert "the system text is not sent" in remarks
+        assert "the system message is not sent" in remarks
         assert remarks.splitlines()[-1].endswith("--raw")
         assert ["messages" in turn for turn in between.turns] == [True, False, False]
         assert [turn.get("prompt") for turn in between.turns] == [None, "the cat", " sat"]
@@ -245,7 +245,9 @@ def test_every_command(
     assert does("/export a name") == "a name\n"
     for name in (f"{session_id}-3.safetensors", "a name"):
         assert Path(name).read_bytes() == state
-    assert failing(url, "/export a name\n", "--session", session_id)[1].count("a name: exists")
+    assert failing(url, "/export a name\n", "--session", session_id)[1].count(
+        "a name already exists"
+    )
     assert "No such file" in failing(url, "/export no/where\n", "--session", session_id)[1]
 
     fresh, said = does("/new", "the cat").split("\n", 1)
@@ -271,14 +273,14 @@ def test_every_command(
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("/foo bar", "there is no /foo, but /sessions, /new,"),
-        ("/", "there is no /, but"),
-        ("/new x", "/new stands alone"),
-        ("/switch", "needs the ID"),
+        ("/foo bar", "unknown command /foo: use /sessions, /new,"),
+        ("/", "unknown command /: use"),
+        ("/new x", "/new takes no argument"),
+        ("/switch", "needs a session ID"),
         ("/switch nobody", "nobody"),
-        ("/fork x", "x is not the number of a turn"),
+        ("/fork x", "x is not a turn number"),
         ("/fork 9", "9"),
-        ("/rewind", "at its beginning"),
+        ("/rewind", "at its first turn"),
         ("/rewind 9", "9"),
     ],
 )
@@ -304,7 +306,7 @@ def test_refusals_are_shown_and_the_chat_goes_on(between: Proxy, client: httpx.C
     with person(between.url, "--session", session_id, "--max-tokens", 8) as somebody:
         somebody.read("> ")
         somebody.type("/nothing\n")
-        somebody.read(r"latentd: there is no /nothing")
+        somebody.read(r"latentd: unknown command /nothing")
         between.upstream, upstream = "http://127.0.0.1:1", between.upstream
         somebody.type("/stats\n")
         somebody.read(r"latentd: [^\r]*\r\n> ")
@@ -321,7 +323,7 @@ def test_somebody_elses_turn_is_noticed(chatting: LiveServer, client: httpx.Clie
         answer(client, session_id, "on")
         before = place(client, session_id)
         somebody.type("the cat\n")
-        somebody.read(r"somebody else has changed the session, which is at turn 1 now")
+        somebody.read(r"another client has changed the session, which is now at turn 1")
         somebody.read("> ")
         assert place(client, session_id) == before
         somebody.type("the cat\n")
@@ -342,7 +344,7 @@ def test_ctrl_c_leaves_the_session_as_it_was(chatting: LiveServer, client: httpx
             assert facts(client, session_id)["status"] == "busy"
             somebody.type(CTRL_C)
             told = somebody.read(
-                r"the turn was rolled back, the session is as it was before: at turn (\d+), with "
+                r"the turn was rolled back, the session is unchanged: at turn (\d+), with "
                 r"(\d+) tokens"
             )
             somebody.read("> ")
@@ -377,7 +379,7 @@ def test_a_turn_that_was_committed_when_the_connection_broke_is_told_to_its_end(
     said, remarks = piped(between.url, "the cat\nsat\n", *SHORT)
     assert between.turns[0] == between.turns[1]
     assert between.keys[0] == between.keys[1] != between.keys[2]
-    assert "whether the turn was taken is not known" in remarks
+    assert "whether the turn was committed is unknown" in remarks
     assert "the turn was committed" in remarks
     # The error stands between the two parts of the answer, and begins a line.
     assert said.replace("\n", "").startswith(visible(expected).replace("\n", ""))
@@ -391,7 +393,7 @@ def test_a_turn_that_broke_off_was_rolled_back(
     session_id = new(client)
     between.spoils.append(spoil)
     _, remarks = failing(between.url, "the cat\nsat\n", "--session", session_id, *LONG)
-    assert "the turn was rolled back, the session is as it was before: at turn 0" in remarks
+    assert "the turn was rolled back, the session is unchanged: at turn 0" in remarks
     assert ("latentd: the engine[2J broke\n" in remarks) is (spoil is fail_early)
     assert len(between.turns) == 1
     assert place(client, session_id) == (0, 0)
@@ -410,11 +412,11 @@ def test_a_turn_of_unknown_fate_is_looked_up_before_the_next(
     with person(between.url, "--session", session_id, *SHORT) as somebody:
         somebody.read("> ")
         somebody.type("the cat\n")
-        somebody.read(r"is not known: looking")
+        somebody.read(r"is unknown: checking")
         somebody.read(r"latentd: [^\r]*\r\n> ")
         between.upstream = upstream
         somebody.type("the cat\n")
-        somebody.read(r"the turn was committed, and is part of the session: at turn 1")
+        somebody.read(r"the turn was committed: at turn 1")
         somebody.read("> ")
         assert place(client, session_id)[0] == 1
         somebody.type("the cat\n")
@@ -433,7 +435,7 @@ def test_a_turn_of_unknown_fate_may_be_superseded(between: Proxy, client: httpx.
 
     between.spoils.append(cut_and_mix)
     _, remarks = failing(between.url, "the cat\n", "--session", session_id, *SHORT)
-    assert "the turn was not taken: the session has gone on without it: at turn 2" in remarks
+    assert "the turn was lost: another client has continued the session: at turn 2" in remarks
     assert place(client, session_id)[0] == 2
 
 
@@ -441,7 +443,7 @@ def test_a_stream_without_its_end_has_broken_off(between: Proxy) -> None:
     between.is_polite = True
     between.spoils.append(cut_early)
     _, remarks = failing(between.url, "the cat\n", *LONG)
-    assert f"latentd: {between.url}: the answer broke off\n" in remarks
+    assert f"latentd: {between.url}: the answer ended early\n" in remarks
     assert "the turn was rolled back" in remarks
 
 
@@ -458,7 +460,7 @@ def test_a_session_that_stays_busy(
     between.spoils.append(stay)
     try:
         _, remarks = failing(between.url, "the cat\n", "--session", session_id, *LONG)
-        assert f"latentd: session {session_id} is busy still after 0.5 seconds" in remarks
+        assert f"latentd: session {session_id} is still busy after 0.5 seconds" in remarks
         _, remarks = failing(between.url, "the cat\n", "--session", session_id, *LONG)
         assert f"latentd: session {session_id} is busy with another turn" in remarks
     finally:

@@ -119,7 +119,7 @@ def test_the_default_checkpoint_and_a_foreign_state(file: Path, blob: bytes, cod
         assert done.exit_code == 1
         shown = fields(done.stdout)
         assert shown["fingerprint"] == codec.fingerprint
-        assert shown["model"] == f"not this one, which is {checkpoints.fingerprint(PRETRAINED)}"
+        assert shown["model"] == f"another one; this model is {checkpoints.fingerprint(PRETRAINED)}"
         assert shown["checksum"] == checksum
         assert ["m", "float32"] in [row[:2] for row in cells(done.stdout)]
         theirs = codec.fingerprint[:12]
@@ -134,7 +134,7 @@ def test_a_model_of_linear_values_has_other_tensors(
     config.write_text(json.dumps(json.loads(config.read_text()) | {"values": "linear"}))
     done = inspect(file, blob, linear)
     assert done.exit_code == 1
-    assert fields(done.stdout)["checksum"].startswith("not known")
+    assert fields(done.stdout)["checksum"].startswith("unknown")
     assert "it belongs to model" in verdict(done.stdout)
 
 
@@ -143,7 +143,7 @@ def test_a_foreign_state_of_unknown_tensors(file: Path, blob: bytes, tiny_checkp
     other = safetensors.numpy.save({**arrays, "x": np.ones((3, 2))}, facts | {"fingerprint": "f"})
     done = inspect(file, other, tiny_checkpoint)
     assert done.exit_code == 1
-    assert fields(done.stdout)["checksum"].startswith("not known")
+    assert fields(done.stdout)["checksum"].startswith("unknown")
     assert ["x", "float64", "3 2", "1", "1", "yes"] in cells(done.stdout)
 
 

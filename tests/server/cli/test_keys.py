@@ -47,7 +47,7 @@ def test_a_revoked_key_is_gone(file: Path) -> None:
 def test_refusals_are_one_line(file: Path) -> None:
     latentd("keys", "add", "app", "--file", file)
     assert "already" in refused("keys", "add", "app", "--file", file)
-    assert "no name for a key" in refused("keys", "add", "a b", "--file", file)
+    assert "not a valid key name" in refused("keys", "add", "a b", "--file", file)
     assert "No such file" in refused("keys", "list", "--file", file.with_name("none"))
     file.write_text("{}x")
     assert str(file) in refused("keys", "list", "--file", file)

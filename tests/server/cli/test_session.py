@@ -128,7 +128,9 @@ def test_export_names_the_file_and_overwrites_none(
     assert earlier == f"{session_id}-1.safetensors"
     assert Path(earlier).read_bytes() != state(client, session_id)
     Path("out").write_text("precious")
-    assert "out: exists; --force" in refused(server, "export", session_id, "--out", "out")
+    assert "out already exists; use --force" in refused(
+        server, "export", session_id, "--out", "out"
+    )
     assert Path("out").read_text() == "precious"
     told(server, "export", session_id, "--out", "out", "--force")
     assert Path("out").read_bytes() == state(client, session_id)
@@ -167,7 +169,7 @@ def test_export_to_a_pipe_and_not_to_a_terminal(server: LiveServer, session_id: 
     os.close(terminal)
     os.close(ours)
     assert shown.returncode == 2
-    assert shown.stderr.startswith("latentd: a state is not for a terminal")
+    assert shown.stderr.startswith("latentd: refusing to write a binary state to a terminal")
 
 
 def test_exported_inspected_imported_both_go_on_alike(
@@ -253,8 +255,8 @@ def test_the_key_decides_whose_sessions_they_are(server: LiveServer, session_id:
     assert session_id in commands.told(*own, "--key", KEY)
     assert session_id in commands.told(*own, LATENT_KEY=KEY)
     assert commands.told(*own, "--key", OTHER, LATENT_KEY=KEY) == ""
-    assert "does not know" in commands.refused(*own, "--key", "wrong")
-    assert "wants an API key" in commands.refused(*own)
+    assert "invalid API key" in commands.refused(*own, "--key", "wrong")
+    assert "an API key is required" in commands.refused(*own)
     for impossible in ("é", "a\nb", "\ud800"):
         assert "printable ASCII" in commands.refused(*own, "--key", impossible)
 
@@ -299,7 +301,7 @@ def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        assert refused_by(url) == f"latentd: {url}: no answer within 0.2 seconds\n"
+        assert refused_by(url) == f"latentd: {url}: no response within 0.2 seconds\n"
 
 
 @contextmanager
@@ -333,9 +335,7 @@ def test_a_server_of_another_kind(status: int, body: bytes) -> None:
     with another_server(status, body, {}) as url:
         for command in (["show", "x"], ["list"], ["turns", "x"], ["export", "x"]):
             line = commands.refused("session", *command, "--url", url)
-            assert line == (
-                f"latentd: {url}: the answer, of status {status}, is not one of latentd\n"
-            )
+            assert line == (f"latentd: {url}: the response (status {status}) is not from latentd\n")
 
 
 def test_an_empty_page_is_the_last() -> None:

@@ -619,7 +619,7 @@ def test_a_response_is_kept_for_its_time(tmp_path: Path) -> None:
             usual = await w.respond("usual", b"u")
             assert short.expires_at == short.created_at + 50.0
             assert usual.expires_at == usual.created_at + 100.0
-            with pytest.raises(InvalidRequest, match=r"ttl is 101, the most is 100"):
+            with pytest.raises(InvalidRequest, match=r"ttl is 101, the maximum is 100"):
                 await w.respond("long", b"l", ttl_s=101.0)
             with at(40):
                 assert await w.ledger.sweep() == 0

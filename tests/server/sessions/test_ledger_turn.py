@@ -514,7 +514,7 @@ def test_a_session_that_moved_meanwhile_is_not_advanced(tmp_path: Path, are_larg
                 moved = replace(start, turn=2, state_id=None)
                 await w.store.advance(moved, NewState("moved", CODEC.encode(state(b"m"))), 8)
                 files = state_files(tmp_path)
-                with pytest.raises(StorageFailed, match=r"is not at turn 1 any more"):
+                with pytest.raises(StorageFailed, match=r"is no longer at turn 1"):
                     await commit(turn, state(b"b"))
             assert (await w.get(start.id)).state_id == "moved"
             assert state_files(tmp_path) == files

@@ -137,9 +137,9 @@ def test_a_server_says_what_it_cannot_continue_and_a_command_erases_it(
             refused("erase-model", OTHER, "--data-dir", tmp_path)
     assert said()[0] == said()[1]
     assert said()[0] == (
-        f"kept, but not to be continued by this model (fingerprint {own}): 1 session of the model "
-        f"with fingerprint {OTHER[:SHORT]}; serve that model again, or stop the server and erase "
-        f"them with `latentd erase-model {OTHER[:SHORT]} --data-dir {tmp_path}`"
+        f"the store has 1 session of the model with fingerprint {OTHER[:SHORT]}, which this model "
+        f"(fingerprint {own}) cannot continue; serve that model again, or stop the server and "
+        f"erase them with `latentd erase-model {OTHER[:SHORT]} --data-dir {tmp_path}`"
     )
     assert "there are" in refused("erase-model", "0" * 12, "--data-dir", tmp_path)
     assert told("erase-model", OTHER[:SHORT], "--data-dir", tmp_path) == "erased 1 session\n"

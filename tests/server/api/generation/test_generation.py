@@ -80,17 +80,21 @@ def test_what_is_not_asked_for_is_the_servers(read: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "param", "message"),
     [
-        ({"max_tokens": 101}, "max_tokens", "max_tokens is 101, the most is 100"),
+        ({"max_tokens": 101}, "max_tokens", "max_tokens is 101, the maximum is 100"),
         ({"n": 5}, "n", "n is 5"),
         ({"n": 1, "best_of": 5}, "best_of", "best_of is 5"),
         ({"stop": ["a", "b", "c"]}, "stop", "stop strings is 3"),
         ({"logit_bias": {"1": 1, "2": 1, "3": 1}}, "logit_bias", "biased tokens is 3"),
         ({"logit_bias": {"300": 1}}, "logit_bias", "'300' is not a token id from 0 to 299"),
         ({"prompt": ["a"] * 3, "n": 3}, "prompt", "n times the number of prompts is 9"),
-        ({"timeout": 30.5}, "timeout", "timeout is 30.5, the most is 30"),
+        ({"timeout": 30.5}, "timeout", "timeout is 30.5, the maximum is 30"),
         ({"logprobs": 6}, "logprobs", "most probable tokens is 6"),
         ({"min_tokens": 8, "max_tokens": 7}, "min_tokens", "more than max_tokens, 7"),
-        ({"stop_token_ids": [300]}, "stop_token_ids", "token id 300 is not below 300"),
+        (
+            {"stop_token_ids": [300]},
+            "stop_token_ids",
+            "token id 300 is not below the vocabulary size 300",
+        ),
     ],
 )
 def test_what_exceeds_the_settings_is_named(

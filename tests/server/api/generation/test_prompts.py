@@ -47,7 +47,9 @@ def test_a_text_begins_with_the_models_first_token_and_goes_on_without(tmp_path:
 
 def test_a_token_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
     async def main(service: Service) -> None:
-        with pytest.raises(InvalidRequest, match="310 is not below 310") as caught:
+        with pytest.raises(
+            InvalidRequest, match="310 is not below the vocabulary size 310"
+        ) as caught:
             await texts(service, [5], [309, 310]).read(Continuation())
         assert caught.value.param == "prompt"
 
@@ -68,12 +70,12 @@ def test_a_text_that_is_too_long_is_refused_before_it_is_tokenised(tmp_path: Pat
         most = service.settings.max_prompt_tokens
         for text in ("x" * (100 * most), "the cat " * most):
             with pytest.raises(
-                InvalidRequest, match=f"the most in one request is {most}"
+                InvalidRequest, match=f"the maximum per request is {most}"
             ) as caught:
                 await texts(service, text).read(Continuation())
             assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
             with pytest.raises(
-                InvalidRequest, match=f"the most in one request is {most}"
+                InvalidRequest, match=f"the maximum per request is {most}"
             ) as caught:
                 await chat(service, [("user", text)], "input").read(Continuation())
             assert (caught.value.param, caught.value.code) == ("input", "context_length_exceeded")
