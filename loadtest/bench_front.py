@@ -112,12 +112,12 @@ def measure(
         if reader.stdout is None or reader.stdout.readline() != "ready\n":
             raise RuntimeError("a client did not get its streams")
     before = cpu(process.pid)
-    told = [reader.communicate()[0] for reader in readers]
+    outputs = [reader.communicate()[0] for reader in readers]
     spent = cpu(process.pid) - before
     if any(reader.returncode for reader in readers):
         raise RuntimeError("a client failed")
     emitted = process.stdout.readline() if process.stdout is not None else ""
-    return float(emitted.split()[1]), spent, [Report(**json.loads(line)) for line in told]
+    return float(emitted.split()[1]), spent, [Report(**json.loads(line)) for line in outputs]
 
 
 def show(name: str, emitted: float, spent: Cpu, reports: list[Report]) -> None:

@@ -16,12 +16,12 @@ from unittest.mock import patch
 import torch
 
 from model import PRETRAINED, checkpoint
-from model.decoding.decoder import Decoded, Done, Piece
+from model.decoding.decoder import CompletedStep, Decoded, Piece
 from model.decoding.sampling import SamplingParams
 from model.network import Network
 from model.state import StatePool
 from server.engine.inbox import Inbox
-from server.engine.messages import Continuation, EngineRequest, Event, RowGivenUp, Submit
+from server.engine.messages import Continuation, EngineRequest, Event, RowReleased, Submit
 from server.engine.scheduler import EngineLimits
 from server.engine.worker import Worker
 from server.metrics import Metrics
@@ -42,9 +42,11 @@ class StandIn:
     def prepare(self) -> None:
         pass
 
-    def launch(self, pieces: Sequence[Piece]) -> Done:
+    def launch(self, pieces: Sequence[Piece]) -> CompletedStep:
         self._num_launches += 1
-        return Done(Decoded([ORDINARY[(self._num_launches + each.row) % 600] for each in pieces]))
+        return CompletedStep(
+            Decoded([ORDINARY[(self._num_launches + each.row) % 600] for each in pieces])
+        )
 
 
 def main() -> None:
@@ -55,8 +57,8 @@ def main() -> None:
     arguments = parser.parse_args()
     loaded = checkpoint.load(arguments.checkpoint, torch.device("cpu"))
 
-    def stand_in(network: Network, pool: StatePool, most_rows: int) -> StandIn:
-        del network, pool, most_rows
+    def stand_in(network: Network, pool: StatePool, max_rows: int) -> StandIn:
+        del network, pool, max_rows
         return StandIn()
 
     print(f"{'rows':>6} {'us a token':>11} {'ms a step':>10} {'tokens/s':>10}")
@@ -75,7 +77,7 @@ def _run(loaded: checkpoint.Checkpoint, rows: int, tokens: int) -> float:
     inbox = Inbox(limits.max_waiting, limits.max_waiting_tokens)
     num_events = 0
 
-    def deliver(events: list[Event | RowGivenUp]) -> None:
+    def deliver(events: list[Event | RowReleased]) -> None:
         nonlocal num_events
         num_events += len(events)
 

@@ -30,7 +30,7 @@ from model.decoding.sampling import SamplingParams
 from server.api.app import engine_limits
 from server.engine.device import choose_device, choose_threads
 from server.engine.engine import Engine
-from server.engine.messages import Continuation, EngineRequest, Event, Finished, RowGivenUp
+from server.engine.messages import Continuation, EngineRequest, Event, Finished, RowReleased
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -45,7 +45,7 @@ class BareEngine:
         choose_threads(threads, checkpoint.network)
         self.checkpoint = checkpoint
         self.ids = tuple(checkpoint.tokenizer.encode(PROMPT))
-        self.happened: queue.SimpleQueue[tuple[float, list[Event | RowGivenUp]]] = (
+        self.happened: queue.SimpleQueue[tuple[float, list[Event | RowReleased]]] = (
             queue.SimpleQueue()
         )
         limits = engine_limits(Settings())
@@ -84,7 +84,7 @@ class BareEngine:
         )
         return statistics.median(before[100:]), max(during)
 
-    def _gaps(self, is_last: Callable[[int, list[Event | RowGivenUp]], bool]) -> list[float]:
+    def _gaps(self, is_last: Callable[[int, list[Event | RowReleased]], bool]) -> list[float]:
         """Between the steps until the last one; in each, every running stream has its token."""
         moments = []
         while True:
@@ -93,7 +93,7 @@ class BareEngine:
             if is_last(len(moments), events):
                 return [b - a for a, b in pairwise(moments)]
 
-    def _deliver(self, events: list[Event | RowGivenUp]) -> None:
+    def _deliver(self, events: list[Event | RowReleased]) -> None:
         self.happened.put((time.perf_counter(), events))
 
 

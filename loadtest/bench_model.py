@@ -32,11 +32,11 @@ def alternate(rounds: int, *tasks: Callable[[], object]) -> list[float]:
     for task in tasks:
         task()
     for _ in range(rounds):
-        for task, taken in zip(tasks, times, strict=True):
+        for task, measured in zip(tasks, times, strict=True):
             started = time.perf_counter()
             task()
-            taken.append(time.perf_counter() - started)
-    return [statistics.median(taken) for taken in times]
+            measured.append(time.perf_counter() - started)
+    return [statistics.median(measured) for measured in times]
 
 
 def read_bandwidth() -> float:

@@ -102,7 +102,7 @@ def ask(port: int, key: str, path: str, body: bytes, timeout_s: float) -> int:
 
 def times(port: int, body: Body, seconds: float, start: int) -> tuple[list[float], int]:
     """Seconds that each of the client's requests takes, and how many were refused or unanswered."""
-    taken, bad, number, end = list[float](), 0, start, time.monotonic() + seconds
+    measured, bad, number, end = list[float](), 0, start, time.monotonic() + seconds
     while time.monotonic() < end:
         number += 1
         path, asked = body(number)
@@ -111,9 +111,9 @@ def times(port: int, body: Body, seconds: float, start: int) -> tuple[list[float
             bad += ask(port, CLIENT, path, json.dumps(asked).encode(), PATIENCE_S) != 200
         except TimeoutError:
             bad += 1
-        taken.append(time.monotonic() - began)
+        measured.append(time.monotonic() - began)
         time.sleep(0.02)
-    return taken, bad
+    return measured, bad
 
 
 @contextmanager
@@ -141,15 +141,14 @@ def beside(port: int, body: Body, count: int) -> Iterator[None]:
             thread.join()
 
 
-def described(taken: list[float], bad: int) -> str:
-    ordered = sorted(taken)
+def described(measured: list[float], bad: int) -> str:
+    ordered = sorted(measured)
     middle, p99 = (
         ordered[len(ordered) // 2],
         ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)],
     )
-    return (
-        f"{len(taken):4d} asked {bad:3d} bad  p50 {middle * 1e3:7.0f} ms  p99 {p99 * 1e3:7.0f} ms"
-    )
+    p50_ms, p99_ms = middle * 1e3, p99 * 1e3
+    return f"{len(measured):4d} asked {bad:3d} bad  p50 {p50_ms:7.0f} ms  p99 {p99_ms:7.0f} ms"
 
 
 def measure(folder: Path, seconds: float) -> None:

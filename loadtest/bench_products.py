@@ -21,7 +21,7 @@ from loadtest.bench_model import alternate
 from model import WeightDtype
 from model.kernels.cpu.compilation import target
 from model.kernels.cpu.linear import PRODUCT, product_function
-from model.kernels.cpu.team import run_team
+from model.kernels.cpu.openmp import run_on_threads
 from model.kernels.linear import PackedLinear, narrow
 
 ROWS = (1, 8, 64, 512)
@@ -63,7 +63,7 @@ class Products:
 
         def run() -> tuple[Tensor, Tensor]:
             for record in records:
-                run_team(function, record, threads)
+                run_on_threads(function, record, threads)
             return x, y  # whose addresses the records have
 
         return run

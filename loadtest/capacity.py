@@ -24,7 +24,7 @@ class Trial:
 
     rate: float
     summary: Summary
-    is_kept: bool
+    is_retained: bool
     """Whether enough requests met the objectives."""
 
 
@@ -66,9 +66,9 @@ async def search(server: Target, load: Workload, how: Search, seed: int) -> list
         )
         summary = summarise(samples, how.objectives)
         trials.append(Trial(rate, summary, summary.attainment >= how.share))
-        verdict = "[green]holds" if trials[-1].is_kept else "[red]fails"
+        verdict = "[green]holds" if trials[-1].is_retained else "[red]fails"
         console.print(f"{label:>20}: {summary.attainment:6.1%} good, {verdict}", highlight=False)
-        return trials[-1].is_kept
+        return trials[-1].is_retained
 
     low, high = 0.0, how.first
     for _ in range(MOST_DOUBLINGS):
@@ -94,7 +94,7 @@ async def search(server: Target, load: Workload, how: Search, seed: int) -> list
 
 def highest(trials: Sequence[Trial]) -> Trial:
     """The one with the highest rate that holds."""
-    return max((trial for trial in trials if trial.is_kept), key=lambda trial: trial.rate)
+    return max((trial for trial in trials if trial.is_retained), key=lambda trial: trial.rate)
 
 
 def draw(path: Path, trials: Sequence[Trial], how: Search) -> None:
@@ -180,7 +180,7 @@ def capacity(
     show_summary(f"{url}: {best.rate:.3g} requests/s hold", best.summary)
     if out is not None:
         found = [
-            {"rate": t.rate, "holds": t.is_kept, "summary": t.summary.to_json()} for t in trials
+            {"rate": t.rate, "holds": t.is_retained, "summary": t.summary.to_json()} for t in trials
         ]
         write_result(out, {"rate": best.rate, "attainment": attainment, "trials": found})
         draw(out / f"capacity.{'svg' if svg else 'png'}", trials, how)

@@ -143,13 +143,13 @@ def alternate(rounds: int, tasks: Sequence[Callable[[], object]]) -> list[float]
     times: list[list[float]] = [[] for _ in tasks]
     both, chance = list(zip(tasks, times, strict=True)), random.Random(0)
     for _ in range(rounds):
-        for task, taken in chance.sample(both, len(both)):
+        for task, measured in chance.sample(both, len(both)):
             task()
             started = time.perf_counter()
             for _ in range(STEPS):
                 task()
-            taken.append((time.perf_counter() - started) / STEPS)
-    return [statistics.median(taken) for taken in times]
+            measured.append((time.perf_counter() - started) / STEPS)
+    return [statistics.median(measured) for measured in times]
 
 
 def measure(
@@ -171,12 +171,12 @@ def measure(
     ]
     seconds = alternate(rounds, tasks)
     of_cache = {
-        length: (cache_bytes(cache, length), taken)
-        for length, cache, taken in zip(theirs, caches, seconds[len(ours) :], strict=True)
+        length: (cache_bytes(cache, length), measured)
+        for length, cache, measured in zip(theirs, caches, seconds[len(ours) :], strict=True)
     }
     return [
-        Measured(length, len(pool.export_row(0)), taken, *of_cache.get(length, (None, None)))
-        for length, pool, taken in zip(ours, pools, seconds, strict=False)
+        Measured(length, len(pool.export_row(0)), measured, *of_cache.get(length, (None, None)))
+        for length, pool, measured in zip(ours, pools, seconds, strict=False)
     ]
 
 

@@ -41,11 +41,11 @@ class Report:
 class Stream:
     """One request and what has come of its answer."""
 
-    def __init__(self, port: int, endpoint: str, tokens: int, *, is_kept: bool) -> None:
+    def __init__(self, port: int, endpoint: str, tokens: int, *, is_retained: bool) -> None:
         self.endpoint, self.expected = endpoint, tokens
         self.tokens = self.events = 0
         self.has_begun = False
-        self.kept: list[bytes] | None = [] if is_kept else None
+        self.kept: list[bytes] | None = [] if is_retained else None
         self.delays_ms: list[float] = []
         self.tail = b""
         self.socket = socket.create_connection(("127.0.0.1", port))
@@ -63,7 +63,7 @@ class Stream:
         )
         self.socket.setblocking(False)
 
-    def take(self, piece: bytes) -> None:
+    def receive(self, piece: bytes) -> None:
         """Count what is in the next bytes."""
         self.has_begun = True
         count = piece.count(_MARK)
@@ -91,10 +91,10 @@ class Stream:
             lines = dict(line.split(": ", 1) for line in event.split("\n") if ": " in line)
             if lines["data"] != "[DONE]":
                 for choice in json.loads(lines["data"])["choices"]:
-                    told = (
+                    delta = (
                         choice["delta"] if self.endpoint == "chat" else {"content": choice["text"]}
                     )
-                    text += told.get("content", "")
+                    text += delta.get("content", "")
         if text.count(MARK) != self.expected:
             raise RuntimeError(f"{text.count(MARK)} tokens of {self.expected}")
 
@@ -117,7 +117,7 @@ def read(streams: list[Stream]) -> tuple[float, float]:
                 num_begun += 1
                 if num_begun == len(streams):
                     print("ready", flush=True)
-            stream.take(piece)
+            stream.receive(piece)
             if not first and stream.tokens:
                 first = time.perf_counter()
     return first, time.perf_counter()
@@ -127,7 +127,7 @@ def main() -> None:
     """Read and report."""
     port, endpoint, num_streams, tokens = sys.argv[1:]
     streams = [
-        Stream(int(port), endpoint, int(tokens), is_kept=i % KEPT_EVERY == 0)
+        Stream(int(port), endpoint, int(tokens), is_retained=i % KEPT_EVERY == 0)
         for i in range(int(num_streams))
     ]
     before = time.process_time()

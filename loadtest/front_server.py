@@ -17,7 +17,14 @@ from typer.main import get_command
 
 from model.checkpoint import Checkpoint
 from server.__main__ import app
-from server.engine.messages import EngineRequest, Event, Finished, RowGivenUp, TextDelta, Timings
+from server.engine.messages import (
+    EngineRequest,
+    EngineTimings,
+    Event,
+    Finished,
+    RowReleased,
+    TextDelta,
+)
 from server.engine.scheduler import EngineLimits
 from server.engine.worker import Deliver
 from server.metrics import Metrics
@@ -81,7 +88,7 @@ class StandIn:
             if (ahead := due - time.perf_counter()) > 0:
                 time.sleep(ahead)
             text = f"{MARK}{time.monotonic_ns() // 1000} "
-            events: list[Event | RowGivenUp] = [
+            events: list[Event | RowReleased] = [
                 TextDelta(request.request_id, text)
                 for request in requests
                 if request.request_id not in self._cancelled
@@ -91,7 +98,7 @@ class StandIn:
                 total_s = time.perf_counter() - started
                 rate = num_steps * len(requests) / total_s
                 print(f"emitted    {rate:.0f}", flush=True)
-                timings = Timings(0.0, 0.0, 0.0, total_s)
+                timings = EngineTimings(0.0, 0.0, 0.0, total_s)
                 self._deliver(
                     [
                         Finished(request.request_id, "", "length", num_steps, timings)

@@ -88,7 +88,7 @@ def main() -> None:
     _prefill(served, paper, sizes)
     _swap(served, sizes)
     if not TINY:
-        _where_time_goes(served, 256)
+        _profile(served, 256)
     if not arguments.no_server:
         _serve(network, arguments.dtype, 1 if TINY else arguments.api_workers)
 
@@ -196,10 +196,10 @@ def _step_seconds(network: LanguageModel, pool: StatePool, count: int, repeats: 
     for _ in range(3 * repeats):
         started = time.perf_counter()
         following = runner.launch(ahead)
-        under_way.take()
+        under_way.collect()
         under_way = following
         times.append(time.perf_counter() - started)
-    under_way.take()
+    under_way.collect()
     return statistics.median(times[repeats:])
 
 
@@ -229,12 +229,12 @@ def _swap(served: LanguageModel, sizes: Sizes) -> None:
     moves = new_transfer(pool)
     rows = [1 + i % 8 for i in range(max(8, sizes.repeats))]
     data = pool.export_row(1)
-    out_alone = _seconds(lambda: moves.export_row(1).take(), sizes.repeats)
+    out_alone = _seconds(lambda: moves.export_row(1).collect(), sizes.repeats)
     in_alone = _seconds(lambda: moves.import_row(1, data), sizes.repeats)
 
     def many() -> None:
         for export in [moves.export_row(row) for row in rows]:
-            export.take()
+            export.collect()
 
     each = _seconds(many, 3) / len(rows)
     print(
@@ -243,7 +243,7 @@ def _swap(served: LanguageModel, sizes: Sizes) -> None:
     )
 
 
-def _where_time_goes(served: LanguageModel, count: int) -> None:
+def _profile(served: LanguageModel, count: int) -> None:
     """Kernels of a step by their share of its time."""
     from torch.profiler import ProfilerActivity, profile
 

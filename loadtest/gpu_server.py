@@ -24,7 +24,7 @@ from model.heinsen.checkpoint import save
 from model.heinsen.network import LanguageModel
 from model.text.byte_level import ByteLevelTokenizer
 from server.engine.engine import Engine, EngineLimits
-from server.engine.messages import Continuation, EngineRequest, Event, Finished, RowGivenUp
+from server.engine.messages import Continuation, EngineRequest, Event, Finished, RowReleased
 from server.metrics import Metrics
 
 LETTERS = "abcdefghij"
@@ -45,7 +45,7 @@ def engine_rate(
 ) -> float:
     """Tokens per second of so many streams, at the engine's boundary."""
     loaded = checkpoint.load(folder, device, dtype)
-    happened: queue.SimpleQueue[list[Event | RowGivenUp]] = queue.SimpleQueue()
+    happened: queue.SimpleQueue[list[Event | RowReleased]] = queue.SimpleQueue()
     limits = EngineLimits(streams, 0, streams, 100 * streams, 512, 0.1, 0)
     engine = Engine(loaded, limits, happened.put, Metrics())
     engine.start()
@@ -103,7 +103,7 @@ def _read(port: int, streams: int, tokens: int, clients: int) -> list[Report]:
         )
         for share in shares
     ]
-    told = [reader.communicate()[0] for reader in readers]
+    outputs = [reader.communicate()[0] for reader in readers]
     if any(reader.returncode for reader in readers):
         raise RuntimeError("a client failed")
-    return [Report(**json.loads(lines.splitlines()[-1])) for lines in told]
+    return [Report(**json.loads(lines.splitlines()[-1])) for lines in outputs]

@@ -47,7 +47,7 @@ DIGESTS = platformdirs.user_cache_path("latentd") / "digests.json"
 LARGE_BYTES = 64 << 20
 """Files from this size on are not read again for their digest."""
 
-MOST_DIGESTS = 64
+MAX_DIGESTS = 64
 SETTLED_S = 2
 """A file that changed less than this before it was read may change again at the same time stamp."""
 
@@ -164,13 +164,13 @@ def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         if path.stat().st_size < LARGE_BYTES:
             return hashlib.file_digest(file, "sha256").hexdigest()
-        identity, kept = _identity(path), _kept_digests()
+        identity, kept = _identity(path), _load_digests()
         if identity in kept:
             return kept[identity]
         settled = time.time() - path.stat().st_ctime > SETTLED_S
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if settled and _identity(path) == identity:
-        _keep_digests({identity: digest} | kept)
+        _save_digests({identity: digest} | kept)
     return digest
 
 
@@ -180,7 +180,7 @@ def _identity(path: Path) -> str:
     return f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
 
 
-def _kept_digests() -> dict[str, str]:
+def _load_digests() -> dict[str, str]:
     try:
         kept = json.loads(read_file(DIGESTS))
         return {identity: bytes.fromhex(digest).hex() for identity, digest in kept.items()}
@@ -188,9 +188,9 @@ def _kept_digests() -> dict[str, str]:
         return {}
 
 
-def _keep_digests(digests: dict[str, str]) -> None:
+def _save_digests(digests: dict[str, str]) -> None:
     """Newest first. Where nothing can be written, large files are read at each start."""
-    content = json.dumps(dict(list(digests.items())[:MOST_DIGESTS]), indent=1)
+    content = json.dumps(dict(list(digests.items())[:MAX_DIGESTS]), indent=1)
     with suppress(OSError):
         DIGESTS.parent.mkdir(parents=True, exist_ok=True)
         write_file(DIGESTS, content.encode())

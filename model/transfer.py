@@ -19,9 +19,9 @@ class Export(Protocol):
 
     @property
     def is_done(self) -> bool:
-        """Whether `take` need not wait."""
+        """Whether `collect` need not wait."""
 
-    def take(self) -> bytes:
+    def collect(self) -> bytes:
         """The row's bytes, as `StatePool.export_row` gives them. Called once."""
 
 
@@ -42,7 +42,7 @@ class Ready:
     data: bytes
     is_done = True
 
-    def take(self) -> bytes:
+    def collect(self) -> bytes:
         return self.data
 
 
@@ -65,40 +65,40 @@ class PinnedTransfer:
     def __init__(self, pool: StatePool) -> None:
         self._pool = pool
         self._stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
-        self._rooms = deque[_Room]()
+        self._free_buffers = deque[_Buffer]()
         """Buffers that nothing is on its way through; there are as many as were ever needed."""
 
     def export_row(self, row: int) -> "_PinnedExport":
-        room = self._room()
-        self._pool.gather_row(row, room.on_device)
-        room.filled.record()
+        buffer = self._acquire_buffer()
+        self._pool.gather_row(row, buffer.on_device)
+        buffer.filled.record()
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(room.filled)
-            room.on_host.copy_(room.on_device, non_blocking=True)
-            room.crossed.record()
-        return _PinnedExport(room, self._rooms)
+            self._stream.wait_event(buffer.filled)
+            buffer.on_host.copy_(buffer.on_device, non_blocking=True)
+            buffer.crossed.record()
+        return _PinnedExport(buffer, self._free_buffers)
 
     def import_row(self, row: int, data: bytes) -> None:
         self._pool.check_length(data)
-        room = self._room()
-        room.on_host.numpy()[:] = memoryview(data)
+        buffer = self._acquire_buffer()
+        buffer.on_host.numpy()[:] = memoryview(data)
         with torch.cuda.stream(self._stream):
-            room.on_device.copy_(room.on_host, non_blocking=True)
-            room.crossed.record()
-        torch.cuda.current_stream().wait_event(room.crossed)
-        self._pool.scatter_row(row, room.on_device)
-        room.filled.record()
-        self._rooms.append(room)
+            buffer.on_device.copy_(buffer.on_host, non_blocking=True)
+            buffer.crossed.record()
+        torch.cuda.current_stream().wait_event(buffer.crossed)
+        self._pool.scatter_row(row, buffer.on_device)
+        buffer.filled.record()
+        self._free_buffers.append(buffer)
 
-    def _room(self) -> "_Room":
+    def _acquire_buffer(self) -> "_Buffer":
         """A buffer whose last use is over."""
-        if self._rooms and self._rooms[0].is_free:
-            return self._rooms.popleft()
-        return _Room.make(self._pool)
+        if self._free_buffers and self._free_buffers[0].is_free:
+            return self._free_buffers.popleft()
+        return _Buffer.make(self._pool)
 
 
 @dataclass(frozen=True)
-class _Room:
+class _Buffer:
     """A row's bytes on both sides."""
 
     on_device: Tensor
@@ -110,9 +110,9 @@ class _Room:
     """The other stream has copied it."""
 
     @staticmethod
-    def make(pool: StatePool) -> "_Room":
+    def make(pool: StatePool) -> "_Buffer":
         size = pool.spec.num_bytes
-        return _Room(
+        return _Buffer(
             torch.empty(size, dtype=torch.uint8, device=pool.device),
             torch.empty(size, dtype=torch.uint8, pin_memory=True),
             *(torch.cuda.Event() for _ in range(2)),  # type: ignore[no-untyped-call]
@@ -125,17 +125,17 @@ class _Room:
 
 @dataclass(frozen=True)
 class _PinnedExport:
-    room: _Room
-    rooms: deque[_Room]
+    buffer: _Buffer
+    buffers: deque[_Buffer]
 
     @property
     def is_done(self) -> bool:
-        return _is_over(self.room.crossed)
+        return _is_over(self.buffer.crossed)
 
-    def take(self) -> bytes:
-        self.room.crossed.synchronize()
-        data = self.room.on_host.numpy().tobytes()
-        self.rooms.append(self.room)
+    def collect(self) -> bytes:
+        self.buffer.crossed.synchronize()
+        data = self.buffer.on_host.numpy().tobytes()
+        self.buffers.append(self.buffer)
         return data
 
 

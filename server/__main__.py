@@ -334,7 +334,7 @@ def erase_model(
     import asyncio
 
     from server.errors import StorageFailed
-    from server.sessions.models import ModelError, described
+    from server.sessions.models import ModelError, describe_counts
     from server.sessions.models import erase_model as run
     from server.sessions.sqlite.store import STORE_FILE, SQLiteStore
     from server.sessions.store import StoreError
@@ -344,7 +344,7 @@ def erase_model(
             raise StoreError(f"{data_dir / STORE_FILE}: there is no session store")
         store = SQLiteStore(data_dir / STORE_FILE)
         try:
-            return described(await run(store, fingerprint))
+            return describe_counts(await run(store, fingerprint))
         finally:
             await store.close()
 

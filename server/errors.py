@@ -281,7 +281,7 @@ class ResponseDamaged(StorageFailed):
         self.headers.update(NO_RETRY)
 
 
-class UnfitState(LatentdError):
+class IncompatibleState(LatentdError):
     """A blob is not a state of this server's model; the message names the difference."""
 
     def __init__(self, message: str) -> None:

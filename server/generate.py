@@ -15,9 +15,9 @@ from server.engine.messages import (
     Event,
     Failed,
     Finished,
-    NoProbabilities,
+    InvalidLogits,
     RowDamaged,
-    RowGivenUp,
+    RowReleased,
     TextDelta,
 )
 from server.metrics import Metrics
@@ -48,7 +48,7 @@ def generate(
     token_ids = (*([] if bos is None else [bos]), *loaded.tokenizer.encode(prompt))
     if not token_ids:
         raise GenerateError("the prompt is empty and the model has no initial token")
-    events: queue.SimpleQueue[list[Event | RowGivenUp]] = queue.SimpleQueue()
+    events: queue.SimpleQueue[list[Event | RowReleased]] = queue.SimpleQueue()
     limits = EngineLimits(
         max_running=1,
         warm_sessions=0,
@@ -78,7 +78,7 @@ def generate(
     )
 
 
-def _stream(events: "queue.SimpleQueue[list[Event | RowGivenUp]]") -> Finished:
+def _stream(events: "queue.SimpleQueue[list[Event | RowReleased]]") -> Finished:
     """Print text until the end of the request."""
     while True:
         for event in events.get():
@@ -90,7 +90,7 @@ def _stream(events: "queue.SimpleQueue[list[Event | RowGivenUp]]") -> Finished:
                     return event
                 case Failed(_, message):
                     raise GenerateError(message)
-                case NoProbabilities() | RowDamaged():
+                case InvalidLogits() | RowDamaged():
                     raise GenerateError(
                         "the model returned no valid probabilities for the next token"
                     )

@@ -170,5 +170,5 @@ def _parse(path: Path, content: bytes) -> list[Key]:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, problem["loc"]))
-        said = " ".join(f"{where}: {problem['msg']}".lstrip(": ").split())
-        raise KeyFileError(f"{path}: {said}") from error
+        reason = " ".join(f"{where}: {problem['msg']}".lstrip(": ").split())
+        raise KeyFileError(f"{path}: {reason}") from error

@@ -16,7 +16,7 @@ from typing import Any, Literal, TextIO
 ENCODER = json.JSONEncoder(default=str)
 Format = Literal["json", "console"]
 
-MOST_LINES = 10
+MAX_LINES = 10
 """Maximum lines per limited kind and period."""
 
 PERIOD_S = 10.0
@@ -61,7 +61,7 @@ class ConsoleFormatter(logging.Formatter):
 
 
 class LogHandler(logging.StreamHandler[TextIO]):
-    """Writes log lines, at most MOST_LINES per limited kind and period."""
+    """Writes log lines, at most MAX_LINES per limited kind and period."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
@@ -69,19 +69,19 @@ class LogHandler(logging.StreamHandler[TextIO]):
 
     def emit(self, record: logging.LogRecord) -> None:
         now = time.monotonic()
-        self._report(self._limit.left_out(now))
+        self._report(self._limit.suppressed(now))
         if self._limit.admits(_kind(record), now):
             super().emit(record)
 
     def close(self) -> None:
-        self._report(self._limit.left_out(float("inf")))
+        self._report(self._limit.suppressed(float("inf")))
         super().close()
 
-    def _report(self, left_out: Iterator[tuple[str, int]]) -> None:
-        for kind, count in left_out:
+    def _report(self, suppressed: Iterator[tuple[str, int]]) -> None:
+        for kind, count in suppressed:
             fields = {"kind": kind, "count": count, "period_s": PERIOD_S}
             record = logging.LogRecord(
-                __name__, logging.WARNING, __file__, 0, "lines left out", None, None
+                __name__, logging.WARNING, __file__, 0, "lines suppressed", None, None
             )
             record.__dict__["fields"] = fields
             super().emit(record)
@@ -104,13 +104,13 @@ class Limit:
         if kind not in self._ends:
             self._ends[kind], self._counts[kind] = now + PERIOD_S, 0
         self._counts[kind] += 1
-        return self._counts[kind] <= MOST_LINES
+        return self._counts[kind] <= MAX_LINES
 
-    def left_out(self, now: float) -> Iterator[tuple[str, int]]:
+    def suppressed(self, now: float) -> Iterator[tuple[str, int]]:
         """Kinds with suppressed lines in a finished period, and their number."""
         for kind in [kind for kind, end in self._ends.items() if end <= now]:
             del self._ends[kind]
-            count = self._counts.pop(kind) - MOST_LINES
+            count = self._counts.pop(kind) - MAX_LINES
             if count > 0:
                 yield kind, count
 

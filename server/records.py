@@ -51,14 +51,14 @@ class TurnRecord:
     ended: float | None = None
     """None while running."""
 
-    when_ended: Callable[[], None] | None = None
+    on_end: Callable[[], None] | None = None
     """Called at the end."""
 
     def end(self) -> None:
         """Finish the record."""
         self.ended = time.monotonic()
-        if self.when_ended is not None:
-            self.when_ended()
+        if self.on_end is not None:
+            self.on_end()
 
 
 @dataclass

@@ -20,15 +20,15 @@ import uvicorn
 from model.checkpoint import Checkpoint
 from server import __version__, logs
 from server.api.app import create_app, drain, erase_owner
-from server.api.conversation import TemplateFault
+from server.api.conversation import InvalidTemplate
 from server.connections import uvicorn_config
 from server.engine.device import choose_device, choose_threads, load
-from server.fronts.carrier import App
-from server.fronts.keeper import FrontFailed, Keeper
+from server.fronts.front_connection import App
+from server.fronts.supervisor import FrontError, Supervisor
 from server.keys import KeyFileError, read_keys
 from server.listeners import ListenError, bind, check_certificate, metrics_server, url_of
 from server.sessions.models import SHORT
-from server.sessions.sqlite.snapshots import offered
+from server.sessions.sqlite.snapshots import serve_snapshots
 from server.sessions.sqlite.store import STORE_FILE, SQLiteStore
 from server.settings import Settings
 
@@ -93,7 +93,7 @@ def _serve_on(
             app = create_app(settings, loaded, store, trace)
             if url := stack.enter_context(metrics_server(settings, app.state.metrics)):
                 report(f"metrics    {url}")
-        except TemplateFault as error:
+        except InvalidTemplate as error:
             asyncio.run(store.close())
             raise ServeError(f"{settings.checkpoint}: chat template: {error}") from error
         except (KeyFileError, ListenError):
@@ -105,9 +105,9 @@ def _serve_on(
         else:
             server = _FrontedServer(config, partial(drain, app), started, settings, app)
         try:
-            with offered(store, settings.data_dir, partial(erase_owner, app)):
+            with serve_snapshots(store, settings.data_dir, partial(erase_owner, app)):
                 server.run(list(listeners))
-        except FrontFailed as error:
+        except FrontError as error:
             raise ServeError(str(error)) from error
         return server.drain_s
 
@@ -183,21 +183,21 @@ class _FrontedServer(_Server):
     ) -> None:
         super().__init__(config, drain, started, settings)
         self._app = app
-        self._keeper: Keeper | None = None
+        self._supervisor: Supervisor | None = None
 
     async def _listen(self, sockets: list[socket.socket]) -> None:
         await super()._listen([])
         tasks = self.server_state.tasks
-        self._keeper = Keeper(self._app, self._settings, sockets, LAST_BYTES_S, tasks)
+        self._supervisor = Supervisor(self._app, self._settings, sockets, LAST_BYTES_S, tasks)
         try:
-            await self._keeper.start()
-        except FrontFailed:
+            await self._supervisor.start()
+        except FrontError:
             await self.shutdown()
             raise
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self._keeper is not None:
-            await self._keeper.stop()
+        if self._supervisor is not None:
+            await self._supervisor.stop()
         await super().shutdown(sockets)
 
 

@@ -152,7 +152,7 @@ class Settings(BaseSettings):
         description="Device memory for the prefix cache: states after prompt prefixes, which are "
         "then read only once; 0: disabled.",
     )
-    hung_step_s: Annotated[float, Group.ENGINE] = Field(
+    step_hang_timeout_s: Annotated[float, Group.ENGINE] = Field(
         300.0,
         gt=0,
         allow_inf_nan=False,
@@ -165,7 +165,7 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Maximum and default of a request's timeout, in seconds; default: no limit.",
     )
-    max_told_logprobs: Annotated[int, Group.KEYS] = Field(
+    max_response_logprobs: Annotated[int, Group.KEYS] = Field(
         1 << 18,
         ge=0,
         description="Maximum number of log-probabilities in an answer, alternatives included.",
@@ -270,7 +270,7 @@ class Settings(BaseSettings):
         description="Seconds between sweeps that erase expired sessions and responses, which are "
         "already invisible.",
     )
-    busy_wait_s: Annotated[float, Group.SESSIONS] = Field(
+    session_wait_s: Annotated[float, Group.SESSIONS] = Field(
         1.5,
         ge=0,
         allow_inf_nan=False,
@@ -302,7 +302,7 @@ class Settings(BaseSettings):
         description="File with further keys, managed by latentd keys while the server runs (see "
         "docs/keys.md).",
     )
-    guard_metrics: Annotated[bool, Group.LOGS] = Field(
+    metrics_require_key: Annotated[bool, Group.LOGS] = Field(
         True, description="Whether /metrics needs a key, if keys are required."
     )
     key_requests_per_minute: Annotated[int | None, Group.KEYS] = Field(
@@ -341,7 +341,7 @@ class Settings(BaseSettings):
         "refuse",
         description="Handling of unknown request parameters; ignored names are logged once.",
     )
-    keepalive_s: Annotated[float, Group.HTTP] = Field(
+    stream_keepalive_s: Annotated[float, Group.HTTP] = Field(
         15.0,
         gt=0,
         allow_inf_nan=False,

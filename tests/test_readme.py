@@ -55,21 +55,21 @@ def test_the_tour_works_on_the_default_model(tools: Path, tmp_path: Path) -> Non
     assert len(tour) == 6
     first, rest = tour[:2], tour[2:]
     with server_process(PRETRAINED, tmp_path / "data") as server:
-        told = run("\n".join([*first, "echo id $session"]).replace(LOCAL, server.url), tools)
-        assert "data: [DONE]" in told
-        assert '"object":"text_completion"' in told
-        session = told.split()[-1]
+        reported = run("\n".join([*first, "echo id $session"]).replace(LOCAL, server.url), tools)
+        assert "data: [DONE]" in reported
+        assert '"object":"text_completion"' in reported
+        session = reported.split()[-1]
         server.kill()
     with server_process(PRETRAINED, tmp_path / "data") as server:
         script = "\n".join([f"session={session}", *rest])
         script = script.replace("fox.safetensors", str(tmp_path / "fox.safetensors"))
-        told = run(script.replace(LOCAL, server.url), tools)
-    assert '"turn":2' in told
-    assert "ok: a server of this model would import it" in told
+        reported = run(script.replace(LOCAL, server.url), tools)
+    assert '"turn":2' in reported
+    assert "ok: a server of this model would import it" in reported
     assert (tmp_path / "fox.safetensors").stat().st_size > 200_000
-    assert '"object":"chat.completion"' in told
-    assert "The end." in told or "To be continued." in told
-    assert "latentd_session_state_bytes" in told
+    assert '"object":"chat.completion"' in reported
+    assert "The end." in reported or "To be continued." in reported
+    assert "latentd_session_state_bytes" in reported
 
 
 def test_the_official_client_holds_a_session_as_its_page_says(tools: Path, tmp_path: Path) -> None:

@@ -9,7 +9,17 @@ from typing import Any
 import httpx
 
 from loadtest.chaos.look import Refused, SeenResponse, check, seen_response
-from loadtest.chaos.scripts import Begin, Create, Delete, Erase, Fork, Respond, Rewind, Step, Turn
+from loadtest.chaos.scripts import (
+    Begin,
+    Create,
+    Delete,
+    Erase,
+    Fork,
+    Respond,
+    Rewind,
+    ScriptedTurn,
+    Step,
+)
 
 POLL_S = 0.02
 """Between two looks at a response in the background."""
@@ -82,7 +92,7 @@ class Client:
             case Erase(name):
                 check(await http.delete(f"/v1/responses/{self.responses[name]}"))
                 self.erased.append(self.responses.pop(name))
-            case Turn():
+            case ScriptedTurn():
                 return await self._turn(http, step, key)
             case Respond():
                 return await self._respond(http, step)
@@ -98,7 +108,7 @@ class Client:
         created = await self._post(http, path, body | {"metadata": self.notes(name)})
         self.sessions[name] = created["id"]
 
-    async def _turn(self, http: httpx.AsyncClient, step: Turn, key: str) -> Answer:
+    async def _turn(self, http: httpx.AsyncClient, step: ScriptedTurn, key: str) -> Answer:
         body = {"session_id": self.sessions[step.name], "expected_turn": step.turn} | step.body
         is_stream = bool(step.body.get("stream"))
         self.phase = "prefill" if is_stream else "turn in one piece"

@@ -27,7 +27,7 @@ import httpx
 from loadtest.chaos.crowds import Crowds, slow_stream
 from loadtest.chaos.file import Account, check_file
 from loadtest.chaos.look import list_sessions, look_at_sessions
-from loadtest.chaos.player import Moment, Player, Scene, rehearse
+from loadtest.chaos.player import DeviceEvent, Player, Scene, rehearse
 from loadtest.chaos.scripts import KEEP_TURNS, script
 from loadtest.chaos.tally import Tally
 from loadtest.chaos.totals import Totals, completions, watch
@@ -144,7 +144,7 @@ async def _check_and_kill(
     async with _http(server, totals) as http:
         await _check(http, players, COMPARED, chance)
         await crowds.check(http)
-        moment = Moment(totals)
+        moment = DeviceEvent(totals)
         waiting = asyncio.create_task(_wait(moment, MOST_STEPS * len(players), chance))
         playing = asyncio.create_task(_play(http, players, moment))
         others = asyncio.gather(crowds.play(http, totals), watch(http, totals, tally))
@@ -157,11 +157,11 @@ async def _check_and_kill(
     tally.kills.update(set(moment.hits) or {"idle"})
 
 
-async def _play(http: httpx.AsyncClient, players: list[Player], moment: Moment) -> None:
+async def _play(http: httpx.AsyncClient, players: list[Player], moment: DeviceEvent) -> None:
     await asyncio.gather(*(player.play(http, moment) for player in players))
 
 
-async def _wait(moment: Moment, most_steps: int, chance: random.Random) -> None:
+async def _wait(moment: DeviceEvent, most_steps: int, chance: random.Random) -> None:
     """Until it is time for a kill."""
     at_last_token = chance.random() < AT_LAST_TOKENS
     for _ in range(round(most_steps * chance.random() ** 2)):

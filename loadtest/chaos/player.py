@@ -23,7 +23,7 @@ from loadtest.chaos.look import (
     response_digest,
     state_digest,
 )
-from loadtest.chaos.scripts import Respond, Step, Turn
+from loadtest.chaos.scripts import Respond, ScriptedTurn, Step
 from loadtest.chaos.tally import Tally
 from loadtest.chaos.totals import Totals
 
@@ -44,7 +44,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Moment:
+class DeviceEvent:
     """What the clients of one server wait for or announce."""
 
     totals: Totals
@@ -103,7 +103,7 @@ class Player:
         self._is_out = False
         """Something was wrong: it takes no more part."""
 
-    async def play(self, http: httpx.AsyncClient, moment: Moment) -> None:
+    async def play(self, http: httpx.AsyncClient, moment: DeviceEvent) -> None:
         """Run steps until the server is killed."""
         self._client.on_last_token = moment.last_token.set
         while not moment.killed.is_set() and not self._is_out:
@@ -173,7 +173,7 @@ class Player:
         self._tally.verified["states"] += len(names)
         if verdict == "committed":
             self._tally.committed[self._kind] += 1
-            if isinstance(scene.step, Turn):
+            if isinstance(scene.step, ScriptedTurn):
                 self._found = True
             else:
                 self._advance()
@@ -231,7 +231,7 @@ class Player:
     @property
     def _kind(self) -> str:
         match self._scene.step:
-            case Turn():
+            case ScriptedTurn():
                 return "turns"
             case Respond() as step:
                 return "background responses" if step.is_background else "responses"

@@ -25,7 +25,7 @@ class Create:
 
 
 @dataclass(frozen=True)
-class Turn:
+class ScriptedTurn:
     """`body` is what is asked for, without the session."""
 
     name: str
@@ -84,7 +84,7 @@ class Erase:
     name: str
 
 
-Step = Create | Turn | Rewind | Fork | Delete | Respond | Begin | Erase
+Step = Create | ScriptedTurn | Rewind | Fork | Delete | Respond | Begin | Erase
 
 
 @dataclass
@@ -187,7 +187,7 @@ def _response(chance: random.Random, name: str, previous: str | None) -> Respond
     return Respond(name, previous, body, is_cancelled)
 
 
-def _turn(chance: random.Random, name: str, session: _Outline) -> Turn:
+def _turn(chance: random.Random, name: str, session: _Outline) -> ScriptedTurn:
     text = " ".join(chance.choices(WORDS, k=chance.randint(1, 30)))
     body = _sampling(chance) | {"prompt": text, "max_tokens": chance.randint(5, 60)}
     kind = chance.random()
@@ -199,7 +199,7 @@ def _turn(chance: random.Random, name: str, session: _Outline) -> Turn:
         body["max_tokens"] = 0
     if chance.random() < 0.7:
         body |= {"stream": True, "stream_options": {"continuous_usage_stats": True}}
-    turn = Turn(name, session.turn, body)
+    turn = ScriptedTurn(name, session.turn, body)
     session.advance(body["ignore_eos"] and "stop" not in body and body["max_tokens"] > 0)
     return turn
 

@@ -21,7 +21,7 @@ from model.decoding.sampling import SampledRow, prepare, sample
 from model.network import Network
 from model.state import StatePool
 
-MOST_ENDS = 8
+MAX_END_TOKENS = 8
 """Tokens that may end a row's text if its next step is to be launched ahead."""
 
 
@@ -52,7 +52,8 @@ class Piece(NamedTuple):
     position is that of an earlier step: it grows by one with each."""
 
     ends: frozenset[int] = frozenset()
-    """Tokens that end the row's text; at most `MOST_ENDS` where the next step is launched ahead."""
+    """Tokens that end the row's text; at most `MAX_END_TOKENS` where the next step is launched
+    ahead."""
 
     num_logprobs: int | None = None
     """None, or so many of the most probable tokens with the chosen token's own probability."""
@@ -83,7 +84,7 @@ class Decoded:
 class Launched(Protocol):
     """A step that was launched."""
 
-    def take(self) -> Decoded:
+    def collect(self) -> Decoded:
         """Wait for it. Called once, in the order of the launches."""
 
 
@@ -102,12 +103,12 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True)
-class Done:
+class CompletedStep:
     """A step that was computed when it was launched."""
 
     decoded: Decoded
 
-    def take(self) -> Decoded:
+    def collect(self) -> Decoded:
         return self.decoded
 
 
@@ -123,7 +124,7 @@ class DirectRunner:
     def prepare(self) -> None:
         prepare()
 
-    def launch(self, pieces: Sequence[Piece]) -> Done:
+    def launch(self, pieces: Sequence[Piece]) -> CompletedStep:
         token_ids = list[int | None]([None] * len(pieces))
         scored = dict[int, Scored | None]()
         choosing, logits, of_prompts = self._logits(pieces)
@@ -135,7 +136,7 @@ class DirectRunner:
                 token_ids[place] = token_id
             if model_logits is not None:
                 scored = score_chosen(model_logits, [choosing[i] for i in asked], pieces, token_ids)
-        return Done(Decoded(token_ids, scored, score_following(of_prompts, pieces)))
+        return CompletedStep(Decoded(token_ids, scored, score_following(of_prompts, pieces)))
 
     def _logits(self, pieces: Sequence[Piece]) -> tuple[list[int], Tensor, Tensor]:
         """Places of the pieces after which a token is chosen; the logits for that; and those before

@@ -5,10 +5,10 @@ from model.network import Network
 from model.state import StatePool
 
 
-def new_runner(network: Network, pool: StatePool, most_rows: int) -> Runner:
+def new_runner(network: Network, pool: StatePool, max_rows: int) -> Runner:
     """For steps of up to so many of the pool's rows at a time."""
     if network.recordable is None:
         return DirectRunner(network, pool)
     from model.decoding.cuda.decoder import GraphRunner
 
-    return GraphRunner(network.recordable, pool, most_rows)
+    return GraphRunner(network.recordable, pool, max_rows)

@@ -203,7 +203,7 @@ class SampledRow(NamedTuple):
     lowest first `[at least vocab / 32]`. Tokens beyond its end are not allowed."""
 
 
-Choose = Callable[[Tensor, Sequence[SampledRow]], list[int | None]]
+Sampler = Callable[[Tensor, Sequence[SampledRow]], list[int | None]]
 """Tokens of rows that are chosen in one way."""
 
 
@@ -216,9 +216,9 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
     """
     _adjust(logits, rows)
     chosen: list[int | None] = [None] * len(rows)
-    kinds: dict[Choose, list[int]] = {}
+    kinds: dict[Sampler, list[int]] = {}
     for i, row in enumerate(rows):
-        kinds.setdefault(_way_to_choose(row.params, logits.device), []).append(i)
+        kinds.setdefault(_choose_sampler(row.params, logits.device), []).append(i)
     for choose, group in kinds.items():
         some = logits if len(group) == len(rows) else logits[group]
         for i, token_id in zip(group, choose(some, [rows[i] for i in group]), strict=True):
@@ -238,8 +238,8 @@ def derive_seed(seed: int, index: int) -> int:
 
 def _adjust(logits: Tensor, rows: Sequence[SampledRow]) -> None:
     """Penalties, biases and what is forbidden, in place: each for all rows that have it at once."""
-    repeated, penalties, biases = _Places(), _Places(), _Places()
-    banned = _Places()
+    repeated, penalties, biases = _SparseLogits(), _SparseLogits(), _SparseLogits()
+    banned = _SparseLogits()
     for i, row in enumerate(rows):
         params = row.params
         if params.has_penalties:
@@ -266,7 +266,7 @@ def _adjust(logits: Tensor, rows: Sequence[SampledRow]) -> None:
     _add_masks(logits, rows)
 
 
-class _Places:
+class _SparseLogits:
     """Some of the logits of a batch, with a number for each."""
 
     def __init__(self) -> None:
@@ -335,7 +335,7 @@ def _penalties(allowed: NDArray[np.int32], vocab: int) -> NDArray[np.float32]:
     return np.concatenate([found, np.full(vocab - len(found), -np.inf, np.float32)])
 
 
-def _way_to_choose(params: SamplingParams, device: torch.device) -> Choose:
+def _choose_sampler(params: SamplingParams, device: torch.device) -> Sampler:
     if params.temperature == 0:
         return _greedy
     if params.has_filters or device.type != "cpu" or _compiled_draw() is None:
@@ -365,17 +365,17 @@ def _draw_compiled(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | Non
     draw, chosen = _compiled_draw(), np.empty(len(rows), np.int64)
     if draw is None:
         raise RuntimeError("nothing is compiled here")
-    heat = np.array([row.params.temperature for row in rows])
+    temperatures = np.array([row.params.temperature for row in rows])
     points = np.array([_uniform(row.params.seed, row.position) for row in rows])
-    draw(logits.float().contiguous().numpy(), heat, points, chosen)
+    draw(logits.float().contiguous().numpy(), temperatures, points, chosen)
     return [token_id if token_id >= 0 else None for token_id in chosen.tolist()]
 
 
 def _draw(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
     """Inverse of the cumulative distribution, in the order of the vocabulary, in float64."""
-    heat = torch.tensor([row.params.temperature for row in rows], dtype=torch.float64)
+    temperatures = torch.tensor([row.params.temperature for row in rows], dtype=torch.float64)
     below = logits.double() - logits.amax(-1, keepdim=True)
-    weights = (below / heat.to(logits.device).unsqueeze(-1)).exp_()
+    weights = (below / temperatures.to(logits.device).unsqueeze(-1)).exp_()
     filtered = [i for i, row in enumerate(rows) if row.params.has_filters]
     if filtered:
         kept = _filter(weights[filtered], [rows[i].params for i in filtered])

@@ -17,11 +17,11 @@ from model import WeightDtype
 from model.batch import Batch
 from model.heinsen.attention import CHUNK, EMPTY, Attention, AttentionState, chunked
 from model.heinsen.config import ModelConfig
-from model.heinsen.cuda import missing_for
+from model.heinsen.cuda import unsupported_extensions
 from model.heinsen.layers import LatentPosition, Layer, NetworkState
 from model.kernels import cuda
-from model.kernels.cpu.team import num_threads
-from model.kernels.linear import NarrowLinear, PackedLinear, as_served, narrow, why_not_compiled
+from model.kernels.cpu.openmp import num_threads
+from model.kernels.linear import NarrowLinear, PackedLinear, as_served, narrow, reason_not_compiled
 from model.network import Recordable
 from model.state import StatePool, StateSpec, TensorSpec, contiguous_run
 
@@ -68,7 +68,7 @@ class LanguageModel(nn.Module):
         has no gradients, and cannot be saved.
         """
         where = device or self.device
-        reason = why_not_compiled(where, self.embed.weight.dtype)
+        reason = reason_not_compiled(where, self.embed.weight.dtype)
         if not reason:
             self._unembed = unembed = self._narrow(PackedLinear, dtype, device)
             from model.heinsen.cpu.serving import CompiledNetwork
@@ -79,7 +79,7 @@ class LanguageModel(nn.Module):
             self.arithmetic = unembed.arithmetic.name
             return self
         if where.type == "cuda":
-            reason = missing_for(self.config)
+            reason = unsupported_extensions(self.config)
             if not reason and cuda.is_available():
                 return self.fuse(dtype, device)
             reason = reason or "Triton is not installed"
@@ -98,7 +98,7 @@ class LanguageModel(nn.Module):
 
         Raises ValueError naming what the config has and the kernels have not.
         """
-        if missing := missing_for(self.config):
+        if missing := unsupported_extensions(self.config):
             raise ValueError(missing)
         from model.heinsen.cuda.serving import FusedNetwork
 

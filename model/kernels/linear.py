@@ -126,7 +126,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         from model.kernels.cpu.linear import PRODUCT
-        from model.kernels.cpu.team import num_threads, run_team
+        from model.kernels.cpu.openmp import num_threads, run_on_threads
 
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.num_outputs)
@@ -135,11 +135,11 @@ class PackedLinear(nn.Module):
             sizes = (rows, self.num_inputs, self.num_outputs)
             places = (self.addresses, x.data_ptr(), y.data_ptr())
             arguments = np.array(((0, 0, 0), *sizes, *places), PRODUCT)
-            run_team(self._function, arguments, num_threads(rows * self.weight.numel(), 1))
+            run_on_threads(self._function, arguments, num_threads(rows * self.weight.numel(), 1))
         return y
 
 
-def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
+def reason_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
     """Why `PackedLinear` does not work for a network on this device, found out by running it.
 
     Empty if it does.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from model import WeightDtype
-from model.kernels.linear import NarrowLinear, PackedLinear, as_served, narrow, why_not_compiled
+from model.kernels.linear import NarrowLinear, PackedLinear, as_served, narrow, reason_not_compiled
 from model.rwkv7 import names
 from model.rwkv7.files import Source
 from model.rwkv7.layers import ChannelMix, Layer, Linear, LowRank, Norm, TimeMix, Weights
@@ -20,7 +20,7 @@ class Builder:
     ) -> None:
         self._source, self._device, self._dtype = source, device, dtype
         self._small: WeightDtype = "float32" if dtype == "float32" else "bfloat16"
-        self.why_plain = "as asked for" if plain else why_not_compiled(device, torch.float32)
+        self.why_plain = "as asked for" if plain else reason_not_compiled(device, torch.float32)
         """Why the network is not compiled; nothing if it is."""
 
         self._kind = NarrowLinear if self.why_plain else PackedLinear

@@ -15,8 +15,8 @@ from model.text.tokenizer import Tokenizer, TokenizerError, TooManyTokens
 PIECE = 1 << 18
 """Characters of a text that are tokenised together, at least."""
 
-SEARCHED_TOGETHER = 1 << 14
-MOST_TOKENS = 1 << 22
+SEARCH_SPAN = 1 << 14
+MAX_TOKENS_PER_CALL = 1 << 22
 """Of a vocabulary; ten times the largest that there are."""
 
 _BETWEEN_WORDS = re.compile("[A-Za-z](?= [A-Za-z])")
@@ -53,8 +53,8 @@ class ByteLevelTokenizer(Tokenizer):
         added = {token["id"] for token in settings["added_tokens"]}
         byte_of = _byte_of_character()
         num_tokens = 1 + max(inner.get_vocab().values(), default=-1)
-        if num_tokens > MOST_TOKENS:
-            raise TokenizerError(f"token id {num_tokens - 1} is not below {MOST_TOKENS}")
+        if num_tokens > MAX_TOKENS_PER_CALL:
+            raise TokenizerError(f"token id {num_tokens - 1} is not below {MAX_TOKENS_PER_CALL}")
         self.token_bytes = [b""] * num_tokens
         for token, token_id in inner.get_vocab().items():
             if token_id in added:
@@ -102,9 +102,9 @@ class ByteLevelTokenizer(Tokenizer):
         """Parts of a text whose tokens together are the text's, where that can be known."""
         start = place = 0
         while self._ends_words_at_spaces and (place := max(place, start + PIECE)) < len(text):
-            between = _BETWEEN_WORDS.search(text, place, place + SEARCHED_TOGETHER)
+            between = _BETWEEN_WORDS.search(text, place, place + SEARCH_SPAN)
             if between is None:
-                place += SEARCHED_TOGETHER - 2  # the end of a word may be where two of them meet
+                place += SEARCH_SPAN - 2  # the end of a word may be where two of them meet
             else:
                 yield text[start : between.end()]
                 start = between.end()

@@ -38,7 +38,7 @@ LOOP = 20
 
 
 @dataclass(frozen=True)
-class Answer:
+class StoryAnswer:
     """One answer, and what was asked for."""
 
     request: str
@@ -70,9 +70,9 @@ def repeats(token_ids: tuple[int, ...]) -> bool:
 def answer(
     network: LanguageModel, words: Tokenizer, request: str, named: str, *,
     seed: int, temperature: float, max_tokens: int,
-) -> Answer:  # fmt: skip
+) -> StoryAnswer:  # fmt: skip
     """The answer to a request in the template of `requests.chat`."""
-    chance = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     start = network.config.bos_token_id
     prompt = words.encode(f"<|user|>{request}<|end|><|assistant|>")
     unread = [*([] if start is None else [start]), *prompt]
@@ -80,16 +80,16 @@ def answer(
     while len(found) < max_tokens:
         logits = network.forward(Batch.of([unread], [0]).wanting([len(unread) - 1]), pool)[0]
         chances = (logits / temperature).softmax(0)
-        last = int(torch.multinomial(chances, 1, generator=chance))
+        last = int(torch.multinomial(chances, 1, generator=generator))
         if last in network.config.eos_token_ids:
             break
         found.append(last)
         unread = [last]
     ended = len(found) < max_tokens
-    return Answer(request, named, tuple(found), words.decode(found).strip(), ended)
+    return StoryAnswer(request, named, tuple(found), words.decode(found).strip(), ended)
 
 
-def report(answers: list[Answer]) -> str:
+def report(answers: list[StoryAnswer]) -> str:
     """All of them in Markdown."""
     good = sum(not each.faults for each in answers)
     parts = [f"{good} of {len(answers)} answer their request: they name what was asked for, end by"

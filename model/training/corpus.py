@@ -14,7 +14,7 @@ SEPARATOR = "<|endoftext|>"
 IGNORED = -100
 """Target of a position without a next token; cross entropy's default `ignore_index`."""
 
-SORTED_TOGETHER = 64
+SORT_GROUP = 64
 """Documents per lane whose order is by length, so that lanes start new ones at the same time."""
 
 
@@ -69,7 +69,7 @@ class Lanes:
         self._documents = documents
         self._chunk_tokens = chunk_tokens
         self._seed = seed
-        self._taken = 0
+        self._num_started = 0
         self._order: list[int] = []
         self._document = [-1] * num_lanes
         self._offset = [0] * num_lanes
@@ -80,7 +80,7 @@ class Lanes:
         for lane, document in enumerate(self._document):
             begins = document < 0
             if begins:
-                self._document[lane], self._offset[lane] = self._take(), 0
+                self._document[lane], self._offset[lane] = self._next_document(), 0
             start = self._offset[lane]
             tokens = self._documents[self._document[lane]]
             chunks.append(tokens[start : start + self._chunk_tokens + 1])
@@ -94,29 +94,29 @@ class Lanes:
     def state_dict(self) -> dict[str, Any]:
         """Where every lane stands; the documents, lanes and seed must be the same again."""
         return {
-            "taken": self._taken,
+            "taken": self._num_started,
             "document": list(self._document),
             "offset": list(self._offset),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
-        self._taken = state["taken"]
+        self._num_started = state["taken"]
         self._document, self._offset = list(state["document"]), list(state["offset"])
-        self._order = self._shuffled(self._taken // len(self._documents))
+        self._order = self._shuffled(self._num_started // len(self._documents))
 
-    def _take(self) -> int:
-        epoch, place = divmod(self._taken, len(self._documents))
+    def _next_document(self) -> int:
+        epoch, place = divmod(self._num_started, len(self._documents))
         if place == 0:
             self._order = self._shuffled(epoch)
-        self._taken += 1
+        self._num_started += 1
         return self._order[place]
 
     def _shuffled(self, epoch: int) -> list[int]:
         order = list(range(len(self._documents)))
         shuffle = random.Random(f"{self._seed} {epoch}")
         shuffle.shuffle(order)
-        size = SORTED_TOGETHER * len(self._document)
+        size = SORT_GROUP * len(self._document)
         blocks = [
             sorted(order[i : i + size], key=lambda d: len(self._documents[d]))
             for i in range(0, len(order), size)

@@ -44,7 +44,7 @@ Examples = tuple[Tensor, Tensor]
 """Inputs and targets `[batch, tokens]`; targets are IGNORED where nothing is asked."""
 
 
-def associative(chance: torch.Generator, batch: int, pairs: int, gap: int) -> Examples:
+def associative(generator: torch.Generator, batch: int, pairs: int, gap: int) -> Examples:
     """Half of the vocabulary are keys, the other half values; `gap` fillers before the questions.
 
     Raises ValueError for more pairs than there are keys.
@@ -52,11 +52,11 @@ def associative(chance: torch.Generator, batch: int, pairs: int, gap: int) -> Ex
     first_value = (VOCAB + FIRST) // 2
     if pairs > first_value - FIRST:
         raise ValueError(f"{pairs} pairs: there are {first_value - FIRST} keys")
-    order = torch.rand(batch, first_value - FIRST, generator=chance).argsort(1)
+    order = torch.rand(batch, first_value - FIRST, generator=generator).argsort(1)
     keys = order[:, :pairs] + FIRST
-    values = torch.randint(first_value, VOCAB, (batch, pairs), generator=chance)
+    values = torch.randint(first_value, VOCAB, (batch, pairs), generator=generator)
     given = torch.stack([keys, values], 2).flatten(1)
-    asked_for = torch.rand(batch, pairs, generator=chance).argsort(1)
+    asked_for = torch.rand(batch, pairs, generator=generator).argsort(1)
     asked = torch.stack([keys.gather(1, asked_for), values.gather(1, asked_for)], 2).flatten(1)
     inputs = torch.cat([given, torch.full((batch, gap), FILLER), asked], 1)
     targets = torch.full_like(inputs, IGNORED)
@@ -65,12 +65,14 @@ def associative(chance: torch.Generator, batch: int, pairs: int, gap: int) -> Ex
 
 
 def passkey(
-    chance: torch.Generator, batch: int, length: int, depth: float | None = None
+    generator: torch.Generator, batch: int, length: int, depth: float | None = None
 ) -> Examples:
     """`length` tokens of noise with a key after the share `depth` of them; None: any share."""
-    noise = torch.randint(FIRST, VOCAB, (batch, length), generator=chance)
-    key = torch.randint(FIRST, VOCAB, (batch, DIGITS), generator=chance)
-    shares = torch.rand(batch, generator=chance) if depth is None else torch.full((batch,), depth)
+    noise = torch.randint(FIRST, VOCAB, (batch, length), generator=generator)
+    key = torch.randint(FIRST, VOCAB, (batch, DIGITS), generator=generator)
+    shares = (
+        torch.rand(batch, generator=generator) if depth is None else torch.full((batch,), depth)
+    )
     mark = torch.full((batch, 1), MARK)
     rows = [
         torch.cat([row[:place], mark[0], digits, row[place:], mark[0], digits])
@@ -118,9 +120,9 @@ def fit(network: LanguageModel, run: Run, examples: Callable[[torch.Generator], 
     """Train on new examples each step; the last steps' mean loss in nats per answer."""
     optimizers = new_optimizers(network, 0.1)
     schedule = Schedule(run.learning_rate, run.steps // 20, run.steps)
-    chance, smooth = torch.Generator().manual_seed(run.seed), 0.0
+    generator, smooth = torch.Generator().manual_seed(run.seed), 0.0
     for step in range(run.steps):
-        inputs, targets = examples(chance)
+        inputs, targets = examples(generator)
         logits, _ = network.unroll(inputs, network.empty_state(len(inputs)))
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         network.zero_grad(set_to_none=True)
@@ -146,7 +148,7 @@ def accuracy(network: LanguageModel, examples: Examples) -> float:
 def measure_associative(run: Run, pairs: int, gap: int) -> dict[str, object]:
     """Train and measure at one number of pairs and one length."""
     network = build(run)
-    loss = fit(network, run, lambda chance: associative(chance, run.batch, pairs, gap))
+    loss = fit(network, run, lambda generator: associative(generator, run.batch, pairs, gap))
     held_out = associative(torch.Generator().manual_seed(HELD_OUT_SEED), 256, pairs, gap)
     return {
         **{"task": "associative", "pairs": pairs, "gap": gap, **asdict(run)},
@@ -163,15 +165,15 @@ def measure_passkey(
     """Train at lengths up to one, measure at several lengths and depths of the key."""
     network = build(run)
 
-    def examples(chance: torch.Generator) -> Examples:
-        (length,) = torch.randint(1, trained_length + 1, (1,), generator=chance).tolist()
-        return passkey(chance, run.batch, length)
+    def examples(generator: torch.Generator) -> Examples:
+        (length,) = torch.randint(1, trained_length + 1, (1,), generator=generator).tolist()
+        return passkey(generator, run.batch, length)
 
     loss = fit(network, run, examples)
     found = []
     for length in lengths:
-        chance = torch.Generator().manual_seed(HELD_OUT_SEED)
-        tests = [(depth, passkey(chance, 32, length, depth)) for depth in depths]
+        generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+        tests = [(depth, passkey(generator, 32, length, depth)) for depth in depths]
         found += [
             {
                 **{"length": length, "depth": depth},

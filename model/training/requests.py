@@ -76,7 +76,7 @@ def chat(request: str, answer: str) -> str:
     return f"<|user|>{request}<|end|><|assistant|>{answer}<|end|>"
 
 
-def requests(file: Path, chance: random.Random) -> list[str]:
+def requests(file: Path, generator: random.Random) -> list[str]:
     """A chat for each story of a file that has a subject or, in a `.jsonl`, a title."""
     chats = []
     for story in read_documents(file):
@@ -84,7 +84,7 @@ def requests(file: Path, chance: random.Random) -> list[str]:
         asked = [pattern.format(subject) for subject in subjects(text) for pattern in ABOUT]
         asked += [pattern.format(title) for pattern in CALLED if title]
         if asked:
-            chats.append(chat(chance.choice(asked), text))
+            chats.append(chat(generator.choice(asked), text))
     return chats
 
 
@@ -94,9 +94,9 @@ def main(
     seed: int = 0,
 ) -> None:
     """Write the chats in random order."""
-    chance = random.Random(seed)
-    chats = [chat for file in files for chat in requests(file, chance)]
-    chance.shuffle(chats)
+    generator = random.Random(seed)
+    chats = [chat for file in files for chat in requests(file, generator)]
+    generator.shuffle(chats)
     write_file(out, SEPARATOR.join(chats).encode())
     print(f"{len(chats):,} requests with their answers")
 

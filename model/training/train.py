@@ -45,9 +45,9 @@ LINES_TEMPLATE = """\
 {{ message.content + "\\n" }}
 {%- endfor -%}
 """
-MOST_WARMUP_TOKENS = 100_000
+MAX_WARMUP_TOKENS = 100_000
 TRAIN_STATE = "train_state.pt"
-ENCODED_TOGETHER = 64
+ENCODE_BATCH = 64
 """Texts: what the tokenizer returns takes far more memory than its token ids."""
 
 
@@ -113,7 +113,7 @@ class Trainer:
         self._bf16 = bf16
         self.recipe = recipe
         self.lanes = Lanes(documents, recipe.lanes, recipe.chunk_tokens, recipe.seed)
-        warmup = min(MOST_WARMUP_TOKENS, recipe.tokens // 50)
+        warmup = min(MAX_WARMUP_TOKENS, recipe.tokens // 50)
         self.schedule = Schedule(recipe.learning_rate, warmup, recipe.tokens, recipe.start_tokens)
         self.optimizers = new_optimizers(network, recipe.weight_decay)
         self.tokens = recipe.start_tokens
@@ -200,8 +200,7 @@ def encode_documents(
     start = [] if config.bos_token_id is None else [config.bos_token_id]
     documents = []
     for ids in itertools.chain.from_iterable(
-        words.encode_batch(texts[i : i + ENCODED_TOGETHER])
-        for i in range(0, len(texts), ENCODED_TOGETHER)
+        words.encode_batch(texts[i : i + ENCODE_BATCH]) for i in range(0, len(texts), ENCODE_BATCH)
     ):
         pieces = [ids[i : i + longest] for i in range(0, len(ids), longest)]
         pieces[-1] = [*pieces[-1], *config.eos_token_ids[:1]]

@@ -26,7 +26,7 @@ from server.api import (
     tokens,
     usage,
 )
-from server.api.auth import Guard, KeyRing
+from server.api.auth import AuthMiddleware, KeyRing
 from server.api.conversation import Conversation
 from server.api.generation.deliver import TIMING_HEADERS
 from server.api.generation.router import Router
@@ -38,13 +38,13 @@ from server.api.schemas.unknown import UnknownParameters
 from server.api.service import Service
 from server.api.streams import StreamLimits, Streams
 from server.engine.engine import Engine, EngineLimits
-from server.engine.messages import Event, RowGivenUp
+from server.engine.messages import Event, RowReleased
 from server.errors import ShuttingDown, StorageFailed, Unauthorized
 from server.metrics import GatewayMetrics, Metrics
 from server.sessions.cache import HostCache
 from server.sessions.codec import Codec
 from server.sessions.ledger import Ledger
-from server.sessions.models import SHORT, count_models, described
+from server.sessions.models import SHORT, count_models, describe_counts
 from server.sessions.quota import Quota, Quotas
 from server.sessions.store import Store
 from server.sessions.tiers import Tiers
@@ -65,7 +65,7 @@ HEALTH_INTERVAL_S = 1.0
 KEY_FILE_INTERVAL_S = 1.0
 """Polling interval of the key file: one stat while nothing changes."""
 
-EXPOSED_TO_PAGES = (
+EXPOSED_HEADERS = (
     *(REQUEST_ID, "X-Session-ID", "X-Session-Turn", "X-Stream-ID", "Idempotent-Replayed"),
     *TIMING_HEADERS,
     *("Retry-After", "x-should-retry", "Content-Disposition", "Allow", "Accept-Encoding"),
@@ -80,7 +80,7 @@ def create_app(
     """An app that serves one checkpoint; it closes the store on shutdown. `trace` receives the
     records of its requests.
 
-    Raises TemplateFault for an invalid chat template, and KeyFileError.
+    Raises InvalidTemplate for an invalid chat template, and KeyFileError.
     """
     metrics, keys, limiter = Metrics(), KeyRing(settings), Limiter(settings)
     network = checkpoint.network
@@ -138,9 +138,12 @@ def create_app(
     if settings.metrics_names == "vllm":
         GatewayMetrics(metrics, settings.served_name, settings.max_running)
     problems.install(app, metrics)
-    openapi.describe(app, settings, asks_for_keys=keys.asks_for_keys)
+    openapi.describe(app, settings, requires_keys=keys.requires_keys)
     app.add_middleware(
-        Guard, keys=keys, guard_metrics=settings.guard_metrics, most=settings.most_connections
+        AuthMiddleware,
+        keys=keys,
+        metrics_require_key=settings.metrics_require_key,
+        most=settings.most_connections,
     )
     if settings.known_hosts:
         app.add_middleware(HostMiddleware, hosts=settings.known_hosts)
@@ -151,13 +154,13 @@ def create_app(
         unknown=UnknownParameters(settings.unknown_parameters),
         body_timeout_s=settings.body_timeout_s,
         max_body_bytes=settings.max_body_bytes,
-        max_bytes_by_path={sessions.PREFIX + sessions.IMPORT: codec.most_blob_bytes},
+        max_bytes_by_path={sessions.PREFIX + sessions.IMPORT: codec.max_blob_bytes},
         root_path=settings.root_path,
         trace=trace,
     )
     app.state.metrics = metrics
     if settings.cors_origins:  # outermost, so that pages can read errors, too
-        app.add_middleware(PageMiddleware, origins=settings.cors_origins, exposed=EXPOSED_TO_PAGES)
+        app.add_middleware(PageMiddleware, origins=settings.cors_origins, exposed=EXPOSED_HEADERS)
     return app
 
 
@@ -177,7 +180,7 @@ def erase_owner(app: FastAPI, owner: str) -> str:
     if not isinstance(service, Service):
         raise ShuttingDown("the server has not started yet")
     erasing = asyncio.run_coroutine_threadsafe(service.erase(owner), app.state.loop)
-    return described(erasing.result()) or "nothing"
+    return describe_counts(erasing.result()) or "nothing"
 
 
 def engine_limits(settings: Settings) -> EngineLimits:
@@ -204,7 +207,7 @@ def _quotas(settings: Settings) -> Quotas:
 
 
 def _conversation(checkpoint: Checkpoint) -> Conversation | None:
-    """Raises TemplateFault."""
+    """Raises InvalidTemplate."""
     if checkpoint.chat_template is None:
         return None
     network = checkpoint.network
@@ -234,7 +237,7 @@ async def _measure_lag(metrics: Metrics) -> None:
 async def _watch_health(service: Service) -> None:
     """Keep the health metrics fresh if no request to /metrics does, forever."""
     while True:
-        await health.find_trouble(service)
+        await health.check_readiness(service)
         await asyncio.sleep(HEALTH_INTERVAL_S)
 
 
@@ -270,7 +273,7 @@ async def _report_models(store: Store, codec: Codec, data_dir: Path) -> None:
                 "the store has %s of the model with fingerprint %s, which this model (fingerprint "
                 "%s) cannot continue; serve that model again, or stop the server and erase them "
                 "with `latentd erase-model %s --data-dir %s`",
-                *(described(count), fingerprint[:SHORT], codec.fingerprint[:SHORT]),
+                *(describe_counts(count), fingerprint[:SHORT], codec.fingerprint[:SHORT]),
                 *(fingerprint[:SHORT], data_dir),
             )
 
@@ -299,7 +302,7 @@ def _build(
 ) -> Service:
     loop = asyncio.get_running_loop()
 
-    def deliver(events: list[Event | RowGivenUp]) -> None:
+    def deliver(events: list[Event | RowReleased]) -> None:
         loop.call_soon_threadsafe(router.dispatch, events)
 
     engine = Engine(checkpoint, engine_limits(settings), deliver, metrics)
@@ -326,7 +329,7 @@ def _build(
             codec,
             metrics,
             keep_turns=settings.keep_turns,
-            busy_wait_s=settings.busy_wait_s,
+            session_wait_s=settings.session_wait_s,
             max_response_ttl_s=settings.response_ttl_s,
         ),
         engine=engine,

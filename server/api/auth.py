@@ -18,10 +18,10 @@ from server.keys import KeyFileError, Limits, digest, owner_of, read_keys
 from server.metrics import METRICS
 from server.settings import Settings
 
-EVERYBODY = ""
+ANONYMOUS = ""
 """The owner of all sessions if no keys are required."""
 
-OPEN = {"/health", "/health/live", "/health/ready"}
+PUBLIC_PATHS = {"/health", "/health/live", "/health/ready"}
 """Paths that need no key: orchestrators have none."""
 
 CALLER = "latentd.caller"
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 class Caller:
     """Who sent a request; by default anybody."""
 
-    owner: str = EVERYBODY
+    owner: str = ANONYMOUS
     name: str = ""
     """The key's name in the key file."""
 
@@ -50,7 +50,7 @@ class KeyRing:
 
     def __init__(self, settings: Settings) -> None:
         """Raises KeyFileError."""
-        self.asks_for_keys = settings.has_keys
+        self.requires_keys = settings.has_keys
         self._file = settings.key_file
         self._defaults = Limits(
             requests_per_minute=settings.key_requests_per_minute,
@@ -58,7 +58,7 @@ class KeyRing:
             concurrent_requests=settings.key_concurrent_requests,
             concurrent_sequences=settings.key_concurrent_sequences,
         )
-        self._anybody = Caller(limits=self._defaults)
+        self._anonymous = Caller(limits=self._defaults)
         digests = [digest(key) for key in settings.api_key]
         self._given = {d: Caller(owner_of(d), limits=self._defaults) for d in digests}
         self._listed = dict[str, Caller]()
@@ -73,8 +73,8 @@ class KeyRing:
         Keys are looked up by digest. The time that takes could only reveal something about a
         digest, and a digest reveals nothing about its key.
         """
-        if not self.asks_for_keys:
-            return self._anybody
+        if not self.requires_keys:
+            return self._anonymous
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise Unauthorized("an API key is required: Authorization: Bearer KEY")
@@ -110,20 +110,20 @@ class KeyRing:
         return self._defaults.model_copy(update=own.model_dump(exclude_none=True))
 
 
-class Guard:
+class AuthMiddleware:
     """Middleware that authenticates requests and puts the caller into their scope.
 
     It precedes all routes, so that none can be left unprotected.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, guard_metrics: bool, most: int) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, metrics_require_key: bool, most: int) -> None:
         """`most`: requests under way of all callers. Of these a caller may have as many as are left
         for the others then, where there are keys."""
         self._app = app
         self._most = most
         self._under_way = Counter[str]()
         self._keys = keys
-        self._guard_metrics = guard_metrics
+        self._guard_metrics = metrics_require_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._guards(scope["path"]):
@@ -148,7 +148,7 @@ class Guard:
     def _check_space(self, owner: str) -> None:
         """Raises Overloaded."""
         num_own, num_left = self._under_way[owner], self._most - self._under_way.total()
-        if self._keys.asks_for_keys and num_own >= max(1, num_left):
+        if self._keys.requires_keys and num_own >= max(1, num_left):
             raise Overloaded(
                 f"{num_own} of your requests are under way, and only {num_left} are left for "
                 "others; try again when some have ended",
@@ -156,7 +156,7 @@ class Guard:
             )
 
     def _guards(self, path: str) -> bool:
-        return path not in OPEN and (self._guard_metrics or path != METRICS)
+        return path not in PUBLIC_PATHS and (self._guard_metrics or path != METRICS)
 
 
 BEARER = HTTPBearer(

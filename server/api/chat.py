@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request, Response
 from server.api.auth import CallerDep
 from server.api.bodies import JSONRoute
 from server.api.generation.chat_shape import ChatShape
-from server.api.generation.prompts import ChatPrompt, said
+from server.api.generation.prompts import ChatPrompt, chat_messages
 from server.api.generation.session_turn import ANSWER_HEADERS_DOC, SessionHeaders, answer_turn
 from server.api.parameters import IdempotencyKey, SessionHeader
 from server.api.refusals import BODY, GUARDED, TURN, refusals
@@ -38,6 +38,6 @@ async def create_chat_completion(
     """
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
-    prompt = ChatPrompt(service, said(body.messages), body.prompt_name)
+    prompt = ChatPrompt(service, chat_messages(body.messages), body.prompt_name)
     given = SessionHeaders(x_session_id, idempotency_key)
     return await answer_turn(request, service, caller, body, given, prompt, ChatShape)

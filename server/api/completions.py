@@ -40,7 +40,7 @@ async def create_completion(
     """
     if body.best_of is not None and body.best_of < body.num_choices_per_prompt:
         raise InvalidRequest(
-            f"best_of is {body.best_of}, the least is n, {body.num_choices_per_prompt}", "best_of"
+            f"best_of is {body.best_of}, the minimum is n, {body.num_choices_per_prompt}", "best_of"
         )
     given = SessionHeaders(x_session_id, idempotency_key)
     prompt = TextPrompt(service, body.prompts)

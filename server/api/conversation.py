@@ -18,7 +18,7 @@ from server.api.special_names import Marks, SpecialNames, random_digits
 
 
 @dataclass(frozen=True)
-class Said:
+class ChatMessage:
     """A chat message."""
 
     role: str
@@ -27,11 +27,11 @@ class Said:
     """Name of the speaker, for templates that use it."""
 
 
-class UnfitMessages(ValueError):
+class InvalidMessages(ValueError):
     """The template rejects these messages; the message says why."""
 
 
-class TemplateFault(ValueError):
+class InvalidTemplate(ValueError):
     """The checkpoint's chat template is invalid."""
 
 
@@ -41,7 +41,7 @@ class Conversation:
     def __init__(
         self, template: str, tokenizer: Tokenizer, bos: int | None, eos: int | None
     ) -> None:
-        """Raises TemplateFault for an invalid template."""
+        """Raises InvalidTemplate for an invalid template."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
@@ -50,7 +50,7 @@ class Conversation:
         try:
             self._template = environment.from_string(template)
         except jinja2.TemplateSyntaxError as error:
-            raise TemplateFault(f"line {error.lineno}: {error.message}") from error
+            raise InvalidTemplate(f"line {error.lineno}: {error.message}") from error
         self._tokenizer = tokenizer
         self._special = SpecialNames(tokenizer)
         self._names = {
@@ -58,15 +58,16 @@ class Conversation:
             "eos_token": "" if eos is None else tokenizer.name_of(eos),
         }
 
-    def begin(self, messages: Sequence[Said], max_tokens: int) -> list[int]:
+    def begin(self, messages: Sequence[ChatMessage], max_tokens: int) -> list[int]:
         """Tokens of a whole conversation, up to the start of the answer.
 
-        Raises UnfitMessages and TooManyTokens.
+        Raises InvalidMessages and TooManyTokens.
         """
         return self._encode(messages, max_tokens)
 
-    def go_on(self, messages: Sequence[Said], max_tokens: int) -> list[int]:
-        """Tokens between the last answer and the next one. Raises UnfitMessages and TooManyTokens.
+    def extend(self, messages: Sequence[ChatMessage], max_tokens: int) -> list[int]:
+        """Tokens between the last answer and the next one. Raises InvalidMessages and
+        TooManyTokens.
 
         Empty for no messages, so that the last answer continues.
         """
@@ -78,7 +79,7 @@ class Conversation:
 
     def _encode(
         self,
-        messages: Sequence[Said],
+        messages: Sequence[ChatMessage],
         max_tokens: int,
         before: Sequence[dict[str, str]] = (),
         behind: str = "",
@@ -101,7 +102,7 @@ class Conversation:
         if behind:
             _, found, text = text.partition(behind)
             if not found:
-                raise UnfitMessages("it omits earlier answers, so that no chat can be continued")
+                raise InvalidMessages("it omits earlier answers, so that no chat can be continued")
         return self._special.encode(text, marks, max_tokens)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
@@ -110,17 +111,17 @@ class Conversation:
                 messages=messages, add_generation_prompt=True, tools=None, **self._names
             )
         except Exception as error:  # templates are programs and may raise anything
-            raise UnfitMessages(str(error)[:200] or type(error).__name__) from error
+            raise InvalidMessages(str(error)[:200] or type(error).__name__) from error
 
 
-def _facts(message: Said) -> dict[str, str]:
+def _facts(message: ChatMessage) -> dict[str, str]:
     role = "system" if message.role == "developer" else message.role
     named = {} if message.name is None else {"name": message.name}
     return {"role": role, "content": message.text} | named
 
 
 def _refuse(message: str) -> NoReturn:
-    raise UnfitMessages(message)
+    raise InvalidMessages(message)
 
 
 def _strftime_now(format: str) -> str:

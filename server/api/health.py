@@ -38,9 +38,9 @@ async def live(service: ServiceDep) -> Health:
 @router.get("/health/ready", responses=refusals(503))
 async def ready(service: ServiceDep) -> Health:
     """The server accepts turns and can store them; otherwise the message says what is wrong."""
-    trouble = await find_trouble(service)
-    if trouble is not None:
-        raise trouble
+    problem = await check_readiness(service)
+    if problem is not None:
+        raise problem
     return Health()
 
 
@@ -53,14 +53,14 @@ async def ready(service: ServiceDep) -> Health:
 )
 async def metrics(service: ServiceDep, request: Request) -> Response:
     """Prometheus metrics; in OpenMetrics format, if accepted, with exemplars that name requests."""
-    await find_trouble(service)
+    await check_readiness(service)
     text, content_type = service.metrics.exposition(request.headers.get("accept", ""))
     return Response(text, headers={"Content-Type": content_type})
 
 
-async def find_trouble(service: Service) -> LatentdError | None:
+async def check_readiness(service: Service) -> LatentdError | None:
     """Why the server is not ready, or None. Updates the health metrics."""
-    metrics, trouble = service.metrics, None
+    metrics, problem = service.metrics, None
     metrics.running_step_seconds.set(service.engine.running_step_s)
     store = await service.ledger.store_health()
     metrics.store_bytes.set(store.num_bytes)
@@ -70,14 +70,14 @@ async def find_trouble(service: Service) -> LatentdError | None:
         _check_step(service)
         _check_store(service, store)
     except LatentdError as error:
-        trouble = error
-    metrics.ready.set(trouble is None)
-    return trouble
+        problem = error
+    metrics.ready.set(problem is None)
+    return problem
 
 
 def _check_step(service: Service) -> None:
     """Raises NotReady when the engine's current step hangs."""
-    seconds, most = service.engine.running_step_s, service.settings.hung_step_s
+    seconds, most = service.engine.running_step_s, service.settings.step_hang_timeout_s
     if seconds > most:
         raise NotReady(
             f"an engine step has run for {seconds:.0f} seconds; more than {most:g} count as hung",

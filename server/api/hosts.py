@@ -7,8 +7,8 @@ into the Host header. Nobody else can own a name without a dot.
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api.auth import OPEN
-from server.api.problems import LONGEST_ECHO, respond
+from server.api.auth import PUBLIC_PATHS
+from server.api.problems import MAX_ECHO_CHARACTERS, respond
 from server.errors import InvalidRequest
 from server.settings import DOTLESS
 
@@ -25,13 +25,13 @@ class HostMiddleware:
         self._hosts = [host.lower() for host in hosts]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN:
+        if scope["type"] == "http" and scope["path"] not in PUBLIC_PATHS:
             given = Headers(scope=scope).get("host", "")
             if given and not self._knows(_name(given)):
                 await respond(
                     scope,
                     InvalidRequest(
-                        f"unknown host name {given[:LONGEST_ECHO]!r}: see --allowed-hosts",
+                        f"unknown host name {given[:MAX_ECHO_CHARACTERS]!r}: see --allowed-hosts",
                         code="host_not_allowed",
                         status=421,
                     ),

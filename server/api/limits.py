@@ -30,11 +30,11 @@ from server.settings import Settings
 memory.time = SimpleNamespace(time=time.monotonic)  # type: ignore[assignment, attr-defined]
 # The library counts minutes by the system's clock otherwise, which may jump.
 
-EVERY_CALLER = "all"
+ALL_CALLERS = "all"
 """Pseudo-owner of the server-wide limits; no owner has this name."""
 
-Kind = Literal["requests", "tokens"]
-KINDS: tuple[Kind, ...] = ("requests", "tokens")
+LimitKind = Literal["requests", "tokens"]
+KINDS: tuple[LimitKind, ...] = ("requests", "tokens")
 
 
 class _Limit(RateLimitItemPerMinute):
@@ -42,11 +42,11 @@ class _Limit(RateLimitItemPerMinute):
 
     __slots__ = ("_owner", "code", "kind")
 
-    def __init__(self, amount: int, kind: Kind, whose: str) -> None:
+    def __init__(self, amount: int, kind: LimitKind, whose: str) -> None:
         super().__init__(amount, namespace=f"{kind}/{whose}")
         self.kind = kind
         self.code = f"{kind}_per_minute"
-        self._owner = "the server's" if whose == EVERY_CALLER else "your"
+        self._owner = "the server's" if whose == ALL_CALLERS else "your"
 
     def __str__(self) -> str:
         return f"{self._owner} limit of {self.amount} {self.kind} per minute"
@@ -151,7 +151,7 @@ class Limiter:
                 seconds,
             )
 
-    async def record(self, caller: Caller, kind: Kind, count: int) -> None:
+    async def record(self, caller: Caller, kind: LimitKind, count: int) -> None:
         """Count what was used, also beyond the limits."""
         if kind == "requests":
             self.add_used(caller.owner, num_requests=count)
@@ -169,7 +169,7 @@ class Limiter:
 
     async def headers(self, caller: Caller) -> dict[str, str]:
         """Rate limit headers: of each kind, the limit that leaves least."""
-        found = dict[Kind, tuple[int, _Limit]]()
+        found = dict[LimitKind, tuple[int, _Limit]]()
         for limit in self._limits(caller):
             stats = await self._windows.get_window_stats(limit)
             if limit.kind not in found or stats.remaining < found[limit.kind][0]:
@@ -183,7 +183,7 @@ class Limiter:
         return headers
 
     def _limits(self, caller: Caller) -> Iterator[_Limit]:
-        for whose, limits in ((caller.owner, caller.limits), (EVERY_CALLER, self._overall)):
+        for whose, limits in ((caller.owner, caller.limits), (ALL_CALLERS, self._overall)):
             for kind in KINDS:
                 amount = getattr(limits, f"{kind}_per_minute")
                 if amount is not None:
@@ -198,12 +198,12 @@ class Limiter:
         expiry = limit.get_expiry()
         window = await self._storage.get_sliding_window(limit.key_for(), expiry)
         previous, left, current, current_left = window
-        room = limit.amount - cost + 1
-        if previous * left / expiry + current < room:
+        space = limit.amount - cost + 1
+        if previous * left / expiry + current < space:
             return 0.0
-        if current < room:
-            return left - expiry * (room - current) / previous
-        return current_left - expiry * room / current
+        if current < space:
+            return left - expiry * (space - current) / previous
+        return current_left - expiry * space / current
 
 
 class Allowance:

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import problems
-from server.api.auth import CALLER, OPEN
+from server.api.auth import CALLER, PUBLIC_PATHS
 from server.api.encodings import decoded
 from server.api.limits import Limiter
 from server.api.problems import OUTCOME, RECORD, render
@@ -27,10 +27,10 @@ from server.records import RequestRecord
 
 REQUEST_ID = "X-Request-ID"
 TRACE_HEADERS = ("traceparent", "tracestate", "baggage")
-PROBES = {*OPEN, METRICS}
+PROBES = {*PUBLIC_PATHS, METRICS}
 """Paths that are polled: logged at level debug, and not traced."""
 
-TURNED_AWAY = (401, 421, 429, 503)
+CHEAP_REJECTIONS = (401, 421, 429, 503)
 """Statuses of cheap rejections, which can be arbitrarily many: their log lines are limited."""
 
 Trace = Callable[[RequestRecord], None]
@@ -91,10 +91,10 @@ class RequestMiddleware:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                told = MutableHeaders(scope=message)
-                told[REQUEST_ID] = request_id
+                response_headers = MutableHeaders(scope=message)
+                response_headers[REQUEST_ID] = request_id
                 if CALLER in scope:
-                    told.update(await self._limiter.headers(scope[CALLER]))
+                    response_headers.update(await self._limiter.headers(scope[CALLER]))
             await send(message)
 
         try:
@@ -102,7 +102,7 @@ class RequestMiddleware:
             if _declared_length(headers) > most:
                 await render(problems.body_too_large())(scope, receive, send_with_id)
             else:
-                in_time = _in_time(receive, self._body_timeout_s)
+                in_time = _with_timeout(receive, self._body_timeout_s)
                 body = decoded(_limited(in_time, most), headers, most)
                 await self._app(scope, body, send_with_id)
         except Exception:  # last resort: answer with status 500
@@ -118,7 +118,7 @@ class RequestMiddleware:
             labels = {"endpoint": record.endpoint, "outcome": record.outcome}
             self._metrics.requests_total.labels(**labels).inc()
             if record.turn is not None and record.turn.ended is None:
-                record.turn.when_ended = partial(self._report, record)  # detached: reported later
+                record.turn.on_end = partial(self._report, record)  # detached: reported later
             else:
                 self._report(record)
 
@@ -126,7 +126,7 @@ class RequestMiddleware:
         """Log and trace a finished request."""
         record.end()
         is_probe = record.endpoint in PROBES and record.status < 400
-        refused = f"status {record.status}" if record.status in TURNED_AWAY else None
+        refused = f"status {record.status}" if record.status in CHEAP_REJECTIONS else None
         log.log(
             logging.DEBUG if is_probe else logging.INFO,
             "request",
@@ -141,7 +141,7 @@ def _address(scope: Scope) -> str | None:
     return None if client is None else client[0]
 
 
-def _in_time(receive: Receive, timeout_s: float) -> Receive:
+def _with_timeout(receive: Receive, timeout_s: float) -> Receive:
     """Limits the time for receiving the body, not what comes after it."""
     deadline = time.monotonic() + timeout_s
     is_complete = False

@@ -20,7 +20,7 @@ TOKEN_LIMITS = (
     *("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"),
     "min_tokens",
 )
-FRAMEWORKS_OWN = ("HTTPValidationError", "ValidationError")
+FRAMEWORK_SCHEMAS = ("HTTPValidationError", "ValidationError")
 
 DESCRIPTION = """\
 Language models with constant memory per session.
@@ -61,7 +61,7 @@ REQUEST_ID = {
     "other is replaced. The response and the server's log include it.",
     "schema": {"type": "string", "examples": ["req-2026-0001"]},
 }
-REQUEST_ID_TOLD = {
+REQUEST_ID_HEADER = {
     "description": "The request's id, yours or one assigned by the server.",
     "required": True,
     "schema": {"type": "string", "examples": ["req-2026-0001"]},
@@ -70,7 +70,7 @@ REQUEST_ID_TOLD = {
 Schema = dict[str, Any]
 
 
-def describe(app: FastAPI, settings: Settings, *, asks_for_keys: bool) -> None:
+def describe(app: FastAPI, settings: Settings, *, requires_keys: bool) -> None:
     """Complete the app's OpenAPI document; it is built on first use."""
     framework = app.openapi
 
@@ -78,7 +78,7 @@ def describe(app: FastAPI, settings: Settings, *, asks_for_keys: bool) -> None:
         if app.openapi_schema is None:
             document = framework()
             _complete(document, settings)
-            if not asks_for_keys:
+            if not requires_keys:
                 _open(document)
             app.openapi_schema = document
         return app.openapi_schema
@@ -88,7 +88,7 @@ def describe(app: FastAPI, settings: Settings, *, asks_for_keys: bool) -> None:
 
 def _complete(document: dict[str, Any], settings: Settings) -> None:
     schemas: dict[str, Schema] = document["components"]["schemas"]
-    for name in FRAMEWORKS_OWN:
+    for name in FRAMEWORK_SCHEMAS:
         schemas.pop(name, None)
     schemas |= _schemas_of_events()
     _bound(schemas, settings)
@@ -98,7 +98,7 @@ def _complete(document: dict[str, Any], settings: Settings) -> None:
         add_examples(operation)
         operation.setdefault("parameters", []).append(REQUEST_ID)
         for response in operation["responses"].values():
-            response.setdefault("headers", {})["X-Request-ID"] = REQUEST_ID_TOLD
+            response.setdefault("headers", {})["X-Request-ID"] = REQUEST_ID_HEADER
 
 
 def _open(document: dict[str, Any]) -> None:
@@ -132,8 +132,8 @@ def _bound(schemas: dict[str, Schema], settings: Settings) -> None:
     for name, schema in schemas.items():
         if name.endswith("Request"):
             bounds = _bounds(name, settings)
-            for field, told in schema["properties"].items():
-                told |= bounds.get(field, {})
+            for field, field_schema in schema["properties"].items():
+                field_schema |= bounds.get(field, {})
 
 
 def _bounds(name: str, settings: Settings) -> dict[str, Schema]:

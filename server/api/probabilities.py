@@ -8,12 +8,12 @@ from server.api.schemas.chat import TokenLogprob, TopLogprob
 from server.engine.messages import Token
 
 
-def told_tokens(tokenizer: Tokenizer, tokens: Sequence[Token]) -> list[TokenLogprob]:
+def render_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> list[TokenLogprob]:
     """One entry per token, with the most probable alternatives."""
-    return [_told(tokenizer, token) for token in tokens]
+    return [_render(tokenizer, token) for token in tokens]
 
 
-def _told(tokenizer: Tokenizer, token: Token) -> TokenLogprob:
+def _render(tokenizer: Tokenizer, token: Token) -> TokenLogprob:
     top = [
         TopLogprob.model_construct(**_fields(tokenizer, token_id, logprob))
         for token_id, logprob in token.top

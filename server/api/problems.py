@@ -30,9 +30,9 @@ OUTCOME = "latentd.outcome"
 RECORD = "latentd.record"
 """Key of the record in a request's scope."""
 
-LONGEST_ECHO = 200
+MAX_ECHO_CHARACTERS = 200
 _ECHO = reprlib.Repr()
-_ECHO.maxstring = _ECHO.maxlong = _ECHO.maxother = LONGEST_ECHO
+_ECHO.maxstring = _ECHO.maxlong = _ECHO.maxother = MAX_ECHO_CHARACTERS
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -106,7 +106,7 @@ def describe(found: Sequence[Mapping[str, Any]], path: Sequence[int | str]) -> I
 
 def shortened(text: str) -> str:
     """Shorten client input for an error message."""
-    return text if len(text) <= LONGEST_ECHO else text[:LONGEST_ECHO] + "…"
+    return text if len(text) <= MAX_ECHO_CHARACTERS else text[:MAX_ECHO_CHARACTERS] + "…"
 
 
 def _describe(request: Request, found: Sequence[Any]) -> InvalidRequest:
@@ -117,9 +117,9 @@ def _describe(request: Request, found: Sequence[Any]) -> InvalidRequest:
     given = request.headers.get("content-type")
     if given is not None and "json" in given:
         return describe(found, path)
-    said = "without a Content-Type" if given is None else f"of type {shortened(given)}"
+    content_type = "without a Content-Type" if given is None else f"of type {shortened(given)}"
     return InvalidRequest(
-        f"the body is {said}; it must be application/json",
+        f"the body is {content_type}; it must be application/json",
         code="unsupported_media_type",
         status=415,
     )
@@ -136,12 +136,12 @@ def _field(path: Sequence[str]) -> str | None:
             shown += f"[{part}]"
         elif not part.startswith("("):
             shown += f".{part}" if shown else part
-    return shown[:LONGEST_ECHO] or None
+    return shown[:MAX_ECHO_CHARACTERS] or None
 
 
 def _from_http(request: Request, error: HTTPException) -> LatentdError:
     """Convert the framework's errors."""
-    method, path = request.method, request.url.path[:LONGEST_ECHO]
+    method, path = request.method, request.url.path[:MAX_ECHO_CHARACTERS]
     match error.status_code:
         case 404:
             message, code = f"unknown path: {method} {path}", "not_found"
@@ -152,7 +152,7 @@ def _from_http(request: Request, error: HTTPException) -> LatentdError:
         case 413:
             return body_too_large()
         case 415:
-            given = request.headers.get("content-encoding", "")[:LONGEST_ECHO]
+            given = request.headers.get("content-encoding", "")[:MAX_ECHO_CHARACTERS]
             message = f"a body with Content-Encoding {given} cannot be decoded here"
             code = "unsupported_content_encoding"
         case 400 if error.detail == UNDECODABLE:

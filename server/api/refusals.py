@@ -9,6 +9,7 @@ from server.api.schemas.problems import ErrorResponse
 from server.errors import (
     DeadlineExceeded,
     EventsGone,
+    IncompatibleState,
     InternalError,
     InvalidRequest,
     LatentdError,
@@ -19,7 +20,6 @@ from server.errors import (
     StorageFailed,
     StorageFull,
     Unauthorized,
-    UnfitState,
 )
 
 
@@ -68,7 +68,7 @@ ALL = (
     ),
     _Refusal(
         "The blob is not a state of this server's model: the message names the difference.",
-        UnfitState("the state does not fit this server: it is not a safetensors file"),
+        IncompatibleState("the state does not fit this server: it is not a safetensors file"),
     ),
     _Refusal(
         "A rate limit or the queue is exhausted: retry after `Retry-After` seconds; or a quota "

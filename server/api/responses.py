@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.auth import CallerDep, OwnerDep
 from server.api.bodies import JSONRoute
-from server.api.conversation import Said
+from server.api.conversation import ChatMessage
 from server.api.generation.answer import Answer
 from server.api.generation.deliver import EventStream, reply
 from server.api.generation.detached import start_stream
@@ -32,7 +32,7 @@ from server.api.service import Service, ServiceDep
 from server.api.sse import AT_END, events_of
 from server.api.texts import LONG
 from server.errors import InternalError, InvalidRequest, NeedsStream, NotFound
-from server.sessions.ledger import After, NewResponse, new_response_id
+from server.sessions.ledger import AfterResponse, NewResponse, new_response_id
 
 router = APIRouter(
     route_class=JSONRoute,
@@ -62,9 +62,11 @@ async def create_response(
     )
     first = first_object(service, body, new_response_id())
     first_json = first.model_dump_json(exclude_unset=True)
-    source = None if body.previous_response_id is None else After(body.previous_response_id)
+    source = None if body.previous_response_id is None else AfterResponse(body.previous_response_id)
     target = NewResponse(first.id, body.ttl) if body.stores else None
-    prompt = ChatPrompt(service, [Said(*said) for said in body.messages], body.prompt_name)
+    prompt = ChatPrompt(
+        service, [ChatMessage(*message) for message in body.messages], body.prompt_name
+    )
     pending = first_json if body.background else None
     record = record_of(request.scope)
     record.streams = bool(body.stream)
@@ -73,12 +75,12 @@ async def create_response(
         raise InternalError("a new response was replayed")
     answer = Answer(turn, service.checkpoint.tokenizer, first.id)
     shape = ResponseShape(service, body, answer, first)
-    keepalive_s = service.settings.keepalive_s
+    stream_keepalive_s = service.settings.stream_keepalive_s
     if body.background:
         stream = start_stream(service, caller.owner, turn, answer, shape)
-        return stream.response(keepalive_s) if body.stream else _json(first_json)
+        return stream.response(stream_keepalive_s) if body.stream else _json(first_json)
     if body.stream:
-        return EventStream(turn, answer, shape, keepalive_s, {})
+        return EventStream(turn, answer, shape, stream_keepalive_s, {})
     return await reply(request, turn, answer, shape, {})
 
 
@@ -124,7 +126,7 @@ async def get_response(
         start = found.number_behind(last_event_id)
     else:
         start = 0 if starting_after is None else starting_after + 1
-    return found.response(service.settings.keepalive_s, start=start)
+    return found.response(service.settings.stream_keepalive_s, start=start)
 
 
 @router.post(

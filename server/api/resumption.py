@@ -39,7 +39,7 @@ async def resume_stream(
     stream = service.streams.get(owner, stream_id)
     given = after if last_event_id is None else last_event_id
     start = 0 if given is None else stream.number_behind(given)
-    return stream.response(service.settings.keepalive_s, start=start)
+    return stream.response(service.settings.stream_keepalive_s, start=start)
 
 
 @router.post("/{stream_id}/cancel")

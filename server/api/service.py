@@ -19,8 +19,8 @@ from server.engine.engine import Engine
 from server.errors import Cancelled, LatentdError, ShuttingDown
 from server.metrics import Metrics
 from server.sessions.ledger import Ledger
-from server.sessions.models import described
-from server.sessions.store import Kind
+from server.sessions.models import describe_counts
+from server.sessions.store import EntryKind
 from server.settings import Settings
 
 ROLLBACK_S = 5.0
@@ -110,7 +110,7 @@ class Service:
         for turn in self.open_turns.of(owner):
             turn.end(reason)
 
-    async def erase(self, owner: str) -> Counter[Kind]:
+    async def erase(self, owner: str) -> Counter[EntryKind]:
         """End what runs for an owner, and erase all that it holds, in memory and on disk. Returns
         how many sessions and responses there were. Raises StorageFailed."""
         self.end_turns(owner, Cancelled())
@@ -119,7 +119,7 @@ class Service:
         erased = await self.ledger.erase_all(owner)
         self.engine.forget(owner)
         self.grammars.forget(owner)
-        log.info("erased", extra={"fields": {"key": owner, "erased": described(erased)}})
+        log.info("erased", extra={"fields": {"key": owner, "erased": describe_counts(erased)}})
         return erased
 
     async def drain(self) -> None:

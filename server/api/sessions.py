@@ -51,7 +51,7 @@ BLOB_SCHEMA = {
     "description": "A safetensors file: the tensors of one state, and metadata with the model's "
     "fingerprint and what is needed to continue the text.",
 }
-TURN_TOLD = {
+TURN_HEADER = {
     "X-Session-Turn": {
         "description": "The turn that the state belongs to.",
         "required": True,
@@ -86,8 +86,8 @@ async def create_session(
         )
     elif body.prompt is not None:
         target = NewSession(body.metadata or {}, ttl_s)
-        told = record_of(request.scope)
-        record = await _create_with_prompt(service, caller, body.prompt, target, told)
+        request_record = record_of(request.scope)
+        record = await _create_with_prompt(service, caller, body.prompt, target, request_record)
     else:
         record = await service.ledger.create(caller.owner, body.metadata or {}, ttl_s)
     return _render(service, record)
@@ -202,7 +202,7 @@ async def rewind_session(
     "/{session_id}/state",
     response_class=Response,
     responses=refusals(400, 429, *STORED)
-    | {200: {"content": {BLOB: {"schema": BLOB_SCHEMA}}, "headers": TURN_TOLD}},
+    | {200: {"content": {BLOB: {"schema": BLOB_SCHEMA}}, "headers": TURN_HEADER}},
 )
 async def export_session(
     session_id: SessionId,

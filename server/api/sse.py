@@ -35,11 +35,11 @@ def events_of(*models: str) -> dict[str, Any]:
 
     OpenAPI 3.1 cannot describe a stream's items: the schema is that of one event.
     """
-    told = [{"$ref": f"#/components/schemas/{model}"} for model in (*models, "ErrorResponse")]
+    schemas = [{"$ref": f"#/components/schemas/{model}"} for model in (*models, "ErrorResponse")]
     message = {
         "type": "string",
         "contentMediaType": "application/json",
-        "contentSchema": {"anyOf": told},
+        "contentSchema": {"anyOf": schemas},
     }
     ends = {"type": "string", "const": "[DONE]"}
     event = {

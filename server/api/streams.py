@@ -130,7 +130,7 @@ class Stream:
         return number + 1
 
     def response(
-        self, keepalive_s: float, *, start: int = 0, headers: dict[str, str] | None = None
+        self, stream_keepalive_s: float, *, start: int = 0, headers: dict[str, str] | None = None
     ) -> Response:
         """A response with the events from number `start` on. Raises EventsGone if they were
         dropped.
@@ -143,7 +143,7 @@ class Stream:
         if self.ended_at is not None and start >= self.log.num_events:
             return Response(status_code=204, headers=headers)
         return StreamingResponse(
-            self.log.follow(start, keepalive_s),
+            self.log.follow(start, stream_keepalive_s),
             media_type=EVENT_STREAM,
             headers=(headers or {}) | NO_BUFFERING,
         )

@@ -24,7 +24,7 @@ THREADS = 2
 OWNER: ContextVar[str] = ContextVar("owner", default="")
 """Whose request is being answered."""
 
-WRITTEN_TOGETHER = 16_384
+WRITE_BATCH = 16_384
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -95,6 +95,6 @@ def _parts(value: object) -> Iterator[bytes]:
 
 def to_json_list(items: Sequence[object]) -> bytes:
     """Serialize a list in parts, releasing the GIL between them."""
-    starts = range(0, len(items), WRITTEN_TOGETHER)
-    parts = (to_json(items[start : start + WRITTEN_TOGETHER])[1:-1] for start in starts)
+    starts = range(0, len(items), WRITE_BATCH)
+    parts = (to_json(items[start : start + WRITE_BATCH])[1:-1] for start in starts)
     return b"[" + b",".join(parts) + b"]"

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response
 from server.api.auth import CallerDep
 from server.api.bodies import JSONRoute
 from server.api.generation.generation import check_ids, check_model
-from server.api.generation.prompts import ChatPrompt, encode, said
+from server.api.generation.prompts import ChatPrompt, chat_messages, encode
 from server.api.refusals import BODY, GUARDED, refusals
 from server.api.schemas.tokens import (
     Detokenized,
@@ -45,7 +45,9 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep, caller: CallerDep
             ids = await texts.run(len(text), encode, service, text, most)
             ids = [bos, *ids] if adds and bos is not None else ids
         case None, list(messages):
-            [ids] = await ChatPrompt(service, said(messages), "messages").read(Continuation())
+            [ids] = await ChatPrompt(service, chat_messages(messages), "messages").read(
+                Continuation()
+            )
             ids = ids if adds or ids[:1] != (bos,) else ids[1:]
         case _:
             raise InvalidRequest("give a prompt or messages, one of them", "prompt")

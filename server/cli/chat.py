@@ -65,7 +65,7 @@ def chat(options: Options) -> int:
             if options.system is not None and session.turn:
                 terminal.remark("the session has already begun: the system message is not sent")
             ok = Chat(client, terminal, dialogue).run()
-            terminal.remark(f"to continue: {_resuming(options.url, dialogue)}")
+            terminal.remark(f"to continue: {_resume_command(options.url, dialogue)}")
             return 0 if ok else 1
     except ClientError as error:
         terminal.error(error)
@@ -79,7 +79,7 @@ class Chat:
         self._client = client
         self._terminal = terminal
         self._dialogue = dialogue
-        self._quits = False
+        self._is_done = False
         self._commands = {
             "sessions": Command(self._list, "", "list your newest sessions"),
             "new": Command(self._new, "", "start a new session"),
@@ -97,7 +97,7 @@ class Chat:
         """Process lines until the input ends. False if a line from a pipe failed."""
         if self._terminal.is_interactive:
             self._terminal.remark("/help lists the commands; Ctrl-C stops an answer")
-        while not self._quits:
+        while not self._is_done:
             try:
                 line = self._terminal.read()
             except KeyboardInterrupt:
@@ -105,11 +105,11 @@ class Chat:
             if line is None:
                 self._terminal.leave()
                 return True
-            if line.strip() and not self._take(line) and not self._terminal.is_interactive:
+            if line.strip() and not self._handle(line) and not self._terminal.is_interactive:
                 return False
         return True
 
-    def _take(self, line: str) -> bool:
+    def _handle(self, line: str) -> bool:
         """Whether the line succeeded."""
         try:
             if line.startswith("/") and not line.startswith("//"):
@@ -139,19 +139,19 @@ class Chat:
         print_sessions(self._client.sessions(NUM_LISTED))
 
     def _new(self, _: str) -> None:
-        self._dialogue.go_on(self._client.create())
+        self._dialogue.switch_to(self._client.create())
         self._terminal.write(f"{self._dialogue.session_id}\n")
 
     def _switch(self, session_id: str) -> None:
         if not session_id:
             raise CommandError("/switch needs a session ID; /sessions lists them")
         session = self._client.session(session_id)
-        self._dialogue.go_on(session)
+        self._dialogue.switch_to(session)
         self._terminal.write(f"{session.id}: turn {session.turn}, {session.tokens:,} tokens\n")
 
     def _fork(self, argument: str) -> None:
         turn = _turn(argument) if argument else None
-        self._dialogue.go_on(self._client.fork(self._dialogue.session_id, turn))
+        self._dialogue.switch_to(self._client.fork(self._dialogue.session_id, turn))
         self._terminal.write(f"{self._dialogue.session_id}\n")
 
     def _rewind(self, argument: str) -> None:
@@ -159,7 +159,7 @@ class Chat:
         if turn < 0:
             raise CommandError("the session is at its first turn")
         session = self._client.rewind(self._dialogue.session_id, turn)
-        self._dialogue.go_on(session)
+        self._dialogue.switch_to(session)
         self._terminal.write(f"{session.id}: turn {session.turn}, {session.tokens:,} tokens\n")
 
     def _export(self, argument: str) -> None:
@@ -191,7 +191,7 @@ class Chat:
         print("A line ending in a backslash continues on the next; // sends a slash.")
 
     def _quit(self, _: str) -> None:
-        self._quits = True
+        self._is_done = True
 
 
 def _turn(argument: str) -> int:
@@ -200,7 +200,7 @@ def _turn(argument: str) -> int:
     return int(argument)
 
 
-def _resuming(url: str, dialogue: Dialogue) -> str:
+def _resume_command(url: str, dialogue: Dialogue) -> str:
     """The command that continues the session."""
     parts = ["latentd", "chat", "--session", dialogue.session_id]
     if url != os.environ.get("LATENT_URL"):

@@ -43,7 +43,7 @@ NOT_SENT = (
 
 Event = ChatChunk | Completion
 EVENTS: TypeAdapter[Event | ErrorResponse] = TypeAdapter(Event | ErrorResponse)
-Answer = TypeVar("Answer", bound=BaseModel)
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class ClientError(Exception):
@@ -61,7 +61,7 @@ class RefusedError(ClientError):
         self.code = code
 
 
-class StrangeError(ClientError):
+class UnexpectedResponseError(ClientError):
     """The response is not from a latentd server."""
 
 
@@ -137,7 +137,7 @@ class Client:
             params = {"limit": str(PAGE if left is None else min(PAGE, left))}
             if after is not None:
                 params["after"] = after
-            page = self._parse(SessionList, self._ask("GET", SESSIONS, params))
+            page = self._parse(SessionList, self._request("GET", SESSIONS, params))
             yield from page.data
             if not page.has_more or not page.data:
                 return
@@ -146,45 +146,45 @@ class Client:
 
     def create(self) -> Session:
         """Create an empty session."""
-        return self._parse(Session, self._ask("POST", SESSIONS))
+        return self._parse(Session, self._request("POST", SESSIONS))
 
     def session(self, session_id: str) -> Session:
-        return self._parse(Session, self._ask("GET", _path(session_id)))
+        return self._parse(Session, self._request("GET", _path(session_id)))
 
     def turns(self, session_id: str) -> list[Checkpoint]:
         """The session's checkpoints, newest first."""
-        return self._parse(CheckpointList, self._ask("GET", _path(session_id, "turns"))).data
+        return self._parse(CheckpointList, self._request("GET", _path(session_id, "turns"))).data
 
     def export(self, session_id: str, turn: int | None) -> Exported:
         """Export the current state, or that after an earlier turn."""
         params = {} if turn is None else {"turn": str(turn)}
-        response = self._ask("GET", _path(session_id, "state"), params)
-        told = response.headers.get("x-session-turn", "")
-        if not told.isdecimal():
-            raise self._strange(response)
-        return Exported(int(told), response.content)
+        response = self._request("GET", _path(session_id, "state"), params)
+        turn_header = response.headers.get("x-session-turn", "")
+        if not turn_header.isdecimal():
+            raise self._unexpected(response)
+        return Exported(int(turn_header), response.content)
 
     def import_state(self, blob: bytes, metadata: Mapping[str, str], ttl: float | None) -> Session:
         """Create a session from an exported blob."""
         params = {"metadata": json.dumps(metadata)} if metadata else {}
         if ttl is not None:
             params["ttl"] = str(ttl)
-        response = self._ask("POST", f"{SESSIONS}/import", params, blob=blob)
+        response = self._request("POST", f"{SESSIONS}/import", params, blob=blob)
         return self._parse(Session, response)
 
     def fork(self, session_id: str, turn: int | None) -> Session:
         """Fork the session."""
         body = {} if turn is None else {"turn": turn}
-        return self._parse(Session, self._ask("POST", _path(session_id, "fork"), body=body))
+        return self._parse(Session, self._request("POST", _path(session_id, "fork"), body=body))
 
     def rewind(self, session_id: str, turn: int) -> Session:
         body = {"turn": turn}
-        return self._parse(Session, self._ask("POST", _path(session_id, "rewind"), body=body))
+        return self._parse(Session, self._request("POST", _path(session_id, "rewind"), body=body))
 
     def delete(self, session_id: str) -> None:
-        self._parse(SessionDeleted, self._ask("DELETE", _path(session_id)))
+        self._parse(SessionDeleted, self._request("DELETE", _path(session_id)))
 
-    def take_turn(self, asked: TurnRequest) -> Generator[str | TurnEnd, None, None]:
+    def run_turn(self, asked: TurnRequest) -> Generator[str | TurnEnd, None, None]:
         """Stream a turn: pieces of text, then its end.
 
         A turn that was already committed is replayed. Closing the iterator closes the connection,
@@ -202,7 +202,7 @@ class Client:
                 yield from self._pieces(response)
         except NOT_SENT as error:
             raise ClientError(self._reason(error)) from error
-        except (httpx.HTTPError, StrangeError) as error:
+        except (httpx.HTTPError, UnexpectedResponseError) as error:
             raise UnfinishedError(self._reason(error)) from error
 
     def _pieces(self, response: httpx.Response) -> Iterator[str | TurnEnd]:
@@ -224,19 +224,19 @@ class Client:
         if not ended:
             raise UnfinishedError(f"{self._url}: the answer ended early")
         if turn is None or usage is None:
-            raise self._strange(response)
+            raise self._unexpected(response)
         yield TurnEnd(turn, usage, reason, timings)
 
     def _event(self, data: bytes, response: httpx.Response) -> Event:
         try:
             event = EVENTS.validate_json(data)
         except ValidationError as error:
-            raise self._strange(response) from error
+            raise self._unexpected(response) from error
         if isinstance(event, ErrorResponse):
             raise UnfinishedError(event.error.message)
         return event
 
-    def _ask(
+    def _request(
         self,
         method: str,
         path: str,
@@ -260,7 +260,7 @@ class Client:
 
     def _reason(self, error: Exception) -> str:
         """Why the request failed."""
-        if isinstance(error, StrangeError):
+        if isinstance(error, UnexpectedResponseError):
             return str(error)
         if isinstance(error, httpx.TimeoutException):
             return f"{self._url}: no response within {TIMEOUT_S:g} seconds"
@@ -270,14 +270,14 @@ class Client:
         error = self._parse(ErrorResponse, response).error
         return RefusedError(error.message, error.code)
 
-    def _parse(self, kind: type[Answer], response: httpx.Response) -> Answer:
+    def _parse(self, kind: type[ModelT], response: httpx.Response) -> ModelT:
         try:
             return kind.model_validate_json(response.content)
         except ValidationError as error:
-            raise self._strange(response) from error
+            raise self._unexpected(response) from error
 
-    def _strange(self, response: httpx.Response) -> StrangeError:
-        return StrangeError(
+    def _unexpected(self, response: httpx.Response) -> UnexpectedResponseError:
+        return UnexpectedResponseError(
             f"{self._url}: the response (status {response.status_code}) is not from latentd"
         )
 

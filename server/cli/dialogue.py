@@ -29,7 +29,7 @@ SETTLE_S = 10.0
 
 
 @dataclass(frozen=True)
-class Asked:
+class SentTurn:
     """A turn that was sent."""
 
     text: str
@@ -39,7 +39,7 @@ class Asked:
     request: TurnRequest
 
 
-class Fate(Enum):
+class TurnOutcome(Enum):
     """Outcome of a turn whose end was not received."""
 
     ROLLED_BACK = "the turn was rolled back, the session is unchanged"
@@ -63,7 +63,7 @@ class Dialogue:
         self._client = client
         self._terminal = terminal
         self._sampling = sampling
-        self._open: Asked | None = None
+        self._open: SentTurn | None = None
         self._num_shown = 0
         self.raw = raw
         """Whether texts are sent without a chat template."""
@@ -78,7 +78,7 @@ class Dialogue:
         self.last: TurnEnd | None = None
         """The last turn of this client."""
 
-    def go_on(self, session: Session) -> None:
+    def switch_to(self, session: Session) -> None:
         """Continue with this session."""
         self.session_id, self.turn = session.id, session.turn
         self._open = self.last = None
@@ -95,31 +95,31 @@ class Dialogue:
         """
         before = self._open
         if before is not None:
-            fate = self._learn_fate(before)
-            if fate is Fate.COMMITTED and before.text == text:
+            outcome = self._resolve(before)
+            if outcome is TurnOutcome.COMMITTED and before.text == text:
                 return True
-        asked = self._asked(text)
-        self._open, self._num_shown = asked, 0
+        sent = self._prepare(text)
+        self._open, self._num_shown = sent, 0
         try:
-            self._receive(asked)
+            self._receive(sent)
         except UnfinishedError as error:
             self._terminal.error(error)
             self._terminal.remark("whether the turn was committed is unknown: checking the session")
-            return self._learn_fate(asked) is Fate.COMMITTED
+            return self._resolve(sent) is TurnOutcome.COMMITTED
         except KeyboardInterrupt:
             self._terminal.remark("stopped")
-            self._learn_fate(asked)
+            self._resolve(sent)
             return False
         except RefusedError as error:
             self._open = None
-            return self._go_on_after(error, text)
+            return self._handle_rejection(error, text)
         except ClientError:
             self._open = None
             raise
-        self._sum_up()
+        self._print_summary()
         return True
 
-    def _asked(self, text: str) -> Asked:
+    def _prepare(self, text: str) -> SentTurn:
         body = {
             **self._sampling,
             "session_id": self.session_id,
@@ -130,18 +130,18 @@ class Dialogue:
         }
         if self.raw:
             request = TurnRequest(COMPLETIONS, body | {"prompt": text}, secrets.token_hex(16))
-            return Asked(text, self.turn, request)
+            return SentTurn(text, self.turn, request)
         messages = [{"role": "user", "content": text}]
         if self.system is not None and self.turn == 0:
             messages.insert(0, {"role": "system", "content": self.system})
         request = TurnRequest(CHAT, body | {"messages": messages}, secrets.token_hex(16))
-        return Asked(text, self.turn, request)
+        return SentTurn(text, self.turn, request)
 
-    def _receive(self, asked: Asked) -> None:
+    def _receive(self, sent: SentTurn) -> None:
         """Show the part of the answer that was not shown yet."""
         skip, end = self._num_shown, None
         try:
-            with closing(self._client.take_turn(asked.request)) as pieces:
+            with closing(self._client.run_turn(sent.request)) as pieces:
                 for piece in pieces:
                     if isinstance(piece, TurnEnd):
                         end = piece
@@ -154,12 +154,12 @@ class Dialogue:
         if end is not None:
             self._open, self.turn, self.last = None, end.turn, end
 
-    def _sum_up(self) -> None:
+    def _print_summary(self) -> None:
         """Print a summary of the last turn."""
         if self.last is not None:
             self._terminal.remark(_summary(self.last, self.session()))
 
-    def _go_on_after(self, error: RefusedError, text: str) -> bool:
+    def _handle_rejection(self, error: RefusedError, text: str) -> bool:
         """Handle a turn that the server rejected."""
         if error.code == "turn_mismatch":
             self.turn = self.session().turn
@@ -177,27 +177,27 @@ class Dialogue:
             return self.say(text)
         raise error
 
-    def _learn_fate(self, asked: Asked) -> Fate:
+    def _resolve(self, sent: SentTurn) -> TurnOutcome:
         """Resolve the outcome of a turn and report it."""
-        fate = self._fate(asked)
+        outcome = self._outcome(sent)
         session = self.session()
         self._terminal.remark(
-            f"{fate.value}: at turn {session.turn}, with {session.tokens:,} tokens"
+            f"{outcome.value}: at turn {session.turn}, with {session.tokens:,} tokens"
         )
-        return fate
+        return outcome
 
-    def _fate(self, asked: Asked) -> Fate:
+    def _outcome(self, sent: SentTurn) -> TurnOutcome:
         session = self._wait_until_idle()
-        if session.turn == asked.expected_turn:
+        if session.turn == sent.expected_turn:
             self._open = None
-            return Fate.ROLLED_BACK
+            return TurnOutcome.ROLLED_BACK
         try:
-            self._receive(asked)  # the session has advanced: replays the turn, or is rejected
+            self._receive(sent)  # the session has advanced: replays the turn, or is rejected
         except RefusedError:
-            self.go_on(session)
-            return Fate.SUPERSEDED
-        self._sum_up()
-        return Fate.COMMITTED
+            self.switch_to(session)
+            return TurnOutcome.SUPERSEDED
+        self._print_summary()
+        return TurnOutcome.COMMITTED
 
     def _wait_until_idle(self) -> Session:
         deadline = time.monotonic() + SETTLE_S

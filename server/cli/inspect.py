@@ -18,7 +18,7 @@ FACTS = (
     *("format", "version", "dtype", "arithmetic"),
     *("turn", "position", "pending", "undecoded"),
 )
-LONGEST_FACT = 100
+MAX_FACT_CHARACTERS = 100
 CHECKSUM = {True: "ok", False: "WRONG", None: "unknown: this model has other tensors"}
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -37,18 +37,18 @@ def inspect(file: Path, folder: Path) -> bool:
     model = describe(folder)
     no_arithmetic = ""  # nothing is computed here
     codec = Codec(fingerprint(folder), model.state_spec.tensors, model.vocab_size, no_arithmetic)
-    blob = read_file(file, max(MOST_BLOB_BYTES, codec.most_blob_bytes))
+    blob = read_file(file, max(MOST_BLOB_BYTES, codec.max_blob_bytes))
     try:
         facts, arrays = read(blob)
-        _print_header(len(blob), facts, codec.checksum_fits(facts, arrays), codec.fingerprint)
+        _print_header(len(blob), facts, codec.checksum_matches(facts, arrays), codec.fingerprint)
         print_table(_tensors(arrays))
         if facts.get("format") == FORMAT:
             print()
             print_table(_layers(arrays))
         print()
         codec.decode_foreign(blob)
-        if len(blob) > codec.most_blob_bytes:
-            raise BlobError(f"it is larger than the limit of {codec.most_blob_bytes} bytes")
+        if len(blob) > codec.max_blob_bytes:
+            raise BlobError(f"it is larger than the limit of {codec.max_blob_bytes} bytes")
     except BlobError as error:
         print(f"not importable: {plain(str(error))}")
         return False
@@ -82,14 +82,14 @@ def _tokenizer(tokenizer: Tokenizer | None) -> str:
 
 
 def _print_header(
-    num_bytes: int, facts: Mapping[str, str], checksum_fits: bool | None, model: str
+    num_bytes: int, facts: Mapping[str, str], checksum_matches: bool | None, model: str
 ) -> None:
     shown = {name: _shown(facts.get(name)) for name in (*FACTS, "fingerprint")}
     if facts.get("fingerprint") == model:
         shown["model"] = "this one"
     else:
         shown["model"] = f"another one; this model is {model}"
-    shown["checksum"] = CHECKSUM[checksum_fits]
+    shown["checksum"] = CHECKSUM[checksum_matches]
     shown["size"] = f"{num_bytes:,} bytes"
     print_facts(shown)
     print()
@@ -98,7 +98,7 @@ def _print_header(
 def _shown(fact: str | None) -> str:
     if fact is None:
         return "-"
-    return plain(fact if len(fact) <= LONGEST_FACT else fact[:LONGEST_FACT] + "…")
+    return plain(fact if len(fact) <= MAX_FACT_CHARACTERS else fact[:MAX_FACT_CHARACTERS] + "…")
 
 
 def _tensors(arrays: Arrays) -> Table:

@@ -23,7 +23,7 @@ Key = Annotated[
     typer.Option(envvar="LATENT_KEY", help="API key.", show_default=False),
 ]
 Id = Annotated[str, typer.Argument(metavar="ID", help="Session id.")]
-Turn = Annotated[int | None, typer.Option(help="Turn with a checkpoint; default: the last.")]
+TurnOption = Annotated[int | None, typer.Option(help="Turn with a checkpoint; default: the last.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 LOCAL = "http://127.0.0.1:8000"
 
@@ -79,7 +79,7 @@ def turns(session_id: Id, as_json: Json = False, url: Url = LOCAL, key: Key = ""
 @app.command()
 def export(
     session_id: Id,
-    turn: Turn = None,
+    turn: TurnOption = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Output file, - for stdout; default: ID-TURN.safetensors."),
@@ -134,7 +134,7 @@ def import_state(
 
 
 @app.command()
-def fork(session_id: Id, turn: Turn = None, url: Url = LOCAL, key: Key = "") -> None:
+def fork(session_id: Id, turn: TurnOption = None, url: Url = LOCAL, key: Key = "") -> None:
     """Create a copy of a session, as of its last turn or an earlier one, and print its id."""
     with _connect(url, key) as client:
         print(client.fork(session_id, turn).id)

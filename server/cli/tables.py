@@ -10,7 +10,7 @@ from rich.table import Table
 from server.api.schemas.sessions import Checkpoint, Session
 from server.keys import Key
 
-NARROWEST, WIDE = 110, 1000
+MIN_WIDTH, WIDE = 110, 1000
 """Minimum table width on a terminal, and the width elsewhere: a truncated id is useless."""
 
 
@@ -80,7 +80,7 @@ def print_facts(facts: dict[str, str]) -> None:
 def print_table(table: Table) -> None:
     """Print without markup: cells may contain user text."""
     console = Console(markup=False, emoji=False, highlight=False)
-    width = max(console.width, NARROWEST if console.is_terminal else WIDE)
+    width = max(console.width, MIN_WIDTH if console.is_terminal else WIDE)
     console.size = ConsoleDimensions(width, console.height)
     console.print(table)
 

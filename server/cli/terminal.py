@@ -8,7 +8,9 @@ from contextlib import suppress
 
 PROMPT, MORE = "> ", ". "
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-ORDERS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+CONTROL_CHARACTERS = {
+    code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
+}
 """Control characters, which could control the terminal."""
 
 
@@ -21,7 +23,7 @@ class Terminal:
     def __init__(self) -> None:
         self.is_interactive = sys.stdin.isatty()
         self._edits = self.is_interactive and sys.stdout.isatty()
-        self._dims = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        self._is_dimmed = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
         self._is_in_line = False
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
@@ -46,7 +48,7 @@ class Terminal:
 
     def write(self, text: str) -> None:
         """Write text without control characters."""
-        shown = text.translate(ORDERS)
+        shown = text.translate(CONTROL_CHARACTERS)
         if shown:
             sys.stdout.write(shown)
             sys.stdout.flush()
@@ -59,14 +61,14 @@ class Terminal:
 
     def remark(self, text: str) -> None:
         """Print a remark on its own line."""
-        line = text.translate(ORDERS)
-        self._tell(f"{DIM}{line}{PLAIN}" if self._dims else line)
+        line = text.translate(CONTROL_CHARACTERS)
+        self._print_line(f"{DIM}{line}{PLAIN}" if self._is_dimmed else line)
 
     def error(self, error: Exception) -> None:
         """Print an error on its own line."""
-        self._tell(f"latentd: {error}".translate(ORDERS))
+        self._print_line(f"latentd: {error}".translate(CONTROL_CHARACTERS))
 
-    def _tell(self, line: str) -> None:
+    def _print_line(self, line: str) -> None:
         self.end_line()
         print(line, file=sys.stderr, flush=True)
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from model.shares import has_space
-from server.engine.messages import EngineRequest, Message, Submit
+from server.engine.messages import EngineMessage, EngineRequest, Submit
 from server.errors import Overloaded
 
 RECENT = 64
 """Number of recent requests by which the queue's speed is measured."""
 
-LONGEST_RETRY_S = 60
+MAX_RETRY_AFTER_S = 60
 
 
 class Inbox:
@@ -41,7 +41,7 @@ class Inbox:
         """When the queue last became non-empty, and when requests left it since."""
 
         self._lock = threading.Lock()
-        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[EngineMessage] = queue.SimpleQueue()
 
     def submit(self, *messages: Submit) -> None:
         """Queue requests of one owner, all or none.
@@ -68,7 +68,7 @@ class Inbox:
         for message in messages:
             self._messages.put(message)
 
-    def put(self, message: Message) -> None:
+    def put(self, message: EngineMessage) -> None:
         """Queue a message other than a request."""
         self._messages.put(message)
 
@@ -76,7 +76,7 @@ class Inbox:
     def empty(self) -> bool:
         return self._messages.empty()
 
-    def receive(self, *, wait: bool, timeout_s: float | None = None) -> Iterator[Message]:
+    def receive(self, *, wait: bool, timeout_s: float | None = None) -> Iterator[EngineMessage]:
         """Receive all pending messages; with `wait`, block for the first one, up to `timeout_s`."""
         with suppress(queue.Empty):
             if wait:
@@ -103,4 +103,4 @@ class Inbox:
         if self._left:
             elapsed_s = self._clock() - self._left[0]
             wait_s = self._num_waiting.total() * elapsed_s / max(1, len(self._left) - 1)
-        return Overloaded(message, code, min(max(1, math.ceil(wait_s)), LONGEST_RETRY_S))
+        return Overloaded(message, code, min(max(1, math.ceil(wait_s)), MAX_RETRY_AFTER_S))

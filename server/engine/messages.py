@@ -88,7 +88,7 @@ class EngineRequest:
     """Whose request it is: owners have equal shares of the engine, and what was read of a common
     beginning is for prompts of the same owner only."""
 
-    keep_as: str | None = None
+    retain_as: str | None = None
     """Return the final state, and retain its row on the device under this id, capacity permitting.
     The id must be unique."""
 
@@ -150,12 +150,12 @@ class Stop:
     """Stop after the current step."""
 
 
-Message = Submit | Cancel | Release | Forget | Stop
+EngineMessage = Submit | Cancel | Release | Forget | Stop
 """What is sent to the engine's thread."""
 
 
 @dataclass(frozen=True)
-class Timings:
+class EngineTimings:
     """Timings of a request in seconds; `total_s` and `first_token_s` are from submission."""
 
     queue_s: float
@@ -211,7 +211,7 @@ class Finished:
     num_generated: int
     """Number of sampled tokens, including the end token and those cut by a stop string."""
 
-    timings: Timings
+    timings: EngineTimings
     tokens: tuple[Token, ...] = ()
     """Tokens held back until now, as in `TextDelta`."""
 
@@ -223,7 +223,7 @@ class Finished:
 
     state: bytes | None = None
     continuation: Continuation | None = None
-    kept_as: str | None = None
+    retained_as: str | None = None
     """The state id under which the row is retained, if it is."""
 
 
@@ -236,7 +236,7 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class NoProbabilities:
+class InvalidLogits:
     """The model's logits were not finite: the initial state is unusable, or the model is damaged.
     The turn was rolled back."""
 
@@ -267,7 +267,7 @@ class DeadlinePassed:
 
 
 @dataclass(frozen=True)
-class RowGivenUp:
+class RowReleased:
     """A retained row no longer holds this state."""
 
     state_id: str
@@ -276,7 +276,7 @@ class RowGivenUp:
     released."""
 
 
-Ending = Finished | Failed | NoProbabilities | RowDamaged | GrammarFailed | DeadlinePassed
+Ending = Finished | Failed | InvalidLogits | RowDamaged | GrammarFailed | DeadlinePassed
 """Final events of a request."""
 
 Event = PromptScored | TextDelta | Ending

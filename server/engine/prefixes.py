@@ -13,19 +13,19 @@ there is no cycle. States are opaque here.
 
 import hashlib
 from array import array
-from collections.abc import Sequence as Row
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 from model.shares import SharedCache
-from server.engine.sequence import Sequence
+from server.engine.sequence import EngineSequence
 
-MOST_SEEN = 1 << 16
+MAX_SEEN = 1 << 16
 """Prefixes remembered without a state, at about 200 bytes each."""
 
 State = TypeVar("State")
 
 
-def chain(token_ids: Row[int], chunk: int, salt: bytes = b"") -> tuple[bytes, ...]:
+def chain(token_ids: Sequence[int], chunk: int, salt: bytes = b"") -> tuple[bytes, ...]:
     """A digest of the salt and all previous tokens after each whole chunk.
 
     256 bits of BLAKE2b, so that nobody can construct a collision to get another prompt's state. The
@@ -48,17 +48,17 @@ class SharedPrefixes(Generic[State]):
         self._may_keep = capacity_bytes >= state_bytes
         self._state_bytes = state_bytes
         self._chunk = chunk
-        self._kept = SharedCache[bytes, State](capacity_bytes // state_bytes)
-        self._seen = SharedCache[bytes, None](MOST_SEEN)
-        self._readers: dict[bytes, Sequence] = {}
-        self._followers: list[Sequence] = []
+        self._states = SharedCache[bytes, State](capacity_bytes // state_bytes)
+        self._seen = SharedCache[bytes, None](MAX_SEEN)
+        self._readers: dict[bytes, EngineSequence] = {}
+        self._followers: list[EngineSequence] = []
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the cached states."""
-        return len(self._kept) * self._state_bytes
+        return len(self._states) * self._state_bytes
 
-    def begin(self, sequence: Sequence) -> State | None:
+    def begin(self, sequence: EngineSequence) -> State | None:
         """Decide what a new sequence reads, and which other sequence it waits for.
 
         Returns the cached state to start from, if one is ahead of it. A sequence whose prompt is
@@ -76,15 +76,15 @@ class SharedPrefixes(Generic[State]):
         have = sequence.num_read // self._chunk
         kept = coming = have
         if not sequence.request.score_prompt:
-            kept = next((i for i in range(depth, have, -1) if digests[i - 1] in self._kept), have)
+            kept = next((i for i in range(depth, have, -1) if digests[i - 1] in self._states), have)
             coming = next((i for i in range(depth, kept, -1) if self._is_coming(sequence, i)), kept)
         parting = self._see(digests, sequence.request.owner)
-        news = (i for i in (parting, depth) if i > coming and digests[i - 1] not in self._kept)
-        sequence.keep_at |= {i * self._chunk for i in news}
+        news = (i for i in (parting, depth) if i > coming and digests[i - 1] not in self._states)
+        sequence.retain_at |= {i * self._chunk for i in news}
         if coming > kept:
             reader = self._readers[digests[coming - 1]]
             sequence.waits_for, sequence.waits_until = reader, coming * self._chunk
-            reader.keep_at.add(sequence.waits_until)
+            reader.retain_at.add(sequence.waits_until)
             self._followers.append(sequence)
         for i in range(coming, depth):
             if not self._is_coming(sequence, i + 1):
@@ -92,22 +92,22 @@ class SharedPrefixes(Generic[State]):
         if kept == have:
             return None
         sequence.skip_to(kept * self._chunk)
-        return self._kept.get(digests[kept - 1])
+        return self._states.get(digests[kept - 1])
 
-    def keep(self, sequence: Sequence, state: State) -> list[Sequence]:
+    def retain(self, sequence: EngineSequence, state: State) -> list[EngineSequence]:
         """Cache the state where a sequence stopped for it.
 
         Returns the sequences that waited for it, for the caller to copy it to them.
         """
         digest = sequence.digests[sequence.num_read // self._chunk - 1]
-        self._kept.put(digest, state, sequence.request.owner)
+        self._states.put(digest, state, sequence.request.owner)
         ready = [s for s in self._waiting_for(sequence) if s.waits_until == sequence.num_read]
         for follower in ready:
             self._stop_waiting(follower)
             follower.skip_to(sequence.num_read)
         return ready
 
-    def leave(self, sequence: Sequence) -> list[Sequence]:
+    def leave(self, sequence: EngineSequence) -> list[EngineSequence]:
         """A sequence has stopped reading. Returns those that waited for it, to begin again."""
         for digest in sequence.digests:
             if self._readers.get(digest) is sequence:
@@ -126,30 +126,30 @@ class SharedPrefixes(Generic[State]):
 
     def forget_owner(self, owner: str) -> None:
         """Keep none of an owner's states any more, nor which prompts it had."""
-        self._kept.remove_all(owner)
+        self._states.remove_all(owner)
         self._seen.remove_all(owner)
 
-    def forget_kept(self) -> None:
+    def drop_retained(self) -> None:
         """Drop all cached states."""
-        self._kept.clear()
+        self._states.clear()
 
-    def _is_coming(self, sequence: Sequence, num_chunks: int) -> bool:
+    def _is_coming(self, sequence: EngineSequence, num_chunks: int) -> bool:
         """Whether another sequence is about to read this prefix."""
         reader = self._readers.get(sequence.digests[num_chunks - 1])
         if reader is None or reader is sequence:
             return False
         return reader.num_read < num_chunks * self._chunk
 
-    def _see(self, digests: Row[bytes], owner: str) -> int:
+    def _see(self, digests: Sequence[bytes], owner: str) -> int:
         """Remember a prompt's beginnings; how many of them were seen before."""
         num_seen = next((i for i, d in enumerate(digests) if d not in self._seen), len(digests))
         for digest in reversed(digests):  # the longest are forgotten first
             self._seen.put(digest, None, owner)
         return num_seen
 
-    def _waiting_for(self, sequence: Sequence) -> list[Sequence]:
+    def _waiting_for(self, sequence: EngineSequence) -> list[EngineSequence]:
         return [follower for follower in self._followers if follower.waits_for is sequence]
 
-    def _stop_waiting(self, follower: Sequence) -> None:
+    def _stop_waiting(self, follower: EngineSequence) -> None:
         self._followers.remove(follower)
         follower.waits_for = None

@@ -16,18 +16,18 @@ log = logging.getLogger(__name__)
 class Rows:
     """The state pool and the owners of its rows. Free rows are erased."""
 
-    def __init__(self, network: Network, slots: Slots, num_kept: int) -> None:
-        """`num_kept`: rows beyond those of running sequences."""
+    def __init__(self, network: Network, slots: Slots, num_retained: int) -> None:
+        """`num_retained`: rows beyond those of running sequences."""
         self.pool = network.new_pool(1 + slots.num_rows)
         self._slots = slots
-        self._keeps = num_kept > 0
+        self._retains = num_retained > 0
         self._transfer = new_transfer(self.pool)
-        self._departing = deque[tuple[Finished, Export]]()
+        self._exports = deque[tuple[Finished, Export]]()
         """Finished turns whose states are being exported, in order."""
 
         self._erase_all()
 
-    def place(self, request: EngineRequest) -> bool:
+    def load(self, request: EngineRequest) -> bool:
         """Give the request a row with its initial state. Returns whether a retained row was
         continued in place. Raises ValueError for a state of a wrong size."""
         source, owner = request.source, request.request_id
@@ -39,37 +39,37 @@ class Rows:
             self._transfer.import_row(self._slots.acquire(owner), source.data)
         return False
 
-    def depart(self, finished: Finished, keep_as: str, client: str = "") -> None:
+    def start_export(self, finished: Finished, retain_as: str, client: str = "") -> None:
         """A client's turn has ended: send its state to the host, and keep its row if there may be
         any."""
         owner = finished.request_id
-        self._departing.append((finished, self._transfer.export_row(self._slots.row(owner))))
-        if self._keeps:
-            self._slots.keep(owner, keep_as, client)
+        self._exports.append((finished, self._transfer.export_row(self._slots.row(owner))))
+        if self._retains:
+            self._slots.retain(owner, retain_as, client)
         else:
             self.free(owner)
 
-    def arrived(self, *, wait: bool) -> Iterator[Finished]:
+    def finished_exports(self, *, wait: bool) -> Iterator[Finished]:
         """Finished turns whose exports are complete, in order; with `wait`, all."""
-        while self._departing and (wait or self._departing[0][1].is_done):
-            finished, export = self._departing.popleft()
-            kept_as = finished.kept_as
-            if kept_as is not None and not self._slots.is_kept(kept_as):
-                kept_as = None  # no row is kept, or another sequence needed it meanwhile
-            yield replace(finished, state=export.take(), kept_as=kept_as)
+        while self._exports and (wait or self._exports[0][1].is_done):
+            finished, export = self._exports.popleft()
+            retained_as = finished.retained_as
+            if retained_as is not None and not self._slots.is_retained(retained_as):
+                retained_as = None  # no row is kept, or another sequence needed it meanwhile
+            yield replace(finished, state=export.collect(), retained_as=retained_as)
 
     def release(self, state_id: str) -> None:
         """Free the row retained under this id; unknown ids are ignored."""
-        if self._slots.is_kept(state_id):
+        if self._slots.is_retained(state_id):
             self.free(state_id)
 
     def free(self, owner: str) -> None:
         """Free and erase a row."""
         self.pool.poison(self._slots.release(owner))
 
-    def lose_all(self) -> None:
+    def reset_all(self) -> None:
         """Drop all states after an error, when any of them may be incomplete."""
-        self._departing.clear()
+        self._exports.clear()
         self._slots.release_all()
         try:
             self._erase_all()

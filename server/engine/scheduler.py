@@ -25,11 +25,11 @@ from typing import Generic, TypeVar
 
 from model.shares import has_space
 from server.engine.pace import Pace
-from server.engine.sequence import Sequence
+from server.engine.sequence import EngineSequence
 from server.engine.slots import Slots
 from server.engine.waiting import WaitingQueue
 
-TURN_OF_ALL = 4
+FAIRNESS_INTERVAL = 4
 """Every this many steps, the longest waiting prompt is read first, however long; otherwise the one
 with the fewest tokens left."""
 
@@ -45,7 +45,7 @@ read side by side: their answers begin together then, and share every reading of
 QUANTUM = 64
 """Tokens by which an owner must be ahead of another to lose its only running sequence to it."""
 
-S = TypeVar("S", bound=Sequence)
+S = TypeVar("S", bound=EngineSequence)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Scheduler(Generic[S]):
         self._next_deadline = inf
         self.slots = Slots(limits.num_rows)
         self.waiting = WaitingQueue[S]()
-        self.reading: list[S] = []
+        self.prefilling: list[S] = []
         self.decoding: dict[int, S] = {}
         self._served = Counter[str]()
         """Tokens computed for each owner; who was away begins with as many as the one that has
@@ -122,7 +122,7 @@ class Scheduler(Generic[S]):
 
     @property
     def idle(self) -> bool:
-        return not (self.waiting or self.reading or self.decoding)
+        return not (self.waiting or self.prefilling or self.decoding)
 
     def find(self, request_id: str) -> S | None:
         """Find a request's sequence in any phase."""
@@ -130,7 +130,7 @@ class Scheduler(Generic[S]):
 
     def sequences(self) -> Iterator[S]:
         yield from self.waiting
-        yield from self.reading
+        yield from self.prefilling
         yield from self.decoding.values()
 
     def add(self, sequence: S) -> None:
@@ -157,7 +157,7 @@ class Scheduler(Generic[S]):
         Within an owner's the order is that of `WaitingQueue`, but while there are many long prompts
         another one lets the shorter ones pass.
         """
-        held = [*self.reading, *self.decoding.values()]
+        held = [*self.prefilling, *self.decoding.values()]
         running = [s for s in held if not s.is_paused]
         if len(held) == len(running) and not self.waiting:
             return None
@@ -176,7 +176,7 @@ class Scheduler(Generic[S]):
                 seats[paused.request.owner] -= 1
             if sequence in self.waiting:
                 self.waiting.remove(sequence)
-                self.reading.append(sequence)
+                self.prefilling.append(sequence)
                 sequence.last_planned = self._num_plans
                 return sequence
             sequence.is_paused = False
@@ -197,7 +197,7 @@ class Scheduler(Generic[S]):
             paused.setdefault(sequence.request.owner, sequence)
         owners = {*paused, *self.waiting.owners}
         rows = Counter(s.request.owner for s in held)
-        long = Counter(s.request.owner for s in self.reading if self._is_long(s))
+        long = Counter(s.request.owner for s in self.prefilling if self._is_long(s))
         for owner in sorted(owners, key=lambda each: (seats[each], self._served[each])):
             if owner in paused:
                 return paused[owner]
@@ -264,15 +264,15 @@ class Scheduler(Generic[S]):
 
     def _by_urgency(self) -> list[S]:
         """Prompts ready to be read; a long one that blocks a short one counts as short."""
-        left = {id(s): s.num_unread for s in self.reading}
-        for sequence in self.reading:
-            reader: Sequence = sequence
+        left = {id(s): s.num_unread for s in self.prefilling}
+        for sequence in self.prefilling:
+            reader: EngineSequence = sequence
             while reader.waits_for is not None:
                 reader = reader.waits_for
             left[id(reader)] = min(left[id(reader)], sequence.num_unread)
-        ready = [s for s in self.reading if s.waits_for is None and not s.is_paused]
+        ready = [s for s in self.prefilling if s.waits_for is None and not s.is_paused]
         ready.sort(key=lambda s: (self._served[s.request.owner], left[id(s)]))
-        if ready and self._num_plans % TURN_OF_ALL == 0:
+        if ready and self._num_plans % FAIRNESS_INTERVAL == 0:
             longest_waiting = min(ready, key=lambda s: s.last_planned)
             ready.remove(longest_waiting)
             ready.insert(0, longest_waiting)
@@ -282,6 +282,6 @@ class Scheduler(Generic[S]):
         return sequence.num_unread > self._limits.prefill_chunk_tokens
 
 
-def _deadline(sequence: Sequence) -> float:
+def _deadline(sequence: EngineSequence) -> float:
     deadline = sequence.request.deadline
     return inf if deadline is None else deadline

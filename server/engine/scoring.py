@@ -1,6 +1,6 @@
 """The tokens of a prompt with what the model thought of them."""
 
-from collections.abc import Sequence as Row
+from collections.abc import Sequence
 
 from model.decoding.decoder import Following
 from model.decoding.logprobs import Scored
@@ -13,7 +13,7 @@ class PromptScores:
     Nothing comes before the first token of the turn: it has no probability.
     """
 
-    def __init__(self, token_ids: Row[int], num_pending: int, num_top: int) -> None:
+    def __init__(self, token_ids: Sequence[int], num_pending: int, num_top: int) -> None:
         """token_ids: those of the turn, the pending ones first, which are not of the prompt: the
         client knows them already."""
         self._token_ids = token_ids
@@ -29,7 +29,7 @@ class PromptScores:
         ids = self._token_ids[first : end + 1]
         return Following(first - 1 - start, tuple(ids), self._num_top)
 
-    def add(self, token_ids: Row[int], scores: Row[Scored | None]) -> None:
+    def add(self, token_ids: Sequence[int], scores: Sequence[Scored | None]) -> None:
         """What was asked for last."""
         for token_id, scored in zip(token_ids, scores, strict=True):
             if scored is None:

@@ -3,7 +3,7 @@
 from server.engine.messages import EngineRequest
 
 
-class Sequence:
+class EngineSequence:
     """Tokens of one turn. The state is in a row of the pool."""
 
     def __init__(self, request: EngineRequest, submitted_at: float) -> None:
@@ -18,10 +18,10 @@ class Sequence:
         self.digests: tuple[bytes, ...] = ()
         """Names of the prompt's beginnings, chunk by chunk, where they may be shared."""
 
-        self.keep_at = set[int]()
+        self.retain_at = set[int]()
         """Numbers of tokens after which reading stops for the state to be kept."""
 
-        self.waits_for: Sequence | None = None
+        self.waits_for: EngineSequence | None = None
         """The sequence that reads a common beginning; nothing is read here until then."""
 
         self.waits_until = 0
@@ -76,7 +76,7 @@ class Sequence:
         A last token by itself belongs to the piece before it: the network would compute other bits.
         The exception is a state to be kept right before it, which `SharedPrefixes` never asks for.
         """
-        stops = (at - self.num_read for at in self.keep_at if at > self.num_read)
+        stops = (at - self.num_read for at in self.retain_at if at > self.num_read)
         stop = min(stops, default=None)
         count = self.num_unread if stop is None else stop
         if count > most:

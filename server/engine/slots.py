@@ -7,7 +7,7 @@ must erase.
 """
 
 from model.shares import SharedCache
-from server.engine.messages import RowGivenUp
+from server.engine.messages import RowReleased
 
 
 class Slots:
@@ -17,22 +17,22 @@ class Slots:
         self._owner: dict[int, str | None] = dict.fromkeys(range(1, num_rows + 1))
         self._free = list(self._owner)
         self._row: dict[str, int] = {}
-        self._kept = SharedCache[str, None](num_rows)
-        self._given_up: list[RowGivenUp] = []
+        self._retained = SharedCache[str, None](num_rows)
+        self._released: list[RowReleased] = []
 
     @property
     def num_rows(self) -> int:
         return len(self._owner)
 
     @property
-    def num_kept(self) -> int:
+    def num_retained(self) -> int:
         """Rows with states of finished turns."""
-        return len(self._kept)
+        return len(self._retained)
 
     @property
     def num_active(self) -> int:
         """Rows of sequences that read or decode."""
-        return len(self._row) - len(self._kept)
+        return len(self._row) - len(self._retained)
 
     @property
     def num_free(self) -> int:
@@ -52,31 +52,31 @@ class Slots:
         It may hold another's state: the caller overwrites all of it.
         """
         if not self._free:
-            self._release(next(iter(self._kept)), is_evicted=True)
+            self._release(next(iter(self._retained)), is_evicted=True)
         row = self._free.pop()
         self._set(row, owner)
         return row
 
-    def drain_given_up(self) -> list[RowGivenUp]:
+    def drain_released(self) -> list[RowReleased]:
         """The kept states that no row holds any more, since the last call."""
-        given_up, self._given_up = self._given_up, []
-        return given_up
+        released, self._released = self._released, []
+        return released
 
     def adopt(self, state_id: str, owner: str) -> bool:
         """Give the row of a kept state to a sequence that continues it; False if there is none."""
-        if state_id not in self._kept:
+        if state_id not in self._retained:
             return False
-        self._kept.remove(state_id)
+        self._retained.remove(state_id)
         self._set(self._row.pop(state_id), owner)
-        self._given_up.append(RowGivenUp(state_id, is_evicted=False))
+        self._released.append(RowReleased(state_id, is_evicted=False))
         return True
 
-    def keep(self, owner: str, state_id: str, client: str = "") -> None:
+    def retain(self, owner: str, state_id: str, client: str = "") -> None:
         """Keep a finished sequence's row under its state's id, until the row is needed: the client
         that has most of them loses its oldest one. Raises ValueError for an id that is in use:
         nobody could say which state it names."""
         self._set(self._row.pop(owner), state_id)
-        self._kept.put(state_id, None, client)
+        self._retained.put(state_id, None, client)
 
     def release(self, owner: str) -> int:
         """Free the row of a sequence or of a kept state."""
@@ -84,19 +84,19 @@ class Slots:
 
     def release_all(self) -> None:
         """Free every row, whatever went wrong before; the kept states count as evicted."""
-        self._given_up += [RowGivenUp(state_id, is_evicted=True) for state_id in self._kept]
-        self._kept.clear()
+        self._released += [RowReleased(state_id, is_evicted=True) for state_id in self._retained]
+        self._retained.clear()
         self._row.clear()
         self._owner = dict.fromkeys(self._owner)
         self._free = list(self._owner)
 
     @property
-    def kept(self) -> list[str]:
+    def retained(self) -> list[str]:
         """The ids of the kept states, in the order in which their rows will be needed."""
-        return list(self._kept)
+        return list(self._retained)
 
-    def is_kept(self, state_id: str) -> bool:
-        return state_id in self._kept
+    def is_retained(self, state_id: str) -> bool:
+        return state_id in self._retained
 
     def check(self) -> None:
         """Prove that every row has one owner or none. Raises RuntimeError."""
@@ -110,9 +110,9 @@ class Slots:
         row = self._row.pop(owner)
         self._owner[row] = None
         self._free.append(row)
-        if owner in self._kept:
-            self._kept.remove(owner)
-            self._given_up.append(RowGivenUp(owner, is_evicted))
+        if owner in self._retained:
+            self._retained.remove(owner)
+            self._released.append(RowReleased(owner, is_evicted))
         return row
 
     def _set(self, row: int, owner: str) -> None:

@@ -13,7 +13,7 @@ from model.state import StatePool
 from server.engine.messages import (
     Failed,
     GrammarFailed,
-    NoProbabilities,
+    InvalidLogits,
     TextDelta,
     Token,
 )
@@ -40,7 +40,7 @@ def end_of_prompt(sequence: TextSequence) -> End:
     return End("stop" if sequence.request.max_tokens else "length")
 
 
-Outcome = End | Failed | GrammarFailed | NoProbabilities
+Outcome = End | Failed | GrammarFailed | InvalidLogits
 """How a sequence ends."""
 
 
@@ -56,7 +56,7 @@ class Outcomes:
 
 
 @dataclass(frozen=True)
-class Flight:
+class StepInFlight:
     """A step that is under way."""
 
     batch: Sequence[tuple[TextSequence, Piece]]
@@ -135,7 +135,7 @@ class Steps:
         self,
         decoding: Sequence[tuple[int, TextSequence]],
         prompts: Sequence[tuple[int, TextSequence, int]] = (),
-    ) -> Flight | None:
+    ) -> StepInFlight | None:
         """Launch a step of sequences in their rows: one token of those that decode, and so many of
         each prompt; nothing if there are none."""
         if not decoding and not prompts:
@@ -150,16 +150,16 @@ class Steps:
             if i < count or i in ends:
                 sequence.num_in_flight += 1
         self._metrics.batch_size.set(len(batch))
-        return Flight(batch, count, ends, launched, started)
+        return StepInFlight(batch, count, ends, launched, started)
 
     def rest(self) -> None:
         """Nothing runs: what comes next follows upon nothing."""
         self._last_landed = None
 
-    def land(self, flight: Flight, running: Mapping[int, TextSequence]) -> Outcomes:
+    def collect(self, flight: StepInFlight, running: Mapping[int, TextSequence]) -> Outcomes:
         """The tokens of a step, except of sequences that have ended since its launch: `running` has
         the others by their rows."""
-        decoded = flight.launched.take()
+        decoded = flight.launched.collect()
         now = time.monotonic()
         self._metrics.step_duration_seconds.observe(now - flight.started)
         before, self._last_landed = self._last_landed, now
@@ -176,7 +176,7 @@ class Steps:
                 continue
             token_id, request_id = decoded.token_ids[i], sequence.request.request_id
             if token_id is None or (scored and scored.get(i, self) is None):
-                outcomes.ended.append((sequence, NoProbabilities(request_id)))
+                outcomes.ended.append((sequence, InvalidLogits(request_id)))
                 continue
             num_tokens += 1
             if sequence.first_token_at is None:
@@ -205,7 +205,7 @@ class Steps:
         sequence: TextSequence,
         piece: Piece,
         place: int,
-        flight: Flight,
+        flight: StepInFlight,
         decoded: Decoded,
         outcomes: Outcomes,
     ) -> bool:
@@ -216,7 +216,7 @@ class Steps:
         if place not in flight.ends:
             return False
         if scores is not None and scores.is_damaged:
-            outcomes.ended.append((sequence, NoProbabilities(sequence.request.request_id)))
+            outcomes.ended.append((sequence, InvalidLogits(sequence.request.request_id)))
             return False
         outcomes.read.append(sequence)
         if not sequence.generates:
@@ -242,7 +242,7 @@ class Steps:
         # The step that was launched ahead reads the token, unless that ends the text.
         is_read = sequence.num_in_flight > 0 and not ends
         stop = None
-        if sequence.text.is_never_held:
+        if sequence.text.is_unbuffered:
             texts.append(TextDelta(request.request_id, sequence.text.push_plain(token_id)))
             sequence.append(token_id, is_read=is_read)
         else:

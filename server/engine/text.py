@@ -98,7 +98,7 @@ class OutputText:
         """Emitted text after the start."""
 
     @property
-    def is_never_held(self) -> bool:
+    def is_unbuffered(self) -> bool:
         """Whether events have nothing but text, none of which is ever held back."""
         return not self._rules.stop and not self._rules.returns_tokens
 
@@ -113,7 +113,7 @@ class OutputText:
         return self._has_anchor + len(self._later) if self._rules.can_rewind else 0
 
     def push_plain(self, token_id: int) -> str:
-        """`push`, where `is_never_held`: the text that is certain now."""
+        """`push`, where `is_unbuffered`: the text that is certain now."""
         return self._detokenizer.push(token_id)
 
     def push(self, token: Token, *, may_stop: bool) -> TextStep:
@@ -165,11 +165,11 @@ class OutputText:
     def cut(self) -> tuple[list[int], str]:
         """End where the emitted text ends. Returns what of it came after the start: the tokens
         that end in it, and its rest, in the middle of the next one."""
-        emitted, num_kept, end = self._emitted, 0, 0
+        emitted, num_retained, end = self._emitted, 0, 0
         for count, (_, ends_at) in enumerate(self._tokens, 1):
             if ends_at is not None and ends_at - self._start.length <= len(emitted):
-                num_kept, end = count, ends_at - self._start.length
-        kept = [token_id for token_id, _ in islice(self._tokens, num_kept)]
+                num_retained, end = count, ends_at - self._start.length
+        kept = [token_id for token_id, _ in islice(self._tokens, num_retained)]
         undecoded = b"" if kept or emitted else self._start.undecoded
         self._detokenizer = Detokenizer(self._tokenizer, undecoded)
         self._held_tokens.clear()

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from model.decoding.decoder import MOST_ENDS, Piece
+from model.decoding.decoder import MAX_END_TOKENS, Piece
 from model.decoding.sampling import WINDOW, RecentTokens, SampledRow
 from model.state import RowState
 from model.text.tokenizer import Tokenizer
-from server.engine.messages import Continuation, EngineRequest, Timings, Token
+from server.engine.messages import Continuation, EngineRequest, EngineTimings, Token
 from server.engine.scoring import PromptScores
-from server.engine.sequence import Sequence
+from server.engine.sequence import EngineSequence
 from server.engine.text import OutputText, TextRules, TextStep
 
 NO_TOKENS = frozenset[int]()
@@ -28,7 +28,7 @@ class Anchor:
     recent: bytes
 
 
-class TextSequence(Sequence):
+class TextSequence(EngineSequence):
     """A sequence that becomes text."""
 
     def __init__(
@@ -61,7 +61,7 @@ class TextSequence(Sequence):
         self.recent = RecentTokens.from_bytes(start.recent)
         for token_id in request.token_ids[-WINDOW:]:
             self.recent.append(token_id, generated=False)
-        self._can_rewind = request.keep_as is not None and bool(request.stop)
+        self._can_rewind = request.retain_as is not None and bool(request.stop)
         rules = TextRules(
             request.stop,
             request.include_stop,
@@ -88,7 +88,7 @@ class TextSequence(Sequence):
             self.matcher is None
             and not request.sampling.changes_logits
             and not self._can_rewind
-            and len(self.end_token_ids) <= MOST_ENDS
+            and len(self.end_token_ids) <= MAX_END_TOKENS
         )
         """Whether the choice of a token depends on no other and nothing has to be undone."""
 
@@ -210,10 +210,10 @@ class TextSequence(Sequence):
             recent=self.recent.to_bytes(),
         )
 
-    def timings(self) -> Timings:
+    def timings(self) -> EngineTimings:
         """Durations until now."""
         start, first = self.submitted_at, self.first_token_at
-        return Timings(
+        return EngineTimings(
             queue_s=self.admitted_at - start,
             prefill_s=self.read_at - self.admitted_at,
             first_token_s=None if first is None else first - start,

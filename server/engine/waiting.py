@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from collections.abc import Sequence as List
 from typing import Generic, TypeVar
 
-from server.engine.sequence import Sequence
+from server.engine.sequence import EngineSequence
 
-S = TypeVar("S", bound=Sequence)
+S = TypeVar("S", bound=EngineSequence)
 
 
 class WaitingQueue(Generic[S]):
@@ -53,5 +53,5 @@ class WaitingQueue(Generic[S]):
         self._by_owner.clear()
 
 
-def _rank(sequence: Sequence) -> tuple[bool, int]:
+def _rank(sequence: EngineSequence) -> tuple[bool, int]:
     return sequence.request.is_flexible, sequence.request.priority

@@ -12,23 +12,23 @@ from server.engine.messages import (
     Cancel,
     DeadlinePassed,
     Ending,
+    EngineMessage,
     Event,
     Failed,
     Finished,
     Forget,
-    Message,
-    NoProbabilities,
+    InvalidLogits,
     PromptScored,
     Release,
     RowDamaged,
-    RowGivenUp,
+    RowReleased,
     Stop,
     Submit,
 )
-from server.engine.reading import PromptReader
+from server.engine.prefill import PrefillRunner
 from server.engine.rows import Rows
 from server.engine.scheduler import EngineLimits, Plan, Scheduler
-from server.engine.steps import FAILED, End, Flight, Outcomes, Steps, end_of_prompt
+from server.engine.steps import FAILED, End, Outcomes, StepInFlight, Steps, end_of_prompt
 from server.engine.text_sequence import TextSequence
 from server.metrics import Metrics, exemplar
 
@@ -40,7 +40,7 @@ IDLE_SAMPLE_S = 1.0
 SCORED_BYTES = 64 << 20
 """Memory for logits of scored prompts in a step."""
 
-Deliver = Callable[[list[Event | RowGivenUp]], None]
+Deliver = Callable[[list[Event | RowReleased]], None]
 """Receives one step's events."""
 
 
@@ -66,15 +66,15 @@ class Worker:
         self._slots = self._scheduler.slots
         self._rows = Rows(self._network, self._slots, limits.warm_sessions)
         self._pool = self._rows.pool
-        self._reader = PromptReader(
+        self._reader = PrefillRunner(
             self._network, self._pool, self._slots, limits.prefix_cache_bytes, metrics
         )
         self._runner = runners.new_runner(self._network, self._pool, limits.max_running)
         self._steps = Steps(self._runner, self._pool, metrics)
-        self._flight: Flight | None = None
+        self._flight: StepInFlight | None = None
         """The last launched step, if not yet collected."""
 
-        self._events: list[Event | RowGivenUp] = []
+        self._events: list[Event | RowReleased] = []
         self._open: dict[str, None] = {}
         """Requests without a final event, oldest first."""
 
@@ -106,7 +106,7 @@ class Worker:
             self._admit()
             self._begin_decoding()
             self._run(self._scheduler.plan())
-            for finished in self._rows.arrived(wait=self._scheduler.idle):
+            for finished in self._rows.finished_exports(wait=self._scheduler.idle):
                 self._end(finished)
         except Exception:  # whatever failed, no client may wait for ever
             log.exception("an engine step failed")
@@ -123,21 +123,21 @@ class Worker:
         self._apply(outcomes)
         before, self._flight = self._flight, self._steps.launch(ready, prompts)
         for row, sequence, _ in prompts:
-            self._reader.keep(sequence)
+            self._reader.retain(sequence)
             if sequence.is_read:
-                self._stop_reading(sequence)
+                self._stop_prefill(sequence)
                 self._scheduler.decoding[row] = sequence
         if before is not None:
             self._land(before)
-        is_last = not (self._scheduler.decoding or self._scheduler.reading)
+        is_last = not (self._scheduler.decoding or self._scheduler.prefilling)
         if self._flight is not None and (is_last or not self._steps.runs_ahead):
             self._land(self._flight)
             self._flight = None
 
-    def _land(self, flight: Flight) -> None:
+    def _land(self, flight: StepInFlight) -> None:
         running = dict(self._scheduler.decoding)
-        running |= {self._row(sequence): sequence for sequence in self._scheduler.reading}
-        outcomes = self._steps.land(flight, running)
+        running |= {self._row(sequence): sequence for sequence in self._scheduler.prefilling}
+        outcomes = self._steps.collect(flight, running)
         if flight.num_prompt_tokens:
             self._scheduler.pace.observe(flight.num_prompt_tokens, self._steps.last_s)
         self._apply(outcomes)
@@ -151,24 +151,24 @@ class Worker:
             if isinstance(outcome, End):
                 self._finish(sequence, outcome)
             else:
-                is_damaged = isinstance(outcome, NoProbabilities)
+                is_damaged = isinstance(outcome, InvalidLogits)
                 ending = self._find_damage(sequence) if is_damaged else outcome
                 self._drop(sequence)
                 self._end(ending)
 
-    def _find_damage(self, sequence: TextSequence) -> NoProbabilities | RowDamaged:
+    def _find_damage(self, sequence: TextSequence) -> InvalidLogits | RowDamaged:
         """Determine why a sequence's logits were not finite. Called before it is dropped."""
         request_id = sequence.request.request_id
         try:
             self._pool.check_row(self._row(sequence))
         except DamagedState as error:
             self._metrics.damaged_states_total.labels(found="turn").inc()
-            self._reader.forget_kept()
+            self._reader.drop_retained()
             log.error("the state of a running turn is damaged: %s", error)
             is_imported = sequence.request.source is not None and not sequence.is_adopted
             if sequence.num_generated or not is_imported:
                 return RowDamaged(request_id, str(error))
-        return NoProbabilities(request_id)
+        return InvalidLogits(request_id)
 
     def _receive(self) -> None:
         idle = self._scheduler.idle
@@ -176,7 +176,7 @@ class Worker:
             self._steps.rest()
         if idle and self._inbox.empty:
             self._report_slots()
-        samples = idle and bool(self._slots.kept)
+        samples = idle and bool(self._slots.retained)
         for message in self._inbox.receive(wait=idle, timeout_s=IDLE_SAMPLE_S if samples else None):
             samples = False
             self._handle(message)
@@ -186,8 +186,8 @@ class Worker:
     def _sample(self) -> None:
         """Check one retained row, in rotation; release it if damaged."""
         self._num_sampled += 1
-        kept = self._slots.kept
-        state_id = kept[self._num_sampled % len(kept)]
+        retained = self._slots.retained
+        state_id = retained[self._num_sampled % len(retained)]
         try:
             magnitude = self._pool.check_row(self._slots.row(state_id))
         except DamagedState as error:
@@ -197,7 +197,7 @@ class Worker:
         else:
             self._metrics.state_magnitude.observe(magnitude)
 
-    def _handle(self, message: Message) -> None:
+    def _handle(self, message: EngineMessage) -> None:
         match message:
             case Submit(request, at):
                 self._open[request.request_id] = None
@@ -234,7 +234,7 @@ class Worker:
             queued_s = sequence.admitted_at - sequence.submitted_at
             self._metrics.queue_time_seconds.observe(queued_s, exemplar(request.client_id))
             try:
-                sequence.is_adopted = self._rows.place(request)
+                sequence.is_adopted = self._rows.load(request)
             except ValueError as error:
                 self._drop(sequence)
                 self._end(Failed(request.request_id, str(error)))
@@ -245,8 +245,8 @@ class Worker:
 
     def _begin_decoding(self) -> None:
         """Prompts that have nothing to be read in pieces: begin to decode, or end here."""
-        for sequence in [s for s in self._scheduler.reading if s.is_read]:
-            self._stop_reading(sequence)
+        for sequence in [s for s in self._scheduler.prefilling if s.is_read]:
+            self._stop_prefill(sequence)
             request = sequence.request
             if request.max_tokens and not sequence.unread and not request.continuation.position:
                 self._drop(sequence)
@@ -269,8 +269,8 @@ class Worker:
             self._events.append(PromptScored(request_id, tuple(scores.tokens)))
             sequence.prompt_scores = None  # they are reported, and may be large
 
-    def _stop_reading(self, sequence: TextSequence) -> None:
-        self._scheduler.reading.remove(sequence)
+    def _stop_prefill(self, sequence: TextSequence) -> None:
+        self._scheduler.prefilling.remove(sequence)
         self._reader.leave(sequence)
 
     def _finish(self, sequence: TextSequence, end: End) -> None:
@@ -287,14 +287,14 @@ class Worker:
             tokens=tokens,
             stopped_by=end.stopped_by,
             cached_tokens=sequence.cached_tokens,
-            continuation=None if request.keep_as is None else sequence.continuation(),
-            kept_as=request.keep_as,
+            continuation=None if request.retain_as is None else sequence.continuation(),
+            retained_as=request.retain_as,
         )
-        if request.keep_as is None:
+        if request.retain_as is None:
             self._rows.free(request.request_id)
             self._end(finished)
         else:
-            self._rows.depart(finished, request.keep_as, request.owner)
+            self._rows.start_export(finished, request.retain_as, request.owner)
 
     def _drop(self, sequence: TextSequence) -> None:
         """Drop a sequence in any phase and free its row."""
@@ -303,8 +303,8 @@ class Worker:
             self._scheduler.waiting.remove(sequence)
             self._inbox.left_queue(request)
             return
-        if sequence in self._scheduler.reading:
-            self._stop_reading(sequence)
+        if sequence in self._scheduler.prefilling:
+            self._stop_prefill(sequence)
         self._stop_decoding(sequence)
         self._rows.free(request.request_id)
 
@@ -322,11 +322,11 @@ class Worker:
         scheduler = self._scheduler
         for sequence in scheduler.waiting:
             self._inbox.left_queue(sequence.request)
-        for phase in (scheduler.waiting, scheduler.reading, scheduler.decoding):
+        for phase in (scheduler.waiting, scheduler.prefilling, scheduler.decoding):
             phase.clear()
         self._flight = None
         self._reader.forget()
-        self._rows.lose_all()
+        self._rows.reset_all()
         for request_id in list(self._open):
             self._end(Failed(request_id, FAILED))
         if not self._pool.responds:
@@ -350,9 +350,9 @@ class Worker:
         return self._slots.row(sequence.request.request_id)
 
     def _flush(self) -> None:
-        running = len(self._scheduler.reading) + len(self._scheduler.decoding)
+        running = len(self._scheduler.prefilling) + len(self._scheduler.decoding)
         self._metrics.requests_running.set(running)
-        self._events += self._slots.drain_given_up()
+        self._events += self._slots.drain_released()
         if self._events:
             self._report_slots()
             events, self._events = self._events, []
@@ -360,6 +360,6 @@ class Worker:
 
     def _report_slots(self) -> None:
         slots = self._slots
-        counts = {"free": slots.num_free, "running": slots.num_active, "warm": slots.num_kept}
+        counts = {"free": slots.num_free, "running": slots.num_active, "warm": slots.num_retained}
         for state, count in counts.items():
             self._metrics.slots.labels(state=state).set(count)

@@ -23,7 +23,7 @@ ANSWER_WINDOW_BYTES = 1 << 16
 """Flow control: maximum bytes of a body in flight."""
 
 
-class Kind(IntEnum):
+class FrameKind(IntEnum):
     """Kinds of frames."""
 
     REQUEST = 1
@@ -67,15 +67,15 @@ class FrameError(ValueError):
 
 
 class Frame(NamedTuple):
-    kind: Kind
+    kind: FrameKind
     request: int
     payload: bytes
 
 
-_KINDS = {int(kind): kind for kind in Kind}
+_KINDS = {int(kind): kind for kind in FrameKind}
 
 
-def header(kind: Kind, request: int, num_bytes: int) -> bytes:
+def header(kind: FrameKind, request: int, num_bytes: int) -> bytes:
     """Header of a frame with a payload of `num_bytes`."""
     return _HEADER.pack(kind, request, num_bytes)
 
@@ -114,12 +114,12 @@ def unpack_credit(payload: bytes) -> int:
 
 def pack_scope(scope: dict[str, Any]) -> bytes:
     """An HTTP request's ASGI scope, without process-local parts."""
-    told = {
+    granted = {
         name: value.decode("latin-1") if isinstance(value, bytes) else value
         for name, value in scope.items()
         if name in _CARRIED
     }
-    return json.dumps(told | {"headers": _text(scope["headers"])}).encode()
+    return json.dumps(granted | {"headers": _text(scope["headers"])}).encode()
 
 
 def unpack_scope(payload: bytes) -> dict[str, Any]:

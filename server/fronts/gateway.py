@@ -10,7 +10,7 @@ from server.fronts.frames import (
     ANSWER_WINDOW_BYTES,
     PIECE_BYTES,
     Frame,
-    Kind,
+    FrameKind,
     first_window,
     pack_credit,
     pack_scope,
@@ -18,7 +18,7 @@ from server.fronts.frames import (
     unpack_start,
 )
 from server.fronts.link import Link
-from server.fronts.window import Taken, Window
+from server.fronts.window import ReceiveWindow, Window
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -35,23 +35,23 @@ class Gateway:
         self._numbers = count(1)
         self._open: dict[int, Exchange] = {}
 
-    def take(self, frame: Frame) -> None:
+    def handle(self, frame: Frame) -> None:
         """Handle a frame from the core."""
-        if frame.kind is Kind.STOP:
+        if frame.kind is FrameKind.STOP:
             self._stop()
-        elif frame.kind is Kind.PING:
-            self.link.send(Kind.PONG)
+        elif frame.kind is FrameKind.PING:
+            self.link.send(FrameKind.PONG)
         elif (exchange := self._open.get(frame.request)) is not None:
-            exchange.take(frame)
+            exchange.handle(frame)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         number = next(self._numbers) & 0xFFFFFFFF
         exchange = self._open[number] = Exchange(self.link, number, dict(scope))
-        carrying = asyncio.create_task(exchange.carry_request(receive))
+        forwarding = asyncio.create_task(exchange.forward_request(receive))
         try:
-            await exchange.carry_answer(send)
+            await exchange.forward_response(send)
         finally:
-            carrying.cancel()
+            forwarding.cancel()
             del self._open[number]
 
 
@@ -63,49 +63,49 @@ class Exchange:
         self._number = number
         self._scope = scope
         self._window = Window(first_window(scope))
-        self._taken = Taken(ANSWER_WINDOW_BYTES)
-        self._came: deque[Frame] = deque()
+        self._receive_window = ReceiveWindow(ANSWER_WINDOW_BYTES)
+        self._incoming: deque[Frame] = deque()
         self._waiting: asyncio.Future[None] | None = None
 
-    def take(self, frame: Frame) -> None:
+    def handle(self, frame: Frame) -> None:
         """Handle a frame of this request."""
-        if frame.kind is Kind.CREDIT:
-            self._window.give(unpack_credit(frame.payload))
+        if frame.kind is FrameKind.CREDIT:
+            self._window.grant(unpack_credit(frame.payload))
             return
-        self._came.append(frame)
+        self._incoming.append(frame)
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
-    async def carry_request(self, receive: Receive) -> None:
+    async def forward_request(self, receive: Receive) -> None:
         """Forward the request to the core: scope, body, disconnect."""
-        self._link.send(Kind.REQUEST, self._number, pack_scope(self._scope))
+        self._link.send(FrameKind.REQUEST, self._number, pack_scope(self._scope))
         more = True
         while True:
             if more:
                 await self._window.open()
             message = await receive()
             if message["type"] == "http.disconnect":
-                self._link.send(Kind.DISCONNECT, self._number)
+                self._link.send(FrameKind.DISCONNECT, self._number)
                 return
             body, more = message.get("body", b""), message.get("more_body", False)
             self._window.use(len(body))
             while len(body) > PIECE_BYTES:
-                self._link.send(Kind.BODY, self._number, body[:PIECE_BYTES])
+                self._link.send(FrameKind.BODY, self._number, body[:PIECE_BYTES])
                 body = body[PIECE_BYTES:]
-            self._link.send(Kind.BODY if more else Kind.LAST_BODY, self._number, body)
+            self._link.send(FrameKind.BODY if more else FrameKind.LAST_BODY, self._number, body)
 
-    async def carry_answer(self, send: Send) -> None:
+    async def forward_response(self, send: Send) -> None:
         """Forward the response to the client. Returns early if it is incomplete, which closes the
         connection."""
         while True:
-            while not self._came:
+            while not self._incoming:
                 self._waiting = asyncio.get_running_loop().create_future()
                 await self._waiting
-            frame = self._came.popleft()
+            frame = self._incoming.popleft()
             match frame.kind:
-                case Kind.START:
+                case FrameKind.START:
                     await send(unpack_start(frame.payload))
-                case Kind.BROKEN:
+                case FrameKind.BROKEN:
                     return
                 case _:
                     body, is_last = self._all_data(frame)
@@ -114,14 +114,18 @@ class Exchange:
                     )
                     if is_last:
                         return
-                    if credit := self._taken.add(len(body)):
-                        self._link.send(Kind.CREDIT, self._number, pack_credit(credit))
+                    if credit := self._receive_window.add(len(body)):
+                        self._link.send(FrameKind.CREDIT, self._number, pack_credit(credit))
 
     def _all_data(self, first: Frame) -> tuple[bytes, bool]:
         """The body received so far in one piece, and whether it is complete."""
         kind, pieces = first.kind, [first.payload]
-        while kind is Kind.DATA and self._came and self._came[0].kind is not Kind.BROKEN:
-            frame = self._came.popleft()
+        while (
+            kind is FrameKind.DATA
+            and self._incoming
+            and self._incoming[0].kind is not FrameKind.BROKEN
+        ):
+            frame = self._incoming.popleft()
             kind = frame.kind
             pieces.append(frame.payload)
-        return b"".join(pieces), kind is Kind.LAST_DATA
+        return b"".join(pieces), kind is FrameKind.LAST_DATA

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from server.fronts.frames import Frame, FrameError, FrameReader, Kind, header
+from server.fronts.frames import Frame, FrameError, FrameKind, FrameReader, header
 
 log = logging.getLogger(__name__)
 
@@ -12,9 +12,9 @@ log = logging.getLogger(__name__)
 class Link(asyncio.Protocol):
     """Reads and writes frames; those of one event loop iteration are written together."""
 
-    def __init__(self, take: Callable[[Frame], None], lost: Callable[[], None]) -> None:
-        """`take` is called with each frame, `lost` when the connection is lost."""
-        self._take = take
+    def __init__(self, handle: Callable[[Frame], None], lost: Callable[[], None]) -> None:
+        """`handle` is called with each frame, `lost` when the connection is lost."""
+        self._handle = handle
         self._lost = lost
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
@@ -22,7 +22,7 @@ class Link(asyncio.Protocol):
         self._unsent: list[bytes] = []
         self._has_gone = False
 
-    def send(self, kind: Kind, request: int = 0, payload: bytes = b"") -> None:
+    def send(self, kind: FrameKind, request: int = 0, payload: bytes = b"") -> None:
         """Send a frame, buffered until connected; dropped after the connection is lost."""
         if self._has_gone:
             return
@@ -44,7 +44,7 @@ class Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             for frame in self._reader.feed(data):
-                self._take(frame)
+                self._handle(frame)
         except FrameError as error:
             log.error("invalid data from the other process: %s", error)
             self.close()

@@ -10,7 +10,7 @@ import uvicorn
 
 from server import logs
 from server.connections import uvicorn_config
-from server.fronts.frames import Kind
+from server.fronts.frames import FrameKind
 from server.fronts.gateway import Gateway
 from server.fronts.link import Link
 from server.settings import Settings
@@ -40,10 +40,10 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
         _, self._gateway.link = await loop.create_unix_connection(
-            lambda: Link(self._gateway.take, self._lost), sock=self._link
+            lambda: Link(self._gateway.handle, self._lost), sock=self._link
         )
         await super().startup(sockets)
-        self._gateway.link.send(Kind.READY)
+        self._gateway.link.send(FrameKind.READY)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         del sig, frame

@@ -6,28 +6,28 @@ import asyncio
 class Window:
     """The sender's side. Open while there is any credit; the last piece may exceed it."""
 
-    def __init__(self, room: int) -> None:
-        """`room`: initial credit in bytes."""
-        self._room = room
-        self._is_void = False
+    def __init__(self, credit: int) -> None:
+        """`credit`: initial credit in bytes."""
+        self._credit = credit
+        self._is_lifted = False
         self._opened: asyncio.Future[None] | None = None
 
     @property
     def is_open(self) -> bool:
-        return self._room > 0 or self._is_void
+        return self._credit > 0 or self._is_lifted
 
     def use(self, num_bytes: int) -> None:
         """Bytes were sent."""
-        self._room -= num_bytes
+        self._credit -= num_bytes
 
-    def give(self, num_bytes: int) -> None:
+    def grant(self, num_bytes: int) -> None:
         """The receiver granted credit."""
-        self._room += num_bytes
+        self._credit += num_bytes
         self._wake()
 
     def lift(self) -> None:
         """Lift the limit: the receiver is gone."""
-        self._is_void = True
+        self._is_lifted = True
         self._wake()
 
     async def open(self) -> None:
@@ -41,17 +41,17 @@ class Window:
             self._opened.set_result(None)
 
 
-class Taken:
+class ReceiveWindow:
     """The receiver's side: grants credit in large pieces, to save frames."""
 
     def __init__(self, window_bytes: int) -> None:
         self._least = window_bytes // 2
-        self._owed = 0
+        self._consumed = 0
 
     def add(self, num_bytes: int) -> int:
         """Bytes were consumed. Returns the credit to grant now, often 0."""
-        self._owed += num_bytes
-        if self._owed < self._least:
+        self._consumed += num_bytes
+        if self._consumed < self._least:
             return 0
-        owed, self._owed = self._owed, 0
-        return owed
+        consumed, self._consumed = self._consumed, 0
+        return consumed

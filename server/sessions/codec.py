@@ -38,14 +38,14 @@ MOST_MAGNITUDE = 1e30
 """Of a number of an imported state. No network comes near it, and from about 1e37 on what follows
 would not be finite."""
 
-LONGEST_MESSAGE = 300
+MAX_MESSAGE_CHARACTERS = 300
 
 
 class BlobError(ValueError):
     """The blob is damaged or of another model; the message names the difference."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message[:LONGEST_MESSAGE])  # headers may be long
+        super().__init__(message[:MAX_MESSAGE_CHARACTERS])  # headers may be long
 
 
 class DamagedBlob(BlobError):
@@ -102,12 +102,12 @@ class Codec:
         return sum(tensor.num_bytes for tensor in self._tensors)
 
     @property
-    def usual_blob_bytes(self) -> int:
+    def typical_blob_bytes(self) -> int:
         """Upper bound of a blob's size with at most a thousand pending tokens."""
         return self.state_bytes + (1 << 13)
 
     @property
-    def most_blob_bytes(self) -> int:
+    def max_blob_bytes(self) -> int:
         """Upper bound of a blob's size, even with thousands of pending tokens."""
         return self.state_bytes + (1 << 16)
 
@@ -168,7 +168,7 @@ class Codec:
                 *(entry_id, session.arithmetic, self.arithmetic),
             )
 
-    def checksum_fits(
+    def checksum_matches(
         self, facts: Mapping[str, str], arrays: Mapping[str, NDArray[np.generic]]
     ) -> bool | None:
         """Whether the checksum of a blob, perhaps of another model, matches.

@@ -3,23 +3,23 @@
 from collections import Counter
 from typing import get_args
 
-from server.sessions.store import Entry, Kind, Store
+from server.sessions.store import Entry, EntryKind, Store
 
 ERASED_TOGETHER = 256
 
 
 async def entries_of(store: Store, owner: str) -> list[Entry]:
     """Some of an owner's entries, those included whose time is over; none if there are none."""
-    for kind in get_args(Kind):
+    for kind in get_args(EntryKind):
         if found := await store.list(kind, owner, ERASED_TOGETHER, None, 0.0):
             return found
     return []
 
 
-async def erase_owner(store: Store, owner: str) -> Counter[Kind]:
+async def erase_owner(store: Store, owner: str) -> Counter[EntryKind]:
     """Erase an owner's sessions and responses. Returns how many there were. Raises
     StorageFailed."""
-    erased = Counter[Kind]()
+    erased = Counter[EntryKind]()
     while found := await entries_of(store, owner):
         for entry in found:
             erased[entry.kind] += await store.delete(entry.kind, entry.id)

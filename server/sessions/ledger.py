@@ -14,33 +14,33 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from server.errors import (
+    IncompatibleState,
     InvalidRequest,
     KeyReused,
     NotFound,
     SessionBusy,
     SessionDamaged,
     TurnMismatch,
-    UnfitState,
 )
 from server.metrics import Metrics
 from server.sessions.codec import BlobError, Codec, DamagedBlob
 from server.sessions.erasure import entries_of
-from server.sessions.ledger_turn import LedgerTurn, not_found, unanswered, with_body
+from server.sessions.ledger_turn import LedgerTurn, not_found, pending_answer, with_body
 from server.sessions.quota import Quota, Reservation
 from server.sessions.store import (
     Checkpoint,
     Entry,
-    KeptAnswer,
-    Kind,
+    EntryKind,
     NewState,
     Store,
+    StoredAnswer,
     StoreHealth,
-    Usage,
+    StoreUsage,
 )
 from server.sessions.tiers import Tier, Tiers
 from server.threads import FairThreads
 
-SWEPT_TOGETHER = 256
+SWEEP_BATCH = 256
 INTERRUPTED = {
     "code": "server_error",
     "message": "the server stopped, or could not store the response, before it was complete",
@@ -49,7 +49,7 @@ INTERRUPTED = {
 
 
 @dataclass(frozen=True)
-class Head:
+class SessionHead:
     """The state after a session's last turn, which must be `expected_turn` if given."""
 
     session_id: str
@@ -57,7 +57,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class After:
+class AfterResponse:
     """The state after a stored response."""
 
     response_id: str
@@ -65,7 +65,7 @@ class After:
     """The parameter that named it."""
 
 
-Source = Head | After | None
+Source = SessionHead | AfterResponse | None
 """What a turn continues from; None: the empty state."""
 
 
@@ -115,10 +115,10 @@ class Ledger:
         metrics: Metrics,
         *,
         keep_turns: int = 8,
-        busy_wait_s: float = 1.5,
+        session_wait_s: float = 1.5,
         max_response_ttl_s: float | None = None,
     ) -> None:
-        """`busy_wait_s`: seconds to wait for a busy session, whose client may have just
+        """`session_wait_s`: seconds to wait for a busy session, whose client may have just
         disconnected. `max_response_ttl_s`: maximum and default lifetime of responses in seconds;
         None: unlimited."""
         self._store = store
@@ -127,7 +127,7 @@ class Ledger:
         self._codec = codec
         self._metrics = metrics
         self._keep_turns = keep_turns
-        self._busy_wait_s = busy_wait_s
+        self._busy_wait_s = session_wait_s
         self._max_response_ttl_s = max_response_ttl_s
         self._open: dict[str, LedgerTurn | None] = {}
         """Locked entries: being advanced by a turn, rewound or erased."""
@@ -158,7 +158,7 @@ class Ledger:
     @asynccontextmanager
     async def begin(
         self, owner: str, source: Source, target: Target
-    ) -> AsyncIterator[LedgerTurn | KeptAnswer]:
+    ) -> AsyncIterator[LedgerTurn | StoredAnswer]:
         """Begin a turn, or return the answer committed with its key.
 
         A session has one turn at a time; a response can be continued concurrently. Raises NotFound,
@@ -166,9 +166,9 @@ class Ledger:
         StorageFailed.
         """
         match source, target:
-            case Head(), NextTurn():
+            case SessionHead(), NextTurn():
                 opening = self._next_turn(owner, source, target)
-            case Head(), _:
+            case SessionHead(), _:
                 raise ValueError("a session's head is advanced by its next turn only")
             case _, NextTurn():
                 raise ValueError("a session's next turn starts from its head")
@@ -179,38 +179,38 @@ class Ledger:
 
     @asynccontextmanager
     async def _next_turn(
-        self, owner: str, source: Head, target: NextTurn
-    ) -> AsyncIterator[LedgerTurn | KeptAnswer]:
+        self, owner: str, source: SessionHead, target: NextTurn
+    ) -> AsyncIterator[LedgerTurn | StoredAnswer]:
         session_id = source.session_id
         if session_id in self._open:
             await self.get(owner, "session", session_id)
-            kept = await self._kept_answer(session_id, target)
+            kept = await self._stored_answer(session_id, target)
             if kept is not None:
                 yield kept
                 return
         async with self._lock(session_id):
             entry = await self.get(owner, "session", session_id)
-            kept = await self._kept_answer(session_id, target)
+            kept = await self._stored_answer(session_id, target)
             if kept is not None:
                 yield kept
                 return
             if source.expected_turn not in (None, entry.turn):
                 raise TurnMismatch(session_id, entry.turn, source.expected_turn or 0)
             is_full = entry.num_checkpoints >= self._keep_turns
-            size = 0 if is_full else self._codec.usual_blob_bytes
+            size = 0 if is_full else self._codec.typical_blob_bytes
             if target.key is not None:  # its answer is kept, of a length that nobody knows
                 size = max(size, 1)
             async with self._quota.reserve(owner, num_bytes=size):
-                answer = None if target.key is None else unanswered(target.key, target.request)
+                answer = None if target.key is None else pending_answer(target.key, target.request)
                 turn = self._turn(entry, entry if entry.turn else None, True, answer)
                 self._open[session_id] = turn
                 yield turn
 
     @asynccontextmanager
     async def _first_turn(
-        self, owner: str, source: After | None, target: NewSession | NewResponse | None
+        self, owner: str, source: AfterResponse | None, target: NewSession | NewResponse | None
     ) -> AsyncIterator[LedgerTurn]:
-        start = None if source is None else await self._continuable(owner, source)
+        start = None if source is None else await self._find_source(owner, source)
         match target:
             case None:
                 yield self._turn(None, start, False)
@@ -219,7 +219,7 @@ class Ledger:
                 entry = new_session(owner, self._store.now(), metadata, ttl_s)
             case NewResponse(response_id, ttl_s):
                 entry = self._new_response(owner, response_id, ttl_s)
-        size = entry.num_bytes + self._codec.usual_blob_bytes
+        size = entry.num_bytes + self._codec.typical_blob_bytes
         reserving = self._quota.reserve(owner, entry.kind, num_bytes=size)
         async with reserving as reservation, self._lock(entry.id):
             turn = self._turn(entry, start, False, reservation=reservation)
@@ -231,13 +231,15 @@ class Ledger:
         entry: Entry | None,
         start: Entry | None,
         is_stored: bool,
-        answer: KeptAnswer | None = None,
+        answer: StoredAnswer | None = None,
         reservation: Reservation | None = None,
     ) -> LedgerTurn:
         parts = (self._store, self._codec, self._tiers, self._metrics, self._keep_turns)
         return LedgerTurn(*parts, entry, start, is_stored, answer, reservation)
 
-    async def get(self, owner: str, kind: Kind, entry_id: str, param: str | None = None) -> Entry:
+    async def get(
+        self, owner: str, kind: EntryKind, entry_id: str, param: str | None = None
+    ) -> Entry:
         """Get a session or stored response, finished or in the background. `param` named it.
 
         Raises NotFound.
@@ -247,7 +249,7 @@ class Ledger:
             raise not_found(kind, entry_id, param)
         return entry
 
-    async def list(self, owner: str, kind: Kind, limit: int, after: str | None) -> list[Entry]:
+    async def list(self, owner: str, kind: EntryKind, limit: int, after: str | None) -> list[Entry]:
         """List entries, newest first, after the entry `after`. Raises InvalidRequest."""
         if after is not None:
             last = await self._store.get(kind, after)
@@ -300,7 +302,7 @@ class Ledger:
 
         Raises NotFound, InvalidRequest, QuotaExceeded, StorageFull and StorageFailed.
         """
-        source = await self._continuable(owner, After(response_id, "response_id"))
+        source = await self._find_source(owner, AfterResponse(response_id, "response_id"))
         made = replace(new_session(owner, self._store.now(), metadata, ttl_s), turn=source.turn)
         forked = await self._fork(response_id, made)
         if forked is None:
@@ -346,34 +348,34 @@ class Ledger:
     ) -> tuple[Entry, str | None]:
         """A new session that goes on from an exported blob; and the arithmetic that computed it.
 
-        Raises UnfitState, QuotaExceeded, StorageFull and StorageFailed.
+        Raises IncompatibleState, QuotaExceeded, StorageFull and StorageFailed.
         """
-        if len(blob) > self._codec.most_blob_bytes:
-            raise UnfitState(
-                f"this is no state for this server: it has {len(blob)} bytes, the most is "
-                f"{self._codec.most_blob_bytes}"
+        if len(blob) > self._codec.max_blob_bytes:
+            raise IncompatibleState(
+                f"this is no state for this server: it has {len(blob)} bytes, the maximum is "
+                f"{self._codec.max_blob_bytes}"
             )
         try:
             state = await self._blobs.run(owner, partial(self._codec.decode_foreign, blob))
         except BlobError as error:
-            raise UnfitState(f"this is no state for this server: {error}") from error
+            raise IncompatibleState(f"this is no state for this server: {error}") from error
         entry = new_session(owner, self._store.now(), metadata, ttl_s)
         entry = replace(entry, turn=max(state.turn, 1), num_tokens=state.position)
         entry = await self._insert(entry, NewState(new_state_id(), blob))
         self._codec.report_arithmetic(entry.id, state)
         return entry, state.arithmetic
 
-    async def delete(self, owner: str, kind: Kind, entry_id: str) -> None:
+    async def delete(self, owner: str, kind: EntryKind, entry_id: str) -> None:
         """Erase a session or response with its states and answers in all tiers.
 
         A response in progress cannot be stored afterwards. A session must not be busy. Raises
         NotFound, SessionBusy and StorageFailed.
         """
-        making = self._open.get(entry_id)
-        if kind == "response" and making is not None and making.is_for(owner, kind):
-            making.is_deleted = True
-            async with making.writing:  # wait for a write in progress
-                await self._erase(kind, entry_id, making.state_id)
+        in_progress = self._open.get(entry_id)
+        if kind == "response" and in_progress is not None and in_progress.is_for(owner, kind):
+            in_progress.is_deleted = True
+            async with in_progress.writing:  # wait for a write in progress
+                await self._erase(kind, entry_id, in_progress.state_id)
             return
         await self.get(owner, kind, entry_id)
         async with self._lock(entry_id) if kind == "session" else nullcontext():
@@ -381,14 +383,14 @@ class Ledger:
             if not await self._erase(kind, entry_id, entry.state_id):
                 raise not_found(kind, entry_id)
 
-    async def usage(self, owner: str) -> Usage:
+    async def usage(self, owner: str) -> StoreUsage:
         """What an owner holds."""
         return await self._store.usage(owner)
 
-    async def erase_all(self, owner: str) -> Counter[Kind]:
+    async def erase_all(self, owner: str) -> Counter[EntryKind]:
         """Erase all that an owner holds, whose turns have ended. Returns how many sessions and
         responses there were. Raises StorageFailed."""
-        erased = Counter[Kind]()
+        erased = Counter[EntryKind]()
         while found := await entries_of(self._store, owner):
             for entry in found:
                 erased[entry.kind] += await self._erase(entry.kind, entry.id, entry.state_id)
@@ -401,7 +403,7 @@ class Ledger:
         """
         await self.recover()
         num_swept = num_sessions = 0
-        for found in await self._store.expired(self._store.now(), SWEPT_TOGETHER):
+        for found in await self._store.expired(self._store.now(), SWEEP_BATCH):
             if found.id in self._open:
                 continue
             async with self._lock(found.id):
@@ -437,24 +439,28 @@ class Ledger:
         return replace(entry, state_id=state.id, num_checkpoints=1)
 
     async def _fork(self, source_id: str, made: Entry) -> Entry | None:
-        size = made.num_bytes + (self._codec.usual_blob_bytes if made.turn else 0)
+        size = made.num_bytes + (self._codec.typical_blob_bytes if made.turn else 0)
         async with self._quota.reserve(made.owner, made.kind, num_bytes=size):
             forked = await self._store.fork(source_id, made)
         self._tiers.report()
         return forked
 
-    async def _erase(self, kind: Kind, entry_id: str, state_id: str | None) -> bool:
+    async def _erase(self, kind: EntryKind, entry_id: str, state_id: str | None) -> bool:
         self._tiers.forget(state_id)  # first: nothing stays here if the store fails halfway
         try:
             return await self._store.delete(kind, entry_id)
         finally:
             self._tiers.report()
 
-    async def _continuable(self, owner: str, source: After) -> Entry:
+    async def _find_source(self, owner: str, source: AfterResponse) -> Entry:
         """A response with a state. Raises NotFound and InvalidRequest."""
-        making = self._open.get(source.response_id)
-        if making is not None and making.entry is not None and making.is_for(owner, "response"):
-            entry = making.entry
+        in_progress = self._open.get(source.response_id)
+        if (
+            in_progress is not None
+            and in_progress.entry is not None
+            and in_progress.is_for(owner, "response")
+        ):
+            entry = in_progress.entry
         else:
             entry = await self.get(owner, "response", source.response_id, source.param)
         if entry.state_id is not None:
@@ -478,7 +484,7 @@ class Ledger:
         """Entry of a new response. Raises InvalidRequest and ResponseGone."""
         most = self._max_response_ttl_s
         if ttl_s is not None and most is not None and ttl_s > most:
-            raise InvalidRequest(f"ttl is {ttl_s:g}, the most is {most:g}", "ttl")
+            raise InvalidRequest(f"ttl is {ttl_s:g}, the maximum is {most:g}", "ttl")
         now, ttl_s = self._store.now(), most if ttl_s is None else ttl_s
         expires_at = None if ttl_s is None else now + ttl_s
         return Entry(
@@ -510,10 +516,10 @@ class Ledger:
     def _has_expired(self, entry: Entry) -> bool:
         return entry.expires_at is not None and entry.expires_at <= self._store.now()
 
-    async def _kept_answer(self, session_id: str, target: NextTurn) -> KeptAnswer | None:
+    async def _stored_answer(self, session_id: str, target: NextTurn) -> StoredAnswer | None:
         if target.key is None:
             return None
-        asked = unanswered(target.key, target.request)
+        asked = pending_answer(target.key, target.request)
         kept = await self._store.find_answer(session_id, asked.key)
         if kept is not None and kept.request != asked.request:
             raise KeyReused

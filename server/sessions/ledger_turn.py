@@ -20,7 +20,7 @@ from server.errors import (
 from server.metrics import Metrics
 from server.sessions.codec import BlobError, Codec, DamagedBlob, SessionState
 from server.sessions.quota import Reservation
-from server.sessions.store import Entry, KeptAnswer, Kind, NewState, Status, Store
+from server.sessions.store import Entry, EntryKind, NewState, Status, Store, StoredAnswer
 from server.sessions.tiers import Tiers
 
 
@@ -40,7 +40,7 @@ class LedgerTurn:
         entry: Entry | None,
         start: Entry | None,
         is_stored: bool,
-        answer: KeptAnswer | None,
+        answer: StoredAnswer | None,
         reservation: Reservation | None,
     ) -> None:
         """`answer`: where to store the turn's answer, still empty. `reservation`: space for a new
@@ -83,7 +83,7 @@ class LedgerTurn:
             self.entry is not None and self.entry.kind == "response"
         )
 
-    def is_for(self, owner: str, kind: Kind) -> bool:
+    def is_for(self, owner: str, kind: EntryKind) -> bool:
         """Whether its target is an owner's entry of this kind that can still be stored."""
         return (
             self.entry is not None
@@ -165,8 +165,8 @@ class LedgerTurn:
             except StorageFailed:
                 self._metrics.session_commit_failures_total.inc()
                 raise
-        before, num_kept = self.entry.state_id, min(entry.num_checkpoints + 1, self._keep_turns)
-        self.entry = replace(entry, state_id=state_id, num_checkpoints=num_kept)
+        before, num_retained = self.entry.state_id, min(entry.num_checkpoints + 1, self._keep_turns)
+        self.entry = replace(entry, state_id=state_id, num_checkpoints=num_retained)
         self._tiers.cache(state_id, state, entry.owner, replaced=before)
 
     async def abandon(self, body: str | None) -> None:
@@ -225,12 +225,12 @@ def with_body(entry: Entry, body: str) -> Entry:
     return replace(entry, status=status, body=body)
 
 
-def unanswered(key: str, request: str) -> KeptAnswer:
+def pending_answer(key: str, request: str) -> StoredAnswer:
     """The empty record for the answer to a request with an Idempotency-Key."""
-    return KeptAnswer(_digest(key), _digest(request), "")
+    return StoredAnswer(_digest(key), _digest(request), "")
 
 
-def not_found(kind: Kind, entry_id: str, param: str | None = None) -> NotFound:
+def not_found(kind: EntryKind, entry_id: str, param: str | None = None) -> NotFound:
     return NotFound(
         f"there is no {kind} {entry_id[:80]}", param or f"{kind}_id", f"{kind}_not_found"
     )

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from server.errors import QuotaExceeded, StorageFull
-from server.sessions.store import Kind, Store
+from server.sessions.store import EntryKind, Store
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Quotas:
     bytes: int | None = None
 
     @property
-    def limit_owners(self) -> bool:
+    def has_owner_limits(self) -> bool:
         """Whether there is any per-owner limit."""
         limits = (self.sessions_per_owner, self.responses_per_owner, self.bytes_per_owner)
         return any(limit is not None for limit in limits)
@@ -34,7 +34,7 @@ class Reservation:
     """Reserved space that the store does not count yet."""
 
     owner: str
-    new: Kind | None
+    new: EntryKind | None
     """Kind of the entry to be added; None if none, or already counted by the store."""
 
     num_bytes: int
@@ -50,7 +50,7 @@ class Quota:
 
     @asynccontextmanager
     async def reserve(
-        self, owner: str, new: Kind | None = None, *, num_bytes: int = 0
+        self, owner: str, new: EntryKind | None = None, *, num_bytes: int = 0
     ) -> AsyncIterator[Reservation]:
         """Reserve space for an owner's new entry, if any, and bytes to be written.
 
@@ -65,7 +65,7 @@ class Quota:
         finally:
             self._reserved.remove(reservation)
 
-    def _check_total(self, new: Kind | None, num_bytes: int) -> None:
+    def _check_total(self, new: EntryKind | None, num_bytes: int) -> None:
         quotas, total = self._quotas, self._store.total
         num_sessions = total.num_sessions + sum(r.new == "session" for r in self._reserved)
         if new == "session" and _exceeds(num_sessions, quotas.sessions):
@@ -74,9 +74,9 @@ class Quota:
         if num_bytes and _exceeds(all_bytes, quotas.bytes):
             raise StorageFull(f"this server holds {total.num_bytes} bytes of sessions already")
 
-    async def _check_owner(self, owner: str, new: Kind | None, num_bytes: int) -> None:
+    async def _check_owner(self, owner: str, new: EntryKind | None, num_bytes: int) -> None:
         quotas = self._quotas
-        if not quotas.limit_owners:
+        if not quotas.has_owner_limits:
             return
         reserved = [r for r in self._reserved if r.owner == owner]
         num_reserved = sum(r.new == new for r in reserved)

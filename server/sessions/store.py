@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-Kind = Literal["session", "response"]
+EntryKind = Literal["session", "response"]
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 UNFINISHED: tuple[Status, ...] = ("queued", "in_progress")
 
@@ -22,7 +22,7 @@ class StoreError(Exception):
 class Entry:
     """A session or response without its states. Times are Unix seconds."""
 
-    kind: Kind
+    kind: EntryKind
     id: str
     owner: str
     """Its creator; invisible to others."""
@@ -76,7 +76,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class KeptAnswer:
+class StoredAnswer:
     """A turn's answer, stored to be replayed for a repeated request."""
 
     key: str
@@ -94,7 +94,7 @@ class NewState:
 
     id: str
     blob: bytes
-    answer: KeptAnswer | None = None
+    answer: StoredAnswer | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Usage:
+class StoreUsage:
     """Usage of the store, of one owner or in total."""
 
     num_sessions: int = 0
@@ -130,7 +130,7 @@ class Header:
     number: int
     """Sequence number, by creation."""
 
-    kind: Kind
+    kind: EntryKind
     id: str
     beginning: bytes
 
@@ -161,7 +161,7 @@ class Store(Protocol):
     """
 
     @property
-    def total(self) -> Usage:
+    def total(self) -> StoreUsage:
         """Total usage."""
 
     def now(self) -> float:
@@ -189,19 +189,19 @@ class Store(Protocol):
         `rewrite` runs outside the event loop. Returns how many there were.
         """
 
-    async def get(self, kind: Kind, entry_id: str) -> Entry | None: ...
+    async def get(self, kind: EntryKind, entry_id: str) -> Entry | None: ...
 
     async def list(
-        self, kind: Kind, owner: str, limit: int, after: str | None, now: float
+        self, kind: EntryKind, owner: str, limit: int, after: str | None, now: float
     ) -> list[Entry]:
         """The owner's unexpired entries, newest first, after the entry `after`."""
 
-    async def usage(self, owner: str) -> Usage: ...
+    async def usage(self, owner: str) -> StoreUsage: ...
 
     async def checkpoints(self, entry_id: str) -> Sequence[Checkpoint]:
         """Newest first."""
 
-    async def find_answer(self, entry_id: str, key: str) -> KeptAnswer | None:
+    async def find_answer(self, entry_id: str, key: str) -> StoredAnswer | None:
         """The answer stored under this digest of a key."""
 
     async def load(self, entry_id: str, turn: int) -> bytes | None:
@@ -223,7 +223,7 @@ class Store(Protocol):
     async def expired(self, now: float, limit: int) -> Sequence[Entry]:
         """Expired entries, oldest expiry first."""
 
-    async def delete(self, kind: Kind, entry_id: str) -> bool:
+    async def delete(self, kind: EntryKind, entry_id: str) -> bool:
         """Erase an entry with its states and answers. False if there is none.
 
         Also on a full disk, which is freed so. The one call that may have done half of its work

@@ -48,12 +48,12 @@ class Tiers:
             return "device"
         return "host" if entry.state_id in self._cache else "store"
 
-    def row_kept(self, state_id: str) -> None:
+    def row_retained(self, state_id: str) -> None:
         """The engine has retained a row with this state."""
         self._rows.add(state_id)
         self.report()
 
-    def row_given_up(self, state_id: str, *, is_evicted: bool) -> None:
+    def row_released(self, state_id: str, *, is_evicted: bool) -> None:
         """The row no longer holds the state."""
         self._rows.discard(state_id)
         if is_evicted:

@@ -86,7 +86,7 @@ def server(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
     """One that runs one sequence at a time."""
-    flags = ("--max-running", "1", "--keepalive-s", "0.2")
+    flags = ("--max-running", "1", "--stream-keepalive-s", "0.2")
     with server_process(tiny_checkpoint, tmp_path_factory.mktemp("data"), *flags) as running:
         yield running
 
@@ -138,7 +138,7 @@ def test_keep_alives_bridge_a_silence(server: ServerProcess, client: httpx.Clien
 
 
 def test_without_them_it_would_be_cut(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    flags = ("--max-running", "1", "--keepalive-s", "600")
+    flags = ("--max-running", "1", "--stream-keepalive-s", "600")
     with (
         server_process(tiny_checkpoint, tmp_path / "data", *flags) as server,
         nginx(server, tmp_path) as client,

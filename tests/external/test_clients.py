@@ -147,13 +147,13 @@ not needed here."""
 
 @pytest.mark.parametrize("format", COMPLIANT)
 def test_answers_have_the_shapes_of_the_specification(server: LiveServer, format: str) -> None:
-    told = run(
+    reported = run(
         *(program("llm-comply"), "--base-url", f"{server.url}/v1", "--model", "latentd"),
         *("--api-key", "none", "--format", format, "--filter", ",".join(COMPLIANT[format])),
         *("--timeout", str(PATIENCE_S), "--json"),
     )
     outcomes = {
         test["id"]: (test["status"], test.get("errors"), test.get("warnings"))
-        for test in json.loads(told)["results"]
+        for test in json.loads(reported)["results"]
     }
     assert outcomes == dict.fromkeys(COMPLIANT[format], ("passed", None, None))

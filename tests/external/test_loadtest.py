@@ -53,9 +53,9 @@ def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port, log = free_port(), tmp_path_factory.mktemp("logs") / "transformers.log"
     command = [shutil.which("transformers") or "transformers", "serve", str(model)]
     command += ["--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
-    with log.open("w") as told:
+    with log.open("w") as reported:
         process = subprocess.Popen(
-            command, stdout=told, stderr=told, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+            command, stdout=reported, stderr=reported, env=os.environ | {"HF_HUB_OFFLINE": "1"}
         )
     url = f"http://127.0.0.1:{port}"
 

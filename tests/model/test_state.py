@@ -109,11 +109,11 @@ def test_a_row_is_gathered_as_it_is_exported_and_scattered_as_it_is_imported(
     spec: StateSpec,
 ) -> None:
     made, other = pool(spec=spec), pool(spec=spec)
-    room = torch.full((spec.num_bytes,), 77, dtype=torch.uint8)
-    made.gather_row(2, room)
-    assert room.numpy().tobytes() == made.export_row(2)
+    buffer = torch.full((spec.num_bytes,), 77, dtype=torch.uint8)
+    made.gather_row(2, buffer)
+    assert buffer.numpy().tobytes() == made.export_row(2)
     other.poison(1)
-    other.scatter_row(1, room)
+    other.scatter_row(1, buffer)
     assert other.export_row(1) == made.export_row(2)
     assert [other.export_row(i) for i in (0, 2, 3)] == [made.export_row(i) for i in (0, 2, 3)]
 

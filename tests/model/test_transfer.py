@@ -112,7 +112,7 @@ def test_host_memory_needs_no_transfer() -> None:
     assert isinstance(moves, DirectTransfer)
     export = moves.export_row(2)
     assert export.is_done
-    assert export.take() == made.export_row(2)
+    assert export.collect() == made.export_row(2)
     moves.import_row(0, made.export_row(2))
     assert made.export_row(0) == made.export_row(2)
 
@@ -126,7 +126,7 @@ def check_rows_cross(made: StatePool, moves: PinnedTransfer) -> None:
     for row in range(made.num_rows):
         exports.append(moves.export_row(row))
         made.poison(row)  # the row may go on at once
-    assert [export.take() for export in exports] == expected
+    assert [export.collect() for export in exports] == expected
     for row, data in enumerate(reversed(expected)):
         moves.import_row(row, data)
     assert [made.export_row(i) for i in range(made.num_rows)] == expected[::-1]
@@ -140,7 +140,7 @@ def test_rows_cross_beside_the_steps() -> None:
     done = [first.is_done]
     moves._stream.run()  # type: ignore[attr-defined]
     assert [*done, first.is_done] == [False, True]
-    assert first.take() == made.export_row(1)
+    assert first.collect() == made.export_row(1)
     check_rows_cross(made, moves)
 
 
@@ -149,12 +149,12 @@ def test_buffers_are_used_again_once_nothing_is_in_them() -> None:
     made = pool(spec=NARROW)
     moves = PinnedTransfer(made)
     exports = [moves.export_row(i) for i in range(3)]
-    rooms = {id(export.room) for export in exports}
-    assert len(rooms) == 3
+    buffers = {id(export.buffer) for export in exports}
+    assert len(buffers) == 3
     for export in exports:
-        export.take()
+        export.collect()
     more = [moves.export_row(i) for i in range(3)]
-    assert {id(export.room) for export in more} == rooms
+    assert {id(export.buffer) for export in more} == buffers
 
 
 @pytest.mark.gpu

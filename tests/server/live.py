@@ -88,5 +88,5 @@ def live_server(
 
 def tiny_settings(folder: Path, data_dir: Path, **changes: object) -> Settings:
     """For the tiny checkpoint, whatever the environment says. Nobody waits for a busy session."""
-    usual = {"checkpoint": folder, "data_dir": data_dir, "busy_wait_s": 0}
+    usual = {"checkpoint": folder, "data_dir": data_dir, "session_wait_s": 0}
     return Settings.model_validate(usual | changes)

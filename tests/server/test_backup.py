@@ -10,13 +10,13 @@ import httpx
 import pytest
 
 from server.sessions.sqlite.backup import backup, restore
-from server.sessions.sqlite.snapshots import offered
+from server.sessions.sqlite.snapshots import serve_snapshots
 from server.sessions.sqlite.store import SQLiteStore
 from tests.patience import wait_until
 from tests.server.api.calls import text_of
 from tests.server.api.test_session_calls import content, export, new, post
 from tests.server.api.test_sessions import get
-from tests.server.cli.commands import refused, told
+from tests.server.cli.commands import refused, stdout_of
 from tests.server.live import LiveServer, live_server, tiny_settings
 from tests.server.processes import server_process
 from tests.server.sessions.stores import states_in_files
@@ -31,7 +31,7 @@ def live(
     with states_in_files(1 if request.param else 1 << 20), live_server(settings) as running:
         store = running.service.ledger._store
         assert isinstance(store, SQLiteStore)
-        with offered(store, tmp_path / "live"):
+        with serve_snapshots(store, tmp_path / "live"):
             yield running
 
 
@@ -158,7 +158,7 @@ def test_commands(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with server_process(tiny_checkpoint, data) as server, server.client() as client:
         session_id = new(client)
         next_turn(client, session_id, 1)
-        done = told("backup", copied, "--data-dir", data)
+        done = stdout_of("backup", copied, "--data-dir", data)
         assert done.startswith("backed up 1 sessions and 0 responses with 1 states, ")
         expected = next_turn(client, session_id, 2)
         line = refused("backup", copied, "--data-dir", data)
@@ -166,8 +166,8 @@ def test_commands(tiny_checkpoint: Path, tmp_path: Path) -> None:
         line = refused("restore", copied, LATENTD_DATA_DIR=str(data))
         assert line == f"latentd: a server is running on {data}\n"
         server.kill()
-    told("backup", tmp_path / "later", "--data-dir", data)  # after a crash, without a server
-    done = told("restore", copied, LATENTD_DATA_DIR=str(tmp_path / "restored"))
+    stdout_of("backup", tmp_path / "later", "--data-dir", data)  # after a crash, without a server
+    done = stdout_of("restore", copied, LATENTD_DATA_DIR=str(tmp_path / "restored"))
     assert done.startswith("restored 1 sessions ")
     with server_process(tiny_checkpoint, tmp_path / "restored") as server:
         with server.client() as client:

@@ -54,14 +54,14 @@ def commands(command: Any, *names: str) -> Iterator[tuple[tuple[str, ...], set[s
 
 @pytest.mark.parametrize(("names", "options"), [*commands(typer.main.get_command(app))])
 def test_help_on_80_columns_cuts_nothing(names: tuple[str, ...], options: set[str]) -> None:
-    shown = in_process.told(*names, "--help", COLUMNS="80")
+    shown = in_process.stdout_of(*names, "--help", COLUMNS="80")
     assert max(map(len, shown.splitlines())) <= 80
     assert "…" not in shown
     assert options <= set(re.findall(r"[\w-]+", shown))
 
 
 def test_serve_help_has_every_setting_in_its_group() -> None:
-    shown = in_process.told("serve", "--help", COLUMNS="80")
+    shown = in_process.stdout_of("serve", "--help", COLUMNS="80")
     panels = {each[1]: each[2] for each in re.finditer(r"╭─ ([\w ]+) ─+╮\n(.*?)╰", shown, re.S)}
     assert list(panels) == ["Arguments", "Options", *Group]
     assert "MODEL" in panels["Arguments"]
@@ -182,8 +182,8 @@ def test_serve_refuses_wrong_settings(
 
 @pytest.mark.long
 def test_serve_refuses_a_port_in_use(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as occupied:
+        port = occupied.getsockname()[1]
         common = (tiny_checkpoint, "--data-dir", tmp_path)
         assert f"127.0.0.1:{port}" in refused("serve", "--port", port, *common)
 

@@ -104,7 +104,7 @@ def parsed(raw: bytes) -> tuple[int, str]:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "said",
+    "sent",
     [
         b"",
         b"\r\n",
@@ -113,10 +113,10 @@ def parsed(raw: bytes) -> tuple[int, str]:
         b"GET /v1/models HTTP/1.1\r\nhost: localhost",
     ],
 )
-def test_half_a_request_is_cut(impatient: LiveServer, said: bytes) -> None:
+def test_half_a_request_is_cut(impatient: LiveServer, sent: bytes) -> None:
     started = time.monotonic()
     with closing(connect(impatient)) as connection:
-        connection.sendall(said)
+        connection.sendall(sent)
         assert rest(connection) == b""
     assert time.monotonic() - started > HEADER_S * 0.9
 
@@ -453,7 +453,9 @@ def test_a_client_that_has_gone_waits_no_more(tiny_checkpoint: Path, tmp_path: P
     """Though nothing of the answer but its headers could be sent to it yet."""
     body = b'{"prompt": "a", "max_tokens": 60000, "ignore_eos": true, "stream": %b}'
     request = POST + b"content-length: %d\r\n\r\n" + body
-    settings = tiny_settings(tiny_checkpoint, tmp_path, max_running=1, keepalive_s=10 * PATIENCE_S)
+    settings = tiny_settings(
+        tiny_checkpoint, tmp_path, max_running=1, stream_keepalive_s=10 * PATIENCE_S
+    )
     with live_server(settings) as server, closing(connect(server)) as first:
         first.sendall(request % (len(body % b"false"), b"false"))
         server.wait_until_running(1)

@@ -88,7 +88,7 @@ KEY = {"name": "a", "hash": "0" * 64, "created_at": 1}
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "reason"),
     [
         ("", "EOF"),
         ("{", "EOF"),
@@ -102,13 +102,13 @@ KEY = {"name": "a", "hash": "0" * 64, "created_at": 1}
     ],
 )
 def test_a_malformed_file_is_named_with_what_is_wrong(
-    tmp_path: Path, content: str, said: str
+    tmp_path: Path, content: str, reason: str
 ) -> None:
     path = tmp_path / "keys.json"
     path.write_text(content)
     for message in (refusal(path), _change_refusal(path)):
         assert message.startswith(f"{path}: ")
-        assert said in message
+        assert reason in message
         assert "\n" not in message
     assert path.read_text() == content
 

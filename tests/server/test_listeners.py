@@ -108,8 +108,11 @@ def test_metrics_at_an_address_of_their_own(tiny_checkpoint: Path, tmp_path: Pat
         assert open_metrics.text.endswith("# EOF\n")
         assert httpx.get(url.removesuffix("/metrics")).status_code == 404
         address = url.removeprefix("http://").removesuffix("/metrics")
-        taken = settings.model_copy(update={"metrics_address": address})
-        with pytest.raises(ListenError, match="cannot listen"), metrics_server(taken, metrics):
+        conflicting = settings.model_copy(update={"metrics_address": address})
+        with (
+            pytest.raises(ListenError, match="cannot listen"),
+            metrics_server(conflicting, metrics),
+        ):
             pass
     with pytest.raises(httpx.ConnectError):
         httpx.get(url)
@@ -134,7 +137,7 @@ def test_tls(certificates: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
         server.wait_until_idle()  # it has noticed that the client has left
         with httpx.Client(base_url=url) as client, pytest.raises(httpx.ConnectError):
             client.get("/v1/models")
-        listed = commands.told(
+        listed = commands.stdout_of(
             *("session", "list", "--url", url), SSL_CERT_FILE=str(certificates / "ca.pem")
         )
         assert listed.splitlines()[0].startswith("id")
@@ -150,7 +153,7 @@ def test_a_server_on_a_unix_socket(tiny_checkpoint: Path, tmp_path: Path, worker
         with server.client() as client:
             session_id = client.post("/v1/sessions").json()["id"]
             complete(client, session_id=session_id)
-        shown = commands.told("session", "show", session_id, "--url", server.url)
+        shown = commands.stdout_of("session", "show", session_id, "--url", server.url)
         assert session_id in shown
         assert server.stop() == 0
     assert not path.exists()
@@ -171,8 +174,8 @@ def test_fronts_speak_tls(certificates: Path, tiny_checkpoint: Path, tmp_path: P
 def test_a_server_with_metrics_apart(tiny_checkpoint: Path, tmp_path: Path) -> None:
     flags = ("--metrics-address", "127.0.0.1:0", "--metrics-names", "vllm")
     with server_process(tiny_checkpoint, tmp_path, *flags) as server, server.client() as client:
-        [told] = [line.split()[1] for line in server.facts if line.startswith("metrics")]
+        [reported] = [line.split()[1] for line in server.facts if line.startswith("metrics")]
         complete(client)
-        assert 'vllm:num_requests_running{model_name="tiny"}' in httpx.get(told).text
+        assert 'vllm:num_requests_running{model_name="tiny"}' in httpx.get(reported).text
         assert client.get("/metrics").status_code == 404
         assert server.stop() == 0

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server import logs
-from server.logs import MOST_LINES, PERIOD_S, Limit
+from server.logs import MAX_LINES, PERIOD_S, Limit
 
 
 class Terminal(io.StringIO):
@@ -89,19 +89,21 @@ def test_of_a_limited_kind_some_lines_are_written_and_the_others_counted() -> No
     stream = io.StringIO()
     logs.configure("info", "json", stream)
     log = logging.getLogger("server.x")
-    for _ in range(MOST_LINES + 7):
+    for _ in range(MAX_LINES + 7):
         log.info("refused", extra={"limited": "a"})
     log.info("refused", extra={"limited": "b"})
-    for _ in range(MOST_LINES + 2):
+    for _ in range(MAX_LINES + 2):
         logging.getLogger("opentelemetry.exporter").error("no receiver")
         log.info("request")
     logging.getLogger().handlers[0].close()
     messages = [line["message"] for line in logged(stream.getvalue())]
-    assert messages.count("refused") == MOST_LINES + 1
-    assert messages.count("no receiver") == MOST_LINES
-    assert messages.count("request") == MOST_LINES + 2
-    left_out = [line for line in logged(stream.getvalue()) if line["message"] == "lines left out"]
-    assert [(line["kind"], line["count"]) for line in left_out] == [
+    assert messages.count("refused") == MAX_LINES + 1
+    assert messages.count("no receiver") == MAX_LINES
+    assert messages.count("request") == MAX_LINES + 2
+    suppressed = [
+        line for line in logged(stream.getvalue()) if line["message"] == "lines suppressed"
+    ]
+    assert [(line["kind"], line["count"]) for line in suppressed] == [
         ("a", 7),
         ("opentelemetry.exporter", 2),
     ]
@@ -113,9 +115,9 @@ def test_every_line_is_written_or_counted_once(lines: list[tuple[str, float]]) -
     num_written, num_left_out = 0, 0
     for kind, pause in lines:
         now += pause
-        num_left_out += sum(count for _, count in limit.left_out(now))
+        num_left_out += sum(count for _, count in limit.suppressed(now))
         num_written += limit.admits(kind, now)
         assert limit.admits(None, now)
-    num_left_out += sum(count for _, count in limit.left_out(float("inf")))
+    num_left_out += sum(count for _, count in limit.suppressed(float("inf")))
     assert num_written + num_left_out == len(lines)
-    assert num_left_out == 0 or len(lines) > MOST_LINES
+    assert num_left_out == 0 or len(lines) > MAX_LINES

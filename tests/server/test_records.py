@@ -37,7 +37,7 @@ def test_a_turn_that_outlives_its_request_says_how_that_ended() -> None:
     record = RequestRecord("req_1", "POST", turn=turn)
     record.outcome = "ok"
     ended: list[RequestRecord] = []
-    turn.when_ended = lambda: ended.append(record)
+    turn.on_end = lambda: ended.append(record)
     turn.outcome, turn.error = "server_error", "storage_failed"
     turn.end()
     assert ended == [record]

@@ -38,7 +38,7 @@ def test_nothing_has_to_be_set() -> None:
         ("port", "0", 0),
         ("data_dir", "some/folder", Path("some/folder")),
         ("threads", "3", 3),
-        ("keepalive_s", "0.5", 0.5),
+        ("stream_keepalive_s", "0.5", 0.5),
         ("device", "cpu", "cpu"),
         ("host_cache_bytes", "0", 0),
         ("model_name", "5", "5"),
@@ -123,8 +123,8 @@ WRONG: list[tuple[str, Any]] = [
     ("max_running", "0"),
     ("host_cache_bytes", "1.5"),
     ("host_cache_bytes", "-1"),
-    ("keepalive_s", "0"),
-    ("keepalive_s", "nan"),
+    ("stream_keepalive_s", "0"),
+    ("stream_keepalive_s", "nan"),
     ("drain_timeout_s", "inf"),
     ("request_timeout_s", "0"),
     ("request_timeout_s", "inf"),
@@ -212,10 +212,10 @@ def test_an_empty_key_does_not_open_the_server(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("wrong", ["bad secret", "schlüssel", "tab\t"])
 def test_no_key_is_in_a_message(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     monkeypatch.setenv("LATENTD_API_KEY", f"good-key,{wrong}")
-    said = refusal()
-    assert said.startswith("LATENTD_API_KEY: ")
-    assert "good-key" not in said
-    assert wrong not in said
+    logged = refusal()
+    assert logged.startswith("LATENTD_API_KEY: ")
+    assert "good-key" not in logged
+    assert wrong not in logged
 
 
 @pytest.mark.parametrize(

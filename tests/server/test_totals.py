@@ -24,7 +24,7 @@ LIVES = 3
 CLIENTS = 3
 
 
-class Told:
+class Reported:
     """What one client was told by one server."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ def test_totals_are_what_clients_got(tiny_checkpoint: Path, tmp_path: Path) -> N
     lengths: dict[str, int] = {}
     for life in range(LIVES):
         with server_process(
-            tiny_checkpoint, tmp_path / "data", *FLAGS, "--busy-wait-s", str(PATIENCE_S)
+            tiny_checkpoint, tmp_path / "data", *FLAGS, "--session-wait-s", str(PATIENCE_S)
         ) as server:
             with server.client() as client:
                 if not sessions:
@@ -61,30 +61,30 @@ def test_totals_are_what_clients_got(tiny_checkpoint: Path, tmp_path: Path) -> N
 
 def _live(server: ServerProcess, sessions: list[str], life: int) -> None:
     """Clients of one life of the server, and the totals after them."""
-    told = [Told() for _ in sessions]
+    reported = [Reported() for _ in sessions]
     threads = [
         threading.Thread(
             target=_client, args=(server, random.Random(CLIENTS * life + seed), session_id, each)
         )
-        for seed, (session_id, each) in enumerate(zip(sessions, told, strict=True))
+        for seed, (session_id, each) in enumerate(zip(sessions, reported, strict=True))
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    expected = sum((each.outcomes for each in told), Counter[str]())
+    expected = sum((each.outcomes for each in reported), Counter[str]())
     with server.client() as client:
         wait_until(lambda: _answered(client) == expected)
         wait_until(lambda: not _value(client, "latentd_slots", state="running"))
-        usages = [usage for each in told for usage in each.usages]
+        usages = [usage for each in reported for usage in each.usages]
         completed = sum(usage["completion_tokens"] for usage in usages)
         assert _value(client, "latentd_answer_tokens_total") == completed > 0
         generated = _value(client, "latentd_generation_tokens_total")
-        assert generated - completed >= sum(each.num_seen for each in told) > 0
+        assert generated - completed >= sum(each.num_seen for each in reported) > 0
         resumed = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
         read = sum(usage["prompt_tokens"] for usage in usages) - resumed
-        resumed += sum(each.num_resumed_left for each in told)
-        read += sum(each.num_prompt_tokens_left for each in told)
+        resumed += sum(each.num_resumed_left for each in reported)
+        read += sum(each.num_prompt_tokens_left for each in reported)
         assert _value(client, "latentd_resumed_tokens_total") == resumed > 0
         assert _value(client, "latentd_prompt_tokens_total") == read
         assert _value(client, "latentd_request_duration_seconds_count") == (
@@ -115,35 +115,35 @@ def _answered(client: httpx.Client) -> Counter[str]:
     return Counter({outcome: count for outcome, count in counts.items() if count})
 
 
-def _client(server: ServerProcess, rng: random.Random, session_id: str, told: Told) -> None:
+def _client(server: ServerProcess, rng: random.Random, session_id: str, reported: Reported) -> None:
     with server.client() as client:
         for number in range(8):
             # Too short to be shared: each is read by the turn that it is of.
             body = {"prompt": [rng.randrange(3, 290) for _ in range(rng.randrange(2, 9))]}
             match number % 4:
                 case 0:
-                    _complete(client, body, told)
+                    _complete(client, body, reported)
                 case 1:
-                    _complete(client, body | {"session_id": session_id}, told)
+                    _complete(client, body | {"session_id": session_id}, reported)
                 case 2:
-                    told.outcomes["client_error"] += 1
+                    reported.outcomes["client_error"] += 1
                     assert client.post(PATH, json=body | {"n": 1000}).status_code == 400
                 case 3:
-                    told.num_resumed_left += _length(client, session_id)
+                    reported.num_resumed_left += _length(client, session_id)
                     # Goes away without a word, once the prompt has been read.
                     with send(server.url, body | ENDLESS | {"session_id": session_id}) as stream:
-                        told.num_seen += _read_some(stream)
-                    told.num_prompt_tokens_left += len(body["prompt"])
-                    told.outcomes["cancelled"] += 1
+                        reported.num_seen += _read_some(stream)
+                    reported.num_prompt_tokens_left += len(body["prompt"])
+                    reported.outcomes["cancelled"] += 1
 
 
-def _complete(client: httpx.Client, body: dict[str, Any], told: Told) -> None:
+def _complete(client: httpx.Client, body: dict[str, Any], reported: Reported) -> None:
     streams = {"stream": True, "stream_options": {"include_usage": True}}
     response = client.post(PATH, json=BODY | body | streams)
     *_, last, done = plain_events(response.text)
     assert done == "[DONE]"
-    told.usages.append(last["usage"])
-    told.outcomes["ok"] += 1
+    reported.usages.append(last["usage"])
+    reported.outcomes["ok"] += 1
 
 
 def _read_some(stream: socket.socket) -> int:

@@ -10,12 +10,12 @@ from model.kernels.cpu.functions import CACHE, SOURCE, exp, jit
 
 
 @jit
-def _draw(logits: Any, heat: Any, points: Any, chosen: Any) -> None:
+def _draw(logits: Any, temperatures: Any, points: Any, chosen: Any) -> None:
     weights = np.empty(logits.shape[1], np.float32)
     for r in range(len(logits)):
         row, top = logits[r], float64(logits[r].max())
         for j in range(len(row)):
-            weights[j] = exp(float32((float64(row[j]) - top) / heat[r]))
+            weights[j] = exp(float32((float64(row[j]) - top) / temperatures[r]))
         total = 0.0
         for j in range(len(row)):
             total += float64(weights[j])
@@ -32,17 +32,18 @@ def _draw(logits: Any, heat: Any, points: Any, chosen: Any) -> None:
 
 @functools.cache
 def draw_function() -> Any:
-    """`draw(logits, heat, points, chosen)`: the inverse of the distribution softmax(logits / heat).
+    """`draw(logits, temperatures, points, chosen)`: the inverse of the distribution softmax(logits
+    / t).
 
-    logits `[rows, vocab]` float32, heat above 0 and points from 0 to 1 `[rows]` float64; a token id
-    for each row is written to chosen `[rows]` int64. Sums are float64. It is -1 where no token has
-    a weight, or where one is NaN, which is so beside NaN and inf.
+    logits `[rows, vocab]` float32, temperatures t above 0 and points from 0 to 1 `[rows]` float64;
+    a token id for each row is written to chosen `[rows]` int64. Sums are float64. It is -1 where no
+    token has a weight, or where one is NaN, which is so beside NaN and inf.
     """
     source = SOURCE
 
     @njit(cache=CACHE, nogil=True)
-    def draw(logits: Any, heat: Any, points: Any, chosen: Any) -> None:
+    def draw(logits: Any, temperatures: Any, points: Any, chosen: Any) -> None:
         if source:
-            _draw(logits, heat, points, chosen)
+            _draw(logits, temperatures, points, chosen)
 
     return draw

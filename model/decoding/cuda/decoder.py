@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.decoding.cuda.inputs import take_inputs
+from model.decoding.cuda.inputs import resolve_inputs
 from model.decoding.cuda.sampling import choose
 from model.decoding.cuda.table import SamplerTable
 from model.decoding.decoder import (
@@ -22,11 +22,19 @@ from model.decoding.decoder import (
     wants_probability,
 )
 from model.decoding.sampling import SampledRow, sample
-from model.kernels.cuda.graphs import Aside, Moment, Recorder, Work, host_buffer, move, to_device
+from model.kernels.cuda.graphs import (
+    DeviceEvent,
+    Recorder,
+    SideStream,
+    Work,
+    host_buffer,
+    move,
+    to_device,
+)
 from model.network import Recordable
 from model.state import StatePool
 
-MOST_UNDER_WAY = 2
+MAX_STEPS_IN_FLIGHT = 2
 
 NO_ROW = NO_TOKEN = -1
 
@@ -48,7 +56,7 @@ class Step:
     """A recorded step of up to so many rows."""
 
     inputs: Tensor
-    """int32 `[3, size]`, as `take_inputs` takes them."""
+    """int32 `[3, size]`, as `resolve_inputs` takes them."""
 
     logits: Tensor
     """float32 `[size, vocab]`, of the last launch."""
@@ -68,18 +76,18 @@ class GraphRunner:
 
     runs_ahead = True
 
-    def __init__(self, network: Recordable, pool: StatePool, most_rows: int) -> None:
+    def __init__(self, network: Recordable, pool: StatePool, max_rows: int) -> None:
         self._network = network
         self._pool = pool
         self._device = pool.device
         self._table = SamplerTable(pool.num_rows, pool.device)
-        self._logits = torch.empty(most_rows, network.vocab_size, device=pool.device)
-        self._sizes = batch_sizes(most_rows)
+        self._logits = torch.empty(max_rows, network.vocab_size, device=pool.device)
+        self._sizes = batch_sizes(max_rows)
         self._steps: dict[int, Step] = {}
         self._recorder = Recorder(pool.device)
-        self._aside = Aside(pool.device)
+        self._side_stream = SideStream(pool.device)
         self._buffers = deque(
-            _Buffers.make(most_rows, pool.device) for _ in range(MOST_UNDER_WAY + 1)
+            _Buffers.make(max_rows, pool.device) for _ in range(MAX_STEPS_IN_FLIGHT + 1)
         )
 
     def prepare(self) -> None:
@@ -121,7 +129,7 @@ class GraphRunner:
             by_host=by_host,
             logits=self._copy(logits, by_host),
             of_prompts=of_prompts,
-            aside=self._aside,
+            side_stream=self._side_stream,
             over=buffers.over,
         )
         buffers.over.mark()
@@ -151,7 +159,7 @@ class GraphRunner:
             given, {i for i, place in enumerate(reading) if place in on_device}, len(given)
         )
         inputs = buffers.inputs[: 3 * len(given)].view(3, len(given))
-        ids, rows, chooses = take_inputs(move(inputs, self._device), self._table.token)
+        ids, rows, chooses = resolve_inputs(move(inputs, self._device), self._table.token)
         # The device knows the tokens that the host does not.
         known = [each if each.token_ids else each._replace(token_ids=(0,)) for each in given]
         single = self._places([i for i, each in enumerate(given) if _is_single(each)])
@@ -198,7 +206,7 @@ class GraphRunner:
         logits = self._logits[:size]
 
         def work() -> None:
-            ids, rows, choosing = take_inputs(inputs, self._table.token)
+            ids, rows, choosing = resolve_inputs(inputs, self._table.token)
             self._network.decode(ids, rows, self._pool, logits)
             choose(logits, choosing, self._table, chosen)
 
@@ -212,14 +220,14 @@ class _Buffers:
 
     inputs: Tensor
     chosen: Tensor
-    over: Moment
+    over: DeviceEvent
 
     @staticmethod
-    def make(most_rows: int, device: torch.device) -> "_Buffers":
+    def make(max_rows: int, device: torch.device) -> "_Buffers":
         return _Buffers(
-            host_buffer(3 * most_rows, torch.int32, device),
-            host_buffer(most_rows, torch.int32, device),
-            Moment(device),
+            host_buffer(3 * max_rows, torch.int32, device),
+            host_buffer(max_rows, torch.int32, device),
+            DeviceEvent(device),
         )
 
     def fill(self, pieces: Sequence[Piece], on_device: AbstractSet[int], size: int) -> None:
@@ -253,15 +261,15 @@ class LaunchedStep:
     of_prompts: Tensor
     """Before the tokens in `following`."""
 
-    aside: Aside
-    over: Moment
+    side_stream: SideStream
+    over: DeviceEvent
 
-    def take(self) -> Decoded:
+    def collect(self) -> Decoded:
         self.over.wait()
         token_ids = list[int | None]([None] * len(self.pieces))
         for place, token_id in zip(self.choosing, self.chosen.tolist(), strict=True):
             token_ids[place] = None if token_id < 0 else token_id
-        with self.aside():  # what has been launched since need not be over
+        with self.side_stream():  # what has been launched since need not be over
             if self.logits is not None:
                 places = [self.choosing[i] for i in self.by_host]
                 sampled = (self.pieces[place].sampled for place in places)

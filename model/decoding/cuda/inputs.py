@@ -8,7 +8,7 @@ from torch import Tensor
 BLOCK = 256
 
 
-def take_inputs(inputs: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def resolve_inputs(inputs: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, rows of the pool and rows to choose a next token for, each int32 `[batch]`.
 
     inputs int32 `[3, batch]`: rows; the tokens they are given, negative for the row's own last
@@ -20,19 +20,19 @@ def take_inputs(inputs: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if inputs.dtype != torch.int32 or inputs.shape[0] != 3 or not inputs.is_contiguous():
         raise ValueError(f"inputs are contiguous int32 [3, batch], not {[*inputs.shape]}")
     batch = inputs.shape[1]
-    taken = torch.empty_like(inputs)
-    _take_inputs[(triton.cdiv(batch, BLOCK),)](
-        inputs, token, taken, batch, token.stride(0), BLOCK=BLOCK
+    resolved = torch.empty_like(inputs)
+    _resolve_inputs[(triton.cdiv(batch, BLOCK),)](
+        inputs, token, resolved, batch, token.stride(0), BLOCK=BLOCK
     )
-    ids, rows, choosing = taken.unbind()
+    ids, rows, choosing = resolved.unbind()
     return ids, rows, choosing
 
 
 @triton.jit
-def _take_inputs(
+def _resolve_inputs(
     inputs_ptr: tl.tensor,
     token_ptr: tl.tensor,
-    taken_ptr: tl.tensor,
+    resolved_ptr: tl.tensor,
     batch: tl.tensor,
     token_stride: tl.tensor,
     BLOCK: tl.constexpr,  # noqa: N803
@@ -45,6 +45,6 @@ def _take_inputs(
     own = tl.load(token_ptr + row * token_stride, here & (row >= 0) & (given < 0), -1)
     token = tl.where(row >= 0, tl.where(given >= 0, given, own), -1)
     row = tl.where(token >= 0, row, -1)
-    tl.store(taken_ptr + i, token, here)
-    tl.store(taken_ptr + batch + i, row, here)
-    tl.store(taken_ptr + 2 * batch + i, tl.where(chooses != 0, row, -1), here)
+    tl.store(resolved_ptr + i, token, here)
+    tl.store(resolved_ptr + batch + i, row, here)
+    tl.store(resolved_ptr + 2 * batch + i, tl.where(chooses != 0, row, -1), here)

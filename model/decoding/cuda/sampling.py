@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.decoding.cuda.table import SamplerTable
-from model.decoding.decoder import MOST_ENDS
+from model.decoding.decoder import MAX_END_TOKENS
 
 BLOCK = tl.constexpr(2048)
 """Tokens whose weights are computed at once."""
@@ -65,7 +65,7 @@ def choose(logits: Tensor, rows: Tensor, table: SamplerTable, chosen: Tensor) ->
         table.top_k, table.token, table.ends, largest, first, sums, chosen,
         logits.stride(0), table.seed.stride(0), table.token.stride(0),
         VOCAB=vocab, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
-        MAX_ENDS=MOST_ENDS, num_warps=16, enable_fp_fusion=True,
+        MAX_ENDS=MAX_END_TOKENS, num_warps=16, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def _load(logits_row: tl.tensor, block: tl.tensor, VOCAB: tl.constexpr) -> tl.te
 
 
 @triton.jit
-def _weigh(logits: tl.tensor, top: tl.tensor, cold: tl.tensor) -> tl.tensor:
+def _weight_of(logits: tl.tensor, top: tl.tensor, cold: tl.tensor) -> tl.tensor:
     """exp((logit - largest) / temperature) in float64, of which `cold` is the inverse."""
     return tl.exp((logits.to(tl.float64) - top) * cold)
 
@@ -151,7 +151,7 @@ def _summarise(
     temperature = tl.load(temperature_ptr + row * stride)
     if temperature > 0.0:
         top = tl.where(largest == -INF, 0.0, largest).to(tl.float64)
-        weights = _weigh(logits, top, 1.0 / tl.maximum(temperature, COLDEST))
+        weights = _weight_of(logits, top, 1.0 / tl.maximum(temperature, COLDEST))
         tl.store(sums_ptr + place, tl.sum(weights, 0))
 
 
@@ -175,7 +175,7 @@ def _kept(
     key = _order(logits)
     at = (key == threshold).to(tl.int32)
     kept = (key > threshold) | ((at > 0) & (tl.cumsum(at, 0) <= equal))
-    weights = _weigh(logits, top, cold)
+    weights = _weight_of(logits, top, cold)
     weights = tl.where(kept & (weights >= min_p), weights, 0.0)
     return ids, weights, equal - tl.sum(at, 0)
 
@@ -222,7 +222,7 @@ def _above(
         num_middle += (key > middle).to(tl.int32)
         num_high += (key > high).to(tl.int32)
         if WEIGHED:
-            weights = _weigh(logits, top, cold)
+            weights = _weight_of(logits, top, cold)
             sum_low += tl.where(key > low, weights, 0.0)
             sum_middle += tl.where(key > middle, weights, 0.0)
             sum_high += tl.where(key > high, weights, 0.0)
@@ -304,7 +304,7 @@ def _draw_filtered(
             logits_row, top, cold, count, limit, True, VOCAB, NUM_BLOCKS
         )
         bits = tl.where(threshold < 0, threshold ^ NONE, threshold)
-        own = _weigh(bits.to(tl.float32, bitcast=True), top, cold)
+        own = _weight_of(bits.to(tl.float32, bitcast=True), top, cold)
         # Of equal tokens, one more while the weight before it is below the limit; a weight that is
         # almost nothing decides nothing.
         needed = tl.ceil((limit - weight) / tl.maximum(own, 1e-200))
@@ -371,13 +371,13 @@ def _choose(
                     logits_row, top, cold, point, top_k, top_p, min_p, VOCAB, NUM_BLOCKS
                 )
             else:
-                weights = tl.load(sums_ptr + place, here, 0.0) * _weigh(largest, top, cold)
+                weights = tl.load(sums_ptr + place, here, 0.0) * _weight_of(largest, top, cold)
                 total = tl.sum(weights, 0)
                 target = tl.minimum(point * total, total * BELOW_1)
                 block = _first_beyond(blocks, weights, 0.0 * total, target)
                 before = tl.sum(tl.where(blocks < block, weights, 0.0), 0)
                 ids, logits = _load(logits_row, block, VOCAB)
-                token = _first_beyond(ids, _weigh(logits, top, cold), before, target)
+                token = _first_beyond(ids, _weight_of(logits, top, cold), before, target)
         else:
             block = tl.min(tl.where(largest == tl.max(largest, 0), blocks, BLOCKS), 0)
             token = tl.load(first_ptr + i * NUM_BLOCKS + block)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.decoding.decoder import MOST_ENDS
+from model.decoding.decoder import MAX_END_TOKENS
 from model.decoding.sampling import SamplingParams
 
-_ROW = struct.Struct(f"<3dQq2i{MOST_ENDS}i")
+_ROW = struct.Struct(f"<3dQq2i{MAX_END_TOKENS}i")
 """The fields of a row of the table, in the order of its attributes."""
 
 
@@ -29,7 +29,7 @@ class SamplerTable:
         """The token that was chosen last; -1 where the row has none to go on with."""
 
         self.ends = words[:, 12:]
-        """`[num_rows, MOST_ENDS]`, padded with -1."""
+        """`[num_rows, MAX_END_TOKENS]`, padded with -1."""
 
         self.token.fill_(-1)
         self.ends.fill_(-1)
@@ -40,12 +40,12 @@ class SamplerTable:
         """Set a row of a table on the CPU: `position` is that of the token to choose, `token` the
         one before it.
 
-        Raises ValueError for more than `MOST_ENDS` ends, and for penalties or biases.
+        Raises ValueError for more than `MAX_END_TOKENS` ends, and for penalties or biases.
         """
         if params.changes_logits:
             raise ValueError("penalties and biases are not for the device to apply")
-        if len(ends) > MOST_ENDS:
-            raise ValueError(f"at most {MOST_ENDS} tokens end a text, not {len(ends)}")
+        if len(ends) > MAX_END_TOKENS:
+            raise ValueError(f"at most {MAX_END_TOKENS} tokens end a text, not {len(ends)}")
         _ROW.pack_into(
             self.memory.numpy().data,
             row * _ROW.size,
@@ -57,7 +57,7 @@ class SamplerTable:
             min(params.top_k, (1 << 31) - 1),
             token,
             *ends,
-            *[-1] * (MOST_ENDS - len(ends)),
+            *[-1] * (MAX_END_TOKENS - len(ends)),
         )
 
     def write(self, rows: Tensor, memory: Tensor) -> None:

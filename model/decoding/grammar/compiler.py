@@ -16,7 +16,7 @@ from model.decoding.grammar.vocabulary import Vocabulary
 from model.shares import SharedCache, has_space
 from model.text.tokenizer import Tokenizer
 
-KEPT_GRAMMARS, KEPT_BYTES = 64, 4 * 1024 * 1024
+CACHED_GRAMMARS, CACHED_BYTES = 64, 4 * 1024 * 1024
 """Compiled sources that are kept, and the size of their sources together. What the library holds
 for one is 0.2 MiB as a rule, and more for one that finds out much about its tokens; that one is
 compiled anew when its texts have taken `GRAMMAR_S`, after 50 MiB or so."""
@@ -41,7 +41,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, vocab_sz: int, eos_token_ids: Sequence[int]) -> None:
         self._vocabulary = Vocabulary(tokenizer, vocab_sz, eos_token_ids)
-        self._kept = _Kept()
+        self._cache = _Cache()
         self._trials = [TrialProcess(self._vocabulary) for _ in range(PROCESSES)]
         self._idle = list(self._trials)  # the last one is next, which may run already
         self._compiling = Counter[str]()
@@ -60,7 +60,7 @@ class GrammarCompiler:
 
     def is_known(self, spec: GrammarSpec) -> bool:
         """Whether the source need not be compiled."""
-        return self._kept.get(spec) is not None
+        return self._cache.get(spec) is not None
 
     def compile(self, spec: GrammarSpec, timeout_s: float = COMPILE_S, owner: str = "") -> Grammar:
         """The grammar of a source. Blocks for at most `timeout_s` until a process is idle, then for
@@ -69,10 +69,10 @@ class GrammarCompiler:
         Raises GrammarError if it is wrong, too large or takes too long, and GrammarBusyError.
         """
         spec.check_size()
-        if (known := self._kept.get(spec)) is not None:
+        if (known := self._cache.get(spec)) is not None:
             return _granted(known)
         with self._process(owner, timeout_s) as trial:
-            if (known := self._kept.get(spec)) is not None:
+            if (known := self._cache.get(spec)) is not None:
                 return _granted(known)
             return _granted(self._first(spec, trial, timeout_s, owner))
 
@@ -80,7 +80,7 @@ class GrammarCompiler:
         self, spec: GrammarSpec, timeout_s: float = COMPILE_S, owner: str = ""
     ) -> Grammar:
         """`compile` without blocking the event loop."""
-        if (known := self._kept.get(spec)) is not None:
+        if (known := self._cache.get(spec)) is not None:
             return _granted(known)
         with self._changed:
             own, total = self._waiting[owner], self._waiting.total()
@@ -94,7 +94,7 @@ class GrammarCompiler:
 
     def forget(self, owner: str) -> None:
         """Keep nothing that an owner was the first to have compiled."""
-        self._kept.forget(owner)
+        self._cache.forget(owner)
 
     def close(self) -> None:
         """End the processes. What is being compiled is refused; nothing may be compiled after."""
@@ -145,16 +145,16 @@ class GrammarCompiler:
         else:
             compiled = self._vocabulary.begin(answer.source)
             outcome = Grammar(spec, self._vocabulary, compiled)
-        self._kept.put(spec, outcome, owner)
+        self._cache.put(spec, outcome, owner)
         return outcome
 
 
-class _Kept:
+class _Cache:
     """The outcomes that were used last."""
 
     def __init__(self) -> None:
-        self._outcomes = SharedCache[GrammarSpec, Outcome](KEPT_BYTES)
-        self._least = KEPT_BYTES // KEPT_GRAMMARS
+        self._outcomes = SharedCache[GrammarSpec, Outcome](CACHED_BYTES)
+        self._least = CACHED_BYTES // CACHED_GRAMMARS
         """What a source counts for at least."""
 
         self._lock = threading.Lock()

@@ -8,7 +8,7 @@ from llguidance import LLMatcher
 from numpy.typing import NDArray
 
 from model.decoding.grammar.source import GrammarSpec
-from model.decoding.grammar.vocabulary import NO_WAY_ON, Vocabulary, failure
+from model.decoding.grammar.vocabulary import NO_CONTINUATION, Vocabulary, failure
 
 Mask = NDArray[np.int32]
 
@@ -92,7 +92,7 @@ class Matcher:
         if self.failure is None:
             self._only_end = not (found & vocabulary.text).any()
             if self._only_end and not self._library.is_accepting():
-                self.failure = NO_WAY_ON
+                self.failure = NO_CONTINUATION
             else:
                 np.bitwise_and(found, vocabulary.text | vocabulary.ends, out=mask)
 
@@ -119,7 +119,7 @@ class Matcher:
         why = failure(self._library)
         if why is not None:
             self.failure = why
-            if why != NO_WAY_ON:
+            if why != NO_CONTINUATION:
                 self._grammar.is_spent = True
 
 

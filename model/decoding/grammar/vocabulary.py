@@ -24,7 +24,7 @@ them. An object has about 490 optional properties at most, and any number of req
 TRIAL_TOKENS = 16
 """Tokens of a text that is begun to see whether a grammar can be followed at all."""
 
-NO_WAY_ON = "the grammar allows no way on from here"
+NO_CONTINUATION = "the grammar allows no way on from here"
 
 
 class _TokenList:
@@ -86,7 +86,7 @@ class Vocabulary:
         for place in range(TRIAL_TOKENS):
             mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
             if why := failure(matcher):
-                if why != NO_WAY_ON:
+                if why != NO_CONTINUATION:
                     raise GrammarError(why)
                 if place == 0:
                     raise GrammarError("no text keeps to this")
@@ -102,7 +102,7 @@ def failure(matcher: LLMatcher) -> str | None:
     """Why a text cannot go on though it is not complete, in one line; None if it can."""
     message = matcher.get_error()
     if message.startswith("NoExtension"):
-        return NO_WAY_ON
+        return NO_CONTINUATION
     if message:
         return one_line(message)
-    return NO_WAY_ON if matcher.is_stopped() and not matcher.is_accepting() else None
+    return NO_CONTINUATION if matcher.is_stopped() and not matcher.is_accepting() else None

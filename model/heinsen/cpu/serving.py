@@ -11,7 +11,7 @@ from model.batch import Batch
 from model.heinsen.config import DECAY_RANK
 from model.heinsen.cpu import step
 from model.heinsen.layers import Layer, Parts
-from model.kernels.cpu.team import run_team
+from model.kernels.cpu.openmp import run_on_threads
 from model.kernels.linear import PackedLinear
 from model.state import StatePool
 
@@ -45,13 +45,13 @@ class CompiledNetwork:
         ids, starts = (np.ascontiguousarray(x) for x in (batch.token_ids, batch.starts))
         logits = torch.empty(len(read), self._vocab_sz)
         a = self._arguments(pool, index)
-        room = _room_for(len(ids), len(index), a)
+        workspace = _allocate_workspace(len(ids), len(index), a)
         a["tokens"], a["ids"], a["starts"] = len(ids), ids.ctypes.data, starts.ctypes.data
-        a["num_kept"], a["kept"] = len(kept), kept.ctypes.data
+        a["num_retained"], a["kept"] = len(kept), kept.ctypes.data
         a["ends"], a["read"] = ends.ctypes.data, read.ctypes.data
         a["num_read"], a["logits"] = len(read), logits.data_ptr()
-        run_team(self._function, a, self._num_threads(len(ids), len(read)))
-        del room  # until here compiled code writes to it
+        run_on_threads(self._function, a, self._num_threads(len(ids), len(read)))
+        del workspace  # until here compiled code writes to it
         return logits
 
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
@@ -62,10 +62,10 @@ class CompiledNetwork:
             raise IndexError(f"rows {list(rows)} of {pool.num_rows}")
         logits = torch.empty(len(rows), self._vocab_sz)
         a = self._arguments(pool, index)
-        room = _room_for(0, len(rows), a)
+        workspace = _allocate_workspace(0, len(rows), a)
         a["logits"] = logits.data_ptr()
-        run_team(self._function, a, self._num_threads(0, len(rows)))
-        del room  # until here compiled code writes to it
+        run_on_threads(self._function, a, self._num_threads(0, len(rows)))
+        del workspace  # until here compiled code writes to it
         return logits
 
     def _check(self, pool: StatePool) -> None:
@@ -129,7 +129,7 @@ class CompiledNetwork:
         return module.addresses
 
 
-def _room_for(tokens: int, sequences: int, a: NDArray[np.void]) -> NDArray[np.float32]:
+def _allocate_workspace(tokens: int, sequences: int, a: NDArray[np.void]) -> NDArray[np.float32]:
     """Room for what is computed on the way for so many tokens, with its parts entered in `a`."""
     d, keys, values = int(a["d_emb"]), int(a["heads"] * a["d_key"]), int(a["heads"] * a["d_val"])
     widths = {
@@ -144,9 +144,9 @@ def _room_for(tokens: int, sequences: int, a: NDArray[np.void]) -> NDArray[np.fl
         "output_gate": values,
     }
     rows = tokens + sequences
-    room = np.empty(rows * sum(widths.values()), np.float32)
-    address = room.ctypes.data
+    workspace = np.empty(rows * sum(widths.values()), np.float32)
+    address = workspace.ctypes.data
     for name, width in widths.items():
         a[name] = address
-        address += room.itemsize * rows * width
-    return room
+        address += workspace.itemsize * rows * width
+    return workspace

@@ -17,16 +17,16 @@ from model.kernels.cpu.functions import CACHE, SOURCE, jit
 from model.kernels.cpu.linear import (
     ADDRESS,
     COUNT,
-    FUNCTION_OF_A_THREAD,
+    THREAD_FUNCTION,
     WEIGHT,
     array,
-    place_in,
+    thread_index,
     wait,
     weight,
 )
+from model.kernels.cpu.openmp import OPENMP
 from model.kernels.cpu.products import number, product
 from model.kernels.cpu.rows import gate, glu, layer_norm, mix
-from model.kernels.cpu.team import TEAM
 
 NORM = np.dtype([("gain", ADDRESS), ("offset", ADDRESS)])
 
@@ -52,10 +52,10 @@ SPACE = (
 
 FORWARD = np.dtype(
     [
-        ("team", TEAM),
+        ("openmp", OPENMP),
         *((name, COUNT) for name in ("d_emb", "heads", "d_key", "d_val", "layers", "vocab")),
         *((name, COUNT) for name in ("log_values", "pool_rows", "tokens", "sequences")),
-        *((name, COUNT) for name in ("num_kept", "num_read")),
+        *((name, COUNT) for name in ("num_retained", "num_read")),
         *((name, ADDRESS) for name in ("ids", "starts", "index", "kept", "ends", "read", "logits")),
         *((name, ADDRESS) for name in (*STATE, *SPACE)),
         ("embed", ADDRESS),
@@ -77,7 +77,7 @@ def _unembed(a: Any, x: Any, places: Any, numbers: Any, tid: Any, n: Any) -> Non
     for i in range(tid, count, n):
         place = places[i]
         layer_norm(x[place : place + 1], gain, offset, normed[i : i + 1], 0, 1)
-    wait(a.team)
+    wait(a.openmp)
     w, scale, bias = weight(a.unembed, d, vocab, numbers)
     logits = array(a.logits, (count, vocab), float32)
     product(normed, w, scale, bias, logits, False, tid, n)
@@ -89,21 +89,21 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
 
     The tokens of all sequences stand one after another, those of i from starts[i] to starts[i + 1].
     Each goes through attention as in a decoding step, so it does not matter how many come at once.
-    Only the `num_kept` tokens whose places are in `kept` go on beyond the last layer's attention.
-    Among them ends[i] is the last token of sequence i, of which its row keeps what that layer made;
-    and `read` are the `num_read` tokens that get logits. Where `ids` is 0, no sequence reads any
-    token, and the logits are those after what was so kept.
+    Only the `num_retained` tokens whose places are in `kept` go on beyond the last layer's
+    attention. Among them ends[i] is the last token of sequence i, of which its row keeps what that
+    layer made; and `read` are the `num_read` tokens that get logits. Where `ids` is 0, no sequence
+    reads any token, and the logits are those after what was so kept.
     """
-    team = a.team
-    tid, n = place_in(team)
+    openmp = a.openmp
+    tid, n = thread_index(openmp)
     tokens, sequences, pool = a.tokens, a.sequences, a.pool_rows
     d, heads, d_key, d_val = a.d_emb, a.heads, a.d_key, a.d_val
     num_layers, vocab, num_read = a.layers, a.vocab, a.num_read
     log_values, per_head = a.log_values != 0, 2 * d_key + d_val
     ids, index = array(a.ids, (tokens,), int64), array(a.index, (sequences,), int64)
     starts = array(a.starts, (sequences + 1,), int64)
-    num_kept = a.num_kept
-    kept, ends = array(a.kept, (num_kept,), int64), array(a.ends, (sequences,), int64)
+    num_retained = a.num_retained
+    kept, ends = array(a.kept, (num_retained,), int64), array(a.ends, (sequences,), int64)
     read = array(a.read, (num_read,), int64)
     firsts = sequences if a.previous else 0  # rows behind the tokens' for what came before them
     x = array(a.x, (tokens, d), float32)
@@ -133,12 +133,12 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
     for t in range(tid, tokens, n):
         for j in range(d):
             normed[t, j] = number(embed[ids[t], j])
-    wait(team)
+    wait(openmp)
     w, scale, bias = weight(a.position, d, 2 * d, numbers)
     product(normed[:tokens], w, scale, bias, gates, False, tid, n)
-    wait(team)
+    wait(openmp)
     position(gates, normed[:tokens], starts, h, index, x, tid, n)
-    wait(team)
+    wait(openmp)
     table = array(a.layer_table, (num_layers,), LAYER)
     for layer in range(num_layers):
         at = table[layer]
@@ -146,7 +146,7 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
         layer_norm(x, gain, offset, normed, tid, n)
         for i in range(tid, firsts, n):
             normed[tokens + i] = previous[layer, index[i]]
-        wait(team)
+        wait(openmp)
         w, scale, bias = weight(at.project, d, heads * per_head, numbers)
         product(normed, w, scale, bias, projected, False, tid, n)
         shifts, decays = at.mix != 0, at.rank.numbers != 0
@@ -158,10 +158,10 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
         if decays:
             w, scale, bias = weight(at.rank, d, DECAY_RANK, numbers)
             product(normed[:tokens], w, scale, bias, rank, False, tid, n)
-            wait(team)
+            wait(openmp)
             w, scale, bias = weight(at.rates, DECAY_RANK, heads * d_key, numbers)
             product(rank, w, scale, bias, rates, False, tid, n)
-        wait(team)
+        wait(openmp)
         for i in range(tid, firsts, n):
             previous[layer, index[i]] = normed[starts[i + 1] - 1]
         for item in range(sequences * heads):
@@ -188,24 +188,24 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
                 if is_gated:
                     columns = slice(head * d_val, (head + 1) * d_val)
                     gate(y[t, columns], output_gate[t, columns])
-        wait(team)
+        wait(openmp)
         if layer == num_layers - 1:
             all_x, all_y = x, y
-            x = array(a.normed, (num_kept, d), float32)
-            y = array(a.projected, (num_kept, heads * d_val), float32)
-            for i in range(tid, num_kept, n):
+            x = array(a.normed, (num_retained, d), float32)
+            y = array(a.projected, (num_retained, heads * d_val), float32)
+            for i in range(tid, num_retained, n):
                 x[i], y[i] = all_x[kept[i]], all_y[kept[i]]
-            gates = array(a.gates, (num_kept, 2 * d), float32)
-            gated = array(a.glu, (num_kept, d), float32)
-            wait(team)
+            gates = array(a.gates, (num_retained, 2 * d), float32)
+            gated = array(a.glu, (num_retained, d), float32)
+            wait(openmp)
         w, scale, bias = weight(at.gate, heads * d_val, 2 * d, numbers)
         product(y, w, scale, bias, gates, False, tid, n)
-        wait(team)
+        wait(openmp)
         glu(gates, gated, tid, n)
-        wait(team)
+        wait(openmp)
         w, scale, bias = weight(at.merge, d, d, numbers)
         product(gated, w, scale, bias, x, True, tid, n)
-        wait(team)
+        wait(openmp)
     for i in range(tid, sequences, n):
         last[index[i]] = x[ends[i]]
     _unembed(a, x, read, numbers, tid, n)
@@ -217,7 +217,7 @@ def forward_function(arithmetic: Arithmetic, embed_dtype: torch.dtype) -> Any:
     numbers, source = arithmetic.numbers, SOURCE
     embeddings = float32 if embed_dtype == torch.float32 else uint16  # bfloat16
 
-    @cfunc(FUNCTION_OF_A_THREAD, cache=CACHE)
+    @cfunc(THREAD_FUNCTION, cache=CACHE)
     def run(arguments: Any) -> None:
         if source:
             _forward(carray(arguments, (1,), FORWARD)[0], numbers, embeddings)

@@ -10,12 +10,12 @@ from numba import float32, int32, njit, types
 from numba.extending import intrinsic
 
 
-def _finds_a_place() -> None:
+def _finds_cache_folder() -> None:
     """For `CACHE`."""
 
 
 try:
-    njit(cache=True)(_finds_a_place)
+    njit(cache=True)(_finds_cache_folder)
     CACHE = True
 except RuntimeError:  # the package's folder is not ours to write, and there is no home
     CACHE = False

@@ -11,8 +11,8 @@ from numba import carray, cfunc, float32, int64, types
 
 from model.kernels.cpu.arithmetic import Arithmetic
 from model.kernels.cpu.functions import CACHE, SOURCE, call, jit, pointer
+from model.kernels.cpu.openmp import OPENMP
 from model.kernels.cpu.products import BLOCK, product, together
-from model.kernels.cpu.team import TEAM
 
 ADDRESS = COUNT = np.int64
 
@@ -21,7 +21,7 @@ WEIGHT = np.dtype([("numbers", ADDRESS), ("scale", ADDRESS), ("bias", ADDRESS)])
 
 PRODUCT = np.dtype(
     [
-        ("team", TEAM),
+        ("openmp", OPENMP),
         *((name, COUNT) for name in ("rows", "num_inputs", "num_outputs")),
         ("weight", WEIGHT),
         ("x", ADDRESS),
@@ -30,8 +30,8 @@ PRODUCT = np.dtype(
 )
 """Arguments of `product_function`."""
 
-FUNCTION_OF_A_THREAD = types.void(types.voidptr)
-"""What `run_team` runs: it reads a record, whose first field is TEAM."""
+THREAD_FUNCTION = types.void(types.voidptr)
+"""What `run_on_threads` runs: it reads a record, whose first field is TEAM."""
 
 
 @jit
@@ -53,24 +53,24 @@ def weight(addresses: Any, num_inputs: Any, num_outputs: Any, numbers: Any) -> A
 
 
 @jit
-def place_in(team: Any) -> Any:
+def thread_index(openmp: Any) -> Any:
     """This thread's number, and the number of threads."""
-    if team.barrier:
-        return int64(call(team.thread)), int64(call(team.threads))
+    if openmp.barrier:
+        return int64(call(openmp.thread)), int64(call(openmp.threads))
     return int64(0), int64(1)
 
 
 @jit
-def wait(team: Any) -> None:
+def wait(openmp: Any) -> None:
     """Until all threads of the team have come here."""
-    if team.barrier:
-        call(team.barrier)
+    if openmp.barrier:
+        call(openmp.barrier)
 
 
 @jit
 def _product(a: Any, numbers: Any) -> None:
     """y = x @ weight^T * scale + bias; every thread of the team runs it."""
-    tid, n = place_in(a.team)
+    tid, n = thread_index(a.openmp)
     w, scale, bias = weight(a.weight, a.num_inputs, a.num_outputs, numbers)
     x, y = array(a.x, (a.rows, a.num_inputs), float32), array(a.y, (a.rows, a.num_outputs), float32)
     product(x, w, scale, bias, y, False, tid, n)
@@ -81,7 +81,7 @@ def product_function(arithmetic: Arithmetic) -> Any:
     """`void f(PRODUCT *arguments)`"""
     numbers, source = arithmetic.numbers, SOURCE
 
-    @cfunc(FUNCTION_OF_A_THREAD, cache=CACHE)
+    @cfunc(THREAD_FUNCTION, cache=CACHE)
     def run(arguments: Any) -> None:
         if source:
             _product(carray(arguments, (1,), PRODUCT)[0], numbers)

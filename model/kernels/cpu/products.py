@@ -65,14 +65,14 @@ def together(_typing: Any, numbers: Any) -> Any:
     return types.int64(numbers), build
 
 
-def _as_numbers(builder: Any, kept_as: Any, value: Any, number_type: Any, many: Any) -> Any:
+def _as_numbers(builder: Any, stored_as: Any, value: Any, number_type: Any, many: Any) -> Any:
     """IR for the conversion to float32 of one kept number or, with `many`, of a vector of them."""
-    if kept_as == types.uint16:
+    if stored_as == types.uint16:
         wide = many(ir.IntType(32))
         sixteen = 16 if isinstance(wide, ir.IntType) else [16] * BLOCK
         bits = builder.shl(builder.zext(value, wide), ir.Constant(wide, sixteen))
         return builder.bitcast(bits, number_type)
-    return builder.sitofp(value, number_type) if kept_as == types.int8 else value
+    return builder.sitofp(value, number_type) if stored_as == types.int8 else value
 
 
 def _multiply(num_rows: int) -> Any:

@@ -35,7 +35,7 @@ class Recorder:
         return graph.replay
 
 
-class Moment:
+class DeviceEvent:
     """A point in what the device has been told to do."""
 
     def __init__(self, device: torch.device) -> None:
@@ -54,7 +54,7 @@ class Moment:
             self._event.synchronize()
 
 
-class Aside:
+class SideStream:
     """A second line of work, which does not wait for what is launched on the first meanwhile."""
 
     def __init__(self, device: torch.device) -> None:

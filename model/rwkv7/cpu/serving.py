@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.batch import Batch
-from model.kernels.cpu.team import run_team
+from model.kernels.cpu.openmp import run_on_threads
 from model.kernels.linear import PackedLinear
 from model.rwkv7.config import Config
 from model.rwkv7.cpu import step
@@ -51,7 +51,7 @@ class CompiledNetwork:
         a["tokens"], a["ids"], a["starts"] = len(ids), ids.ctypes.data, starts.ctypes.data
         a["owner"] = owner.ctypes.data
         a["num_read"], a["read"], a["logits"] = len(read), read.ctypes.data, logits.data_ptr()
-        run_team(self._function, a, self._num_threads(len(ids), len(read)))
+        run_on_threads(self._function, a, self._num_threads(len(ids), len(read)))
         del space  # until here compiled code writes to it
         return logits
 
@@ -65,7 +65,7 @@ class CompiledNetwork:
         a = self._arguments(pool, index)
         space = self._space(0, len(rows), a)
         a["logits"] = logits.data_ptr()
-        run_team(self._function, a, self._num_threads(0, len(rows)))
+        run_on_threads(self._function, a, self._num_threads(0, len(rows)))
         del space  # until here compiled code writes to it
         return logits
 

@@ -8,14 +8,13 @@ from typing import Literal, NamedTuple
 from model.text.tokenizer import Detokenizer, Tokenizer
 from server.api.generation.turn import AdmittedTurn, TextEvent
 from server.api.schemas.generation import PromptTokensDetails, Timings, Usage
-from server.engine.messages import EngineRequest, Finished, PromptScored, Token
-from server.engine.messages import Timings as EngineTimings
+from server.engine.messages import EngineRequest, EngineTimings, Finished, PromptScored, Token
 
 TOKEN_SIZE = 16
 """Rendering a token with log-probabilities takes as long as so many characters."""
 
 
-class Delta(NamedTuple):
+class ChoiceDelta(NamedTuple):
     """What an event adds to a choice."""
 
     choice: int
@@ -148,7 +147,7 @@ class Answer:
 
         self.num_generated = 0
 
-    def add(self, index: int, event: TextEvent) -> Delta:
+    def add(self, index: int, event: TextEvent) -> ChoiceDelta:
         """Add an event of a choice."""
         choice = self.choices[index]
         before = choice.num_generated
@@ -160,11 +159,11 @@ class Answer:
         offsets = placed.offsets[len(placed.offsets) - len(event.tokens) :] if event.tokens else ()
         usage = self.usage if self._counts_usage else None
         if isinstance(event, PromptScored):
-            return Delta(index, "", event.tokens, offsets, is_prompt=True, usage=usage)
+            return ChoiceDelta(index, "", event.tokens, offsets, is_prompt=True, usage=usage)
         if isinstance(event, Finished):
             end = event.reason, event.stopped_by
-            return Delta(index, event.text, event.tokens, offsets, False, *end, usage)
-        return Delta(index, event.text, event.tokens, offsets, usage=usage)
+            return ChoiceDelta(index, event.text, event.tokens, offsets, False, *end, usage)
+        return ChoiceDelta(index, event.text, event.tokens, offsets, usage=usage)
 
     @property
     def size(self) -> int:

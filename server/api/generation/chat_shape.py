@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from server.api.generation.answer import Choice, Delta
+from server.api.generation.answer import Choice, ChoiceDelta
 from server.api.generation.shape import TurnShape, usage_fields
-from server.api.probabilities import told_tokens
+from server.api.probabilities import render_logprobs
 from server.api.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -13,8 +13,8 @@ from server.api.schemas.chat import (
     ChatCompletion,
     ChatLogprobs,
     ChatRequest,
+    MessageDelta,
 )
-from server.api.schemas.chat import Delta as MessageDelta
 from server.api.schemas.generation import Usage
 from server.api.sse import Piece
 from server.engine.messages import Token
@@ -34,7 +34,7 @@ class ChatShape(TurnShape[ChatRequest]):
             delta = MessageDelta(role="assistant", content="")
             yield self._chunk(index, delta, {}, self._usage, first)
 
-    def pieces(self, delta: Delta) -> Iterable[Piece]:
+    def pieces(self, delta: ChoiceDelta) -> Iterable[Piece]:
         """At most one event for the text, and one for the end."""
         if delta.is_prompt:
             return []
@@ -82,7 +82,7 @@ class ChatShape(TurnShape[ChatRequest]):
         if body.wants_usage_event:
             yield ChatChunk(**facts, choices=[], usage=answer.usage)
 
-    def _full_pieces(self, delta: Delta) -> Iterator[ChatChunk]:
+    def _full_pieces(self, delta: ChoiceDelta) -> Iterator[ChatChunk]:
         if delta.text or delta.tokens:
             fields = self._token_fields(delta.tokens)
             yield self._chunk(delta.choice, MessageDelta(content=delta.text), fields, delta.usage)
@@ -137,7 +137,7 @@ class ChatShape(TurnShape[ChatRequest]):
         """The requested details of these tokens."""
         fields: dict[str, object] = {}
         if self.body.logprobs:
-            content = told_tokens(self.tokenizer, tokens)
+            content = render_logprobs(self.tokenizer, tokens)
             fields["logprobs"] = ChatLogprobs(content=content, refusal=None)
         if self.body.return_token_ids:
             fields["token_ids"] = [token.token_id for token in tokens]

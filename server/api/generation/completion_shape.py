@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from server.api.generation.answer import Delta
+from server.api.generation.answer import ChoiceDelta
 from server.api.generation.shape import TurnShape, usage_fields
 from server.api.schemas.completions import (
     Completion,
@@ -24,12 +24,12 @@ class CompletionShape(TurnShape[CompletionRequest]):
         """The prompts, unless they are sent with log-probabilities later."""
         if self.body.echo and not self.body.scores_prompt:
             for index, text in enumerate(self.answer.echoes):
-                yield self._event(Delta(index, text), self._prompt_ids(index))
+                yield self._event(ChoiceDelta(index, text), self._prompt_ids(index))
         elif self.body.return_token_ids:
             for index in range(len(self.answer.choices)):
-                yield self._event(Delta(index), self._prompt_ids(index))
+                yield self._event(ChoiceDelta(index), self._prompt_ids(index))
 
-    def pieces(self, delta: Delta) -> Iterable[Piece]:
+    def pieces(self, delta: ChoiceDelta) -> Iterable[Piece]:
         """At most one event."""
         if delta.is_prompt:
             logprobs = self._logprobs(delta.tokens, delta.offsets)
@@ -51,7 +51,7 @@ class CompletionShape(TurnShape[CompletionRequest]):
     def whole(self) -> Completion:
         """All returned choices."""
         return self._completion(
-            [self._whole_choice(index, at) for index, at in enumerate(self._chosen())],
+            [self._whole_choice(index, at) for index, at in enumerate(self._returned_choices())],
             usage=self.answer.usage,
             session_id=self.answer.session_id,
             session_turn=self.answer.session_turn,
@@ -66,7 +66,7 @@ class CompletionShape(TurnShape[CompletionRequest]):
         if body.wants_usage_event:
             yield answer.model_copy(update={"choices": []})
 
-    def _chosen(self) -> Iterator[int]:
+    def _returned_choices(self) -> Iterator[int]:
         """The returned choices: the best of each prompt, as many as requested.
 
         In their original order if all are returned.
@@ -98,9 +98,9 @@ class CompletionShape(TurnShape[CompletionRequest]):
 
     def _text_event(self, index: int, text: str) -> Completion:
         """An event with only text."""
-        return self._event(Delta(index, text), {})
+        return self._event(ChoiceDelta(index, text), {})
 
-    def _event(self, delta: Delta, fields: dict[str, Any]) -> Completion:
+    def _event(self, delta: ChoiceDelta, fields: dict[str, Any]) -> Completion:
         """One event of a stream."""
         fields = {"logprobs": None} | fields
         if delta.reason is not None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.generation.answer import TOKEN_SIZE, Answer, Delta
+from server.api.generation.answer import TOKEN_SIZE, Answer, ChoiceDelta
 from server.api.generation.shape import Shape, as_json
 from server.api.generation.turn import AdmittedTurn, TextEvent
 from server.api.problems import OUTCOME
@@ -68,10 +68,10 @@ async def deliver(turn: AdmittedTurn, answer: Answer, shape: Shape[Any], sink: S
     ended_by: LatentdError = Cancelled()
     run = turn.texts.run
 
-    def add(events: list[tuple[int, TextEvent]]) -> list[Delta]:
+    def add(events: list[tuple[int, TextEvent]]) -> list[ChoiceDelta]:
         return [answer.add(index, event) for index, event in events]
 
-    def encode(deltas: list[Delta]) -> list[bytes]:
+    def encode(deltas: list[ChoiceDelta]) -> list[bytes]:
         return sink.encode(piece for delta in deltas for piece in shape.pieces(delta))
 
     try:
@@ -142,7 +142,7 @@ async def reply(
     Raises what `deliver` raises.
     """
     try:
-        if not await until_disconnected(request.receive, deliver(turn, answer, shape, Reply())):
+        if not await run_until_disconnect(request.receive, deliver(turn, answer, shape, Reply())):
             request.scope[OUTCOME] = "cancelled"
             return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
@@ -185,13 +185,13 @@ class EventStream(Response):
 
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            if await until_disconnected(receive, run()):
+            if await run_until_disconnect(receive, run()):
                 await send({"type": "http.response.body", "body": b""})
         finally:
             await self._turn.close(None, self._answer.num_generated)
 
 
-async def until_disconnected(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
+async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
     """Run `work` until the client disconnects, which cancels it. Returns whether it completed.
 
     Raises what the work raises.

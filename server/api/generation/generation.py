@@ -41,7 +41,7 @@ class Generation:
         source: StoredState | None,
         *,
         owner: str,
-        keep_as: str | None,
+        retain_as: str | None,
         deadline: float | None,
         client_id: str = "",
     ) -> list[EngineRequest]:
@@ -58,7 +58,7 @@ class Generation:
                 # An incomplete character only matters if the text continues without a prompt.
                 continuation=replace(start, undecoded=b"") if ids else start,
                 owner=owner,
-                keep_as=keep_as,
+                retain_as=retain_as,
                 deadline=deadline,
                 client_id=client_id,
             )
@@ -87,10 +87,10 @@ class Generation:
         num_scored = num_choices * self.template.max_tokens
         num_scored += num_tokens if self.template.score_prompt else 0
         num_logprobs = num_scored * (1 + self.template.num_logprobs)
-        if num_logprobs > settings.max_told_logprobs:
+        if num_logprobs > settings.max_response_logprobs:
             raise InvalidRequest(
                 f"the answer could have {num_logprobs} log-probabilities, the maximum is "
-                f"{settings.max_told_logprobs}: request fewer tokens or fewer alternatives",
+                f"{settings.max_response_logprobs}: request fewer tokens or fewer alternatives",
                 self.logprobs_name,
             )
 

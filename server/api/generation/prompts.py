@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from model.text.tokenizer import TooManyTokens
-from server.api.conversation import Said, UnfitMessages
+from server.api.conversation import ChatMessage, InvalidMessages
 from server.api.generation.generation import check_ids, too_long
 from server.api.schemas.chat import Message
 from server.api.service import Service
@@ -16,7 +16,7 @@ MESSAGE_CHARACTERS = 64
 """Rendering a message takes as long as so many characters, plus its text."""
 
 
-class Prompt(Protocol):
+class PromptSource(Protocol):
     """The input of a turn."""
 
     async def read(self, start: Continuation) -> list[tuple[int, ...]]:
@@ -52,7 +52,7 @@ class ChatPrompt:
     """Messages, rendered by the model's chat template."""
 
     service: Service
-    messages: Sequence[Said]
+    messages: Sequence[ChatMessage]
     param: str
     """The parameter with the messages."""
 
@@ -64,14 +64,14 @@ class ChatPrompt:
             )
         if not self.messages and not start.position:
             raise InvalidRequest("a new conversation needs at least one message", self.param)
-        render = conversation.go_on if start.position else conversation.begin
+        render = conversation.extend if start.position else conversation.begin
         size = sum(MESSAGE_CHARACTERS + len(message.text) for message in self.messages)
         most = self.service.settings.max_prompt_tokens
         try:
             ids = await self.service.texts.run(size, render, self.messages, most)
         except TooManyTokens as error:
             raise too_long(error.num_tokens, most, self.param) from error
-        except UnfitMessages as error:
+        except InvalidMessages as error:
             raise InvalidRequest(
                 f"this model's chat template rejects these messages: {error}", self.param
             ) from error
@@ -81,9 +81,9 @@ class ChatPrompt:
         return [(bos, *ids)]
 
 
-def said(messages: Sequence[Message]) -> list[Said]:
+def chat_messages(messages: Sequence[Message]) -> list[ChatMessage]:
     """A chat's messages, for the template."""
-    return [Said(message.role, message.text, message.name) for message in messages]
+    return [ChatMessage(message.role, message.text, message.name) for message in messages]
 
 
 def encode(service: Service, text: str, max_tokens: int) -> list[int]:

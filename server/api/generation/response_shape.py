@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from server.api.generation.answer import Answer, Delta
+from server.api.generation.answer import Answer, ChoiceDelta
 from server.api.generation.shape import Shape
-from server.api.probabilities import told_tokens
+from server.api.probabilities import render_logprobs
 from server.api.schemas.chat import TokenLogprob
 from server.api.schemas.responses import (
     IncompleteDetails,
@@ -19,9 +19,9 @@ from server.api.schemas.responses import (
     ResponseEvent,
     ResponseObject,
     ResponseRequest,
+    ResponseTextConfig,
     ResponseUsage,
     Status,
-    ToldFormat,
 )
 from server.api.service import Service
 from server.api.sse import Piece, SSEFormat
@@ -66,7 +66,7 @@ class ResponseShape(Shape[ResponseRequest]):
         part = OutputText(type="output_text", text="", annotations=[], logprobs=[])
         yield self._text_event("response.content_part.added", part=part)
 
-    def pieces(self, delta: Delta) -> Iterator[ResponseEvent]:
+    def pieces(self, delta: ChoiceDelta) -> Iterator[ResponseEvent]:
         """New text; at the end, the complete text."""
         if delta.text or delta.tokens:
             logprobs = self._logprobs(delta.tokens)
@@ -146,7 +146,7 @@ class ResponseShape(Shape[ResponseRequest]):
 
     def _logprobs(self, tokens: Sequence[Token]) -> list[TokenLogprob]:
         """Log-probabilities, if requested."""
-        return told_tokens(self.tokenizer, tokens) if self.body.includes_logprobs else []
+        return render_logprobs(self.tokenizer, tokens) if self.body.includes_logprobs else []
 
     def _usage(self) -> ResponseUsage:
         usage = self.answer.usage
@@ -188,7 +188,7 @@ def first_object(service: Service, body: ResponseRequest, response_id: str) -> R
         "service_tier": body.told_tier,
         "store": body.stores,
         "temperature": DEFAULT_TEMPERATURE if body.temperature is None else body.temperature,
-        "text": ToldFormat(format=body.told_format),
+        "text": ResponseTextConfig(format=body.reported_format),
         "tool_choice": "auto",
         "tools": [],
         "top_logprobs": body.top_logprobs or 0,

@@ -12,19 +12,19 @@ from server.engine.messages import (
     Event,
     Finished,
     PromptScored,
-    RowGivenUp,
+    RowReleased,
     TextDelta,
     Token,
 )
 from server.errors import LatentdError, ShuttingDown
 from server.sessions.tiers import Tiers
 
-MOST_APART = 1
+MAX_SEPARATE_EVENTS = 1
 """Events per queue that stay separate; later text is merged: fast readers get an event per token,
 and slow readers or a lagging event loop catch up."""
 
 
-Text = TextDelta | PromptScored
+PartialEvent = TextDelta | PromptScored
 """Events that do not end a request."""
 
 
@@ -35,7 +35,7 @@ class Aborted:
     reason: LatentdError
 
 
-class _Heap:
+class _MergedText:
     """Merged unread text of one request."""
 
     def __init__(self, request_id: str) -> None:
@@ -57,13 +57,13 @@ class _Heap:
 class EventQueue:
     """Events of one answer, for a single reader.
 
-    Slow readers get fewer and larger pieces: the queue holds at most `MOST_APART` events and a few
-    per request.
+    Slow readers get fewer and larger pieces: the queue holds at most `MAX_SEPARATE_EVENTS` events
+    and a few per request.
     """
 
     def __init__(self) -> None:
-        self._events: deque[Event | Aborted | _Heap] = deque()
-        self._heaps: dict[str, _Heap] = {}
+        self._events: deque[Event | Aborted | _MergedText] = deque()
+        self._merged: dict[str, _MergedText] = {}
         self._reader: asyncio.Future[None] | None = None
         self._timer: TimerHandle | None = None
         self._silent_at = math.inf
@@ -73,29 +73,29 @@ class EventQueue:
         return len(self._events)
 
     def put(self, event: Event | Aborted) -> None:
-        if isinstance(event, TextDelta) and len(self._events) >= MOST_APART:
-            heap = self._heaps.get(event.request_id)
-            if heap is None:
-                heap = self._heaps[event.request_id] = _Heap(event.request_id)
-                self._events.append(heap)
-            heap.add(event)
+        if isinstance(event, TextDelta) and len(self._events) >= MAX_SEPARATE_EVENTS:
+            merged = self._merged.get(event.request_id)
+            if merged is None:
+                merged = self._merged[event.request_id] = _MergedText(event.request_id)
+                self._events.append(merged)
+            merged.add(event)
         else:
             self._events.append(event)
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    def take(self) -> list[Text] | Ending | Aborted:
+    def pop(self) -> list[PartialEvent] | Ending | Aborted:
         """All pending texts, or the next event that is not text.
 
         Raises IndexError if the queue is empty.
         """
         event = self._events.popleft()
-        if not isinstance(event, TextDelta | _Heap | PromptScored):
+        if not isinstance(event, TextDelta | _MergedText | PromptScored):
             return event
         texts = [self._text(event)]
         while self._events:
             event = self._events[0]
-            if not isinstance(event, TextDelta | _Heap | PromptScored):
+            if not isinstance(event, TextDelta | _MergedText | PromptScored):
                 break
             self._events.popleft()
             texts.append(self._text(event))
@@ -120,9 +120,9 @@ class EventQueue:
             self._timer.cancel()
             self._timer = None
 
-    def _text(self, event: Text | _Heap) -> Text:
-        if isinstance(event, _Heap):
-            del self._heaps[event.request_id]
+    def _text(self, event: PartialEvent | _MergedText) -> PartialEvent:
+        if isinstance(event, _MergedText):
+            del self._merged[event.request_id]
             return event.event()
         return event
 
@@ -155,19 +155,19 @@ class Router:
         for request_id in request_ids:
             self._queues.pop(request_id, None)
 
-    def dispatch(self, events: list[Event | RowGivenUp]) -> None:
+    def dispatch(self, events: list[Event | RowReleased]) -> None:
         """Dispatch one step's events."""
         for event in events:
-            if isinstance(event, RowGivenUp):
-                self._tiers.row_given_up(event.state_id, is_evicted=event.is_evicted)
+            if isinstance(event, RowReleased):
+                self._tiers.row_released(event.state_id, is_evicted=event.is_evicted)
                 continue
             queue = self._queues.get(event.request_id)
             if queue is not None:
                 queue.put(event)
-            if isinstance(event, Finished) and event.kept_as is not None:
-                self._tiers.row_kept(event.kept_as)
+            if isinstance(event, Finished) and event.retained_as is not None:
+                self._tiers.row_retained(event.retained_as)
                 if queue is None:  # abandoned: nobody will continue it
-                    self._tiers.release(event.kept_as)
+                    self._tiers.release(event.retained_as)
 
     def abort(self) -> None:
         """End every turn that runs, since the server stops."""

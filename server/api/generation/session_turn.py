@@ -10,7 +10,7 @@ from server.api.generation.answer import Answer, new_id
 from server.api.generation.deliver import TIMING_HEADERS, EventStream, reply
 from server.api.generation.detached import start_stream
 from server.api.generation.generation import read_generation
-from server.api.generation.prompts import Prompt
+from server.api.generation.prompts import PromptSource
 from server.api.generation.shape import TurnShape
 from server.api.generation.turn import Replay, open_turn
 from server.api.problems import record_of
@@ -20,7 +20,7 @@ from server.api.schemas.generation import GenerationRequest
 from server.api.service import Service
 from server.api.texts import LONG
 from server.errors import InvalidRequest, NeedsStream
-from server.sessions.ledger import Head, NextTurn
+from server.sessions.ledger import NextTurn, SessionHead
 
 TIMING_HEADERS_DOC: dict[str, Any] = {
     name: {
@@ -67,7 +67,7 @@ async def answer_turn(
     caller: Caller,
     body: GenerationRequest,
     given: SessionHeaders,
-    prompt: Prompt,
+    prompt: PromptSource,
     shape_type: type[TurnShape[Any]],
 ) -> Response:
     """Run a turn and deliver its answer in the requested form.
@@ -84,7 +84,7 @@ async def answer_turn(
     )
     source = target = None
     if session_id is not None:
-        source = Head(session_id, body.expected_turn)
+        source = SessionHead(session_id, body.expected_turn)
         key = given.idempotency_key
         identity = "" if key is None else await service.texts.run(LONG, _identity, body)
         target = NextTurn(key, identity)
@@ -111,12 +111,12 @@ async def answer_turn(
         await turn.close(None, 0)
         raise
     shape = shape_type(service, body, answer)
-    keepalive_s = service.settings.keepalive_s
+    stream_keepalive_s = service.settings.stream_keepalive_s
     if body.resumable:
         stream = start_stream(service, caller.owner, turn, answer, shape)
-        return stream.response(keepalive_s, headers=headers | {"X-Stream-ID": answer.id})
+        return stream.response(stream_keepalive_s, headers=headers | {"X-Stream-ID": answer.id})
     if body.stream:
-        return EventStream(turn, answer, shape, keepalive_s, headers)
+        return EventStream(turn, answer, shape, stream_keepalive_s, headers)
     return await reply(request, turn, answer, shape, headers)
 
 

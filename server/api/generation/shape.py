@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from fastapi import Response
 from pydantic import BaseModel
 
-from server.api.generation.answer import Answer, Delta
+from server.api.generation.answer import Answer, ChoiceDelta
 from server.api.schemas.generation import GenerationRequest, SamplingRequest, Timings, Usage
 from server.api.service import Service
 from server.api.sse import (
@@ -50,7 +50,7 @@ class Shape(Generic[Body]):
         """Initial events of a stream."""
         return ()
 
-    def pieces(self, delta: Delta) -> Iterable[Piece]:
+    def pieces(self, delta: ChoiceDelta) -> Iterable[Piece]:
         """Events for new text."""
         del delta
         return ()

@@ -16,7 +16,7 @@ from typing import Any
 
 from server.api.auth import Caller
 from server.api.generation.generation import Generation
-from server.api.generation.prompts import Prompt
+from server.api.generation.prompts import PromptSource
 from server.api.generation.router import Aborted, EventQueue
 from server.api.limits import Allowance
 from server.api.service import Service
@@ -28,7 +28,7 @@ from server.engine.messages import (
     Failed,
     Finished,
     GrammarFailed,
-    NoProbabilities,
+    InvalidLogits,
     PromptScored,
     RowDamaged,
     StoredState,
@@ -47,7 +47,7 @@ from server.records import RequestRecord, TurnRecord
 from server.sessions.codec import SessionState
 from server.sessions.ledger import Source, Target, new_state_id
 from server.sessions.ledger_turn import LedgerTurn
-from server.sessions.store import KeptAnswer
+from server.sessions.store import StoredAnswer
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class AdmittedTurn:
         self.start = requests[0].continuation
         """What the choices continue from."""
 
-        self.keep_as = requests[0].keep_as
+        self.retain_as = requests[0].retain_as
         """The id of the state after the turn, if it is stored."""
 
         entry = opened.entry
@@ -139,7 +139,7 @@ class AdmittedTurn:
             if not await self._queue.wait(silence_s):
                 yield None
                 continue
-            event = self._queue.take()
+            event = self._queue.pop()
             match event:
                 case list():
                     yield [(self._running[text.request_id], text) for text in event]
@@ -149,7 +149,7 @@ class AdmittedTurn:
                     yield [(self._running.pop(request_id), event)]
                 case Failed(_, message):
                     raise InternalError(message)
-                case NoProbabilities():
+                case InvalidLogits():
                     raise self._opened.damaged(
                         "the model returned no valid probabilities for the next token"
                     )
@@ -185,10 +185,10 @@ class AdmittedTurn:
 
     async def _commit(self, body: str | None, num_generated: int) -> None:
         if self._opened.entry is not None:
-            if self._after is None or self.keep_as is None:
+            if self._after is None or self.retain_as is None:
                 raise InternalError("the engine returned a turn without its state")
             began = time.monotonic()
-            await self._opened.commit(self._after, self.keep_as, body)
+            await self._opened.commit(self._after, self.retain_as, body)
             self.record.committing = began, time.monotonic()
         self.is_committed = True
         self._service.metrics.answer_tokens_total.inc(num_generated)
@@ -211,8 +211,8 @@ class AdmittedTurn:
             service.engine.cancel(request_id)
         try:
             if not self.is_committed:
-                if self.keep_as is not None:
-                    service.ledger.tiers.release(self.keep_as)
+                if self.retain_as is not None:
+                    service.ledger.tiers.release(self.retain_as)
                 await self._opened.abandon(body)
         except StorageFailed as error:  # reported as interrupted once the disk recovers
             log.warning("the end of a response could not be stored: %s", error)
@@ -236,7 +236,7 @@ async def open_turn(
     source: Source,
     target: Target,
     generation: Generation,
-    prompt: Prompt,
+    prompt: PromptSource,
     pending_body: str | None = None,
     request: RequestRecord | None = None,
 ) -> AdmittedTurn | Replay:
@@ -256,7 +256,7 @@ async def open_turn(
         if generation.is_detached:
             stack.enter_context(service.streams.space(caller.owner))
         opened = await stack.enter_async_context(service.ledger.begin(caller.owner, source, target))
-        if isinstance(opened, KeptAnswer):
+        if isinstance(opened, StoredAnswer):
             await allowance.leave(0)
             await stack.aclose()
             return Replay(opened.answer)
@@ -274,7 +274,7 @@ async def open_turn(
             start,
             stored,
             owner=caller.owner,
-            keep_as=None if opened.entry is None else new_state_id(),
+            retain_as=None if opened.entry is None else new_state_id(),
             deadline=None if timeout_s is None else started + timeout_s,
             client_id="" if request is None else request.request_id,
         )
@@ -299,7 +299,9 @@ async def open_turn(
         raise
 
 
-async def _read(prompt: Prompt, start: Continuation, allowance: Allowance) -> list[tuple[int, ...]]:
+async def _read(
+    prompt: PromptSource, start: Continuation, allowance: Allowance
+) -> list[tuple[int, ...]]:
     """A prompt that is refused after it was tokenised has cost as much as one that is not."""
     try:
         return await prompt.read(start)

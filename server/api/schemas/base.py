@@ -22,7 +22,7 @@ from pydantic_core.core_schema import no_info_plain_validator_function
 
 from server.api.schemas.unknown import POLICY
 
-VALIDATED_TOGETHER = 65_536
+VALIDATION_BATCH = 65_536
 """List items validated at a time."""
 
 
@@ -36,16 +36,16 @@ def _kind_of_prompt(value: Any) -> str:
     return "(tokens)" if isinstance(first, int | float) else "(texts)"
 
 
-def _take_whole(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+def _validate_integers(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     """Accept 1.0 as an integer, as JSON and its schemas do.
 
     A long list is validated in parts, between which other threads can have the GIL.
     """
-    if isinstance(value, list) and len(value) > VALIDATED_TOGETHER:
+    if isinstance(value, list) and len(value) > VALIDATION_BATCH:
         checked = []
-        for start in range(0, len(value), VALIDATED_TOGETHER):
+        for start in range(0, len(value), VALIDATION_BATCH):
             try:
-                checked += _take_whole(value[start : start + VALIDATED_TOGETHER], validate)
+                checked += _validate_integers(value[start : start + VALIDATION_BATCH], validate)
             except ValidationError as error:
                 raise _further_on(error, start) from None
         return checked
@@ -116,7 +116,7 @@ def _parts(value: Any) -> Iterable[Any]:
     return ()
 
 
-class Refused:
+class Unsupported:
     """Annotates an OpenAI parameter that this server does not support.
 
     null and the `harmless` values are accepted; all others are rejected by name.
@@ -146,7 +146,7 @@ AS_JSON = AfterValidator(_check_json)
 """Annotates arbitrary JSON."""
 
 
-class Neutral:
+class Ignored:
     """Annotates a parameter that is accepted and ignored."""
 
     def __init__(self, why: str, example: Any) -> None:
@@ -166,7 +166,7 @@ class Neutral:
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
-WHOLE = WrapValidator(_take_whole)
+WHOLE = WrapValidator(_validate_integers)
 """Annotates integers and lists of them."""
 
 EXAMPLE_SESSION = "sess_h4kJ0cX2mVq9Zt7RbWnYs1LdPfGaEuQo"
@@ -193,10 +193,10 @@ Stop = Annotated[
 ]
 UnixSecond = Annotated[int, Field(examples=[1_767_225_600])]
 UnixTime = Annotated[float, Field(examples=[1_767_225_600.5])]
-AnswerTokenIds = Annotated[list[int], Field(examples=[[7, 205, 2]])]
+ResponseTokenIds = Annotated[list[int], Field(examples=[[7, 205, 2]])]
 
 
-class AnswerModel(BaseModel):
+class ResponseModel(BaseModel):
     """Base class of response models."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)

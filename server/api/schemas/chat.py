@@ -9,13 +9,13 @@ from server.api.schemas.base import (
     EXAMPLE_STREAM,
     LARGEST,
     WHOLE,
-    AnswerModel,
-    AnswerTokenIds,
-    Neutral,
-    Refused,
+    Ignored,
     RequestModel,
+    ResponseModel,
+    ResponseTokenIds,
     Text,
     UnixSecond,
+    Unsupported,
 )
 from server.api.schemas.generation import GenerationRequest, Timings, Usage
 
@@ -24,14 +24,14 @@ TEXT_ONLY = "this server's models read and write text only"
 NO_MODERATION = "this server moderates nothing"
 
 
-def as_it_came(example: Any) -> Neutral:
+def echoed_field(example: Any) -> Ignored:
     """A field of an earlier answer that is sent back as a message."""
-    return Neutral("A field of an earlier answer", example)
+    return Ignored("A field of an earlier answer", example)
 
 
-def cache_hint(example: Any) -> Neutral:
+def cache_hint(example: Any) -> Ignored:
     """OpenAI's hints on prompt caching."""
-    return Neutral("A prompt caching hint, which is not needed", example)
+    return Ignored("A prompt caching hint, which is not needed", example)
 
 
 class TextPart(RequestModel):
@@ -70,13 +70,13 @@ class Message(RequestModel):
     name: Text | None = Field(None, examples=["Ada"])
     """Name of the speaker, if the model's template uses it."""
 
-    refusal: Annotated[None, Refused("refusals are not supported")] = None
-    tool_calls: Annotated[None, Refused(NO_TOOLS, [])] = None
-    tool_call_id: Annotated[None, Refused(NO_TOOLS)] = None
-    function_call: Annotated[None, Refused(NO_TOOLS)] = None
-    audio: Annotated[None, Refused(TEXT_ONLY)] = None
-    annotations: Annotated[None, as_it_came([])] = None
-    parsed: Annotated[None, as_it_came({"name": "Ada"})] = None
+    refusal: Annotated[None, Unsupported("refusals are not supported")] = None
+    tool_calls: Annotated[None, Unsupported(NO_TOOLS, [])] = None
+    tool_call_id: Annotated[None, Unsupported(NO_TOOLS)] = None
+    function_call: Annotated[None, Unsupported(NO_TOOLS)] = None
+    audio: Annotated[None, Unsupported(TEXT_ONLY)] = None
+    annotations: Annotated[None, echoed_field([])] = None
+    parsed: Annotated[None, echoed_field({"name": "Ada"})] = None
 
     @property
     def text(self) -> str:
@@ -90,8 +90,10 @@ class PromptCacheOptions(RequestModel):
 
     mode: Annotated[None, cache_hint("implicit")] = None
     ttl: Annotated[None, cache_hint("30m")] = None
-    prewarm: Annotated[None, Refused("prewarming is not supported", False)] = None
-    comparison_response_id: Annotated[None, Refused("cache diagnostics are not supported")] = None
+    prewarm: Annotated[None, Unsupported("prewarming is not supported", False)] = None
+    comparison_response_id: Annotated[None, Unsupported("cache diagnostics are not supported")] = (
+        None
+    )
 
 
 class ChatRequest(GenerationRequest):
@@ -137,19 +139,21 @@ class ChatRequest(GenerationRequest):
     prompt_cache_options: PromptCacheOptions | None = None
     """Ignored."""
 
-    store: Annotated[None, Refused("chats are kept in sessions: send a session_id", False)] = None
-    modalities: Annotated[None, Refused(TEXT_ONLY, ["text"])] = None
-    audio: Annotated[None, Refused(TEXT_ONLY)] = None
-    tools: Annotated[None, Refused(NO_TOOLS, [])] = None
-    tool_choice: Annotated[None, Refused(NO_TOOLS, "none", "auto")] = None
-    parallel_tool_calls: Annotated[None, Refused(NO_TOOLS, False, True)] = None
-    functions: Annotated[None, Refused(NO_TOOLS, [])] = None
-    function_call: Annotated[None, Refused(NO_TOOLS, "none", "auto")] = None
-    prediction: Annotated[None, Refused("predicted outputs are not supported")] = None
-    reasoning_effort: Annotated[None, Refused("reasoning is not supported", "none")] = None
-    verbosity: Annotated[None, Refused("verbosity is not supported", "medium")] = None
-    moderation: Annotated[None, Refused(NO_MODERATION)] = None
-    web_search_options: Annotated[None, Refused("web search is not supported")] = None
+    store: Annotated[None, Unsupported("chats are kept in sessions: send a session_id", False)] = (
+        None
+    )
+    modalities: Annotated[None, Unsupported(TEXT_ONLY, ["text"])] = None
+    audio: Annotated[None, Unsupported(TEXT_ONLY)] = None
+    tools: Annotated[None, Unsupported(NO_TOOLS, [])] = None
+    tool_choice: Annotated[None, Unsupported(NO_TOOLS, "none", "auto")] = None
+    parallel_tool_calls: Annotated[None, Unsupported(NO_TOOLS, False, True)] = None
+    functions: Annotated[None, Unsupported(NO_TOOLS, [])] = None
+    function_call: Annotated[None, Unsupported(NO_TOOLS, "none", "auto")] = None
+    prediction: Annotated[None, Unsupported("predicted outputs are not supported")] = None
+    reasoning_effort: Annotated[None, Unsupported("reasoning is not supported", "none")] = None
+    verbosity: Annotated[None, Unsupported("verbosity is not supported", "medium")] = None
+    moderation: Annotated[None, Unsupported(NO_MODERATION)] = None
+    web_search_options: Annotated[None, Unsupported("web search is not supported")] = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -169,7 +173,7 @@ def _same(text: str) -> str:
     return text
 
 
-class TopLogprob(AnswerModel):
+class TopLogprob(ResponseModel):
     """A possible token and its log-probability."""
 
     token: Annotated[str, PlainSerializer(_same)] = Field(examples=[" cat"])
@@ -190,7 +194,7 @@ class TokenLogprob(TopLogprob):
     """The most probable tokens at its position."""
 
 
-class ChatLogprobs(AnswerModel):
+class ChatLogprobs(ResponseModel):
     """Log-probabilities of an answer's tokens."""
 
     content: list[TokenLogprob] | None
@@ -200,7 +204,7 @@ class ChatLogprobs(AnswerModel):
     """Always null."""
 
 
-class AssistantMessage(AnswerModel):
+class AssistantMessage(ResponseModel):
     """The model's message."""
 
     role: Literal["assistant"] = "assistant"
@@ -216,7 +220,7 @@ class AssistantMessage(AnswerModel):
     """Always empty."""
 
 
-class ChatChoice(AnswerModel):
+class ChatChoice(ResponseModel):
     """One of the answers."""
 
     index: int
@@ -234,11 +238,11 @@ class ChatChoice(AnswerModel):
     stop_reason: str | int | None = Field(None, examples=["\n\n"])
     """The stop string or stop token that ended it."""
 
-    token_ids: AnswerTokenIds | None = None
+    token_ids: ResponseTokenIds | None = None
     """The text's tokens, if requested."""
 
 
-class ChatAnswer(AnswerModel):
+class ChatAnswer(ResponseModel):
     """Fields common to a chat completion and its events."""
 
     id: str = Field(examples=[EXAMPLE_STREAM])
@@ -268,7 +272,7 @@ class ChatAnswer(AnswerModel):
     timings: Timings | None = None
     """If requested, in the last choice's final event."""
 
-    prompt_token_ids: AnswerTokenIds | None = None
+    prompt_token_ids: ResponseTokenIds | None = None
     """The prompt's tokens, if requested; in a stream, in the first event."""
 
 
@@ -282,7 +286,7 @@ class ChatCompletion(ChatAnswer):
     """All choices."""
 
 
-class Delta(AnswerModel):
+class MessageDelta(ResponseModel):
     """New content of a message."""
 
     role: Literal["assistant"] | None = None
@@ -292,13 +296,13 @@ class Delta(AnswerModel):
     """Text to append."""
 
 
-class ChatChunkChoice(AnswerModel):
+class ChatChunkChoice(ResponseModel):
     """New content of a choice."""
 
     index: int
     """The choice's index."""
 
-    delta: Delta
+    delta: MessageDelta
     """The new content."""
 
     logprobs: ChatLogprobs | None = None
@@ -310,7 +314,7 @@ class ChatChunkChoice(AnswerModel):
     stop_reason: str | int | None = Field(None, examples=["\n\n"])
     """The stop string or stop token that ended it."""
 
-    token_ids: AnswerTokenIds | None = None
+    token_ids: ResponseTokenIds | None = None
     """Tokens whose text begins here, if requested."""
 
 

@@ -9,11 +9,11 @@ from server.api.schemas.base import (
     EXAMPLE_SESSION,
     LARGEST,
     WHOLE,
-    AnswerModel,
-    AnswerTokenIds,
     Prompt,
-    Refused,
+    ResponseModel,
+    ResponseTokenIds,
     UnixSecond,
+    Unsupported,
 )
 from server.api.schemas.generation import GenerationRequest, Timings, Usage
 
@@ -36,7 +36,7 @@ class CompletionRequest(GenerationRequest):
     best_of: Annotated[int, Field(ge=1, le=LARGEST), WHOLE] | None = Field(None, examples=[2])
     """Generate this many choices and return the `n` with the highest mean log-probability."""
 
-    suffix: Annotated[None, Refused("insertion before a suffix is not supported", "")] = None
+    suffix: Annotated[None, Unsupported("insertion before a suffix is not supported", "")] = None
 
     @property
     def num_generated_per_prompt(self) -> int:
@@ -67,7 +67,7 @@ class CompletionRequest(GenerationRequest):
         return [cast(list[int], prompt)]
 
 
-class CompletionLogprobs(AnswerModel):
+class CompletionLogprobs(ResponseModel):
     """Four lists with one entry per token."""
 
     tokens: list[str] = Field(examples=[[" the"]])
@@ -85,7 +85,7 @@ class CompletionLogprobs(AnswerModel):
     """Character offset of the token in the choice's text."""
 
 
-class CompletionChoice(AnswerModel):
+class CompletionChoice(ResponseModel):
     """A completion of a prompt, or a piece of it."""
 
     index: int
@@ -104,14 +104,14 @@ class CompletionChoice(AnswerModel):
     stop_reason: str | int | None = Field(None, examples=["\n\n"])
     """The stop string or stop token that ended it."""
 
-    token_ids: AnswerTokenIds | None = None
+    token_ids: ResponseTokenIds | None = None
     """The text's tokens, if requested."""
 
-    prompt_token_ids: AnswerTokenIds | None = None
+    prompt_token_ids: ResponseTokenIds | None = None
     """The prompt's tokens, if requested."""
 
 
-class Completion(AnswerModel):
+class Completion(ResponseModel):
     """Response of `POST /v1/completions`, and each event of a stream."""
 
     id: str = Field(examples=["cmpl-0a6d3e91f7c24b58a3e6d90b17f4c2d8"])

@@ -8,12 +8,12 @@ from server.api.schemas.base import (
     EXAMPLE_SESSION,
     LARGEST,
     WHOLE,
-    AnswerModel,
-    Refused,
     RequestModel,
+    ResponseModel,
     Stop,
     Text,
     TokenIds,
+    Unsupported,
 )
 from server.api.schemas.structure import (
     PERSON,
@@ -44,7 +44,7 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool | None = None
     """Include the usage so far in every event."""
 
-    include_obfuscation: Annotated[None, Refused(NO_PADDING, False)] = None
+    include_obfuscation: Annotated[None, Unsupported(NO_PADDING, False)] = None
 
 
 class SamplingRequest(RequestModel):
@@ -270,7 +270,7 @@ class GenerationRequest(SamplingRequest):
         return options is not None and bool(options.continuous_usage_stats)
 
 
-class PromptTokensDetails(AnswerModel):
+class PromptTokensDetails(ResponseModel):
     """Details of the prompt's tokens."""
 
     cached_tokens: int = Field(examples=[2])
@@ -278,7 +278,7 @@ class PromptTokensDetails(AnswerModel):
     stream, a cached prefix is counted once the choices have ended."""
 
 
-class Usage(AnswerModel):
+class Usage(ResponseModel):
     """Token usage. A session's history counts as prompt tokens."""
 
     prompt_tokens: int = Field(examples=[6])
@@ -294,7 +294,7 @@ class Usage(AnswerModel):
     """Cached prompt tokens."""
 
 
-class Timings(AnswerModel):
+class Timings(ResponseModel):
     """Timings in seconds; of several choices, those of the slowest."""
 
     queue_s: float = Field(examples=[0.0004])

@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from server.api.schemas.base import AnswerModel, UnixSecond
+from server.api.schemas.base import ResponseModel, UnixSecond
 
 
-class Model(AnswerModel):
+class Model(ResponseModel):
     """The served model and the size of its sessions."""
 
     id: str = Field(examples=["latentd"])
@@ -44,7 +44,7 @@ class Model(AnswerModel):
     """Whether it has a chat template, as `/v1/chat/completions` requires."""
 
 
-class ModelList(AnswerModel):
+class ModelList(ResponseModel):
     """The served models: one."""
 
     object: Literal["list"] = "list"
@@ -54,7 +54,7 @@ class ModelList(AnswerModel):
     """The models."""
 
 
-class Health(AnswerModel):
+class Health(ResponseModel):
     """The server is healthy."""
 
     status: Literal["ok"] = "ok"

@@ -2,10 +2,10 @@
 
 from pydantic import Field
 
-from server.api.schemas.base import AnswerModel
+from server.api.schemas.base import ResponseModel
 
 
-class ErrorDetail(AnswerModel):
+class ErrorDetail(ResponseModel):
     """Details of an error."""
 
     message: str = Field(examples=["temperature: Input should be less than or equal to 10, not 11"])
@@ -21,7 +21,7 @@ class ErrorDetail(AnswerModel):
     """Machine-readable code."""
 
 
-class ErrorResponse(AnswerModel):
+class ErrorResponse(ResponseModel):
     """Response body of every error."""
 
     error: ErrorDetail

@@ -9,12 +9,12 @@ from server.api.schemas.base import (
     EXAMPLE_RESPONSE,
     LARGEST,
     WHOLE,
-    AnswerModel,
-    Neutral,
-    Refused,
+    Ignored,
     RequestModel,
+    ResponseModel,
     Text,
     UnixSecond,
+    Unsupported,
 )
 from server.api.schemas.chat import (
     NO_MODERATION,
@@ -22,8 +22,8 @@ from server.api.schemas.chat import (
     TEXT_ONLY,
     PromptCacheOptions,
     TokenLogprob,
-    as_it_came,
     cache_hint,
+    echoed_field,
     kind_of_content,
 )
 from server.api.schemas.generation import NO_PADDING, SamplingRequest, Timings
@@ -60,9 +60,9 @@ class InputPart(RequestModel):
     text: Text = Field(examples=["Who sat on the mat?"])
     """The text."""
 
-    annotations: Annotated[None, as_it_came([])] = None
-    logprobs: Annotated[None, as_it_came([])] = None
-    parsed: Annotated[None, as_it_came({"name": "Ada"})] = None
+    annotations: Annotated[None, echoed_field([])] = None
+    logprobs: Annotated[None, echoed_field([])] = None
+    parsed: Annotated[None, echoed_field({"name": "Ada"})] = None
     prompt_cache_breakpoint: Annotated[None, cache_hint({"mode": "explicit"})] = None
 
 
@@ -82,9 +82,9 @@ class InputMessage(RequestModel):
     ] = Field(examples=["Who sat on the mat?"])
     """A text, or a list of text parts, which are joined."""
 
-    id: Annotated[None, as_it_came(EXAMPLE_MESSAGE)] = None
-    status: Annotated[None, as_it_came("completed")] = None
-    phase: Annotated[None, as_it_came("final_answer")] = None
+    id: Annotated[None, echoed_field(EXAMPLE_MESSAGE)] = None
+    status: Annotated[None, echoed_field("completed")] = None
+    phase: Annotated[None, echoed_field("final_answer")] = None
 
     @property
     def text(self) -> str:
@@ -125,28 +125,28 @@ class TextOptions(RequestModel):
     format: TextStructure | None = None
     """Its structure."""
 
-    verbosity: Annotated[None, Refused("verbosity is not supported", "medium")] = None
+    verbosity: Annotated[None, Unsupported("verbosity is not supported", "medium")] = None
 
 
 class ResponseStreamOptions(RequestModel):
     """Options of a stream."""
 
-    include_obfuscation: Annotated[None, Refused(NO_PADDING, False)] = None
+    include_obfuscation: Annotated[None, Unsupported(NO_PADDING, False)] = None
 
 
-def of_reasoning(example: str) -> Neutral:
+def reasoning_option(example: str) -> Ignored:
     """Reasoning output options."""
-    return Neutral("Reasoning is not supported", example)
+    return Ignored("Reasoning is not supported", example)
 
 
 class Reasoning(RequestModel):
     """Reasoning options; not supported."""
 
-    effort: Annotated[None, Refused("reasoning is not supported", "none")] = None
-    mode: Annotated[None, Refused("reasoning is not supported", "standard")] = None
-    context: Annotated[None, of_reasoning("auto")] = None
-    summary: Annotated[None, of_reasoning("auto")] = None
-    generate_summary: Annotated[None, of_reasoning("auto")] = None
+    effort: Annotated[None, Unsupported("reasoning is not supported", "none")] = None
+    mode: Annotated[None, Unsupported("reasoning is not supported", "standard")] = None
+    context: Annotated[None, reasoning_option("auto")] = None
+    summary: Annotated[None, reasoning_option("auto")] = None
+    generate_summary: Annotated[None, reasoning_option("auto")] = None
 
 
 class ResponseRequest(SamplingRequest):
@@ -216,21 +216,22 @@ class ResponseRequest(SamplingRequest):
     reasoning: Reasoning | None = None
     """Reasoning options; not supported."""
 
-    tools: Annotated[None, Refused(NO_TOOLS, [])] = None
-    tool_choice: Annotated[None, Refused(NO_TOOLS, "none", "auto")] = None
-    parallel_tool_calls: Annotated[None, Refused(NO_TOOLS, False, True)] = None
-    max_tool_calls: Annotated[None, Refused(NO_TOOLS)] = None
-    prompt: Annotated[None, Refused("stored prompt templates are not supported")] = None
+    tools: Annotated[None, Unsupported(NO_TOOLS, [])] = None
+    tool_choice: Annotated[None, Unsupported(NO_TOOLS, "none", "auto")] = None
+    parallel_tool_calls: Annotated[None, Unsupported(NO_TOOLS, False, True)] = None
+    max_tool_calls: Annotated[None, Unsupported(NO_TOOLS)] = None
+    prompt: Annotated[None, Unsupported("stored prompt templates are not supported")] = None
     conversation: Annotated[
-        None, Refused("use previous_response_id, or chat with a session_id")
+        None, Unsupported("use previous_response_id, or chat with a session_id")
     ] = None
-    context_management: Annotated[None, Refused("the context length is unlimited", [])] = None
+    context_management: Annotated[None, Unsupported("the context length is unlimited", [])] = None
     background_options: Annotated[
-        None, Refused("background options are not supported", {}, {"completion_window": "soonest"})
+        None,
+        Unsupported("background options are not supported", {}, {"completion_window": "soonest"}),
     ] = None
-    moderation: Annotated[None, Refused(NO_MODERATION)] = None
-    access_programs: Annotated[None, Refused("access programs are not supported", {})] = None
-    image: Annotated[None, Refused(TEXT_ONLY, {})] = None
+    moderation: Annotated[None, Unsupported(NO_MODERATION)] = None
+    access_programs: Annotated[None, Unsupported("access programs are not supported", {})] = None
+    image: Annotated[None, Unsupported(TEXT_ONLY, {})] = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -257,7 +258,7 @@ class ResponseRequest(SamplingRequest):
         return self.store is None or self.store
 
     @property
-    def told_format(self) -> dict[str, Any]:
+    def reported_format(self) -> dict[str, Any]:
         """The text's format, as reported in the response."""
         asked = None if self.text is None else self.text.format
         if asked is None:
@@ -276,13 +277,13 @@ class ResponseRequest(SamplingRequest):
     def messages(self) -> list[tuple[str, str]]:
         """Roles and texts of the new messages, instructions first."""
         given = self.input
-        told = [] if self.instructions is None else [("system", self.instructions)]
+        system = [] if self.instructions is None else [("system", self.instructions)]
         if isinstance(given, str):
-            return [*told, ("user", given)]
-        return told + [(message.role, message.text) for message in given or []]
+            return [*system, ("user", given)]
+        return system + [(message.role, message.text) for message in given or []]
 
 
-class OutputText(AnswerModel):
+class OutputText(ResponseModel):
     """Generated text."""
 
     type: Literal["output_text"] = "output_text"
@@ -298,7 +299,7 @@ class OutputText(AnswerModel):
     """Its tokens, if requested."""
 
 
-class OutputMessage(AnswerModel):
+class OutputMessage(ResponseModel):
     """The generated message."""
 
     id: str = Field(examples=[EXAMPLE_MESSAGE])
@@ -317,7 +318,7 @@ class OutputMessage(AnswerModel):
     """One text part."""
 
 
-class InputTokensDetails(AnswerModel):
+class InputTokensDetails(ResponseModel):
     """Details of the input tokens."""
 
     cached_tokens: int = Field(examples=[2])
@@ -327,14 +328,14 @@ class InputTokensDetails(AnswerModel):
     """Always 0."""
 
 
-class OutputTokensDetails(AnswerModel):
+class OutputTokensDetails(ResponseModel):
     """Details of the output tokens."""
 
     reasoning_tokens: int = 0
     """Always 0."""
 
 
-class ResponseUsage(AnswerModel):
+class ResponseUsage(ResponseModel):
     """Token usage. Earlier responses count as input."""
 
     input_tokens: int = Field(examples=[6])
@@ -353,7 +354,7 @@ class ResponseUsage(AnswerModel):
     """The sum of both."""
 
 
-class ResponseError(AnswerModel):
+class ResponseError(ResponseModel):
     """Why a response failed."""
 
     code: str = Field(examples=["internal_error"])
@@ -363,21 +364,21 @@ class ResponseError(AnswerModel):
     """The description."""
 
 
-class IncompleteDetails(AnswerModel):
+class IncompleteDetails(ResponseModel):
     """Why a response is incomplete."""
 
     reason: Literal["max_output_tokens"]
     """Ended by the token limit."""
 
 
-class ToldFormat(AnswerModel):
+class ResponseTextConfig(ResponseModel):
     """The requested text format."""
 
     format: dict[str, Any] = Field(examples=[{"type": "text"}])
     """As requested."""
 
 
-class ResponseObject(AnswerModel):
+class ResponseObject(ResponseModel):
     """A response. Once stored it is immutable and can be continued any number of times."""
 
     model_config = ConfigDict(
@@ -435,7 +436,7 @@ class ResponseObject(AnswerModel):
     temperature: float = Field(examples=[1.0])
     """The temperature."""
 
-    text: ToldFormat
+    text: ResponseTextConfig
     """The text's format."""
 
     tool_choice: Literal["auto"] = "auto"
@@ -484,7 +485,7 @@ class ResponseObject(AnswerModel):
     """Only if requested."""
 
 
-class ResponseDeleted(AnswerModel):
+class ResponseDeleted(ResponseModel):
     """A deleted response."""
 
     id: str = Field(examples=[EXAMPLE_RESPONSE])
@@ -497,7 +498,7 @@ class ResponseDeleted(AnswerModel):
     """Always true."""
 
 
-class ResponseEvent(AnswerModel):
+class ResponseEvent(ResponseModel):
     """An event of a response's stream. Its fields depend on its type."""
 
     model_config = ConfigDict(

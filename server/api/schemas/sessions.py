@@ -9,9 +9,9 @@ from server.api.schemas.base import (
     EXAMPLE_SESSION,
     LARGEST,
     WHOLE,
-    AnswerModel,
     Prompt,
     RequestModel,
+    ResponseModel,
     Text,
     UnixTime,
 )
@@ -75,7 +75,7 @@ class RewindRequest(RequestModel):
     """The checkpoint to go back to; later ones are erased. 0 is the empty beginning."""
 
 
-class Parent(AnswerModel):
+class Parent(ResponseModel):
     """A checkpoint of another session, which may have been deleted."""
 
     session_id: str = Field(examples=["sess_w8Rk3TzB5nQ0yVj6XcLmHd1sPaGfEu9o"])
@@ -85,7 +85,7 @@ class Parent(AnswerModel):
     """The turn after which it was forked."""
 
 
-class Session(AnswerModel):
+class Session(ResponseModel):
     """A conversation stored as one state of fixed size. Times are Unix seconds."""
 
     id: str = Field(examples=[EXAMPLE_SESSION])
@@ -141,7 +141,7 @@ class ImportedSession(Session):
     """The same of the server that computed the state; null in blobs that do not say it."""
 
 
-class Checkpoint(AnswerModel):
+class Checkpoint(ResponseModel):
     """A turn whose state is stored."""
 
     object: Literal["session.turn"] = "session.turn"
@@ -160,7 +160,7 @@ class Checkpoint(AnswerModel):
     """Size in the store."""
 
 
-class CheckpointList(AnswerModel):
+class CheckpointList(ResponseModel):
     """A session's checkpoints, newest first."""
 
     object: Literal["list"] = "list"
@@ -170,7 +170,7 @@ class CheckpointList(AnswerModel):
     """The checkpoints."""
 
 
-class SessionList(AnswerModel):
+class SessionList(ResponseModel):
     """A page of sessions, newest first."""
 
     object: Literal["list"] = "list"
@@ -189,7 +189,7 @@ class SessionList(AnswerModel):
     """Whether there is a next page."""
 
 
-class SessionDeleted(AnswerModel):
+class SessionDeleted(ResponseModel):
     """A deleted session."""
 
     id: str = Field(examples=[EXAMPLE_SESSION])

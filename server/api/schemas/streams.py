@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from server.api.schemas.base import EXAMPLE_STREAM, AnswerModel, UnixTime
+from server.api.schemas.base import EXAMPLE_STREAM, ResponseModel, UnixTime
 
 
-class StreamInfo(AnswerModel):
+class StreamInfo(ResponseModel):
     """A resumable stream."""
 
     id: str = Field(examples=[EXAMPLE_STREAM])
@@ -31,7 +31,7 @@ class StreamInfo(AnswerModel):
     """When it expires, in Unix seconds; null while it runs."""
 
 
-class StreamDeleted(AnswerModel):
+class StreamDeleted(ResponseModel):
     """A deleted stream."""
 
     id: str = Field(examples=[EXAMPLE_STREAM])

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from server.api.schemas.base import AnswerModel, RequestModel, Text, TokenIds
+from server.api.schemas.base import RequestModel, ResponseModel, Text, TokenIds
 from server.api.schemas.chat import Message
 
 
@@ -29,7 +29,7 @@ class TokenizeRequest(RequestModel):
     """Also return each token's name in the vocabulary."""
 
 
-class Tokenized(AnswerModel):
+class Tokenized(ResponseModel):
     """A text as tokens."""
 
     count: int = Field(examples=[3])
@@ -57,14 +57,14 @@ class DetokenizeRequest(RequestModel):
     """Token ids."""
 
 
-class Detokenized(AnswerModel):
+class Detokenized(ResponseModel):
     """Tokens as text."""
 
     prompt: str = Field(examples=["The cat"])
     """The text; special tokens appear by name."""
 
 
-class TokenizerInfo(AnswerModel):
+class TokenizerInfo(ResponseModel):
     """Tokenizer details, for clients that prepare prompts themselves."""
 
     bos_token: str | None = Field(examples=["<|begin|>"])

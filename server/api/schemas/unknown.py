@@ -4,7 +4,7 @@ import logging
 from contextvars import ContextVar
 from typing import Literal
 
-MOST_NAMED = 1000
+MAX_LOGGED_NAMES = 1000
 LONGEST_NAME = 80
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ class UnknownParameters:
         if not self._ignores:
             return False
         shown = name[:LONGEST_NAME]
-        if shown not in self._named and len(self._named) < MOST_NAMED:
+        if shown not in self._named and len(self._named) < MAX_LOGGED_NAMES:
             self._named.add(shown)
             log.warning("unknown parameter %r is ignored", shown)
         return True

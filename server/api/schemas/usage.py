@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from server.api.schemas.base import AnswerModel, UnixSecond
+from server.api.schemas.base import ResponseModel, UnixSecond
 
 
-class KeyUsage(AnswerModel):
+class KeyUsage(ResponseModel):
     """What your key has used since the server started, and what it holds."""
 
     object: Literal["usage"] = "usage"

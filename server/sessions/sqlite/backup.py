@@ -89,7 +89,7 @@ def restore(source: Path, data_dir: Path) -> Contents:
             check_store(made / STORE_FILE)
             contents = _contents(made)
             sync_folder(states_folder(made / STORE_FILE))
-            _give_to_owner(made, data_dir)
+            _chown(made, data_dir)
             states_folder(made / STORE_FILE).rename(states_folder(data_dir / STORE_FILE))
             os.link(made / STORE_FILE, data_dir / STORE_FILE)  # unless there is one by now
             sync_folder(data_dir)
@@ -156,7 +156,7 @@ def _contents(folder: Path) -> Contents:
     return Contents(num_sessions, num_responses, num_states, num_bytes, len(named - states))
 
 
-def _give_to_owner(made: Path, data_dir: Path) -> None:
+def _chown(made: Path, data_dir: Path) -> None:
     """What root restores belongs to whom the data folder belongs to."""
     if os.geteuid() == 0:
         owner = data_dir.stat()

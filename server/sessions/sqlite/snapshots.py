@@ -25,7 +25,7 @@ from server.sessions.store import StoreError
 
 SOCKET = "backup.sock"
 PREFIX = "snapshot-"
-LONGEST_ADDRESS = 100
+MAX_ADDRESS_BYTES = 100
 LONGEST_LINE = 4096
 ASKED_S = 10.0
 """For who has connected to ask."""
@@ -38,7 +38,7 @@ class SnapshotError(Exception):
 
 
 @contextmanager
-def offered(
+def serve_snapshots(
     store: SQLiteStore, data_dir: Path, erase: Callable[[str], str] | None = None
 ) -> Iterator[None]:
     """While the block runs, other processes can have snapshots of the store in this folder, and
@@ -58,7 +58,7 @@ def offered(
             yield
             return
         answering = threading.Thread(
-            target=_answer_all,
+            target=_serve_all,
             args=(listener, store, data_dir, erase),
             name="snapshots",
             daemon=True,
@@ -81,7 +81,7 @@ def snapshot(data_dir: Path) -> Iterator[Path]:
     """
     connection = connect(data_dir)
     if connection is None:
-        with _own(data_dir) as folder:
+        with _offline_snapshot(data_dir) as folder:
             yield folder
         return
     with connection, connection.makefile("rw", encoding="utf-8") as answers:
@@ -109,7 +109,7 @@ def connect(data_dir: Path) -> socket.socket | None:
 
 
 @contextmanager
-def _own(data_dir: Path) -> Iterator[Path]:
+def _offline_snapshot(data_dir: Path) -> Iterator[Path]:
     path = data_dir / STORE_FILE
     if not path.exists():
         raise SnapshotError(f"{path}: there is no session store")
@@ -118,14 +118,14 @@ def _own(data_dir: Path) -> Iterator[Path]:
     except StoreError as error:
         raise SnapshotError(str(error)) from error
     try:
-        with _made(store, data_dir) as folder:
+        with _new_snapshot(store, data_dir) as folder:
             yield folder
     finally:
         asyncio.run(store.close())
 
 
 @contextmanager
-def _made(store: SQLiteStore, data_dir: Path) -> Iterator[Path]:
+def _new_snapshot(store: SQLiteStore, data_dir: Path) -> Iterator[Path]:
     """Raises SnapshotError."""
     try:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=data_dir))
@@ -141,7 +141,7 @@ def _made(store: SQLiteStore, data_dir: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _answer_all(
+def _serve_all(
     listener: socket.socket,
     store: SQLiteStore,
     data_dir: Path,
@@ -172,7 +172,7 @@ def _answer_erase(connection: socket.socket, erase: Callable[[str], str], owner:
 
 def _answer(connection: socket.socket, store: SQLiteStore, data_dir: Path) -> None:
     try:
-        with _made(store, data_dir) as folder:
+        with _new_snapshot(store, data_dir) as folder:
             _send(connection, {"folder": folder.name})
             connection.recv(1)  # until it ends
     except SnapshotError as error:
@@ -187,7 +187,7 @@ def _send(connection: socket.socket, answer: dict[str, str]) -> None:
 @contextmanager
 def _address(path: Path) -> Iterator[str]:
     """The path, or a shorter one that leads there: a socket's address has at most 104 bytes."""
-    if len(os.fsencode(path)) <= LONGEST_ADDRESS:
+    if len(os.fsencode(path)) <= MAX_ADDRESS_BYTES:
         yield str(path)
         return
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -18,13 +18,13 @@ from server.sessions.sqlite.writer import Writer, storage_error
 from server.sessions.store import (
     Checkpoint,
     Entry,
+    EntryKind,
     Header,
-    KeptAnswer,
-    Kind,
     NewState,
+    StoredAnswer,
     StoreError,
     StoreHealth,
-    Usage,
+    StoreUsage,
 )
 
 STORE_FILE = "sessions.sqlite3"
@@ -37,7 +37,7 @@ FILE_THREADS = 2
 """For files that are written, and for those that are read: no commit waits for an export."""
 
 DATABASE_FILES = ("", "-wal", "-shm", "-clock")
-MOST_OF_A_HEADER = 64 << 10
+MAX_HEADER_BYTES = 64 << 10
 UNFINISHED = "status IN ('queued', 'in_progress')"
 
 
@@ -68,7 +68,7 @@ class SQLiteStore:
         self._reading = ThreadPoolExecutor(FILE_THREADS, "read-states")
 
     @property
-    def total(self) -> Usage:
+    def total(self) -> StoreUsage:
         return self._writer.total
 
     def now(self) -> float:
@@ -156,12 +156,12 @@ class SQLiteStore:
 
         return await self._run(work)
 
-    async def get(self, kind: Kind, entry_id: str) -> Entry | None:
+    async def get(self, kind: EntryKind, entry_id: str) -> Entry | None:
         entry = await self._run(lambda db: find_entry(db, entry_id))
         return None if entry is None or entry.kind != kind else entry
 
     async def list(
-        self, kind: Kind, owner: str, limit: int, after: str | None, now: float
+        self, kind: EntryKind, owner: str, limit: int, after: str | None, now: float
     ) -> list[Entry]:
         def work(db: sqlite3.Connection) -> list[Entry]:
             rows = db.execute(
@@ -175,14 +175,14 @@ class SQLiteStore:
 
         return await self._run(work)
 
-    async def usage(self, owner: str) -> Usage:
-        def work(db: sqlite3.Connection) -> Usage:
+    async def usage(self, owner: str) -> StoreUsage:
+        def work(db: sqlite3.Connection) -> StoreUsage:
             row = db.execute(
                 """SELECT num_sessions, num_responses, num_states, num_bytes FROM owners
                 WHERE owner = ?""",
                 [owner],
             ).fetchone()
-            return Usage() if row is None else Usage(*row)
+            return StoreUsage() if row is None else StoreUsage(*row)
 
         return await self._run(work)
 
@@ -198,14 +198,14 @@ class SQLiteStore:
 
         return await self._run(work)
 
-    async def find_answer(self, entry_id: str, key: str) -> KeptAnswer | None:
-        def work(db: sqlite3.Connection) -> KeptAnswer | None:
+    async def find_answer(self, entry_id: str, key: str) -> StoredAnswer | None:
+        def work(db: sqlite3.Connection) -> StoredAnswer | None:
             row = db.execute(
                 """SELECT key, request, answer FROM answers
                 WHERE entry_number = (SELECT number FROM entries WHERE id = ?) AND key = ?""",
                 [entry_id, key],
             ).fetchone()
-            return None if row is None else KeptAnswer(*row)
+            return None if row is None else StoredAnswer(*row)
 
         return await self._run(work)
 
@@ -240,10 +240,10 @@ class SQLiteStore:
 
         def beginning(db: sqlite3.Connection, rowid: int, state_id: str, is_file: bool) -> bytes:
             if is_file:
-                return self._files.beginning(state_id, MOST_OF_A_HEADER)
+                return self._files.beginning(state_id, MAX_HEADER_BYTES)
             with db.blobopen("checkpoints", "blob", rowid, readonly=True) as blob:
                 size = int.from_bytes(blob.read(8), "little")
-                return blob.read(min(size, MOST_OF_A_HEADER))
+                return blob.read(min(size, MAX_HEADER_BYTES))
 
         return await self._run(work)
 
@@ -296,7 +296,7 @@ class SQLiteStore:
 
         return await self._run(work)
 
-    async def delete(self, kind: Kind, entry_id: str) -> bool:
+    async def delete(self, kind: EntryKind, entry_id: str) -> bool:
         def work(db: sqlite3.Connection) -> bool:
             deleted = db.execute("DELETE FROM entries WHERE id = ? AND kind = ?", [entry_id, kind])
             return deleted.rowcount > 0

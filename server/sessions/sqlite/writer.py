@@ -21,12 +21,12 @@ from server.errors import StorageFailed, StorageFull
 from server.sessions.sqlite.files import StateFiles
 from server.sessions.sqlite.schema import PAGE_BYTES, one_line
 from server.sessions.sqlite.space import ReservedSpace
-from server.sessions.store import Usage
+from server.sessions.store import StoreUsage
 
 log = logging.getLogger(__name__)
 
-MOST_TOGETHER = 256
-COPIED_PAGES = 256
+MAX_BATCH = 256
+PAGES_PER_STEP = 256
 """Pages of the database that are copied between two transactions."""
 
 T = TypeVar("T")
@@ -117,7 +117,7 @@ class Writer:
     def _run_next(self) -> None:
         """Wait for something to do, and do all that waits."""
         jobs = [self._jobs.get()]
-        while len(jobs) < MOST_TOGETHER and not self._jobs.empty():
+        while len(jobs) < MAX_BATCH and not self._jobs.empty():
             jobs.append(self._jobs.get())
         self._closed = self._closed or None in jobs
         self._run_together([job for job in jobs if isinstance(job, _Job)])
@@ -130,7 +130,7 @@ class Writer:
         try:
             with contextlib.closing(sqlite3.connect(job.path, isolation_level=None)) as copy:
                 copy.execute("PRAGMA synchronous = OFF")  # of a file that nobody needs yet
-                self.db.backup(copy, pages=COPIED_PAGES, progress=self._between_steps)
+                self.db.backup(copy, pages=PAGES_PER_STEP, progress=self._between_steps)
                 job.at_end(self.db)
                 copy.execute("PRAGMA journal_mode = DELETE")
         except Exception as error:  # whatever it was, the thread goes on
@@ -250,8 +250,8 @@ def storage_error(error: Exception) -> StorageFailed:
     return failed
 
 
-def _total(db: sqlite3.Connection) -> Usage:
-    return Usage(
+def _total(db: sqlite3.Connection) -> StoreUsage:
+    return StoreUsage(
         *db.execute(
             """SELECT coalesce(sum(num_sessions), 0), coalesce(sum(num_responses), 0),
             coalesce(sum(num_states), 0), coalesce(sum(num_bytes), 0) FROM owners"""

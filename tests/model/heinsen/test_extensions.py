@@ -217,7 +217,7 @@ def test_a_session_that_moves_continues_to_the_bit(chosen: tuple[str, ...]) -> N
     made = network(chosen)
     pool, other = made.new_pool(1), made.new_pool(2)
     prefill(made, IDS[:1, :90], [90], pool, [0])
-    data = new_transfer(pool).export_row(0).take()
+    data = new_transfer(pool).export_row(0).collect()
     assert len(data) == made.state_spec.num_bytes
     new_transfer(other).import_row(1, data)
     here, there = step(made, IDS[:1, 90], pool, [0]), step(made, IDS[:1, 90], other, [1])

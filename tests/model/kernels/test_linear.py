@@ -12,7 +12,7 @@ from model import WeightDtype
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 from model.kernels.cpu import arithmetic
-from model.kernels.linear import NarrowLinear, PackedLinear, narrow, why_not_compiled
+from model.kernels.linear import NarrowLinear, PackedLinear, narrow, reason_not_compiled
 from tests.model.calls import prefill, step
 
 each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
@@ -108,6 +108,6 @@ def test_where_nothing_can_be_compiled_torch_serves_the_same(
 
 
 def test_only_float32_networks_on_a_cpu_are_compiled() -> None:
-    assert not why_not_compiled(torch.device("cpu"), torch.float32)
-    assert why_not_compiled(torch.device("cpu"), torch.float64)
-    assert why_not_compiled(torch.device("cuda"), torch.float32)
+    assert not reason_not_compiled(torch.device("cpu"), torch.float32)
+    assert reason_not_compiled(torch.device("cpu"), torch.float64)
+    assert reason_not_compiled(torch.device("cuda"), torch.float32)

@@ -144,7 +144,7 @@ def fla(made: Weights) -> Weights:
 
 
 def save_hf(
-    folder: Path, config: Config, made: Weights, num_shards: int = 1, **told: object
+    folder: Path, config: Config, made: Weights, num_shards: int = 1, **reported: object
 ) -> Path:
     """A folder for Hugging Face's libraries."""
     folder.mkdir()
@@ -159,7 +159,7 @@ def save_hf(
         "attn": None,
         "eos_token_id": 2,
     }
-    (folder / "config.json").write_text(json.dumps(settings | told))
+    (folder / "config.json").write_text(json.dumps(settings | reported))
     tensors = fla(made)
     if num_shards == 1:
         save_file(tensors, folder / "model.safetensors")

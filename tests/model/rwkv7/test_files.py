@@ -123,9 +123,9 @@ def of_version(*parts: str) -> Callable[[Path], Path]:
     return save
 
 
-def folder_with(**told: object) -> Callable[[Path], Path]:
+def folder_with(**reported: object) -> Callable[[Path], Path]:
     made = networks.weights(TINY)
-    return lambda folder: networks.save_hf(folder / "model", TINY, made, 1, **told)
+    return lambda folder: networks.save_hf(folder / "model", TINY, made, 1, **reported)
 
 
 def gguf(folder: Path) -> Path:

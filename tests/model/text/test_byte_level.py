@@ -66,14 +66,14 @@ def test_a_long_text_has_the_tokens_of_its_pieces(parts: list[str], piece: int) 
     whole, as_text = WORDS.encode(text), WORDS.encode_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("model.text.byte_level.PIECE", piece)
-        patch.setattr("model.text.byte_level.SEARCHED_TOGETHER", 4)
+        patch.setattr("model.text.byte_level.SEARCH_SPAN", 4)
         assert WORDS.encode(text) == whole
         assert WORDS.encode_text(text) == as_text
 
 
 def test_only_where_a_word_ends_a_text_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.text.byte_level.PIECE", 3)
-    monkeypatch.setattr("model.text.byte_level.SEARCHED_TOGETHER", 4)
+    monkeypatch.setattr("model.text.byte_level.SEARCH_SPAN", 4)
     found = list(WORDS._pieces("ab cd  ef 7 gh'x ij k"))
     assert found == ["ab cd  ef 7 gh'x", " ij k"]
 

@@ -11,7 +11,7 @@ from model.heinsen import checkpoint
 from model.heinsen.network import LanguageModel
 from model.network import Loaded
 from model.training import answers
-from model.training.answers import SUBJECTS, Answer, answer, repeats, report
+from model.training.answers import SUBJECTS, StoryAnswer, answer, repeats, report
 
 TOKENS = tuple(range(40))
 
@@ -24,14 +24,16 @@ def loaded(tiny_checkpoint: Path) -> Loaded[LanguageModel]:
 @pytest.mark.parametrize(
     ("given", "faults"),
     [
-        (Answer("A king?", "king", TOKENS, "The King sat.", True), ()),
-        (Answer("Frogs?", "frog", TOKENS, "Two frogs, and no more.", True), ()),
-        (Answer("A hat?", "hat", TOKENS, "That, chat.", True), ("does not name the hat",)),
-        (Answer("A king?", "king", TOKENS, "king", False), ("does not end",)),
-        (Answer("A king?", "king", TOKENS + TOKENS, "king", True), ("repeats itself",)),
+        (StoryAnswer("A king?", "king", TOKENS, "The King sat.", True), ()),
+        (StoryAnswer("Frogs?", "frog", TOKENS, "Two frogs, and no more.", True), ()),
+        (StoryAnswer("A hat?", "hat", TOKENS, "That, chat.", True), ("does not name the hat",)),
+        (StoryAnswer("A king?", "king", TOKENS, "king", False), ("does not end",)),
+        (StoryAnswer("A king?", "king", TOKENS + TOKENS, "king", True), ("repeats itself",)),
     ],
 )
-def test_what_is_no_answer_has_its_faults_named(given: Answer, faults: tuple[str, ...]) -> None:
+def test_what_is_no_answer_has_its_faults_named(
+    given: StoryAnswer, faults: tuple[str, ...]
+) -> None:
     assert given.faults == faults
 
 
@@ -43,7 +45,7 @@ def test_twenty_tokens_that_come_twice_are_a_loop() -> None:
 
 
 def test_an_answer_depends_on_its_seed_alone(loaded: Loaded[LanguageModel]) -> None:
-    def ask(seed: int, max_tokens: int = 12) -> Answer:
+    def ask(seed: int, max_tokens: int = 12) -> StoryAnswer:
         return answer(
             loaded.network, loaded.tokenizer, "A cat?", "cat",
             seed=seed, temperature=1.0, max_tokens=max_tokens,
@@ -59,8 +61,8 @@ def test_an_answer_depends_on_its_seed_alone(loaded: Loaded[LanguageModel]) -> N
 
 
 def test_the_report_counts_and_shows_all() -> None:
-    good = Answer("A king?", "king", TOKENS, "A king.\n\nThe end.", True)
-    bad = Answer("A dog?", "dog", TOKENS, "A cat.", False)
+    good = StoryAnswer("A king?", "king", TOKENS, "A king.\n\nThe end.", True)
+    bad = StoryAnswer("A dog?", "dog", TOKENS, "A cat.", False)
     text = report([good, bad])
     assert text.startswith("1 of 2 answer their request")
     assert "**1. A king?** (an answer)\n\n> A king.\n>\n> The end." in text

@@ -122,8 +122,8 @@ def test_the_seed_and_the_epoch_decide_the_order() -> None:
 
 def test_lanes_start_together_on_documents_of_similar_length() -> None:
     """Else most of a batch would be padding."""
-    chance = torch.Generator().manual_seed(0)
-    lengths = torch.randint(2, 200, (256,), generator=chance).tolist()
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 200, (256,), generator=generator).tolist()
     lanes, filled, places = Lanes(numbered(lengths), 8, 200, 0), 0, 0
     for _ in range(32):
         batch = lanes.next()

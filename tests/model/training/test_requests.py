@@ -12,7 +12,7 @@ from model.training import requests
 from model.training.corpus import read_documents
 from model.training.requests import CHAT_TEMPLATE, chat, subjects
 from model.training.train import SPECIAL_TOKENS
-from server.api.conversation import Conversation, Said
+from server.api.conversation import ChatMessage, Conversation
 
 KING = "Once upon a time, there was a fat king named Otto. The king ate. A cat saw the king."
 MOST = 500
@@ -35,11 +35,14 @@ def test_a_subject_is_named_first_and_again(story: str, expected: list[str]) -> 
 def test_a_chat_is_what_the_template_makes_of_it() -> None:
     words = byte_level.train([KING], 300, SPECIAL_TOKENS)
     served = Conversation(CHAT_TEMPLATE, words, 0, 0)
-    asked, answer = Said("user", "A story, please.", None), Said("assistant", KING, None)
+    asked, answer = (
+        ChatMessage("user", "A story, please.", None),
+        ChatMessage("assistant", KING, None),
+    )
     first, again = chat("A story, please.", KING), chat("A story, please.", "")
     begun = served.begin([asked], MOST)
     assert begun == words.encode(first.removesuffix(f"{KING}<|end|>"))
-    assert begun + words.encode(KING) + served.go_on([asked], MOST) == words.encode(
+    assert begun + words.encode(KING) + served.extend([asked], MOST) == words.encode(
         first + again.removesuffix("<|end|>")
     )
     assert served.begin([asked, answer, asked], MOST) == words.encode(

@@ -44,8 +44,8 @@ def network(seed: int = 0, **changes: Any) -> LanguageModel:
 
 def documents(*lengths: int) -> list[Tensor]:
     """Random, hence different, documents."""
-    chance = torch.Generator().manual_seed(1)
-    return [torch.randint(CONFIG.vocab_sz, (length,), generator=chance) for length in lengths]
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(CONFIG.vocab_sz, (length,), generator=generator) for length in lengths]
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -284,12 +284,12 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(command(tales, whole, tokens=800))[0] == 0
-    step, taken = Trainer.step, 0
+    step, collected = Trainer.step, 0
 
     def interrupted(trainer: Trainer) -> float:
-        nonlocal taken
-        taken += 1
-        if taken == 6:
+        nonlocal collected
+        collected += 1
+        if collected == 6:
             raise KeyboardInterrupt
         return step(trainer)
 

@@ -17,7 +17,7 @@ def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         model_name="tiny",
         max_prompt_tokens=2000,
         max_body_bytes=100_000,
-        keepalive_s=0.2,
+        stream_keepalive_s=0.2,
     )
     with live_server(settings) as running:
         yield running

@@ -142,10 +142,12 @@ def test_a_turn_with_a_key_is_taken_once(client: httpx.Client) -> None:
         headers=headers,
     )
     data = [line[6:] for line in replayed.text.splitlines() if line.startswith("data: ")]
-    told = [ChatChunk.model_validate_json(event) for event in data[:-1]]
-    assert "".join(c.delta.content or "" for e in told for c in e.choices) == content(first.json())
-    assert told[-1].usage is not None
-    assert told[0].object == events[0]["object"]
+    reported = [ChatChunk.model_validate_json(event) for event in data[:-1]]
+    assert "".join(c.delta.content or "" for e in reported for c in e.choices) == content(
+        first.json()
+    )
+    assert reported[-1].usage is not None
+    assert reported[0].object == events[0]["object"]
     assert client.get(f"/v1/sessions/{session_id}").json()["turn"] == 1
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from model.text import byte_level
 from model.text.tokenizer import Tokenizer
-from server.api.conversation import Conversation, Said, TemplateFault, UnfitMessages
+from server.api.conversation import ChatMessage, Conversation, InvalidMessages, InvalidTemplate
 from server.api.schemas.chat import Message
 from tests.server.api.chats import SPECIAL, TEMPLATE
 
@@ -19,10 +19,10 @@ def conversation(template: str = TEMPLATE, words: Tokenizer = WORDS) -> Conversa
     return Conversation(template, words, 0, 4)
 
 
-def said(*texts: str) -> list[Said]:
+def messages_of(*texts: str) -> list[ChatMessage]:
     """Messages of a user and an assistant in turn."""
     roles = ("user", "assistant")
-    return [Said(roles[i % 2], text) for i, text in enumerate(texts)]
+    return [ChatMessage(roles[i % 2], text) for i, text in enumerate(texts)]
 
 
 def shown(ids: list[int]) -> str:
@@ -40,22 +40,22 @@ def test_turns_together_are_the_conversation_rendered_whole(
     first: str, answer: str, second: str
 ) -> None:
     chat = conversation()
-    turns = chat.begin(said(first), MOST), chat.go_on(said(second), MOST)
-    whole = chat.begin(said(first, answer, second), MOST)
+    turns = chat.begin(messages_of(first), MOST), chat.extend(messages_of(second), MOST)
+    whole = chat.begin(messages_of(first, answer, second), MOST)
     assert shown(turns[0]) + answer + shown(turns[1]) == shown(whole)
 
 
 @given(contents)
 def test_special_tokens_come_from_the_template_only(content: str) -> None:
     chat, words = conversation(), WORDS.special_tokens
-    ids = chat.begin(said(content), MOST)
+    ids = chat.begin(messages_of(content), MOST)
     assert [i for i in ids if i in NAMES] == [
         words["<|user|>"],
         words["<|end|>"],
         words["<|assistant|>"],
     ]
     assert shown(ids) == f"<|user|>{content}<|end|><|assistant|>"
-    first = chat.go_on(said(content), MOST)
+    first = chat.extend(messages_of(content), MOST)
     assert next(i for i in first if i in NAMES) == words["<|end|>"]
 
 
@@ -74,14 +74,14 @@ PIECES = st.text("<|>endusr \n", max_size=8) | st.sampled_from(
 @given(name=PIECES, content=PIECES)
 def test_nothing_that_a_user_writes_becomes_a_special_token(name: str, content: str) -> None:
     """In no place of a template, nor where two texts meet, nor where a text meets the template."""
-    message, words = Said("user", content, name), WORDS.special_tokens
+    message, words = ChatMessage("user", content, name), WORDS.special_tokens
     ids = conversation(SPEAKING).begin([message], MOST)
     assert [i for i in ids if i in NAMES] == [words["<|user|>"], words["<|end|>"]]
     assert shown(ids) == f"<|user|>{name.strip()}{content}<|end|>"
     around = conversation(AROUND).begin([message], MOST)
     assert shown(around) == f"<|{name}|>{content}"
     assert not NAMES.keys() & {*around}
-    texts = [Said("user", name), Said("user", content), Said("user", name)]
+    texts = [ChatMessage("user", name), ChatMessage("user", content), ChatMessage("user", name)]
     between = conversation(BETWEEN).begin(texts, MOST)
     assert shown(between) == name + content + name
     assert not NAMES.keys() & {*between}
@@ -90,7 +90,7 @@ def test_nothing_that_a_user_writes_becomes_a_special_token(name: str, content: 
 @pytest.mark.parametrize("change", ["lower", "upper", "tojson"])
 def test_templates_may_change_what_users_write(change: str) -> None:
     template = "{{ messages[0].content | CHANGE }}".replace("CHANGE", change)
-    ids = conversation(template).begin([Said("user", "a<|EnD|>b")], MOST)
+    ids = conversation(template).begin([ChatMessage("user", "a<|EnD|>b")], MOST)
     expected = {"lower": "a<|end|>b", "upper": "A<|END|>B"}
     assert shown(ids) == expected.get(change, '"a\\u003c|EnD|\\u003eb"')
     assert not NAMES.keys() & {*ids}
@@ -99,19 +99,22 @@ def test_templates_may_change_what_users_write(change: str) -> None:
 def test_usual_text_reaches_a_template_as_it_is() -> None:
     template = "{{ messages[0].content.startswith('> so') }}{{ messages[0].content | length }}"
     plain = "so <b>it</b> is\n"
-    assert shown(conversation(template).begin([Said("user", plain)], MOST)) == f"False{len(plain)}"
+    assert (
+        shown(conversation(template).begin([ChatMessage("user", plain)], MOST))
+        == f"False{len(plain)}"
+    )
 
 
 def test_a_special_token_of_one_character_is_text_too() -> None:
     words = byte_level.train(["the cat"], 300, ["\N{SECTION SIGN}", "<|end|>"])
     ids = conversation("{{ messages[0].content }}<|end|>", words).begin(
-        [Said("user", "\N{SECTION SIGN}")], MOST
+        [ChatMessage("user", "\N{SECTION SIGN}")], MOST
     )
     assert ids == [*words.encode_text("\N{SECTION SIGN}"), words.special_tokens["<|end|>"]]
 
 
 def test_nothing_new_adds_nothing() -> None:
-    assert conversation().go_on([], MOST) == []
+    assert conversation().extend([], MOST) == []
 
 
 def test_a_message_of_parts_is_their_text() -> None:
@@ -121,12 +124,12 @@ def test_a_message_of_parts_is_their_text() -> None:
 
 
 def test_a_developer_is_the_system() -> None:
-    message = Said("developer", "be kind")
+    message = ChatMessage("developer", "be kind")
     assert "<|system|>be kind<|end|>" in shown(conversation().begin([message], MOST))
 
 
 def test_templates_know_the_names_of_the_first_and_last_token() -> None:
-    ids = conversation("{{ bos_token }}a{{ eos_token }}").begin(said("x"), MOST)
+    ids = conversation("{{ bos_token }}a{{ eos_token }}").begin(messages_of("x"), MOST)
     assert (ids[0], ids[-1]) == (0, 4)
 
 
@@ -141,15 +144,15 @@ def test_templates_know_the_names_of_the_first_and_last_token() -> None:
     ],
 )
 def test_what_a_template_refuses_is_the_clients_to_know(template: str, reason: str) -> None:
-    with pytest.raises(UnfitMessages, match=reason):
-        conversation(template).begin(said("x"), MOST)
+    with pytest.raises(InvalidMessages, match=reason):
+        conversation(template).begin(messages_of("x"), MOST)
 
 
 def test_a_template_that_hides_answers_cannot_go_on_with_a_session() -> None:
-    with pytest.raises(UnfitMessages, match="omits earlier answers"):
-        conversation("{{ messages[-1].content }}").go_on(said("x"), MOST)
+    with pytest.raises(InvalidMessages, match="omits earlier answers"):
+        conversation("{{ messages[-1].content }}").extend(messages_of("x"), MOST)
 
 
 def test_what_is_no_template_is_found_at_the_start() -> None:
-    with pytest.raises(TemplateFault, match="line 2"):
+    with pytest.raises(InvalidTemplate, match="line 2"):
         conversation("a\n{% for %}")

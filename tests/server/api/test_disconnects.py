@@ -27,7 +27,7 @@ def server(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[LiveServer]:
         max_running=8,
         warm_sessions=4,
         max_waiting=256,
-        busy_wait_s=PATIENCE_S,
+        session_wait_s=PATIENCE_S,
     )
     with live_server(settings) as running:
         yield running

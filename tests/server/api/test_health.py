@@ -25,7 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tiny_checkpoint: Path, data: Path) -> Iterator[LiveServer]:
-    with live_server(tiny_settings(tiny_checkpoint, data, hung_step_s=0.5)) as running:
+    with live_server(tiny_settings(tiny_checkpoint, data, step_hang_timeout_s=0.5)) as running:
         yield running
 
 
@@ -90,7 +90,7 @@ def test_an_idle_engine_and_one_that_warms_up_do_not_hang(
     monkeypatch.setattr(
         "model.decoding.decoder.DirectRunner.prepare", lambda _: go.wait(PATIENCE_S)
     )
-    settings = tiny_settings(tiny_checkpoint, tmp_path, hung_step_s=1e-9)
+    settings = tiny_settings(tiny_checkpoint, tmp_path, step_hang_timeout_s=1e-9)
     with live_server(settings) as server, server.client() as client:
         check_well(client)
         go.set()

@@ -137,11 +137,11 @@ class Session:
         body.pop("stop", None)
         async with self._client.stream("POST", "/v1/completions", json=body) as response:
             assert response.status_code == 200, await response.aread()
-            lines, told = response.aiter_lines(), list[str]()
-            while len(told) < number % 5 * 4:
+            lines, reported = response.aiter_lines(), list[str]()
+            while len(reported) < number % 5 * 4:
                 line = await anext(lines, None)
-                assert line is not None, told
-                told.append(line)
+                assert line is not None, reported
+                reported.append(line)
         while (await self._get())["status"] == "busy":
             pass
 
@@ -301,8 +301,8 @@ def test_a_stream_that_began_comes_to_its_end(
             lives = [Conversation(client, twins, history).hold() for history in histories]
             num_refused = sum(await asyncio.gather(*lives))
         value = server.service.metrics.registry.get_sample_value
-        told = value("latentd_admission_rejections_total", {"reason": "queue_full"}) or 0
-        assert told == num_refused
+        reported = value("latentd_admission_rejections_total", {"reason": "queue_full"}) or 0
+        assert reported == num_refused
 
     with live_server(tiny_settings(tiny_checkpoint, tmp_path, **limits)) as server:
         asyncio.run(all_of_them(server))

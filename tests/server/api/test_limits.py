@@ -198,11 +198,11 @@ def test_headers_tell_of_the_limit_that_leaves_least() -> None:
             "x-ratelimit-reset-tokens": "0s",
         }
         await use(limits, who, 100, num_generated=20)
-        told = await limits.headers(who)
-        assert told["x-ratelimit-remaining-requests"] == "9"
-        assert told["x-ratelimit-remaining-tokens"] == "5880"
-        assert told["x-ratelimit-reset-requests"] == "30s"
-        assert told["x-ratelimit-reset-tokens"] == "1m30s"
+        reported = await limits.headers(who)
+        assert reported["x-ratelimit-remaining-requests"] == "9"
+        assert reported["x-ratelimit-remaining-tokens"] == "5880"
+        assert reported["x-ratelimit-reset-requests"] == "30s"
+        assert reported["x-ratelimit-reset-tokens"] == "1m30s"
         assert await limiter().headers(caller()) == {}
 
     run(main)
@@ -347,8 +347,8 @@ def test_a_client_that_leaves_gives_its_place_back(limited: LiveServer, stream: 
                     refused = client.post("/v1/completions", json=BODY)
                     assert refused.json()["error"]["code"] == "concurrent_requests"
                     assert refused.headers["Retry-After"] == "1"
-                    told = (json.loads(line[6:]) for line in lines if line.startswith("data: "))
-                    next(each for each in told if each["usage"]["completion_tokens"] > 100)
+                    reported = (json.loads(line[6:]) for line in lines if line.startswith("data: "))
+                    next(each for each in reported if each["usage"]["completion_tokens"] > 100)
             else:
                 with closing(send(limited.url, endless, authorization="Bearer alpha")):
                     wait_until(lambda: generated.get() > 200)

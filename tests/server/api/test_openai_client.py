@@ -75,7 +75,7 @@ def test_a_conflict_is_not_repeated(openai_client: openai.OpenAI, server: LiveSe
 
 
 def test_comments_between_events_do_not_disturb_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    settings = tiny_settings(tiny_checkpoint, tmp_path, keepalive_s=0.0001)
+    settings = tiny_settings(tiny_checkpoint, tmp_path, stream_keepalive_s=0.0001)
     body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True}
     with live_server(settings) as impatient, impatient.client() as client:
 
@@ -128,17 +128,21 @@ def alpha(talker: LiveServer) -> Iterator[openai.OpenAI]:
 
 
 def test_chats(alpha: openai.OpenAI) -> None:
-    said: list[ChatCompletionMessageParam] = [{"role": "user", "content": "the cat"}]
+    history: list[ChatCompletionMessageParam] = [{"role": "user", "content": "the cat"}]
     create = alpha.chat.completions.create
-    whole = create(model="latentd", messages=said, max_completion_tokens=16, seed=1, logprobs=True)
+    whole = create(
+        model="latentd", messages=history, max_completion_tokens=16, seed=1, logprobs=True
+    )
     content, logprobs = whole.choices[0].message.content, whole.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.content
-    chunks = create(model="latentd", messages=said, max_completion_tokens=16, seed=1, stream=True)
-    told = [chunk.choices[0].delta.content or "" for chunk in chunks]
-    assert "".join(told) == content
+    chunks = create(
+        model="latentd", messages=history, max_completion_tokens=16, seed=1, stream=True
+    )
+    reported = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(reported) == content
     with alpha.chat.completions.stream(
-        model="latentd", messages=said, max_completion_tokens=16, seed=1
+        model="latentd", messages=history, max_completion_tokens=16, seed=1
     ) as helped:
         deltas = [event.delta for event in helped if event.type == "content.delta"]
     assert "".join(deltas) == content
@@ -154,31 +158,31 @@ class Person(pydantic.BaseModel):
 
 
 def test_what_it_dumps_of_an_answer_is_a_message(alpha: openai.OpenAI) -> None:
-    said: Any = [{"role": "user", "content": "the cat"}]
+    history: Any = [{"role": "user", "content": "the cat"}]
     chats = alpha.chat.completions
-    asked: Any = {"model": "latentd", "messages": said, "max_completion_tokens": 30}
+    asked: Any = {"model": "latentd", "messages": history, "max_completion_tokens": 30}
     with chats.stream(**asked, extra_body=ENDS) as events:
         streamed = events.get_final_completion()
     parsed = chats.parse(**asked, response_format=Person)
     assert parsed.choices[0].message.parsed == Person(age=7)
     for answer in (chats.create(**asked), streamed, parsed):
         message = answer.choices[0].message.model_dump(warnings=False)
-        then = chats.create(**asked | {"messages": [*said, message, *said]})
+        then = chats.create(**asked | {"messages": [*history, message, *history]})
         assert then.choices[0].message.role == "assistant"
 
 
 def test_what_it_dumps_of_a_response_is_input(alpha: openai.OpenAI) -> None:
-    said: Any = [{"role": "user", "content": "the cat"}]
+    history: Any = [{"role": "user", "content": "the cat"}]
     asked: Any = {"model": "latentd", "max_output_tokens": 30, "store": False}
     responses = alpha.responses
-    with responses.stream(**asked, input=said, extra_body=ENDS) as events:
+    with responses.stream(**asked, input=history, extra_body=ENDS) as events:
         streamed = events.get_final_response()
-    parsed = responses.parse(**asked, input=said, text_format=Person)
+    parsed = responses.parse(**asked, input=history, text_format=Person)
     assert parsed.output_parsed == Person(age=7)
     include: Any = ["message.output_text.logprobs"]
-    for answer in (responses.create(**asked, input=said, include=include), streamed, parsed):
+    for answer in (responses.create(**asked, input=history, include=include), streamed, parsed):
         items: Any = [item.model_dump(warnings=False) for item in answer.output]
-        assert responses.create(**asked, input=said + items + said).output
+        assert responses.create(**asked, input=history + items + history).output
 
 
 def test_responses_go_on_from_one_another(alpha: openai.OpenAI) -> None:
@@ -195,10 +199,10 @@ def test_responses_go_on_from_one_another(alpha: openai.OpenAI) -> None:
     with alpha.responses.stream(
         model="latentd", input="sat", previous_response_id=first.id, max_output_tokens=8
     ) as events:
-        told = list(events)
-    assert told[0].type == "response.created"
-    assert told[-1].type in ("response.completed", "response.incomplete")
-    assert told[-1].response.previous_response_id == first.id
+        reported = list(events)
+    assert reported[0].type == "response.created"
+    assert reported[-1].type in ("response.completed", "response.incomplete")
+    assert reported[-1].response.previous_response_id == first.id
     alpha.responses.delete(first.id)
     with pytest.raises(openai.NotFoundError):
         alpha.responses.retrieve(first.id)

@@ -189,15 +189,15 @@ def test_llama_cpp_names(client: httpx.Client, path: str) -> None:
     [limit] = [name for name in BODIES[path] if name.startswith("max")]
     unlimited = {name: value for name, value in BODIES[path].items() if name != limit}
 
-    def told(**changes: object) -> str:
+    def reported(**changes: object) -> str:
         response = client.post(path, json=unlimited | {"temperature": 0} | changes)
         assert response.status_code == 200, response.text
         return text(path, response.json())
 
-    strong = told(n_predict=12, repetition_penalty=5.0)
-    assert strong == told(**{limit: 12}, repeat_penalty=5.0, cache_prompt=False)
-    assert strong != told(**{limit: 12})
-    assert told(n_predict=-1) == told()
+    strong = reported(n_predict=12, repetition_penalty=5.0)
+    assert strong == reported(**{limit: 12}, repeat_penalty=5.0, cache_prompt=False)
+    assert strong != reported(**{limit: 12})
+    assert reported(n_predict=-1) == reported()
     for changes, param in (
         ({"repeat_penalty": 1.5, "repetition_penalty": 1.2}, "repeat_penalty"),
         ({limit: 2, "n_predict": 3}, "n_predict"),
@@ -218,8 +218,8 @@ def test_unknown_names_are_ignored_where_the_operator_says_so(
         nested = {"structured_outputs": {"choice": ["a"], "backend": "x"}}
         assert ask(client, COMPLETIONS, **nested)[0] == 200
         assert ask(client, COMPLETIONS, suffix="x")[1]["code"] == "unsupported_parameter"
-    told = [r.getMessage() for r in caplog.records if "unknown parameter" in r.getMessage()]
-    assert sorted(told) == [
+    reported = [r.getMessage() for r in caplog.records if "unknown parameter" in r.getMessage()]
+    assert sorted(reported) == [
         f"unknown parameter '{name}' is ignored"
         for name in ("backend", "guided_whitespace_pattern", "nobody")
     ]

@@ -66,19 +66,19 @@ def events(client: httpx.Client, path: str, body: dict[str, Any]) -> list[dict[s
 def test_answers(
     client: httpx.Client, path: str, body: dict[str, Any], shape: type[BaseModel]
 ) -> None:
-    told = shape.model_validate_json(answer(client, path, body))
-    assert told.model_fields_set >= {
+    reported = shape.model_validate_json(answer(client, path, body))
+    assert reported.model_fields_set >= {
         name for name, field in shape.model_fields.items() if field.is_required()
     }
 
 
 def texts(answers: list[dict[str, Any]]) -> dict[int, str]:
     """The text of each choice."""
-    told = dict[int, str]()
+    reported = dict[int, str]()
     for choice in (choice for answer in answers for choice in answer["choices"]):
         parts = choice.get("message") or choice.get("delta") or {"content": choice.get("text")}
-        told[choice["index"]] = told.get(choice["index"], "") + (parts.get("content") or "")
-    return told
+        reported[choice["index"]] = reported.get(choice["index"], "") + (parts.get("content") or "")
+    return reported
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_chunks(
     "changes", [{}, {"background": True}, {"include": ["message.output_text.logprobs"]}]
 )
 def test_typed_events(client: httpx.Client, changes: dict[str, Any]) -> None:
-    told = events(client, "/v1/responses", RESPONSE | changes)
-    kinds = [type(EVENT.validate_python(event)).__name__ for event in told]
+    reported = events(client, "/v1/responses", RESPONSE | changes)
+    kinds = [type(EVENT.validate_python(event)).__name__ for event in reported]
     assert kinds[0] == "ResponseCreatedEvent"
     assert "ResponseTextDeltaEvent" in kinds
     assert kinds[-1] in ("ResponseCompletedEvent", "ResponseIncompleteEvent")

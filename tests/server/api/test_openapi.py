@@ -58,8 +58,8 @@ def takes_null_only(schema: Json) -> bool:
 
 def fields(document: Json) -> Iterator[tuple[str, Json]]:
     for name, schema in document["components"]["schemas"].items():
-        for field, told in schema.get("properties", {}).items():
-            yield f"{name}.{field}", told
+        for field, reported in schema.get("properties", {}).items():
+            yield f"{name}.{field}", reported
 
 
 def headers_and_parameters(operations: dict[str, Json]) -> Iterator[tuple[str, Json]]:
@@ -83,7 +83,7 @@ def test_every_schema_and_field_is_described(document: Json) -> None:
     schemas = document["components"]["schemas"]
     assert len(schemas) > 50
     assert [name for name, schema in schemas.items() if not schema.get("description")] == []
-    assert [name for name, told in fields(document) if not told.get("description")] == []
+    assert [name for name, reported in fields(document) if not reported.get("description")] == []
 
 
 def test_every_schema_and_field_has_an_example(document: Json) -> None:
@@ -91,8 +91,9 @@ def test_every_schema_and_field_has_an_example(document: Json) -> None:
     assert [name for name, schema in schemas.items() if not schema.get("examples")] == []
     bare = [
         name
-        for name, told in fields(document)
-        if not told.get("examples") or (None in told["examples"] and not takes_null_only(told))
+        for name, reported in fields(document)
+        if not reported.get("examples")
+        or (None in reported["examples"] and not takes_null_only(reported))
     ]
     assert bare == []
 
@@ -110,10 +111,12 @@ def test_examples_are_what_their_schemas_say(document: Json) -> None:
 def test_every_parameter_and_header_is_described_with_examples(
     document: Json, operations: dict[str, Json]
 ) -> None:
-    for name, told in headers_and_parameters(operations):
-        assert told.get("description"), name
-        assert told["schema"].get("examples"), name
-        assert wrong_examples(document, told["schema"], told["schema"]["examples"]) == [], name
+    for name, reported in headers_and_parameters(operations):
+        assert reported.get("description"), name
+        assert reported["schema"].get("examples"), name
+        assert wrong_examples(document, reported["schema"], reported["schema"]["examples"]) == [], (
+            name
+        )
 
 
 def test_every_call_is_described(document: Json, operations: dict[str, Json]) -> None:
@@ -133,10 +136,10 @@ def test_every_error_has_one_shape(document: Json, operations: dict[str, Json]) 
     for call, operation in operations.items():
         assert "500" in operation["responses"], call
         for status in [status for status in operation["responses"] if int(status) in ERRORS]:
-            [(kind, told)] = operation["responses"][status]["content"].items()
+            [(kind, reported)] = operation["responses"][status]["content"].items()
             assert kind == "application/json"
-            assert told["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}
-            assert wrong_examples(document, told["schema"], [told["example"]]) == []
+            assert reported["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}
+            assert wrong_examples(document, reported["schema"], [reported["example"]]) == []
 
 
 def test_streams_tell_the_schema_of_an_event(
@@ -149,13 +152,13 @@ def test_streams_tell_the_schema_of_an_event(
         "/v1/responses": {"input": "hello"},
     }
     for path, body in bodies.items():
-        told = operations[f"POST {path}"]["responses"]["200"]["content"]["text/event-stream"]
-        message, end = told["schema"]["properties"]["data"]["anyOf"]
+        reported = operations[f"POST {path}"]["responses"]["200"]["content"]["text/event-stream"]
+        message, end = reported["schema"]["properties"]["data"]["anyOf"]
         with chatting.client() as client:
             text = client.post(path, json=body | {"stream": True}).text
         for event in filter(None, text.split("\n\n")):
             lines = dict(line.split(": ", 1) for line in event.splitlines())
-            assert wrong_examples(document, told["schema"], [lines]) == []
+            assert wrong_examples(document, reported["schema"], [lines]) == []
             if lines["data"] != end["const"]:
                 schema = message["contentSchema"]
                 parsed = httpx.Response(200, text=lines["data"]).json()
@@ -167,7 +170,7 @@ def test_first_examples_of_requests_are_taken(
 ) -> None:
     with chatting.client() as client:
         session_id = client.post("/v1/sessions", json={"prompt": "the"}).json()["id"]
-        taken = []
+        collected = []
         for call, operation in operations.items():
             content = operation.get("requestBody", {}).get("content", {})
             schema = content.get("application/json", {}).get("schema", {})
@@ -181,8 +184,8 @@ def test_first_examples_of_requests_are_taken(
             path = path.replace("{session_id}", session_id)
             response = client.request(method, path, json=example)
             assert response.status_code in (200, 201), (call, response.text)
-            taken.append(call)
-    assert len(taken) == 8
+            collected.append(call)
+    assert len(collected) == 8
 
 
 def test_requests_say_what_the_settings_allow(document: Json) -> None:

@@ -34,7 +34,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
         folder,
         tmp_path_factory.mktemp("data"),
         api_key=("alpha", "beta"),
-        keepalive_s=0.2,
+        stream_keepalive_s=0.2,
         max_resumable_streams=4,
     )
     with live_server(settings) as running:
@@ -150,9 +150,9 @@ def test_any_earlier_response_can_be_gone_on_from_any_number_of_times(
 def test_messages_of_parts_and_output_items_are_input(client: httpx.Client) -> None:
     first = respond(client, store=False)
     parts = [{"type": "input_text", "text": "the "}, {"type": "input_text", "text": "cat"}]
-    said: list[object] = [{"role": "user", "content": parts}]
-    assert text(respond(client, input=said)) == text(first)
-    whole = [*said, *first["output"], {"role": "user", "content": "sat"}]
+    history: list[object] = [{"role": "user", "content": parts}]
+    assert text(respond(client, input=history)) == text(first)
+    whole = [*history, *first["output"], {"role": "user", "content": "sat"}]
     respond(client, input=whole)
 
 

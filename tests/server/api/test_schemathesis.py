@@ -67,16 +67,16 @@ def run(
     )
     assert report.exists(), shown.stdout + shown.stderr
     assert shown.returncode == 0, shown.stdout
-    told = json.loads(report.read_text())
-    print(told["test_cases"], f"{told['running_time']:.0f} s")
-    return dict(told)
+    reported = json.loads(report.read_text())
+    print(reported["test_cases"], f"{reported['running_time']:.0f} s")
+    return dict(reported)
 
 
-def check(told: dict[str, Any], caplog: pytest.LogCaptureFixture, least: int) -> None:
-    assert told["complete"]
-    assert told["operations"]["tested"] == told["operations"]["selected"]
-    assert told["test_cases"]["unique_failures"] == told["test_cases"]["errored"] == 0
-    assert told["test_cases"]["generated"] >= least
+def check(reported: dict[str, Any], caplog: pytest.LogCaptureFixture, least: int) -> None:
+    assert reported["complete"]
+    assert reported["operations"]["tested"] == reported["operations"]["selected"]
+    assert reported["test_cases"]["unique_failures"] == reported["test_cases"]["errored"] == 0
+    assert reported["test_cases"]["generated"] >= least
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR] == []
 
 
@@ -86,8 +86,8 @@ def test_a_few_requests_to_every_call(
 ) -> None:
     header = () if key is None else ("-H", f"Authorization: Bearer {key}")
     with serve(tmp_path, api_key=(key,) if key else ()) as running:
-        told = run(running, tmp_path / "report.json", 20, *header)
-    check(told, caplog, 2000)
+        reported = run(running, tmp_path / "report.json", 20, *header)
+    check(reported, caplog, 2000)
 
 
 STREAMING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
@@ -96,13 +96,13 @@ STREAMING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 def test_streams(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     flags = [flag for path in STREAMING for flag in ("--include-path", path)]
     with serve(tmp_path) as running:
-        told = run(
+        reported = run(
             *(running, tmp_path / "report.json", 100, *flags, "--mode", "positive"),
             hooks="schemathesis_streams",
         )
         ok = running.service.metrics.requests_total.labels
         streamed = [ok(endpoint=path, outcome="ok")._value.get() for path in STREAMING]
-    check(told, caplog, 300)
+    check(reported, caplog, 300)
     assert min(streamed) > 10
 
 
@@ -111,5 +111,5 @@ def test_hundreds_of_requests_to_every_call(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serve(tmp_path) as running:
-        told = run(running, tmp_path / "report.json", 150)
-    check(told, caplog, 5000)
+        reported = run(running, tmp_path / "report.json", 150)
+    check(reported, caplog, 5000)

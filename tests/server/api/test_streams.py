@@ -152,7 +152,7 @@ def keyed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         api_key=("alpha", "beta"),
         max_resumable_streams=3,
         stream_buffer_bytes=200_000,
-        keepalive_s=0.2,
+        stream_keepalive_s=0.2,
     )
     with live_server(settings) as running:
         yield running

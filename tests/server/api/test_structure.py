@@ -91,8 +91,8 @@ def test_a_stream_says_the_same(client: httpx.Client) -> None:
     body = {"prompt": "the cat", "max_tokens": 2000, "seed": 5, "response_format": FORMAT}
     response = client.post("/v1/completions", json=body | {"stream": True})
     data = [line[6:] for line in response.text.splitlines() if line.startswith("data: {")]
-    told = [c["text"] for event in data for c in json.loads(event)["choices"]]
-    assert "".join(told) == choice["text"]
+    reported = [c["text"] for event in data for c in json.loads(event)["choices"]]
+    assert "".join(reported) == choice["text"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError
 
-from server.api.schemas.chat import ChatChunk, ChatChunkChoice, Delta
+from server.api.schemas.chat import ChatChunk, ChatChunkChoice, MessageDelta
 from server.api.schemas.completions import Completion, CompletionChoice
 from server.api.templates import TextTemplate
 
@@ -21,9 +21,11 @@ def completion(text: str) -> BaseModel:
 
 
 def chunk(text: str) -> BaseModel:
-    choice = ChatChunkChoice(index=0, delta=Delta(content=text), logprobs=None, finish_reason=None)
-    told = {"object": "chat.completion.chunk", "choices": [choice], "session_id": "s"}
-    return ChatChunk.model_validate(FACTS | told)
+    choice = ChatChunkChoice(
+        index=0, delta=MessageDelta(content=text), logprobs=None, finish_reason=None
+    )
+    reported = {"object": "chat.completion.chunk", "choices": [choice], "session_id": "s"}
+    return ChatChunk.model_validate(FACTS | reported)
 
 
 TEMPLATES = [(make, TextTemplate(make)) for make in (completion, chunk)]

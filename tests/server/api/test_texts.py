@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from server.api.texts import LONG, SHORT, WRITTEN_TOGETHER, Texts, dump_json, to_json_list
+from server.api.texts import LONG, SHORT, WRITE_BATCH, Texts, dump_json, to_json_list
 from tests.patience import PATIENCE_S
 
 
@@ -62,7 +62,7 @@ def test_what_has_not_begun_is_dropped_at_the_end() -> None:
     asyncio.run(main())
 
 
-@given(st.lists(st.text(), max_size=3), st.integers(0, 2 * WRITTEN_TOGETHER + 1))
+@given(st.lists(st.text(), max_size=3), st.integers(0, 2 * WRITE_BATCH + 1))
 def test_a_list_is_written_as_it_would_be_in_one(names: list[str], count: int) -> None:
     items = (names * count)[:count] if names else []
     assert json.loads(to_json_list(items)) == items
@@ -94,7 +94,7 @@ ENTRIES = st.builds(Entry, name=st.text()) | st.builds(
 @given(
     entry=ENTRIES,
     num_entries=st.sampled_from([1, SHORT, SHORT + 1]),
-    num_ids=st.sampled_from([0, 1, SHORT + 1, WRITTEN_TOGETHER + 1]),
+    num_ids=st.sampled_from([0, 1, SHORT + 1, WRITE_BATCH + 1]),
     place=st.sampled_from(["part", "parts"]),
 )
 def test_a_long_model_is_written_as_a_short_one(

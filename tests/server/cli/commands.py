@@ -11,7 +11,7 @@ def latentd(*arguments: object, stdin: bytes = b"", **environment: str) -> Resul
     return CliRunner(env=env).invoke(app, [*map(str, arguments)], stdin, catch_exceptions=False)
 
 
-def told(*arguments: object, stdin: bytes = b"", **environment: str) -> str:
+def stdout_of(*arguments: object, stdin: bytes = b"", **environment: str) -> str:
     """What a command prints that does its work."""
     done = latentd(*arguments, stdin=stdin, **environment)
     assert (done.exit_code, done.stderr) == (0, "")

@@ -67,11 +67,11 @@ def proxy(upstream: str) -> Iterator[Proxy]:
                 if self.path.endswith("/completions") and running.spoils:
                     spoil = running.spoils.popleft()
                 chunks = answer.iter_raw()
-                told = b""
+                reported = b""
                 for chunk in chunks if spoil is None else spoil(chunks):
-                    told += chunk
+                    reported += chunk
                     self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
-            if spoil is None or running.is_polite or b"[DONE]" in told:
+            if spoil is None or running.is_polite or b"[DONE]" in reported:
                 self.wfile.write(b"0\r\n\r\n")
             else:
                 self.close_connection = True

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from server.cli import dialogue
 from server.cli.client import event_data
-from server.cli.terminal import ORDERS
+from server.cli.terminal import CONTROL_CHARACTERS
 from tests.patience import PATIENCE_S, PROGRAM_S
 from tests.server.api.chats import make_checkpoint
 from tests.server.cli.commands import latentd
@@ -102,7 +102,7 @@ def answer(client: httpx.Client, session_id: str, text: str, **changes: object) 
 
 
 def visible(text: str) -> str:
-    return text.translate(ORDERS).rstrip("\n") + "\n"
+    return text.translate(CONTROL_CHARACTERS).rstrip("\n") + "\n"
 
 
 def test_lines_come_from_a_pipe_and_plain_text_goes_to_one(
@@ -125,10 +125,10 @@ def test_lines_come_from_a_pipe_and_plain_text_goes_to_one(
     assert last == f"to continue: latentd chat --session {session_id}"
     session = facts(client, session_id)
     assert [SUMMARY.fullmatch(line) is not None for line in summaries] == [True, True]
-    told = [int(number.replace(",", "")) for number in SUMMARY.findall(summaries[1])[0]]
-    assert told == [2, told[1], 8, session["tokens"], session["state_bytes"]]
+    reported = [int(number.replace(",", "")) for number in SUMMARY.findall(summaries[1])[0]]
+    assert reported == [2, reported[1], 8, session["tokens"], session["state_bytes"]]
     before = int(SUMMARY.findall(summaries[0])[0][3])
-    assert before + told[1] + 8 == session["tokens"]
+    assert before + reported[1] + 8 == session["tokens"]
     assert place(client, session_id) == place(client, twin)
 
 
@@ -143,9 +143,9 @@ def test_a_session_goes_on_after_the_server_has_stopped(folder: Path, tmp_path: 
             answer(client, twin, "the cat")
             expected = answer(client, twin, "sat")
     with live_server(settings) as server:
-        said, remarks = piped(server.url, "sat\n", "--session", session_id, *SHORT)
+        logged, remarks = piped(server.url, "sat\n", "--session", session_id, *SHORT)
     assert remarks.startswith(f"session {session_id}: at turn {turn}, with {tokens:,} tokens\n")
-    assert said == visible(expected)
+    assert logged == visible(expected)
 
 
 def test_what_is_sent(between: Proxy) -> None:
@@ -188,14 +188,14 @@ def test_text_goes_as_it_is_where_there_is_no_template(
     """The server of this package has a model without one."""
     with proxy(server.url) as between:
         lines, key = "the cat\n sat\n", ("--key", KEY, "--system", "x")
-        said, remarks = piped(between.url, lines, *SHORT, *key)
+        logged, remarks = piped(between.url, lines, *SHORT, *key)
         assert remarks.count("this model has no chat template") == 1
         assert "the system message is not sent" in remarks
         assert remarks.splitlines()[-1].endswith("--raw")
         assert ["messages" in turn for turn in between.turns] == [True, False, False]
         assert [turn.get("prompt") for turn in between.turns] == [None, "the cat", " sat"]
         again, remarks = piped(between.url, lines, *SHORT, "--key", KEY, "--raw")
-        assert (said, "template" in remarks) == (again, False)
+        assert (logged, "template" in remarks) == (again, False)
     with proxy(chatting.url) as between:
         piped(between.url, "the cat\n", *SHORT, "--raw")
         assert between.turns[0]["prompt"] == "the cat"
@@ -205,8 +205,8 @@ def test_text_goes_as_it_is_where_there_is_no_template(
 
 def test_model_output_gives_the_terminal_no_orders(between: Proxy) -> None:
     between.spoils.append(say("a\x1b]0;t\x07\x9b2J\x00\x7f\r\tb\u2028c\x85d\nend"))
-    said, _ = piped(between.url, "the cat\n", *SHORT)
-    assert said == "a]0;t2J\tb\u2028cd\nend\n"
+    logged, _ = piped(between.url, "the cat\n", *SHORT)
+    assert logged == "a]0;t2J\tb\u2028cd\nend\n"
 
 
 def test_every_command(
@@ -233,12 +233,12 @@ def test_every_command(
     assert place(client, session_id)[0] == 1
     answer(client, session_id, "sat")
 
-    fork, said = does("/fork", "on").split("\n", 1)
+    fork, logged = does("/fork", "on").split("\n", 1)
     earlier = does("/fork 1").strip()
     assert [facts(client, each)["parent"]["turn"] for each in (fork, earlier)] == [2, 1]
     assert (place(client, fork)[0], place(client, earlier)[0]) == (3, 1)
     assert place(client, session_id)[0] == 2
-    assert said == visible(answer(client, session_id, "on"))
+    assert logged == visible(answer(client, session_id, "on"))
 
     state = client.get(f"/v1/sessions/{session_id}/state").content
     assert does("/export") == f"{session_id}-3.safetensors\n"
@@ -250,9 +250,9 @@ def test_every_command(
     )
     assert "No such file" in failing(url, "/export no/where\n", "--session", session_id)[1]
 
-    fresh, said = does("/new", "the cat").split("\n", 1)
+    fresh, logged = does("/new", "the cat").split("\n", 1)
     assert place(client, fresh)[0] == 1
-    assert said == visible(answer(client, new(client), "the cat"))
+    assert logged == visible(answer(client, new(client), "the cat"))
     before = place(client, fork)
     assert does(f"/switch {fork}", "/rewind 0").splitlines() == [
         f"{fork}: turn {before[0]}, {before[1]:,} tokens",
@@ -262,8 +262,8 @@ def test_every_command(
     assert all(each in listed for each in (session_id, fork, earlier, fresh))
     with proxy(url) as between:
         lines = "/system be brief\n/system\n/new\nx\n/quit\ny\n"
-        said, _ = piped(between.url, lines, *SHORT)
-        assert said.startswith("be brief\nbe brief\n")
+        logged, _ = piped(between.url, lines, *SHORT)
+        assert logged.startswith("be brief\nbe brief\n")
         assert [turn["messages"][0]["content"] for turn in between.turns] == ["be brief"]
     helped = does("/help")
     for name in ("new", "switch", "fork", "rewind", "export", "stats", "system", "help", "quit"):
@@ -288,8 +288,8 @@ def test_a_line_that_fails_ends_a_pipe(
     chatting: LiveServer, client: httpx.Client, line: str, why: str
 ) -> None:
     session_id = new(client)
-    said, remarks = failing(chatting.url, f"{line}\nthe cat\n", "--session", session_id)
-    assert said == ""
+    logged, remarks = failing(chatting.url, f"{line}\nthe cat\n", "--session", session_id)
+    assert logged == ""
     [error] = [remark for remark in remarks.splitlines() if remark.startswith("latentd: ")]
     assert why in error
     assert place(client, session_id) == (0, 0)
@@ -343,7 +343,7 @@ def test_ctrl_c_leaves_the_session_as_it_was(chatting: LiveServer, client: httpx
             somebody.read("\N{REPLACEMENT CHARACTER}{20}")
             assert facts(client, session_id)["status"] == "busy"
             somebody.type(CTRL_C)
-            told = somebody.read(
+            reported = somebody.read(
                 r"the turn was rolled back, the session is unchanged: at turn (\d+), with "
                 r"(\d+) tokens"
             )
@@ -351,7 +351,7 @@ def test_ctrl_c_leaves_the_session_as_it_was(chatting: LiveServer, client: httpx
             after = facts(client, session_id)
             assert after["status"] == "idle"
             assert (after["turn"], after["tokens"]) == (before["turn"], before["tokens"])
-            assert [int(number) for number in told.groups()] == [after["turn"], after["tokens"]]
+            assert [int(number) for number in reported.groups()] == [after["turn"], after["tokens"]]
         ends(somebody, CTRL_C, session_id)
     assert answer(client, session_id, "sat") == answer(client, twin, "sat")
 
@@ -376,13 +376,13 @@ def test_a_turn_that_was_committed_when_the_connection_broke_is_told_to_its_end(
 ) -> None:
     expected = answer(client, new(client), "the cat")
     between.spoils.append(cut_late)
-    said, remarks = piped(between.url, "the cat\nsat\n", *SHORT)
+    logged, remarks = piped(between.url, "the cat\nsat\n", *SHORT)
     assert between.turns[0] == between.turns[1]
     assert between.keys[0] == between.keys[1] != between.keys[2]
     assert "whether the turn was committed is unknown" in remarks
     assert "the turn was committed" in remarks
     # The error stands between the two parts of the answer, and begins a line.
-    assert said.replace("\n", "").startswith(visible(expected).replace("\n", ""))
+    assert logged.replace("\n", "").startswith(visible(expected).replace("\n", ""))
     assert [turn["expected_turn"] for turn in between.turns] == [0, 0, 1]
 
 

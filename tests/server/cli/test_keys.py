@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from server.keys import Limits, digest, read_keys
-from tests.server.cli.commands import latentd, refused, told
+from tests.server.cli.commands import latentd, refused, stdout_of
 
 
 @pytest.fixture
@@ -20,14 +20,14 @@ def test_a_new_key_is_printed_alone_and_once(file: Path) -> None:
     assert digest(done.stdout.strip()) == key.hash
     assert key.id in done.stderr
     assert key.limits == Limits(requests_per_minute=5)
-    assert done.stdout.strip() not in told("keys", "list", "--file", file)
+    assert done.stdout.strip() not in stdout_of("keys", "list", "--file", file)
 
 
 def test_the_list_tells_names_and_limits(file: Path) -> None:
     limits = ("--tokens-per-minute", 12_000, "--concurrent-requests", 4)
     latentd("keys", "add", "app", *limits, "--file", file)
     latentd("keys", "add", "other", LATENTD_KEY_FILE=str(file))
-    head, app, other = told("keys", "list", LATENTD_KEY_FILE=str(file)).splitlines()
+    head, app, other = stdout_of("keys", "list", LATENTD_KEY_FILE=str(file)).splitlines()
     assert head.split()[:2] == ["name", "id"]
     first, second = read_keys(file)
     assert app.split()[:2] == ["app", first.id]
@@ -39,7 +39,7 @@ def test_the_list_tells_names_and_limits(file: Path) -> None:
 def test_a_revoked_key_is_gone(file: Path) -> None:
     latentd("keys", "add", "app", "--file", file)
     [key] = read_keys(file)
-    assert told("keys", "revoke", key.id, "--file", file) == f"app {key.id}\n"
+    assert stdout_of("keys", "revoke", key.id, "--file", file) == f"app {key.id}\n"
     assert read_keys(file) == []
     assert "there is no key 'app'" in refused("keys", "revoke", "app", "--file", file)
 

@@ -10,10 +10,10 @@ import pytest
 
 from server.api.app import erase_owner
 from server.keys import Limits, add_key
-from server.sessions.sqlite.snapshots import offered
+from server.sessions.sqlite.snapshots import serve_snapshots
 from server.sessions.sqlite.store import SQLiteStore
 from tests.patience import PATIENCE_S
-from tests.server.cli.commands import refused, told
+from tests.server.cli.commands import refused, stdout_of
 from tests.server.live import LiveServer, live_server, tiny_settings
 
 ENDLESS = {"prompt": [1], "max_tokens": 60_000, "ignore_eos": True, "stream": True}
@@ -62,20 +62,20 @@ def test_a_key_holds_nothing_afterwards(
             body = ENDLESS | {"resumable": True}
             with (
                 client.stream("POST", "/v1/completions", json=body) as running,
-                offered(store, data, partial(erase_owner, server.app)),
+                serve_snapshots(store, data, partial(erase_owner, server.app)),
             ):
-                assert told(*erase) == "erased 2 sessions\n"
+                assert stdout_of(*erase) == "erased 2 sessions\n"
                 assert "cancelled" in "".join(running.iter_lines())
             assert client.get("/v1/usage").json()["bytes"] == 0
             assert client.get("/v1/sessions").json()["data"] == []
             server.wait_until_idle()
     if not is_running:
-        assert told(*erase) == "erased 2 sessions\n"
-        assert told(*erase) == "erased nothing\n"
+        assert stdout_of(*erase) == "erased 2 sessions\n"
+        assert stdout_of(*erase) == "erased nothing\n"
     with live_server(settings) as server, client_with(server, other) as neighbour:
         assert len(neighbour.get("/v1/sessions").json()["data"]) == 2
     erase_by_id = ("keys", "erase", key.id, "--file", file, "--data-dir", data)
-    assert told(*erase_by_id) == "erased nothing\n"
+    assert stdout_of(*erase_by_id) == "erased nothing\n"
 
 
 def test_refusals_are_one_line(file: Path, tmp_path: Path) -> None:

@@ -24,8 +24,10 @@ from tests.server.cli.conftest import KEY, OTHER
 from tests.server.live import LiveServer
 
 
-def told(server: LiveServer, *arguments: object, stdin: bytes = b"") -> str:
-    return commands.told("session", *arguments, stdin=stdin, LATENT_URL=server.url, LATENT_KEY=KEY)
+def stdout_of(server: LiveServer, *arguments: object, stdin: bytes = b"") -> str:
+    return commands.stdout_of(
+        "session", *arguments, stdin=stdin, LATENT_URL=server.url, LATENT_KEY=KEY
+    )
 
 
 def refused(server: LiveServer, *arguments: object, stdin: bytes = b"") -> str:
@@ -65,7 +67,7 @@ def test_list_shows_a_line_of_each_session(
     server: LiveServer, client: httpx.Client, session_id: str
 ) -> None:
     empty = client.post("/v1/sessions").json()["id"]
-    head, first, second = told(server, "list").splitlines()
+    head, first, second = stdout_of(server, "list").splitlines()
     assert head.split("  ")[0].strip() == "id"
     assert first.split()[:6] == [empty, "0", "0", "0", "-", "idle"]
     tokens = str(get(client, session_id)["tokens"])
@@ -78,12 +80,12 @@ def test_list_asks_for_all_pages(
     server: LiveServer, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_module, "PAGE", 2)
-    assert told(server, "list", "--json") == ""
+    assert stdout_of(server, "list", "--json") == ""
     made = [client.post("/v1/sessions").json()["id"] for _ in range(5)][::-1]
     for limit, expected in ((1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 5)):
-        listed = objects(told(server, "list", "--json", "--limit", limit))
+        listed = objects(stdout_of(server, "list", "--json", "--limit", limit))
         assert [session["id"] for session in listed] == made[:expected]
-    listed = objects(told(server, "list", "--json"))
+    listed = objects(stdout_of(server, "list", "--json"))
     assert listed == client.get("/v1/sessions").json()["data"]
 
 
@@ -93,21 +95,21 @@ def test_what_others_wrote_gives_the_terminal_no_orders(
     metadata = {"a": "[/b] :cat: [red]x", "b": "one\n\x1b[31mtwo"}
     session_id = client.post("/v1/sessions", json={"metadata": metadata}).json()["id"]
     for command in (["list"], ["show", session_id]):
-        shown = told(server, *command)
+        shown = stdout_of(server, *command)
         assert r"a=[/b] :cat: [red]x, b='one\n\x1b[31mtwo'" in shown
         assert "\x1b" not in shown
 
 
 def test_show_and_turns(server: LiveServer, client: httpx.Client, session_id: str) -> None:
     session = get(client, session_id)
-    shown = fields(told(server, "show", session_id))
+    shown = fields(stdout_of(server, "show", session_id))
     assert (shown["id"], shown["turn"], shown["tier"]) == (session_id, "2", "device")
     assert shown["state"] == f"{session['state_bytes']:,} bytes"
     assert (shown["expires"], shown["parent"]) == ("never", "-")
-    assert json.loads(told(server, "show", session_id, "--json")) == session
+    assert json.loads(stdout_of(server, "show", session_id, "--json")) == session
     kept = get(client, f"{session_id}/turns")["data"]
-    assert objects(told(server, "turns", session_id, "--json")) == kept
-    head, *lines = told(server, "turns", session_id).splitlines()
+    assert objects(stdout_of(server, "turns", session_id, "--json")) == kept
+    head, *lines = stdout_of(server, "turns", session_id).splitlines()
     assert head.split() == ["turn", "tokens", "created", "bytes"]
     ends = [(line.split()[0], line.split()[1], line.split()[-1]) for line in lines]
     assert ends == [(str(t["turn"]), str(t["tokens"]), f"{t['bytes']:,}") for t in kept]
@@ -121,10 +123,10 @@ def test_export_names_the_file_and_overwrites_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    name = told(server, "export", session_id).strip()
+    name = stdout_of(server, "export", session_id).strip()
     assert name == f"{session_id}-2.safetensors"
     assert Path(name).read_bytes() == state(client, session_id)
-    earlier = told(server, "export", session_id, "--turn", 1).strip()
+    earlier = stdout_of(server, "export", session_id, "--turn", 1).strip()
     assert earlier == f"{session_id}-1.safetensors"
     assert Path(earlier).read_bytes() != state(client, session_id)
     Path("out").write_text("precious")
@@ -132,7 +134,7 @@ def test_export_names_the_file_and_overwrites_none(
         server, "export", session_id, "--out", "out"
     )
     assert Path("out").read_text() == "precious"
-    told(server, "export", session_id, "--out", "out", "--force")
+    stdout_of(server, "export", session_id, "--out", "out", "--force")
     assert Path("out").read_bytes() == state(client, session_id)
     assert "no/out: No such file" in refused(server, "export", session_id, "--out", "no/out")
     assert {file.name for file in tmp_path.iterdir()} == {name, earlier, "out"}
@@ -156,8 +158,8 @@ def test_export_to_a_pipe_and_not_to_a_terminal(server: LiveServer, session_id: 
         *("session", "export", session_id, "--out", "-", "--key", KEY), LATENT_URL=server.url
     )
     assert done.exit_code == 0
-    imported = told(server, "import", "-", stdin=done.stdout_bytes).strip()
-    assert told(server, "export", imported, "--out", "-")
+    imported = stdout_of(server, "import", "-", stdin=done.stdout_bytes).strip()
+    assert stdout_of(server, "export", imported, "--out", "-")
     ours, terminal = pty.openpty()
     shown = subprocess.run(
         [sys.executable, "-m", "server", "session", "export", session_id, "--out", "-"],
@@ -180,11 +182,11 @@ def test_exported_inspected_imported_both_go_on_alike(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "state"
-    told(server, "export", session_id, "--out", file)
-    report = commands.told("inspect", file, "--checkpoint", tiny_checkpoint)
+    stdout_of(server, "export", session_id, "--out", file)
+    report = commands.stdout_of("inspect", file, "--checkpoint", tiny_checkpoint)
     assert report.splitlines()[-1].startswith("ok: ")
     options = ("--metadata", "a=b=c", "--metadata", "d=", "--ttl", 99)
-    imported = told(server, "import", file, *options).strip()
+    imported = stdout_of(server, "import", file, *options).strip()
     session = get(client, imported)
     assert (session["metadata"], session["ttl"]) == ({"a": "b=c", "d": ""}, 99)
     turn = {"prompt": " sat", "temperature": 1.0}
@@ -209,12 +211,12 @@ def test_import_refuses(
 
 
 def test_fork_and_rewind(server: LiveServer, client: httpx.Client, session_id: str) -> None:
-    fork = told(server, "fork", session_id).strip()
-    earlier = told(server, "fork", session_id, "--turn", 1).strip()
+    fork = stdout_of(server, "fork", session_id).strip()
+    earlier = stdout_of(server, "fork", session_id, "--turn", 1).strip()
     assert [get(client, each)["turn"] for each in (fork, earlier)] == [2, 1]
-    assert fields(told(server, "show", earlier))["parent"] == f"{session_id} after turn 1"
+    assert fields(stdout_of(server, "show", earlier))["parent"] == f"{session_id} after turn 1"
     tokens = get(client, earlier)["tokens"]
-    done = told(server, "rewind", session_id, 1)
+    done = stdout_of(server, "rewind", session_id, 1)
     assert done == f"{session_id}: turn 1, {tokens} tokens\n"
     assert get(client, session_id)["turn"] == 1
     assert "turn 2" in refused(server, "rewind", session_id, 2)
@@ -230,7 +232,7 @@ def test_delete_erases_all_that_it_can(server: LiveServer, client: httpx.Client)
     assert done.stderr.startswith("latentd: ")
     assert done.stderr.count("\n") == 1
     assert [session["id"] for session in get(client)["data"]] == ids[2:]
-    assert told(server, "delete", ids[2]).split() == [ids[2]]
+    assert stdout_of(server, "delete", ids[2]).split() == [ids[2]]
 
 
 @pytest.mark.long
@@ -242,7 +244,7 @@ def test_an_unknown_session_is_refused(
     server: LiveServer, session_id: str, strange: str, command: list[object]
 ) -> None:
     refused(server, command[0], strange.format(session_id), *command[1:])
-    assert fields(told(server, "show", session_id))["turn"] == "2"
+    assert fields(stdout_of(server, "show", session_id))["turn"] == "2"
 
 
 def test_the_servers_own_words_are_shown(server: LiveServer, session_id: str) -> None:
@@ -252,9 +254,9 @@ def test_the_servers_own_words_are_shown(server: LiveServer, session_id: str) ->
 
 def test_the_key_decides_whose_sessions_they_are(server: LiveServer, session_id: str) -> None:
     own = ("session", "list", "--json", "--url", server.url)
-    assert session_id in commands.told(*own, "--key", KEY)
-    assert session_id in commands.told(*own, LATENT_KEY=KEY)
-    assert commands.told(*own, "--key", OTHER, LATENT_KEY=KEY) == ""
+    assert session_id in commands.stdout_of(*own, "--key", KEY)
+    assert session_id in commands.stdout_of(*own, LATENT_KEY=KEY)
+    assert commands.stdout_of(*own, "--key", OTHER, LATENT_KEY=KEY) == ""
     assert "invalid API key" in commands.refused(*own, "--key", "wrong")
     assert "an API key is required" in commands.refused(*own)
     for impossible in ("é", "a\nb", "\ud800"):
@@ -341,7 +343,7 @@ def test_a_server_of_another_kind(status: int, body: bytes) -> None:
 def test_an_empty_page_is_the_last() -> None:
     page: dict[str, Any] = {"data": [], "first_id": None, "last_id": None, "has_more": True}
     with another_server(200, json.dumps(page).encode(), {}) as url:
-        assert commands.told("session", "list", "--json", "--url", url) == ""
+        assert commands.stdout_of("session", "list", "--json", "--url", url) == ""
 
 
 def test_an_error_of_many_lines_becomes_one() -> None:

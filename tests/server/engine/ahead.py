@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from model.decoding.decoder import Decoded, DirectRunner, Done, Piece
+from model.decoding.decoder import CompletedStep, Decoded, DirectRunner, Piece
 from model.network import Network
 from model.state import StatePool
 from model.transfer import DirectTransfer
@@ -22,7 +22,7 @@ class Later:
     line: "deque[weakref.ref[Later]]" = field(repr=False)
     """Steps whose tokens nobody has taken, but for those that nobody will take after an error."""
 
-    def take(self) -> Decoded:
+    def collect(self) -> Decoded:
         assert self.line.popleft()() is self, "steps are taken in the order of their launches"
         return self.decoded
 
@@ -58,8 +58,8 @@ class AheadRunner:
         if going:
             self.num_ahead += sum(pieces[i].token_ids is None for i in going)
             decoded = self._launch([self._known(pieces[i]) for i in going])
-            scored = {going[place]: each for place, each in decoded.scored.items()}
-            followed = {going[place]: each for place, each in decoded.followed.items()}
+            scored = {going[load]: each for load, each in decoded.scored.items()}
+            followed = {going[load]: each for load, each in decoded.followed.items()}
             for i, token_id in zip(going, decoded.token_ids, strict=True):
                 token_ids[i] = token_id
                 self._next[pieces[i].row] = None if token_id in pieces[i].ends else token_id
@@ -82,8 +82,8 @@ class AheadRunner:
         return each._replace(sampled=sampled._replace(position=position))
 
     def _launch(self, step: Sequence[Piece]) -> Decoded:
-        done: Done = self._direct.launch(step)
-        return done.take()
+        done: CompletedStep = self._direct.launch(step)
+        return done.collect()
 
 
 @dataclass
@@ -98,7 +98,7 @@ class LateExport:
         self.num_asked += 1
         return self.num_asked > 5
 
-    def take(self) -> bytes:
+    def collect(self) -> bytes:
         return self.data
 
 
@@ -118,8 +118,8 @@ def running_beside() -> Iterator[list[AheadRunner]]:
     """Engines that are made now run ahead, and their states come late; the runners made."""
     made = list[AheadRunner]()
 
-    def ahead(network: Network, pool: StatePool, most_rows: int) -> AheadRunner:
-        del most_rows
+    def ahead(network: Network, pool: StatePool, max_rows: int) -> AheadRunner:
+        del max_rows
         made.append(AheadRunner(network, pool))
         return made[-1]
 

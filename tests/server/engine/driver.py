@@ -14,7 +14,7 @@ from server.engine.messages import (
     Event,
     Finished,
     PromptScored,
-    RowGivenUp,
+    RowReleased,
     StoredState,
     TextDelta,
 )
@@ -36,21 +36,21 @@ class Driver:
     """An engine and the events that it delivered."""
 
     def __init__(self, checkpoint: Checkpoint, limits: EngineLimits = LIMITS) -> None:
-        self.events: queue.Queue[list[Event | RowGivenUp]] = queue.Queue()
+        self.events: queue.Queue[list[Event | RowReleased]] = queue.Queue()
         self.metrics = Metrics()
         self.engine = Engine(checkpoint, limits, self.deliver, self.metrics)
         self.engine.start()
         self.seen: list[Event] = []
-        self.given_up: list[RowGivenUp] = []
+        self.given_up: list[RowReleased] = []
 
-    def deliver(self, events: list[Event | RowGivenUp]) -> None:
+    def deliver(self, events: list[Event | RowReleased]) -> None:
         self.events.put(events)
 
     def wait(self, condition: Callable[[list[Event]], bool]) -> list[Event]:
         """Collect events until the condition holds on all of them."""
         while not condition(self.seen):
             for event in self.events.get(timeout=PATIENCE_S):
-                if isinstance(event, RowGivenUp):
+                if isinstance(event, RowReleased):
                     self.given_up.append(event)
                 else:
                     self.seen.append(event)
@@ -95,7 +95,7 @@ def request(name: str, num_prompt: int = 7, **changes: Any) -> EngineRequest:
 def stored(last: Finished, state_id: str | None = None) -> StoredState:
     """The state that a turn left. Under an id of its own it is in no row."""
     assert last.state is not None
-    return StoredState(last.kept_as or "" if state_id is None else state_id, last.state)
+    return StoredState(last.retained_as or "" if state_id is None else state_id, last.state)
 
 
 def following(last: Finished, name: str, num_prompt: int = 7, **changes: Any) -> EngineRequest:

@@ -15,7 +15,7 @@ from server.engine.messages import (
     Event,
     Finished,
     Release,
-    RowGivenUp,
+    RowReleased,
     Submit,
     TextDelta,
 )
@@ -51,7 +51,7 @@ class Stepper:
 
     def __init__(self, checkpoint: Checkpoint, limits: EngineLimits = LIMITS) -> None:
         self.inbox = Inbox(limits.max_waiting, limits.max_waiting_tokens)
-        self.delivered: list[Event | RowGivenUp] = []
+        self.delivered: list[Event | RowReleased] = []
         self.metrics = Metrics()
         self.worker = Worker(checkpoint, limits, self.inbox, self.delivered.extend, self.metrics)
         self.pool = self.worker._pool
@@ -112,14 +112,14 @@ class Stepper:
         return "".join(event.text for event in own if isinstance(event, TextDelta | Finished))
 
     def events(self) -> list[Event]:
-        return [event for event in self.delivered if not isinstance(event, RowGivenUp)]
+        return [event for event in self.delivered if not isinstance(event, RowReleased)]
 
     def owners(self) -> dict[str, int]:
         """Rows by the ids of requests and kept states."""
         return dict(self.slots._row)
 
-    def given_up(self) -> list[RowGivenUp]:
-        return [event for event in self.delivered if isinstance(event, RowGivenUp)]
+    def given_up(self) -> list[RowReleased]:
+        return [event for event in self.delivered if isinstance(event, RowReleased)]
 
     def check(self) -> None:
         """Every row has an owner or holds nothing."""
@@ -152,19 +152,19 @@ def asked(name: str, first: int, num_prompt: int, **changes: Any) -> EngineReque
 
 def keep_row(stepper: Stepper, state_id: str = "kept", first: int = 9) -> Finished:
     """The end of a turn that left its row under this id."""
-    _, last = stepper.turn(asked(f"leaves {state_id}", first, 7, keep_as=state_id))
-    assert last.kept_as == state_id
+    _, last = stepper.turn(asked(f"leaves {state_id}", first, 7, retain_as=state_id))
+    assert last.retained_as == state_id
     return last
 
 
-def check_given_up(delivered: list[Event | RowGivenUp]) -> None:
+def check_given_up(delivered: list[Event | RowReleased]) -> None:
     """Where no row is kept any more: each that was reported was given up later, and each once."""
     kept, given_up = set[str](), set[str]()
     for event in delivered:
-        if isinstance(event, RowGivenUp):
+        if isinstance(event, RowReleased):
             assert event.state_id not in given_up
             given_up.add(event.state_id)
-        elif isinstance(event, Finished) and event.kept_as is not None:
-            assert event.kept_as not in given_up
-            kept.add(event.kept_as)
+        elif isinstance(event, Finished) and event.retained_as is not None:
+            assert event.retained_as not in given_up
+            kept.add(event.retained_as)
     assert kept <= given_up

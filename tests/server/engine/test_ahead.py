@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
 from model.decoding.sampling import SamplingParams
-from server.engine.messages import EngineRequest, Finished, RowDamaged, RowGivenUp
+from server.engine.messages import EngineRequest, Finished, RowDamaged, RowReleased
 from server.engine.scheduler import EngineLimits
 from tests.server.engine.ahead import AheadRunner, running_beside
 from tests.server.engine.driver import LIMITS, request
@@ -30,7 +30,7 @@ def running_ahead(
 CHANGES = st.fixed_dictionaries(
     {},
     optional={
-        "keep_as": st.sampled_from([None, "state"]),
+        "retain_as": st.sampled_from([None, "state"]),
         "max_tokens": st.integers(0, 12),
         "stop_token_ids": st.sets(st.integers(1, 299), max_size=60).map(tuple),
         "stop": st.sampled_from([(), ("a",), ("the", "e")]),
@@ -56,7 +56,9 @@ def test_every_turn_ends_as_it_would_step_by_step(
     checkpoint: Checkpoint, changes: list[dict[str, Any]]
 ) -> None:
     asked = [request(f"r{i}", 3 + 9 * i, **each) for i, each in enumerate(changes)]
-    asked = [replace(each, keep_as=each.keep_as and f"after {each.request_id}") for each in asked]
+    asked = [
+        replace(each, retain_as=each.retain_as and f"after {each.request_id}") for each in asked
+    ]
     direct = Stepper(checkpoint, LIMITS)
     with running_ahead(checkpoint) as (stepper, _):
         for played in (direct, stepper):
@@ -67,7 +69,7 @@ def test_every_turn_ends_as_it_would_step_by_step(
             ours, expected = stepper.finished(name), direct.finished(name)
             assert stepper.text(name) == direct.text(name)
             # Clocks go on, and a row may be evicted before its state has come.
-            ours = replace(ours, timings=expected.timings, kept_as=expected.kept_as)
+            ours = replace(ours, timings=expected.timings, retained_as=expected.retained_as)
             assert ours == expected
             deltas = [[e for e in s.events() if e.request_id == name] for s in (stepper, direct)]
             assert deltas[0][:-1] == deltas[1][:-1]
@@ -90,7 +92,7 @@ def test_a_session_does_not_read_what_ended_its_turn(
         max_tokens=50,
         stop_token_ids=(last,),
         include_stop=include_stop,
-        keep_as="state",
+        retain_as="state",
     )
     _, expected = direct.turn(asked)
     assert expected.reason == "stop"
@@ -98,7 +100,7 @@ def test_a_session_does_not_read_what_ended_its_turn(
         _, finished = stepper.turn(asked)
         assert finished.state == expected.state
         assert finished.continuation == expected.continuation
-        assert finished.kept_as == "state"
+        assert finished.retained_as == "state"
         row = stepper.slots.row("state")
         assert stepper.pool.export_row(row) == expected.state
         assert runner.num_ahead == ends_at - 1
@@ -107,7 +109,7 @@ def test_a_session_does_not_read_what_ended_its_turn(
 CAREFUL: dict[str, dict[str, Any]] = {
     "penalties": {"sampling": SamplingParams(frequency_penalty=0.5)},
     "biases": {"sampling": SamplingParams(logit_bias=((5, 1.0),))},
-    "a session's stop string": {"stop": ("zzz",), "keep_as": "state"},
+    "a session's stop string": {"stop": ("zzz",), "retain_as": "state"},
     "many end tokens": {"stop_token_ids": (*range(1, 10),), "min_tokens": 12},
 }
 
@@ -126,7 +128,7 @@ def test_what_depends_on_the_last_token_waits_for_it_and_nothing_else_does(
 
 
 def test_no_token_is_read_beyond_the_last_that_may_come(checkpoint: Checkpoint) -> None:
-    asked = request("asked", 5, max_tokens=7, keep_as="state")
+    asked = request("asked", 5, max_tokens=7, retain_as="state")
     with running_ahead(checkpoint) as (stepper, runner):
         stepper.turn(asked)
         assert runner.num_ahead == 6
@@ -163,7 +165,7 @@ def test_a_model_that_gives_no_numbers_ends_the_turn_once(checkpoint: Checkpoint
 def test_a_state_that_comes_late_is_that_of_the_end_of_its_turn(checkpoint: Checkpoint) -> None:
     """Meanwhile its row may have gone to another sequence: no id is reported that means nothing."""
     limits = replace(LIMITS, max_running=1, warm_sessions=0)
-    asked = [request(f"r{i}", 1, keep_as=f"s{i}", max_tokens=1 + i % 2) for i in range(6)]
+    asked = [request(f"r{i}", 1, retain_as=f"s{i}", max_tokens=1 + i % 2) for i in range(6)]
     direct = Stepper(checkpoint, limits)
     expected = [direct.turn(each)[1].state for each in asked]
     with running_ahead(checkpoint, replace(limits, warm_sessions=1)) as (stepper, _):
@@ -172,10 +174,10 @@ def test_a_state_that_comes_late_is_that_of_the_end_of_its_turn(checkpoint: Chec
         assert [stepper.finished(each.request_id).state for each in asked] == expected
         gone, reported = set[str](), list[str | None]()
         for event in stepper.delivered:
-            if isinstance(event, RowGivenUp):
+            if isinstance(event, RowReleased):
                 gone.add(event.state_id)
             elif isinstance(event, Finished):
-                assert event.kept_as not in gone
-                reported.append(event.kept_as)
+                assert event.retained_as not in gone
+                reported.append(event.retained_as)
         assert None in reported
         assert reported[-1] is not None

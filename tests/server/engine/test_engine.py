@@ -17,7 +17,7 @@ from server.engine.messages import (
     EngineRequest,
     Failed,
     Finished,
-    RowGivenUp,
+    RowReleased,
     StoredState,
     TextDelta,
 )
@@ -52,12 +52,12 @@ def test_greedy_text_is_that_of_the_whole_sequence(driver: Driver, checkpoint: C
 
 
 def test_a_turn_in_two_parts_is_the_turn_in_one(driver: Driver) -> None:
-    whole, end = driver.turn(request("whole", max_tokens=40, keep_as="end"))
-    asked = replace(request("whole"), request_id="first", max_tokens=17, keep_as="half")
+    whole, end = driver.turn(request("whole", max_tokens=40, retain_as="end"))
+    asked = replace(request("whole"), request_id="first", max_tokens=17, retain_as="half")
     first, half = driver.turn(asked)
     for i, source in enumerate((stored(half, "elsewhere"), stored(half, "half"))):
         second, rest = driver.turn(
-            following(half, f"second-{i}", 0, source=source, max_tokens=23, keep_as=f"end-{i}")
+            following(half, f"second-{i}", 0, source=source, max_tokens=23, retain_as=f"end-{i}")
         )
         assert first + second == whole
         assert rest.state == end.state
@@ -66,17 +66,17 @@ def test_a_turn_in_two_parts_is_the_turn_in_one(driver: Driver) -> None:
 
 @pytest.mark.parametrize("cut", [1, 2, 63, 64, 65, 150])
 def test_a_prompt_sent_in_two_turns_leaves_the_bits_of_one(driver: Driver, cut: int) -> None:
-    whole = request("one", 151, max_tokens=9, keep_as="whole")
+    whole = request("one", 151, max_tokens=9, retain_as="whole")
     text, end = driver.turn(whole)
     ids = whole.token_ids
     _, half = driver.turn(
-        replace(whole, request_id="read", keep_as="half", token_ids=ids[:cut], max_tokens=0)
+        replace(whole, request_id="read", retain_as="half", token_ids=ids[:cut], max_tokens=0)
     )
     rest = following(
         half,
         "rest",
         source=stored(half, "elsewhere"),
-        keep_as="rest",
+        retain_as="rest",
         token_ids=ids[cut:],
         max_tokens=9,
     )
@@ -100,7 +100,7 @@ def test_stop_string_leaves_the_session_where_the_text_ends(
 ) -> None:
     whole, _ = driver.turn(request("w", max_tokens=40))
     stop = whole[len(whole) // 2 :][:4]
-    asked = replace(request("w", max_tokens=40), request_id="s", stop=(stop,), keep_as="s")
+    asked = replace(request("w", max_tokens=40), request_id="s", stop=(stop,), retain_as="s")
     text, last = driver.turn(asked)
     assert text == whole[: whole.index(stop)]
     assert last.reason == "stop"
@@ -125,14 +125,16 @@ def _sampled_ids(driver: Driver, asked: EngineRequest, count: int) -> list[int]:
     ids = []
     for i in range(1, count + 1):
         name = f"{asked.request_id}-{i}"
-        _, last = driver.turn(replace(asked, request_id=name, max_tokens=i, stop=(), keep_as=name))
+        _, last = driver.turn(
+            replace(asked, request_id=name, max_tokens=i, stop=(), retain_as=name)
+        )
         assert last.continuation is not None
         ids.append(last.continuation.pending[0])
     return ids
 
 
 def test_no_token_generates_nothing_but_reads_the_prompt(driver: Driver) -> None:
-    text, last = driver.turn(request("zero", 9, max_tokens=0, keep_as="read"))
+    text, last = driver.turn(request("zero", 9, max_tokens=0, retain_as="read"))
     assert text == ""
     assert last.continuation is not None
     assert last.continuation.position == 9
@@ -166,10 +168,10 @@ def test_a_long_prompt_does_not_stall_a_stream(checkpoint: Checkpoint) -> None:
 def test_evicted_rows_are_reported_oldest_first(driver: Driver) -> None:
     num_rows = LIMITS.max_running + LIMITS.warm_sessions
     for i in range(num_rows + 2):
-        _, last = driver.turn(replace(request("kept"), request_id=f"k{i}", keep_as=f"state-{i}"))
-        assert last.kept_as == f"state-{i}"
+        _, last = driver.turn(replace(request("kept"), request_id=f"k{i}", retain_as=f"state-{i}"))
+        assert last.retained_as == f"state-{i}"
     driver.turn(request("one more"))
-    expected = [RowGivenUp(f"state-{i}", is_evicted=True) for i in range(2)]
+    expected = [RowReleased(f"state-{i}", is_evicted=True) for i in range(2)]
     assert driver.given_up[:2] == expected
 
 
@@ -244,7 +246,7 @@ def test_an_error_between_two_phases_is_reported_too(
     def fail(*_: object) -> None:
         raise RuntimeError("no memory")
 
-    asked = [request(f"x{i}", 5, keep_as=f"s{i}") for i in range(6)]
+    asked = [request(f"x{i}", 5, retain_as=f"s{i}") for i in range(6)]
     with monkeypatch.context() as patched:
         patched.setattr(StatePool, broken, fail)
         driver.engine.submit(*asked)
@@ -292,7 +294,7 @@ def test_a_reused_row_does_not_show_the_former_state(driver: Driver) -> None:
     asked = request("fresh", 1, max_tokens=20)
     expected, _ = driver.turn(asked)
     for i in range(12):
-        driver.turn(request(f"fill-{i}", 30, keep_as=f"s{i}"))
+        driver.turn(request(f"fill-{i}", 30, retain_as=f"s{i}"))
     assert driver.turn(replace(asked, request_id="later"))[0] == expected
 
 
@@ -323,7 +325,7 @@ def test_a_deadline_ends_a_turn_in_every_phase(driver: Driver) -> None:
 def test_a_waiting_turn_that_ends_leaves_the_row_that_it_would_have_continued(
     driver: Driver,
 ) -> None:
-    _, last = driver.turn(request("first", keep_as="kept"))
+    _, last = driver.turn(request("first", retain_as="kept"))
     for end in ("cancelled", "late"):
         blockers = [request(f"{end}-{i}", 3, max_tokens=10**9) for i in range(4)]
         driver.engine.submit(*blockers)

@@ -34,7 +34,7 @@ def test_turns_are_those_of_the_compiled_network(fused: Checkpoint, checkpoint: 
     """Streams, a session with its next turn from bytes, penalties and probabilities together."""
     first = [
         asked("greedy", 3, sampling=SamplingParams(temperature=0.0)),
-        asked("session", 70, keep_as="state"),
+        asked("session", 70, retain_as="state"),
         asked("careful", 2, sampling=SamplingParams(frequency_penalty=0.5, seed=3)),
         asked("scored", 5, num_logprobs=1, score_prompt=True),
     ]

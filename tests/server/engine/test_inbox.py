@@ -9,8 +9,8 @@ from server.engine.inbox import Inbox
 from server.engine.messages import (
     Cancel,
     Continuation,
+    EngineMessage,
     EngineRequest,
-    Message,
     Release,
     Stop,
     Submit,
@@ -28,7 +28,7 @@ def submit(name: str, num_tokens: int) -> Submit:
 def test_messages_come_out_in_order_and_only_when_there() -> None:
     inbox = Inbox(2, 10)
     assert list(inbox.receive(wait=False)) == []
-    messages: list[Message] = [submit("a", 1), Cancel("a"), Release("state"), Stop()]
+    messages: list[EngineMessage] = [submit("a", 1), Cancel("a"), Release("state"), Stop()]
     inbox.submit(submit("a", 1))
     for message in messages[1:]:
         inbox.put(message)

@@ -11,31 +11,33 @@ from model.decoding.sampling import SamplingParams
 from server.engine import prefixes
 from server.engine.messages import Continuation, EngineRequest
 from server.engine.prefixes import SharedPrefixes, chain
-from server.engine.sequence import Sequence
+from server.engine.sequence import EngineSequence
 
 CHUNK, STATE_BYTES, ALL = 4, 100, 1000
 REQUEST = EngineRequest("", None, Continuation(), (), 5, SamplingParams())
 
 
-def sequence(*chunks: int, tail: int = 2, scored: bool = False, salt: bytes = b"") -> Sequence:
+def sequence(
+    *chunks: int, tail: int = 2, scored: bool = False, salt: bytes = b""
+) -> EngineSequence:
     """A prompt of whole chunks, each of one token, and a tail that is not a whole one."""
     ids = (*(token for token in chunks for _ in range(CHUNK)), *(0,) * tail)
     request = replace(REQUEST, token_ids=ids, score_prompt=scored, owner=salt.decode())
-    return Sequence(request, 0.0)
+    return EngineSequence(request, 0.0)
 
 
 def shared(num_states: int = 10) -> SharedPrefixes[str]:
     return SharedPrefixes(num_states * STATE_BYTES, STATE_BYTES, CHUNK)
 
 
-def read_all(states: SharedPrefixes[str], reading: Sequence) -> list[Sequence]:
+def read_all(states: SharedPrefixes[str], prefilling: EngineSequence) -> list[EngineSequence]:
     """Read to the end, keeping what is to be kept; those that need not wait any more."""
     ready = []
-    while not reading.is_read:
-        reading.pop_unread(reading.next_piece(ALL, CHUNK))
-        if reading.num_read in reading.keep_at:
-            ready += states.keep(reading, f"state {reading.num_read}")
-    assert states.leave(reading) == []
+    while not prefilling.is_read:
+        prefilling.pop_unread(prefilling.next_piece(ALL, CHUNK))
+        if prefilling.num_read in prefilling.retain_at:
+            ready += states.retain(prefilling, f"state {prefilling.num_read}")
+    assert states.leave(prefilling) == []
     return ready
 
 
@@ -91,7 +93,7 @@ def test_others_go_on_from_the_states_of_a_prompt_that_is_scored() -> None:
     states = shared()
     scored, follower = sequence(1, 2, 3, scored=True), sequence(1, 2, 9)
     states.begin(scored)
-    assert scored.keep_at == {12}
+    assert scored.retain_at == {12}
     states.begin(follower)
     assert (follower.waits_for, follower.waits_until) == (scored, 8)
     assert read_all(states, scored) == [follower]
@@ -116,7 +118,7 @@ def test_a_prompt_goes_on_from_the_last_chunk_of_an_earlier_one() -> None:
     states = shared()
     first = sequence(1, 2, 3, tail=2)
     assert states.begin(first) is None
-    assert first.keep_at == {12}
+    assert first.retain_at == {12}
     read_all(states, first)
     for later in (sequence(1, 2, 3), sequence(1, 2, 3, 4), sequence(1, 2, 3, 9, 9)):
         assert states.begin(later) == "state 12"
@@ -131,7 +133,7 @@ def test_the_last_token_is_never_in_a_kept_state() -> None:
     states = shared()
     first = sequence(1, 2, tail=0)
     states.begin(first)
-    assert first.keep_at == {4}
+    assert first.retain_at == {4}
 
 
 def test_where_prompts_part_a_state_is_kept_from_the_second_on() -> None:
@@ -139,10 +141,10 @@ def test_where_prompts_part_a_state_is_kept_from_the_second_on() -> None:
     for prompt in (sequence(1, 2, 3, 4), sequence(1, 2, 5, 6)):
         assert states.begin(prompt) is None
         read_all(states, prompt)
-    assert prompt.keep_at == {8, 16}
+    assert prompt.retain_at == {8, 16}
     third = sequence(1, 2, 7)
     assert states.begin(third) == "state 8"
-    assert third.keep_at == {12}
+    assert third.retain_at == {12}
 
 
 def test_the_least_recently_used_state_goes_first() -> None:
@@ -165,7 +167,7 @@ def test_without_space_for_a_state_nothing_is_kept_or_waited_for(capacity: int) 
     states = SharedPrefixes[str](capacity, STATE_BYTES, CHUNK)
     for prompt in (sequence(1), sequence(1)):
         assert states.begin(prompt) is None
-        assert not prompt.keep_at
+        assert not prompt.retain_at
         assert prompt.waits_for is None
     assert states.leave(prompt) == []
 
@@ -173,7 +175,7 @@ def test_without_space_for_a_state_nothing_is_kept_or_waited_for(capacity: int) 
 def test_what_was_seen_is_bounded_and_its_beginning_is_forgotten_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prefixes, "MOST_SEEN", 3)
+    monkeypatch.setattr(prefixes, "MAX_SEEN", 3)
     states = shared()
     for prompt in (sequence(1, 2, 3), sequence(4)):
         states.begin(prompt)
@@ -181,7 +183,7 @@ def test_what_was_seen_is_bounded_and_its_beginning_is_forgotten_last(
     assert len(states._seen) == 3
     parting = sequence(1, 2, 3, 9)
     states.begin(parting)
-    assert parting.keep_at == {8, 16}
+    assert parting.retain_at == {8, 16}
 
 
 def test_others_wait_for_the_one_that_reads_the_same() -> None:
@@ -197,9 +199,9 @@ def test_others_wait_for_the_one_that_reads_the_same() -> None:
     assert (same.waits_for, same.waits_until) == (reader, 12)
     assert (parts.waits_for, parts.waits_until) == (reader, 8)
     assert other.waits_for is None
-    assert reader.keep_at == {8, 12}
+    assert reader.retain_at == {8, 12}
     reader.pop_unread(8)
-    assert states.keep(reader, "state 8") == [parts]
+    assert states.retain(reader, "state 8") == [parts]
     assert (parts.waits_for, parts.num_read) == (None, 8)
     assert same.waits_for is reader
     late = sequence(1, 2, 4)
@@ -217,7 +219,7 @@ def test_nobody_waits_for_what_the_reader_has_passed() -> None:
     reader.pop_unread(12)
     states.begin(late)
     assert late.waits_for is None
-    assert late.keep_at == {8, 12}
+    assert late.retain_at == {8, 12}
     after = sequence(1, 2, 8)
     states.begin(after)
     assert after.waits_for is late
@@ -254,9 +256,9 @@ def test_whatever_happens_there_is_always_one_that_reads(
 ) -> None:
     states = shared(num_states)
     coming = [sequence(*chunks, scored=scored) for chunks, scored in prompts]
-    running = list[Sequence]()
+    running = list[EngineSequence]()
 
-    def leave(prompt: Sequence) -> None:
+    def leave(prompt: EngineSequence) -> None:
         running.remove(prompt)
         for orphan in states.leave(prompt):
             states.begin(orphan)
@@ -279,14 +281,14 @@ def test_whatever_happens_there_is_always_one_that_reads(
                 assert waiting.waits_for in running
                 assert waiting.num_read < waiting.waits_until
                 assert waiting.waits_for.num_read < waiting.waits_until
-                assert waiting.waits_until in waiting.waits_for.keep_at
+                assert waiting.waits_until in waiting.waits_for.retain_at
         if move == "leave":
             leave(running[place % len(running)])
             continue
         chosen = able[place % len(able)]
         chosen.pop_unread(chosen.next_piece(CHUNK if move == "chunk" else ALL, CHUNK))
-        if chosen.num_read in chosen.keep_at:
-            states.keep(chosen, "")
+        if chosen.num_read in chosen.retain_at:
+            states.retain(chosen, "")
         end_those_that_are_read()
         assert states.num_bytes <= num_states * STATE_BYTES
     assert not running

@@ -20,7 +20,12 @@ each_choice = pytest.mark.parametrize("choice", CHOICES)
 def whole_turn(name: str, choice: str, **changes: Any) -> EngineRequest:
     prompt = request("prompt", 9 + len(choice)).token_ids
     return request(
-        name, token_ids=prompt, max_tokens=LENGTH, sampling=CHOICES[choice], keep_as=name, **changes
+        name,
+        token_ids=prompt,
+        max_tokens=LENGTH,
+        sampling=CHOICES[choice],
+        retain_as=name,
+        **changes,
     )
 
 
@@ -44,9 +49,9 @@ def go_on(
     name = first.request_id
     count = LENGTH - (last.continuation or first.continuation).position + len(first.token_ids)
     found = []
-    for place, state_id in (("bytes", "elsewhere"), ("row", last.kept_as)):
+    for place, state_id in (("bytes", "elsewhere"), ("row", last.retained_as)):
         rest = following(last, f"{name} in {place}", 0, source=stored(last, state_id), **changes)
-        rest = replace(rest, sampling=first.sampling, max_tokens=count, keep_as=f"{name} {place}")
+        rest = replace(rest, sampling=first.sampling, max_tokens=count, retain_as=f"{name} {place}")
         text, end = stepper.turn(rest)
         found.append((text, end.state, end.continuation))
         stepper.release(f"{name} {place}")
@@ -112,7 +117,7 @@ def test_a_session_goes_on_where_a_stop_string_has_cut_it(
     num_cut, num_exact = 0, 0
     for stop in {whole[at : at + size] for at in range(0, len(whole), 3) for size in (1, 2, 7)}:
         name = f"stops {stop!r}"
-        first = replace(plain, request_id=name, keep_as=name, stop=(stop,))
+        first = replace(plain, request_id=name, retain_as=name, stop=(stop,))
         first = replace(first, include_stop=include_stop, min_tokens=min_tokens)
         text, last = stepper.turn(first)
         if last.reason == "length":
@@ -138,7 +143,7 @@ def test_a_held_text_that_is_cut_later_keeps_its_own_tokens(stepper: Stepper) ->
     tokens, tokenizer = tokens_of(stepper, "whole"), stepper.worker._tokenizer
     begin, middle = len(tokenizer.decode(tokens[:3])), len(tokenizer.decode(tokens[:12]))
     stops = (whole[begin:middle] + whole[middle:] + "!", whole[middle : middle + 4])
-    first = replace(plain, request_id="held", keep_as="held", stop=stops)
+    first = replace(plain, request_id="held", retain_as="held", stop=stops)
     text, last = stepper.turn(first)
     assert last.stopped_by == stops[1]
     rest, end = go_on(stepper, first, last)
@@ -153,10 +158,10 @@ def test_a_session_goes_on_after_an_end_of_text(checkpoint: Checkpoint, stepper:
     plain = whole_turn("plain", "greedy", ignore_eos=True)
     stepper.turn(plain)
     stepper.release("plain")
-    first = replace(plain, request_id="ends", keep_as="ends", sampling=biased, ignore_eos=False)
+    first = replace(plain, request_id="ends", retain_as="ends", sampling=biased, ignore_eos=False)
     text, last = stepper.turn(first)
     assert (text, last.reason, last.num_generated) == ("", "stop", 1)
-    again = following(last, "again", 0, sampling=biased, ignore_eos=False, keep_as="again")
+    again = following(last, "again", 0, sampling=biased, ignore_eos=False, retain_as="again")
     text, last = stepper.turn(again)
     assert (text, last.reason, last.num_generated) == ("", "stop", 1)
     text, _ = go_on(stepper, plain, last)
@@ -175,8 +180,8 @@ def test_a_session_goes_on_after_a_complete_text(checkpoint: Checkpoint, stepper
         text, last = stepper.turn(replace(plain, sampling=sampling))
         assert (last.reason, last.num_generated) == ("stop", num_generated)
         assert go_on(stepper, plain, last)[0]
-        bound = replace(plain, request_id=f"{source} again", keep_as=None, max_tokens=len(text))
-        _, same = stepper.turn(replace(bound, keep_as=f"{source} again", sampling=sampling))
+        bound = replace(plain, request_id=f"{source} again", retain_as=None, max_tokens=len(text))
+        _, same = stepper.turn(replace(bound, retain_as=f"{source} again", sampling=sampling))
         assert go_on(stepper, replace(plain, request_id=f"{source} after"), same)[0]
     compiler.close()
 

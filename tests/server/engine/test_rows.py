@@ -13,11 +13,11 @@ from server.engine.messages import (
     Continuation,
     DeadlinePassed,
     EngineRequest,
+    EngineTimings,
     Failed,
     Finished,
-    RowGivenUp,
+    RowReleased,
     StoredState,
-    Timings,
 )
 from server.engine.rows import Rows
 from server.engine.slots import Slots
@@ -49,7 +49,11 @@ def imported(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 def following(last: Finished, name: str, **changes: Any) -> EngineRequest:
     assert last.continuation is not None
-    start = {"source": stored(last), "continuation": last.continuation, "keep_as": f"after {name}"}
+    start = {
+        "source": stored(last),
+        "continuation": last.continuation,
+        "retain_as": f"after {name}",
+    }
     made = asked(name, 50, 40, **start)
     return replace(made, **changes)
 
@@ -85,7 +89,7 @@ def test_a_kept_row_is_continued_in_place_and_only_that(
     stepper.step()
     assert stepper.owners()["there"] == row
     assert imported == []
-    assert stepper.given_up() == [RowGivenUp("kept", is_evicted=False)]
+    assert stepper.given_up() == [RowReleased("kept", is_evicted=False)]
     stepper.run()
     stepper.turn(elsewhere)
     assert imported == [last.state]
@@ -97,17 +101,17 @@ def test_a_state_whose_row_is_needed_while_the_turn_waits_is_imported(
     stepper: Stepper, checkpoint: Checkpoint, imported: list[bytes]
 ) -> None:
     last = keep_row(stepper)
-    stepper.submit(asked("ends", 1, 3, max_tokens=2, keep_as="ended"))
+    stepper.submit(asked("ends", 1, 3, max_tokens=2, retain_as="ended"))
     stepper.submit(asked("runs", 2, 3, max_tokens=30), asked("before", 3, 3, max_tokens=30))
     waits = following(last, "waits")
     stepper.submit(waits)
     stepper.step()
-    assert stepper.slots.is_kept("kept")
-    stepper.step_until(lambda: not stepper.slots.is_kept("kept"))
+    assert stepper.slots.is_retained("kept")
+    stepper.step_until(lambda: not stepper.slots.is_retained("kept"))
     assert [s.request.request_id for s in stepper.scheduler.waiting] == ["waits"]
     stepper.run()
     assert imported == [last.state]
-    assert stepper.given_up()[0] == RowGivenUp("kept", is_evicted=True)
+    assert stepper.given_up()[0] == RowReleased("kept", is_evicted=True)
     assert outcome(stepper, "waits") == outcome_elsewhere(checkpoint, waits)
 
 
@@ -125,7 +129,7 @@ def test_a_state_is_kept_in_place_of_an_older_one_over_many_turns(
         assert (last.state, last.continuation) == (other.state, other.continuation)
         assert list(stepper.owners()) == [f"after turn-{number}"]
         imported.clear()
-    stepper.release(last.kept_as or "")
+    stepper.release(last.retained_as or "")
     stepper.step()
     check_given_up(stepper.delivered)
     assert not any(event.is_evicted for event in stepper.given_up())
@@ -143,14 +147,14 @@ def test_a_state_is_continued_in_place_once(
     ]
     stepper.submit(*asking)
     stepper.step()
-    assert {name: place == row for name, place in stepper.owners().items()} == {
+    assert {name: load == row for name, load in stepper.owners().items()} == {
         "r0": True,
         "r1": False,
     }
     assert imported == [last.state]
     stepper.run()
     assert imported == [last.state] * (number - 1)
-    assert stepper.given_up().count(RowGivenUp("kept", is_evicted=False)) == 1
+    assert stepper.given_up().count(RowReleased("kept", is_evicted=False)) == 1
     for each in asking:
         assert outcome(stepper, each.request_id) == outcome_elsewhere(checkpoint, each)
 
@@ -205,7 +209,7 @@ def test_a_turn_that_ends_while_it_waits_leaves_the_kept_row(
 
 
 def adopt(stepper: Stepper, last: Finished) -> None:
-    stepper.turn(following(last, "adopts", keep_as=None))
+    stepper.turn(following(last, "adopts", retain_as=None))
 
 
 def adopt_and_cancel(stepper: Stepper, last: Finished) -> None:
@@ -222,14 +226,14 @@ def adopt_and_fail(stepper: Stepper, last: Finished) -> None:
 
 def release(stepper: Stepper, last: Finished) -> None:
     for _ in range(2):
-        stepper.release(last.kept_as or "")
+        stepper.release(last.retained_as or "")
     stepper.turn(asked("beside", 1, 3))
 
 
 def evict(stepper: Stepper, last: Finished) -> None:
     del last
     for i in range(SMALL.max_running + SMALL.warm_sessions):
-        stepper.turn(asked(f"r{i}", i + 1, 3, keep_as=f"s{i}"))
+        stepper.turn(asked(f"r{i}", i + 1, 3, retain_as=f"s{i}"))
 
 
 def lose(stepper: Stepper, last: Finished) -> None:
@@ -263,7 +267,7 @@ def test_a_kept_row_is_given_up_once_and_after_it_was_reported(
     end(stepper, last)
     stepper.run()
     given_up = [event for event in stepper.given_up() if event.state_id == "kept"]
-    assert given_up == [RowGivenUp("kept", is_evicted)]
+    assert given_up == [RowReleased("kept", is_evicted)]
     for name in stepper.owners():
         stepper.release(name)
     stepper.run()
@@ -275,13 +279,15 @@ def test_a_kept_row_is_given_up_once_and_after_it_was_reported(
 def test_a_row_that_is_given_up_before_its_state_has_come_is_not_reported_later(
     stepper: Stepper, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    stepper.submit(asked("ends", 1, 3, max_tokens=1, keep_as="kept"))
+    stepper.submit(asked("ends", 1, 3, max_tokens=1, retain_as="kept"))
     stepper.submit(asked("runs", 2, 3, max_tokens=50))
-    stepper.step_until(lambda: stepper.slots.is_kept("kept"))
+    stepper.step_until(lambda: stepper.slots.is_retained("kept"))
     if end == "released":
         stepper.release("kept")
     elif end == "evicted":
-        stepper.submit(*(asked(f"r{i}", i + 3, 1, max_tokens=1, keep_as=f"s{i}") for i in range(3)))
+        stepper.submit(
+            *(asked(f"r{i}", i + 3, 1, max_tokens=1, retain_as=f"s{i}") for i in range(3))
+        )
     else:
         with monkeypatch.context() as patched:
             patched.setattr(StatePool, "reset", lambda *_: 1 / 0)
@@ -289,7 +295,7 @@ def test_a_row_that_is_given_up_before_its_state_has_come_is_not_reported_later(
             stepper.step()
     stepper.run()
     given_up = [event for event in stepper.given_up() if event.state_id == "kept"]
-    assert given_up == [RowGivenUp("kept", is_evicted=end != "released")]
+    assert given_up == [RowReleased("kept", is_evicted=end != "released")]
     for name in stepper.owners():
         stepper.release(name)
     stepper.run()
@@ -299,8 +305,8 @@ def test_a_row_that_is_given_up_before_its_state_has_come_is_not_reported_later(
 def test_without_rows_for_it_no_state_is_kept(checkpoint: Checkpoint, clock: Clock) -> None:
     del clock
     stepper = Stepper(checkpoint, replace(SMALL, warm_sessions=0))
-    _, last = stepper.turn(asked("ends", 1, 3, keep_as="state"))
-    assert last.kept_as is None
+    _, last = stepper.turn(asked("ends", 1, 3, retain_as="state"))
+    assert last.retained_as is None
     assert stepper.given_up() == []
     assert stepper.owners() == {}
     after = following(last, "next")
@@ -323,7 +329,7 @@ def test_who_gets_the_row_of_an_evicted_state_sees_nothing_of_it(
 ) -> None:
     if isinstance(source, str):
         source = stored(keep_row(Stepper(checkpoint, SMALL), "other", first=77))
-    new = asked("new", 60, 5, source=source, keep_as="after new")
+    new = asked("new", 60, 5, source=source, retain_as="after new")
     expected = Stepper(checkpoint, SMALL)
     expected.submit(new)
     expected.run()
@@ -334,7 +340,7 @@ def test_who_gets_the_row_of_an_evicted_state_sees_nothing_of_it(
     oldest = stepper.position("kept-0")
     stepper.submit(new)
     stepper.step()
-    assert RowGivenUp("kept-0", is_evicted=True) in stepper.delivered
+    assert RowReleased("kept-0", is_evicted=True) in stepper.delivered
     assert not stepper.holds(oldest)
     stepper.run()
     assert type(stepper.last("new")) is type(expected.last("new"))
@@ -342,8 +348,8 @@ def test_who_gets_the_row_of_an_evicted_state_sees_nothing_of_it(
         assert outcome(stepper, "new") == outcome(expected, "new")
 
 
-def ended(name: str, keep_as: str) -> Finished:
-    return Finished(name, "", "stop", 1, Timings(0.0, 0.0, 0.0, 0.0), kept_as=keep_as)
+def ended(name: str, retain_as: str) -> Finished:
+    return Finished(name, "", "stop", 1, EngineTimings(0.0, 0.0, 0.0, 0.0), retained_as=retain_as)
 
 
 def test_states_arrive_in_the_order_of_their_turns_and_as_they_were(
@@ -355,16 +361,16 @@ def test_states_arrive_in_the_order_of_their_turns_and_as_they_were(
     for name in "abc":
         blank = rows.pool.export_row(0)
         states.append(bytes(chance.randrange(256) for _ in blank))
-        rows.place(asked(name, 1, 3, source=StoredState("unknown", states[-1])))
-        rows.depart(ended(name, f"state {name}"), f"state {name}")
+        rows.load(asked(name, 1, 3, source=StoredState("unknown", states[-1])))
+        rows.start_export(ended(name, f"state {name}"), f"state {name}")
     rows.release("state b")
-    early = list(rows.arrived(wait=False))
+    early = list(rows.finished_exports(wait=False))
     assert len(early) == (0 if decoder == "ahead" else 3)
-    arrived = [*early, *rows.arrived(wait=True)]
-    assert [finished.request_id for finished in arrived] == ["a", "b", "c"]
-    assert [finished.state for finished in arrived] == states
-    assert [finished.kept_as for finished in arrived] == ["state a", None, "state c"]
-    rows.lose_all()
+    finished_exports = [*early, *rows.finished_exports(wait=True)]
+    assert [finished.request_id for finished in finished_exports] == ["a", "b", "c"]
+    assert [finished.state for finished in finished_exports] == states
+    assert [finished.retained_as for finished in finished_exports] == ["state a", None, "state c"]
+    rows.reset_all()
     assert slots.num_free == 4
-    assert list(rows.arrived(wait=True)) == []
+    assert list(rows.finished_exports(wait=True)) == []
     assert all(map(is_poison, rows.pool.tensors.values()))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model.decoding.sampling import SamplingParams
 from server.engine.messages import Continuation, EngineRequest
 from server.engine.scheduler import EngineLimits, Plan, Scheduler
-from server.engine.sequence import Sequence
+from server.engine.sequence import EngineSequence
 
 CHUNK = 64
 LIMITS = EngineLimits(
@@ -27,22 +27,24 @@ LIMITS = EngineLimits(
 REQUEST = EngineRequest("", None, Continuation(), (), 5, SamplingParams())
 
 
-def sequence(name: str, num_tokens: int, deadline: float | None = None, **changes: Any) -> Sequence:
+def sequence(
+    name: str, num_tokens: int, deadline: float | None = None, **changes: Any
+) -> EngineSequence:
     ids = (1,) * num_tokens
     made = replace(REQUEST, request_id=name, token_ids=ids, deadline=deadline)
-    return Sequence(replace(made, **changes), 0.0)
+    return EngineSequence(replace(made, **changes), 0.0)
 
 
 def scheduler_of(
-    *waiting: Sequence, limits: EngineLimits = LIMITS, most_logits: int = 128
-) -> Scheduler[Sequence]:
-    scheduler = Scheduler[Sequence](limits, CHUNK, most_logits)
+    *waiting: EngineSequence, limits: EngineLimits = LIMITS, most_logits: int = 128
+) -> Scheduler[EngineSequence]:
+    scheduler = Scheduler[EngineSequence](limits, CHUNK, most_logits)
     for each in waiting:
         scheduler.add(each)
     return scheduler
 
 
-def admit(scheduler: Scheduler[Sequence]) -> list[str]:
+def admit(scheduler: Scheduler[EngineSequence]) -> list[str]:
     """Admit all that may run; the names of those that do."""
     names = []
     while (admitted := scheduler.admit()) is not None:
@@ -51,18 +53,18 @@ def admit(scheduler: Scheduler[Sequence]) -> list[str]:
     return names
 
 
-def read(scheduler: Scheduler[Sequence]) -> Plan[Sequence]:
+def read(scheduler: Scheduler[EngineSequence]) -> Plan[EngineSequence]:
     """One step in which prompts that are read leave at once."""
     plan = scheduler.plan()
     for each, count in plan.read:
         each.pop_unread(count)
         if each.is_read:
-            scheduler.reading.remove(each)
+            scheduler.prefilling.remove(each)
             scheduler.slots.release(each.request.request_id)
     return plan
 
 
-def names_of(plan: Plan[Sequence]) -> list[str]:
+def names_of(plan: Plan[EngineSequence]) -> list[str]:
     return [each.request.request_id for each, _ in plan.read]
 
 
@@ -100,7 +102,7 @@ def test_no_token_is_a_piece_by_itself(num_tokens: int, pieces: list[int]) -> No
     )
     admit(scheduler)
     found = []
-    while scheduler.reading and not scheduler.reading[0].is_read:
+    while scheduler.prefilling and not scheduler.prefilling[0].is_read:
         [(each, count)] = scheduler.plan().read
         each.pop_unread(count)
         found.append(count)
@@ -137,7 +139,7 @@ def test_every_prompt_is_read_in_whole_cuts_and_no_step_exceeds_its_budget(
     limits = replace(LIMITS, prefill_chunk_tokens=budget)
     waiting = [sequence(str(i), length) for i, length in enumerate(lengths)]
     for each in waiting:
-        each.keep_at = {stop for stop in stops if stop < each.num_unread}
+        each.retain_at = {stop for stop in stops if stop < each.num_unread}
     scheduler = scheduler_of(*waiting, limits=limits)
     if decoding:
         scheduler.decoding[0] = sequence("decodes", 1)
@@ -145,7 +147,7 @@ def test_every_prompt_is_read_in_whole_cuts_and_no_step_exceeds_its_budget(
     most = max(CHUNK, budget)
     reached = {each.request.request_id: {0} for each in waiting}
     steps = 0
-    while scheduler.waiting or scheduler.reading:
+    while scheduler.waiting or scheduler.prefilling:
         admit(scheduler)
         plan = read(scheduler)
         steps += 1
@@ -157,7 +159,7 @@ def test_every_prompt_is_read_in_whole_cuts_and_no_step_exceeds_its_budget(
     assert steps <= sum(-(-length // CHUNK) for length in lengths)
     for each in waiting:
         assert each.num_unread == 0
-        assert reached[each.request.request_id] >= each.keep_at
+        assert reached[each.request.request_id] >= each.retain_at
 
 
 @given(
@@ -171,7 +173,7 @@ def test_the_logits_of_scored_prompts_are_bounded_and_do_not_hold_up_others(
         sequence(str(i), length, score_prompt=i % 2 == 0) for i, length in enumerate(lengths)
     ]
     scheduler = scheduler_of(*waiting, most_logits=most_logits)
-    while scheduler.waiting or scheduler.reading:
+    while scheduler.waiting or scheduler.prefilling:
         admit(scheduler)
         plan = read(scheduler)
         counts = [count for each, count in plan.read if each.request.score_prompt]
@@ -267,11 +269,11 @@ def test_deadlines_pass_in_every_phase_and_once() -> None:
     scheduler.waiting.remove(first)
     scheduler.add(third)
     admit(scheduler)
-    scheduler.reading.remove(third)
+    scheduler.prefilling.remove(third)
     scheduler.decoding[1] = third
     assert scheduler.expired(1.9) == []
     assert set(scheduler.expired(2.6)) == {second, third}
-    scheduler.reading.remove(second)
+    scheduler.prefilling.remove(second)
     scheduler.decoding.clear()
     assert scheduler.expired(1e9) == []
 
@@ -283,19 +285,19 @@ def test_what_only_counts_needs_neither_torch_nor_numpy() -> None:
     assert done.stdout == "set()\n"
 
 
-def decode(scheduler: Scheduler[Sequence], max_steps: int) -> list[str]:
+def decode(scheduler: Scheduler[EngineSequence], max_steps: int) -> list[str]:
     """Steps in which prompts of one token begin to decode; who decodes in the last one."""
     decoded = list[str]()
     for _ in range(max_steps):
         admit(scheduler)
-        for each in list(scheduler.reading):
-            scheduler.reading.remove(each)
+        for each in list(scheduler.prefilling):
+            scheduler.prefilling.remove(each)
             scheduler.decoding[scheduler.slots.row(each.request.request_id)] = each
         decoded = [each.request.request_id for each in scheduler.plan().decode]
     return decoded
 
 
-def of(owner: str, count: int, **changes: Any) -> list[Sequence]:
+def of(owner: str, count: int, **changes: Any) -> list[EngineSequence]:
     return [sequence(f"{owner}{i}", 1, owner=owner, **changes) for i in range(count)]
 
 

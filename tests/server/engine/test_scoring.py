@@ -1,6 +1,6 @@
 """What comes with tokens: probabilities, of answers and of prompts, and what ends the text."""
 
-from collections.abc import Sequence as Row
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from server.engine.messages import (
     EngineRequest,
     Failed,
     Finished,
-    NoProbabilities,
+    InvalidLogits,
     PromptScored,
     RowDamaged,
     StoredState,
@@ -47,7 +47,7 @@ def answer(stepper: Stepper, name: str) -> list[Token]:
     return [t for event in own if isinstance(event, TextDelta | Finished) for t in event.tokens]
 
 
-def ids_of(tokens: Row[Token]) -> list[int]:
+def ids_of(tokens: Sequence[Token]) -> list[int]:
     return [token.token_id for token in tokens]
 
 
@@ -59,7 +59,7 @@ def prompt_scores(stepper: Stepper, name: str) -> tuple[Token, ...]:
     return own[0].tokens
 
 
-def by_steps(checkpoint: Checkpoint, ids: Row[int]) -> Tensor:
+def by_steps(checkpoint: Checkpoint, ids: Sequence[int]) -> Tensor:
     """Logits after each of the tokens, one step after another `[tokens, vocab]`."""
     network = checkpoint.network
     assert isinstance(network, LanguageModel)
@@ -67,7 +67,7 @@ def by_steps(checkpoint: Checkpoint, ids: Row[int]) -> Tensor:
     return torch.cat([step(network, torch.tensor([token_id]), pool, [0]) for token_id in ids])
 
 
-def scored(logits: Tensor, ids: Row[int], num_top: int) -> list[Token]:
+def scored(logits: Tensor, ids: Sequence[int], num_top: int) -> list[Token]:
     found = score(logits, ids, [num_top] * len(ids))
     pairs = zip(ids, found, strict=True)
     return [Token(i, each.logprob, each.top) for i, each in pairs if each is not None]
@@ -152,7 +152,7 @@ def test_prompts_are_scored_in_pieces_beside_others(
     ]
     stepper.submit(request("runs", 3, max_tokens=60), *asked[:3])
     stepper.step(3)
-    assert len(stepper.scheduler.reading) > 1
+    assert len(stepper.scheduler.prefilling) > 1
     stepper.submit(asked[3])
     stepper.run()
     for i, each in enumerate(asked):
@@ -170,7 +170,7 @@ def test_prompts_are_scored_in_pieces_beside_others(
 def test_a_session_goes_on_with_the_probability_of_the_first_token_too(
     stepper: Stepper, checkpoint: Checkpoint, is_in_place: bool
 ) -> None:
-    first = request("first", 20, keep_as="state", return_tokens=True)
+    first = request("first", 20, retain_as="state", return_tokens=True)
     _, last = stepper.turn(first)
     assert last.continuation is not None
     assert len(last.continuation.pending) == 1
@@ -239,10 +239,10 @@ def test_a_damaged_state_has_no_scores_and_fails_alone(stepper: Stepper, max_tok
     bad = request(
         "bad", 9, source=StoredState("damaged", damaged.export_row(0)), max_tokens=max_tokens
     )
-    stepper.submit(replace(bad, score_prompt=True, keep_as="state"), other)
+    stepper.submit(replace(bad, score_prompt=True, retain_as="state"), other)
     stepper.run()
     own = [event for event in stepper.events() if event.request_id == "bad"]
-    assert own == [NoProbabilities("bad")]
+    assert own == [InvalidLogits("bad")]
     assert prompt_scores(stepper, "other") == prompt_scores(stepper, "alone")
     assert stepper.owners() == {}
 
@@ -302,7 +302,7 @@ def test_a_token_ends_the_text(stepper: Stepper, ends: str, include: bool) -> No
         sampling=sure(EOS if ends == "eos" else listed),
         min_tokens=3,
         return_tokens=True,
-        keep_as="state",
+        retain_as="state",
     )
     text, last = stepper.turn(asked)
     token_id = EOS if ends == "eos" else listed
@@ -347,10 +347,10 @@ def tokens_for(checkpoint: Checkpoint, text: str) -> list[int]:
     return [single[bytes([byte])] for byte in text.encode()]
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, start: int, ids: Row[int]) -> None:
+def scripted(monkeypatch: pytest.MonkeyPatch, start: int, ids: Sequence[int]) -> None:
     """Let the token at each position from `start` on be the next of these."""
 
-    def choose(logits: Tensor, rows: Row[Any]) -> list[int]:
+    def choose(logits: Tensor, rows: Sequence[Any]) -> list[int]:
         del logits
         return [ids[row.position - start] for row in rows]
 
@@ -389,7 +389,7 @@ def test_stop_strings_over_several_tokens_and_their_probabilities(
     changes = dict(changes)
     ids = ids[: len(ids) - changes.pop("cut", 0)]
     asked = request(
-        "asked", 9, stop=(stop,), num_logprobs=2, max_tokens=len(ids), keep_as="state", **changes
+        "asked", 9, stop=(stop,), num_logprobs=2, max_tokens=len(ids), retain_as="state", **changes
     )
     scripted(monkeypatch, 9, ids)
     emitted, last = stepper.turn(asked)
@@ -416,7 +416,11 @@ def test_a_token_of_which_a_part_is_cut_away_is_kept(
     for include, end in ((False, 1), (True, 3)):
         name = f"{include}"
         asked = replace(
-            base, request_id=name, keep_as=f"after {name}", stop=(text[1:3],), include_stop=include
+            base,
+            request_id=name,
+            retain_as=f"after {name}",
+            stop=(text[1:3],),
+            include_stop=include,
         )
         emitted, last = stepper.turn(asked)
         assert emitted == f"x{text[:end]}"
@@ -430,7 +434,7 @@ def turn_after(last: Finished, base: EngineRequest, name: str, max_tokens: int) 
     return replace(
         base,
         request_id=name,
-        keep_as=name,
+        retain_as=name,
         token_ids=(),
         source=stored(last),
         continuation=last.continuation,
@@ -453,14 +457,14 @@ def test_a_session_goes_on_behind_what_ended_the_text_as_in_one_turn(
     words = checkpoint.tokenizer
     ids = [*words.encode("the cat sat"), *tokens_for(checkpoint, " the mat, é"), *words.encode("!")]
     scripted(monkeypatch, 9, ids)
-    whole = request("whole", 9, keep_as="whole", return_tokens=True, max_tokens=len(ids))
+    whole = request("whole", 9, retain_as="whole", return_tokens=True, max_tokens=len(ids))
     text, end = stepper.turn(whole)
     assert ids_of(answer(stepper, "whole")) == ids
     at = ids.index(ids[place]) + 1
     before = words.decode(ids[:at])
     stop = next(before[i:] for i in range(len(before) - 1, -1, -1) if before.find(before[i:]) == i)
     how = {"stop": (stop,)} if kind == "string" else {"stop_token_ids": (ids[place],)}
-    asked = replace(whole, request_id="part", keep_as="part", include_stop=True, **how)
+    asked = replace(whole, request_id="part", retain_as="part", include_stop=True, **how)
     emitted, last = stepper.turn(asked)
     assert emitted == before
     assert (last.reason, last.num_generated) == ("stop", at)
@@ -486,7 +490,7 @@ def test_rows_that_do_not_ask_are_not_copied_or_scored(
 ) -> None:
     rows = list[int]()
 
-    def counted(logits: Tensor, ids: Row[int], num_top: Row[int]) -> object:
+    def counted(logits: Tensor, ids: Sequence[int], num_top: Sequence[int]) -> object:
         rows.append(len(logits))
         return score(logits, ids, num_top)
 
@@ -502,9 +506,11 @@ def test_rows_that_do_not_ask_are_not_copied_or_scored(
 def test_the_pool_is_the_same_after_a_scored_prompt(
     stepper: Stepper, checkpoint: Checkpoint
 ) -> None:
-    asked = request("asked", 100, keep_as="asked", max_tokens=0)
+    asked = request("asked", 100, retain_as="asked", max_tokens=0)
     _, plain = stepper.turn(asked)
-    _, last = stepper.turn(replace(asked, request_id="scored", keep_as="scored", score_prompt=True))
+    _, last = stepper.turn(
+        replace(asked, request_id="scored", retain_as="scored", score_prompt=True)
+    )
     assert last.state == plain.state
     pool: StatePool = checkpoint.network.new_pool(1)
     pool.import_row(0, last.state or b"")

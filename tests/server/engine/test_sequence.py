@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 
 from model.decoding.sampling import SamplingParams
 from server.engine.messages import Continuation, EngineRequest
-from server.engine.sequence import Sequence
+from server.engine.sequence import EngineSequence
 
 REQUEST = EngineRequest("r", None, Continuation(), (), 5, SamplingParams())
 
 
-def sequence(num_pending: int, num_prompt: int) -> Sequence:
+def sequence(num_pending: int, num_prompt: int) -> EngineSequence:
     """Tokens 0, 1, 2, ..., of which the first are pending."""
     ids = tuple(range(num_pending + num_prompt))
     start = Continuation(position=10, pending=ids[:num_pending])
-    return Sequence(replace(REQUEST, continuation=start, token_ids=ids[num_pending:]), 3.0)
+    return EngineSequence(replace(REQUEST, continuation=start, token_ids=ids[num_pending:]), 3.0)
 
 
 def test_pending_tokens_are_read_first_and_count_once() -> None:
@@ -61,7 +61,7 @@ def test_there_is_no_piece_where_not_even_a_cut_fits() -> None:
 
 def test_reading_stops_where_the_state_is_to_be_kept() -> None:
     made = sequence(0, 10)
-    made.keep_at = {4, 6}
+    made.retain_at = {4, 6}
     stops = []
     while not made.is_read:
         made.pop_unread(made.next_piece(100, 2))

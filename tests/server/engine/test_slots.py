@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from server.engine.messages import RowGivenUp
+from server.engine.messages import RowReleased
 from server.engine.slots import Slots
 
 
@@ -12,15 +12,15 @@ def slots_with_kept(num_rows: int, *state_ids: str) -> Slots:
     slots = Slots(num_rows)
     for state_id in state_ids:
         slots.acquire(f"leaves {state_id}")
-        slots.keep(f"leaves {state_id}", state_id)
+        slots.retain(f"leaves {state_id}", state_id)
     return slots
 
 
 def test_kept_rows_are_given_up_oldest_first() -> None:
     slots = slots_with_kept(2, "a", "b")
     slots.acquire("c")
-    assert not slots.is_kept("a")
-    assert slots.is_kept("b")
+    assert not slots.is_retained("a")
+    assert slots.is_retained("b")
     assert slots.adopt("b", "d")
     assert not slots.adopt("b", "e")
     assert not slots.can_acquire()
@@ -28,7 +28,7 @@ def test_kept_rows_are_given_up_oldest_first() -> None:
 
 def test_a_row_is_given_up_once_however_it_ends() -> None:
     slots = slots_with_kept(4, "adopted", "released", "evicted", "lost")
-    assert slots.drain_given_up() == []
+    assert slots.drain_released() == []
     slots.adopt("adopted", "a")
     assert not slots.adopt("adopted", "b")
     slots.release("a")
@@ -36,13 +36,13 @@ def test_a_row_is_given_up_once_however_it_ends() -> None:
     for name in ("c", "d", "e"):
         slots.acquire(name)
     slots.release_all()
-    assert slots.drain_given_up() == [
-        RowGivenUp("adopted", is_evicted=False),
-        RowGivenUp("released", is_evicted=False),
-        RowGivenUp("evicted", is_evicted=True),
-        RowGivenUp("lost", is_evicted=True),
+    assert slots.drain_released() == [
+        RowReleased("adopted", is_evicted=False),
+        RowReleased("released", is_evicted=False),
+        RowReleased("evicted", is_evicted=True),
+        RowReleased("lost", is_evicted=True),
     ]
-    assert slots.drain_given_up() == []
+    assert slots.drain_released() == []
 
 
 def test_all_rows_are_free_at_once() -> None:
@@ -51,8 +51,8 @@ def test_all_rows_are_free_at_once() -> None:
         slots.acquire(name)
     slots.release_all()
     slots.check()
-    assert (slots.num_free, slots.num_active, slots.num_kept) == (4, 0, 0)
-    assert not slots.is_kept("kept")
+    assert (slots.num_free, slots.num_active, slots.num_retained) == (4, 0, 0)
+    assert not slots.is_retained("kept")
     assert {slots.acquire(name) for name in "abcd"} == {1, 2, 3, 4}
     slots.check()
 
@@ -62,7 +62,7 @@ def test_a_row_that_becomes_free_is_named() -> None:
     row = slots.acquire("a")
     assert slots.release("a") == row
     slots.acquire("b")
-    slots.keep("b", "kept")
+    slots.retain("b", "kept")
     assert slots.release("kept") == row
     assert slots.num_free == 3
 
@@ -75,7 +75,7 @@ def test_an_owner_has_one_row(owner: str) -> None:
         slots.acquire(owner)
     slots.acquire("ends")
     with pytest.raises(ValueError, match=f"'{owner}' has a row already"):
-        slots.keep("ends", owner)
+        slots.retain("ends", owner)
     slots.release_all()
     slots.check()
     assert slots.num_free == 4
@@ -94,7 +94,7 @@ def test_every_state_stays_with_its_owner_whatever_happens(seed: int) -> None:
     """Play random moves on a list of contents, which only a new owner overwrites."""
     chance, slots = random.Random(seed), Slots(6)
     content: dict[int, str] = {}
-    active, kept, given_up = list[str](), list[str](), list[RowGivenUp]()
+    active, retained, given_up = list[str](), list[str](), list[RowReleased]()
 
     def pop(names: list[str]) -> str:
         return names.pop(chance.randrange(len(names)))
@@ -104,30 +104,30 @@ def test_every_state_stays_with_its_owner_whatever_happens(seed: int) -> None:
         if move == "acquire" and slots.can_acquire():
             content[slots.acquire(f"s{i}")] = f"s{i}"
             active.append(f"s{i}")
-            evicted = [state_id for state_id in kept if not slots.is_kept(state_id)]
-            assert evicted in ([], kept[:1])
-            given_up += [RowGivenUp(state_id, is_evicted=True) for state_id in evicted]
-            kept = [state_id for state_id in kept if slots.is_kept(state_id)]
+            evicted = [state_id for state_id in retained if not slots.is_retained(state_id)]
+            assert evicted in ([], retained[:1])
+            given_up += [RowReleased(state_id, is_evicted=True) for state_id in evicted]
+            retained = [state_id for state_id in retained if slots.is_retained(state_id)]
         elif move == "keep" and active:
-            slots.keep(pop(active), f"k{i}")
+            slots.retain(pop(active), f"k{i}")
             content[slots.row(f"k{i}")] = f"k{i}"
-            kept.append(f"k{i}")
-        elif move == "adopt" and kept:
-            state_id = pop(kept)
+            retained.append(f"k{i}")
+        elif move == "adopt" and retained:
+            state_id = pop(retained)
             assert content[slots.row(state_id)] == state_id
             assert slots.adopt(state_id, f"s{i}")
             content[slots.row(f"s{i}")] = f"s{i}"
             active.append(f"s{i}")
-            given_up.append(RowGivenUp(state_id, is_evicted=False))
+            given_up.append(RowReleased(state_id, is_evicted=False))
         elif move == "release" and active:
             slots.release(pop(active))
-        elif move == "forget" and kept:
-            state_id = pop(kept)
+        elif move == "forget" and retained:
+            state_id = pop(retained)
             slots.release(state_id)
-            given_up.append(RowGivenUp(state_id, is_evicted=False))
+            given_up.append(RowReleased(state_id, is_evicted=False))
         slots.check()
-        for name in (*active, *kept):
+        for name in (*active, *retained):
             assert content[slots.row(name)] == name
         assert slots.num_active == len(active)
-        assert slots.num_kept == len(kept)
-    assert slots.drain_given_up() == given_up
+        assert slots.num_retained == len(retained)
+    assert slots.drain_released() == given_up

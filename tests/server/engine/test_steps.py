@@ -8,7 +8,7 @@ import torch
 from model.checkpoint import Checkpoint
 from model.decoding import runners
 from model.decoding.sampling import SamplingParams
-from server.engine.messages import EngineRequest, Failed, NoProbabilities, RowDamaged, StoredState
+from server.engine.messages import EngineRequest, Failed, InvalidLogits, RowDamaged, StoredState
 from server.engine.steps import FAILED, End, Outcomes, Steps
 from server.engine.text_sequence import TextSequence
 from server.metrics import Metrics
@@ -33,10 +33,10 @@ def test_a_damaged_state_fails_alone(checkpoint: Checkpoint, choice: str, value:
     damaged = stepper.worker._network.new_pool(1)
     damaged.tensors["h"][0, 0, 5] = value
     source = StoredState("damaged", damaged.export_row(0))
-    bad = asked("bad", 9, 5, source=source, sampling=CHOICES[choice], keep_as="state")
+    bad = asked("bad", 9, 5, source=source, sampling=CHOICES[choice], retain_as="state")
     stepper.submit(others[0], bad, *others[1:])
     stepper.run()
-    assert stepper.last("bad") == NoProbabilities("bad")
+    assert stepper.last("bad") == InvalidLogits("bad")
     assert stepper.text("bad") == ""
     assert [stepper.text(each.request_id) for each in others] == expected
     assert stepper.owners() == {}
@@ -49,8 +49,8 @@ def test_a_state_that_is_damaged_on_the_way_fails_alone(
 ) -> None:
     other = asked("beside", 2, 30, max_tokens=40)
     expected, _ = stepper.turn(replace(other, request_id="alone"))
-    bad = asked("bad", 9, 3, max_tokens=40, keep_as="state")
-    undamaged, _ = stepper.turn(replace(bad, request_id="undamaged", keep_as=None))
+    bad = asked("bad", 9, 3, max_tokens=40, retain_as="state")
+    undamaged, _ = stepper.turn(replace(bad, request_id="undamaged", retain_as=None))
     stepper.submit(bad, other)
     stepper.step(10)
     stepper.pool.tensors[tensor][0, stepper.owners()["bad"]].view(-1)[0] = value
@@ -69,7 +69,7 @@ def test_a_damaged_beginning_of_prompts_fails_one_turn_only(checkpoint: Checkpoi
     stepper = Stepper(checkpoint, replace(LIMITS, prefix_cache_bytes=1 << 20))
     asking = asked("first", 9, 200)
     expected, first = stepper.turn(asking)
-    kept = stepper.worker._reader._prefixes._kept
+    kept = stepper.worker._reader._prefixes._states
     assert len(kept)
     for key in kept:
         state = kept.get(key)
@@ -89,8 +89,8 @@ def test_an_error_in_one_text_ends_no_other(
 ) -> None:
     other = asked("beside", 2, 30)
     expected, _ = stepper.turn(replace(other, request_id="alone"))
-    bad = asked("bad", 9, 3, keep_as="state")
-    whole, _ = stepper.turn(replace(bad, request_id="whole", keep_as=None))
+    bad = asked("bad", 9, 3, retain_as="state")
+    whole, _ = stepper.turn(replace(bad, request_id="whole", retain_as=None))
     if method == "cut":
         bad = replace(bad, stop=(whole[2:4],))
 
@@ -131,7 +131,7 @@ def test_what_has_ended_since_the_launch_gets_no_token(
     assert [sequence.num_in_flight for _, sequence in batch] == [1, 1, 1]
     (row, stays), _, (other_row, _) = batch
     [(_, successor)] = sequences(checkpoint, request("successor", 1))
-    outcomes = steps.land(flight, {row: stays, other_row: successor})
+    outcomes = steps.collect(flight, {row: stays, other_row: successor})
     assert [text.request_id for text in outcomes.texts] == ["stays"]
     assert outcomes.ended == []
     assert [sequence.num_generated for _, sequence in batch] == [1, 0, 0]
@@ -154,7 +154,7 @@ def test_only_a_decoder_that_runs_ahead_steps_before_the_last_token_is_known(
     assert flight is not None
     ahead = steps.find_ready(batch, outcomes)
     assert ahead == (batch[:1] if decoder == "ahead" else [])
-    landed = steps.land(flight, dict(batch))
+    landed = steps.collect(flight, dict(batch))
     [(ended, end)] = landed.ended
     assert (ended.request.request_id, end) == ("last", End("length"))
     assert {text.request_id for text in landed.texts} == {"plain", "last", "careful"}

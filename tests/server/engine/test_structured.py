@@ -12,7 +12,7 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.decoding.grammar import Grammar, GrammarCompiler, GrammarSpec
-from model.decoding.grammar.vocabulary import NO_WAY_ON
+from model.decoding.grammar.vocabulary import NO_CONTINUATION
 from model.decoding.sampling import SamplingParams
 from server.engine.messages import (
     EngineRequest,
@@ -154,7 +154,7 @@ def test_a_grammar_that_allows_no_token_fails_alone(
     expected = stepper.turn(replace(beside, request_id="alone"))[0]
     stepper.submit(beside, asked("stuck", grammars["dead end"]))
     stepper.run()
-    assert stepper.last("stuck") == GrammarFailed("stuck", NO_WAY_ON)
+    assert stepper.last("stuck") == GrammarFailed("stuck", NO_CONTINUATION)
     assert stepper.text("stuck") == "a"
     assert stepper.text("beside") == expected
     assert isinstance(stepper.last("beside"), Finished)
@@ -227,7 +227,7 @@ def test_a_session_goes_on_after_a_structured_turn(
     stepper: Stepper, grammars: dict[str, Grammar]
 ) -> None:
     """Its last token is read first by the next turn, as after any text that ends without one."""
-    first = asked("first", grammars["three"], keep_as="state", return_tokens=True)
+    first = asked("first", grammars["three"], retain_as="state", return_tokens=True)
     text, last = stepper.turn(first)
     assert re.fullmatch("[ab]{3}", text)
     tokens = [token.token_id for token in emitted_tokens(stepper, "first")]

@@ -72,7 +72,7 @@ def test_half_a_character_is_held_until_the_rest_comes() -> None:
 @given(text=st.text("anbé\n", max_size=20), kind=st.sampled_from(["words", "bytes"]))
 def test_text_that_is_never_held_is_the_same_by_either_method(text: str, kind: str) -> None:
     plain, other, whole = output(), output(), Detokenizer(WORDS)
-    assert plain.is_never_held
+    assert plain.is_unbuffered
     for token_id in word_tokens(text, kind):
         expected = whole.push(token_id)
         assert plain.push_plain(token_id) == expected
@@ -82,9 +82,9 @@ def test_text_that_is_never_held_is_the_same_by_either_method(text: str, kind: s
 
 
 def test_text_is_held_only_for_stop_strings_and_tokens() -> None:
-    assert output(include_stop=True, can_rewind=True).is_never_held
-    assert not output("a").is_never_held
-    assert not output(returns_tokens=True).is_never_held
+    assert output(include_stop=True, can_rewind=True).is_unbuffered
+    assert not output("a").is_unbuffered
+    assert not output(returns_tokens=True).is_unbuffered
 
 
 def test_an_anchor_is_asked_for_where_text_begins_that_may_be_cut_away() -> None:

@@ -15,8 +15,8 @@ from tests.server.engine.words import WORDS, byte_tokens, word_tokens
 REQUEST = EngineRequest("r", None, Continuation(), (1,), 100, SamplingParams())
 
 
-def sequence(*stop: str, keep_as: str | None = "state", **changes: Any) -> TextSequence:
-    request = replace(REQUEST, stop=stop, keep_as=keep_as, **changes)
+def sequence(*stop: str, retain_as: str | None = "state", **changes: Any) -> TextSequence:
+    request = replace(REQUEST, stop=stop, retain_as=retain_as, **changes)
     made = TextSequence(request, WORDS, 0.0)
     made.pop_unread(1)
     return made
@@ -80,7 +80,7 @@ def test_half_a_character_is_carried_to_the_next_turn() -> None:
 
 
 def test_no_anchor_without_a_session_or_a_stop_string() -> None:
-    for running in (sequence("ab", keep_as=None), sequence()):
+    for running in (sequence("ab", retain_as=None), sequence()):
         assert not running.push_text(Token(byte_tokens("a")[0])).wants_anchor
     assert sequence("ab").push_text(Token(byte_tokens("a")[0])).wants_anchor
 

@@ -19,7 +19,7 @@ from server.engine.messages import (
     EngineRequest,
     Failed,
     Finished,
-    RowGivenUp,
+    RowReleased,
 )
 from tests.server.engine.driver import stored
 from tests.server.engine.stepper import (
@@ -49,7 +49,7 @@ def test_a_turn_that_is_ended_leaves_nothing_of_its_state(
     stepper.step(4)
     sequence = stepper.scheduler.find("ended")
     phases = {"decoding": [*stepper.scheduler.decoding.values()]}
-    assert sequence in phases.get(phase, stepper.scheduler.reading)
+    assert sequence in phases.get(phase, stepper.scheduler.prefilling)
     former = stepper.position("ended")
     assert stepper.holds(former)
     if end == "cancel":
@@ -75,7 +75,7 @@ def test_all_that_is_cancelled_at_once_is_gone_before_the_next_step(
     others = [asked(f"r{i}", i % 250 + 1, 500, max_tokens=500) for i in range(4, 200)]
     stepper.submit(*others)
     stepper.step()
-    phases = (stepper.scheduler.decoding, stepper.scheduler.reading, stepper.scheduler.waiting)
+    phases = (stepper.scheduler.decoding, stepper.scheduler.prefilling, stepper.scheduler.waiting)
     assert [len(phase) for phase in phases] == [4, 4, 192]
     for each in [*others, *first]:
         stepper.cancel(each.request_id)
@@ -122,7 +122,7 @@ def test_after_an_error_in_a_step_no_state_is_left(
         stepper.step()
     assert isinstance(stepper.last("decodes"), Failed)
     assert isinstance(stepper.last("reads"), Failed)
-    assert stepper.given_up() == [RowGivenUp("kept", is_evicted=True)]
+    assert stepper.given_up() == [RowReleased("kept", is_evicted=True)]
     assert all(map(is_poison, stepper.pool.tensors.values()))
     assert stepper.turn(asked("again", 7, 20))[0] == expected
 
@@ -230,10 +230,10 @@ class Play:
         turn = dict(turn)
         begins, late, num_prompt = turn.pop("begins"), turn.pop("late"), turn.pop("num_prompt")
         number = len(self.requests)
-        keep_as = f"state-{number}" if turn.pop("keeps") else None
+        retain_as = f"state-{number}" if turn.pop("keeps") else None
         deadline = None if late is None else self.clock.now + late
         made = asked(
-            f"r{number}", number + 1, num_prompt, deadline=deadline, keep_as=keep_as, **turn
+            f"r{number}", number + 1, num_prompt, deadline=deadline, retain_as=retain_as, **turn
         )
         ends = self.ends()
         if begins != "again":
@@ -242,7 +242,7 @@ class Play:
             parent = ends[0]
             self.continued.add(parent.request_id)
             if begins == "released":
-                self.stepper.release(parent.kept_as or "")
+                self.stepper.release(parent.retained_as or "")
             continuation = parent.continuation or Continuation()
             made = replace(made, source=stored(parent), continuation=continuation)
             self.known.append(self.position(parent))
@@ -263,7 +263,7 @@ class Play:
 
     def release(self, number: int) -> None:
         if ends := self.ends():
-            self.stepper.release(ends[number % len(ends)].kept_as or "")
+            self.stepper.release(ends[number % len(ends)].retained_as or "")
 
     def step(self, count: int) -> None:
         for _ in range(count):
@@ -288,8 +288,8 @@ class Play:
 
 def alone(checkpoint: Checkpoint, each: EngineRequest) -> object:
     """What a turn emits and leaves when nothing runs beside it."""
-    keep_as = each.keep_as and "state"
-    each = replace(each, request_id="alone", keep_as=keep_as, deadline=None)
+    retain_as = each.retain_as and "state"
+    each = replace(each, request_id="alone", retain_as=retain_as, deadline=None)
     if each not in ALONE:
         text, last = Stepper(checkpoint, SMALL).turn(each)
         ALONE[each] = (text, last.reason, last.state, last.continuation)
@@ -319,7 +319,7 @@ def test_whatever_ends_when_no_row_is_lost_and_no_state_is_left(
                 assert end is None
                 assert name in play.cancelled
     assert stepper.slots.num_active == 0
-    assert stepper.slots.num_free + stepper.slots.num_kept == stepper.slots.num_rows
+    assert stepper.slots.num_free + stepper.slots.num_retained == stepper.slots.num_rows
     assert not stepper.inbox._num_waiting
     assert not stepper.inbox._num_tokens
     for name in stepper.owners():

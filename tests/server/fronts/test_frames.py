@@ -13,8 +13,8 @@ from server.fronts.frames import (
     REQUEST_WINDOW_BYTES,
     Frame,
     FrameError,
+    FrameKind,
     FrameReader,
-    Kind,
     first_window,
     header,
     pack_credit,
@@ -26,7 +26,7 @@ from server.fronts.frames import (
 )
 
 FRAMES = st.lists(
-    st.builds(Frame, st.sampled_from(Kind), st.integers(0, 2**32 - 1), st.binary(max_size=300))
+    st.builds(Frame, st.sampled_from(FrameKind), st.integers(0, 2**32 - 1), st.binary(max_size=300))
 )
 LATIN = st.binary(max_size=20)
 HEADERS = st.lists(st.tuples(LATIN, LATIN), max_size=5)
@@ -76,7 +76,7 @@ def test_a_frame_comes_with_its_last_byte(frames: list[Frame]) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"\x00" * HEADER_BYTES, b"HTTP/1.1 200 OK", header(Kind.DATA, 1, MAX_PAYLOAD_BYTES + 1)],
+    [b"\x00" * HEADER_BYTES, b"HTTP/1.1 200 OK", header(FrameKind.DATA, 1, MAX_PAYLOAD_BYTES + 1)],
 )
 def test_what_is_no_frame_is_refused(data: bytes) -> None:
     with pytest.raises(FrameError):

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.long
 
 FLAGS = (
     *("--api-workers", "2", "--max-body-bytes", "4000000", "--stall-timeout-s", "1"),
-    *("--max-told-logprobs", "2000000"),
+    *("--max-response-logprobs", "2000000"),
 )
 ENDLESS = {"prompt": "a", "max_tokens": 60_000, "stream": True, "ignore_eos": True}
 
@@ -204,9 +204,9 @@ def test_megabytes_of_state_go_out_and_in(fronted: ServerProcess) -> None:
         again = {"session_id": imported.json()["id"], "prompt": ""}
         assert text_of(client, **again) == text_of(client, session_id=session_id, prompt="")
         padded = json.dumps(BODY).encode() + b" " * 3_900_000
-        told = {"content-type": "application/json"}
-        assert client.post("/v1/completions", content=padded, headers=told).status_code == 200
-        too_much = client.post("/v1/completions", content=padded + b" " * 200_000, headers=told)
+        granted = {"content-type": "application/json"}
+        assert client.post("/v1/completions", content=padded, headers=granted).status_code == 200
+        too_much = client.post("/v1/completions", content=padded + b" " * 200_000, headers=granted)
         assert too_much.status_code == 413
 
 
@@ -217,9 +217,9 @@ def test_what_is_not_http_and_what_is_too_large_are_refused(fronted: ServerProce
         asking + b"content-length: 5000000\r\n\r\n": (b"413", b"too_large"),
         b"GET / HTTP/1.1\r\nx: " + b"y" * 40_000 + b"\r\n\r\n": (b"431", b"headers_too_large"),
     }
-    for said, (status, code) in cases.items():
+    for logged, (status, code) in cases.items():
         with closing(connect(fronted)) as connection:
-            connection.sendall(said)
+            connection.sendall(logged)
             answer = b""
             while code not in answer:
                 piece = connection.recv(65536)

@@ -13,12 +13,12 @@ import pytest
 
 from server.sessions.sqlite import store as sqlite_store
 from server.sessions.sqlite.store import SQLiteStore
-from server.sessions.store import Entry, KeptAnswer, Kind, NewState, Status, StoreError
+from server.sessions.store import Entry, EntryKind, NewState, Status, StoredAnswer, StoreError
 from tests.patience import until
 
 FILE = "sessions.sqlite3"
 FILES = f"{FILE}-states"
-KINDS: tuple[Kind, ...] = ("session", "response")
+KINDS: tuple[EntryKind, ...] = ("session", "response")
 
 
 def session(name: str, **metadata: str) -> Entry:
@@ -35,12 +35,12 @@ def pending(name: str, owner: str = "") -> Entry:
     return replace(response(name, owner=owner), status="queued")
 
 
-def new(kind: Kind, name: str) -> Entry:
+def new(kind: EntryKind, name: str) -> Entry:
     """A session without a turn, or a response that is not finished."""
     return session(name) if kind == "session" else pending(name)
 
 
-def new_state(name: str, turn: int, blob: bytes, answer: KeptAnswer | None = None) -> NewState:
+def new_state(name: str, turn: int, blob: bytes, answer: StoredAnswer | None = None) -> NewState:
     """Its id depends on all of these."""
     return NewState(f"{name}-{turn}-{zlib.crc32(blob):08x}", blob, answer)
 
@@ -78,8 +78,8 @@ async def commit(
     blob: bytes,
     *,
     keep: int = 1,
-    answer: KeptAnswer | None = None,
-    kind: Kind = "session",
+    answer: StoredAnswer | None = None,
+    kind: EntryKind = "session",
     ttl_s: float | None = None,
 ) -> bool:
     """The entry's next turn."""
@@ -88,13 +88,13 @@ async def commit(
     return await store.advance(advanced(before, turn), state, keep)
 
 
-async def found(store: SQLiteStore, name: str, kind: Kind = "session") -> Entry:
+async def found(store: SQLiteStore, name: str, kind: EntryKind = "session") -> Entry:
     entry = await store.get(kind, name)
     assert entry is not None
     return entry
 
 
-async def blob_of(store: SQLiteStore, name: str, kind: Kind = "session") -> bytes | None:
+async def blob_of(store: SQLiteStore, name: str, kind: EntryKind = "session") -> bytes | None:
     """What the entry's present state is kept as."""
     entry = await store.get(kind, name)
     return None if entry is None else await store.load(name, entry.turn)

@@ -16,7 +16,7 @@ from model.decoding.sampling import RecentTokens
 from model.state import TensorSpec
 from server.sessions.codec import (
     LARGEST,
-    LONGEST_MESSAGE,
+    MAX_MESSAGE_CHARACTERS,
     MOST_IMPORTED,
     MOST_MAGNITUDE,
     BlobError,
@@ -124,7 +124,7 @@ def test_the_size_is_the_models() -> None:
     assert abs(len(CODEC.encode(old)) - len(CODEC.encode(new))) <= 24
     assert len(BLOB) < CODEC.state_bytes + len(SESSION.recent) + 700
     assert len(CODEC.encode(replace(SESSION, position=9999, pending=(999,) * 9000))) < (
-        CODEC.most_blob_bytes
+        CODEC.max_blob_bytes
     )
 
 
@@ -222,8 +222,8 @@ def test_the_message_names_what_differs() -> None:
         Codec("9" * 64, SPEC, VOCAB, ARITHMETIC).encode(SESSION)
     )
     for version in ("1", "3", "6"):
-        said = refusal(forged(version=version))
-        assert f"version is '{version}', this program reads '5'" in said
+        logged = refusal(forged(version=version))
+        assert f"version is '{version}', this program reads '5'" in logged
     assert "dtype is 'float16', this model has 'float64'" in refusal(forged(dtype="float16"))
     assert "format is 'gguf'" in refusal(forged(format="gguf"))
     no_checksum = HEADER["__metadata__"] | {"sha256": ""}
@@ -278,11 +278,11 @@ def test_the_checksum_of_another_models_blob_can_be_told() -> None:
     fewer = Codec("f" * 64, SPEC[1:], VOCAB, ARITHMETIC)
     without_m = fewer.encode(replace(SESSION, state=SESSION.state[24:]))
     for blob in (BLOB, forged(fingerprint="x"), forged(extra="x"), without_m):
-        assert CODEC.checksum_fits(*read(blob)) is True
+        assert CODEC.checksum_matches(*read(blob)) is True
     bare = built(HEADER | {"__metadata__": {}})
     for blob in (BLOB[:-1] + b"x", bare, BLOB.replace(b'"position":"7"', b'"position":"8"')):
-        assert CODEC.checksum_fits(*read(blob)) is False
-    assert fewer.checksum_fits(*read(BLOB)) is None
+        assert CODEC.checksum_matches(*read(blob)) is False
+    assert fewer.checksum_matches(*read(BLOB)) is None
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F4", "C64", "F8_E5M2"])
@@ -301,7 +301,7 @@ def test_a_missing_tensor_is_refused() -> None:
 def test_a_long_header_does_not_make_a_long_message() -> None:
     endless = "x" * 1_000_000
     for blob in (forged(format=endless), with_tensor("m", dtype=endless), forged(pending=endless)):
-        assert len(refusal(blob)) <= LONGEST_MESSAGE
+        assert len(refusal(blob)) <= MAX_MESSAGE_CHARACTERS
 
 
 EXTREMES = st.sampled_from([0.0, 1.0, 1e-38, 1e15, MOST_MAGNITUDE, 1.1e30, 3e38])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import (
+    IncompatibleState,
     InvalidRequest,
     KeyReused,
     LatentdError,
@@ -19,22 +20,21 @@ from server.errors import (
     SessionBusy,
     StorageFailed,
     TurnMismatch,
-    UnfitState,
 )
 from server.sessions.clock import Clock
 from server.sessions.ledger import (
-    After,
-    Head,
+    AfterResponse,
     NewResponse,
     NewSession,
     NextTurn,
+    SessionHead,
     Source,
     Target,
     new_response_id,
     new_state_id,
 )
 from server.sessions.quota import Quotas
-from server.sessions.store import Entry, KeptAnswer, Kind, Usage
+from server.sessions.store import Entry, EntryKind, StoredAnswer, StoreUsage
 from tests.server.sessions.stores import (
     KINDS,
     forbidden,
@@ -66,7 +66,7 @@ def at(seconds: float) -> Iterator[None]:
 
 
 async def not_found(
-    what: Awaitable[object], kind: Kind = "session", param: str | None = None
+    what: Awaitable[object], kind: EntryKind = "session", param: str | None = None
 ) -> None:
     with pytest.raises(NotFound) as caught:
         await what
@@ -115,7 +115,7 @@ def test_a_session_can_begin_with_a_turn_also_from_a_response(tmp_path: Path) ->
     async def main() -> None:
         async with world(tmp_path) as w:
             await w.respond("a", b"a")
-            for source in (None, After("a")):
+            for source in (None, AfterResponse("a")):
                 async with w.turn(source, NewSession({"k": "v"}, 60.0)) as turn:
                     loaded = await turn.load()
                     assert loaded == (None if source is None else state(b"a"))
@@ -136,11 +136,11 @@ def test_a_session_can_begin_with_a_turn_also_from_a_response(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("source", "target"),
     [
-        (Head("s"), None),
-        (Head("s"), NewSession()),
-        (Head("s"), NewResponse("r")),
+        (SessionHead("s"), None),
+        (SessionHead("s"), NewSession()),
+        (SessionHead("s"), NewResponse("r")),
         (None, NextTurn()),
-        (After("r"), NextTurn()),
+        (AfterResponse("r"), NextTurn()),
     ],
 )
 def test_a_head_and_a_next_turn_belong_together(
@@ -242,7 +242,7 @@ def test_another_owner_finds_no_session(tmp_path: Path) -> None:
                 lambda owner: w.ledger.rewind(owner, name, 0),
                 lambda owner: w.ledger.export(owner, name, None),
                 lambda owner: w.ledger.delete(owner, "session", name),
-                lambda owner: begin(w, owner, Head(name), NextTurn()),
+                lambda owner: begin(w, owner, SessionHead(name), NextTurn()),
             ]
 
             async def nobody_finds_it() -> None:
@@ -272,7 +272,7 @@ def test_another_owner_finds_no_response(tmp_path: Path) -> None:
                     made = w.ledger.fork_response(owner, name, {}, None)
                     await not_found(made, "response", "response_id")
                     for target in (None, NewResponse("other"), NewSession()):
-                        going_on = begin(w, owner, After(name), target)
+                        going_on = begin(w, owner, AfterResponse(name), target)
                         await not_found(going_on, "response", "previous_response_id")
                 assert (await w.response("p")).status == "queued"
             assert await w.after("a") == state(b"a")
@@ -337,8 +337,8 @@ def test_a_turn_can_depend_on_the_one_before(tmp_path: Path, cache_bytes: int) -
 
 async def answered(w: World, name: str, target: NextTurn, expected: int | None = None) -> str:
     """The answer that the turn had before; if none, the turn is run."""
-    async with w.ledger.begin(ME, Head(name, expected), target) as turn:
-        if isinstance(turn, KeptAnswer):
+    async with w.ledger.begin(ME, SessionHead(name, expected), target) as turn:
+        if isinstance(turn, StoredAnswer):
             return turn.answer
         assert turn.needs_body
         assert turn.entry is not None
@@ -478,7 +478,7 @@ def test_a_page_after_nobody_is_refused(tmp_path: Path, after: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_deletion_erases_everywhere(tmp_path: Path, kind: Kind, are_large: bool) -> None:
+def test_deletion_erases_everywhere(tmp_path: Path, kind: EntryKind, are_large: bool) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
             gone = await w.made(kind, b"A", has_row=True)
@@ -499,13 +499,13 @@ def test_deletion_erases_everywhere(tmp_path: Path, kind: Kind, are_large: bool)
             await w.ledger.delete(ME, kind, stays.id)
             assert w.released == [gone.state_id]
             assert w.held() == {"device": (0, 0), "host": (0, 0), "store": (0, 0)}
-            assert (w.store.total, state_files(tmp_path)) == (Usage(), set())
+            assert (w.store.total, state_files(tmp_path)) == (StoreUsage(), set())
 
     asyncio.run(main())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_deletion_that_fails_keeps_no_state_in_memory(tmp_path: Path, kind: Kind) -> None:
+def test_a_deletion_that_fails_keeps_no_state_in_memory(tmp_path: Path, kind: EntryKind) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
             made = await w.made(kind, b"a", has_row=True)
@@ -537,7 +537,7 @@ def test_of_two_deletions_at_once_one_finds_it(tmp_path: Path) -> None:
                 assert sorted([type(answer) for answer in await both], key=str) == sorted(
                     [type(None), other], key=str
                 )
-            assert w.store.total == Usage()
+            assert w.store.total == StoreUsage()
 
     asyncio.run(main())
 
@@ -642,7 +642,7 @@ def test_a_response_is_kept_for_its_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_turn_advances_does_not_expire(tmp_path: Path, kind: Kind) -> None:
+def test_what_a_turn_advances_does_not_expire(tmp_path: Path, kind: EntryKind) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
             name = "a" if kind == "response" else await w.new(ttl_s=60.0)
@@ -662,7 +662,7 @@ def test_what_a_turn_advances_does_not_expire(tmp_path: Path, kind: Kind) -> Non
                 assert await w.ledger.sweep() == int(kind == "response")
             with at(140):
                 assert await w.ledger.sweep() == int(kind == "session")
-            assert w.store.total == Usage()
+            assert w.store.total == StoreUsage()
 
     asyncio.run(main())
 
@@ -707,13 +707,13 @@ def test_what_is_exported_can_be_imported(tmp_path: Path) -> None:
             assert (moved.metadata, moved.ttl_s, moved.owner) == ({"k": "v"}, 9.0, "them")
             assert arithmetic == "float32 x float32"
             assert moved == await w.ledger.get("them", "session", moved.id)
-            async with w.turn(Head(moved.id, 2), NextTurn(), "them") as turn:
+            async with w.turn(SessionHead(moved.id, 2), NextTurn(), "them") as turn:
                 assert await turn.load() == state(b"b", 77, turn=2)
             early, _ = await w.ledger.import_blob(ME, earlier, {}, None)
             assert await w.load(early.id) == state(b"a")
             before, files = w.store.total, state_files(tmp_path / "two")
             for wrong in (b"", blob[:-1], blob[:-1] + b"?", b"x" * 1000):
-                with pytest.raises(UnfitState) as caught:
+                with pytest.raises(IncompatibleState) as caught:
                     await w.ledger.import_blob(ME, wrong, {}, None)
                 assert caught.value.status == 422
             assert (w.store.total, state_files(tmp_path / "two")) == (before, files)

@@ -12,7 +12,7 @@ from server.errors import NotFound, SessionBusy
 from server.metrics import Metrics
 from server.sessions.cache import HostCache
 from server.sessions.codec import Codec
-from server.sessions.ledger import Head, Ledger, NextTurn
+from server.sessions.ledger import Ledger, NextTurn, SessionHead
 from server.sessions.quota import Quota, Quotas
 from server.sessions.sqlite.store import SQLiteStore
 from server.sessions.tiers import Tiers
@@ -22,12 +22,12 @@ ME = "me"
 
 
 @asynccontextmanager
-async def ledger_in(folder: Path, busy_wait_s: float) -> AsyncIterator[Ledger]:
+async def ledger_in(folder: Path, session_wait_s: float) -> AsyncIterator[Ledger]:
     store, metrics = SQLiteStore(folder / "sessions.sqlite3"), Metrics()
     codec = Codec("f" * 64, (TensorSpec("m", (2, 3), "float32", 0.0),), 300, "float32 x float32")
     tiers = Tiers(HostCache(0), store, codec.state_bytes, metrics, lambda _: None)
     quota = Quota(store, Quotas())
-    yield Ledger(store, tiers, quota, codec, metrics, busy_wait_s=busy_wait_s)
+    yield Ledger(store, tiers, quota, codec, metrics, session_wait_s=session_wait_s)
     await store.close()
 
 
@@ -35,12 +35,12 @@ async def ledger_in(folder: Path, busy_wait_s: float) -> AsyncIterator[Ledger]:
 async def busy(ledger: Ledger) -> AsyncIterator[str]:
     """A session in the middle of a turn, until the block ends."""
     session_id = (await ledger.create(ME, {})).id
-    async with ledger.begin(ME, Head(session_id), NextTurn()):
+    async with ledger.begin(ME, SessionHead(session_id), NextTurn()):
         yield session_id
 
 
 async def turn(ledger: Ledger, session_id: str) -> None:
-    async with ledger.begin(ME, Head(session_id), NextTurn()):
+    async with ledger.begin(ME, SessionHead(session_id), NextTurn()):
         assert ledger.is_busy(session_id)
 
 
@@ -84,12 +84,12 @@ def test_of_many_that_wait_each_has_its_turn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("work", WORK)
-@pytest.mark.parametrize("busy_wait_s", [0, 0.01])
+@pytest.mark.parametrize("session_wait_s", [0, 0.01])
 def test_it_is_refused_when_the_session_stays_busy(
-    tmp_path: Path, work: Work, busy_wait_s: float
+    tmp_path: Path, work: Work, session_wait_s: float
 ) -> None:
     async def main() -> None:
-        async with ledger_in(tmp_path, busy_wait_s) as ledger:
+        async with ledger_in(tmp_path, session_wait_s) as ledger:
             async with busy(ledger) as session_id:
                 with pytest.raises(SessionBusy):
                     await work(ledger, session_id)
@@ -120,7 +120,7 @@ def test_strangers_learn_nothing_by_waiting(tmp_path: Path) -> None:
     async def main() -> None:
         async with ledger_in(tmp_path, PATIENCE_S) as ledger, busy(ledger) as session_id:
             with pytest.raises(NotFound):
-                async with ledger.begin("other", Head(session_id), NextTurn()):
+                async with ledger.begin("other", SessionHead(session_id), NextTurn()):
                     pass
             with pytest.raises(NotFound):
                 await ledger.rewind("other", session_id, 0)

@@ -37,9 +37,9 @@ from server.errors import (
     StorageFull,
 )
 from server.sessions.codec import Codec, SessionState
-from server.sessions.ledger import After, Head, NextTurn, new_state_id
+from server.sessions.ledger import AfterResponse, NextTurn, SessionHead, new_state_id
 from server.sessions.ledger_turn import LedgerTurn
-from server.sessions.store import Entry, Kind, NewState, Usage
+from server.sessions.store import Entry, EntryKind, NewState, StoreUsage
 from tests.patience import PATIENCE_S, until
 from tests.server.sessions.stores import (
     FILES,
@@ -218,7 +218,7 @@ def test_a_turn_of_which_nothing_is_kept(tmp_path: Path) -> None:
         async with world(tmp_path) as w:
             await w.respond("a", b"a")
             before = w.store.total
-            async with w.turn(After("a"), None) as turn:
+            async with w.turn(AfterResponse("a"), None) as turn:
                 assert (turn.entry, turn.needs_body, turn.state_id) == (None, False, None)
                 assert await turn.load() == state(b"a")
                 for call in (turn.store_pending(body()), turn.commit(state(), "id", body())):
@@ -273,7 +273,7 @@ def test_a_commit_caches_the_new_state_and_forgets_the_one_before(tmp_path: Path
 @pytest.mark.parametrize("num_cancels", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_commit_outlives_its_caller_and_keeps_the_lock(
-    tmp_path: Path, kind: Kind, num_cancels: int, are_large: bool
+    tmp_path: Path, kind: EntryKind, num_cancels: int, are_large: bool
 ) -> None:
     del are_large
 
@@ -313,7 +313,7 @@ def test_a_commit_outlives_its_caller_and_keeps_the_lock(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_commit_that_is_cancelled_itself_is_whole(
-    tmp_path: Path, kind: Kind, are_large: bool
+    tmp_path: Path, kind: EntryKind, are_large: bool
 ) -> None:
     """As at the end of the event loop: what waits for the store's thread takes place."""
 
@@ -360,7 +360,7 @@ def test_a_turn_cancelled_before_its_commit_never_happened(tmp_path: Path) -> No
                     raise RuntimeError
             with pytest.raises(NotFound):
                 await w.response("a")
-            assert w.store.total == Usage(num_sessions=1)
+            assert w.store.total == StoreUsage(num_sessions=1)
             await w.respond("a", b"a")  # nothing of the first attempt is in the way
 
     asyncio.run(main())
@@ -474,7 +474,7 @@ def test_a_state_of_another_size_is_not_committed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("place", "tensor"), [(0, "m"), (1, "h")])
 def test_a_state_that_is_not_sound_is_not_committed(
-    tmp_path: Path, kind: Kind, place: int, tensor: str
+    tmp_path: Path, kind: EntryKind, place: int, tensor: str
 ) -> None:
     arrays = split_state(SPEC, bytearray(STATE_BYTES))
     arrays[tensor].flat[1] = np.nan if place else -np.inf
@@ -529,7 +529,7 @@ DAMAGED = [b"", b"noise", FOREIGN, BLOB[:-1], BLOB[:-1] + b"x"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("blob", DAMAGED)
 def test_a_stored_state_that_cannot_be_read_is_named_and_others_are_good(
-    tmp_path: Path, kind: Kind, blob: bytes, are_large: bool
+    tmp_path: Path, kind: EntryKind, blob: bytes, are_large: bool
 ) -> None:
     async def main() -> None:
         async with world(tmp_path, cache_bytes=0) as w:
@@ -562,14 +562,14 @@ async def check_damaged(w: World, entry: Entry, reason: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_missing_file_is_damage(tmp_path: Path, kind: Kind) -> None:
+def test_a_missing_file_is_damage(tmp_path: Path, kind: EntryKind) -> None:
     async def main() -> None:
         async with world(tmp_path, cache_bytes=0) as w:
             made = await w.made(kind, b"a")
             (tmp_path / FILES / (made.state_id or "")).unlink()
             await check_damaged(w, made, "missing")
             await w.ledger.delete(ME, kind, made.id)
-            assert w.store.total == Usage()
+            assert w.store.total == StoreUsage()
 
     with states_in_files():
         asyncio.run(main())
@@ -634,7 +634,9 @@ def test_no_tier_answers_with_the_state_of_another_turn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_that_is_erased_while_it_is_read_is_not_cached(tmp_path: Path, kind: Kind) -> None:
+def test_a_state_that_is_erased_while_it_is_read_is_not_cached(
+    tmp_path: Path, kind: EntryKind
+) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
             made, other = await w.made(kind, b"a"), await w.made("session", b"b")
@@ -709,7 +711,7 @@ def test_a_response_in_the_background(tmp_path: Path) -> None:
                 num_checkpoints=1,
             )
             assert await w.after("a") == state(b"a")
-            assert w.store.total == Usage(0, 1, 1, len(BLOB) + len(body()))
+            assert w.store.total == StoreUsage(0, 1, 1, len(BLOB) + len(body()))
 
     asyncio.run(main())
 
@@ -747,7 +749,7 @@ def test_what_is_abandoned_leaves_nothing_unless_it_was_stored(tmp_path: Path) -
                 await turn.abandon(body("failed"))
             async with w.next_turn(await w.new()) as turn:
                 await turn.abandon(body("failed"))
-            assert w.store.total == Usage(num_sessions=1)
+            assert w.store.total == StoreUsage(num_sessions=1)
             async with w.making("b") as turn:
                 await turn.store_pending(body("queued"))
                 await turn.abandon(None)  # its end is not known
@@ -768,7 +770,7 @@ def test_a_response_is_not_stored_without_a_body_that_shows_its_status(
                 if wrong is not None:
                     with pytest.raises((ValueError, KeyError, TypeError)):
                         await turn.store_pending(wrong)
-            assert w.store.total == Usage()
+            assert w.store.total == StoreUsage()
 
     asyncio.run(main())
 
@@ -777,7 +779,7 @@ def test_a_turn_with_a_key_is_not_committed_without_its_answer(tmp_path: Path) -
     async def main() -> None:
         async with world(tmp_path) as w:
             name = await w.new()
-            async with w.turn(Head(name), NextTurn("key", "asked")) as turn:
+            async with w.turn(SessionHead(name), NextTurn("key", "asked")) as turn:
                 with pytest.raises(InternalError, match="without its answer"):
                     await turn.commit(state(), new_state_id(), None)
             assert (await w.get(name)).turn == 0
@@ -823,7 +825,7 @@ async def check_gone(w: World, folder: Path) -> None:
     for call in (w.response, w.delete_response):
         with pytest.raises(NotFound):
             await call("a")
-    assert (w.store.total, w.value("responses"), w.held()["host"][0]) == (Usage(), 0, 0)
+    assert (w.store.total, w.value("responses"), w.held()["host"][0]) == (StoreUsage(), 0, 0)
     assert state_files(folder) == set()
     assert b"a" * STATE_BYTES not in raw(folder)
 
@@ -879,7 +881,7 @@ def test_what_is_deleted_after_its_commit_but_before_its_end_is_gone(
         async with world(tmp_path) as w:
             async with w.making("a") as turn:
                 after = await commit(turn, state(b"a"))
-                w.tiers.row_kept(after.state_id or "")
+                w.tiers.row_retained(after.state_id or "")
                 await w.delete_response("a")
                 assert w.released == [after.state_id]
             await check_gone(w, tmp_path)

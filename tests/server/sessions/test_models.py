@@ -11,13 +11,13 @@ import pytest
 from model import checkpoint
 from server.sessions import models
 from server.sessions.codec import Codec
-from server.sessions.models import SHORT, ModelError, count_models, described, erase_model
+from server.sessions.models import SHORT, ModelError, count_models, describe_counts, erase_model
 from server.sessions.sqlite.store import STORE_FILE, SQLiteStore
 from server.sessions.store import Entry, NewState
 from tests.patience import wait_until
 from tests.server.api.calls import text_of
 from tests.server.api.test_session_calls import new
-from tests.server.cli.commands import refused, told
+from tests.server.cli.commands import refused, stdout_of
 from tests.server.live import live_server, tiny_settings
 from tests.server.sessions.stores import (
     commit,
@@ -40,7 +40,7 @@ LONG = replace(state(), position=30_000, pending=tuple(range(200, 300)) * 100)
 @pytest.fixture(params=[False, True], ids=["in SQLite", "in files"], autouse=True)
 def are_large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Whether states are kept in files."""
-    monkeypatch.setattr(models, "READ_TOGETHER", 2)
+    monkeypatch.setattr(models, "READ_BATCH", 2)
     with states_in_files(1 if request.param else 1 << 20):
         yield bool(request.param)
 
@@ -86,13 +86,13 @@ def test_one_model_is_erased_and_no_other(tmp_path: Path, are_large: bool) -> No
             await fill(store)
             assert len(state_files(tmp_path)) == (6 if are_large else 0)
             erased = await erase_model(store, OTHER)
-            assert described(erased) == "1 response and 2 sessions"
+            assert describe_counts(erased) == "1 response and 2 sessions"
             names = {entry.id for entry in await listed(store)}
             assert names == {"c", "damaged", "without a turn"}
             assert (await found(store, "without a state", "response")).is_finished
             assert await store.get("response", "r") is None
             assert len(state_files(tmp_path)) == (2 if are_large else 0)
-            assert described(await erase_model(store, THIRD[:SHORT])) == "1 session"
+            assert describe_counts(await erase_model(store, THIRD[:SHORT])) == "1 session"
 
     asyncio.run(main())
 
@@ -124,25 +124,25 @@ def test_a_server_says_what_it_cannot_continue_and_a_command_erases_it(
     own = checkpoint.fingerprint(tiny_checkpoint)[:SHORT]
     settings = tiny_settings(tiny_checkpoint, tmp_path)
 
-    def said() -> list[str]:
+    def logged() -> list[str]:
         return [m for m in caplog.messages if "not to be continued" in m]
 
     def wait_for(count: int) -> None:
-        wait_until(lambda: len(said()) == count)
+        wait_until(lambda: len(logged()) == count)
 
     for count in (1, 2):  # also beside a session of its own
         with live_server(settings) as server, server.client() as client:
             wait_for(count)
             text_of(client, session_id=new(client))
             refused("erase-model", OTHER, "--data-dir", tmp_path)
-    assert said()[0] == said()[1]
-    assert said()[0] == (
+    assert logged()[0] == logged()[1]
+    assert logged()[0] == (
         f"the store has 1 session of the model with fingerprint {OTHER[:SHORT]}, which this model "
         f"(fingerprint {own}) cannot continue; serve that model again, or stop the server and "
         f"erase them with `latentd erase-model {OTHER[:SHORT]} --data-dir {tmp_path}`"
     )
     assert "there are" in refused("erase-model", "0" * 12, "--data-dir", tmp_path)
-    assert told("erase-model", OTHER[:SHORT], "--data-dir", tmp_path) == "erased 1 session\n"
+    assert stdout_of("erase-model", OTHER[:SHORT], "--data-dir", tmp_path) == "erased 1 session\n"
     assert "no session store" in refused("erase-model", OTHER, "--data-dir", tmp_path / "none")
 
     async def remaining() -> dict[str, Counter[str]]:

@@ -12,7 +12,7 @@ from server.sessions.store import Entry
 from tests.server.sessions.worlds import CODEC, ME, body, state, world
 
 BLOB = CODEC.encode(state())
-SPACE = CODEC.usual_blob_bytes
+SPACE = CODEC.typical_blob_bytes
 
 
 async def refused(what: Awaitable[object], code: str) -> LatentdError:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from server.errors import StorageFailed
 from server.sessions.sqlite.store import LARGE_BYTES, SQLiteStore
-from server.sessions.sqlite.writer import MOST_TOGETHER
-from server.sessions.store import Entry, KeptAnswer, Kind, StoreError, Usage
+from server.sessions.sqlite.writer import MAX_BATCH
+from server.sessions.store import Entry, EntryKind, StoredAnswer, StoreError, StoreUsage
 from tests.patience import PATIENCE_S
 from tests.server.sessions.stores import (
     FILE,
@@ -53,7 +53,7 @@ def are_large(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_entry_from_its_creation_to_its_deletion(
-    tmp_path: Path, kind: Kind, are_large: bool
+    tmp_path: Path, kind: EntryKind, are_large: bool
 ) -> None:
     async def main() -> None:
         folder = tmp_path / "new" / "folder"
@@ -73,20 +73,20 @@ def test_an_entry_from_its_creation_to_its_deletion(
             )
             assert await blob_of(store, "a", kind) == blob
             assert state_files(folder) == ({state_id} if are_large else set())
-            other: Kind = "response" if kind == "session" else "session"
+            other: EntryKind = "response" if kind == "session" else "session"
             assert await store.get(other, "a") is None
             assert not await store.delete(other, "a")
             assert await store.delete(kind, "a")
             assert not await store.delete(kind, "a")
             assert await store.get(kind, "a") is None
             assert await blob_of(store, "a", kind) is None
-            assert (store.total, state_files(folder)) == (Usage(), set())
+            assert (store.total, state_files(folder)) == (StoreUsage(), set())
 
     asyncio.run(main())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_entry_can_begin_with_a_state(tmp_path: Path, kind: Kind, are_large: bool) -> None:
+def test_an_entry_can_begin_with_a_state(tmp_path: Path, kind: EntryKind, are_large: bool) -> None:
     async def main() -> None:
         made = replace(advanced(new(kind, "a"), 7), expires_at=9.5, owner="x")
         async with opened(tmp_path) as store:
@@ -101,15 +101,15 @@ def test_an_entry_can_begin_with_a_state(tmp_path: Path, kind: Kind, are_large: 
             ]
             body = made.body or ""
             is_session = kind == "session"
-            used = Usage(is_session, not is_session, 1, 5 + len(body.encode()))
+            used = StoreUsage(is_session, not is_session, 1, 5 + len(body.encode()))
             assert (store.total, await store.usage("x")) == (used, used)
-            assert await store.usage("") == Usage()
+            assert await store.usage("") == StoreUsage()
 
     asyncio.run(main())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_id_is_given_once(tmp_path: Path, kind: Kind, are_large: bool) -> None:
+def test_an_id_is_given_once(tmp_path: Path, kind: EntryKind, are_large: bool) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
             await insert(store, advanced(new(kind, "a"), 1), b"first")
@@ -203,7 +203,7 @@ def test_a_turn_of_an_entry_that_is_not_there(tmp_path: Path, are_large: bool) -
             for kind in KINDS:
                 assert not await commit(store, "ghost", 1, b"boo", kind=kind)
             assert not await store.advance(response("ghost"), None, 1)
-            assert (store.total, state_files(tmp_path)) == (Usage(), set())
+            assert (store.total, state_files(tmp_path)) == (StoreUsage(), set())
             assert await listed(store) == []
 
     asyncio.run(main())
@@ -212,7 +212,7 @@ def test_a_turn_of_an_entry_that_is_not_there(tmp_path: Path, are_large: bool) -
 def test_what_waits_shares_transactions_and_is_answered_after_them(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
-            names = [str(number) for number in range(2 * MOST_TOGETHER + 10)]
+            names = [str(number) for number in range(2 * MAX_BATCH + 10)]
             for name in names:
                 await store.insert(session(name))
             begun, too_early = list[str](), list[asyncio.Task[bool]]()
@@ -232,7 +232,7 @@ def test_what_waits_shares_transactions_and_is_answered_after_them(tmp_path: Pat
                 store._writer.db.set_trace_callback(trace)
             assert all(await asyncio.gather(*commits))
             store._writer.db.set_trace_callback(None)
-            assert len(begun) == math.ceil(len(names) / MOST_TOGETHER)
+            assert len(begun) == math.ceil(len(names) / MAX_BATCH)
             assert not too_early
             for name in names:
                 assert await blob_of(store, name) == name.encode()
@@ -300,7 +300,7 @@ def test_who_fails_in_a_shared_transaction_fails_alone(tmp_path: Path, are_large
             assert await blob_of(store, "a") == b"AA"
             assert [found.id for found in await listed(store)] == ["b", "a"]
             assert await store.get("session", "b") == session("b")
-            assert store.total == Usage(2, 0, 1, 2)
+            assert store.total == StoreUsage(2, 0, 1, 2)
             assert len(state_files(tmp_path)) == are_large
 
     asyncio.run(main())
@@ -395,7 +395,9 @@ def test_a_store_belongs_to_one_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_deleted_bytes_are_on_the_disk_no_more(tmp_path: Path, kind: Kind, are_large: bool) -> None:
+def test_deleted_bytes_are_on_the_disk_no_more(
+    tmp_path: Path, kind: EntryKind, are_large: bool
+) -> None:
     del are_large
 
     async def main() -> None:
@@ -412,7 +414,7 @@ def test_deleted_bytes_are_on_the_disk_no_more(tmp_path: Path, kind: Kind, are_l
                     if kind == "response":
                         after = replace(after, body=f"<body of {name}>" * 3)
                     mark, answer = f"<state {turn} of {name}>", f"<answer {turn} of {name}>"
-                    kept = KeptAnswer(f"key {turn}", "", answer)
+                    kept = StoredAnswer(f"key {turn}", "", answer)
                     blob = mark.encode() * 2000
                     await store.advance(after, new_state(name, turn, blob, kept), 3)
                     if name == "a":
@@ -462,7 +464,7 @@ def test_no_copy_of_deleted_bytes_stays_behind_among_many(tmp_path: Path, seed: 
                     if entry.kind == "response":
                         entry = replace(entry, body=mark * chance.choice([1, 20, 100, 400]))
                     elif chance.random() < 0.3:
-                        kept = KeptAnswer(mark, "", mark * times)
+                        kept = StoredAnswer(mark, "", mark * times)
                     state = new_state(name, entry.turn, mark.encode() * times, kept)
                     assert await store.advance(entry, state, 1)
                     made[name] = entry
@@ -510,13 +512,13 @@ class Accounts:
         self.answers: dict[str, dict[int, str]] = {}
         self.num_states = 0
 
-    def usage(self, owner: str | None) -> Usage:
+    def usage(self, owner: str | None) -> StoreUsage:
         """Of an owner, or of all."""
         own = [e for e in self.entries.values() if owner in (None, e.owner)]
         blobs = [blob for entry in own for blob in self.states[entry.id].values()]
         texts = [entry.body or "" for entry in own]
         texts += [text for entry in own for text in self.answers[entry.id].values()]
-        return Usage(
+        return StoreUsage(
             num_sessions=sum(entry.kind == "session" for entry in own),
             num_responses=sum(entry.kind == "response" for entry in own),
             num_states=len(blobs),
@@ -555,7 +557,7 @@ class Accounts:
                 if after.kind == "response":
                     after = replace(after, body=body)
                 elif size % 2:
-                    kept = KeptAnswer(f"{self.num_states}", "", body)
+                    kept = StoredAnswer(f"{self.num_states}", "", body)
                 state = new_state(name, after.turn, blob, kept)
                 assert await store.advance(after, state, KEEP) == can_advance
                 if can_advance:
@@ -589,15 +591,15 @@ class Accounts:
                     self.add(copy, states)
             case "rewind" if entry is not None and entry.kind == "session":
                 turn = size % (entry.turn + 1)
-                is_kept = turn == 0 or turn in self.states[name]
-                assert (await store.rewind(name, turn, 1.0) is not None) == is_kept
-                if is_kept:
+                is_retained = turn == 0 or turn in self.states[name]
+                assert (await store.rewind(name, turn, 1.0) is not None) == is_retained
+                if is_retained:
                     self.entries[name] = replace(entry, turn=turn)
                     for by_turn in (self.states[name], self.answers[name]):
                         for later in [later for later in by_turn if later > turn]:
                             del by_turn[later]
             case "delete":
-                kind: Kind = "session" if entry is None else entry.kind
+                kind: EntryKind = "session" if entry is None else entry.kind
                 assert await store.delete(kind, name) == (entry is not None)
                 for kept_by_name in (self.entries, self.states, self.answers):
                     kept_by_name.pop(name, None)
@@ -609,7 +611,7 @@ class Accounts:
             own = [e.id for e in self.entries.values() if e.owner == owner and e.kind == "session"]
             assert names == set(own)
         assert store.total == self.usage(None)
-        assert await store.usage("nobody") == Usage()
+        assert await store.usage("nobody") == StoreUsage()
         large = {blob for states in self.states.values() for blob in states.values()}
         assert len(state_files(folder)) == sum(len(blob) >= 20_000 for blob in large)
 

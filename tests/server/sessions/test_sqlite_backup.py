@@ -12,7 +12,7 @@ import pytest
 
 from server.sessions.sqlite import backup as module
 from server.sessions.sqlite.backup import CHECKSUMS, BackupError, Contents, backup, restore
-from server.sessions.sqlite.snapshots import SOCKET, offered
+from server.sessions.sqlite.snapshots import SOCKET, serve_snapshots
 from tests.server.sessions.stores import (
     FILE,
     FILES,
@@ -144,7 +144,7 @@ def test_where_a_server_runs_nothing_is_restored(data: Path, tmp_path: Path) -> 
 
     async def main() -> None:
         async with opened(tmp_path / "live") as store:
-            with offered(store, tmp_path / "live"):
+            with serve_snapshots(store, tmp_path / "live"):
                 with pytest.raises(BackupError, match="a server is running on"):
                     await asyncio.to_thread(restore, tmp_path / "backup", tmp_path / "live")
                 for path in (tmp_path / "live").glob(f"{FILE}*"):

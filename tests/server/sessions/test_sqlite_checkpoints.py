@@ -10,7 +10,7 @@ import pytest
 
 from server.errors import StorageFailed
 from server.sessions.sqlite.store import SQLiteStore
-from server.sessions.store import Entry, KeptAnswer, Usage
+from server.sessions.store import Entry, StoredAnswer, StoreUsage
 from tests.server.sessions.stores import (
     blob_of,
     commit,
@@ -83,10 +83,10 @@ def test_a_fork_is_a_copy_that_goes_its_own_way(tmp_path: Path) -> None:
             await commit(store, "b", 4, b"other", keep=3)
             assert await kept(store, "b") == {4: b"other", 3: b"3"}
             assert (await store.get("session", "a"), await kept(store, "a")) == before
-            assert store.total == Usage(2, 0, 5, 9)
+            assert store.total == StoreUsage(2, 0, 5, 9)
             await store.delete("session", "a")
             assert await kept(store, "b") == {4: b"other", 3: b"3"}
-            assert store.total == Usage(1, 0, 2, 6)
+            assert store.total == StoreUsage(1, 0, 2, 6)
 
     asyncio.run(main())
 
@@ -115,7 +115,7 @@ def test_the_empty_beginning_is_always_there(tmp_path: Path) -> None:
             rewound = await store.rewind("a", 0, 200.0)
             assert rewound is not None
             assert (rewound.turn, rewound.num_tokens, rewound.num_checkpoints) == (0, 0, 0)
-            assert store.total == Usage(2)
+            assert store.total == StoreUsage(2)
             await commit(store, "a", 1, b"again")
             assert await blob_of(store, "a") == b"again"
 
@@ -144,8 +144,8 @@ def test_a_rewind_goes_back_and_forgets_what_was_after(tmp_path: Path) -> None:
 
 
 def test_an_answer_is_kept_as_long_as_its_turn(tmp_path: Path) -> None:
-    def answer(turn: int) -> KeptAnswer:
-        return KeptAnswer(f"key {turn}", f"request {turn}", f"answer {turn} é")
+    def answer(turn: int) -> StoredAnswer:
+        return StoredAnswer(f"key {turn}", f"request {turn}", f"answer {turn} é")
 
     async def answered(store: SQLiteStore) -> list[int]:
         return [t for t in range(1, 6) if await store.find_answer("a", f"key {t}") == answer(t)]
@@ -156,7 +156,7 @@ def test_an_answer_is_kept_as_long_as_its_turn(tmp_path: Path) -> None:
             await store.insert(session("b"))
             for turn in range(1, 6):
                 await commit(store, "a", turn, b"-", keep=3, answer=answer(turn))
-            assert store.total == Usage(2, 0, 3, 3 + 3 * len("answer 1 é".encode()))
+            assert store.total == StoreUsage(2, 0, 3, 3 + 3 * len("answer 1 é".encode()))
         async with opened(tmp_path) as store:
             assert await answered(store) == [3, 4, 5]
             assert await store.find_answer("b", "key 5") is None
@@ -215,7 +215,7 @@ def test_the_state_of_a_response_can_become_a_session(tmp_path: Path) -> None:
             assert copied == expected
             assert await blob_of(store, "s") == b"state"
             before = store.total
-            assert before == Usage(1, 2, 2, 9 + 9 + 5 + 5 + len(json.dumps({"topic": "cats"})))
+            assert before == StoreUsage(1, 2, 2, 9 + 9 + 5 + 5 + len(json.dumps({"topic": "cats"})))
             for name, turn in (("bare", 1), ("bare", 0), ("r", 0), ("nobody", 1)):
                 assert await store.fork(name, replace(session("t"), turn=turn)) is None
             assert (await store.get("session", "t"), store.total) == (None, before)

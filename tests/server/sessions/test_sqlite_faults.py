@@ -16,7 +16,7 @@ import pytest
 from server.errors import StorageFailed, StorageFull
 from server.sessions.sqlite.schema import PAGE_BYTES
 from server.sessions.sqlite.store import SQLiteStore
-from server.sessions.store import Entry, Kind, StoreError, Usage
+from server.sessions.store import Entry, EntryKind, StoreError, StoreUsage
 from tests.patience import PATIENCE_S
 from tests.server.sessions.stores import (
     FILE,
@@ -43,7 +43,7 @@ from tests.server.sessions.stores import (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_full_disk_fails_one_turn_and_nothing_else(tmp_path: Path, kind: Kind) -> None:
+def test_a_full_disk_fails_one_turn_and_nothing_else(tmp_path: Path, kind: EntryKind) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
             for name in "ab":
@@ -99,7 +99,7 @@ def test_a_transaction_that_cannot_commit_fails_for_everyone(tmp_path: Path) -> 
             assert [type(answer) for answer in answers] == [StorageFailed] * 2
             assert (await listed(store), store.total) == before
             await commit(store, "a", 1, b"again")
-            assert store.total == Usage(2, 0, 1, 5)
+            assert store.total == StoreUsage(2, 0, 1, 5)
 
     asyncio.run(main())
 
@@ -130,7 +130,7 @@ def test_a_transaction_that_cannot_even_roll_back_does_not_stop_the_store(tmp_pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_when_erasing_fails_the_deletion_says_so_and_is_completed_later(
-    tmp_path: Path, kind: Kind
+    tmp_path: Path, kind: EntryKind
 ) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
@@ -328,7 +328,7 @@ def test_no_acknowledged_turn_is_lost_by_kill_9(tmp_path: Path) -> None:
                 sizes.append(len(blob))
                 if len(blob) >= LARGE_FROM:
                     files.add(last.state_id)
-            assert store.total == Usage(num_sessions, 0, len(sizes), sum(sizes))
+            assert store.total == StoreUsage(num_sessions, 0, len(sizes), sum(sizes))
             assert state_files(tmp_path) == files
 
     chance = random.Random(0)

@@ -14,7 +14,7 @@ import pytest
 from server.errors import StorageFailed, StorageFull
 from server.sessions.sqlite.files import StateFiles
 from server.sessions.sqlite.store import LARGE_BYTES, SQLiteStore
-from server.sessions.store import Usage
+from server.sessions.store import StoreUsage
 from tests.patience import PATIENCE_S, until
 from tests.server.sessions.stores import (
     FILE,
@@ -95,7 +95,7 @@ def test_states_from_a_mebibyte_on_are_files(tmp_path: Path) -> None:
             assert [c.num_bytes for c in await store.checkpoints("a")] == [
                 *(LARGE_BYTES, LARGE_BYTES - 1)
             ]
-            assert store.total == Usage(1, 0, 2, 2 * LARGE_BYTES - 1)
+            assert store.total == StoreUsage(1, 0, 2, 2 * LARGE_BYTES - 1)
 
     asyncio.run(main())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import StorageFailed
-from server.sessions.store import UNFINISHED, Entry, Status, Usage
+from server.sessions.store import UNFINISHED, Entry, Status, StoreUsage
 from tests.server.sessions.stores import (
     advanced,
     blob_of,
@@ -32,9 +32,9 @@ def test_what_is_inserted_is_found_again(tmp_path: Path) -> None:
             assert await store.get("response", "b") == whole
             assert await store.get("response", "c") is None
             assert [await store.load(name, 1) for name in "abc"] == [None, b"state", None]
-            assert await store.usage("") == Usage(0, 1, 0, len('{"é": 1}'.encode()))
-            assert await store.usage("x") == Usage(0, 1, 1, 9 + 5)
-            assert store.total == Usage(0, 2, 1, 9 + 9 + 5)
+            assert await store.usage("") == StoreUsage(0, 1, 0, len('{"é": 1}'.encode()))
+            assert await store.usage("x") == StoreUsage(0, 1, 1, 9 + 5)
+            assert store.total == StoreUsage(0, 2, 1, 9 + 9 + 5)
             assert await listed(store) == []
 
     asyncio.run(main())
@@ -62,10 +62,10 @@ def test_only_what_is_unfinished_can_be_finished(
                 assert not await store.advance(late, None, 8)
                 assert not await store.advance(late, new_state("a", 2, b"late"), 8)
             assert await store.get("response", "a") == done
-            assert store.total == Usage(0, 1, int(has_state), 2 + 5 * has_state)
+            assert store.total == StoreUsage(0, 1, int(has_state), 2 + 5 * has_state)
             await store.delete("response", "a")
             assert not await store.advance(done, state, 8)
-            assert store.total == Usage()
+            assert store.total == StoreUsage()
 
     asyncio.run(main())
 
@@ -87,7 +87,7 @@ def test_all_that_is_unfinished_is_rewritten_but_what_is_excepted(tmp_path: Path
             assert await store.get("session", "s") == session("s")
             assert await store.rewrite_unfinished(failed, frozenset()) == 1
             assert await store.rewrite_unfinished(failed, frozenset()) == 0
-            assert store.total == Usage(1, 4, 1, 3 * (9 + len("interrupted ")) + 9 + 5)
+            assert store.total == StoreUsage(1, 4, 1, 3 * (9 + len("interrupted ")) + 9 + 5)
 
     asyncio.run(main())
 

@@ -14,7 +14,7 @@ import pytest
 
 from server.errors import StorageFailed
 from server.sessions.sqlite import snapshots, writer
-from server.sessions.sqlite.snapshots import SOCKET, SnapshotError, offered, snapshot
+from server.sessions.sqlite.snapshots import SOCKET, SnapshotError, serve_snapshots, snapshot
 from server.sessions.sqlite.store import SQLiteStore
 from server.sessions.sqlite.writer import Writer
 from tests.patience import until, wait_until
@@ -51,7 +51,7 @@ def in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         wait_until(lambda: self._closing or not self._jobs.empty())
         works(self, status, remaining, total)
 
-    monkeypatch.setattr(writer, "COPIED_PAGES", 1)
+    monkeypatch.setattr(writer, "PAGES_PER_STEP", 1)
     monkeypatch.setattr(Writer, "_between_steps", patient)
 
 
@@ -216,7 +216,7 @@ def test_another_process_gets_one_from_the_server_and_the_server_removes_it(
     async def main() -> None:
         async with opened(data) as store:
             await loaded(store)
-            with offered(store, data):
+            with serve_snapshots(store, data):
                 assert not left_over.exists()
                 assert stat.S_IMODE((data / SOCKET).stat().st_mode) == 0o600
                 await asyncio.to_thread(ask)
@@ -266,7 +266,7 @@ def test_the_server_says_why_it_has_none(tmp_path: Path, monkeypatch: pytest.Mon
 
     async def main() -> None:
         async with opened(tmp_path) as store:
-            with offered(store, tmp_path):
+            with serve_snapshots(store, tmp_path):
                 await asyncio.to_thread(ask)
                 await until(lambda: num_snapshots(tmp_path) == 0)
 

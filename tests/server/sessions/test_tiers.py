@@ -24,10 +24,10 @@ def test_the_fastest_tier_is_reported(tmp_path: Path) -> None:
                 "host": (2, 2 * CACHED_BYTES),
                 "store": (3, stored),
             }
-            w.tiers.row_given_up("state of nobody", is_evicted=False)
+            w.tiers.row_released("state of nobody", is_evicted=False)
             assert [w.evictions("device"), await w.tier(names[0])] == [0, "device"]
             assert first.state_id is not None
-            w.tiers.row_given_up(first.state_id, is_evicted=True)
+            w.tiers.row_released(first.state_id, is_evicted=True)
             assert [w.evictions("device"), await w.tier(names[0])] == [1, "store"]
             assert w.held()["device"] == (0, 0)
             await w.load(names[0])
@@ -45,7 +45,7 @@ def test_a_row_that_a_turn_continues_in_is_no_eviction(tmp_path: Path) -> None:
             before = await w.advance(name, state(b"a"), has_row=True)
             assert before.state_id is not None
             async with w.next_turn(name):
-                w.tiers.row_given_up(before.state_id, is_evicted=False)
+                w.tiers.row_released(before.state_id, is_evicted=False)
                 assert await w.tier(name) == "device"  # it runs there
                 assert w.held()["device"] == (0, 0)
             assert await w.tier(name) == "host"
@@ -75,7 +75,7 @@ def test_a_fork_shares_the_state_wherever_it_is(tmp_path: Path) -> None:
 def test_only_a_row_that_is_kept_is_released(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
-            w.tiers.row_kept("kept")
+            w.tiers.row_retained("kept")
             w.tiers.cache("kept", state(), "")
             num_forgotten = w.tiers.num_forgotten
             for _ in range(2):
@@ -83,7 +83,7 @@ def test_only_a_row_that_is_kept_is_released(tmp_path: Path) -> None:
                 w.tiers.release("kept")
             assert (w.released, w.tiers.num_forgotten) == (["kept"], num_forgotten)
             assert w.tiers.cached("kept") == state()
-            w.tiers.row_kept("kept")
+            w.tiers.row_retained("kept")
             w.tiers.forget("kept")
             w.tiers.forget(None)
             assert w.released == ["kept", "kept"]

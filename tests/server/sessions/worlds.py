@@ -12,11 +12,11 @@ from server.metrics import Metrics
 from server.sessions.cache import HostCache
 from server.sessions.codec import Codec, SessionState
 from server.sessions.ledger import (
-    After,
-    Head,
+    AfterResponse,
     Ledger,
     NewResponse,
     NextTurn,
+    SessionHead,
     Source,
     Target,
     new_state_id,
@@ -24,7 +24,7 @@ from server.sessions.ledger import (
 from server.sessions.ledger_turn import LedgerTurn
 from server.sessions.quota import Quota, Quotas
 from server.sessions.sqlite.store import SQLiteStore
-from server.sessions.store import Entry, KeptAnswer, Kind
+from server.sessions.store import Entry, EntryKind, StoredAnswer
 from server.sessions.tiers import Tiers
 from tests.server.sessions.stores import FILE
 
@@ -68,14 +68,14 @@ class World:
     ) -> AsyncIterator[LedgerTurn]:
         """A turn that was not committed before."""
         async with self.ledger.begin(owner, source, target) as turn:
-            assert not isinstance(turn, KeptAnswer)
+            assert not isinstance(turn, StoredAnswer)
             yield turn
 
     @asynccontextmanager
     async def next_turn(
         self, session_id: str, expected: int | None = None
     ) -> AsyncIterator[LedgerTurn]:
-        async with self.turn(Head(session_id, expected), NextTurn()) as turn:
+        async with self.turn(SessionHead(session_id, expected), NextTurn()) as turn:
             yield turn
 
     @asynccontextmanager
@@ -83,7 +83,7 @@ class World:
         self, name: str, previous: str | None = None, ttl_s: float | None = None
     ) -> AsyncIterator[LedgerTurn]:
         """The turn that makes a response."""
-        source = None if previous is None else After(previous)
+        source = None if previous is None else AfterResponse(previous)
         async with self.turn(source, NewResponse(name, ttl_s)) as turn:
             yield turn
 
@@ -117,7 +117,7 @@ class World:
     def _ended(self, turn: LedgerTurn, has_row: bool) -> Entry:
         assert turn.entry is not None
         if has_row:
-            self.tiers.row_kept(turn.entry.state_id or "")
+            self.tiers.row_retained(turn.entry.state_id or "")
         return turn.entry
 
     async def load(self, session_id: str) -> SessionState | None:
@@ -126,13 +126,13 @@ class World:
 
     async def after(self, response_id: str, owner: str = ME) -> SessionState | None:
         """What a turn of which nothing is kept continues from."""
-        async with self.turn(After(response_id), None, owner) as turn:
+        async with self.turn(AfterResponse(response_id), None, owner) as turn:
             return await turn.load()
 
     async def new(self, ttl_s: float | None = None) -> str:
         return (await self.ledger.create(ME, {}, ttl_s)).id
 
-    async def made(self, kind: Kind, mark: bytes, *, has_row: bool = False) -> Entry:
+    async def made(self, kind: EntryKind, mark: bytes, *, has_row: bool = False) -> Entry:
         """A session after its first turn, or a response."""
         if kind == "response":
             return await self.respond(f"resp_{mark!r}", mark, has_row=has_row)
@@ -189,7 +189,7 @@ async def world(
     def release(state_id: str) -> None:
         """As the engine does, which says so a little later."""
         released.append(state_id)
-        tiers.row_given_up(state_id, is_evicted=False)
+        tiers.row_released(state_id, is_evicted=False)
 
     try:
         tiers = Tiers(cache, store, codec.state_bytes, metrics, release)
@@ -201,7 +201,7 @@ async def world(
             metrics,
             keep_turns=keep_turns,
             max_response_ttl_s=max_response_ttl_s,
-            busy_wait_s=0,
+            session_wait_s=0,
         )
         yield World(ledger, tiers, released, store, cache, metrics)
     finally:

@@ -32,14 +32,14 @@ def one(place: int, step: int, token_id: int | None, **changes: object) -> Piece
 class Pair:
     """The runner on the device, and its pool."""
 
-    def __init__(self, device: torch.device, most_rows: int = 4) -> None:
+    def __init__(self, device: torch.device, max_rows: int = 4) -> None:
         self.network = fused(plain(), device)
         self.pool = self.network.new_pool(6)
         for row in range(6):
             self.pool.poison(row)
         for row in ROWS:
             self.pool.reset(row)
-        runner = new_runner(self.network, self.pool, most_rows)
+        runner = new_runner(self.network, self.pool, max_rows)
         assert isinstance(runner, GraphRunner)
         self.runner = runner
 
@@ -63,7 +63,7 @@ def on_host(steps: int, places: Sequence[int] = range(3)) -> tuple[list[Decoded]
     found = []
     for step in range(steps):
         inputs = [one(place, step, given[place], num_logprobs=2) for place in places]
-        found.append(runner.launch(inputs).take())
+        found.append(runner.launch(inputs).collect())
         for place, token_id in zip(places, found[-1].token_ids, strict=True):
             given[place] = token_id
     return found, pool
@@ -76,9 +76,9 @@ def test_tokens_are_fed_back_on_the_device(pair: Pair) -> None:
     found = []
     for step in range(1, 4):
         ahead = pair.launch(*(one(place, step, None) for place in range(3)))
-        found.append(under_way.take().token_ids)
+        found.append(under_way.collect().token_ids)
         under_way = ahead
-    found.append(under_way.take().token_ids)
+    found.append(under_way.collect().token_ids)
     assert found == [each.token_ids for each in expected]
 
 
@@ -91,10 +91,10 @@ def test_a_row_that_has_ended_is_left_as_it_is_and_the_others_go_on(pair: Pair) 
     first = pair.launch(*(one(place, 0, 5, ends=ends) for place in range(3)))
     states = [pair.state(place) for place in range(3)]
     second = pair.launch(*(one(place, 1, None, ends=ends) for place in range(3)))
-    assert first.take().token_ids == expected[0].token_ids
+    assert first.collect().token_ids == expected[0].token_ids
     token_ids = list(expected[1].token_ids)
     token_ids[1] = None
-    assert second.take().token_ids == token_ids
+    assert second.collect().token_ids == token_ids
     assert [pair.state(place) == states[place] for place in range(3)] == [False, True, False]
 
 
@@ -105,24 +105,24 @@ def test_a_row_that_has_ended_can_go_on_beside_others(pair: Pair) -> None:
     assert end is not None
     first = pair.launch(*(one(place, 0, 5, ends=frozenset({end})) for place in range(3)))
     second = pair.launch(*(one(place, 1, None) for place in range(3)))
-    assert (first.take().token_ids[1], second.take().token_ids[1]) == (end, None)
+    assert (first.collect().token_ids[1], second.collect().token_ids[1]) == (end, None)
     state = pair.state(1)
     resumed = one(1, 0, None, token_ids=(), num_logprobs=2)
-    third = pair.launch(one(0, 2, None), resumed, one(2, 2, None)).take()
+    third = pair.launch(one(0, 2, None), resumed, one(2, 2, None)).collect()
     assert third.token_ids == [expected[2].token_ids[0], end, expected[2].token_ids[2]]
     ours, theirs = third.scored[1], expected[0].scored[1]
     assert ours is not None
     assert theirs is not None
     assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
     assert pair.state(1) == state
-    assert pair.launch(one(1, 1, end)).take().token_ids == [expected[1].token_ids[1]]
+    assert pair.launch(one(1, 1, end)).collect().token_ids == [expected[1].token_ids[1]]
 
 
 def test_a_smaller_batch_does_not_see_the_rows_of_the_last(pair: Pair) -> None:
-    pair.launch(*(one(place, 0, 5) for place in range(3))).take()
+    pair.launch(*(one(place, 0, 5) for place in range(3))).collect()
     before = [pair.state(place) for place in range(3)]
-    pair.launch(one(0, 1, None), one(2, 1, None)).take()
-    pair.launch(one(2, 2, None)).take()
+    pair.launch(one(0, 1, None), one(2, 1, None)).collect()
+    pair.launch(one(2, 2, None)).collect()
     assert pair.state(1) == before[1]
     free = [row for row in range(6) if row not in ROWS]
     assert all(pair.pool.tensors["h"][0, free].isnan().flatten().tolist())
@@ -140,7 +140,7 @@ def test_prompts_go_through_a_step_beside_rows_that_generate(pair: Pair) -> None
             for each in pieces
         ]
         positions = [each.sampled and each.sampled.position for each in pieces]
-        decoded = runner.launch(known).take()
+        decoded = runner.launch(known).collect()
         assert len(positions) == len(decoded.token_ids)
         given.update((each.row, decoded.token_ids[i]) for i, each in enumerate(pieces))
         return decoded
@@ -155,7 +155,7 @@ def test_prompts_go_through_a_step_beside_rows_that_generate(pair: Pair) -> None
     ]
     pair.pool.reset(5)
     for pieces in steps:
-        ours, theirs = pair.launch(*pieces).take(), on_the_host(*pieces)
+        ours, theirs = pair.launch(*pieces).collect(), on_the_host(*pieces)
         assert ours.token_ids == theirs.token_ids
         assert set(ours.followed) == set(theirs.followed)
         for place, expected in theirs.followed.items():
@@ -172,7 +172,7 @@ def test_what_the_device_cannot_choose_the_host_does_beside_it(pair: Pair) -> No
     words[2] = 1 << 7
     masked = SampledRow(PARAMS[1], 0, RecentTokens(), allowed=words)
     banned = SampledRow(PARAMS[0], 1, RecentTokens(), banned=tuple(range(90)))
-    found = pair.launch(one(0, 0, 5), one(1, 0, 5, sampled=masked), one(2, 0, 5)).take()
+    found = pair.launch(one(0, 0, 5), one(1, 0, 5, sampled=masked), one(2, 0, 5)).collect()
     expected, _ = on_host(2)
     assert found.token_ids[1] == 71
     assert found.token_ids[0] == expected[0].token_ids[0]
@@ -180,7 +180,7 @@ def test_what_the_device_cannot_choose_the_host_does_beside_it(pair: Pair) -> No
     step = pair.launch(
         one(0, 1, found.token_ids[0], sampled=banned), one(2, 1, None), one(1, 1, 71)
     )
-    token_ids = step.take().token_ids
+    token_ids = step.collect().token_ids
     assert token_ids[0] is not None
     assert token_ids[0] >= 90
     assert token_ids[1] == expected[1].token_ids[2]
@@ -190,8 +190,8 @@ def test_probabilities_are_the_models(pair: Pair) -> None:
     expected, _ = on_host(2)
     first = pair.launch(one(0, 0, 5), one(1, 0, 5, num_logprobs=2), one(2, 0, 5, num_logprobs=0))
     second = pair.launch(*(one(place, 1, None) for place in range(3)))
-    found = first.take()
-    assert second.take().scored == {}
+    found = first.collect()
+    assert second.collect().scored == {}
     assert set(found.scored) == {1, 2}
     for place, count in ((1, 2), (2, 0)):
         ours, theirs = found.scored[place], expected[0].scored[place]
@@ -206,10 +206,10 @@ def test_a_row_without_numbers_has_no_token_and_stays(pair: Pair) -> None:
     pair.pool.poison(ROWS[1])
     first = pair.launch(*(one(place, 0, 5) for place in range(3)))
     second = pair.launch(*(one(place, 1, None) for place in range(3)))
-    token_ids = first.take().token_ids
+    token_ids = first.collect().token_ids
     assert token_ids[1] is None
     assert None not in (token_ids[0], token_ids[2])
-    assert second.take().token_ids[1] is None
+    assert second.collect().token_ids[1] is None
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 8, 32, 33, 256, 1000])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.decoding.cuda.inputs import take_inputs
+from model.decoding.cuda.inputs import resolve_inputs
 
 
 def test_a_row_reads_what_it_is_given_or_its_own_token(device: torch.device) -> None:
@@ -18,8 +18,8 @@ def test_a_row_reads_what_it_is_given_or_its_own_token(device: torch.device) -> 
         dtype=torch.int32,
         device=device,
     )
-    taken = [found.tolist() for found in take_inputs(inputs, token)]
-    assert taken == [
+    resolved = [found.tolist() for found in resolve_inputs(inputs, token)]
+    assert resolved == [
         [71, 5, -1, 6, 70, -1, -1],
         [1, 3, -1, 2, 0, -1, -1],
         [1, -1, -1, 2, -1, -1, -1],
@@ -32,7 +32,7 @@ def test_any_number_of_rows(batch: int, device: torch.device) -> None:
     rows = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:batch].int()
     given = torch.full_like(rows, -1)
     inputs = torch.stack([rows, given, torch.ones_like(rows)]).to(device)
-    for found in take_inputs(inputs, token):
+    for found in resolve_inputs(inputs, token):
         assert torch.equal(found.cpu(), rows)
 
 
@@ -40,4 +40,4 @@ def test_other_inputs_are_refused(device: torch.device) -> None:
     token = torch.zeros(3, dtype=torch.int32, device=device)
     for wrong in (torch.zeros(3, 2, device=device), torch.zeros(2, 3, device=device).int()):
         with pytest.raises(ValueError, match="int32"):
-            take_inputs(wrong, token)
+            resolve_inputs(wrong, token)

@@ -11,7 +11,7 @@ from torch import Tensor
 from model.decoding import sampling
 from model.decoding.cuda.sampling import choose
 from model.decoding.cuda.table import SamplerTable
-from model.decoding.decoder import MOST_ENDS
+from model.decoding.decoder import MAX_END_TOKENS
 from model.decoding.sampling import RecentTokens, SampledRow, SamplingParams, sample
 
 
@@ -233,7 +233,7 @@ def test_a_row_goes_on_where_it_was_until_its_text_ends(device: torch.device) ->
     assert table.position[1] == 12
 
 
-@pytest.mark.parametrize("count", [1, 3, MOST_ENDS])
+@pytest.mark.parametrize("count", [1, 3, MAX_END_TOKENS])
 def test_a_token_that_ends_the_text_is_told_but_not_gone_on_with(
     count: int, device: torch.device
 ) -> None:

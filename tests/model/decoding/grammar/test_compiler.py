@@ -84,8 +84,8 @@ def test_a_grammar_that_was_used_long_is_made_anew(
 def test_what_was_compiled_is_kept_within_bounds(
     tokens: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler, "KEPT_GRAMMARS", 3)
-    monkeypatch.setattr(compiler, "KEPT_BYTES", 1000)
+    monkeypatch.setattr(compiler, "CACHED_GRAMMARS", 3)
+    monkeypatch.setattr(compiler, "CACHED_BYTES", 1000)
     made = GrammarCompiler(tokens, VOCAB_SZ, ENDS)
     try:
         a, b, c, d = (GrammarSpec("choice", (letter,)) for letter in "abcd")

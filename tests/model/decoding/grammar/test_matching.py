@@ -19,7 +19,7 @@ from model.decoding.grammar import (
     fill_masks,
 )
 from model.decoding.grammar.matching import BURST_S, TOKEN_S, TOO_SLOW
-from model.decoding.grammar.vocabulary import NO_WAY_ON
+from model.decoding.grammar.vocabulary import NO_CONTINUATION
 from model.text.tokenizer import Tokenizer
 from tests.model.decoding.grammar.texts import ENDS, LONG, VOCAB_SZ, allowed, schema, write
 
@@ -300,7 +300,7 @@ def test_a_way_that_leads_nowhere_is_a_failure(
     matcher = grammars.compile(GrammarSpec("grammar", source)).matcher()
     matcher.accept(tokens.encode("a")[0])
     assert allowed(matcher) == []
-    assert matcher.failure == NO_WAY_ON
+    assert matcher.failure == NO_CONTINUATION
 
 
 def test_a_model_without_end_tokens(tokens: Tokenizer) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
-from model.kernels.cpu import team
+from model.kernels.cpu import openmp
 from model.state import StatePool
 from tests.model.calls import prefill, step
 
@@ -78,7 +78,7 @@ def test_without_torchs_threads_the_callers_works_alone(
 ) -> None:
     network.pack()
     _, expected = advanced(network, [5, 30])
-    monkeypatch.setattr(team, "_openmp", lambda: None)
+    monkeypatch.setattr(openmp, "_openmp", lambda: None)
     torch.set_num_threads(2)
     _, found = advanced(network, [5, 30])
     torch.set_num_threads(1)

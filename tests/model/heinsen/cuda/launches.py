@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from model import WeightDtype
-from model.decoding.cuda.inputs import take_inputs
+from model.decoding.cuda.inputs import resolve_inputs
 from model.decoding.cuda.sampling import choose
 from model.decoding.cuda.table import SamplerTable
 from model.heinsen.attention import AttentionState
@@ -63,7 +63,7 @@ def position(d_emb: int) -> None:
 def sampling(vocab: int) -> None:
     rows = torch.zeros(3, dtype=torch.int32)
     choose(torch.zeros(3, vocab), rows, SamplerTable(4, torch.device("cpu")), rows.clone())
-    take_inputs(torch.zeros(3, 5, dtype=torch.int32), rows)
+    resolve_inputs(torch.zeros(3, 5, dtype=torch.int32), rows)
     write_rows(torch.zeros(3, 768), torch.zeros(4, 768), rows)
 
 

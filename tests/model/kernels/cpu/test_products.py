@@ -56,7 +56,7 @@ def rounded(values: Floats, dtype: WeightDtype) -> NDArray[np.float64]:
     num_outputs=st.sampled_from([1, 2, 63, 64, 65, 200]),
     biased=st.booleans(),
     add=st.booleans(),
-    team=st.integers(1, 3),
+    num_threads=st.integers(1, 3),
 )
 def test_a_product_is_one_whatever_the_sizes_and_the_threads(
     kind: Arithmetic,
@@ -65,7 +65,7 @@ def test_a_product_is_one_whatever_the_sizes_and_the_threads(
     num_outputs: int,
     biased: bool,
     add: bool,
-    team: int,
+    num_threads: int,
 ) -> None:
     random = np.random.default_rng(rows * num_inputs * num_outputs)
     x, weight = (random.standard_normal((n, num_inputs), np.float32) for n in (rows, num_outputs))
@@ -74,8 +74,8 @@ def test_a_product_is_one_whatever_the_sizes_and_the_threads(
     made = packed(weight, kind)
     scale = np.empty(0, np.float32) if made.scale is None else made.scale.numpy()
     y = before.copy()
-    for thread in range(team):
-        product(x, numbers(made), scale, bias, y, add, thread, team)
+    for thread in range(num_threads):
+        product(x, numbers(made), scale, bias, y, add, thread, num_threads)
     narrowed, unit = narrow(torch.from_numpy(weight), kind.weights)
     exact = narrowed.double() * (1 if unit is None else unit.double().unsqueeze(1))
     expected = rounded(x, kind.inputs) @ exact.numpy().T

@@ -139,16 +139,16 @@ def test_rows_are_taken_from_a_table(
     table = randn(20, 40, seed=1, device=device).to(table_dtype)
     weight, bias = randn(24, 40, seed=2, device=device), randn(24, seed=3, device=device)
     ids = torch.tensor([19, -1, 0, 7, 7, -5], dtype=id_dtype, device=device)
-    taken = table.float()[ids.clamp(min=0)] * (ids >= 0).unsqueeze(1)
+    collected = table.float()[ids.clamp(min=0)] * (ids >= 0).unsqueeze(1)
     narrowed = weight.bfloat16()
     found = linear(table, narrowed, bias, ids=ids)
-    assert torch.equal(found, linear(taken, narrowed, bias))
+    assert torch.equal(found, linear(collected, narrowed, bias))
     assert torch.equal(found[1], bias)
     assert torch.equal(found[3], found[4])
     norm = (torch.ones(40, device=device), bias.new_zeros(40), 1e-5)
     many = ids.repeat(11)
     found = linear(table, narrowed, bias, norm=norm, ids=many)
-    assert torch.equal(found, linear(taken.repeat(11, 1), narrowed, bias, norm=norm))
+    assert torch.equal(found, linear(collected.repeat(11, 1), narrowed, bias, norm=norm))
 
 
 @each_dtype

@@ -127,8 +127,10 @@ def test_logprobs_belong_to_the_text(client: httpx.Client, changes: dict[str, ob
     events = stream(client, **changes)
     assert streamed_text(events) == choice["text"]
     for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
-        told = [entry for c in choices_in(events) for entry in (c["logprobs"] or {}).get(name, [])]
-        assert told == choice["logprobs"][name]
+        reported = [
+            entry for c in choices_in(events) for entry in (c["logprobs"] or {}).get(name, [])
+        ]
+        assert reported == choice["logprobs"][name]
 
 
 def test_a_stop_string_cuts_the_logprobs_too(client: httpx.Client) -> None:
@@ -188,9 +190,9 @@ def test_token_ids(client: httpx.Client) -> None:
     assert answer["prompt_token_ids"] == [1, 2]
     assert len(answer["token_ids"]) == TOKENS
     events = stream(client, prompt=[1, 2], return_token_ids=True)
-    told = list(choices_in(events))
-    assert told[0]["prompt_token_ids"] == [1, 2]
-    assert [i for c in told for i in c.get("token_ids", [])] == answer["token_ids"]
+    reported = list(choices_in(events))
+    assert reported[0]["prompt_token_ids"] == [1, 2]
+    assert [i for c in reported for i in c.get("token_ids", [])] == answer["token_ids"]
     stop = answer["token_ids"][5]
     first = answer["token_ids"].index(stop)
     ended = choice_of(client, prompt=[1, 2], return_token_ids=True, stop_token_ids=[stop])

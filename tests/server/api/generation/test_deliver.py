@@ -15,7 +15,7 @@ from starlette.types import Message
 from server.api.generation.deliver import (
     CLIENT_CLOSED_REQUEST,
     EventStream,
-    until_disconnected,
+    run_until_disconnect,
 )
 from server.api.problems import OUTCOME
 from server.api.service import Service
@@ -311,10 +311,10 @@ def test_nobody_is_left_waiting_for_a_client_that_is_gone() -> None:
 
     async def main() -> None:
         here, gone = Client(), Client(leaves_after=0)
-        assert await until_disconnected(here.receive, short())
-        assert not await until_disconnected(gone.receive, work("long"))
+        assert await run_until_disconnect(here.receive, short())
+        assert not await run_until_disconnect(gone.receive, work("long"))
         with pytest.raises(LatentdError):
-            await until_disconnected(here.receive, work("failed", StorageFailed("no")))
+            await run_until_disconnect(here.receive, work("failed", StorageFailed("no")))
         assert ended == ["short", "long", "failed"]
         assert len(asyncio.all_tasks()) == 1
 

@@ -27,7 +27,7 @@ LIMITS = {
     "max_waiting": 8,
     "max_waiting_tokens": 60,
     "max_prompt_tokens": 50,
-    "max_told_logprobs": 100,
+    "max_response_logprobs": 100,
     "request_timeout_s": 30.0,
 }
 MESSAGES = [{"role": "user", "content": "a"}]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.api.conversation import Said
+from server.api.conversation import ChatMessage
 from server.api.generation.prompts import ChatPrompt, TextPrompt
 from server.api.service import Service
 from server.api.texts import SHORT
@@ -84,7 +84,7 @@ def test_a_text_that_is_too_long_is_refused_before_it_is_tokenised(tmp_path: Pat
 
 
 def chat(service: Service, messages: Sequence[tuple[str, str]], param: str) -> ChatPrompt:
-    return ChatPrompt(service, [Said(role, text) for role, text in messages], param)
+    return ChatPrompt(service, [ChatMessage(role, text) for role, text in messages], param)
 
 
 def test_a_chat_begins_and_goes_on_as_the_template_says(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from server.api.generation.router import MOST_APART, Aborted, EventQueue
+from server.api.generation.router import MAX_SEPARATE_EVENTS, Aborted, EventQueue
 from server.engine.messages import Event, Failed, PromptScored, TextDelta, Token
 from server.errors import ShuttingDown
 
@@ -17,11 +17,11 @@ STOPPED = Aborted(ShuttingDown())
 
 
 def drain(queue: EventQueue) -> list[Event | Aborted]:
-    taken = list[Event | Aborted]()
+    collected = list[Event | Aborted]()
     while len(queue):
-        events = queue.take()
-        taken += events if isinstance(events, list) else [events]
-    return taken
+        events = queue.pop()
+        collected += events if isinstance(events, list) else [events]
+    return collected
 
 
 def test_events_come_as_they_were_put() -> None:
@@ -31,7 +31,7 @@ def test_events_come_as_they_were_put() -> None:
         queue.put(event)
     assert drain(queue) == events
     with pytest.raises(IndexError):
-        queue.take()
+        queue.pop()
 
 
 def test_what_nobody_reads_is_put_together() -> None:
@@ -39,7 +39,7 @@ def test_what_nobody_reads_is_put_together() -> None:
     for number in range(5000):
         queue.put(delta(number, "ab"[number % 2]))
     queue.put(Failed("a", "no"))
-    assert len(queue) == MOST_APART + 3
+    assert len(queue) == MAX_SEPARATE_EVENTS + 3
     events = drain(queue)
     assert events[-1] == Failed("a", "no")
     for first, request_id in enumerate("ab"):
@@ -54,11 +54,11 @@ def test_after_a_pause_events_come_apart_again() -> None:
     queue = EventQueue()
     for number in range(100):
         queue.put(delta(number))
-    assert len(drain(queue)) == MOST_APART + 1
+    assert len(drain(queue)) == MAX_SEPARATE_EVENTS + 1
     queue.put(delta(1))
-    assert queue.take() == [delta(1)]
+    assert queue.pop() == [delta(1)]
     queue.put(delta(2))
-    assert queue.take() == [delta(2)]
+    assert queue.pop() == [delta(2)]
 
 
 def test_texts_come_together_and_what_is_no_text_alone() -> None:
@@ -67,10 +67,10 @@ def test_texts_come_together_and_what_is_no_text_alone() -> None:
     for event in (scored, delta(1), delta(2, "b"), delta(3), failed, delta(4, "c"), STOPPED):
         queue.put(event)
     both = TextDelta("a", "1 3 ", (Token(1), Token(3)), 2)
-    assert queue.take() == [scored, both, delta(2, "b")]
-    assert queue.take() == failed
-    assert queue.take() == [delta(4, "c")]
-    assert queue.take() == STOPPED
+    assert queue.pop() == [scored, both, delta(2, "b")]
+    assert queue.pop() == failed
+    assert queue.pop() == [delta(4, "c")]
+    assert queue.pop() == STOPPED
 
 
 def test_a_reader_waits_for_the_next_event() -> None:
@@ -87,7 +87,7 @@ def test_a_reader_waits_for_the_next_event() -> None:
             await asyncio.wait_for(queue.wait(), 0.01)
         queue.put(delta(3))
         assert await queue.wait()
-        assert queue.take() == [delta(3)]
+        assert queue.pop() == [delta(3)]
 
     asyncio.run(main())
 
@@ -98,7 +98,7 @@ def test_a_silence_is_told_once_it_has_been_long_enough() -> None:
         for number in range(10):  # each ends the silence before it is long enough
             loop.call_later(0.02, queue.put, delta(number))
             assert await queue.wait(0.1)
-            queue.take()
+            queue.pop()
         for _ in range(2):
             started = loop.time()
             assert not await queue.wait(0.1)

@@ -27,7 +27,7 @@ from server.errors import (
     StorageFailed,
 )
 from server.keys import Limits
-from server.sessions.ledger import Head, NewResponse, NextTurn, Source, Target
+from server.sessions.ledger import NewResponse, NextTurn, SessionHead, Source, Target
 from server.sessions.store import Entry, NewState
 from tests.server.api.generation.services import (
     BODY,
@@ -81,19 +81,19 @@ def test_a_session_is_free_as_soon_as_its_turn_is_committed(
         async with running_service(tiny_settings(tiny_checkpoint, tmp_path), tmp_path) as service:
             session_id = await new_session(service)
             for number in range(1, 4):
-                turn = await admitted(service, Head(session_id), NextTurn())
+                turn = await admitted(service, SessionHead(session_id), NextTurn())
                 assert (turn.session_id, turn.session_turn) == (session_id, number)
                 async for events in turn.events():
                     assert service.ledger.is_busy(session_id)
                     last = [event for _, event in events or () if isinstance(event, Finished)]
                 with pytest.raises(SessionBusy):
-                    await opened(service, Head(session_id), NextTurn())
+                    await opened(service, SessionHead(session_id), NextTurn())
                 assert last
                 await turn.commit(None, 6)
                 assert not service.ledger.is_busy(session_id)
                 assert not service.limiter._running
                 entry = await service.ledger.get("", "session", session_id)
-                assert (entry.turn, entry.state_id) == (number, turn.keep_as)
+                assert (entry.turn, entry.state_id) == (number, turn.retain_as)
                 assert service.ledger.tier(entry) == "device"
                 await turn.close(None, 6)
             await check_nothing_held(service)
@@ -108,11 +108,11 @@ def test_an_answer_that_is_known_is_not_generated_again(
         async with running_service(tiny_settings(tiny_checkpoint, tmp_path), tmp_path) as service:
             session_id = await new_session(service)
             target = NextTurn("key", "request")
-            turn = await admitted(service, Head(session_id), target)
+            turn = await admitted(service, SessionHead(session_id), target)
             assert turn.needs_body
             await run(service, turn, "the answer")
             charged = await tokens_charged(service)
-            assert await opened(service, Head(session_id), target) == Replay("the answer")
+            assert await opened(service, SessionHead(session_id), target) == Replay("the answer")
             assert await tokens_charged(service) == charged
             await check_nothing_held(service)
 
@@ -120,7 +120,7 @@ def test_an_answer_that_is_known_is_not_generated_again(
 
 
 REFUSALS: list[tuple[type[LatentdError], dict[str, Any]]] = [
-    (NotFound, {"source": Head("sess_none"), "target": NextTurn()}),
+    (NotFound, {"source": SessionHead("sess_none"), "target": NextTurn()}),
     (InvalidRequest, {"prompt": []}),
     (InvalidRequest, {"prompt": [5] * 99}),
     (RateLimited, {"caller": Caller(limits=Limits(tokens_per_minute=8))}),
@@ -188,7 +188,7 @@ def test_no_turn_begins_once_the_server_drains(
 
             monkeypatch.setattr(service.ledger._store, "get", drain_meanwhile)
             with pytest.raises(ShuttingDown):
-                await opened(service, Head(session_id), NextTurn())
+                await opened(service, SessionHead(session_id), NextTurn())
             await check_nothing_held(service)
 
     asyncio.run(main())
@@ -201,7 +201,7 @@ def test_turns_that_open_together_are_no_more_streams_than_may_run(
 
     async def main() -> None:
         async with running_service(settings, tmp_path) as service:
-            heads = [Head(await new_session(service)) for _ in range(5)]
+            heads = [SessionHead(await new_session(service)) for _ in range(5)]
             opening = (
                 opened(service, head, NextTurn(), is_detached=True, max_tokens=60_000)
                 for head in heads
@@ -228,7 +228,7 @@ def test_whoever_is_cancelled_while_a_turn_opens_holds_nothing(
         async with running_service(tiny_settings(tiny_checkpoint, tmp_path), tmp_path) as service:
             session_id = await new_session(service)
             for num_steps in range(40):
-                way: dict[str, Any] = {"source": Head(session_id), "target": NextTurn()}
+                way: dict[str, Any] = {"source": SessionHead(session_id), "target": NextTurn()}
                 if pending:
                     target = NewResponse(f"resp_{num_steps}")
                     way = {"target": target, "pending_body": '{"status": "in_progress"}'}
@@ -271,7 +271,7 @@ def test_choices_have_requests_of_their_own(tiny_checkpoint: Path, tmp_path: Pat
             seeds = [request.sampling.seed for request in requests]
             assert seeds[:2] == seeds[2:]
             assert len(set(seeds)) == 2
-            assert {request.keep_as for request in requests} == {None}
+            assert {request.retain_as for request in requests} == {None}
             await turn.close(None, 0)
 
     asyncio.run(main())
@@ -286,10 +286,10 @@ def test_half_a_character_only_matters_where_text_goes_on(
             generation: Generation = await read_generation(service, body)
             turn = await admitted(service)
             start = replace(turn.start, position=3, pending=(7,), undecoded=b"\xe2")
-            common: dict[str, Any] = {"owner": "me", "keep_as": "x", "deadline": None}
+            common: dict[str, Any] = {"owner": "me", "retain_as": "x", "deadline": None}
             behind, after = generation.requests([(), (5,)], start, None, **common)
             assert (behind.continuation.undecoded, after.continuation.undecoded) == (b"\xe2", b"")
-            assert (behind.owner, behind.keep_as) == ("me", "x")
+            assert (behind.owner, behind.retain_as) == ("me", "x")
             await turn.close(None, 0)
 
     asyncio.run(main())

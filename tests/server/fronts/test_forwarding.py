@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from server.fronts.carrier import App, Carrier
-from server.fronts.frames import ANSWER_WINDOW_BYTES, PIECE_BYTES, REQUEST_WINDOW_BYTES, Kind
+from server.fronts.frames import ANSWER_WINDOW_BYTES, PIECE_BYTES, REQUEST_WINDOW_BYTES, FrameKind
+from server.fronts.front_connection import App, FrontConnection
 from server.fronts.gateway import Gateway
 from server.fronts.link import Link
 from tests.patience import PATIENCE_S, until
@@ -63,15 +63,15 @@ class Client:
 @asynccontextmanager
 async def carried(app: App) -> AsyncIterator[tuple[Gateway, Link, list[str]]]:
     """A gateway whose core runs the app; the core's link; what was said of readiness and end."""
-    loop, said = asyncio.get_running_loop(), list[str]()
+    loop, logged = asyncio.get_running_loop(), list[str]()
     here, there = socket.socketpair()
-    carrier = Carrier(app, set(), lambda: said.append("ready"))
+    carrier = FrontConnection(app, set(), lambda: logged.append("ready"))
     await loop.create_unix_connection(lambda: carrier.link, sock=here)
-    gateway = Gateway(lambda: said.append("stop"))
-    gateway.link = Link(gateway.take, lambda: said.append("lost"))
+    gateway = Gateway(lambda: logged.append("stop"))
+    gateway.link = Link(gateway.handle, lambda: logged.append("lost"))
     await loop.create_unix_connection(lambda: gateway.link, sock=there)
     try:
-        yield gateway, carrier.link, said
+        yield gateway, carrier.link, logged
     finally:
         carrier.link.close()
         gateway.link.close()
@@ -226,14 +226,14 @@ def test_a_front_that_is_lost_disconnects_its_requests() -> None:
             await receive()
             heard.set()
 
-        async with carried(app) as (gateway, _, said):
+        async with carried(app) as (gateway, _, logged):
             client = Client()
             request = asyncio.create_task(gateway(dict(SCOPE), client.receive, client.send))
             await begun.wait()
             gateway.link.close()
             await heard.wait()
             request.cancel()
-            await until(lambda: said == ["lost"])
+            await until(lambda: logged == ["lost"])
 
     run(main)
 
@@ -259,9 +259,9 @@ def test_an_app_that_fails_leaves_its_answer_incomplete(begins: bool) -> None:
 
 def test_ready_and_stop_cross() -> None:
     async def main() -> None:
-        async with carried(echo) as (gateway, core, said):
-            gateway.link.send(Kind.READY)
-            core.send(Kind.STOP)
-            await until(lambda: sorted(said) == ["ready", "stop"])
+        async with carried(echo) as (gateway, core, logged):
+            gateway.link.send(FrameKind.READY)
+            core.send(FrameKind.STOP)
+            await until(lambda: sorted(logged) == ["ready", "stop"])
 
     run(main)

@@ -29,7 +29,7 @@ def tokens_read(driver: Driver) -> float:
 
 
 def after(name: str, prompt: tuple[int, ...], **changes: Any) -> EngineRequest:
-    return request(name, token_ids=prompt, keep_as=f"after {name}", **changes)
+    return request(name, token_ids=prompt, retain_as=f"after {name}", **changes)
 
 
 def end(driver: Driver, asked: EngineRequest) -> tuple[object, ...]:
@@ -111,7 +111,7 @@ def test_a_session_begins_from_a_shared_state_and_never_goes_back_to_one(sharing
     hits = sharing.value("prefix_cache_hits_total")
     _, last = sharing.turn(after("turn", SYSTEM))
     assert sharing.value("prefix_cache_hits_total") == hits + 1
-    assert last.kept_as is not None
+    assert last.retained_as is not None
     second = following(last, "second", token_ids=SYSTEM)
     assert sharing.turn(second)[1].cached_tokens == 0
 

@@ -10,8 +10,8 @@ from contextlib import suppress
 from time import monotonic
 
 from server.connections import SETTINGS
-from server.fronts.carrier import App, Carrier
-from server.fronts.frames import Kind
+from server.fronts.frames import FrameKind
+from server.fronts.front_connection import App, FrontConnection
 from server.settings import Settings
 
 START_S = 60
@@ -31,11 +31,11 @@ HUNG_S = 10.0
 log = logging.getLogger(__name__)
 
 
-class FrontFailed(Exception):
+class FrontError(Exception):
     """A front exited before it was ready."""
 
 
-class Keeper:
+class Supervisor:
     """Supervises one front process per listening socket."""
 
     def __init__(
@@ -53,15 +53,15 @@ class Keeper:
         self._listeners = listeners
         self._last_bytes_s = last_bytes_s
         self._tasks = tasks
-        self._keeping: list[asyncio.Task[None]] = []
-        self._fronts: dict[Process, Carrier] = {}
+        self._tasks_of_fronts: list[asyncio.Task[None]] = []
+        self._fronts: dict[Process, FrontConnection] = {}
         self._stopping = asyncio.Event()
 
     async def start(self) -> None:
-        """Start all and wait until they are listening. Raises FrontFailed."""
+        """Start all and wait until they are listening. Raises FrontError."""
         loop = asyncio.get_running_loop()
         ready = [loop.create_future() for _ in self._listeners]
-        self._keeping = [
+        self._tasks_of_fronts = [
             asyncio.create_task(self._keep(*pair))
             for pair in zip(self._listeners, ready, strict=True)
         ]
@@ -69,24 +69,24 @@ class Keeper:
             async with asyncio.timeout(START_S):
                 await asyncio.gather(*ready)
         except TimeoutError:
-            raise FrontFailed(f"a front process was not ready within {START_S} s") from None
+            raise FrontError(f"a front process was not ready within {START_S} s") from None
 
     async def stop(self) -> None:
         """Let all fronts deliver the responses in progress, and stop them."""
         self._stopping.set()
         for listener in self._listeners:
             listener.close()
-        for carrier in self._fronts.values():
-            carrier.link.send(Kind.STOP)
-        if self._keeping:
-            await asyncio.wait(self._keeping, timeout=self._last_bytes_s + EXTRA_S)
+        for connection in self._fronts.values():
+            connection.link.send(FrameKind.STOP)
+        if self._tasks_of_fronts:
+            await asyncio.wait(self._tasks_of_fronts, timeout=self._last_bytes_s + EXTRA_S)
         for process in self._fronts:
             log.error("front process %d does not exit: killing it", process.pid)
             with suppress(ProcessLookupError):
                 process.kill()
-        for keeping in self._keeping:
+        for keeping in self._tasks_of_fronts:
             keeping.cancel()
-        await asyncio.gather(*self._keeping, return_exceptions=True)
+        await asyncio.gather(*self._tasks_of_fronts, return_exceptions=True)
 
     async def _keep(self, listener: socket.socket, ready: asyncio.Future[None]) -> None:
         while not self._stopping.is_set():
@@ -95,23 +95,25 @@ class Keeper:
             if self._stopping.is_set():
                 return
             if not ready.done():
-                ready.set_exception(FrontFailed(f"a front process exited with status {status}"))
+                ready.set_exception(FrontError(f"a front process exited with status {status}"))
                 return
             log.error("front process %d exited with status %d: restarting it", pid, status)
             if monotonic() - started < SHORT_LIFE_S:
                 await asyncio.sleep(PAUSE_S)
 
-    async def _watch(self, process: Process, carrier: Carrier, ready: asyncio.Future[None]) -> None:
+    async def _watch(
+        self, process: Process, connection: FrontConnection, ready: asyncio.Future[None]
+    ) -> None:
         """Kill a front that hangs."""
         await ready
-        last, carrier.heard_at = monotonic(), monotonic()
+        last, connection.heard_at = monotonic(), monotonic()
         while True:
-            carrier.link.send(Kind.PING)
+            connection.link.send(FrameKind.PING)
             await asyncio.sleep(PING_S)
             now = monotonic()
             if now - last > 2 * PING_S:  # this process was late itself
-                carrier.heard_at = now
-            elif now - carrier.heard_at > HUNG_S:
+                connection.heard_at = now
+            elif now - connection.heard_at > HUNG_S:
                 log.error(
                     "front process %d has not answered for %g s: it is killed", process.pid, HUNG_S
                 )
@@ -142,15 +144,15 @@ class Keeper:
                 stdin=DEVNULL,
                 pass_fds=(there.fileno(), listener.fileno()),
             )
-        carrier = self._fronts[process] = Carrier(self._app, self._tasks, is_ready)
+        connection = self._fronts[process] = FrontConnection(self._app, self._tasks, is_ready)
         try:
             loop = asyncio.get_running_loop()
-            await loop.create_unix_connection(lambda: carrier.link, sock=here)
-            watching = asyncio.create_task(self._watch(process, carrier, started))
+            await loop.create_unix_connection(lambda: connection.link, sock=here)
+            watching = asyncio.create_task(self._watch(process, connection, started))
             try:
                 return await process.wait(), process.pid
             finally:
                 watching.cancel()
         finally:
             del self._fronts[process]
-            carrier.link.close()
+            connection.link.close()

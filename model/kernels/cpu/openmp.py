@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-TEAM = np.dtype([(name, np.int64) for name in ("thread", "threads", "barrier")])
+OPENMP = np.dtype([(name, np.int64) for name in ("thread", "threads", "barrier")])
 """Addresses of C functions `int f(void)`, by which a thread learns its number and the number of
 threads, and waits for the others; all 0 if it is alone."""
 
@@ -50,13 +50,13 @@ def _openmp() -> "tuple[Any, tuple[int, int, int]] | None":
     return None
 
 
-def run_team(function: Any, arguments: NDArray[np.void], threads: int) -> None:
-    """Run a compiled function on a record, on so many threads; sets its `team`."""
+def run_on_threads(function: Any, arguments: NDArray[np.void], threads: int) -> None:
+    """Run a compiled function on a record, on so many threads; sets its `openmp`."""
     openmp = _openmp()
     if threads == 1 or openmp is None:
-        arguments["team"] = (0, 0, 0)
+        arguments["openmp"] = (0, 0, 0)
         function.ctypes(arguments.ctypes.data)
     else:
         run, inside = openmp
-        arguments["team"] = inside
+        arguments["openmp"] = inside
         run(function.address, arguments.ctypes.data, threads, 0)

@@ -12,7 +12,7 @@ from server.fronts.frames import (
     PIECE_BYTES,
     REQUEST_WINDOW_BYTES,
     Frame,
-    Kind,
+    FrameKind,
     first_window,
     pack_credit,
     pack_start,
@@ -20,7 +20,7 @@ from server.fronts.frames import (
     unpack_scope,
 )
 from server.fronts.link import Link
-from server.fronts.window import Taken, Window
+from server.fronts.window import ReceiveWindow, Window
 
 Message = MutableMapping[str, Any]
 App = Callable[
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 GONE: Message = {"type": "http.disconnect"}
 
 
-class Carrier:
+class FrontConnection:
     """The requests of one front."""
 
     def __init__(self, app: App, tasks: set[asyncio.Task[None]], ready: Callable[[], None]) -> None:
@@ -45,23 +45,23 @@ class Carrier:
         self._app = app
         self._tasks = tasks
         self._ready = ready
-        self._requests: dict[int, CarriedRequest] = {}
-        self.link = Link(self._take, self._lost)
+        self._requests: dict[int, ForwardedRequest] = {}
+        self.link = Link(self._handle, self._lost)
         self.heard_at = monotonic()
         """When the front answered last."""
 
-    def _take(self, frame: Frame) -> None:
-        if frame.kind is Kind.REQUEST:
+    def _handle(self, frame: Frame) -> None:
+        if frame.kind is FrameKind.REQUEST:
             self._begin(frame)
-        elif frame.kind is Kind.READY:
+        elif frame.kind is FrameKind.READY:
             self._ready()
-        elif frame.kind is Kind.PONG:
+        elif frame.kind is FrameKind.PONG:
             self.heard_at = monotonic()
         elif (request := self._requests.get(frame.request)) is not None:
-            request.take(frame)
+            request.handle(frame)
 
     def _begin(self, frame: Frame) -> None:
-        request = CarriedRequest(self.link, frame.request, unpack_scope(frame.payload))
+        request = ForwardedRequest(self.link, frame.request, unpack_scope(frame.payload))
         self._requests[frame.request] = request
         task = asyncio.get_running_loop().create_task(request.run(self._app))
         self._tasks.add(task)
@@ -73,18 +73,18 @@ class Carrier:
             request.disconnect()
 
 
-class CarriedRequest:
+class ForwardedRequest:
     """One forwarded request, as the app sees it: what uvicorn is for a direct one."""
 
     def __init__(self, link: Link, number: int, scope: dict[str, Any]) -> None:
         self._link = link
         self._number = number
         self._scope = scope
-        self._came: deque[Message] = deque()
-        self._happened = asyncio.Event()
+        self._incoming: deque[Message] = deque()
+        self._changed = asyncio.Event()
         self._window = Window(ANSWER_WINDOW_BYTES)
-        self._taken = Taken(REQUEST_WINDOW_BYTES)
-        self._is_to_ask = first_window(scope) == 0
+        self._receive_window = ReceiveWindow(REQUEST_WINDOW_BYTES)
+        self._must_grant = first_window(scope) == 0
         self._is_gone = False
         self._is_complete = False
 
@@ -96,70 +96,70 @@ class CarriedRequest:
             log.exception("a forwarded request failed")
         finally:
             if not self._is_complete:
-                self._link.send(Kind.BROKEN, self._number)
+                self._link.send(FrameKind.BROKEN, self._number)
 
-    def take(self, frame: Frame) -> None:
+    def handle(self, frame: Frame) -> None:
         """Handle a frame of this request."""
         match frame.kind:
-            case Kind.CREDIT:
-                self._window.give(unpack_credit(frame.payload))
-            case Kind.BODY | Kind.LAST_BODY:
-                more = frame.kind is Kind.BODY
-                self._came.append(
+            case FrameKind.CREDIT:
+                self._window.grant(unpack_credit(frame.payload))
+            case FrameKind.BODY | FrameKind.LAST_BODY:
+                more = frame.kind is FrameKind.BODY
+                self._incoming.append(
                     {"type": "http.request", "body": frame.payload, "more_body": more}
                 )
-                self._happened.set()
-            case Kind.DISCONNECT:
+                self._changed.set()
+            case FrameKind.DISCONNECT:
                 self.disconnect()
 
     def disconnect(self) -> None:
         """The client or the front has disconnected."""
         self._is_gone = True
         self._window.lift()
-        self._happened.set()
+        self._changed.set()
 
     async def _receive(self) -> Message:
-        if self._is_to_ask:
-            self._is_to_ask = False
-            self._link.send(Kind.CREDIT, self._number, pack_credit(REQUEST_WINDOW_BYTES))
-        while not (self._came or self._is_gone or self._is_complete):
-            self._happened.clear()
-            await self._happened.wait()
+        if self._must_grant:
+            self._must_grant = False
+            self._link.send(FrameKind.CREDIT, self._number, pack_credit(REQUEST_WINDOW_BYTES))
+        while not (self._incoming or self._is_gone or self._is_complete):
+            self._changed.clear()
+            await self._changed.wait()
         if self._is_gone or self._is_complete:
             return dict(GONE)
-        message = self._came.popleft()
-        if credit := self._taken.add(len(message["body"])):
-            self._link.send(Kind.CREDIT, self._number, pack_credit(credit))
+        message = self._incoming.popleft()
+        if credit := self._receive_window.add(len(message["body"])):
+            self._link.send(FrameKind.CREDIT, self._number, pack_credit(credit))
         return message
 
     async def _send(self, message: Message) -> None:
         if self._is_gone or self._is_complete:
             return
         if message["type"] == "http.response.start":
-            self._link.send(Kind.START, self._number, pack_start(dict(message)))
+            self._link.send(FrameKind.START, self._number, pack_start(dict(message)))
             return
         body = message.get("body", b"")
         if len(body) > PIECE_BYTES:
-            body = await self._all_but_the_last_piece(memoryview(body))
+            body = await self._send_all_but_last(memoryview(body))
         if not self._window.is_open:
             await self._window.open()
         if message.get("more_body", False):
-            self._data(Kind.DATA, body)
+            self._data(FrameKind.DATA, body)
         elif not self._is_gone:
-            self._data(Kind.LAST_DATA, body)
+            self._data(FrameKind.LAST_DATA, body)
             self._is_complete = True
-            self._happened.set()
+            self._changed.set()
 
-    async def _all_but_the_last_piece(self, body: memoryview) -> bytes:
+    async def _send_all_but_last(self, body: memoryview) -> bytes:
         """Send all pieces but the last. Returns the last."""
         start = 0
         while len(body) - start > PIECE_BYTES:
             await self._window.open()
-            self._data(Kind.DATA, bytes(body[start : start + PIECE_BYTES]))
+            self._data(FrameKind.DATA, bytes(body[start : start + PIECE_BYTES]))
             start += PIECE_BYTES
         return bytes(body[start:])
 
-    def _data(self, kind: Kind, body: bytes) -> None:
+    def _data(self, kind: FrameKind, body: bytes) -> None:
         if not self._is_gone:
             self._window.use(len(body))
             self._link.send(kind, self._number, body)

@@ -3,7 +3,7 @@
 from model.network import Network
 from model.state import RowState, StatePool
 from server.engine.prefixes import SharedPrefixes
-from server.engine.sequence import Sequence
+from server.engine.sequence import EngineSequence
 from server.engine.slots import Slots
 from server.metrics import Metrics
 
@@ -11,7 +11,7 @@ SHORTEST_SHARED = 64
 """Tokens of a beginning that is worth a state, or the network's cut if that is more."""
 
 
-class PromptReader:
+class PrefillRunner:
     """Says where in their prompts sequences begin to read, and keeps states for others."""
 
     def __init__(
@@ -29,7 +29,7 @@ class PromptReader:
         shared = -(-SHORTEST_SHARED // cut) * cut
         self._prefixes = SharedPrefixes[RowState](prefix_cache_bytes, state_bytes, shared)
 
-    def begin(self, sequence: Sequence) -> None:
+    def begin(self, sequence: EngineSequence) -> None:
         """Start from a cached prefix, or wait for one that is being read.
 
         The row must hold the empty state, or the state after what the sequence has read.
@@ -38,22 +38,22 @@ class PromptReader:
         if state is not None:
             self._pool.write_row(self._row(sequence), state)
 
-    def keep(self, sequence: Sequence) -> None:
+    def retain(self, sequence: EngineSequence) -> None:
         """A piece was read: if the sequence stopped there for it, keep the state for later prompts,
         and give it to those that wait for it."""
-        if sequence.num_read not in sequence.keep_at:
+        if sequence.num_read not in sequence.retain_at:
             return
         state = self._pool.read_row(self._row(sequence))
-        for follower in self._prefixes.keep(sequence, state):
+        for follower in self._prefixes.retain(sequence, state):
             self._pool.write_row(self._row(follower), state)
         self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
 
-    def leave(self, sequence: Sequence) -> None:
+    def leave(self, sequence: EngineSequence) -> None:
         """The sequence has stopped reading; those that waited for it begin again."""
         for orphan in self._prefixes.leave(sequence):
             self.begin(orphan)
 
-    def count(self, sequence: Sequence) -> None:
+    def count(self, sequence: EngineSequence) -> None:
         """Count a completed prompt in the metrics."""
         self._metrics.prompt_tokens_total.inc(len(sequence.request.token_ids))
         if sequence.cached_tokens:
@@ -69,10 +69,10 @@ class PromptReader:
         self._prefixes.forget_owner(owner)
         self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
 
-    def forget_kept(self) -> None:
+    def drop_retained(self) -> None:
         """Drop the cached states: one of them may be damaged."""
-        self._prefixes.forget_kept()
+        self._prefixes.drop_retained()
         self._metrics.prefix_cache_bytes.set(0)
 
-    def _row(self, sequence: Sequence) -> int:
+    def _row(self, sequence: EngineSequence) -> int:
         return self._slots.row(sequence.request.request_id)
