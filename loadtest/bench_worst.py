@@ -39,10 +39,10 @@ def requests(repeated: int, text: str, vocab_size: int) -> dict[str, Body]:
         "stop": {"stop": stops},
         "stop that nearly matches": {"stop": stops, "logit_bias": {str(repeated): 100}},
         "return_token_ids": {"return_token_ids": True},
-        "logprobs": {"logprobs": 20},
+        "logprobs": {"logprobs": 20, "max_tokens": 262_144 // (CHOICES * 21)},
         "penalties": {"frequency_penalty": 0.1, "presence_penalty": 0.1, "repetition_penalty": 1.1},
         "logit_bias": {"logit_bias": {str(i): -1.0 for i in ids}},
-        "stop_token_ids": {"stop_token_ids": list(ids[:256]), "min_tokens": 4000},
+        "stop_token_ids": {"stop_token_ids": list(ids[:256]), "min_tokens": 700},
         "usage in events": {
             "stream_options": {"include_usage": True, "continuous_usage_stats": True}
         },
@@ -106,7 +106,8 @@ def main(
         base = f"http://127.0.0.1:{port}"
         asked = {"prompt": "the", "max_tokens": 0}
         httpx.post(f"{base}/v1/completions", json=asked, timeout=60).raise_for_status()
-        [repeated] = httpx.post(f"{base}/tokenize", json={"prompt": "a"}).json()["tokens"]
+        asked = {"prompt": "a", "add_special_tokens": False}
+        [repeated] = httpx.post(f"{base}/tokenize", json=asked, timeout=60).json()["tokens"]
         kinds: dict[str, Body | None] = {"alone": None}
         kinds |= requests(repeated, "a", 2000)
         kinds = {name: body for name, body in kinds.items() if not only or name in only}
