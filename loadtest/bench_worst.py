@@ -33,11 +33,14 @@ def requests(repeated: int, text: str, vocab_size: int) -> dict[str, Body]:
     """The most that is allowed, by what it is. `repeated` is a token id that `text` is of."""
     stops = [text * (1000 // len(text)) + chr(0x4E00 + i) for i in range(16)]
     stops = [stop[-1024:] for stop in stops]
+    # The first holds back all that is like it, where no beginning of the others ends.
+    near = [text * 1000, *(chr(0x4E00 + i) + text * 1000 for i in range(15))]
+    near = [stop[:1023] + "." for stop in near]
     ids = range(vocab_size - 300, vocab_size)
     kinds: dict[str, Body] = {
         "plain": {},
         "stop": {"stop": stops},
-        "stop that nearly matches": {"stop": stops, "logit_bias": {str(repeated): 100}},
+        "stop that nearly matches": {"stop": near, "logit_bias": {str(repeated): 100}},
         "return_token_ids": {"return_token_ids": True},
         "logprobs": {"logprobs": 20, "max_tokens": 262_144 // (CHOICES * 21)},
         "penalties": {"frequency_penalty": 0.1, "presence_penalty": 0.1, "repetition_penalty": 1.1},
@@ -98,7 +101,7 @@ def gaps(port: int, tokens: int) -> tuple[float, float]:
 
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    tokens: Annotated[int, typer.Option(min=100, help="Of the other client.")] = 300,
+    tokens: Annotated[int, typer.Option(min=100, help="Of the other client.")] = 1200,
     only: Annotated[list[str] | None, typer.Option(help="Only these requests.")] = None,
 ) -> None:
     """Print the gaps of the other client."""
