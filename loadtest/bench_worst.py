@@ -23,19 +23,22 @@ import typer
 from loadtest.bench_http import PROMPT, server, stream
 
 CHOICES = 16
-WARM_TOKENS = 60
-"""Of the other client's stream, while the request beside it begins."""
+WARM_TOKENS = 120
+"""Of the other client's stream, while the request beside it begins and REPEATED comes to 1,000
+characters."""
+
+REPEATED = " something"
+"""A long token."""
 
 Body = dict[str, object]
 
 
-def requests(repeated: int, text: str, vocab_size: int) -> dict[str, Body]:
-    """The most that is allowed, by what it is. `repeated` is a token id that `text` is of."""
-    stops = [text * (1000 // len(text)) + chr(0x4E00 + i) for i in range(16)]
-    stops = [stop[-1024:] for stop in stops]
+def requests(repeated: int, vocab_size: int) -> dict[str, Body]:
+    """The most that is allowed, by what it is. `repeated` is the id of REPEATED."""
+    held = REPEATED * (1000 // len(REPEATED))
+    stops = [held + chr(0x4E00 + i) for i in range(16)]
     # The first holds back all that is like it, where no beginning of the others ends.
-    near = [text * 1000, *(chr(0x4E00 + i) + text * 1000 for i in range(15))]
-    near = [stop[:1023] + "." for stop in near]
+    near = [held + ".", *(stop[-1] + held for stop in stops[1:])]
     ids = range(vocab_size - 300, vocab_size)
     kinds: dict[str, Body] = {
         "plain": {},
@@ -101,7 +104,7 @@ def gaps(port: int, tokens: int) -> tuple[float, float]:
 
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    tokens: Annotated[int, typer.Option(min=100, help="Of the other client.")] = 1200,
+    tokens: Annotated[int, typer.Option(min=100, help="Of the other client.")] = 300,
     only: Annotated[list[str] | None, typer.Option(help="Only these requests.")] = None,
 ) -> None:
     """Print the gaps of the other client."""
@@ -109,10 +112,10 @@ def main(
         base = f"http://127.0.0.1:{port}"
         asked = {"prompt": "the", "max_tokens": 0}
         httpx.post(f"{base}/v1/completions", json=asked, timeout=60).raise_for_status()
-        asked = {"prompt": "a", "add_special_tokens": False}
+        asked = {"prompt": REPEATED, "add_special_tokens": False}
         [repeated] = httpx.post(f"{base}/tokenize", json=asked, timeout=60).json()["tokens"]
         kinds: dict[str, Body | None] = {"alone": None}
-        kinds |= requests(repeated, "a", 2000)
+        kinds |= requests(repeated, 2000)
         kinds = {name: body for name, body in kinds.items() if not only or name in only}
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
         for _ in range(rounds):
