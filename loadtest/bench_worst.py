@@ -23,26 +23,32 @@ import typer
 from loadtest.bench_http import PROMPT, server, stream
 
 CHOICES = 16
-WARM_TOKENS = 60
-"""Of the other client's stream, while the request beside it begins."""
+WARM_TOKENS = 120
+"""Of the other client's stream, while the request beside it begins and REPEATED comes to 1,000
+characters."""
+
+REPEATED = " something"
+"""A long token."""
 
 Body = dict[str, object]
 
 
-def requests(repeated: int, text: str, vocab_size: int) -> dict[str, Body]:
-    """The most that is allowed, by what it is. `repeated` is a token id that `text` is of."""
-    stops = [text * (1000 // len(text)) + chr(0x4E00 + i) for i in range(16)]
-    stops = [stop[-1024:] for stop in stops]
+def requests(repeated: int, vocab_size: int) -> dict[str, Body]:
+    """The most that is allowed, by what it is. `repeated` is the id of REPEATED."""
+    held = REPEATED * (1000 // len(REPEATED))
+    stops = [held + chr(0x4E00 + i) for i in range(16)]
+    # The first holds back all that is like it, where no beginning of the others ends.
+    near = [held + ".", *(stop[-1] + held for stop in stops[1:])]
     ids = range(vocab_size - 300, vocab_size)
     kinds: dict[str, Body] = {
         "plain": {},
         "stop": {"stop": stops},
-        "stop that nearly matches": {"stop": stops, "logit_bias": {str(repeated): 100}},
+        "stop that nearly matches": {"stop": near, "logit_bias": {str(repeated): 100}},
         "return_token_ids": {"return_token_ids": True},
-        "logprobs": {"logprobs": 20},
+        "logprobs": {"logprobs": 20, "max_tokens": 262_144 // (CHOICES * 21)},
         "penalties": {"frequency_penalty": 0.1, "presence_penalty": 0.1, "repetition_penalty": 1.1},
         "logit_bias": {"logit_bias": {str(i): -1.0 for i in ids}},
-        "stop_token_ids": {"stop_token_ids": list(ids[:256]), "min_tokens": 4000},
+        "stop_token_ids": {"stop_token_ids": list(ids[:256]), "min_tokens": 700},
         "usage in events": {
             "stream_options": {"include_usage": True, "continuous_usage_stats": True}
         },
@@ -106,9 +112,10 @@ def main(
         base = f"http://127.0.0.1:{port}"
         asked = {"prompt": "the", "max_tokens": 0}
         httpx.post(f"{base}/v1/completions", json=asked, timeout=60).raise_for_status()
-        [repeated] = httpx.post(f"{base}/tokenize", json={"prompt": "a"}).json()["tokens"]
+        asked = {"prompt": REPEATED, "add_special_tokens": False}
+        [repeated] = httpx.post(f"{base}/tokenize", json=asked, timeout=60).json()["tokens"]
         kinds: dict[str, Body | None] = {"alone": None}
-        kinds |= requests(repeated, "a", 2000)
+        kinds |= requests(repeated, 2000)
         kinds = {name: body for name, body in kinds.items() if not only or name in only}
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
         for _ in range(rounds):

@@ -5,27 +5,29 @@ import time
 from collections.abc import Callable
 
 PATIENCE_S = 60.0
-"""What a test waits for comes within this time, or never."""
+"""What a test waits for comes within this time, or never; but what is looked at again and again is
+looked at so often as this time has looks, however long the process was stopped meanwhile."""
 
 PROGRAM_S = 10 * PATIENCE_S
 """The same of a whole program, with its imports."""
 
 POLL_S = 0.01
+NUM_LOOKS = round(PATIENCE_S / POLL_S)
 
 
 def wait_until(condition: Callable[[], object]) -> None:
     """Raises TimeoutError."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"it did not happen within {PATIENCE_S:g} seconds")
+    for _ in range(NUM_LOOKS):
+        if condition():
+            return
         time.sleep(POLL_S)
+    raise TimeoutError(f"it did not happen within {PATIENCE_S:g} seconds")
 
 
 async def until(condition: Callable[[], object]) -> None:
     """`wait_until` in an event loop, whose tasks go on."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"it did not happen within {PATIENCE_S:g} seconds")
+    for _ in range(NUM_LOOKS):
+        if condition():
+            return
         await asyncio.sleep(POLL_S)
+    raise TimeoutError(f"it did not happen within {PATIENCE_S:g} seconds")

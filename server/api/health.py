@@ -91,8 +91,9 @@ def _check_store(service: Service, store: StoreHealth) -> None:
         raise NotReady(f"the store is lost: {store.fault}", "store_lost")
     wanted = min(service.settings.min_free_bytes, store.disk_bytes // SMALL_PART)
     needed = max(wanted, 2 * service.ledger.state_bytes)
-    if store.free_bytes < needed:
+    free = store.free_bytes + store.unused_bytes
+    if free < needed:
         raise NotReady(
-            f"the store's disk is full: {store.free_bytes:,} bytes are free, less than {needed:,}",
+            f"the store's disk is full: {free:,} bytes are free, less than {needed:,}",
             "disk_full",
         )

@@ -145,6 +145,9 @@ class StoreHealth:
     free_bytes: int
     """Free bytes on its disk."""
 
+    unused_bytes: int
+    """Free in its files: what was deleted, whose place the next states get."""
+
     disk_bytes: int
     """Of its disk, used or free."""
 

@@ -332,7 +332,9 @@ class SQLiteStore:
             disk_bytes, free_bytes = self._opened.disk_bytes, self._opened.free_bytes
         except OSError as error:
             fault = fault or str(error)
-        return StoreHealth(num_bytes, free_bytes, disk_bytes, fault)
+        # States that are files have no use for pages of the database.
+        unused_bytes = 0 if self._files.num_bytes else self._writer.unused_bytes
+        return StoreHealth(num_bytes, free_bytes, unused_bytes, disk_bytes, fault)
 
     async def _write(
         self, work: Callable[[sqlite3.Connection], bool], state: NewState | None

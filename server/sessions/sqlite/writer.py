@@ -62,6 +62,9 @@ class Writer:
         self.total = _total(db)
         """What the store holds since the last commit."""
 
+        self.unused_bytes = _unused_bytes(db)
+        """Free in the database's file since then."""
+
         self._jobs: queue.SimpleQueue[_Job | _Copy | None] = queue.SimpleQueue()
         self._closing = self._closed = False
         self._must_erase = False
@@ -178,13 +181,14 @@ class Writer:
             self.db.execute("BEGIN IMMEDIATE")
             results = [self._run_one(job) for job in jobs]
             total = _total(self.db)
+            unused_bytes = _unused_bytes(self.db)
             self.db.execute("COMMIT")
         except Exception as error:  # whatever it was, all get an answer and this thread goes on
             with contextlib.suppress(sqlite3.Error):
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK")
             return [storage_error(error)] * len(jobs)
-        self.total = total
+        self.total, self.unused_bytes = total, unused_bytes
         return results
 
     def _erase(self, something_deleted: bool) -> StorageFailed | None:
@@ -248,6 +252,11 @@ def storage_error(error: Exception) -> StorageFailed:
     failed = StorageFull(message) if is_full else StorageFailed(message)
     failed.__cause__ = error
     return failed
+
+
+def _unused_bytes(db: sqlite3.Connection) -> int:
+    [num_pages] = db.execute("PRAGMA freelist_count").fetchone()
+    return PAGE_BYTES * int(num_pages)
 
 
 def _total(db: sqlite3.Connection) -> StoreUsage:

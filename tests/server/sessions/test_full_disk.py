@@ -70,6 +70,7 @@ def test_deletes_free_a_full_disk(disk: Path, is_closed: bool) -> None:
         assert await commit(store, "last", 2, BLOB)
         assert await store.delete("session", "large")
         assert await store.get("session", "large") is None
+        assert (await store.health()).unused_bytes > (turns - 1) * len(BLOB)
         for turn in range(3, turns):
             assert await commit(store, "last", turn, BLOB, keep=2)
         assert await blob_of(store, "last") == BLOB
