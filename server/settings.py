@@ -302,7 +302,7 @@ class Settings(BaseSettings):
         description="File with further keys, managed by latentd keys while the server runs (see "
         "docs/keys.md).",
     )
-    metrics_require_key: Annotated[bool, Group.LOGS] = Field(
+    protect_metrics: Annotated[bool, Group.LOGS] = Field(
         True, description="Whether /metrics needs a key, if keys are required."
     )
     key_requests_per_minute: Annotated[int | None, Group.KEYS] = Field(

@@ -142,7 +142,7 @@ def create_app(
     app.add_middleware(
         AuthMiddleware,
         keys=keys,
-        metrics_require_key=settings.metrics_require_key,
+        protect_metrics=settings.protect_metrics,
         most=settings.most_connections,
     )
     if settings.known_hosts:

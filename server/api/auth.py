@@ -116,14 +116,14 @@ class AuthMiddleware:
     It precedes all routes, so that none can be left unprotected.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, metrics_require_key: bool, most: int) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, protect_metrics: bool, most: int) -> None:
         """`most`: requests under way of all callers. Of these a caller may have as many as are left
         for the others then, where there are keys."""
         self._app = app
         self._most = most
         self._under_way = Counter[str]()
         self._keys = keys
-        self._guard_metrics = metrics_require_key
+        self._guard_metrics = protect_metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._guards(scope["path"]):

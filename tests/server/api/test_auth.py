@@ -300,9 +300,7 @@ def test_a_file_without_keys_guards(tiny_checkpoint: Path, tmp_path: Path) -> No
 
 
 def test_metrics_may_be_open(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    settings = tiny_settings(
-        tiny_checkpoint, tmp_path, api_key=("alpha",), metrics_require_key=False
-    )
+    settings = tiny_settings(tiny_checkpoint, tmp_path, api_key=("alpha",), protect_metrics=False)
     with live_server(settings) as server, server.client() as client:
         assert client.get("/metrics").status_code == 200
         assert client.get("/docs").status_code == 401

@@ -48,7 +48,7 @@ def test_models(openai_client: openai.OpenAI) -> None:
 
 
 def test_errors_become_the_clients_exceptions(openai_client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="no model") as not_found:
+    with pytest.raises(openai.NotFoundError, match="unknown model") as not_found:
         openai_client.completions.create(model="other", prompt="a")
     assert (not_found.value.code, not_found.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError, match="max_tokens"):

@@ -149,7 +149,7 @@ def test_a_forged_state_fails_alone_and_is_told(
         imported = client.post("/v1/sessions/import", content=forged).json()
         answer = client.post("/v1/completions", json=BODY | {"session_id": imported["id"]})
         assert error(answer) == (503, None, "session_damaged")
-        assert "no probabilities" in answer.json()["error"]["message"]
+        assert "no valid probabilities" in answer.json()["error"]["message"]
         assert get(client, imported["id"])["turn"] == imported["turn"]
         assert text_of(client, session_id=session_id)
 

@@ -1,5 +1,7 @@
 """The command line in the process of the test, as a user would call it."""
 
+import logging
+
 from typer.testing import CliRunner, Result
 
 from server.__main__ import app
@@ -7,8 +9,12 @@ from server.__main__ import app
 
 def latentd(*arguments: object, stdin: bytes = b"", **environment: str) -> Result:
     """Exceptions that no command should let through fail the test."""
+    before = logging.root.handlers[:], logging.root.level
     env = {"LATENT_URL": None, "LATENT_KEY": None, "COLUMNS": None, "NO_COLOR": "1", **environment}
-    return CliRunner(env=env).invoke(app, [*map(str, arguments)], stdin, catch_exceptions=False)
+    try:
+        return CliRunner(env=env).invoke(app, [*map(str, arguments)], stdin, catch_exceptions=False)
+    finally:  # `serve` logs to the command's stderr, which is closed now
+        logging.root.handlers[:], logging.root.level = before
 
 
 def stdout_of(*arguments: object, stdin: bytes = b"", **environment: str) -> str:

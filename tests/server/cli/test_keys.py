@@ -31,9 +31,9 @@ def test_the_list_tells_names_and_limits(file: Path) -> None:
     assert head.split()[:2] == ["name", "id"]
     first, second = read_keys(file)
     assert app.split()[:2] == ["app", first.id]
-    assert app.split()[-3:] == ["-", "12,000", "4"]
+    assert app.split()[-4:] == ["-", "12,000", "4", "-"]
     assert other.split()[:2] == ["other", second.id]
-    assert other.split()[-3:] == ["-", "-", "-"]
+    assert other.split()[-4:] == ["-", "-", "-", "-"]
 
 
 def test_a_revoked_key_is_gone(file: Path) -> None:

@@ -220,7 +220,7 @@ def test_turns_that_are_not_kept_are_named(tmp_path: Path) -> None:
                 await w.advance(name, state(mark))
             for call in (w.ledger.rewind, w.ledger.fork, w.ledger.export):
                 for turn in (1, 4):
-                    with pytest.raises(NotFound, match=f"after turn {turn}; .*: 3, 2") as caught:
+                    with pytest.raises(NotFound, match=f"of turn {turn}; .*: 3, 2") as caught:
                         await call(ME, name, turn)
                     assert caught.value.code == "turn_not_found"
             assert await w.load(name) == state(b"c", turn=3)

@@ -607,7 +607,7 @@ def test_a_session_whose_checkpoint_is_gone_does_not_start_afresh(tmp_path: Path
             await check_damaged(w, found, "missing")
             for turn in (None, 2):
                 for call in (w.ledger.fork, w.ledger.export):
-                    with pytest.raises(NotFound, match=r"after turn 2; .*: 1"):
+                    with pytest.raises(NotFound, match=r"of turn 2; .*: 1"):
                         await call(ME, name, turn)
             await w.ledger.rewind(ME, name, 1)
             assert await w.load(name) == state(b"a")
