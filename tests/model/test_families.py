@@ -4,7 +4,9 @@ A sequence's bits do not depend on its company, on how its prompt was cut, or on
 that was saved, copied or restored goes on as if nothing had happened.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -66,19 +68,33 @@ def untrained(name: str, steep: bool = False) -> LanguageModel:
     return network
 
 
-NETWORKS: dict[str, Network] = {
-    **{name: served(name) for name in CONFIGS},
-    "steep": served("log", steep=True),
-    "rwkv7": rwkv7.network(),
-    "bfloat16": served("log", dtype="bfloat16"),
-    "int8": served("beyond", dtype="int8"),
-    "bfloat16 x float32": masked("beyond", "bfloat16"),
-    "int8 x float32": masked("linear", "int8"),
-    "toy": toy.make(toy.Config(VOCAB)),
+NETWORKS: dict[str, Callable[[], Network]] = {
+    **{name: partial(served, name) for name in CONFIGS},
+    "steep": partial(served, "log", steep=True),
+    "rwkv7": rwkv7.network,
+    "toy": partial(toy.make, toy.Config(VOCAB)),
 }
 """Those whose bits do not depend on the number of tokens that are computed together."""
+
+OTHER_ARITHMETIC: dict[str, Callable[[], Network]] = {
+    "bfloat16": partial(served, "log", dtype="bfloat16"),
+    "int8": partial(served, "beyond", dtype="int8"),
+    "bfloat16 x float32": partial(masked, "beyond", "bfloat16"),
+    "int8 x float32": partial(masked, "linear", "int8"),
+    "rwkv7 bfloat16": partial(rwkv7.network, dtype="bfloat16"),
+    "rwkv7 int8": partial(rwkv7.network, dtype="int8"),
+}
+"""The same; each is compiled for itself, which takes its time."""
+
+
+@functools.cache
+def served_network(name: str) -> Network:
+    return (NETWORKS | OTHER_ARITHMETIC)[name]()
+
+
 IDS = torch.randint(VOCAB, (MOST, 400), generator=torch.Generator().manual_seed(5))
-each_network = pytest.mark.parametrize("name", NETWORKS)
+NAMES = (*NETWORKS, *(pytest.param(each, marks=pytest.mark.long) for each in OTHER_ARITHMETIC))
+each_network = pytest.mark.parametrize("name", NAMES)
 
 NO_TRITON = pytest.mark.skipif(not cuda.is_available(), reason="needs Triton")
 FUSED = [
@@ -87,7 +103,10 @@ FUSED = [
     for marks in [(pytest.mark.gpu, pytest.mark.long)]
 ]
 PLAIN = [pytest.param((name, "plain"), id=f"{name} plain") for name in (*CONFIGS, "rwkv7")]
-SERVED = [pytest.param((name, "served"), id=name) for name in NETWORKS]
+SERVED = [
+    pytest.param((name, "served"), id=name, marks=[pytest.mark.long] * (name in OTHER_ARITHMETIC))
+    for name in (*NETWORKS, *OTHER_ARITHMETIC)
+]
 each_backend = pytest.mark.parametrize("backend", [*SERVED, *PLAIN, *FUSED], indirect=True)
 
 
@@ -103,7 +122,7 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> Network:
         case "fused":
             return untrained(name).to(device).fuse()
         case _:
-            return NETWORKS[name]
+            return served_network(name)
 
 
 def alone(network: Network, ids: Tensor, cuts: Sequence[int] = ()) -> StatePool:
@@ -130,7 +149,7 @@ def by_steps(network: Network, ids: Tensor) -> Tensor:
 def test_a_prompt_in_pieces_is_the_whole_one(
     name: str, tokens: int, cuts: set[int], threads: int
 ) -> None:
-    network, ids = NETWORKS[name], IDS[0, :tokens]
+    network, ids = served_network(name), IDS[0, :tokens]
     whole = alone(network, ids)
     torch.set_num_threads(threads)
     parts = alone(network, ids, sorted(cut for cut in cuts if cut < tokens))
@@ -140,7 +159,7 @@ def test_a_prompt_in_pieces_is_the_whole_one(
 
 @each_network
 def test_a_prompt_read_by_steps_is_the_whole_one(name: str) -> None:
-    network, ids = NETWORKS[name], IDS[0, :150]
+    network, ids = served_network(name), IDS[0, :150]
     pool = network.new_pool(1)
     for token_id in ids:
         step(network, token_id[None], pool, [0])
@@ -159,7 +178,7 @@ def test_a_prompt_read_by_steps_is_the_whole_one(name: str) -> None:
 def test_prompts_read_together_are_as_if_alone(
     name: str, lengths: list[int], place: int, threads: int
 ) -> None:
-    network, place = NETWORKS[name], place % len(lengths)
+    network, place = served_network(name), place % len(lengths)
     pool = network.new_pool(len(lengths))
     torch.set_num_threads(threads)
     prefill(network, IDS[: len(lengths), : max(lengths)], lengths, pool, range(len(lengths)))
@@ -171,7 +190,7 @@ def test_prompts_read_together_are_as_if_alone(
 @each_network
 @pytest.mark.parametrize("count", [2, 3, 4, 7, 8, 15, 16, 31, 32, MOST])
 def test_steps_together_are_as_if_alone(name: str, count: int) -> None:
-    network, rows = NETWORKS[name], list(range(count))
+    network, rows = served_network(name), list(range(count))
     together = network.new_pool(count)
     prefill(network, IDS[:count, :9], [9] * count, together, rows)
     singles = [network.new_pool(1) for _ in rows]
@@ -198,7 +217,7 @@ def test_logits_of_a_prompt_are_those_of_its_steps(
     name: str, lengths: list[int], chosen: set[int], cuts: set[int], threads: int
 ) -> None:
     """Of all its tokens in their order, whatever is read beside it, scored or not."""
-    network, rows = NETWORKS[name], range(len(lengths))
+    network, rows = served_network(name), range(len(lengths))
     pool, found = network.new_pool(len(lengths)), [list[Tensor]() for _ in rows]
     torch.set_num_threads(threads)
     for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), 150], strict=True):
@@ -231,7 +250,7 @@ def test_logits_are_those_after_the_tokens_that_are_named_in_that_order(
     name: str, lengths: list[int], wanted: list[int], threads: int
 ) -> None:
     """Of single tokens and prompts together, and some of them twice."""
-    network, rows = NETWORKS[name], range(len(lengths))
+    network, rows = served_network(name), range(len(lengths))
     batch = Batch.of([IDS[row, :length] for row, length in enumerate(lengths)], rows)
     batch = batch.wanting([place % len(batch.token_ids) for place in wanted])
     pool = network.new_pool(len(lengths))
