@@ -64,14 +64,17 @@ async def create_response(
     first_json = first.model_dump_json(exclude_unset=True)
     source = None if body.previous_response_id is None else After(body.previous_response_id)
     target = NewResponse(first.id, body.ttl) if body.stores else None
-    prompt = ChatPrompt(service, [Said(*said) for said in body.messages], body.prompt_name)
+    prompt = ChatPrompt(
+        service, [Said(*said[:2], thoughts=said[2]) for said in body.messages], body.prompt_name
+    )
     pending = first_json if body.background else None
     record = record_of(request.scope)
     record.streams = bool(body.stream)
     turn = await open_turn(service, caller, source, target, generation, prompt, pending, record)
     if isinstance(turn, Replay):
         raise InternalError("a response has no answer before it is made")
-    answer = Answer(turn, service.checkpoint.tokenizer, first.id)
+    splitters = prompt.splitters(generation.thinks)
+    answer = Answer(turn, service.checkpoint.tokenizer, first.id, new_splitter=splitters)
     shape = ResponseShape(service, body, answer, first)
     keepalive_s = service.settings.keepalive_s
     if body.background:

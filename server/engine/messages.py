@@ -39,6 +39,16 @@ class Continuation:
 
 
 @dataclass(frozen=True)
+class ThinkingBudget:
+    """After so many tokens without it, the text that closes thoughts is put into the answer."""
+
+    max_tokens: int
+    close: bytes
+    close_ids: tuple[int, ...]
+    """The tokens that are put in, with the text in them."""
+
+
+@dataclass(frozen=True)
 class EngineRequest:
     """One turn: read the prompt's tokens, then generate."""
 
@@ -55,6 +65,9 @@ class EngineRequest:
     stop: tuple[str, ...] = ()
     """Texts that end the text. The name of a special token stands for the token as well, as if its
     id were among `stop_token_ids`."""
+
+    end_texts: tuple[str, ...] = ()
+    """Texts that end the text as well, without being the client's: `stopped_by` does not tell."""
 
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
@@ -84,6 +97,9 @@ class EngineRequest:
     grammar: "Grammar | None" = None
     """What the text of this turn has to keep to. It ends where nothing but its end can follow, also
     with `ignore_eos` and before `min_tokens`."""
+
+    thinking_budget: ThinkingBudget | None = None
+    """Not with a grammar."""
 
     owner: str = ""
     """Whose request it is: owners have equal shares of the engine, and what was read of a common

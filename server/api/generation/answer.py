@@ -2,12 +2,18 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+from model.text.chat import ThoughtSplitter
 from model.text.tokenizer import Detokenizer, Tokenizer
 from server.api.generation.turn import AdmittedTurn, TextEvent
-from server.api.schemas.generation import PromptTokensDetails, Timings, Usage
+from server.api.schemas.generation import (
+    CompletionTokensDetails,
+    PromptTokensDetails,
+    Timings,
+    Usage,
+)
 from server.engine.messages import EngineRequest, Finished, PromptScored, Token
 from server.engine.messages import Timings as EngineTimings
 
@@ -22,11 +28,17 @@ class Delta(NamedTuple):
     """The choice's index."""
 
     text: str = ""
+    thoughts: str = ""
+    """What a chat's model thought before the text."""
+
     tokens: tuple[Token, ...] = ()
     """Tokens that begin in the text, or the prompt's, if they were asked for."""
 
     offsets: Sequence[int] = ()
     """Where in the choice's text each of them begins, in characters."""
+
+    is_thought: bool = False
+    """The tokens came before any text that is not thoughts."""
 
     is_prompt: bool = False
     """It is the prompt, with its probabilities."""
@@ -60,8 +72,16 @@ class PlacedTokens:
 class Choice:
     """What has come so far of one choice."""
 
-    def __init__(self, request: EngineRequest, tokenizer: Tokenizer, start: int) -> None:
+    def __init__(
+        self,
+        request: EngineRequest,
+        tokenizer: Tokenizer,
+        start: int,
+        splitter: ThoughtSplitter | None = None,
+    ) -> None:
         """The text begins with `start` characters of the prompt."""
+        self._splitter = splitter
+        self._end_texts = request.end_texts
         self.prompt_ids = request.token_ids
         self.prompt = PlacedTokens(tokenizer)
         """The prompt's tokens, if they are scored."""
@@ -70,7 +90,14 @@ class Choice:
         """Tokens of the text, if they were asked for."""
 
         self.text: list[str] = []
+        self.thoughts: list[str] = []
         self.num_generated = 0
+        self.num_thought = 0
+        """Of those generated, tokens before any text that is not thoughts."""
+
+        self.num_thought_told = 0
+        """Of `generated`, those before any text that is not thoughts."""
+
         self.cached_tokens = 0
         """Tokens of the prompt that this choice did not need to read."""
 
@@ -78,18 +105,51 @@ class Choice:
         self.stopped_by: str | int | None = None
         self.timings: EngineTimings | None = None
 
+    def push(self, text: str, *, is_last: bool) -> tuple[str, str]:
+        """Text that follows. Returns what it adds to the thoughts, and to the text; called after
+        `add`."""
+        thoughts = ""
+        if self._splitter is not None:
+            thoughts, text = self._splitter.push(text)
+            if is_last:
+                rest = self._splitter.flush()
+                thoughts, text = thoughts + rest[0], text + rest[1]
+            if thoughts:
+                self.thoughts.append(thoughts)
+            if self.is_thought:
+                self.num_thought = self.num_generated if self.thoughts else 0
+                self.num_thought_told = len(self.generated.tokens)
+        self.text.append(text)
+        return thoughts, text
+
+    @property
+    def thinks(self) -> bool:
+        """Whether there may be thoughts."""
+        return self._splitter is not None
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is any text that is not thoughts."""
+        return any(self.text)
+
+    @property
+    def is_thought(self) -> bool:
+        """Whether nothing but thoughts has come, if anything has."""
+        splitter = self._splitter
+        return splitter is not None and splitter.has_thoughts and not splitter.has_answer
+
     def add(self, event: TextEvent) -> PlacedTokens:
-        """The next event. Returns the tokens that it added to."""
+        """The next event, but for its text. Returns the tokens that it added to."""
         if isinstance(event, PromptScored):
             self.prompt.extend(event.tokens)
             return self.prompt
-        self.text.append(event.text)
         if event.tokens:
             self.generated.extend(event.tokens)
         if isinstance(event, Finished):
             self.reason, self.num_generated = event.reason, event.num_generated
             self.cached_tokens, self.timings = event.cached_tokens, event.timings
-            self.stopped_by = event.stopped_by
+            is_own = event.stopped_by in self._end_texts
+            self.stopped_by = None if is_own else event.stopped_by
         else:
             self.num_generated += event.num_generated
         return self.generated
@@ -121,6 +181,7 @@ class Answer:
         num_per_prompt: int = 1,
         echoes: bool = False,
         counts_usage: bool = False,
+        new_splitter: Callable[[], ThoughtSplitter | None] = lambda: None,
     ) -> None:
         """`echoes`: choices begin with their prompts. `counts_usage`: every delta has the usage."""
         self.id = answer_id
@@ -135,7 +196,7 @@ class Answer:
         """What the text of each choice begins with."""
 
         self.choices = [
-            Choice(request, tokenizer, len(echo))
+            Choice(request, tokenizer, len(echo), new_splitter())
             for request, echo in zip(turn.requests, self.echoes, strict=True)
         ]
         self._num_unfinished = len(self.choices)
@@ -156,13 +217,28 @@ class Answer:
             self._num_unfinished -= 1
             self._cached_tokens = self._count_cached()
         offsets = placed.offsets[len(placed.offsets) - len(event.tokens) :] if event.tokens else ()
-        usage = self.usage if self._counts_usage else None
         if isinstance(event, PromptScored):
-            return Delta(index, "", event.tokens, offsets, is_prompt=True, usage=usage)
-        if isinstance(event, Finished):
-            end = event.reason, event.stopped_by
-            return Delta(index, event.text, event.tokens, offsets, False, *end, usage)
-        return Delta(index, event.text, event.tokens, offsets, usage=usage)
+            tokens, usage = event.tokens, self._usage_so_far
+            return Delta(index, tokens=tokens, offsets=offsets, is_prompt=True, usage=usage)
+        is_last = isinstance(event, Finished)
+        thoughts, text = choice.push(event.text, is_last=is_last)
+        usage = self._usage_so_far
+        return Delta(
+            index,
+            text,
+            thoughts,
+            event.tokens,
+            offsets,
+            is_thought=choice.is_thought,
+            reason=choice.reason,
+            stopped_by=choice.stopped_by,
+            usage=usage,
+        )
+
+    @property
+    def _usage_so_far(self) -> Usage | None:
+        """If every delta has it."""
+        return self.usage if self._counts_usage else None
 
     @property
     def size(self) -> int:
@@ -184,7 +260,14 @@ class Answer:
         """Tokens so far."""
         prompt = self._prompt_tokens
         cached = self._resumed_tokens + self._cached_tokens
+        details: dict[str, CompletionTokensDetails] = {}
+        if any(choice.thinks for choice in self.choices):
+            thought = sum(choice.num_thought for choice in self.choices)
+            details = {
+                "completion_tokens_details": CompletionTokensDetails(reasoning_tokens=thought)
+            }
         return Usage(
+            **details,
             prompt_tokens=prompt,
             completion_tokens=self.num_generated,
             total_tokens=prompt + self.num_generated,

@@ -37,7 +37,7 @@ class Shape(Generic[Body]):
         self.answer = answer
         self.body = body
         self.tokenizer = service.checkpoint.tokenizer
-        self._templates: dict[int, TextTemplate] = {}
+        self._templates: dict[tuple[int, object], TextTemplate] = {}
         self._json: str | None = None
         self._constant: dict[str, Any] = {
             "id": answer.id,
@@ -93,9 +93,9 @@ class Shape(Generic[Body]):
 
     def render_text(self, index: int, text: str, make: Callable[[int, str], BaseModel]) -> bytes:
         """What `make` makes of a choice's new text, where nothing but the text changes."""
-        template = self._templates.get(index)
+        template = self._templates.get((index, make))
         if template is None:
-            template = self._templates[index] = TextTemplate(partial(make, index))
+            template = self._templates[index, make] = TextTemplate(partial(make, index))
         return template.render(text)
 
 

@@ -267,7 +267,7 @@ async def open_turn(
             start = Continuation(state.position, state.pending, state.undecoded, state.recent)
             stored = StoredState(opened.start_id, state.state)
         await allowance.check_left()
-        prompts = await _read(prompt, start, allowance)
+        prompts = await _read(prompt, start, generation.thinks, allowance)
         generation.check_prompts(service.settings, prompts, start)
         timeout_s = generation.timeout_s
         requests = generation.requests(
@@ -300,10 +300,12 @@ async def open_turn(
         raise
 
 
-async def _read(prompt: Prompt, start: Continuation, allowance: Allowance) -> list[tuple[int, ...]]:
+async def _read(
+    prompt: Prompt, start: Continuation, thinks: bool | None, allowance: Allowance
+) -> list[tuple[int, ...]]:
     """A prompt that is refused after it was tokenised has cost as much as one that is not."""
     try:
-        return await prompt.read(start)
+        return await prompt.read(start, thinks)
     except InvalidRequest:
         await allowance.charge(0)
         raise

@@ -17,7 +17,13 @@ from server.api.schemas.base import (
     Text,
     UnixSecond,
 )
-from server.api.schemas.generation import GenerationRequest, Timings, Usage
+from server.api.schemas.generation import (
+    Effort,
+    GenerationRequest,
+    TemplateOptions,
+    Timings,
+    Usage,
+)
 
 NO_TOOLS = "this server's models call no tools"
 TEXT_ONLY = "this server's models read and write text only"
@@ -70,6 +76,9 @@ class Message(RequestModel):
     name: Text | None = Field(None, examples=["Ada"])
     """Who speaks, for models whose template has a place for it."""
 
+    reasoning_content: Text | None = Field(None, examples=["They ask who sat there."])
+    """Of an answer: what the model thought before, for models whose template has a place for it."""
+
     refusal: Annotated[None, Refused("messages have no refusals here")] = None
     tool_calls: Annotated[None, Refused(NO_TOOLS, [])] = None
     tool_call_id: Annotated[None, Refused(NO_TOOLS)] = None
@@ -120,6 +129,20 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[2])
     """So many of the most probable tokens beside each; needs `logprobs`."""
 
+    reasoning_effort: Effort | None = Field(None, examples=["none"])
+    """How much a model that can think is to think before it answers. none: not at all; minimal, low
+    and medium: up to 128, 1,024 and 4,096 tokens; high and xhigh: as much as it likes."""
+
+    chat_template_kwargs: TemplateOptions | None = Field(
+        None, examples=[{"enable_thinking": False}]
+    )
+    """What the chat template is given."""
+
+    thinking_token_budget: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(
+        None, examples=[0]
+    )
+    """Most tokens of thoughts; where there are more, they are closed. 0: none."""
+
     metadata: Annotated[dict[Text, Text], Field(fail_fast=True)] | None = Field(
         None, examples=[{"topic": "cats"}]
     )
@@ -146,10 +169,26 @@ class ChatRequest(GenerationRequest):
     functions: Annotated[None, Refused(NO_TOOLS, [])] = None
     function_call: Annotated[None, Refused(NO_TOOLS, "none", "auto")] = None
     prediction: Annotated[None, Refused("this server predicts no outputs")] = None
-    reasoning_effort: Annotated[None, Refused("this server's models do not reason", "none")] = None
     verbosity: Annotated[None, Refused("this server's models know no verbosity", "medium")] = None
     moderation: Annotated[None, Refused(NO_MODERATION)] = None
     web_search_options: Annotated[None, Refused("this server searches nothing")] = None
+
+    @property
+    def is_chat(self) -> bool:
+        return True
+
+    @property
+    def enables_thinking(self) -> bool | None:
+        options = self.chat_template_kwargs
+        return None if options is None else options.enable_thinking
+
+    @property
+    def thinking_budget(self) -> int | None:
+        return self.thinking_token_budget
+
+    @property
+    def effort(self) -> Effort | None:
+        return self.reasoning_effort
 
     @property
     def num_logprobs(self) -> int | None:
@@ -208,6 +247,9 @@ class AssistantMessage(AnswerModel):
 
     content: str = Field(examples=["The cat."])
     """The text."""
+
+    reasoning_content: str | None = Field(None, examples=["They ask who sat there."])
+    """What a model that can think thought before; not there, if nothing."""
 
     refusal: None = None
     """Always null."""
@@ -290,6 +332,9 @@ class Delta(AnswerModel):
 
     content: str | None = Field(None, examples=[" cat"])
     """Text that follows the text so far."""
+
+    reasoning_content: str | None = Field(None, examples=[" who"])
+    """Text that follows the thoughts so far."""
 
 
 class ChatChunkChoice(AnswerModel):

@@ -24,6 +24,7 @@ from server.api.schemas.structure import (
     StructuredOutputs,
 )
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 NO_PADDING = "events are not padded"
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -45,6 +46,13 @@ class StreamOptions(RequestModel):
     """Put the usage so far into every event."""
 
     include_obfuscation: Annotated[None, Refused(NO_PADDING, False)] = None
+
+
+class TemplateOptions(RequestModel):
+    """What the chat template is given."""
+
+    enable_thinking: bool | None = None
+    """Whether the model thinks before it answers."""
 
 
 class SamplingRequest(RequestModel):
@@ -150,6 +158,31 @@ class SamplingRequest(RequestModel):
     def told_tier(self) -> Literal["default", "flex"]:
         """The tier that it was served in."""
         return "flex" if self.service_tier == "flex" else "default"
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the prompt is written by the chat template."""
+        return False
+
+    @property
+    def effort(self) -> Effort | None:
+        """How much the model is to think."""
+        return None
+
+    @property
+    def effort_name(self) -> str:
+        """The parameter that `effort` comes from."""
+        return "reasoning_effort"
+
+    @property
+    def enables_thinking(self) -> bool | None:
+        """Whether the model is to think at all."""
+        return None
+
+    @property
+    def thinking_budget(self) -> int | None:
+        """Most tokens of thoughts."""
+        return None
 
     @property
     def asked_format(self) -> ResponseFormat | None:
@@ -279,6 +312,13 @@ class PromptTokensDetails(AnswerModel):
     from the end of its choices."""
 
 
+class CompletionTokensDetails(AnswerModel):
+    """Of the tokens generated."""
+
+    reasoning_tokens: int = Field(examples=[0])
+    """Tokens of thoughts, their marks included."""
+
+
 class Usage(AnswerModel):
     """Tokens of a request. Those that a session held already count as prompt tokens, too."""
 
@@ -293,6 +333,9 @@ class Usage(AnswerModel):
 
     prompt_tokens_details: PromptTokensDetails
     """Which of the prompt's tokens cost nothing."""
+
+    completion_tokens_details: CompletionTokensDetails | None = None
+    """Of a model that thinks before it answers."""
 
 
 class Timings(AnswerModel):
