@@ -116,6 +116,10 @@ class ThoughtSplitter:
         if self._part == "thoughts":
             if self._at_begin:
                 text = text.lstrip(SPACES)
+            size = min(len(text), len(self._close))
+            if self._foreign and text[:size] != self._close[:size]:
+                self._enter("answer")  # the prompt had begun to close them
+                return "", self._lstrip(self._own(text))
             end = text.find(self._close)
             if end < 0:
                 certain = text[: len(text) - overlap(text, self._close)].rstrip(SPACES)
@@ -125,10 +129,7 @@ class ThoughtSplitter:
             thoughts = self._own(text[:end].rstrip(SPACES))
             text, self._foreign = text[end + len(self._close) :], 0
             self._enter("answer")
-        if self._at_begin:
-            text = text.lstrip(SPACES)
-            self._at_begin = not text
-        return thoughts, text
+        return thoughts, self._lstrip(text)
 
     def flush(self) -> tuple[str, str]:
         """What was held back, now that nothing follows."""
@@ -136,6 +137,18 @@ class ThoughtSplitter:
         if self._part == "thoughts":
             return held.rstrip(SPACES), ""
         return "", held.lstrip(SPACES)
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether thoughts have begun and not ended."""
+        return self._part == "thoughts" and not self._foreign
+
+    def _lstrip(self, text: str) -> str:
+        """Without spaces, where the part begins."""
+        if self._at_begin:
+            text = text.lstrip(SPACES)
+            self._at_begin = not text
+        return text
 
     def _enter(self, part: str) -> None:
         self._part, self._at_begin = part, True

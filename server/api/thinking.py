@@ -36,8 +36,10 @@ def read_thinking(
     if wishing is not None and has_grammar:
         raise InvalidRequest("a text with a structure comes without thoughts", wishing)
     if wishing is None:
-        is_off = refusing is not None or (has_grammar and body.is_chat)
-        return False if is_off else None, None
+        if has_grammar and body.is_chat:  # the text begins at once: no mark is left half open
+            usual = conversation.splitter(None)
+            return False if usual is not None and usual.is_thinking else None, None
+        return None if refusing is None else False, None
     limit = body.thinking_budget
     if limit is None and body.effort is not None:
         limit = EFFORTS[body.effort]

@@ -48,7 +48,7 @@ def test_marks_are_two_texts(value: str) -> None:
         ("Assistant: <think>\n</think", ">\n\nAda.", ("", "Ada.")),
         ("Assistant: <think>\n</think>", "\n\nAda.", ("", "Ada.")),
         ("Assistant: <think", "ing about it", ("", "ing about it")),
-        ("Assistant: <think>\n</think", "ing</think>x", ("ing", "x")),
+        ("Assistant: <think>\n</think", "ing</think>x", ("", "ing</think>x")),
         ("Assistant: <think", ">never ends </thin", ("never ends </thin", "")),
         ("Assistant:", " <thin", ("", "<thin")),
         ("Assistant:", " Ada <think>", ("", "Ada <think>")),

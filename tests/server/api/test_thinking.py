@@ -102,8 +102,8 @@ def test_a_stream_has_thoughts_before_text(client: httpx.Client, logprobs: bool)
         ({"chat_template_kwargs": {"enable_thinking": None}}, "<|assistant|>"),
         ({"thinking_token_budget": 0}, "<think>\n</think"),
         ({"thinking_token_budget": 3}, "<think>"),
-        ({"structured_outputs": {"choice": ["a", "b"]}}, "<think>\n</think"),
-        ({"structured_outputs": {"choice": ["a"]}, "reasoning_effort": "none"}, "</think"),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, "<|assistant|>"),
+        ({"structured_outputs": {"choice": ["a"]}, "reasoning_effort": "none"}, "<|assistant|>"),
     ],
 )
 def test_a_request_says_whether_the_model_thinks(
