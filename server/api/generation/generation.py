@@ -247,6 +247,7 @@ def _sampling(service: Service, body: SamplingRequest) -> SamplingParams:
         for name in (
             *("temperature", "top_p", "min_p"),
             *("repetition_penalty", "frequency_penalty", "presence_penalty"),
+            "penalty_decay",
         )
         if (value := getattr(body, name)) is not None
     }

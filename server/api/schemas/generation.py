@@ -92,6 +92,10 @@ class SamplingRequest(RequestModel):
     presence_penalty: Penalty | None = Field(None, examples=[0.1])
     """Subtracted once from the logit of a token that was generated lately."""
 
+    penalty_decay: Probability | None = Field(None, examples=[0.996])
+    """With `frequency_penalty`: what a time counts is multiplied by this for each token since.
+    Default 1."""
+
     logit_bias: LogitBias | None = Field(None, examples=[{"42": -100.0}])
     """Added to logits, by token id, which JSON writes as a string."""
 

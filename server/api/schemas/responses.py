@@ -122,7 +122,7 @@ class InputReasoning(RequestModel):
 
     id: Annotated[None, as_it_came("rs_7d1f0a52c8e94b63a1f2d3c4b5a69788")] = None
     summary: Annotated[None, as_it_came([])] = None
-    encrypted_content: Annotated[None, as_it_came(None)] = None
+    encrypted_content: Annotated[None, as_it_came("gAAAAABo")] = None
     status: Annotated[None, as_it_came("completed")] = None
 
 
