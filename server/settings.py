@@ -122,8 +122,11 @@ class Settings(BaseSettings):
     max_running: Annotated[int, Group.ENGINE] = Field(
         32, ge=1, description="Sequences that run together."
     )
-    warm_sessions: Annotated[int, Group.SESSIONS] = Field(
-        32, ge=0, description="Sessions that keep their state on the device between turns."
+    warm_sessions: Annotated[int | None, Group.SESSIONS] = Field(
+        None,
+        ge=0,
+        description="Sessions that keep their state on the device between turns; if not given, 32, "
+        "or as many as there is memory for.",
     )
     max_waiting: Annotated[int, Group.ENGINE] = Field(
         256, ge=1, description="Sequences that may wait; more are refused."
@@ -147,11 +150,12 @@ class Settings(BaseSettings):
         "read beside it: more reads prompts faster. Prompts are read in pieces that keep to it, of "
         "at least 8 tokens (64 where the model is not compiled).",
     )
-    prefix_cache_bytes: Annotated[int, Group.ENGINE] = Field(
-        64 << 20,
+    prefix_cache_bytes: Annotated[int | None, Group.ENGINE] = Field(
+        None,
         ge=0,
         description="Device memory for states after beginnings that prompts have in common, which "
-        "are then read once; 0: none.",
+        "are then read once; 0: none. If not given, 64 MiB or 16 states, whatever is more, as far "
+        "as there is memory for it.",
     )
     hung_step_s: Annotated[float, Group.ENGINE] = Field(
         300.0,
@@ -236,8 +240,11 @@ class Settings(BaseSettings):
         description="Seconds that a connection may stay without a request; longer than clients and "
         "proxies keep theirs, or their next request is lost.",
     )
-    host_cache_bytes: Annotated[int, Group.SESSIONS] = Field(
-        256 << 20, ge=0, description="Host memory for parked states; 0: none."
+    host_cache_bytes: Annotated[int | None, Group.SESSIONS] = Field(
+        None,
+        ge=0,
+        description="Host memory for parked states; 0: none. If not given, 256 MiB or 32 states, "
+        "whatever is more, as far as there is memory for it.",
     )
     durability: Annotated[Literal["sync", "async"], Group.STORAGE] = Field(
         "sync",
@@ -250,8 +257,11 @@ class Settings(BaseSettings):
         description="Free bytes of the store's disk below which the server is not ready, though it "
         "goes on; on a small disk a twentieth of it, in any case two states.",
     )
-    keep_turns: Annotated[int, Group.SESSIONS] = Field(
-        8, ge=1, description="Turns of a session whose states are kept, to fork or rewind to."
+    keep_turns: Annotated[int | None, Group.SESSIONS] = Field(
+        None,
+        ge=1,
+        description="Turns of a session whose states are kept, to fork or rewind to; if not given, "
+        "8, or 2 to 7 where the states of more would take over 64 MiB.",
     )
     session_ttl_s: Annotated[float | None, Group.SESSIONS] = Field(
         None,

@@ -39,6 +39,7 @@ from server.api.service import Service
 from server.api.streams import StreamLimits, Streams
 from server.engine.engine import Engine, EngineLimits
 from server.engine.messages import Event, RowGivenUp
+from server.engine.sizes import Sizes, choose, free_memory
 from server.errors import ShuttingDown, StorageFailed, Unauthorized
 from server.metrics import GatewayMetrics, Metrics
 from server.sessions.cache import HostCache
@@ -80,7 +81,8 @@ def create_app(
     """An app that serves one checkpoint; it closes the store when it ends. `trace` gets the records
     of its requests.
 
-    Raises TemplateFault when the model's chat template is none, and KeyFileError.
+    Raises TemplateFault when the model's chat template is none, KeyFileError, and SizeError when
+    its states do not fit.
     """
     metrics, keys, limiter = Metrics(), KeyRing(settings), Limiter(settings)
     network = checkpoint.network
@@ -91,10 +93,11 @@ def create_app(
         network.arithmetic,
     )
     conversation = _conversation(checkpoint)
+    sizes = choose(settings, codec.state_bytes, free_memory(network.device))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service = _build(settings, checkpoint, store, codec, conversation, metrics, limiter)
+        service = _build(settings, sizes, checkpoint, store, codec, conversation, metrics, limiter)
         await _recover(service.ledger)
         service.engine.start()
         app.state.service, app.state.loop = service, asyncio.get_running_loop()
@@ -155,7 +158,7 @@ def create_app(
         root_path=settings.root_path,
         trace=trace,
     )
-    app.state.metrics = metrics
+    app.state.metrics, app.state.sizes = metrics, sizes
     if settings.cors_origins:  # around the others, so that web pages can read their errors
         app.add_middleware(PageMiddleware, origins=settings.cors_origins, exposed=EXPOSED_TO_PAGES)
     return app
@@ -180,16 +183,17 @@ def erase_owner(app: FastAPI, owner: str) -> str:
     return described(erasing.result()) or "nothing"
 
 
-def engine_limits(settings: Settings) -> EngineLimits:
+def engine_limits(settings: Settings, sizes: Sizes) -> EngineLimits:
     """The engine's part of the settings."""
     return EngineLimits(
-        max_running=settings.max_running,
-        warm_sessions=settings.warm_sessions,
+        max_running=sizes.max_running,
+        warm_sessions=sizes.warm_sessions,
         max_waiting=settings.max_waiting,
         max_waiting_tokens=settings.max_waiting_tokens,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         inter_token_latency_s=settings.inter_token_latency_ms / 1000,
-        prefix_cache_bytes=settings.prefix_cache_bytes,
+        prefix_cache_bytes=sizes.prefix_cache_bytes,
+        max_waiting_bytes=sizes.waiting_bytes,
     )
 
 
@@ -290,6 +294,7 @@ async def _sweep(service: Service, every_s: float) -> None:
 
 def _build(
     settings: Settings,
+    sizes: Sizes,
     checkpoint: Checkpoint,
     store: Store,
     codec: Codec,
@@ -302,9 +307,9 @@ def _build(
     def deliver(events: list[Event | RowGivenUp]) -> None:
         loop.call_soon_threadsafe(router.dispatch, events)
 
-    engine = Engine(checkpoint, engine_limits(settings), deliver, metrics)
+    engine = Engine(checkpoint, engine_limits(settings, sizes), deliver, metrics)
     tiers = Tiers(
-        HostCache(settings.host_cache_bytes), store, codec.state_bytes, metrics, engine.release
+        HostCache(sizes.host_cache_bytes), store, codec.state_bytes, metrics, engine.release
     )
     quota = Quota(store, _quotas(settings))
     router = Router(tiers)
@@ -325,7 +330,7 @@ def _build(
             quota,
             codec,
             metrics,
-            keep_turns=settings.keep_turns,
+            keep_turns=sizes.keep_turns,
             busy_wait_s=settings.busy_wait_s,
             max_response_ttl_s=settings.response_ttl_s,
         ),

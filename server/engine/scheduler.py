@@ -73,6 +73,9 @@ class EngineLimits:
     prefix_cache_bytes: int
     """Memory for states after beginnings of prompts."""
 
+    max_waiting_bytes: int | None = None
+    """States that waiting requests bring along; None: any number."""
+
     @property
     def max_long_prompts(self) -> int:
         """Long prompts that are read at the same time: a row in four is left to the others."""
