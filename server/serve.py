@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, CheckpointError
 from server import __version__, logs
 from server.api.app import create_app, drain, erase_owner
 from server.api.conversation import TemplateFault
@@ -100,7 +100,7 @@ def _serve_on(
         except SizeError as error:
             asyncio.run(store.close())
             raise ServeError(str(error)) from error
-        except (KeyFileError, ListenError):
+        except (CheckpointError, KeyFileError, ListenError):
             asyncio.run(store.close())
             raise
         config = uvicorn_config(app, settings, LAST_BYTES_S)

@@ -57,6 +57,11 @@ class Settings(BaseSettings):
         PRETRAINED,
         description="Folder of the model to serve; if not given, the one in this package.",
     )
+    initial_state: Annotated[tuple[str, ...], NoDecode, Group.MODEL] = Field(
+        (),
+        description="NAME=FILE: a tuned state, in the format of the model's family, that requests "
+        "and sessions may begin with by its name; in the variable with commas between them.",
+    )
     model_name: Annotated[str, Group.MODEL] = Field(
         "", description="Name that clients use for the model; the checkpoint folder's if empty."
     )
@@ -416,7 +421,8 @@ class Settings(BaseSettings):
         return None if ttl_s == math.inf else ttl_s
 
     @field_validator(
-        *("api_key", "cors_origins", "trusted_proxies", "allowed_hosts"), mode="before"
+        *("api_key", "cors_origins", "trusted_proxies", "allowed_hosts", "initial_state"),
+        mode="before",
     )
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -437,6 +443,18 @@ class Settings(BaseSettings):
             if not key.isascii() or not key.isprintable() or " " in key or not key:
                 raise ValueError("a key is made of printable ASCII characters without spaces")
         return keys
+
+    @field_validator("initial_state")
+    @classmethod
+    def _check_states(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        names = [each.partition("=")[0] for each in given]
+        if any(
+            not each.partition("=")[2] or not name for each, name in zip(given, names, strict=True)
+        ):
+            raise ValueError("an initial state is given as NAME=FILE")
+        if len(set(names)) < len(names):
+            raise ValueError("two initial states have the same name")
+        return given
 
     @field_validator("cors_origins")
     @classmethod

@@ -1,8 +1,9 @@
 """The application: its parts are built when it starts and taken down when it stops."""
 
 import asyncio
+import hashlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, read_initial_state
 from model.decoding.grammar import GrammarCompiler
+from model.state import StateSpec
 from server import __version__
 from server.api import (
     chat,
@@ -38,7 +40,7 @@ from server.api.schemas.unknown import UnknownParameters
 from server.api.service import Service
 from server.api.streams import StreamLimits, Streams
 from server.engine.engine import Engine, EngineLimits
-from server.engine.messages import Event, RowGivenUp
+from server.engine.messages import Event, RowGivenUp, StoredState
 from server.engine.sizes import Sizes, choose, free_memory
 from server.errors import ShuttingDown, StorageFailed, Unauthorized
 from server.metrics import GatewayMetrics, Metrics
@@ -82,7 +84,7 @@ def create_app(
     of its requests.
 
     Raises TemplateFault when the model's chat template is none, KeyFileError, and SizeError when
-    its states do not fit.
+    its states do not fit, and CheckpointError for an initial state that is none of this model.
     """
     metrics, keys, limiter = Metrics(), KeyRing(settings), Limiter(settings)
     network = checkpoint.network
@@ -93,11 +95,14 @@ def create_app(
         network.arithmetic,
     )
     conversation = _conversation(checkpoint)
+    initial = _initial_states(settings, network.state_spec)
     sizes = choose(settings, codec.state_bytes, free_memory(network.device))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service = _build(settings, sizes, checkpoint, store, codec, conversation, metrics, limiter)
+        service = _build(
+            settings, sizes, checkpoint, store, codec, conversation, metrics, limiter, initial
+        )
         await _recover(service.ledger)
         service.engine.start()
         app.state.service, app.state.loop = service, asyncio.get_running_loop()
@@ -207,6 +212,16 @@ def _quotas(settings: Settings) -> Quotas:
     )
 
 
+def _initial_states(settings: Settings, spec: StateSpec) -> dict[str, StoredState]:
+    """Raises CheckpointError."""
+    found = dict[str, StoredState]()
+    for given in settings.initial_state:
+        name, _, file = given.partition("=")
+        data = read_initial_state(settings.checkpoint, Path(file), spec)
+        found[name] = StoredState(f"initial {hashlib.sha256(data).hexdigest()}", data, True)
+    return found
+
+
 def _conversation(checkpoint: Checkpoint) -> Conversation | None:
     """Raises TemplateFault."""
     if checkpoint.chat_template is None:
@@ -301,6 +316,7 @@ def _build(
     conversation: Conversation | None,
     metrics: Metrics,
     limiter: Limiter,
+    initial_states: Mapping[str, StoredState],
 ) -> Service:
     loop = asyncio.get_running_loop()
 
@@ -347,4 +363,5 @@ def _build(
             store.now,
         ),
         limiter=limiter,
+        initial_states=initial_states,
     )

@@ -123,4 +123,6 @@ class Inbox:
 
 
 def _state_bytes(request: EngineRequest) -> int:
-    return 0 if request.source is None else len(request.source.data)
+    """Memory of the state that a request brings along; an initial state is there once for all."""
+    source = request.source
+    return 0 if source is None or source.is_initial else len(source.data)

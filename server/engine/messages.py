@@ -19,6 +19,9 @@ class StoredState:
     data: bytes
     """The bytes of a row."""
 
+    is_initial: bool = False
+    """Stands for the state before the first token: beginnings of prompts behind it are shared."""
+
 
 @dataclass(frozen=True)
 class Continuation:

@@ -23,6 +23,9 @@ class Generation:
     template: EngineRequest
     """What the engine is asked for, but for the prompt and the state that it follows."""
 
+    initial: StoredState | None
+    """What a conversation begins with in place of the usual state."""
+
     num_per_prompt: int
     """Choices to generate for each prompt."""
 
@@ -153,6 +156,7 @@ async def read_generation(
     )
     return Generation(
         template=template,
+        initial=find_initial(service, body.initial_state),
         num_per_prompt=body.num_generated_per_prompt,
         timeout_s=settings.request_timeout_s if body.timeout is None else body.timeout,
         is_detached=is_detached,
@@ -160,6 +164,19 @@ async def read_generation(
         prompt_name=body.prompt_name,
         logprobs_name=body.logprobs_name,
     )
+
+
+def find_initial(service: Service, name: str | None) -> StoredState | None:
+    """A tuned state by its name. Raises InvalidRequest."""
+    if name is None:
+        return None
+    found = service.initial_states.get(name)
+    if found is None:
+        known = ", ".join(service.initial_states) or "none"
+        raise InvalidRequest(
+            f"there is no initial state {name[:80]!r}; this server has: {known}", "initial_state"
+        )
+    return found
 
 
 def _check_aliases(body: SamplingRequest) -> None:

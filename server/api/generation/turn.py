@@ -266,6 +266,12 @@ async def open_turn(
         if state is not None:
             start = Continuation(state.position, state.pending, state.undecoded, state.recent)
             stored = StoredState(opened.start_id, state.state)
+        if generation.initial is not None:
+            if state is not None:
+                raise InvalidRequest(
+                    "an initial state is for a conversation that has not begun", "initial_state"
+                )
+            stored = generation.initial
         await allowance.check_left()
         prompts = await _read(prompt, start, generation.thinks, allowance)
         generation.check_prompts(service.settings, prompts, start)

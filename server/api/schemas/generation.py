@@ -137,6 +137,9 @@ class SamplingRequest(RequestModel):
     service_tier: Literal["auto", "default", "flex"] | None = Field(None, examples=["flex"])
     """flex: this request waits for all of your others."""
 
+    initial_state: Text | None = Field(None, examples=["poet"])
+    """Begin with this tuned state of the server's, by its name: only where nothing came before."""
+
     structured_outputs: StructuredOutputs | None = None
     """What the text has to keep to."""
 

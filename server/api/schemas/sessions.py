@@ -47,6 +47,9 @@ class CreateSessionRequest(RequestModel):
     prompt: Prompt | None = Field(None, examples=["Once upon a time"])
     """Text or token ids that the session begins with, read as its first turn."""
 
+    initial_state: Text | None = Field(None, examples=["poet"])
+    """Begin with this tuned state of the server's, by its name."""
+
     response_id: Text | None = Field(None, examples=[EXAMPLE_RESPONSE])
     """Begin with a copy of the state after this stored response, instead of a prompt."""
 
