@@ -221,6 +221,9 @@ class TextDelta(NamedTuple):
     """Tokens sampled, of which the text came to be; more than one where events were put together
     for somebody who reads slowly."""
 
+    parts: "tuple[TextDelta, ...]" = ()
+    """The events that were put together, if any were."""
+
 
 @dataclass(frozen=True)
 class Finished:

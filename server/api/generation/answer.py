@@ -14,7 +14,7 @@ from server.api.schemas.generation import (
     Timings,
     Usage,
 )
-from server.engine.messages import EngineRequest, Finished, PromptScored, Token
+from server.engine.messages import EngineRequest, Finished, PromptScored, TextDelta, Token
 from server.engine.messages import Timings as EngineTimings
 
 TOKEN_SIZE = 16
@@ -37,8 +37,8 @@ class Delta(NamedTuple):
     offsets: Sequence[int] = ()
     """Where in the choice's text each of them begins, in characters."""
 
-    is_thought: bool = False
-    """The tokens came before any text that is not thoughts."""
+    num_thought: int = 0
+    """The first so many of the tokens came before any text that is not thoughts."""
 
     is_prompt: bool = False
     """It is the prompt, with its probabilities."""
@@ -105,22 +105,39 @@ class Choice:
         self.stopped_by: str | int | None = None
         self.timings: EngineTimings | None = None
 
-    def push(self, text: str, *, is_last: bool) -> tuple[str, str]:
-        """Text that follows. Returns what it adds to the thoughts, and to the text; called after
+    def push(self, event: TextDelta | Finished) -> tuple[str, str]:
+        """The text of an event. Returns what it adds to the thoughts, and to the text; called after
         `add`."""
-        thoughts = ""
-        if self._splitter is not None:
-            thoughts, text = self._splitter.push(text)
-            if is_last:
+        if self._splitter is None:
+            self.text.append(event.text)
+            return "", event.text
+        thoughts, text = "", ""
+        for part, num_generated, num_told in self._parts(event):
+            new = self._splitter.push(part)
+            if isinstance(event, Finished):
                 rest = self._splitter.flush()
-                thoughts, text = thoughts + rest[0], text + rest[1]
-            if thoughts:
-                self.thoughts.append(thoughts)
+                new = new[0] + rest[0], new[1] + rest[1]
+            thoughts, text = thoughts + new[0], text + new[1]
             if self.is_thought:
-                self.num_thought = self.num_generated if self.thoughts else 0
-                self.num_thought_told = len(self.generated.tokens)
+                self.num_thought = num_generated if self.thoughts or thoughts else 0
+                self.num_thought_told = num_told
+        if thoughts:
+            self.thoughts.append(thoughts)
         self.text.append(text)
         return thoughts, text
+
+    def _parts(self, event: TextDelta | Finished) -> list[tuple[str, int, int]]:
+        """The texts that an event was put together of, with the numbers of tokens up to each of
+        them: those generated, and those of `generated`."""
+        num_generated, num_told = self.num_generated, len(self.generated.tokens)
+        if isinstance(event, Finished):
+            return [(event.text, num_generated, num_told)]
+        parts = list[tuple[str, int, int]]()
+        for part in reversed(event.parts or (event,)):
+            parts.append((part.text, num_generated, num_told))
+            num_generated -= part.num_generated
+            num_told -= len(part.tokens)
+        return parts[::-1]
 
     @property
     def thinks(self) -> bool:
@@ -220,8 +237,8 @@ class Answer:
         if isinstance(event, PromptScored):
             tokens, usage = event.tokens, self._usage_so_far
             return Delta(index, tokens=tokens, offsets=offsets, is_prompt=True, usage=usage)
-        is_last = isinstance(event, Finished)
-        thoughts, text = choice.push(event.text, is_last=is_last)
+        thoughts, text = choice.push(event)
+        num_before = len(choice.generated.tokens) - len(event.tokens)
         usage = self._usage_so_far
         return Delta(
             index,
@@ -229,7 +246,7 @@ class Answer:
             thoughts,
             event.tokens,
             offsets,
-            is_thought=choice.is_thought,
+            num_thought=max(0, choice.num_thought_told - num_before),
             reason=choice.reason,
             stopped_by=choice.stopped_by,
             usage=usage,

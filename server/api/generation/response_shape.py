@@ -76,7 +76,7 @@ class ResponseShape(Shape[ResponseRequest]):
             if not self._has_thoughts:
                 yield from self._open_thoughts()
             yield self._thought_event("response.reasoning_text.delta", delta=delta.thoughts)
-        tokens = () if delta.is_thought else delta.tokens
+        tokens = delta.tokens[delta.num_thought :]
         if delta.text or tokens:
             if not self._has_message:
                 yield from self._open_message()
