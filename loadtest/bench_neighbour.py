@@ -147,8 +147,7 @@ def described(measured: list[float], bad: int) -> str:
         ordered[len(ordered) // 2],
         ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)],
     )
-    p50_ms, p99_ms = middle * 1e3, p99 * 1e3
-    return f"{len(measured):4d} asked {bad:3d} bad  p50 {p50_ms:7.0f} ms  p99 {p99_ms:7.0f} ms"
+    return f"{len(measured):4d} asked {bad:3d} bad  p50 {middle * 1e3:7.0f} ms  p99 {p99 * 1e3:7.0f} ms"
 
 
 def measure(folder: Path, seconds: float) -> None:

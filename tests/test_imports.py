@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "model.batch": (),
     "model.network": (*FACTS, "model.batch", "model.state", "model.text"),
     "model.kernels": (*FACTS, "model.kernels"),
-    "model.text": ("model.text",),
+    "model.text": ("model.files", "model.text"),
     "model.weights": ("model.kernels", "model.network"),
     "model.decoding": (*BELOW_FAMILIES, "model.decoding"),
     "model.checkpoint": ("model",),
@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "server.api.schemas": ("model", "server.api.schemas"),
     "server.generate": ("model", "server.engine", *LEAVES),
     "server.connections": LEAVES,
-    "server.listeners": LEAVES,
+    "server.listeners": ("model.files", *LEAVES),
     "server.fronts": ("server.fronts", "server.connections", *LEAVES),
     "server.serve": (
         *("model", VERSION, "server.api", "server.sessions", "server.engine"),

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
@@ -16,11 +17,12 @@ from server.api.limits import Limiter
 from server.api.streams import Streams
 from server.api.texts import Texts
 from server.engine.engine import Engine
+from server.engine.messages import StoredState
 from server.errors import Cancelled, LatentdError, ShuttingDown
 from server.metrics import Metrics
 from server.sessions.ledger import Ledger
-from server.sessions.models import describe_counts
-from server.sessions.store import EntryKind
+from server.sessions.models import described
+from server.sessions.store import Kind
 from server.settings import Settings
 
 ROLLBACK_S = 5.0
@@ -91,6 +93,9 @@ class Service:
     """The chat template; None for a model without one."""
 
     limiter: Limiter
+    initial_states: Mapping[str, StoredState] = field(default_factory=dict)
+    """States that a conversation may begin with, by name."""
+
     texts: Texts = field(default_factory=Texts)
     open_turns: OpenTurns = field(default_factory=OpenTurns)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
@@ -110,7 +115,7 @@ class Service:
         for turn in self.open_turns.of(owner):
             turn.end(reason)
 
-    async def erase(self, owner: str) -> Counter[EntryKind]:
+    async def erase(self, owner: str) -> Counter[Kind]:
         """End what runs for an owner, and erase all that it holds, in memory and on disk. Returns
         how many sessions and responses there were. Raises StorageFailed."""
         self.end_turns(owner, Cancelled())
@@ -119,7 +124,7 @@ class Service:
         erased = await self.ledger.erase_all(owner)
         self.engine.forget(owner)
         self.grammars.forget(owner)
-        log.info("erased", extra={"fields": {"key": owner, "erased": describe_counts(erased)}})
+        log.info("erased", extra={"fields": {"key": owner, "erased": described(erased)}})
         return erased
 
     async def drain(self) -> None:

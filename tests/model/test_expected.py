@@ -14,7 +14,7 @@ from model.expected import compare
 from model.verify import VerifyError
 from tests.model.rwkv7 import networks
 from tests.model.rwkv7.networks import SMALL, Definition, Weights
-from tests.server.cli.commands import latentd, refused, stdout_of
+from tests.server.cli.commands import latentd, refused, reported
 
 CONFIG = replace(SMALL, vocab_size=300, d_emb=64, num_heads=1)
 
@@ -112,7 +112,7 @@ def test_a_file_of_something_else_is_refused(
 
 def test_the_command_says_where_and_exits_with_1(folder: Path, tmp_path: Path) -> None:
     model = folder / "model.pth"
-    stdout_of("verify", folder / "expected.safetensors", "--checkpoint", model)
+    reported("verify", folder / "expected.safetensors", "--checkpoint", model)
     file = spoiled(folder, tmp_path, add("logits", (17, 230), 0.01))
     done = latentd("verify", file, "--checkpoint", model)
     assert done.exit_code == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from server.errors import StorageFailed
 from server.sessions.erasure import erase_owner
-from server.sessions.models import describe_counts
+from server.sessions.models import described
 from server.sessions.sqlite.snapshots import connect
 from server.sessions.sqlite.store import STORE_FILE, SQLiteStore
 from server.sessions.store import StoreError
@@ -38,6 +38,6 @@ def erase(data_dir: Path, owner: str) -> str:
 async def _erase(path: Path, owner: str) -> str:
     store = SQLiteStore(path)
     try:
-        return describe_counts(await erase_owner(store, owner)) or "nothing"
+        return described(await erase_owner(store, owner)) or "nothing"
     finally:
         await store.close()
