@@ -31,6 +31,7 @@ from server.api.app import engine_limits
 from server.engine.device import choose_device, choose_threads
 from server.engine.engine import Engine
 from server.engine.messages import Continuation, EngineRequest, Event, Finished, RowReleased
+from server.engine.sizes import choose, free_memory
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -48,7 +49,9 @@ class BareEngine:
         self.happened: queue.SimpleQueue[tuple[float, list[Event | RowReleased]]] = (
             queue.SimpleQueue()
         )
-        limits = engine_limits(Settings())
+        state_bytes = checkpoint.network.state_spec.num_bytes
+        sizes = choose(Settings(), state_bytes, free_memory(checkpoint.network.device))
+        limits = engine_limits(Settings(), sizes)
         self.engine = Engine(checkpoint, limits, self._deliver, Metrics())
         self.engine.start()
 

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, CheckpointError
 from server import __version__, logs
 from server.api.app import create_app, drain, erase_owner
 from server.api.conversation import InvalidTemplate
 from server.connections import uvicorn_config
 from server.engine.device import choose_device, choose_threads, load
+from server.engine.sizes import SizeError, Sizes
 from server.fronts.front_connection import App
 from server.fronts.supervisor import FrontError, Supervisor
 from server.keys import KeyFileError, read_keys
@@ -82,7 +83,6 @@ def _serve_on(
     loaded = load(settings.checkpoint, device, settings.dtype, report)
     device_reason += f", {choose_threads(settings.threads, loaded.network)}"
     store = SQLiteStore(settings.data_dir / STORE_FILE, settings.durability)
-    report(_facts(settings, loaded, device_reason))
     start: dict[str, object] = {"version": __version__, "pid": os.getpid()}
     start |= {"model": settings.served_name, "checkpoint": str(settings.checkpoint)}
     start["load_s"] = round(time.monotonic() - started, 3)
@@ -91,12 +91,16 @@ def _serve_on(
     with ExitStack() as stack:
         try:
             app = create_app(settings, loaded, store, trace)
+            report(_facts(settings, loaded, device_reason, app.state.sizes))
             if url := stack.enter_context(metrics_server(settings, app.state.metrics)):
                 report(f"metrics    {url}")
         except InvalidTemplate as error:
             asyncio.run(store.close())
             raise ServeError(f"{settings.checkpoint}: chat template: {error}") from error
-        except (KeyFileError, ListenError):
+        except SizeError as error:
+            asyncio.run(store.close())
+            raise ServeError(str(error)) from error
+        except (CheckpointError, KeyFileError, ListenError):
             asyncio.run(store.close())
             raise
         config = uvicorn_config(app, settings, LAST_BYTES_S)
@@ -221,11 +225,11 @@ def _warn_if_open(address: str) -> None:
         )
 
 
-def _facts(settings: Settings, loaded: Checkpoint, device: str) -> str:
+def _facts(settings: Settings, loaded: Checkpoint, device: str, sizes: Sizes) -> str:
     network = loaded.network
     state_bytes = network.state_spec.num_bytes
-    rows = settings.max_running + settings.warm_sessions
-    turns = settings.keep_turns
+    rows = sizes.max_running + sizes.warm_sessions
+    turns = sizes.keep_turns
     free = shutil.disk_usage(settings.data_dir).free
     return "\n".join(
         [
@@ -235,8 +239,11 @@ def _facts(settings: Settings, loaded: Checkpoint, device: str) -> str:
             f"backend    {network.backend}",
             f"arithmetic {network.arithmetic}",
             f"session    {state_bytes:,} bytes, at any length",
-            f"fits       {rows:,} on the device, {settings.host_cache_bytes // state_bytes:,} in "
+            f"fits       {rows:,} on the device, {sizes.host_cache_bytes // state_bytes:,} in "
             f"host memory, about {free // (state_bytes * turns):,} on disk with {turns} turns each",
+            f"states     {sizes.max_running:,} running, {sizes.warm_sessions:,} warm, "
+            f"{sizes.prefix_cache_bytes // state_bytes:,} of prompts, "
+            f"{sizes.waiting_bytes // state_bytes:,} waiting",
             f"store      {settings.data_dir / STORE_FILE}",
         ]
     )

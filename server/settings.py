@@ -57,6 +57,11 @@ class Settings(BaseSettings):
         PRETRAINED,
         description="Folder of the model to serve; default: the one in this package.",
     )
+    initial_state: Annotated[tuple[str, ...], NoDecode, Group.MODEL] = Field(
+        (),
+        description="NAME=FILE: a tuned state, in the format of the model's family, that requests "
+        "and sessions may begin with by its name; in the variable with commas between them.",
+    )
     model_name: Annotated[str, Group.MODEL] = Field(
         "", description="Name of the model in the API; default: the name of the checkpoint folder."
     )
@@ -121,8 +126,11 @@ class Settings(BaseSettings):
     max_running: Annotated[int, Group.ENGINE] = Field(
         32, ge=1, description="Maximum number of sequences in the batch."
     )
-    warm_sessions: Annotated[int, Group.SESSIONS] = Field(
-        32, ge=0, description="Sessions whose states stay on the device between turns."
+    warm_sessions: Annotated[int | None, Group.SESSIONS] = Field(
+        None,
+        ge=0,
+        description="Sessions that keep their state on the device between turns; if not given, 32, "
+        "or as many as there is memory for.",
     )
     max_waiting: Annotated[int, Group.ENGINE] = Field(
         256, ge=1, description="Maximum number of waiting sequences; more are rejected."
@@ -146,11 +154,12 @@ class Settings(BaseSettings):
         "read beside it: more reads prompts faster. Prompts are read in pieces that keep to it, of "
         "at least 8 tokens (64 where the model is not compiled).",
     )
-    prefix_cache_bytes: Annotated[int, Group.ENGINE] = Field(
-        64 << 20,
+    prefix_cache_bytes: Annotated[int | None, Group.ENGINE] = Field(
+        None,
         ge=0,
-        description="Device memory for the prefix cache: states after prompt prefixes, which are "
-        "then read only once; 0: disabled.",
+        description="Device memory for states after beginnings that prompts have in common, which "
+        "are then read once; 0: none. If not given, 64 MiB or 16 states, whatever is more, as far "
+        "as there is memory for it.",
     )
     step_hang_timeout_s: Annotated[float, Group.ENGINE] = Field(
         300.0,
@@ -233,8 +242,11 @@ class Settings(BaseSettings):
         description="Seconds that an idle connection stays open; set it above the value of clients "
         "and proxies, or they may lose a request.",
     )
-    host_cache_bytes: Annotated[int, Group.SESSIONS] = Field(
-        256 << 20, ge=0, description="Host memory for states of idle sessions; 0: none."
+    host_cache_bytes: Annotated[int | None, Group.SESSIONS] = Field(
+        None,
+        ge=0,
+        description="Host memory for parked states; 0: none. If not given, 256 MiB or 32 states, "
+        "whatever is more, as far as there is memory for it.",
     )
     durability: Annotated[Literal["sync", "async"], Group.STORAGE] = Field(
         "sync",
@@ -247,8 +259,11 @@ class Settings(BaseSettings):
         description="Free bytes of the store's disk below which the server is not ready, though it "
         "goes on; on a small disk a twentieth of it, in any case two states.",
     )
-    keep_turns: Annotated[int, Group.SESSIONS] = Field(
-        8, ge=1, description="Checkpoints per session: the last turns, to fork or rewind to."
+    keep_turns: Annotated[int | None, Group.SESSIONS] = Field(
+        None,
+        ge=1,
+        description="Turns of a session whose states are kept, to fork or rewind to; if not given, "
+        "8, or 2 to 7 where the states of more would take over 64 MiB.",
     )
     session_ttl_s: Annotated[float | None, Group.SESSIONS] = Field(
         None,
@@ -404,7 +419,8 @@ class Settings(BaseSettings):
         return None if ttl_s == math.inf else ttl_s
 
     @field_validator(
-        *("api_key", "cors_origins", "trusted_proxies", "allowed_hosts"), mode="before"
+        *("api_key", "cors_origins", "trusted_proxies", "allowed_hosts", "initial_state"),
+        mode="before",
     )
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -426,6 +442,18 @@ class Settings(BaseSettings):
             if not key.isascii() or not key.isprintable() or " " in key or not key:
                 raise ValueError("a key must consist of printable ASCII characters without spaces")
         return keys
+
+    @field_validator("initial_state")
+    @classmethod
+    def _check_states(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        names = [each.partition("=")[0] for each in given]
+        if any(
+            not each.partition("=")[2] or not name for each, name in zip(given, names, strict=True)
+        ):
+            raise ValueError("an initial state is given as NAME=FILE")
+        if len(set(names)) < len(names):
+            raise ValueError("two initial states have the same name")
+        return given
 
     @field_validator("cors_origins")
     @classmethod

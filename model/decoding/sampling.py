@@ -50,6 +50,9 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted for each time that the token was generated within the window."""
 
+    penalty_decay: float = 1.0
+    """What a time that a token was generated counts is multiplied by this for each token since."""
+
     presence_penalty: float = 0.0
     """Subtracted once for a token that was generated within the window."""
 
@@ -126,9 +129,18 @@ class RecentTokens:
             self._seen = _Tally(window[window >= 0] & ~_GENERATED)
         return self._seen.ids
 
-    def generated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Different token ids that were generated, and how often, as `seen`."""
+    def generated(
+        self, decay: float = 1.0
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64] | NDArray[np.float64]]:
+        """Different token ids that were generated, and how often, as `seen`; a time that is n
+        tokens ago counts decay^n."""
         window = self._known()
+        if decay != 1.0:
+            places = np.flatnonzero(window >= _GENERATED)
+            ids, which = np.unique(window[places] & ~_GENERATED, return_inverse=True)
+            weights = np.power(decay, WINDOW - 1 - places, dtype=np.float64)
+            counts = np.bincount(which, weights, len(ids)).astype(np.float64)
+            return ids.astype(np.int64), counts
         if self._generated is None:
             self._generated = _Tally(window[window >= _GENERATED] & ~_GENERATED)
         return self._generated.ids, self._generated.counts
@@ -245,7 +257,7 @@ def _adjust(logits: Tensor, rows: Sequence[SampledRow]) -> None:
         if params.has_penalties:
             if params.repetition_penalty != 1.0:
                 repeated.add(i, row.recent.seen(), params.repetition_penalty)
-            ids, counts = row.recent.generated()
+            ids, counts = row.recent.generated(params.penalty_decay)
             penalties.add(i, ids, params.frequency_penalty * counts + params.presence_penalty)
         if params.logit_bias:
             biases.add(i, *params.biases)

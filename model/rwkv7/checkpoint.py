@@ -15,7 +15,7 @@ from model.rwkv7.initial_state import read_initial_state as read_initial_state
 from model.rwkv7.network import RWKV7
 from model.rwkv7.weights import Builder
 from model.state import StatePool
-from model.text import world
+from model.text import g1, world
 from model.text.tokenizer import Tokenizer, TokenizerError
 
 name = "rwkv7"
@@ -113,11 +113,11 @@ def _folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _read_template(path: Path) -> str | None:
-    """The one beside the weights."""
+def _read_template(path: Path) -> str:
+    """The one beside the weights, or that of the G1 series, which comes without."""
     beside = _folder(path) / CHAT_TEMPLATE
     try:
-        return read_file(beside).decode() if beside.exists() else None
+        return read_file(beside).decode() if beside.exists() else g1.TEMPLATE
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{beside}: not UTF-8 text: {error}") from error
 

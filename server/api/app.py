@@ -1,8 +1,9 @@
 """The FastAPI application; its lifespan builds the service and shuts it down."""
 
 import asyncio
+import hashlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, read_initial_state
 from model.decoding.grammar import GrammarCompiler
+from model.state import StateSpec
 from server import __version__
 from server.api import (
     chat,
@@ -38,7 +40,8 @@ from server.api.schemas.unknown import UnknownParameters
 from server.api.service import Service
 from server.api.streams import StreamLimits, Streams
 from server.engine.engine import Engine, EngineLimits
-from server.engine.messages import Event, RowReleased
+from server.engine.messages import Event, RowReleased, StoredState
+from server.engine.sizes import Sizes, choose, free_memory
 from server.errors import ShuttingDown, StorageFailed, Unauthorized
 from server.metrics import GatewayMetrics, Metrics
 from server.sessions.cache import HostCache
@@ -80,7 +83,8 @@ def create_app(
     """An app that serves one checkpoint; it closes the store on shutdown. `trace` receives the
     records of its requests.
 
-    Raises InvalidTemplate for an invalid chat template, and KeyFileError.
+    Raises InvalidTemplate when the model's chat template is none, KeyFileError, and SizeError when
+    its states do not fit, and CheckpointError for an initial state that is none of this model.
     """
     metrics, keys, limiter = Metrics(), KeyRing(settings), Limiter(settings)
     network = checkpoint.network
@@ -91,10 +95,14 @@ def create_app(
         network.arithmetic,
     )
     conversation = _conversation(checkpoint)
+    initial = _initial_states(settings, network.state_spec)
+    sizes = choose(settings, codec.state_bytes, free_memory(network.device))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service = _build(settings, checkpoint, store, codec, conversation, metrics, limiter)
+        service = _build(
+            settings, sizes, checkpoint, store, codec, conversation, metrics, limiter, initial
+        )
         await _recover(service.ledger)
         service.engine.start()
         app.state.service, app.state.loop = service, asyncio.get_running_loop()
@@ -158,8 +166,8 @@ def create_app(
         root_path=settings.root_path,
         trace=trace,
     )
-    app.state.metrics = metrics
-    if settings.cors_origins:  # outermost, so that pages can read errors, too
+    app.state.metrics, app.state.sizes = metrics, sizes
+    if settings.cors_origins:  # around the others, so that web pages can read their errors
         app.add_middleware(PageMiddleware, origins=settings.cors_origins, exposed=EXPOSED_HEADERS)
     return app
 
@@ -183,16 +191,17 @@ def erase_owner(app: FastAPI, owner: str) -> str:
     return describe_counts(erasing.result()) or "nothing"
 
 
-def engine_limits(settings: Settings) -> EngineLimits:
+def engine_limits(settings: Settings, sizes: Sizes) -> EngineLimits:
     """The engine's part of the settings."""
     return EngineLimits(
-        max_running=settings.max_running,
-        warm_sessions=settings.warm_sessions,
+        max_running=sizes.max_running,
+        warm_sessions=sizes.warm_sessions,
         max_waiting=settings.max_waiting,
         max_waiting_tokens=settings.max_waiting_tokens,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         inter_token_latency_s=settings.inter_token_latency_ms / 1000,
-        prefix_cache_bytes=settings.prefix_cache_bytes,
+        prefix_cache_bytes=sizes.prefix_cache_bytes,
+        max_waiting_bytes=sizes.waiting_bytes,
     )
 
 
@@ -204,6 +213,16 @@ def _quotas(settings: Settings) -> Quotas:
         sessions=settings.max_sessions,
         bytes=settings.max_store_bytes,
     )
+
+
+def _initial_states(settings: Settings, spec: StateSpec) -> dict[str, StoredState]:
+    """Raises CheckpointError."""
+    found = dict[str, StoredState]()
+    for given in settings.initial_state:
+        name, _, file = given.partition("=")
+        data = read_initial_state(settings.checkpoint, Path(file), spec)
+        found[name] = StoredState(f"initial {hashlib.sha256(data).hexdigest()}", data, True)
+    return found
 
 
 def _conversation(checkpoint: Checkpoint) -> Conversation | None:
@@ -293,21 +312,23 @@ async def _sweep(service: Service, every_s: float) -> None:
 
 def _build(
     settings: Settings,
+    sizes: Sizes,
     checkpoint: Checkpoint,
     store: Store,
     codec: Codec,
     conversation: Conversation | None,
     metrics: Metrics,
     limiter: Limiter,
+    initial_states: Mapping[str, StoredState],
 ) -> Service:
     loop = asyncio.get_running_loop()
 
     def deliver(events: list[Event | RowReleased]) -> None:
         loop.call_soon_threadsafe(router.dispatch, events)
 
-    engine = Engine(checkpoint, engine_limits(settings), deliver, metrics)
+    engine = Engine(checkpoint, engine_limits(settings, sizes), deliver, metrics)
     tiers = Tiers(
-        HostCache(settings.host_cache_bytes), store, codec.state_bytes, metrics, engine.release
+        HostCache(sizes.host_cache_bytes), store, codec.state_bytes, metrics, engine.release
     )
     quota = Quota(store, _quotas(settings))
     router = Router(tiers)
@@ -328,7 +349,7 @@ def _build(
             quota,
             codec,
             metrics,
-            keep_turns=settings.keep_turns,
+            keep_turns=sizes.keep_turns,
             session_wait_s=settings.session_wait_s,
             max_response_ttl_s=settings.response_ttl_s,
         ),
@@ -345,4 +366,5 @@ def _build(
             store.now,
         ),
         limiter=limiter,
+        initial_states=initial_states,
     )

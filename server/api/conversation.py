@@ -13,6 +13,7 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from model.text.chat import ChatRules, ThoughtSplitter, read_rules
 from model.text.tokenizer import Tokenizer
 from server.api.special_names import Marks, SpecialNames, random_digits
 
@@ -25,6 +26,9 @@ class ChatMessage:
     text: str
     name: str | None = None
     """Name of the speaker, for templates that use it."""
+
+    thoughts: str | None = None
+    """What the model thought before it said that, for templates that show it."""
 
 
 class InvalidMessages(ValueError):
@@ -49,8 +53,11 @@ class Conversation:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(template)
+            self.rules: ChatRules = read_rules(environment.parse(template))
         except jinja2.TemplateSyntaxError as error:
             raise InvalidTemplate(f"line {error.lineno}: {error.message}") from error
+        except ValueError as error:
+            raise InvalidTemplate(str(error)) from error
         self._tokenizer = tokenizer
         self._special = SpecialNames(tokenizer)
         self._names = {
@@ -58,14 +65,21 @@ class Conversation:
             "eos_token": "" if eos is None else tokenizer.name_of(eos),
         }
 
-    def begin(self, messages: Sequence[ChatMessage], max_tokens: int) -> list[int]:
-        """Tokens of a whole conversation, up to the start of the answer.
+        self._openings = {thinks: self._opening(thinks) for thinks in (None, False, True)}
 
-        Raises InvalidMessages and TooManyTokens.
+    def begin(
+        self, messages: Sequence[ChatMessage], max_tokens: int, thinks: bool | None = None
+    ) -> list[int]:
+        """Tokens of a whole conversation, up to where the answer begins.
+
+        `thinks`: whether the answer begins with thoughts; None: as the template has it. Raises
+        InvalidMessages, and TooManyTokens.
         """
-        return self._encode(messages, max_tokens)
+        return self._encode(messages, max_tokens, thinks)
 
-    def extend(self, messages: Sequence[ChatMessage], max_tokens: int) -> list[int]:
+    def extend(
+        self, messages: Sequence[ChatMessage], max_tokens: int, thinks: bool | None = None
+    ) -> list[int]:
         """Tokens between the last answer and the next one. Raises InvalidMessages and
         TooManyTokens.
 
@@ -75,12 +89,31 @@ class Conversation:
             return []
         answer = random_digits()
         before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-        return self._encode(messages, max_tokens, before, behind=answer)
+        return self._encode(messages, max_tokens, thinks, before, behind=answer)
+
+    def splitter(self, thinks: bool | None) -> ThoughtSplitter | None:
+        """What parts an answer, to a prompt with messages, into thoughts and what is said."""
+        if self.rules.thinking is None:
+            return None
+        return ThoughtSplitter(self.rules.thinking, self._openings[thinks])
+
+    def _opening(self, thinks: bool | None) -> str:
+        """What a prompt ends with behind its last message, as far as that can be known."""
+        if self.rules.thinking is None:
+            return ""
+        messages = [{"role": "user", "content": "?"}]
+        try:
+            before = self._render(messages, thinks, opens_answer=False)
+            whole = self._render(messages, thinks)
+        except InvalidMessages:
+            return ""
+        return whole.removeprefix(before) if whole.startswith(before) else ""
 
     def _encode(
         self,
         messages: Sequence[ChatMessage],
         max_tokens: int,
+        thinks: bool | None,
         before: Sequence[dict[str, str]] = (),
         behind: str = "",
     ) -> list[int]:
@@ -98,17 +131,24 @@ class Conversation:
             }
             for message in messages
         ]
-        text = self._render([*before, *marked])
+        text = self._render([*before, *marked], thinks)
         if behind:
             _, found, text = text.partition(behind)
             if not found:
                 raise InvalidMessages("it omits earlier answers, so that no chat can be continued")
         return self._special.encode(text, marks, max_tokens)
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(
+        self, messages: list[dict[str, str]], thinks: bool | None, *, opens_answer: bool = True
+    ) -> str:
+        given = {} if thinks is None else {"enable_thinking": thinks}
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=True, tools=None, **self._names
+                messages=messages,
+                add_generation_prompt=opens_answer,
+                tools=None,
+                **self._names,
+                **given,
             )
         except Exception as error:  # templates are programs and may raise anything
             raise InvalidMessages(str(error)[:200] or type(error).__name__) from error
@@ -117,7 +157,8 @@ class Conversation:
 def _facts(message: ChatMessage) -> dict[str, str]:
     role = "system" if message.role == "developer" else message.role
     named = {} if message.name is None else {"name": message.name}
-    return {"role": role, "content": message.text} | named
+    thought = {} if message.thoughts is None else {"reasoning_content": message.thoughts}
+    return {"role": role, "content": message.text} | named | thought
 
 
 def _refuse(message: str) -> NoReturn:

@@ -65,15 +65,18 @@ async def create_response(
     source = None if body.previous_response_id is None else AfterResponse(body.previous_response_id)
     target = NewResponse(first.id, body.ttl) if body.stores else None
     prompt = ChatPrompt(
-        service, [ChatMessage(*message) for message in body.messages], body.prompt_name
+        service,
+        [ChatMessage(*message[:2], thoughts=message[2]) for message in body.messages],
+        body.prompt_name,
     )
     pending = first_json if body.background else None
     record = record_of(request.scope)
     record.streams = bool(body.stream)
     turn = await open_turn(service, caller, source, target, generation, prompt, pending, record)
     if isinstance(turn, Replay):
-        raise InternalError("a new response was replayed")
-    answer = Answer(turn, service.checkpoint.tokenizer, first.id)
+        raise InternalError("a response has no answer before it is made")
+    splitters = prompt.splitters(generation.thinks)
+    answer = Answer(turn, service.checkpoint.tokenizer, first.id, new_splitter=splitters)
     shape = ResponseShape(service, body, answer, first)
     stream_keepalive_s = service.settings.stream_keepalive_s
     if body.background:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
@@ -16,6 +17,7 @@ from server.api.limits import Limiter
 from server.api.streams import Streams
 from server.api.texts import Texts
 from server.engine.engine import Engine
+from server.engine.messages import StoredState
 from server.errors import Cancelled, LatentdError, ShuttingDown
 from server.metrics import Metrics
 from server.sessions.ledger import Ledger
@@ -91,6 +93,9 @@ class Service:
     """The chat template; None for a model without one."""
 
     limiter: Limiter
+    initial_states: Mapping[str, StoredState] = field(default_factory=dict)
+    """States that a conversation may begin with, by name."""
+
     texts: Texts = field(default_factory=Texts)
     open_turns: OpenTurns = field(default_factory=OpenTurns)
     draining: asyncio.Event = field(default_factory=asyncio.Event)

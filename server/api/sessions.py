@@ -3,11 +3,12 @@
 from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter, ValidationError
 
+from model.decoding.sampling import RecentTokens
 from server.api.auth import Caller, CallerDep, OwnerDep
 from server.api.bodies import JSONRoute
 from server.api.generation.answer import Answer
 from server.api.generation.deliver import Reply, deliver
-from server.api.generation.generation import read_generation
+from server.api.generation.generation import find_initial, read_generation
 from server.api.generation.prompts import TextPrompt
 from server.api.generation.shape import Shape
 from server.api.generation.turn import Replay, open_turn
@@ -39,6 +40,7 @@ from server.api.schemas.sessions import (
 from server.api.service import Service, ServiceDep
 from server.errors import InternalError, InvalidRequest
 from server.records import RequestRecord
+from server.sessions.codec import SessionState
 from server.sessions.ledger import NewSession
 from server.sessions.store import Entry
 
@@ -80,14 +82,23 @@ async def create_session(
     ttl_s = _ttl_s(service, body.ttl)
     if body.response_id is not None:
         if body.prompt is not None:
-            raise InvalidRequest("give either prompt or response_id", "response_id")
+            raise InvalidRequest("a session begins with a prompt or a response", "response_id")
+        if body.initial_state is not None:
+            raise InvalidRequest(
+                "a session begins with an initial state or a response", "response_id"
+            )
         record = await service.ledger.fork_response(
             caller.owner, body.response_id, body.metadata or {}, ttl_s
         )
+    elif body.prompt is None and (initial := find_initial(service, body.initial_state)):
+        state = SessionState(0, (), b"", RecentTokens().to_bytes(), initial.data, turn=1)
+        record = await service.ledger.import_state(caller.owner, state, body.metadata or {}, ttl_s)
     elif body.prompt is not None:
         target = NewSession(body.metadata or {}, ttl_s)
         request_record = record_of(request.scope)
-        record = await _create_with_prompt(service, caller, body.prompt, target, request_record)
+        record = await _create_with_prompt(
+            service, caller, body.prompt, body.initial_state, target, request_record
+        )
     else:
         record = await service.ledger.create(caller.owner, body.metadata or {}, ttl_s)
     return _render(service, record)
@@ -248,10 +259,17 @@ def _metadata(given: str | None) -> dict[str, str]:
 
 
 async def _create_with_prompt(
-    service: Service, caller: Caller, prompt: Prompt, target: NewSession, request: RequestRecord
+    service: Service,
+    caller: Caller,
+    prompt: Prompt,
+    initial_state: str | None,
+    target: NewSession,
+    request: RequestRecord,
 ) -> Entry:
-    """Create a session and run a first turn that reads the prompt. Raises what a turn raises."""
-    asked = CompletionRequest.model_construct(prompt=prompt, max_tokens=0)  # already validated
+    """A session whose first turn read the prompt. Raises InvalidRequest and what a turn does."""
+    asked = CompletionRequest.model_construct(  # it is valid
+        prompt=prompt, max_tokens=0, initial_state=initial_state
+    )
     if len(asked.prompts) != 1 or not asked.prompts[0]:
         raise InvalidRequest("prompt must be one non-empty text", "prompt")
     generation = await read_generation(service, asked)

@@ -25,7 +25,11 @@ class Engine:
     def __init__(
         self, checkpoint: Checkpoint, limits: EngineLimits, deliver: Deliver, metrics: Metrics
     ) -> None:
-        self._inbox = Inbox(limits.max_waiting, limits.max_waiting_tokens)
+        self._inbox = Inbox(
+            limits.max_waiting,
+            limits.max_waiting_tokens,
+            max_waiting_bytes=limits.max_waiting_bytes,
+        )
         self._worker = Worker(checkpoint, limits, self._inbox, deliver, metrics)
         self._thread = threading.Thread(target=self._worker.run, name="engine", daemon=True)
 

@@ -29,12 +29,17 @@ class Inbox:
         max_waiting: int,
         max_waiting_tokens: int,
         clock: Callable[[], float] = time.monotonic,
+        max_waiting_bytes: int | None = None,
     ) -> None:
         self._max_waiting = max_waiting
         self._max_waiting_tokens = max_waiting_tokens
+        self._max_waiting_bytes = max_waiting_bytes
         self._num_waiting = Counter[str]()
         self._num_tokens = Counter[str]()
         """By owner."""
+
+        self._num_bytes = 0
+        """Of the states of all that wait."""
 
         self._clock = clock
         self._left = deque[float](maxlen=RECENT + 1)
@@ -46,10 +51,12 @@ class Inbox:
     def submit(self, *messages: Submit) -> None:
         """Queue requests of one owner, all or none.
 
-        Raises Overloaded when too many wait already, and the owner has its share of them.
+        Raises Overloaded when too many wait already, and the owner has its share of them; also when
+        the states of all that wait fill their memory.
         """
         owner = messages[0].request.owner
         num_tokens = sum(message.request.num_to_read for message in messages)
+        num_bytes = sum(_state_bytes(message.request) for message in messages)
         with self._lock:
             if not self._has_space(self._num_waiting, owner, len(messages), self._max_waiting):
                 raise self._overloaded(
@@ -60,11 +67,18 @@ class Inbox:
                     f"{self._num_tokens.total()} prompt tokens are waiting already",
                     "queue_tokens_full",
                 )
+            most = self._max_waiting_bytes
+            is_more = num_bytes > 0 and self._num_bytes > 0  # one may be of any size
+            if most is not None and is_more and self._num_bytes + num_bytes > most:
+                raise self._overloaded(
+                    f"{self._num_bytes} bytes of states are waiting already", "queue_states_full"
+                )
             if not self._num_waiting:
                 self._left.clear()
                 self._left.append(self._clock())
             self._num_waiting[owner] += len(messages)
             self._num_tokens[owner] += num_tokens
+            self._num_bytes += num_bytes
         for message in messages:
             self._messages.put(message)
 
@@ -89,6 +103,7 @@ class Inbox:
         with self._lock:
             self._num_waiting[request.owner] -= 1
             self._num_tokens[request.owner] -= request.num_to_read
+            self._num_bytes -= _state_bytes(request)
             if not self._num_waiting[request.owner]:
                 del self._num_waiting[request.owner], self._num_tokens[request.owner]
             self._left.append(self._clock())
@@ -104,3 +119,9 @@ class Inbox:
             elapsed_s = self._clock() - self._left[0]
             wait_s = self._num_waiting.total() * elapsed_s / max(1, len(self._left) - 1)
         return Overloaded(message, code, min(max(1, math.ceil(wait_s)), MAX_RETRY_AFTER_S))
+
+
+def _state_bytes(request: EngineRequest) -> int:
+    """Memory of the state that a request brings along; an initial state is there once for all."""
+    source = request.source
+    return 0 if source is None or source.is_initial else len(source.data)

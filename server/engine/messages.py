@@ -18,6 +18,9 @@ class StoredState:
     data: bytes
     """The state's bytes."""
 
+    is_initial: bool = False
+    """Stands for the state before the first token: beginnings of prompts behind it are shared."""
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -38,6 +41,16 @@ class Continuation:
 
 
 @dataclass(frozen=True)
+class ThinkingBudget:
+    """After so many tokens without it, the text that closes thoughts is put into the answer."""
+
+    max_tokens: int
+    close: bytes
+    close_ids: tuple[int, ...]
+    """The tokens that are put in, with the text in them."""
+
+
+@dataclass(frozen=True)
 class EngineRequest:
     """One turn: read the prompt's tokens, then generate."""
 
@@ -54,6 +67,9 @@ class EngineRequest:
     stop: tuple[str, ...] = ()
     """Stop strings. The name of a special token also stops at the token, as if its id were in
     `stop_token_ids`."""
+
+    end_texts: tuple[str, ...] = ()
+    """Texts that end the text as well, without being the client's: `stopped_by` does not tell."""
 
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
@@ -83,6 +99,9 @@ class EngineRequest:
     grammar: "Grammar | None" = None
     """Constraint on the text of this turn. The text ends where nothing else is allowed, even with
     `ignore_eos` and before `min_tokens`."""
+
+    thinking_budget: ThinkingBudget | None = None
+    """Not with a grammar."""
 
     owner: str = ""
     """Whose request it is: owners have equal shares of the engine, and what was read of a common
@@ -197,6 +216,9 @@ class TextDelta(NamedTuple):
 
     num_generated: int = 1
     """Number of sampled tokens; more than one if events were merged for a slow reader."""
+
+    parts: "tuple[TextDelta, ...]" = ()
+    """The events that were put together, if any were."""
 
 
 @dataclass(frozen=True)

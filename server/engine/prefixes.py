@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 from model.shares import SharedCache
+from server.engine.messages import EngineRequest
 from server.engine.sequence import EngineSequence
 
 MAX_SEEN = 1 << 16
@@ -38,6 +39,12 @@ def chain(token_ids: Sequence[int], chunk: int, salt: bytes = b"") -> tuple[byte
         digest = hashlib.blake2b(digest + tokens, digest_size=32).digest()
         digests.append(digest)
     return tuple(digests)
+
+
+def _salt(request: EngineRequest) -> bytes:
+    """What keeps beginnings of prompts of other owners apart, and those behind other states."""
+    owner, source = request.owner.encode(), request.source
+    return owner if source is None else owner + b"\0" + source.id.encode()
 
 
 class SharedPrefixes(Generic[State]):
@@ -68,7 +75,7 @@ class SharedPrefixes(Generic[State]):
         if not self._may_keep:
             return None
         if not sequence.digests:
-            salt = sequence.request.owner.encode()
+            salt = _salt(sequence.request)
             # Two tokens are left at least: one by itself would be no piece of a prompt.
             shared = sequence.unread[: max(0, sequence.num_unread - 2)]
             sequence.digests = chain(shared, self._chunk, salt)

@@ -73,6 +73,9 @@ class EngineLimits:
     prefix_cache_bytes: int
     """Memory of the prefix cache."""
 
+    max_waiting_bytes: int | None = None
+    """States that waiting requests bring along; None: any number."""
+
     @property
     def max_long_prompts(self) -> int:
         """Maximum concurrent long prompts: one row in four is reserved for others."""

@@ -11,7 +11,7 @@ from model.decoding.decoder import MAX_END_TOKENS, Piece
 from model.decoding.sampling import WINDOW, RecentTokens, SampledRow
 from model.state import RowState
 from model.text.tokenizer import Tokenizer
-from server.engine.messages import Continuation, EngineRequest, EngineTimings, Token
+from server.engine.messages import Continuation, EngineRequest, EngineTimings, ThinkingBudget, Token
 from server.engine.scoring import PromptScores
 from server.engine.sequence import EngineSequence
 from server.engine.text import OutputText, TextRules, TextStep
@@ -42,7 +42,8 @@ class TextSequence(EngineSequence):
         self._tokenizer = tokenizer
         ends = () if request.ignore_eos else eos_token_ids
         special = tokenizer.special_tokens
-        self._named_stops = {special[name]: name for name in request.stop if name in special}
+        stops = (*request.stop, *request.end_texts)
+        self._named_stops = {special[name]: name for name in stops if name in special}
         """Special tokens have no text: a stop string that names one is found by its id."""
 
         self.stop_token_ids = frozenset((*request.stop_token_ids, *self._named_stops))
@@ -61,9 +62,9 @@ class TextSequence(EngineSequence):
         self.recent = RecentTokens.from_bytes(start.recent)
         for token_id in request.token_ids[-WINDOW:]:
             self.recent.append(token_id, generated=False)
-        self._can_rewind = request.retain_as is not None and bool(request.stop)
+        self._can_rewind = request.retain_as is not None and bool(stops)
         rules = TextRules(
-            request.stop,
+            stops,
             request.include_stop,
             request.return_tokens or request.num_logprobs is not None,
             self._can_rewind,
@@ -73,8 +74,14 @@ class TextSequence(EngineSequence):
         """The first is the one to go back to; a later one takes its place when the text is certain
         up to there."""
 
+        self._budget = request.thinking_budget
+        """None also when the thoughts have ended."""
+
+        self._thought_end = b""
+        """The last bytes of the thoughts."""
+
         self._mask: NDArray[np.int32] | None = None
-        """Token ids that may come next, where a grammar says it."""
+        """Token ids that may come next, where a grammar or the budget of thoughts says it."""
 
         self.matcher = None if request.grammar is None else request.grammar.matcher()
         # A grammar must not end the text with an ignored end token while more can follow.
@@ -108,6 +115,7 @@ class TextSequence(EngineSequence):
         """Whether another step can be launched for it before the token of the last is known."""
         return (
             self._is_plain
+            and self._budget is None
             and not (self._piece is not None and self._piece.resumes)
             and self.request.min_tokens <= self.num_generated
             and self.num_generated + self.num_in_flight < self.request.max_tokens
@@ -147,6 +155,8 @@ class TextSequence(EngineSequence):
 
         A complete text is not asked what else is forbidden: it ends in any case.
         """
+        if self._budget is not None:
+            self._mask = self._closing_mask(self._budget)
         if self.matcher is None:
             return None
         if self._mask is None:
@@ -166,6 +176,8 @@ class TextSequence(EngineSequence):
         self._tokens, self.num_read = [token_id], int(is_read)
         self.position += 1
         self.recent.append(token_id, generated=True)
+        if self._budget is not None:
+            self._follow_thoughts(self._budget, token_id)
 
     def push_text(self, token: Token) -> TextStep:
         """Add the text of a sampled token, which counts as generated; called before `append`."""
@@ -219,6 +231,24 @@ class TextSequence(EngineSequence):
             first_token_s=None if first is None else first - start,
             total_s=time.monotonic() - start,
         )
+
+    def _closing_mask(self, budget: ThinkingBudget) -> NDArray[np.int32] | None:
+        """Only the next token of what closes the thoughts, if they have been too long."""
+        num_closing = self.num_generated - budget.max_tokens
+        if num_closing < 0:
+            return None
+        token_id = budget.close_ids[num_closing]
+        mask = np.zeros(token_id // 32 + 1, np.int32)
+        mask.view(np.uint32)[-1] = 1 << (token_id & 31)
+        return mask
+
+    def _follow_thoughts(self, budget: ThinkingBudget, token_id: int) -> None:
+        """See whether the thoughts have ended."""
+        size = len(budget.close)
+        self._thought_end = self._thought_end[1 - size :] + self._tokenizer.bytes_of(token_id)
+        is_closed = self.num_generated - budget.max_tokens == len(budget.close_ids)
+        if is_closed or budget.close in self._thought_end:
+            self._budget = self._mask = None
 
     @property
     def _banned(self) -> tuple[int, ...]:

@@ -239,7 +239,7 @@ class Worker:
                 self._drop(sequence)
                 self._end(Failed(request.request_id, str(error)))
                 continue
-            if request.source is None:
+            if request.source is None or request.source.is_initial:
                 self._reader.begin(sequence)
         self._metrics.requests_waiting.set(len(self._scheduler.waiting))
 

@@ -23,7 +23,7 @@ from server.errors import (
     TurnMismatch,
 )
 from server.metrics import Metrics
-from server.sessions.codec import BlobError, Codec, DamagedBlob
+from server.sessions.codec import BlobError, Codec, DamagedBlob, SessionState
 from server.sessions.erasure import entries_of
 from server.sessions.ledger_turn import LedgerTurn, not_found, pending_answer, with_body
 from server.sessions.quota import Quota, Reservation
@@ -359,11 +359,31 @@ class Ledger:
             state = await self._blobs.run(owner, partial(self._codec.decode_foreign, blob))
         except BlobError as error:
             raise IncompatibleState(f"this is no state for this server: {error}") from error
-        entry = new_session(owner, self._store.now(), metadata, ttl_s)
-        entry = replace(entry, turn=max(state.turn, 1), num_tokens=state.position)
-        entry = await self._insert(entry, NewState(new_state_id(), blob))
+        entry = await self._insert_with(owner, state, blob, metadata, ttl_s)
         self._codec.report_arithmetic(entry.id, state)
         return entry, state.arithmetic
+
+    async def import_state(
+        self, owner: str, state: SessionState, metadata: dict[str, str], ttl_s: float | None
+    ) -> Entry:
+        """A new session that goes on from a state of this model.
+
+        Raises QuotaExceeded, StorageFull and StorageFailed.
+        """
+        blob = await self._blobs.run(owner, partial(self._codec.encode, state))
+        return await self._insert_with(owner, state, blob, metadata, ttl_s)
+
+    async def _insert_with(
+        self,
+        owner: str,
+        state: SessionState,
+        blob: bytes,
+        metadata: dict[str, str],
+        ttl_s: float | None,
+    ) -> Entry:
+        entry = new_session(owner, self._store.now(), metadata, ttl_s)
+        entry = replace(entry, turn=max(state.turn, 1), num_tokens=state.position)
+        return await self._insert(entry, NewState(new_state_id(), blob))
 
     async def delete(self, owner: str, kind: EntryKind, entry_id: str) -> None:
         """Erase a session or response with its states and answers in all tiers.

@@ -17,7 +17,8 @@ from model import WeightDtype
 from model.batch import Batch
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
 from model.state import StatePool, StateSpec, TensorSpec
-from model.text import byte_level
+from model.text import byte_level, formats
+from model.text.tokenizer import Tokenizer
 
 name = "toy"
 
@@ -88,13 +89,16 @@ def make(config: Config) -> Toy:
     return Toy(config, embed, head)
 
 
-def save(path: Path) -> Path:
-    """A checkpoint with the tokenizer of a few words."""
-    words = byte_level.train(["the cat sat on the mat and then"], 300, ["<|endoftext|>"])
-    config = Config(vocab_size=300, end=words.special_tokens["<|endoftext|>"])
+def save(path: Path, words: Tokenizer | None = None, template: str | None = None) -> Path:
+    """A checkpoint with the tokenizer of a few words, or another one whose first token ends."""
+    if words is None:
+        words = byte_level.train(["the cat sat on the mat and then"], 300, ["<|endoftext|>"])
+    config = Config(vocab_size=words.num_tokens, end=0)
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"model_type": name} | asdict(config)))
     (path / "tokenizer.json").write_text(words.to_json())
+    if template is not None:
+        (path / "template").write_text(template)
     network = make(config)
     save_file({"embed": network._embed, "head": network._head}, path / "toy.safetensors")
     return path
@@ -123,8 +127,8 @@ def describe(path: Path) -> Description:
         weight_dtypes=["F32"],
         vocab_size=config.vocab_size,
         state_spec=config.state_spec,
-        tokenizer=byte_level.read(path / "tokenizer.json"),
-        chat_template=None,
+        tokenizer=_words(path),
+        chat_template=_template(path),
     )
 
 
@@ -133,7 +137,16 @@ def load(path: Path, device: torch.device, dtype: WeightDtype | None) -> Loaded[
     if (device.type, dtype or "float32") != ("cpu", "float32"):
         raise CheckpointError(f"{path}: a toy is float32 on a CPU, not {dtype} on {device}")
     network = Toy(_config(path), **load_file(path / "toy.safetensors"))
-    return Loaded(network, byte_level.read(path / "tokenizer.json"), None)
+    return Loaded(network, _words(path), _template(path))
+
+
+def _words(path: Path) -> Tokenizer:
+    return formats.from_json((path / "tokenizer.json").read_text())
+
+
+def _template(path: Path) -> str | None:
+    file = path / "template"
+    return file.read_text() if file.exists() else None
 
 
 def load_network(

@@ -97,10 +97,11 @@ def test_only_a_first_start_compiles_and_says_so(
 def test_a_session_goes_on_in_the_next_process(
     tiny_checkpoint: Path, tmp_path: Path, end: str
 ) -> None:
+    fading = {"presence_penalty": 0.5, "frequency_penalty": 0.8, "penalty_decay": 0.9}
     with server_process(tiny_checkpoint, tmp_path) as server, server.client() as client:
-        whole = text_of(client, max_tokens=60, presence_penalty=0.5)
+        whole = text_of(client, max_tokens=60, **fading)
         session_id = client.post("/v1/sessions", json={"metadata": {"k": "v"}}).json()["id"]
-        settings = {"session_id": session_id, "presence_penalty": 0.5}
+        settings = {"session_id": session_id} | fading
         text = text_of(client, max_tokens=20, **settings)
         if end == "stop":
             assert server.stop() == 0

@@ -2,13 +2,26 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+from model.text.chat import ThoughtSplitter
 from model.text.tokenizer import Detokenizer, Tokenizer
 from server.api.generation.turn import AdmittedTurn, TextEvent
-from server.api.schemas.generation import PromptTokensDetails, Timings, Usage
-from server.engine.messages import EngineRequest, EngineTimings, Finished, PromptScored, Token
+from server.api.schemas.generation import (
+    CompletionTokensDetails,
+    PromptTokensDetails,
+    Timings,
+    Usage,
+)
+from server.engine.messages import (
+    EngineRequest,
+    EngineTimings,
+    Finished,
+    PromptScored,
+    TextDelta,
+    Token,
+)
 
 TOKEN_SIZE = 16
 """Rendering a token with log-probabilities takes as long as so many characters."""
@@ -21,11 +34,17 @@ class ChoiceDelta(NamedTuple):
     """The choice's index."""
 
     text: str = ""
+    thoughts: str = ""
+    """What a chat's model thought before the text."""
+
     tokens: tuple[Token, ...] = ()
     """Tokens that begin in the text, or those of the prompt, if requested."""
 
     offsets: Sequence[int] = ()
     """Their offsets in the choice's text, in characters."""
+
+    num_thought: int = 0
+    """The first so many of the tokens came before any text that is not thoughts."""
 
     is_prompt: bool = False
     """Whether it is the prompt with its log-probabilities."""
@@ -60,8 +79,16 @@ class PlacedTokens:
 class Choice:
     """The received part of one choice."""
 
-    def __init__(self, request: EngineRequest, tokenizer: Tokenizer, start: int) -> None:
-        """`start`: characters of the prompt that the text begins with."""
+    def __init__(
+        self,
+        request: EngineRequest,
+        tokenizer: Tokenizer,
+        start: int,
+        splitter: ThoughtSplitter | None = None,
+    ) -> None:
+        """The text begins with `start` characters of the prompt."""
+        self._splitter = splitter
+        self._end_texts = request.end_texts
         self.prompt_ids = request.token_ids
         self.prompt = PlacedTokens(tokenizer)
         """The prompt's tokens, if scored."""
@@ -70,7 +97,14 @@ class Choice:
         """Tokens of the text, if requested."""
 
         self.text: list[str] = []
+        self.thoughts: list[str] = []
         self.num_generated = 0
+        self.num_thought = 0
+        """Of those generated, tokens before any text that is not thoughts."""
+
+        self.num_thought_told = 0
+        """Of `generated`, those before any text that is not thoughts."""
+
         self.cached_tokens = 0
         """Prompt tokens found in the prefix cache."""
 
@@ -78,18 +112,68 @@ class Choice:
         self.stopped_by: str | int | None = None
         self.timings: EngineTimings | None = None
 
+    def push(self, event: TextDelta | Finished) -> tuple[str, str]:
+        """The text of an event. Returns what it adds to the thoughts, and to the text; called after
+        `add`."""
+        if self._splitter is None:
+            self.text.append(event.text)
+            return "", event.text
+        thoughts, text = "", ""
+        for part, num_generated, num_told in self._parts(event):
+            new = self._splitter.push(part)
+            if isinstance(event, Finished):
+                rest = self._splitter.flush()
+                new = new[0] + rest[0], new[1] + rest[1]
+            thoughts, text = thoughts + new[0], text + new[1]
+            if self.is_thought:
+                self.num_thought = num_generated if self.thoughts or thoughts else 0
+                self.num_thought_told = num_told
+        if thoughts:
+            self.thoughts.append(thoughts)
+        self.text.append(text)
+        return thoughts, text
+
+    def _parts(self, event: TextDelta | Finished) -> list[tuple[str, int, int]]:
+        """The texts that an event was put together of, with the numbers of tokens up to each of
+        them: those generated, and those of `generated`."""
+        num_generated, num_told = self.num_generated, len(self.generated.tokens)
+        if isinstance(event, Finished):
+            return [(event.text, num_generated, num_told)]
+        parts = list[tuple[str, int, int]]()
+        for part in reversed(event.parts or (event,)):
+            parts.append((part.text, num_generated, num_told))
+            num_generated -= part.num_generated
+            num_told -= len(part.tokens)
+        return parts[::-1]
+
+    @property
+    def thinks(self) -> bool:
+        """Whether there may be thoughts."""
+        return self._splitter is not None
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is any text that is not thoughts."""
+        return any(self.text)
+
+    @property
+    def is_thought(self) -> bool:
+        """Whether nothing but thoughts has come, if anything has."""
+        splitter = self._splitter
+        return splitter is not None and splitter.has_thoughts and not splitter.has_answer
+
     def add(self, event: TextEvent) -> PlacedTokens:
-        """Add an event. Returns the tokens that it extended."""
+        """The next event, but for its text. Returns the tokens that it added to."""
         if isinstance(event, PromptScored):
             self.prompt.extend(event.tokens)
             return self.prompt
-        self.text.append(event.text)
         if event.tokens:
             self.generated.extend(event.tokens)
         if isinstance(event, Finished):
             self.reason, self.num_generated = event.reason, event.num_generated
             self.cached_tokens, self.timings = event.cached_tokens, event.timings
-            self.stopped_by = event.stopped_by
+            is_own = event.stopped_by in self._end_texts
+            self.stopped_by = None if is_own else event.stopped_by
         else:
             self.num_generated += event.num_generated
         return self.generated
@@ -121,6 +205,7 @@ class Answer:
         num_per_prompt: int = 1,
         echoes: bool = False,
         counts_usage: bool = False,
+        new_splitter: Callable[[], ThoughtSplitter | None] = lambda: None,
     ) -> None:
         """`echoes`: choices begin with their prompts. `counts_usage`: every delta includes the
         usage."""
@@ -136,7 +221,7 @@ class Answer:
         """The echoed prompt of each choice."""
 
         self.choices = [
-            Choice(request, tokenizer, len(echo))
+            Choice(request, tokenizer, len(echo), new_splitter())
             for request, echo in zip(turn.requests, self.echoes, strict=True)
         ]
         self._num_unfinished = len(self.choices)
@@ -157,13 +242,28 @@ class Answer:
             self._num_unfinished -= 1
             self._cached_tokens = self._count_cached()
         offsets = placed.offsets[len(placed.offsets) - len(event.tokens) :] if event.tokens else ()
-        usage = self.usage if self._counts_usage else None
         if isinstance(event, PromptScored):
-            return ChoiceDelta(index, "", event.tokens, offsets, is_prompt=True, usage=usage)
-        if isinstance(event, Finished):
-            end = event.reason, event.stopped_by
-            return ChoiceDelta(index, event.text, event.tokens, offsets, False, *end, usage)
-        return ChoiceDelta(index, event.text, event.tokens, offsets, usage=usage)
+            tokens, usage = event.tokens, self._usage_so_far
+            return ChoiceDelta(index, tokens=tokens, offsets=offsets, is_prompt=True, usage=usage)
+        thoughts, text = choice.push(event)
+        num_before = len(choice.generated.tokens) - len(event.tokens)
+        usage = self._usage_so_far
+        return ChoiceDelta(
+            index,
+            text,
+            thoughts,
+            event.tokens,
+            offsets,
+            num_thought=max(0, choice.num_thought_told - num_before),
+            reason=choice.reason,
+            stopped_by=choice.stopped_by,
+            usage=usage,
+        )
+
+    @property
+    def _usage_so_far(self) -> Usage | None:
+        """If every delta has it."""
+        return self.usage if self._counts_usage else None
 
     @property
     def size(self) -> int:
@@ -185,7 +285,14 @@ class Answer:
         """Tokens so far."""
         prompt = self._prompt_tokens
         cached = self._resumed_tokens + self._cached_tokens
+        details: dict[str, CompletionTokensDetails] = {}
+        if any(choice.thinks for choice in self.choices):
+            thought = sum(choice.num_thought for choice in self.choices)
+            details = {
+                "completion_tokens_details": CompletionTokensDetails(reasoning_tokens=thought)
+            }
         return Usage(
+            **details,
             prompt_tokens=prompt,
             completion_tokens=self.num_generated,
             total_tokens=prompt + self.num_generated,

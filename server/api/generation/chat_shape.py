@@ -40,7 +40,8 @@ class ChatShape(TurnShape[ChatRequest]):
             return []
         if not self._is_plain or delta.reason is not None:
             return self._full_pieces(delta)
-        return [self.render_text(delta.choice, delta.text, self._text_chunk)] if delta.text else []
+        parts = ((delta.thoughts, self._thought_chunk), (delta.text, self._text_chunk))
+        return [self.render_text(delta.choice, text, make) for text, make in parts if text]
 
     def closing(self) -> Iterator[ChatChunk]:
         """The usage, if requested."""
@@ -73,7 +74,10 @@ class ChatShape(TurnShape[ChatRequest]):
         facts |= OBJECT
         for choice in answer.choices:
             fields = choice.model_dump(exclude={"message"}, exclude_unset=True)
-            delta = MessageDelta(role="assistant", content=choice.message.content)
+            message = choice.message.model_dump(
+                include={"content", "reasoning_content"}, exclude_unset=True
+            )
+            delta = MessageDelta(role="assistant", **message)
             yield ChatChunk.model_validate(
                 facts
                 | usage_fields(body, answer.usage)
@@ -83,9 +87,12 @@ class ChatShape(TurnShape[ChatRequest]):
             yield ChatChunk(**facts, choices=[], usage=answer.usage)
 
     def _full_pieces(self, delta: ChoiceDelta) -> Iterator[ChatChunk]:
-        if delta.text or delta.tokens:
+        if delta.text or delta.thoughts or delta.tokens:
             fields = self._token_fields(delta.tokens)
-            yield self._chunk(delta.choice, MessageDelta(content=delta.text), fields, delta.usage)
+            new = {"reasoning_content": delta.thoughts} if delta.thoughts else {}
+            if delta.text or not delta.thoughts:
+                new["content"] = delta.text
+            yield self._chunk(delta.choice, MessageDelta(**new), fields, delta.usage)
         if delta.reason is not None:
             end: dict[str, object] = {
                 "stop_reason": delta.stopped_by,
@@ -95,7 +102,10 @@ class ChatShape(TurnShape[ChatRequest]):
 
     def _whole_choice(self, index: int, choice: Choice) -> ChatChoice:
         text = "".join(choice.text)
-        message = AssistantMessage(role="assistant", content=text, refusal=None, annotations=[])
+        thoughts = {"reasoning_content": "".join(choice.thoughts)} if choice.thoughts else {}
+        message = AssistantMessage(
+            role="assistant", content=text, refusal=None, annotations=[], **thoughts
+        )
         return ChatChoice.model_validate(
             {
                 "index": index,
@@ -110,6 +120,10 @@ class ChatShape(TurnShape[ChatRequest]):
     def _text_chunk(self, index: int, text: str) -> ChatChunk:
         """An event with only text."""
         return self._chunk(index, MessageDelta(content=text), {}, None)
+
+    def _thought_chunk(self, index: int, text: str) -> ChatChunk:
+        """An event with thoughts and nothing else."""
+        return self._chunk(index, MessageDelta(reasoning_content=text), {}, None)
 
     def _chunk(
         self,

@@ -10,6 +10,7 @@ from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.generation import SamplingRequest
 from server.api.service import Service
 from server.api.structure import read_grammar
+from server.api.thinking import read_thinking
 from server.engine.messages import Continuation, EngineRequest, StoredState, num_to_read
 from server.errors import InvalidRequest, NotFound
 from server.settings import Settings
@@ -22,12 +23,18 @@ class Generation:
     template: EngineRequest
     """The engine request without its prompt and state."""
 
+    initial: StoredState | None
+    """What a conversation begins with in place of the usual state."""
+
     num_per_prompt: int
     """Choices to generate per prompt."""
 
     timeout_s: float | None
     is_detached: bool
     """Whether the turn outlives its connection."""
+
+    thinks: bool | None
+    """Whether a chat's answer begins with thoughts; None: as the model's template has it."""
 
     prompt_name: str
     """The parameter with the prompt, for error messages."""
@@ -123,6 +130,9 @@ async def read_generation(
     max_tokens = _max_tokens(settings, body)
     _check_limits(settings, body, max_tokens)
     check_ids(service, body.stop_token_ids or (), "stop_token_ids")
+    grammar = await read_grammar(service, caller, body)
+    thinks, budget = read_thinking(service, body, has_grammar=grammar is not None)
+    chat = service.conversation if body.is_chat else None
     template = EngineRequest(
         request_id="",
         source=None,
@@ -131,6 +141,7 @@ async def read_generation(
         max_tokens=max_tokens,
         sampling=_sampling(service, body),
         stop=body.stops,
+        end_texts=() if chat is None or body.ignore_eos else chat.rules.stops,
         stop_token_ids=tuple(body.stop_token_ids or ()),
         include_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
@@ -138,18 +149,34 @@ async def read_generation(
         num_logprobs=body.num_logprobs,
         return_tokens=body.returns_tokens,
         score_prompt=body.scores_prompt,
-        grammar=await read_grammar(service, caller, body),
+        grammar=grammar,
+        thinking_budget=budget,
         priority=body.priority or 0,
         is_flexible=body.service_tier == "flex",
     )
     return Generation(
         template=template,
+        initial=find_initial(service, body.initial_state),
         num_per_prompt=body.num_generated_per_prompt,
         timeout_s=settings.request_timeout_s if body.timeout is None else body.timeout,
         is_detached=is_detached,
+        thinks=thinks,
         prompt_name=body.prompt_name,
         logprobs_name=body.logprobs_name,
     )
+
+
+def find_initial(service: Service, name: str | None) -> StoredState | None:
+    """A tuned state by its name. Raises InvalidRequest."""
+    if name is None:
+        return None
+    found = service.initial_states.get(name)
+    if found is None:
+        known = ", ".join(service.initial_states) or "none"
+        raise InvalidRequest(
+            f"there is no initial state {name[:80]!r}; this server has: {known}", "initial_state"
+        )
+    return found
 
 
 def _check_aliases(body: SamplingRequest) -> None:
@@ -239,6 +266,7 @@ def _sampling(service: Service, body: SamplingRequest) -> SamplingParams:
         for name in (
             *("temperature", "top_p", "min_p"),
             *("repetition_penalty", "frequency_penalty", "presence_penalty"),
+            "penalty_decay",
         )
         if (value := getattr(body, name)) is not None
     }

@@ -1,9 +1,11 @@
 """Prompts: a request's input as tokens, to follow what a turn continues from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
+from model.text.chat import ThoughtSplitter
 from model.text.tokenizer import TooManyTokens
 from server.api.conversation import ChatMessage, InvalidMessages
 from server.api.generation.generation import check_ids, too_long
@@ -19,8 +21,12 @@ MESSAGE_CHARACTERS = 64
 class PromptSource(Protocol):
     """The input of a turn."""
 
-    async def read(self, start: Continuation) -> list[tuple[int, ...]]:
-        """Tokens of each prompt, to follow `start`. Raises InvalidRequest."""
+    def splitters(self, thinks: bool | None) -> Callable[[], ThoughtSplitter | None]:
+        """Make what parts an answer into thoughts and what is said, if anything does."""
+
+    async def read(self, start: Continuation, thinks: bool | None = None) -> list[tuple[int, ...]]:
+        """The tokens of each prompt, to follow `start`; `thinks`: whether a chat's answer begins
+        with thoughts. Raises InvalidRequest."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,12 @@ class TextPrompt:
     service: Service
     texts: Sequence[str | list[int]]
 
-    async def read(self, start: Continuation) -> list[tuple[int, ...]]:
+    def splitters(self, thinks: bool | None) -> Callable[[], ThoughtSplitter | None]:
+        del thinks
+        return lambda: None
+
+    async def read(self, start: Continuation, thinks: bool | None = None) -> list[tuple[int, ...]]:
+        del thinks
         return await self.service.texts.run(sum(map(len, self.texts)), self._read, start)
 
     def _read(self, start: Continuation) -> list[tuple[int, ...]]:
@@ -56,7 +67,14 @@ class ChatPrompt:
     param: str
     """The parameter with the messages."""
 
-    async def read(self, start: Continuation) -> list[tuple[int, ...]]:
+    def splitters(self, thinks: bool | None) -> Callable[[], ThoughtSplitter | None]:
+        """None where no message opens an answer: the last one goes on as it is."""
+        conversation = self.service.conversation
+        if conversation is None or not self.messages:
+            return lambda: None
+        return partial(conversation.splitter, thinks)
+
+    async def read(self, start: Continuation, thinks: bool | None = None) -> list[tuple[int, ...]]:
         conversation = self.service.conversation
         if conversation is None:
             raise InvalidRequest(
@@ -68,7 +86,7 @@ class ChatPrompt:
         size = sum(MESSAGE_CHARACTERS + len(message.text) for message in self.messages)
         most = self.service.settings.max_prompt_tokens
         try:
-            ids = await self.service.texts.run(size, render, self.messages, most)
+            ids = await self.service.texts.run(size, render, self.messages, most, thinks)
         except TooManyTokens as error:
             raise too_long(error.num_tokens, most, self.param) from error
         except InvalidMessages as error:
@@ -83,7 +101,10 @@ class ChatPrompt:
 
 def chat_messages(messages: Sequence[Message]) -> list[ChatMessage]:
     """A chat's messages, for the template."""
-    return [ChatMessage(message.role, message.text, message.name) for message in messages]
+    return [
+        ChatMessage(message.role, message.text, message.name, message.reasoning_content)
+        for message in messages
+    ]
 
 
 def encode(service: Service, text: str, max_tokens: int) -> list[int]:

@@ -13,7 +13,9 @@ from server.api.schemas.responses import (
     IncompleteDetails,
     InputTokensDetails,
     OutputMessage,
+    OutputReasoning,
     OutputText,
+    OutputThoughts,
     OutputTokensDetails,
     ResponseError,
     ResponseEvent,
@@ -22,6 +24,7 @@ from server.api.schemas.responses import (
     ResponseTextConfig,
     ResponseUsage,
     Status,
+    ToldReasoning,
 )
 from server.api.service import Service
 from server.api.sse import Piece, SSEFormat
@@ -52,34 +55,71 @@ class ResponseShape(Shape[ResponseRequest]):
         super().__init__(service, body, answer)
         self._first = first
         self._item_id = f"msg_{secrets.token_hex(16)}"
+        self._thoughts_id = f"rs_{secrets.token_hex(16)}"
+        self._has_thoughts = self._has_message = False
+        """Whether an event has told of them."""
+
         self._number = 0
         self._completed_at: int | None = None
 
     def opening(self) -> Iterator[ResponseEvent]:
-        """The response and its message, still empty."""
+        """The response and its message before they have any text; a message that may follow
+        thoughts comes later."""
         yield self._event("response.created", response=self._first)
         yield self._event("response.in_progress", response=self._first)
-        item = OutputMessage(
-            id=self._item_id, type="message", status="in_progress", role="assistant", content=[]
-        )
-        yield self._event("response.output_item.added", output_index=0, item=item)
-        part = OutputText(type="output_text", text="", annotations=[], logprobs=[])
-        yield self._text_event("response.content_part.added", part=part)
+        if not self.answer.choices[0].thinks:
+            yield from self._open_message()
 
     def pieces(self, delta: ChoiceDelta) -> Iterator[ResponseEvent]:
-        """New text; at the end, the complete text."""
-        if delta.text or delta.tokens:
-            logprobs = self._logprobs(delta.tokens)
+        """New text; at the end, the whole of it."""
+        if delta.thoughts:
+            if not self._has_thoughts:
+                yield from self._open_thoughts()
+            yield self._thought_event("response.reasoning_text.delta", delta=delta.thoughts)
+        tokens = delta.tokens[delta.num_thought :]
+        if delta.text or tokens:
+            if not self._has_message:
+                yield from self._open_message()
             yield self._text_event(
-                "response.output_text.delta", delta=delta.text, logprobs=logprobs
+                "response.output_text.delta", delta=delta.text, logprobs=self._logprobs(tokens)
             )
         if delta.reason is not None:
+            if not self._has_message:
+                yield from self._open_message()
             text = self._text()
             yield self._text_event(
                 "response.output_text.done", text=text.text, logprobs=text.logprobs
             )
             yield self._text_event("response.content_part.done", part=text)
-            yield self._event("response.output_item.done", output_index=0, item=self._message())
+            yield self._event(
+                "response.output_item.done", output_index=self._message_at, item=self._message()
+            )
+
+    def _open_thoughts(self) -> Iterator[ResponseEvent]:
+        """The item of the thoughts before they have any text."""
+        self._has_thoughts = True
+        item = OutputReasoning(
+            id=self._thoughts_id, type="reasoning", summary=[], content=[], status="in_progress"
+        )
+        yield self._event("response.output_item.added", output_index=0, item=item)
+        part = OutputThoughts(type="reasoning_text", text="")
+        yield self._thought_event("response.content_part.added", part=part)
+
+    def _open_message(self) -> Iterator[ResponseEvent]:
+        """The end of the thoughts, if there are any, and the message before it has any text."""
+        self._has_message = True
+        if self._has_thoughts:
+            item = self._reasoning()
+            [part] = item.content
+            yield self._thought_event("response.reasoning_text.done", text=part.text)
+            yield self._thought_event("response.content_part.done", part=part)
+            yield self._event("response.output_item.done", output_index=0, item=item)
+        message = OutputMessage(
+            id=self._item_id, type="message", status="in_progress", role="assistant", content=[]
+        )
+        yield self._event("response.output_item.added", output_index=self._message_at, item=message)
+        empty = OutputText(type="output_text", text="", annotations=[], logprobs=[])
+        yield self._text_event("response.content_part.added", part=empty)
 
     def closing(self) -> Iterator[ResponseEvent]:
         """The complete response."""
@@ -96,7 +136,7 @@ class ResponseShape(Shape[ResponseRequest]):
             "status": self._status,
             "completed_at": self._completed_at,
             "incomplete_details": details,
-            "output": [self._message()],
+            "output": [*([self._reasoning()] if self._thoughts else []), self._message()],
             "usage": self._usage(),
         }
         timings = self.timings
@@ -135,13 +175,32 @@ class ResponseShape(Shape[ResponseRequest]):
             }
         )
 
+    @property
+    def _thoughts(self) -> list[str]:
+        return self.answer.choices[0].thoughts
+
+    @property
+    def _message_at(self) -> int:
+        """The message's place in the output."""
+        return int(bool(self._thoughts))
+
+    def _reasoning(self) -> OutputReasoning:
+        is_cut = self._status == "incomplete" and not self.answer.choices[0].has_answer
+        return OutputReasoning(
+            id=self._thoughts_id,
+            type="reasoning",
+            summary=[],
+            content=[OutputThoughts(type="reasoning_text", text="".join(self._thoughts))],
+            status="incomplete" if is_cut else "completed",
+        )
+
     def _text(self) -> OutputText:
         choice = self.answer.choices[0]
         return OutputText(
             type="output_text",
             text="".join(choice.text),
             annotations=[],
-            logprobs=self._logprobs(choice.generated.tokens),
+            logprobs=self._logprobs(choice.generated.tokens[choice.num_thought_told :]),
         )
 
     def _logprobs(self, tokens: Sequence[Token]) -> list[TokenLogprob]:
@@ -155,12 +214,19 @@ class ResponseShape(Shape[ResponseRequest]):
             input_tokens=usage.prompt_tokens,
             input_tokens_details=InputTokensDetails(cached_tokens=cached, cache_write_tokens=0),
             output_tokens=usage.completion_tokens,
-            output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
+            output_tokens_details=OutputTokensDetails(
+                reasoning_tokens=self.answer.choices[0].num_thought
+            ),
             total_tokens=usage.total_tokens,
         )
 
     def _text_event(self, kind: str, **fields: object) -> ResponseEvent:
-        place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+        at = self._message_at
+        place = {"item_id": self._item_id, "output_index": at, "content_index": 0}
+        return self._event(kind, **place, **fields)
+
+    def _thought_event(self, kind: str, **fields: object) -> ResponseEvent:
+        place = {"item_id": self._thoughts_id, "output_index": 0, "content_index": 0}
         return self._event(kind, **place, **fields)
 
     def _event(self, kind: str, **fields: object) -> ResponseEvent:
@@ -195,7 +261,9 @@ def first_object(service: Service, body: ResponseRequest, response_id: str) -> R
         "top_p": DEFAULT_TOP_P if body.top_p is None else body.top_p,
         "presence_penalty": body.presence_penalty or 0.0,
         "frequency_penalty": body.frequency_penalty or 0.0,
-        "reasoning": None,
+        "reasoning": None
+        if body.effort is None
+        else ToldReasoning(effort=body.effort, summary=None),
         "max_tool_calls": None,
         "safety_identifier": body.safety_identifier,
         "prompt_cache_key": body.prompt_cache_key,

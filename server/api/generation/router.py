@@ -14,7 +14,6 @@ from server.engine.messages import (
     PromptScored,
     RowReleased,
     TextDelta,
-    Token,
 )
 from server.errors import LatentdError, ShuttingDown
 from server.sessions.tiers import Tiers
@@ -40,18 +39,22 @@ class _MergedText:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self._texts: list[str] = []
-        self._tokens: list[Token] = []
-        self._num_generated = 0
+        self._parts: list[TextDelta] = []
 
     def add(self, event: TextDelta) -> None:
-        self._texts.append(event.text)
-        self._tokens.extend(event.tokens)
-        self._num_generated += event.num_generated
+        self._parts.append(event)
 
     def event(self) -> TextDelta:
-        text, tokens = "".join(self._texts), tuple(self._tokens)
-        return TextDelta(self.request_id, text, tokens, self._num_generated)
+        if len(self._parts) == 1:
+            return self._parts[0]
+        parts = tuple(self._parts)
+        return TextDelta(
+            self.request_id,
+            "".join(part.text for part in parts),
+            tuple(token for part in parts for token in part.tokens),
+            sum(part.num_generated for part in parts),
+            parts,
+        )
 
 
 class EventQueue:

@@ -106,6 +106,7 @@ async def answer_turn(
             num_per_prompt=generation.num_per_prompt,
             echoes=echoes,
             counts_usage=body.wants_usage_in_events,
+            new_splitter=prompt.splitters(generation.thinks),
         )
     except BaseException:
         await turn.close(None, 0)

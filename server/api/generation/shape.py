@@ -37,7 +37,7 @@ class Shape(Generic[Body]):
         self.answer = answer
         self.body = body
         self.tokenizer = service.checkpoint.tokenizer
-        self._templates: dict[int, TextTemplate] = {}
+        self._templates: dict[tuple[int, object], TextTemplate] = {}
         self._json: str | None = None
         self._constant: dict[str, Any] = {
             "id": answer.id,
@@ -92,10 +92,10 @@ class Shape(Generic[Body]):
         return self._constant | {name: fact for name, fact in known.items() if fact is not None}
 
     def render_text(self, index: int, text: str, make: Callable[[int, str], BaseModel]) -> bytes:
-        """Render `make(index, text)`, where only the text varies between calls."""
-        template = self._templates.get(index)
+        """What `make` makes of a choice's new text, where nothing but the text changes."""
+        template = self._templates.get((index, make))
         if template is None:
-            template = self._templates[index] = TextTemplate(partial(make, index))
+            template = self._templates[index, make] = TextTemplate(partial(make, index))
         return template.render(text)
 
 

@@ -265,8 +265,14 @@ async def open_turn(
         if state is not None:
             start = Continuation(state.position, state.pending, state.undecoded, state.recent)
             stored = StoredState(opened.start_id, state.state)
+        if generation.initial is not None:
+            if state is not None:
+                raise InvalidRequest(
+                    "an initial state is for a conversation that has not begun", "initial_state"
+                )
+            stored = generation.initial
         await allowance.check_left()
-        prompts = await _read(prompt, start, allowance)
+        prompts = await _read(prompt, start, generation.thinks, allowance)
         generation.check_prompts(service.settings, prompts, start)
         timeout_s = generation.timeout_s
         requests = generation.requests(
@@ -300,11 +306,11 @@ async def open_turn(
 
 
 async def _read(
-    prompt: PromptSource, start: Continuation, allowance: Allowance
+    prompt: PromptSource, start: Continuation, thinks: bool | None, allowance: Allowance
 ) -> list[tuple[int, ...]]:
     """A prompt that is refused after it was tokenised has cost as much as one that is not."""
     try:
-        return await prompt.read(start)
+        return await prompt.read(start, thinks)
     except InvalidRequest:
         await allowance.charge(0)
         raise

@@ -17,7 +17,13 @@ from server.api.schemas.base import (
     UnixSecond,
     Unsupported,
 )
-from server.api.schemas.generation import GenerationRequest, Timings, Usage
+from server.api.schemas.generation import (
+    Effort,
+    GenerationRequest,
+    TemplateOptions,
+    Timings,
+    Usage,
+)
 
 NO_TOOLS = "this server's models call no tools"
 TEXT_ONLY = "this server's models read and write text only"
@@ -70,7 +76,10 @@ class Message(RequestModel):
     name: Text | None = Field(None, examples=["Ada"])
     """Name of the speaker, if the model's template uses it."""
 
-    refusal: Annotated[None, Unsupported("refusals are not supported")] = None
+    reasoning_content: Text | None = Field(None, examples=["They ask who sat there."])
+    """Of an answer: what the model thought before, for models whose template has a place for it."""
+
+    refusal: Annotated[None, Unsupported("messages have no refusals here")] = None
     tool_calls: Annotated[None, Unsupported(NO_TOOLS, [])] = None
     tool_call_id: Annotated[None, Unsupported(NO_TOOLS)] = None
     function_call: Annotated[None, Unsupported(NO_TOOLS)] = None
@@ -122,6 +131,20 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(None, examples=[2])
     """Number of most probable tokens to return per position; needs `logprobs`."""
 
+    reasoning_effort: Effort | None = Field(None, examples=["none"])
+    """How much a model that can think is to think before it answers. none: not at all; minimal, low
+    and medium: up to 128, 1,024 and 4,096 tokens; high and xhigh: as much as it likes."""
+
+    chat_template_kwargs: TemplateOptions | None = Field(
+        None, examples=[{"enable_thinking": False}]
+    )
+    """What the chat template is given."""
+
+    thinking_token_budget: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(
+        None, examples=[0]
+    )
+    """Most tokens of thoughts; where there are more, they are closed. 0: none."""
+
     metadata: Annotated[dict[Text, Text], Field(fail_fast=True)] | None = Field(
         None, examples=[{"topic": "cats"}]
     )
@@ -149,11 +172,29 @@ class ChatRequest(GenerationRequest):
     parallel_tool_calls: Annotated[None, Unsupported(NO_TOOLS, False, True)] = None
     functions: Annotated[None, Unsupported(NO_TOOLS, [])] = None
     function_call: Annotated[None, Unsupported(NO_TOOLS, "none", "auto")] = None
-    prediction: Annotated[None, Unsupported("predicted outputs are not supported")] = None
-    reasoning_effort: Annotated[None, Unsupported("reasoning is not supported", "none")] = None
-    verbosity: Annotated[None, Unsupported("verbosity is not supported", "medium")] = None
+    prediction: Annotated[None, Unsupported("this server predicts no outputs")] = None
+    verbosity: Annotated[None, Unsupported("this server's models know no verbosity", "medium")] = (
+        None
+    )
     moderation: Annotated[None, Unsupported(NO_MODERATION)] = None
     web_search_options: Annotated[None, Unsupported("web search is not supported")] = None
+
+    @property
+    def is_chat(self) -> bool:
+        return True
+
+    @property
+    def enables_thinking(self) -> bool | None:
+        options = self.chat_template_kwargs
+        return None if options is None else options.enable_thinking
+
+    @property
+    def thinking_budget(self) -> int | None:
+        return self.thinking_token_budget
+
+    @property
+    def effort(self) -> Effort | None:
+        return self.reasoning_effort
 
     @property
     def num_logprobs(self) -> int | None:
@@ -212,6 +253,9 @@ class AssistantMessage(ResponseModel):
 
     content: str = Field(examples=["The cat."])
     """The text."""
+
+    reasoning_content: str | None = Field(None, examples=["They ask who sat there."])
+    """What a model that can think thought before; not there, if nothing."""
 
     refusal: None = None
     """Always null."""
@@ -294,6 +338,9 @@ class MessageDelta(ResponseModel):
 
     content: str | None = Field(None, examples=[" cat"])
     """Text to append."""
+
+    reasoning_content: str | None = Field(None, examples=[" who"])
+    """Text that follows the thoughts so far."""
 
 
 class ChatChunkChoice(ResponseModel):

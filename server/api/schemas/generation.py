@@ -24,6 +24,7 @@ from server.api.schemas.structure import (
     StructuredOutputs,
 )
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 NO_PADDING = "events are not padded"
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -45,6 +46,13 @@ class StreamOptions(RequestModel):
     """Include the usage so far in every event."""
 
     include_obfuscation: Annotated[None, Unsupported(NO_PADDING, False)] = None
+
+
+class TemplateOptions(RequestModel):
+    """What the chat template is given."""
+
+    enable_thinking: bool | None = None
+    """Whether the model thinks before it answers."""
 
 
 class SamplingRequest(RequestModel):
@@ -83,6 +91,10 @@ class SamplingRequest(RequestModel):
 
     presence_penalty: Penalty | None = Field(None, examples=[0.1])
     """Subtracted once from the logit of a recently generated token."""
+
+    penalty_decay: Probability | None = Field(None, examples=[0.996])
+    """With `frequency_penalty`: what a time counts is multiplied by this for each token since.
+    Default 1."""
 
     logit_bias: LogitBias | None = Field(None, examples=[{"42": -100.0}])
     """Added to logits, by token id (a string in JSON)."""
@@ -125,6 +137,9 @@ class SamplingRequest(RequestModel):
     service_tier: Literal["auto", "default", "flex"] | None = Field(None, examples=["flex"])
     """flex: this request waits for all of your others."""
 
+    initial_state: Text | None = Field(None, examples=["poet"])
+    """Begin with this tuned state of the server's, by its name: only where nothing came before."""
+
     structured_outputs: StructuredOutputs | None = None
     """Constrains the text."""
 
@@ -150,6 +165,31 @@ class SamplingRequest(RequestModel):
     def told_tier(self) -> Literal["default", "flex"]:
         """The tier that it was served in."""
         return "flex" if self.service_tier == "flex" else "default"
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the prompt is written by the chat template."""
+        return False
+
+    @property
+    def effort(self) -> Effort | None:
+        """How much the model is to think."""
+        return None
+
+    @property
+    def effort_name(self) -> str:
+        """The parameter that `effort` comes from."""
+        return "reasoning_effort"
+
+    @property
+    def enables_thinking(self) -> bool | None:
+        """Whether the model is to think at all."""
+        return None
+
+    @property
+    def thinking_budget(self) -> int | None:
+        """Most tokens of thoughts."""
+        return None
 
     @property
     def asked_format(self) -> ResponseFormat | None:
@@ -278,6 +318,13 @@ class PromptTokensDetails(ResponseModel):
     stream, a cached prefix is counted once the choices have ended."""
 
 
+class CompletionTokensDetails(ResponseModel):
+    """Of the tokens generated."""
+
+    reasoning_tokens: int = Field(examples=[0])
+    """Tokens of thoughts, their marks included."""
+
+
 class Usage(ResponseModel):
     """Token usage. A session's history counts as prompt tokens."""
 
@@ -292,6 +339,9 @@ class Usage(ResponseModel):
 
     prompt_tokens_details: PromptTokensDetails
     """Cached prompt tokens."""
+
+    completion_tokens_details: CompletionTokensDetails | None = None
+    """Of a model that thinks before it answers."""
 
 
 class Timings(ResponseModel):

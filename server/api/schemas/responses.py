@@ -26,7 +26,13 @@ from server.api.schemas.chat import (
     echoed_field,
     kind_of_content,
 )
-from server.api.schemas.generation import NO_PADDING, SamplingRequest, Timings
+from server.api.schemas.generation import (
+    NO_PADDING,
+    Effort,
+    SamplingRequest,
+    TemplateOptions,
+    Timings,
+)
 from server.api.schemas.sessions import Metadata, Ttl
 from server.api.schemas.structure import (
     FORMAT,
@@ -93,13 +99,51 @@ class InputMessage(RequestModel):
         return "".join(part.text for part in self.content)
 
 
+class ReasoningText(RequestModel):
+    """A piece of thoughts."""
+
+    type: Literal["reasoning_text"]
+    """The kind of part."""
+
+    text: Text = Field(examples=["They ask who sat there."])
+    """What was thought."""
+
+
+class InputReasoning(RequestModel):
+    """What the model thought before the message that follows: an earlier response's output item."""
+
+    type: Literal["reasoning"]
+    """Thoughts."""
+
+    content: Annotated[list[ReasoningText], Field(fail_fast=True)] | None = Field(
+        None, examples=[[]]
+    )
+    """The thoughts, for models whose template has a place for them."""
+
+    id: Annotated[None, echoed_field("rs_7d1f0a52c8e94b63a1f2d3c4b5a69788")] = None
+    summary: Annotated[None, echoed_field([])] = None
+    encrypted_content: Annotated[None, echoed_field("gAAAAABo")] = None
+    status: Annotated[None, echoed_field("completed")] = None
+
+
+def _kind_of_item(value: Any) -> str:
+    is_reasoning = isinstance(value, dict) and value.get("type") == "reasoning"
+    return "(reasoning)" if is_reasoning else "(message)"
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("(message)")] | Annotated[InputReasoning, Tag("(reasoning)")],
+    Discriminator(_kind_of_item),
+]
+
+
 def _kind_of_input(value: Any) -> str:
     return "(items)" if isinstance(value, list) else "(text)"
 
 
 Input = Annotated[
     Annotated[Text, Tag("(text)")]
-    | Annotated[list[InputMessage], Field(fail_fast=True), Tag("(items)")],
+    | Annotated[list[InputItem], Field(fail_fast=True), Tag("(items)")],
     Discriminator(_kind_of_input),
 ]
 
@@ -135,15 +179,17 @@ class ResponseStreamOptions(RequestModel):
 
 
 def reasoning_option(example: str) -> Ignored:
-    """Reasoning output options."""
-    return Ignored("Reasoning is not supported", example)
+    """What is to be shown of reasoning."""
+    return Ignored("Thoughts are shown whole", example)
 
 
 class Reasoning(RequestModel):
-    """Reasoning options; not supported."""
+    """What a model that can think is to do before it answers."""
 
-    effort: Annotated[None, Unsupported("reasoning is not supported", "none")] = None
-    mode: Annotated[None, Unsupported("reasoning is not supported", "standard")] = None
+    effort: Effort | None = Field(None, examples=["none"])
+    """As `reasoning_effort` of a chat."""
+
+    mode: Annotated[None, Unsupported("this server's models do not reason", "standard")] = None
     context: Annotated[None, reasoning_option("auto")] = None
     summary: Annotated[None, reasoning_option("auto")] = None
     generate_summary: Annotated[None, reasoning_option("auto")] = None
@@ -214,7 +260,17 @@ class ResponseRequest(SamplingRequest):
     """Ignored."""
 
     reasoning: Reasoning | None = None
-    """Reasoning options; not supported."""
+    """What a model that can think is to do before it answers."""
+
+    chat_template_kwargs: TemplateOptions | None = Field(
+        None, examples=[{"enable_thinking": False}]
+    )
+    """What the chat template is given."""
+
+    thinking_token_budget: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(
+        None, examples=[0]
+    )
+    """Most tokens of thoughts; where there are more, they are closed. 0: none."""
 
     tools: Annotated[None, Unsupported(NO_TOOLS, [])] = None
     tool_choice: Annotated[None, Unsupported(NO_TOOLS, "none", "auto")] = None
@@ -232,6 +288,27 @@ class ResponseRequest(SamplingRequest):
     moderation: Annotated[None, Unsupported(NO_MODERATION)] = None
     access_programs: Annotated[None, Unsupported("access programs are not supported", {})] = None
     image: Annotated[None, Unsupported(TEXT_ONLY, {})] = None
+
+    @property
+    def is_chat(self) -> bool:
+        return True
+
+    @property
+    def enables_thinking(self) -> bool | None:
+        options = self.chat_template_kwargs
+        return None if options is None else options.enable_thinking
+
+    @property
+    def thinking_budget(self) -> int | None:
+        return self.thinking_token_budget
+
+    @property
+    def effort(self) -> Effort | None:
+        return None if self.reasoning is None else self.reasoning.effort
+
+    @property
+    def effort_name(self) -> str:
+        return "reasoning.effort"
 
     @property
     def num_logprobs(self) -> int | None:
@@ -274,13 +351,22 @@ class ResponseRequest(SamplingRequest):
         return JsonSchemaFormat(type="json_schema", json_schema=NamedSchema.model_validate(named))
 
     @property
-    def messages(self) -> list[tuple[str, str]]:
-        """Roles and texts of the new messages, instructions first."""
-        given = self.input
-        system = [] if self.instructions is None else [("system", self.instructions)]
-        if isinstance(given, str):
-            return [*system, ("user", given)]
-        return system + [(message.role, message.text) for message in given or []]
+    def messages(self) -> list[tuple[str, str, str | None]]:
+        """Roles, texts and thoughts of what is new, the instructions first."""
+        messages = list[tuple[str, str, str | None]]()
+        if self.instructions is not None:
+            messages.append(("system", self.instructions, None))
+        if isinstance(self.input, str):
+            return [*messages, ("user", self.input, None)]
+        thoughts: str | None = None
+        for item in self.input or []:
+            if isinstance(item, InputReasoning):
+                thoughts = "".join(part.text for part in item.content or [])
+            else:
+                of_answer = thoughts if item.role == "assistant" else None
+                messages.append((item.role, item.text, of_answer))
+                thoughts = None
+        return messages
 
 
 class OutputText(ResponseModel):
@@ -297,6 +383,35 @@ class OutputText(ResponseModel):
 
     logprobs: list[TokenLogprob] = Field(default_factory=list)
     """Its tokens, if requested."""
+
+
+class OutputThoughts(ResponseModel):
+    """A text that the model thought."""
+
+    type: Literal["reasoning_text"] = "reasoning_text"
+    """The kind of part."""
+
+    text: str = Field(examples=["They ask who sat there."])
+    """The text."""
+
+
+class OutputReasoning(ResponseModel):
+    """What the model thought before it answered."""
+
+    id: str = Field(examples=["rs_7d1f0a52c8e94b63a1f2d3c4b5a69788"])
+    """Its id."""
+
+    type: Literal["reasoning"] = "reasoning"
+    """The kind of item."""
+
+    summary: list[Any] = Field(default_factory=list, examples=[[]])
+    """Always empty: thoughts are shown whole."""
+
+    content: list[OutputThoughts]
+    """One text."""
+
+    status: Literal["in_progress", "completed", "incomplete"] = Field(examples=["completed"])
+    """incomplete: the token limit ended it."""
 
 
 class OutputMessage(ResponseModel):
@@ -332,7 +447,7 @@ class OutputTokensDetails(ResponseModel):
     """Details of the output tokens."""
 
     reasoning_tokens: int = 0
-    """Always 0."""
+    """Tokens of thoughts, their marks included."""
 
 
 class ResponseUsage(ResponseModel):
@@ -378,6 +493,16 @@ class ResponseTextConfig(ResponseModel):
     """As requested."""
 
 
+class ToldReasoning(ResponseModel):
+    """What the model was to do before it answered."""
+
+    effort: str | None = Field(examples=["low"])
+    """As it was given."""
+
+    summary: None = None
+    """Always null: thoughts are shown whole."""
+
+
 class ResponseObject(ResponseModel):
     """A response. Once stored it is immutable and can be continued any number of times."""
 
@@ -418,8 +543,8 @@ class ResponseObject(ResponseModel):
     model: str = Field(examples=["latentd"])
     """The model's name."""
 
-    output: list[OutputMessage]
-    """One message; none before the end."""
+    output: list[OutputReasoning | OutputMessage]
+    """One message, behind the thoughts if there are any; nothing before the end."""
 
     parallel_tool_calls: bool = True
     """No effect: tool calls are not supported."""
@@ -457,8 +582,8 @@ class ResponseObject(ResponseModel):
     frequency_penalty: float = 0.0
     """The frequency_penalty."""
 
-    reasoning: None = None
-    """Always null: reasoning is not supported."""
+    reasoning: ToldReasoning | None = None
+    """As it was asked for."""
 
     max_tool_calls: None = None
     """No effect: tool calls are not supported."""
@@ -515,6 +640,8 @@ class ResponseEvent(ResponseModel):
         "response.in_progress",
         "response.output_item.added",
         "response.content_part.added",
+        "response.reasoning_text.delta",
+        "response.reasoning_text.done",
         "response.output_text.delta",
         "response.output_text.done",
         "response.content_part.done",
@@ -532,19 +659,19 @@ class ResponseEvent(ResponseModel):
     """The current response."""
 
     output_index: int | None = None
-    """Always 0: there is one message."""
+    """The item's place in the output."""
 
-    item: OutputMessage | None = None
-    """The current message."""
+    item: OutputReasoning | OutputMessage | None = None
+    """The item as it is now."""
 
     item_id: str | None = Field(None, examples=[EXAMPLE_MESSAGE])
-    """The message's id."""
+    """The item's id."""
 
     content_index: int | None = None
-    """Always 0: a message has one text."""
+    """Always 0: an item has one text."""
 
-    part: OutputText | None = None
-    """The current text."""
+    part: OutputText | OutputThoughts | None = None
+    """The text as it is now."""
 
     delta: str | None = Field(None, examples=[" cat"])
     """Text to append."""

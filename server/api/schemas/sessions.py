@@ -47,6 +47,9 @@ class CreateSessionRequest(RequestModel):
     prompt: Prompt | None = Field(None, examples=["Once upon a time"])
     """Initial text or token ids, read as the first turn."""
 
+    initial_state: Text | None = Field(None, examples=["poet"])
+    """Begin with this tuned state of the server's, by its name."""
+
     response_id: Text | None = Field(None, examples=[EXAMPLE_RESPONSE])
     """Start from the state after this stored response, instead of a prompt."""
 

@@ -76,7 +76,8 @@ def adjusted(logits: Tensor, params: SamplingParams, seen: list[tuple[int, bool]
         penalty = params.repetition_penalty
         values[token_id] *= penalty if values[token_id] < 0 else 1 / penalty
     for token_id in {token_id for token_id, generated in seen if generated}:
-        count = seen.count((token_id, True))
+        ages = [age for age, each in enumerate(reversed(seen)) if each == (token_id, True)]
+        count = sum(params.penalty_decay**age for age in ages)
         values[token_id] -= count * params.frequency_penalty + params.presence_penalty
     for token_id, bias in params.logit_bias:
         values[token_id] += bias
@@ -171,6 +172,8 @@ def test_filters_break_ties_by_the_lower_id() -> None:
         SamplingParams(repetition_penalty=1.7),
         SamplingParams(repetition_penalty=0.6),
         SamplingParams(frequency_penalty=0.4),
+        SamplingParams(frequency_penalty=1.5, penalty_decay=0.7, presence_penalty=0.1),
+        SamplingParams(frequency_penalty=1.5, penalty_decay=0.0),
         SamplingParams(presence_penalty=-1.5),
         SamplingParams(logit_bias=((3, 4.0), (7, -100.0), (11, 0.25))),
         SamplingParams(
@@ -219,6 +222,7 @@ PARAMS = st.builds(
     min_p=st.sampled_from([0.0, 0.2, 1.0]),
     repetition_penalty=st.sampled_from([0.5, 1.0, 2.0]),
     frequency_penalty=st.sampled_from([-1.0, 0.0, 0.5]),
+    penalty_decay=st.sampled_from([1.0, 0.9]),
     presence_penalty=st.sampled_from([0.0, 2.0]),
     logit_bias=st.sampled_from([(), ((5, 3.0),), ((1, -100.0), (2, 0.5))]),
     seed=st.integers(0, 2**64 - 1),
@@ -309,6 +313,12 @@ def test_recent_tokens_are_those_of_the_window(
     ids, counts = made.generated()
     assert sorted(ids.tolist()) == sorted(set(by_hand))
     assert counts.tolist() == [by_hand.count(token_id) for token_id in ids]
+    ids, faded = made.generated(0.5)
+    expected = [
+        sum(0.5**age for age, each in enumerate(reversed(window)) if each == (token_id, True))
+        for token_id in ids
+    ]
+    assert faded.tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_recent_tokens_go_from_the_oldest_to_the_newest_byte() -> None:

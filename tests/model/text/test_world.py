@@ -10,26 +10,8 @@ from hypothesis import strategies as st
 from model.text import formats, world
 from model.text.tokenizer import Detokenizer, TokenizerError, TooManyTokens
 from model.text.world import END, WorldTokenizer
+from tests.model.text.worlds import SINGLE, TOKENS, WORDS
 
-SINGLE = {1 + byte: bytes([byte]) for byte in range(256)}
-LONGER: tuple[str | bytes, ...] = (
-    "th",
-    "the ",
-    "\n\n",
-    "User",
-    "User:",
-    " cat",
-    "é",
-    "日本",
-    b"\x97\xa5",
-    b"\xa9a",
-    "  ",
-    "    ",
-)
-TOKENS = SINGLE | {
-    257 + i: token if isinstance(token, bytes) else token.encode() for i, token in enumerate(LONGER)
-}
-WORDS = WorldTokenizer(TOKENS)
 CASES = json.loads((Path(__file__).parent / "world_cases.json").read_text())
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("é日本th User:"))
 

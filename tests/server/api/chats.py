@@ -21,6 +21,21 @@ STRICT = (
 )
 """Refuses a conversation that ends with "no"."""
 
+THINKING = (
+    """\
+{%- set answer_stops = ["<|user|>"] -%}
+{%- set thinking_marks = ["<think>", "</think>"] -%}
+"""
+    + TEMPLATE.removesuffix("{%- endif -%}\n")
+    + """\
+{%- if enable_thinking is defined -%}
+{{ "<think>" if enable_thinking else "<think>\\n</think" }}
+{%- endif -%}
+{%- endif -%}
+"""
+)
+"""The model may think before it answers."""
+
 SPECIAL = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 

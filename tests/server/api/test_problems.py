@@ -37,6 +37,7 @@ WRONG_BODIES: list[tuple[dict[str, Any], int, str, str]] = [
     ({"min_p": 2}, 400, "min_p", "invalid_value"),
     ({"repetition_penalty": 0}, 400, "repetition_penalty", "invalid_value"),
     ({"frequency_penalty": 3}, 400, "frequency_penalty", "invalid_value"),
+    ({"penalty_decay": 1.5}, 400, "penalty_decay", "invalid_value"),
     ({"presence_penalty": -3}, 400, "presence_penalty", "invalid_value"),
     ({"logit_bias": {"300": 1}}, 400, "logit_bias", "invalid_value"),
     ({"logit_bias": {"cat": 1}}, 400, "logit_bias", "invalid_value"),

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.engine.sizes import WARM
 from tests.patience import wait_until
 from tests.server.api.calls import BODY, complete, send, stream, streamed_text, text_of
 from tests.server.live import LiveServer
@@ -214,8 +215,7 @@ def test_sessions_are_listed_newest_first_in_pages(client: httpx.Client) -> None
 
 def push_out_of_the_device(client: httpx.Client, server: LiveServer) -> None:
     """Run so many turns of other sessions that no warm row of before is left."""
-    settings = server.service.settings
-    for _ in range(settings.max_running + settings.warm_sessions):
+    for _ in range(server.service.settings.max_running + WARM):
         other = client.post("/v1/sessions").json()["id"]
         complete(client, session_id=other, max_tokens=1)
 

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
 from model.decoding.sampling import SamplingParams
-from server.engine.messages import EngineRequest, Finished, RowDamaged, RowReleased
+from server.engine.messages import (
+    EngineRequest,
+    Finished,
+    RowDamaged,
+    RowReleased,
+    ThinkingBudget,
+)
 from server.engine.scheduler import EngineLimits
 from tests.server.engine.ahead import AheadRunner, running_beside
 from tests.server.engine.driver import LIMITS, request
@@ -34,6 +40,8 @@ CHANGES = st.fixed_dictionaries(
         "max_tokens": st.integers(0, 12),
         "stop_token_ids": st.sets(st.integers(1, 299), max_size=60).map(tuple),
         "stop": st.sampled_from([(), ("a",), ("the", "e")]),
+        "end_texts": st.sampled_from([(), ("at", "ca"), (" then",)]),
+        "thinking_budget": st.sampled_from([None, ThinkingBudget(2, b"a", (9, 7))]),
         "include_stop": st.booleans(),
         "min_tokens": st.integers(0, 4),
         "num_logprobs": st.sampled_from([None, 0, 2]),
@@ -110,6 +118,8 @@ CAREFUL: dict[str, dict[str, Any]] = {
     "penalties": {"sampling": SamplingParams(frequency_penalty=0.5)},
     "biases": {"sampling": SamplingParams(logit_bias=((5, 1.0),))},
     "a session's stop string": {"stop": ("zzz",), "retain_as": "state"},
+    "what ends a session's answers": {"end_texts": ("zzz",), "retain_as": "state"},
+    "thoughts that must end": {"thinking_budget": ThinkingBudget(99, b"zzz", (7,))},
     "many end tokens": {"stop_token_ids": (*range(1, 10),), "min_tokens": 12},
 }
 

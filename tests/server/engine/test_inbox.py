@@ -13,6 +13,7 @@ from server.engine.messages import (
     EngineRequest,
     Release,
     Stop,
+    StoredState,
     Submit,
 )
 from server.errors import Overloaded
@@ -23,6 +24,21 @@ REQUEST = EngineRequest("", None, Continuation(), (), 1, SamplingParams())
 def submit(name: str, num_tokens: int) -> Submit:
     ids = (1,) * num_tokens
     return Submit(EngineRequest(name, None, Continuation(), ids, 1, SamplingParams()), 0.0)
+
+
+def test_states_that_wait_are_bounded() -> None:
+    inbox = Inbox(9, 100, max_waiting_bytes=10)
+    large, small = (
+        replace(submit(name, 1).request, source=StoredState(name, bytes(size)))
+        for name, size in (("large", 30), ("small", 4))
+    )
+    inbox.submit(Submit(large, 0))  # alone it may be of any size
+    with pytest.raises(Overloaded, match="30 bytes of states") as caught:
+        inbox.submit(Submit(small, 0))
+    assert caught.value.code == "queue_states_full"
+    inbox.submit(submit("none", 1))
+    inbox.left_queue(large)
+    inbox.submit(Submit(small, 0))
 
 
 def test_messages_come_out_in_order_and_only_when_there() -> None:

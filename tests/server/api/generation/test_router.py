@@ -66,7 +66,7 @@ def test_texts_come_together_and_what_is_no_text_alone() -> None:
     scored, failed = PromptScored("a", (Token(0),)), Failed("a", "no")
     for event in (scored, delta(1), delta(2, "b"), delta(3), failed, delta(4, "c"), STOPPED):
         queue.put(event)
-    both = TextDelta("a", "1 3 ", (Token(1), Token(3)), 2)
+    both = TextDelta("a", "1 3 ", (Token(1), Token(3)), 2, (delta(1), delta(3)))
     assert queue.pop() == [scored, both, delta(2, "b")]
     assert queue.pop() == failed
     assert queue.pop() == [delta(4, "c")]

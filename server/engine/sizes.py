@@ -1,0 +1,153 @@
+"""How many states fit where: from a state's bytes and the memory that is free.
+
+What is not set is chosen: as for small states, as long as the memory has space for it, and at least
+so many states that each tier is of use. Half of what is free is left to everything else.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from server.settings import Settings
+
+WARM, TURNS = 32, 8
+PREFIX_BYTES, HOST_BYTES = 64 << 20, 256 << 20
+PREFIX_STATES, HOST_STATES = 16, 32
+"""Held at least, however large a state is."""
+
+TURN_BYTES, LEAST_TURNS = 64 << 20, 2
+"""Of a session's states in the store, unless that were fewer turns than the least."""
+
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+class SizeError(ValueError):
+    """The states that were asked for do not fit; one line says which and what is free."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Free bytes."""
+
+    device: int
+    host: int
+    is_shared: bool
+    """The device is the host."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """States of each place."""
+
+    max_running: int
+    warm_sessions: int
+    prefix_cache_bytes: int
+    host_cache_bytes: int
+    waiting_bytes: int
+    """States of requests that wait."""
+
+    keep_turns: int
+
+    def on_device(self, state_bytes: int) -> int:
+        """Bytes of rows, of which one is nobody's, and of what is kept of prompts."""
+        rows = 1 + self.max_running + self.warm_sessions
+        return rows * state_bytes + self.prefix_cache_bytes
+
+    @property
+    def on_host(self) -> int:
+        return self.host_cache_bytes + self.waiting_bytes
+
+
+def choose(settings: Settings, state_bytes: int, memory: Memory) -> Sizes:
+    """The sizes that are set, and others that fit beside them. Raises SizeError."""
+    turns = max(LEAST_TURNS, min(TURNS, TURN_BYTES // state_bytes))
+    wanted = Sizes(
+        max_running=settings.max_running,
+        warm_sessions=_or(settings.warm_sessions, WARM),
+        prefix_cache_bytes=_or(
+            settings.prefix_cache_bytes, max(PREFIX_BYTES, PREFIX_STATES * state_bytes)
+        ),
+        host_cache_bytes=_or(settings.host_cache_bytes, max(HOST_BYTES, HOST_STATES * state_bytes)),
+        waiting_bytes=settings.max_waiting * state_bytes,
+        keep_turns=_or(settings.keep_turns, turns),
+    )
+    least = replace(
+        wanted,
+        warm_sessions=_or(settings.warm_sessions, 0),
+        prefix_cache_bytes=_or(settings.prefix_cache_bytes, 0),
+        host_cache_bytes=_or(settings.host_cache_bytes, 0),
+        waiting_bytes=state_bytes,
+    )
+    _check(least, state_bytes, memory)
+    spare = [memory.device // 2, memory.host // 2]
+    chosen = least
+    for name in ("warm_sessions", "prefix_cache_bytes", "host_cache_bytes", "waiting_bytes"):
+        unit = state_bytes if name == "warm_sessions" else 1
+        at = 0 if memory.is_shared or name in ("warm_sessions", "prefix_cache_bytes") else 1
+        used = chosen.on_device(state_bytes) if at == 0 else chosen.on_host
+        used += chosen.on_host if memory.is_shared else 0
+        first = getattr(least, name)
+        more = min(getattr(wanted, name) - first, max(0, spare[at] - used) // unit)
+        chosen = replace(chosen, **{name: first + max(0, more)})
+    return chosen
+
+
+def _check(least: Sizes, state_bytes: int, memory: Memory) -> None:
+    needed = least.on_device(state_bytes)
+    if memory.is_shared:
+        needed += least.on_host
+    elif least.on_host > memory.host:
+        raise SizeError(
+            f"the states kept in host memory would take {least.on_host:,} bytes, but "
+            f"{memory.host:,} are free: lower --host-cache-bytes"
+        )
+    if needed > memory.device:
+        raise SizeError(
+            f"states of {state_bytes:,} bytes would take {needed:,} for {least.max_running} "
+            f"running and {least.warm_sessions} warm sequences and what is kept besides, but "
+            f"{memory.device:,} bytes are free: lower --max-running, --warm-sessions, "
+            "--prefix-cache-bytes or --host-cache-bytes"
+        )
+
+
+def free_memory(device: torch.device) -> Memory:
+    """Of the device and of the host, within the limit of the process's control group."""
+    host = _free_of_host()
+    if device.type != "cuda":
+        return Memory(host, host, is_shared=True)
+    free, _ = torch.cuda.mem_get_info(device)
+    return Memory(free, host, is_shared=False)
+
+
+def _free_of_host() -> int:
+    found = list(_free_of_groups(CGROUPS))
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    except (OSError, ValueError, IndexError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return max(0, min(found))
+
+
+def _free_of_groups(files: Sequence[tuple[str, str]]) -> list[int]:
+    """What the limits of control groups leave."""
+    found = []
+    for most, used in files:
+        try:
+            found.append(int(Path(most).read_text("ascii")) - int(Path(used).read_text("ascii")))
+        except (OSError, ValueError):  # no such group, or no limit ("max")
+            continue
+    return found
+
+
+def _or(value: int | None, usual: int) -> int:
+    return usual if value is None else value
