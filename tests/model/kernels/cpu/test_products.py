@@ -43,7 +43,7 @@ def rounded(values: Floats, dtype: WeightDtype) -> NDArray[np.float64]:
         exact = exact.bfloat16()
     if dtype == "int8":
         largest = exact.abs().amax(1, keepdim=True).clamp(min=1e-30)
-        whole = (exact * (127 / largest)).round()
+        whole = (exact * torch.div(torch.tensor(127.0), largest)).round()  # not its reciprocal
         return (whole.double() * largest.double() / 127).numpy()
     return exact.double().numpy()
 
