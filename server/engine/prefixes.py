@@ -9,11 +9,18 @@ one look-up tells whether two prompts are equal until there. A state is kept
 Nobody reads what another sequence is about to read: it waits for that one's state, and looks again
 if that one ends before. A sequence waits after a shorter beginning than it is itself waited for, so
 there is no circle. States are opaque here.
+
+Another kind of beginning ends where an answer did, or where one began. It is found by the bytes of
+its text: the model may have written the answer in other tokens than those that the text is made of
+when it comes back.
 """
 
 import hashlib
 from array import array
+from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Sequence as Row
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from model.shares import SharedCache
@@ -41,6 +48,29 @@ def chain(token_ids: Row[int], chunk: int, salt: bytes = b"") -> tuple[bytes, ..
     return tuple(digests)
 
 
+@dataclass(frozen=True)
+class KeptText:
+    """A text after which a state is kept."""
+
+    salt: bytes
+    num_bytes: int
+    pending: tuple[int, ...]
+    """Its last tokens, which the state has not read."""
+
+
+@dataclass(frozen=True)
+class _Kept(Generic[State]):
+    state: State
+    text: KeptText | None = None
+    """If it is found by text."""
+
+
+def _text_hash(salt: bytes) -> "hashlib.blake2b":
+    """Of another kind than those of tokens."""
+    digest = hashlib.blake2b(salt, digest_size=32, person=b"text salt").digest()
+    return hashlib.blake2b(digest, digest_size=32, person=b"text")
+
+
 def _salt(request: EngineRequest) -> bytes:
     """What keeps beginnings of prompts of other owners apart, and those behind other states."""
     owner, source = request.owner.encode(), request.source
@@ -52,10 +82,13 @@ class SharedPrefixes(Generic[State]):
     that it has not used for longest."""
 
     def __init__(self, capacity_bytes: int, state_bytes: int, chunk: int) -> None:
-        self._may_keep = capacity_bytes >= state_bytes
+        self.may_keep = capacity_bytes >= state_bytes
         self._state_bytes = state_bytes
         self._chunk = chunk
-        self._kept = SharedCache[bytes, State](capacity_bytes // state_bytes)
+        self._kept = SharedCache[bytes, _Kept[State]](capacity_bytes // state_bytes)
+        self._lengths: dict[bytes, Counter[int]] = {}
+        """How many of the kept texts of a salt have so many bytes."""
+
         self._seen = SharedCache[bytes, None](MOST_SEEN)
         self._readers: dict[bytes, Sequence] = {}
         self._followers: list[Sequence] = []
@@ -72,13 +105,9 @@ class SharedPrefixes(Generic[State]):
         prompt is scored goes on from none, since it needs what comes out at every token; others go
         on from its states. May be called again for a sequence that `leave` returned.
         """
-        if not self._may_keep:
+        if not self.may_keep:
             return None
-        if not sequence.digests:
-            salt = _salt(sequence.request)
-            # Two tokens are left at least: one by itself would be no piece of a prompt.
-            shared = sequence.unread[: max(0, sequence.num_unread - 2)]
-            sequence.digests = chain(shared, self._chunk, salt)
+        self._name_chunks(sequence)
         digests, depth = sequence.digests, len(sequence.digests)
         have = sequence.num_read // self._chunk
         kept = coming = have
@@ -99,7 +128,8 @@ class SharedPrefixes(Generic[State]):
         if kept == have:
             return None
         sequence.skip_to(kept * self._chunk)
-        return self._kept.get(digests[kept - 1])
+        found = self._kept.get(digests[kept - 1])
+        return None if found is None else found.state
 
     def keep(self, sequence: Sequence, state: State) -> list[Sequence]:
         """Keep the state where a sequence stopped for it.
@@ -107,7 +137,7 @@ class SharedPrefixes(Generic[State]):
         Returns the sequences that waited for it; the caller gives it to them.
         """
         digest = sequence.digests[sequence.num_read // self._chunk - 1]
-        self._kept.put(digest, state, sequence.request.owner)
+        self._put(digest, _Kept(state), sequence.request.owner)
         ready = [s for s in self._waiting_for(sequence) if s.waits_until == sequence.num_read]
         for follower in ready:
             self._stop_waiting(follower)
@@ -133,12 +163,68 @@ class SharedPrefixes(Generic[State]):
 
     def forget_owner(self, owner: str) -> None:
         """Keep none of an owner's states any more, nor which prompts it had."""
-        self._kept.remove_all(owner)
+        self._forget_texts(self._kept.remove_all(owner))
         self._seen.remove_all(owner)
 
     def forget_kept(self) -> None:
         """Keep none of the states any more."""
         self._kept.clear()
+        self._lengths.clear()
+
+    def keep_text(
+        self, request: EngineRequest, text: bytes, pending: Row[int], state: State
+    ) -> None:
+        """Keep the state after a text, but for its last tokens."""
+        if not self.may_keep:
+            return
+        salt = _salt(request)
+        digest = _text_hash(salt)
+        digest.update(text)
+        key = digest.digest()
+        if key not in self._kept:
+            self._lengths.setdefault(salt, Counter())[len(text)] += 1
+        kept = _Kept(state, KeptText(salt, len(text), tuple(pending)))
+        self._put(key, kept, request.owner)
+
+    def find_text(self, request: EngineRequest, text: bytes) -> tuple[KeptText, State] | None:
+        """The longest text with a state that this one begins with and goes on behind."""
+        salt = _salt(request)
+        key, at, digest = None, 0, _text_hash(salt)
+        for length in sorted(self._lengths.get(salt, ())):
+            if length >= len(text):
+                break
+            digest.update(text[at:length])
+            at = length
+            if (here := digest.digest()) in self._kept:
+                key = here
+        found = None if key is None else self._kept.get(key)
+        return None if found is None or found.text is None else (found.text, found.state)
+
+    def num_kept(self, sequence: Sequence) -> int:
+        """Tokens of the longest whole chunks of a sequence's prompt with a state."""
+        self._name_chunks(sequence)
+        digests = sequence.digests
+        depths = range(len(digests), 0, -1)
+        return next((i for i in depths if digests[i - 1] in self._kept), 0) * self._chunk
+
+    def _name_chunks(self, sequence: Sequence) -> None:
+        if not sequence.digests:
+            # Two tokens are left at least: one by itself would be no piece of a prompt.
+            shared = sequence.unread[: max(0, sequence.num_unread - 2)]
+            sequence.digests = chain(shared, self._chunk, _salt(sequence.request))
+
+    def _put(self, key: bytes, kept: _Kept[State], owner: str) -> None:
+        self._forget_texts(self._kept.put(key, kept, owner))
+
+    def _forget_texts(self, given_up: Iterable[_Kept[State]]) -> None:
+        for text in (kept.text for kept in given_up):
+            if text is not None:
+                lengths = self._lengths[text.salt]
+                lengths[text.num_bytes] -= 1
+                if not lengths[text.num_bytes]:
+                    del lengths[text.num_bytes]
+                if not lengths:
+                    del self._lengths[text.salt]
 
     def _is_coming(self, sequence: Sequence, num_chunks: int) -> bool:
         """Whether another sequence will have read this much of the prompt."""

@@ -289,6 +289,8 @@ class Worker:
             continuation=None if request.keep_as is None else sequence.continuation(),
             kept_as=request.keep_as,
         )
+        if request.keeps_answer:
+            self._reader.keep_answer(sequence)
         if request.keep_as is None:
             self._rows.free(request.request_id)
             self._end(finished)
