@@ -51,7 +51,7 @@ class PromptReader:
             text = sequence.prompt_text
             text = text[: len(text) - sequence.request.opening_bytes]
             state = self._pool.read_row(self._row(sequence))
-            self._prefixes.keep_text(sequence.request, text, (), state)
+            self._prefixes.keep_text(sequence.request, text, sequence.before_opening, state)
         self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
 
     def keep_answer(self, sequence: TextSequence) -> None:

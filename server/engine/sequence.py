@@ -78,7 +78,7 @@ class Sequence:
         prompt ends, or a multiple of the network's cut that is not more than `most`.
 
         A last token by itself belongs to the piece before it: the network would compute other bits.
-        The exception is a state to be kept right before it: before what opens an answer.
+        The exception is a state to be kept right before it, which nobody asks for.
         """
         places = (*self.keep_at, self.keep_text_at)
         stops = (at - self.num_read for at in places if at > self.num_read)

@@ -69,6 +69,9 @@ class TextSequence(Sequence):
         """Tokens of the answer, where its state is to be found by the text."""
 
         self._prompt_position = self.position
+        self._num_opening = 0
+        """Tokens at the prompt's end that open the answer."""
+
         rules = TextRules(
             stops,
             request.include_stop,
@@ -232,14 +235,21 @@ class TextSequence(Sequence):
         return self.prompt_text + b"".join(map(self._marked, self._generated))
 
     def find_opening(self) -> None:
-        """Stop behind the prompt, before what opens its answer, if a token ends there."""
+        """Stop behind the prompt, before what opens its answer, if a token ends there; where that
+        is one token, a token before, since one by itself would be no piece of a prompt."""
         left, ids = self.request.opening_bytes, self.request.token_ids
         count = len(ids)
         while left > 0 and count > 1:
             count -= 1
             left -= len(self._marked(ids[count]))
         if left == 0 and count < len(ids):
-            self.keep_text_at = count
+            self._num_opening = len(ids) - count
+            self.keep_text_at = min(count, len(ids) - 2)
+
+    @property
+    def before_opening(self) -> list[int]:
+        """The tokens between the state that is kept by its text and the end of that text."""
+        return self._tokens[self.keep_text_at : len(self._tokens) - self._num_opening]
 
     def go_on_behind(self, num_bytes: int, pending: tuple[int, ...]) -> bool:
         """Begin where the prompt has so many bytes, with a state that has not read `pending` of
