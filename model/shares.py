@@ -83,10 +83,9 @@ class SharedCache(Generic[K, V]):
         """Give up a value if it is here; returns it."""
         return self._remove(key) if key in self._found else None
 
-    def remove_all(self, owner: str) -> None:
-        """Give up all values of an owner."""
-        for key in list(self._by_owner.get(owner, ())):
-            self._remove(key)
+    def remove_all(self, owner: str) -> list[V]:
+        """Give up all values of an owner; returns them."""
+        return [self._remove(key) for key in list(self._by_owner.get(owner, ()))]
 
     def clear(self) -> None:
         """Give up all."""

@@ -123,8 +123,11 @@ class Settings(BaseSettings):
         description="CPU threads that a step uses at most; if not given, one for each core, less "
         "one for the clients where there are more than two. Steps with little to compute use one.",
     )
-    max_running: Annotated[int, Group.ENGINE] = Field(
-        32, ge=1, description="Maximum number of sequences in the batch."
+    max_running: Annotated[int | None, Group.ENGINE] = Field(
+        None,
+        ge=1,
+        description="Sequences that run together; if not given, 32, or as many as there is memory "
+        "for.",
     )
     warm_sessions: Annotated[int | None, Group.SESSIONS] = Field(
         None,

@@ -144,7 +144,7 @@ def create_app(
     routes = (route for router in routers for route in router.routes)
     metrics.add_endpoints({route.path for route in routes if isinstance(route, APIRoute)})
     if settings.metrics_names == "vllm":
-        GatewayMetrics(metrics, settings.served_name, settings.max_running)
+        GatewayMetrics(metrics, settings.served_name, sizes.max_running)
     problems.install(app, metrics)
     openapi.describe(app, settings, requires_keys=keys.requires_keys)
     app.add_middleware(

@@ -13,7 +13,7 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from model.text.chat import ChatRules, ThoughtSplitter, read_rules
+from model.text.chat import ChatRules, ThoughtSplitter, overlap, read_rules
 from model.text.tokenizer import Tokenizer
 from server.api.special_names import Marks, SpecialNames, random_digits
 
@@ -96,6 +96,16 @@ class Conversation:
         if self.rules.thinking is None:
             return None
         return ThoughtSplitter(self.rules.thinking, self._openings[thinks])
+
+    def num_opening_bytes(self, thinks: bool | None) -> int:
+        """Bytes at the end of a prompt that open thoughts, the spaces before them included."""
+        opening, thinking = self._openings[thinks], self.rules.thinking
+        if thinking is None:
+            return 0
+        at = opening.rfind(thinking.open)
+        if at < 0:
+            at = len(opening) - overlap(opening, thinking.open)
+        return len(opening[len(opening[:at].rstrip()) :].encode()) if at < len(opening) else 0
 
     def _opening(self, thinks: bool | None) -> str:
         """What a prompt ends with behind its last message, as far as that can be known."""

@@ -107,6 +107,14 @@ class EngineRequest:
     """Whose request it is: owners have equal shares of the engine, and what was read of a common
     beginning is for prompts of the same owner only."""
 
+    keeps_answer: bool = False
+    """A prompt that goes on behind this one and its answer reads only what is new: the state at the
+    end is kept as those of beginnings are, and found by the text. Looks for such a state itself."""
+
+    opening_bytes: int = 0
+    """Bytes at the prompt's end that a prompt which goes on from here will not have there, as of
+    thoughts that are not shown again: the state before them is kept in place of that at the end."""
+
     retain_as: str | None = None
     """Return the final state, and retain its row on the device under this id, capacity permitting.
     The id must be unique."""

@@ -5,6 +5,7 @@ from model.state import RowState, StatePool
 from server.engine.prefixes import SharedPrefixes
 from server.engine.sequence import EngineSequence
 from server.engine.slots import Slots
+from server.engine.text_sequence import TextSequence
 from server.metrics import Metrics
 
 SHORTEST_SHARED = 64
@@ -29,29 +30,42 @@ class PrefillRunner:
         shared = -(-SHORTEST_SHARED // cut) * cut
         self._prefixes = SharedPrefixes[RowState](prefix_cache_bytes, state_bytes, shared)
 
-    def begin(self, sequence: EngineSequence) -> None:
-        """Start from a cached prefix, or wait for one that is being read.
+    def begin(self, sequence: TextSequence) -> None:
+        """Begin behind an earlier answer, or after what others have read of the same prompt, or
+        wait until they have.
 
-        The row must hold the empty state, or the state after what the sequence has read.
+        The row holds the state before the first token.
         """
-        state = self._prefixes.begin(sequence)
-        if state is not None:
-            self._pool.write_row(self._row(sequence), state)
+        keeps_answer = sequence.request.keeps_answer and self._prefixes.may_keep
+        if not (keeps_answer and self._follow_text(sequence)):
+            self._begin(sequence)
 
-    def retain(self, sequence: EngineSequence) -> None:
+    def retain(self, sequence: TextSequence) -> None:
         """A piece was read: if the sequence stopped there for it, keep the state for later prompts,
         and give it to those that wait for it."""
-        if sequence.num_read not in sequence.retain_at:
+        if sequence.num_read in sequence.retain_at:
+            state = self._pool.read_row(self._row(sequence))
+            for follower in self._prefixes.retain(sequence, state):
+                self._pool.write_row(self._row(follower), state)
+        if sequence.keep_text_at and sequence.num_read == sequence.keep_text_at:
+            text = sequence.prompt_text
+            text = text[: len(text) - sequence.request.opening_bytes]
+            state = self._pool.read_row(self._row(sequence))
+            self._prefixes.keep_text(sequence.request, text, sequence.before_opening, state)
+        self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
+
+    def keep_answer(self, sequence: TextSequence) -> None:
+        """A turn has ended: keep the state behind its answer."""
+        if not self._prefixes.may_keep or sequence.keep_text_at or sequence.text.undecoded:
             return
         state = self._pool.read_row(self._row(sequence))
-        for follower in self._prefixes.retain(sequence, state):
-            self._pool.write_row(self._row(follower), state)
+        self._prefixes.keep_text(sequence.request, sequence.whole_text(), sequence.unread, state)
         self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
 
     def leave(self, sequence: EngineSequence) -> None:
         """The sequence has stopped reading; those that waited for it begin again."""
         for orphan in self._prefixes.leave(sequence):
-            self.begin(orphan)
+            self._begin(orphan)
 
     def count(self, sequence: EngineSequence) -> None:
         """Count a completed prompt in the metrics."""
@@ -73,6 +87,25 @@ class PrefillRunner:
         """Drop the cached states: one of them may be damaged."""
         self._prefixes.drop_retained()
         self._metrics.prefix_cache_bytes.set(0)
+
+    def _begin(self, sequence: EngineSequence) -> None:
+        state = self._prefixes.begin(sequence)
+        if state is not None:
+            self._pool.write_row(self._row(sequence), state)
+
+    def _follow_text(self, sequence: TextSequence) -> bool:
+        """Go on from the state behind the longest known text, if that is ahead of others."""
+        sequence.find_opening()
+        found = self._prefixes.find_text(sequence.request, sequence.prompt_text)
+        if found is None:
+            return False
+        kept, state = found
+        if len(sequence.text_before(self._prefixes.num_retained(sequence))) >= kept.num_bytes:
+            return False
+        if not sequence.go_on_behind(kept.num_bytes, kept.pending):
+            return False
+        self._pool.write_row(self._row(sequence), state)
+        return True
 
     def _row(self, sequence: EngineSequence) -> int:
         return self._slots.row(sequence.request.request_id)

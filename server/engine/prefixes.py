@@ -6,14 +6,20 @@ chunk, so one look-up tells whether two prompts share a prefix. A state is store
 * after the last whole chunk of a prompt, for prompts that extend it;
 * where a prompt diverges from an earlier one, since others will diverge there, too.
 
-No sequence reads what another is about to read: it waits for that sequence's state, and checks
-again if that sequence ends early. A sequence waits for a shorter prefix than others wait for it, so
-there is no cycle. States are opaque here.
+Nobody reads what another sequence is about to read: it waits for that one's state, and looks again
+if that one ends before. A sequence waits after a shorter beginning than it is itself waited for, so
+there is no circle. States are opaque here.
+
+Another kind of beginning ends where an answer did, or where one began. It is found by the bytes of
+its text: the model may have written the answer in other tokens than those that the text is made of
+when it comes back.
 """
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from model.shares import SharedCache
@@ -41,6 +47,29 @@ def chain(token_ids: Sequence[int], chunk: int, salt: bytes = b"") -> tuple[byte
     return tuple(digests)
 
 
+@dataclass(frozen=True)
+class KeptText:
+    """A text after which a state is kept."""
+
+    salt: bytes
+    num_bytes: int
+    pending: tuple[int, ...]
+    """Its last tokens, which the state has not read."""
+
+
+@dataclass(frozen=True)
+class _Kept(Generic[State]):
+    state: State
+    text: KeptText | None = None
+    """If it is found by text."""
+
+
+def _text_hash(salt: bytes) -> "hashlib.blake2b":
+    """Of another kind than those of tokens."""
+    digest = hashlib.blake2b(salt, digest_size=32, person=b"text salt").digest()
+    return hashlib.blake2b(digest, digest_size=32, person=b"text")
+
+
 def _salt(request: EngineRequest) -> bytes:
     """What keeps beginnings of prompts of other owners apart, and those behind other states."""
     owner, source = request.owner.encode(), request.source
@@ -52,10 +81,13 @@ class SharedPrefixes(Generic[State]):
     that it has not used for longest."""
 
     def __init__(self, capacity_bytes: int, state_bytes: int, chunk: int) -> None:
-        self._may_keep = capacity_bytes >= state_bytes
+        self.may_keep = capacity_bytes >= state_bytes
         self._state_bytes = state_bytes
         self._chunk = chunk
-        self._states = SharedCache[bytes, State](capacity_bytes // state_bytes)
+        self._states = SharedCache[bytes, _Kept[State]](capacity_bytes // state_bytes)
+        self._lengths: dict[bytes, Counter[int]] = {}
+        """How many of the kept texts of a salt have so many bytes."""
+
         self._seen = SharedCache[bytes, None](MAX_SEEN)
         self._readers: dict[bytes, EngineSequence] = {}
         self._followers: list[EngineSequence] = []
@@ -72,13 +104,9 @@ class SharedPrefixes(Generic[State]):
         scored needs the logits of every token and never uses a cached state; others may use its
         states. May be called again for a sequence returned by `leave`.
         """
-        if not self._may_keep:
+        if not self.may_keep:
             return None
-        if not sequence.digests:
-            salt = _salt(sequence.request)
-            # Two tokens are left at least: one by itself would be no piece of a prompt.
-            shared = sequence.unread[: max(0, sequence.num_unread - 2)]
-            sequence.digests = chain(shared, self._chunk, salt)
+        self._name_chunks(sequence)
         digests, depth = sequence.digests, len(sequence.digests)
         have = sequence.num_read // self._chunk
         kept = coming = have
@@ -99,7 +127,8 @@ class SharedPrefixes(Generic[State]):
         if kept == have:
             return None
         sequence.skip_to(kept * self._chunk)
-        return self._states.get(digests[kept - 1])
+        found = self._states.get(digests[kept - 1])
+        return None if found is None else found.state
 
     def retain(self, sequence: EngineSequence, state: State) -> list[EngineSequence]:
         """Cache the state where a sequence stopped for it.
@@ -107,7 +136,7 @@ class SharedPrefixes(Generic[State]):
         Returns the sequences that waited for it, for the caller to copy it to them.
         """
         digest = sequence.digests[sequence.num_read // self._chunk - 1]
-        self._states.put(digest, state, sequence.request.owner)
+        self._put(digest, _Kept(state), sequence.request.owner)
         ready = [s for s in self._waiting_for(sequence) if s.waits_until == sequence.num_read]
         for follower in ready:
             self._stop_waiting(follower)
@@ -133,12 +162,68 @@ class SharedPrefixes(Generic[State]):
 
     def forget_owner(self, owner: str) -> None:
         """Keep none of an owner's states any more, nor which prompts it had."""
-        self._states.remove_all(owner)
+        self._forget_texts(self._states.remove_all(owner))
         self._seen.remove_all(owner)
 
     def drop_retained(self) -> None:
         """Drop all cached states."""
         self._states.clear()
+        self._lengths.clear()
+
+    def keep_text(
+        self, request: EngineRequest, text: bytes, pending: Sequence[int], state: State
+    ) -> None:
+        """Keep the state after a text, but for its last tokens."""
+        if not self.may_keep:
+            return
+        salt = _salt(request)
+        digest = _text_hash(salt)
+        digest.update(text)
+        key = digest.digest()
+        if key not in self._states:
+            self._lengths.setdefault(salt, Counter())[len(text)] += 1
+        kept = _Kept(state, KeptText(salt, len(text), tuple(pending)))
+        self._put(key, kept, request.owner)
+
+    def find_text(self, request: EngineRequest, text: bytes) -> tuple[KeptText, State] | None:
+        """The longest text with a state that this one begins with and goes on behind."""
+        salt = _salt(request)
+        key, at, digest = None, 0, _text_hash(salt)
+        for length in sorted(self._lengths.get(salt, ())):
+            if length >= len(text):
+                break
+            digest.update(text[at:length])
+            at = length
+            if (here := digest.digest()) in self._states:
+                key = here
+        found = None if key is None else self._states.get(key)
+        return None if found is None or found.text is None else (found.text, found.state)
+
+    def num_retained(self, sequence: EngineSequence) -> int:
+        """Tokens of the longest whole chunks of a sequence's prompt with a state."""
+        self._name_chunks(sequence)
+        digests = sequence.digests
+        depths = range(len(digests), 0, -1)
+        return next((i for i in depths if digests[i - 1] in self._states), 0) * self._chunk
+
+    def _name_chunks(self, sequence: EngineSequence) -> None:
+        if not sequence.digests:
+            # Two tokens are left at least: one by itself would be no piece of a prompt.
+            shared = sequence.unread[: max(0, sequence.num_unread - 2)]
+            sequence.digests = chain(shared, self._chunk, _salt(sequence.request))
+
+    def _put(self, key: bytes, kept: _Kept[State], owner: str) -> None:
+        self._forget_texts(self._states.put(key, kept, owner))
+
+    def _forget_texts(self, given_up: Iterable[_Kept[State]]) -> None:
+        for text in (kept.text for kept in given_up):
+            if text is not None:
+                lengths = self._lengths[text.salt]
+                lengths[text.num_bytes] -= 1
+                if not lengths[text.num_bytes]:
+                    del lengths[text.num_bytes]
+                if not lengths:
+                    del self._lengths[text.salt]
 
     def _is_coming(self, sequence: EngineSequence, num_chunks: int) -> bool:
         """Whether another sequence is about to read this prefix."""

@@ -21,6 +21,10 @@ class EngineSequence:
         self.retain_at = set[int]()
         """Numbers of tokens after which reading stops for the state to be kept."""
 
+        self.keep_text_at = 0
+        """Number of tokens after which reading stops for the state to be kept by its text; 0: no
+        such stop."""
+
         self.waits_for: EngineSequence | None = None
         """The sequence that reads a common beginning; nothing is read here until then."""
 
@@ -74,9 +78,10 @@ class EngineSequence:
         prompt ends, or a multiple of the network's cut that is not more than `most`.
 
         A last token by itself belongs to the piece before it: the network would compute other bits.
-        The exception is a state to be kept right before it, which `SharedPrefixes` never asks for.
+        The exception is a state to be kept right before it, which nobody asks for.
         """
-        stops = (at - self.num_read for at in self.retain_at if at > self.num_read)
+        places = (*self.retain_at, self.keep_text_at)
+        stops = (at - self.num_read for at in places if at > self.num_read)
         stop = min(stops, default=None)
         count = self.num_unread if stop is None else stop
         if count > most:

@@ -13,7 +13,7 @@ import torch
 
 from server.settings import Settings
 
-WARM, TURNS = 32, 8
+RUNNING, WARM, TURNS = 32, 32, 8
 PREFIX_BYTES, HOST_BYTES = 64 << 20, 256 << 20
 PREFIX_STATES, HOST_STATES = 16, 32
 """Held at least, however large a state is."""
@@ -58,8 +58,9 @@ class Sizes:
     keep_turns: int
 
     def on_device(self, state_bytes: int) -> int:
-        """Bytes of rows, of which one is nobody's, and of what is kept of prompts."""
-        rows = 1 + self.max_running + self.warm_sessions
+        """Bytes of rows, of which one is nobody's, of copies that a stop string may go back to, and
+        of what is kept of prompts."""
+        rows = 1 + 2 * self.max_running + self.warm_sessions
         return rows * state_bytes + self.prefix_cache_bytes
 
     @property
@@ -71,7 +72,7 @@ def choose(settings: Settings, state_bytes: int, memory: Memory) -> Sizes:
     """The sizes that are set, and others that fit beside them. Raises SizeError."""
     turns = max(LEAST_TURNS, min(TURNS, TURN_BYTES // state_bytes))
     wanted = Sizes(
-        max_running=settings.max_running,
+        max_running=_or(settings.max_running, RUNNING),
         warm_sessions=_or(settings.warm_sessions, WARM),
         prefix_cache_bytes=_or(
             settings.prefix_cache_bytes, max(PREFIX_BYTES, PREFIX_STATES * state_bytes)
@@ -82,6 +83,7 @@ def choose(settings: Settings, state_bytes: int, memory: Memory) -> Sizes:
     )
     least = replace(
         wanted,
+        max_running=_or(settings.max_running, 1),
         warm_sessions=_or(settings.warm_sessions, 0),
         prefix_cache_bytes=_or(settings.prefix_cache_bytes, 0),
         host_cache_bytes=_or(settings.host_cache_bytes, 0),
@@ -90,9 +92,15 @@ def choose(settings: Settings, state_bytes: int, memory: Memory) -> Sizes:
     _check(least, state_bytes, memory)
     spare = [memory.device // 2, memory.host // 2]
     chosen = least
-    for name in ("warm_sessions", "prefix_cache_bytes", "host_cache_bytes", "waiting_bytes"):
-        unit = state_bytes if name == "warm_sessions" else 1
-        at = 0 if memory.is_shared or name in ("warm_sessions", "prefix_cache_bytes") else 1
+    for name in (
+        "max_running",
+        "warm_sessions",
+        "prefix_cache_bytes",
+        "host_cache_bytes",
+        "waiting_bytes",
+    ):
+        unit = {"max_running": 2 * state_bytes, "warm_sessions": state_bytes}.get(name, 1)
+        at = 1 if name in ("host_cache_bytes", "waiting_bytes") and not memory.is_shared else 0
         used = chosen.on_device(state_bytes) if at == 0 else chosen.on_host
         used += chosen.on_host if memory.is_shared else 0
         first = getattr(least, name)

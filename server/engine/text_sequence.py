@@ -1,5 +1,6 @@
 """A sequence with what generating takes: how tokens are chosen, the text, what a session keeps."""
 
+import functools
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -62,7 +63,15 @@ class TextSequence(EngineSequence):
         self.recent = RecentTokens.from_bytes(start.recent)
         for token_id in request.token_ids[-WINDOW:]:
             self.recent.append(token_id, generated=False)
-        self._can_rewind = request.retain_as is not None and bool(stops)
+        keeps_state = request.retain_as is not None or request.keeps_answer
+        self._can_rewind = keeps_state and bool(stops)
+        self._generated = list[int]()
+        """Tokens of the answer, where its state is to be found by the text."""
+
+        self._prompt_position = self.position
+        self._num_opening = 0
+        """Tokens at the prompt's end that open the answer."""
+
         rules = TextRules(
             stops,
             request.include_stop,
@@ -176,6 +185,8 @@ class TextSequence(EngineSequence):
         self._tokens, self.num_read = [token_id], int(is_read)
         self.position += 1
         self.recent.append(token_id, generated=True)
+        if self.request.keeps_answer:
+            self._generated.append(token_id)
         if self._budget is not None:
             self._follow_thoughts(self._budget, token_id)
 
@@ -202,10 +213,69 @@ class TextSequence(EngineSequence):
             self.recent = RecentTokens.from_bytes(anchor.recent)
         kept, rest = self.text.cut()
         self._tokens, self.num_read = [*kept, *self._tokenizer.encode_text(rest)], 0
+        if self.request.keeps_answer:
+            num_retained = self.position - self._prompt_position
+            self._generated = [*self._generated[:num_retained], *self._tokens]
         self.position += len(self._tokens)
         for token_id in self._tokens:
             self.recent.append(token_id, generated=True)
         return None if anchor is None else anchor.state
+
+    @functools.cached_property
+    def prompt_text(self) -> bytes:
+        """The prompt's bytes, with special tokens in them as no text has them."""
+        return self.text_before(len(self.request.token_ids))
+
+    def text_before(self, num_tokens: int) -> bytes:
+        """The bytes of the prompt's first tokens."""
+        return b"".join(map(self._marked, self.request.token_ids[:num_tokens]))
+
+    def whole_text(self) -> bytes:
+        """The bytes of the prompt and of the answer so far."""
+        return self.prompt_text + b"".join(map(self._marked, self._generated))
+
+    def find_opening(self) -> None:
+        """Stop behind the prompt, before what opens its answer, if a token ends there; where that
+        is one token, a token before, since one by itself would be no piece of a prompt."""
+        left, ids = self.request.opening_bytes, self.request.token_ids
+        count = len(ids)
+        while left > 0 and count > 1:
+            count -= 1
+            left -= len(self._marked(ids[count]))
+        if left == 0 and count < len(ids):
+            self._num_opening = len(ids) - count
+            self.keep_text_at = min(count, len(ids) - 2)
+
+    @property
+    def before_opening(self) -> list[int]:
+        """The tokens between the state that is kept by its text and the end of that text."""
+        return self._tokens[self.keep_text_at : len(self._tokens) - self._num_opening]
+
+    def go_on_behind(self, num_bytes: int, pending: tuple[int, ...]) -> bool:
+        """Begin where the prompt has so many bytes, with a state that has not read `pending` of
+        them. False if no tokens can be had for the rest."""
+        ids, at, count = self.request.token_ids, 0, 0
+        while at < num_bytes:
+            at += len(self._marked(ids[count]))
+            count += 1
+        rest = list[int]()
+        if at > num_bytes:  # a token reaches over the end of the text
+            try:
+                over = self._tokenizer.bytes_of(ids[count - 1])[num_bytes - at :].decode()
+            except UnicodeDecodeError:
+                return False
+            rest = self._tokenizer.encode_text(over)
+        unread = [*pending, *rest, *ids[count:]]
+        if self.keep_text_at:
+            self.keep_text_at = max(0, self.keep_text_at - len(ids) + len(unread))
+        self._tokens, self.num_read = unread, 0
+        self.cached_tokens = max(0, len(ids) - len(unread))
+        self.digests = ()
+        return True
+
+    def _marked(self, token_id: int) -> bytes:
+        text = self._tokenizer.bytes_of(token_id)
+        return text.replace(b"\xff", b"\xff\xff") if text else b"\xff%d\xff" % token_id
 
     def end_by(self, token_id: int) -> str | int | None:
         """What of the client's ended the text with this token; None if only the model did."""

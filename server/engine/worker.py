@@ -290,6 +290,8 @@ class Worker:
             continuation=None if request.retain_as is None else sequence.continuation(),
             retained_as=request.retain_as,
         )
+        if request.keeps_answer:
+            self._reader.keep_answer(sequence)
         if request.retain_as is None:
             self._rows.free(request.request_id)
             self._end(finished)

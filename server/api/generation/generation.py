@@ -33,6 +33,9 @@ class Generation:
     is_detached: bool
     """Whether the turn outlives its connection."""
 
+    is_chat: bool
+    """The prompt is a conversation, which may come again with its answer and more."""
+
     thinks: bool | None
     """Whether a chat's answer begins with thoughts; None: as the model's template has it."""
 
@@ -54,6 +57,12 @@ class Generation:
     ) -> list[EngineRequest]:
         """One engine request per choice, prompt by prompt."""
         template = self.template
+        keeps_answer = (
+            self.is_chat
+            and retain_as is None
+            and (source is None or source.is_initial)
+            and self.num_per_prompt == 1
+        )
         seed = template.sampling.seed
         return [
             replace(
@@ -65,6 +74,7 @@ class Generation:
                 # An incomplete character only matters if the text continues without a prompt.
                 continuation=replace(start, undecoded=b"") if ids else start,
                 owner=owner,
+                keeps_answer=keeps_answer,
                 retain_as=retain_as,
                 deadline=deadline,
                 client_id=client_id,
@@ -151,6 +161,7 @@ async def read_generation(
         score_prompt=body.scores_prompt,
         grammar=grammar,
         thinking_budget=budget,
+        opening_bytes=0 if chat is None else chat.num_opening_bytes(thinks),
         priority=body.priority or 0,
         is_flexible=body.service_tier == "flex",
     )
@@ -160,6 +171,7 @@ async def read_generation(
         num_per_prompt=body.num_generated_per_prompt,
         timeout_s=settings.request_timeout_s if body.timeout is None else body.timeout,
         is_detached=is_detached,
+        is_chat=body.is_chat,
         thinks=thinks,
         prompt_name=body.prompt_name,
         logprobs_name=body.logprobs_name,

@@ -13,6 +13,7 @@ from model.text.world import END
 from server.api.conversation import ChatMessage, Conversation
 from tests.model import toy
 from tests.model.text.worlds import WORDS
+from tests.patience import PATIENCE_S
 from tests.server.live import LiveServer, live_server, tiny_settings
 
 CHAT = Conversation(TEMPLATE, WORDS, 0, 0)
@@ -67,7 +68,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = toy.save(tmp_path_factory.mktemp("g1") / "model", WORDS, TEMPLATE)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(checkpoint, "FAMILIES", (*checkpoint.FAMILIES, toy))
-        with live_server(tiny_settings(folder, tmp_path_factory.mktemp("data"))) as running:
+        with live_server(
+            tiny_settings(folder, tmp_path_factory.mktemp("data"), grammar_timeout_s=PATIENCE_S)
+        ) as running:
             yield running
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.engine.sizes import WARM
+from server.engine.sizes import RUNNING, WARM
 from tests.patience import wait_until
 from tests.server.api.calls import BODY, complete, send, stream, streamed_text, text_of
 from tests.server.live import LiveServer
@@ -161,7 +161,7 @@ def test_a_disconnected_turn_rolls_back(
     for each in (session_id, twin):
         complete(client, session_id=each)
     if not warm:
-        push_out_of_the_device(client, server)
+        push_out_of_the_device(client)
     before = get(client, session_id)
     turn = ENDLESS | {"session_id": session_id, "stream": streamed}
     if streamed:
@@ -184,12 +184,12 @@ def test_a_disconnected_turn_rolls_back(
 
 
 def test_a_warm_row_that_was_given_away_is_loaded_again(
-    server: LiveServer, client: httpx.Client, session_id: str
+    client: httpx.Client, session_id: str
 ) -> None:
     whole = text_of(client, max_tokens=40)
     first = text_of(client, max_tokens=20, session_id=session_id)
     assert get(client, session_id)["tier"] == "device"
-    push_out_of_the_device(client, server)
+    push_out_of_the_device(client)
     assert get(client, session_id)["tier"] == "host"
     assert first + text_of(client, prompt="", max_tokens=20, session_id=session_id) == whole
 
@@ -213,9 +213,9 @@ def test_sessions_are_listed_newest_first_in_pages(client: httpx.Client) -> None
     assert [session["id"] for session in rest["data"]] == [made[1], made[0]]
 
 
-def push_out_of_the_device(client: httpx.Client, server: LiveServer) -> None:
+def push_out_of_the_device(client: httpx.Client) -> None:
     """Run so many turns of other sessions that no warm row of before is left."""
-    for _ in range(server.service.settings.max_running + WARM):
+    for _ in range(RUNNING + WARM):
         other = client.post("/v1/sessions").json()["id"]
         complete(client, session_id=other, max_tokens=1)
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
+from model.decoding.sampling import SamplingParams
 from server.engine.messages import DeadlinePassed, EngineRequest, Finished
 from tests.server.engine.driver import LIMITS, Driver, following, request
 from tests.server.engine.stepper import Stepper
@@ -178,3 +179,19 @@ def test_any_company_cache_and_budget_give_the_same_turns(
                 EXPECTED[each.token_ids] = end(plain, replace(each, request_id=name))
             assert outcome(driver, each) == EXPECTED[each.token_ids]
     driver.engine.stop()
+
+
+@pytest.mark.parametrize("num_opening", [1, 2])
+def test_a_state_before_what_opens_an_answer_is_found_by_its_text(
+    checkpoint: Checkpoint, driver: Driver, sharing: Driver, num_opening: int
+) -> None:
+    size_of = [len(checkpoint.tokenizer.bytes_of(i)) for i in range(300)]
+    prompt = tuple(i for i in SYSTEM if size_of[i])[:101]
+    assert len(prompt) == 101
+    opening = sum(size_of[i] for i in prompt[-num_opening:])
+    going_on = (*prompt[:-num_opening], 70, 71, 72)
+    for name, ids in (("first", prompt), ("second", going_on)):
+        plain = request(name, token_ids=ids, sampling=SamplingParams(temperature=0))
+        text, last = sharing.turn(replace(plain, keeps_answer=True, opening_bytes=opening))
+        assert (text, last.num_generated) == (driver.turn(plain)[0], plain.max_tokens)
+    assert sharing.result("second")[1].cached_tokens == 99

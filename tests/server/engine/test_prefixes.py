@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from model.decoding.sampling import SamplingParams
 from server.engine import prefixes
-from server.engine.messages import Continuation, EngineRequest
+from server.engine.messages import Continuation, EngineRequest, StoredState
 from server.engine.prefixes import SharedPrefixes, chain
 from server.engine.sequence import EngineSequence
 
@@ -295,3 +295,36 @@ def test_whatever_happens_there_is_always_one_that_reads(
     assert not coming
     assert not states._readers
     assert not states._followers
+
+
+def test_the_longest_text_is_found_by_its_owner_until_it_is_forgotten() -> None:
+    states = shared(3)
+    me, you, tuned = (
+        replace(REQUEST, owner="me"),
+        replace(REQUEST, owner="you"),
+        replace(REQUEST, owner="me", source=StoredState("initial", b"", is_initial=True)),
+    )
+    states.keep_text(me, b"the cat", (7,), "cat")
+    states.keep_text(me, b"the", (), "the")
+    states.keep_text(you, b"the cat sat", (), "sat")
+    found = states.find_text(me, b"the cat sat on")
+    assert found is not None
+    assert (found[0].num_bytes, found[0].pending, found[1]) == (7, (7,), "cat")
+    assert states.find_text(me, b"the") is None  # nothing would be left to read
+    shorter = states.find_text(me, b"the cow")
+    assert shorter is not None
+    assert shorter[1] == "the"
+    for other in (replace(REQUEST, owner="they"), tuned):
+        assert states.find_text(other, b"the cat sat on") is None
+    states.keep_text(me, b"the", (), "the again")
+    states.keep_text(me, b"a", (), "a")  # who has most loses what it has not used for longest
+    again = states.find_text(me, b"the cat sat on")
+    assert again is not None
+    assert again[1] == "the again"
+    assert states.find_text(you, b"the cat sat on") is not None
+    states.forget_owner("me")
+    assert states.find_text(me, b"the cat sat on") is None
+    assert states.find_text(you, b"the cat sat on") is not None
+    states.drop_retained()
+    assert states.find_text(you, b"the cat sat on") is None
+    assert not states._lengths

@@ -72,9 +72,9 @@ def test_a_damaged_beginning_of_prompts_fails_one_turn_only(checkpoint: Checkpoi
     kept = stepper.worker._reader._prefixes._states
     assert len(kept)
     for key in kept:
-        state = kept.get(key)
-        assert state is not None
-        state[0].fill_(torch.nan)
+        found = kept.get(key)
+        assert found is not None
+        found.state[0].fill_(torch.nan)
     stepper.submit(replace(asking, request_id="second"))
     stepper.run()
     assert isinstance(stepper.last("second"), RowDamaged)
