@@ -49,6 +49,7 @@ def test_quantiles_are_those_of_the_tables(freedom: int, known: float) -> None:
     assert student_t(freedom) == pytest.approx(known, rel=2e-3)
 
 
+@pytest.mark.long
 def test_intervals_hold_the_truth_as_often_as_they_promise() -> None:
     chance, x = np.random.default_rng(0), np.arange(240.0)
     ratios = slopes = 0

@@ -206,7 +206,7 @@ def test_a_tokenizer_larger_than_the_network_is_refused(folder: Path) -> None:
     assert refusal(folder).endswith("tokenizer.json: 310 tokens, but the network has vocab_sz 300")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=pytest.mark.long)])
 def test_the_description_is_that_of_the_network(folder: Path, dtype: WeightDtype) -> None:
     loaded, found = checkpoint.load(folder, CPU, dtype), checkpoint.describe(folder)
     assert found.state_spec == loaded.network.state_spec

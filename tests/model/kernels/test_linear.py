@@ -57,7 +57,9 @@ def test_int8_has_a_scale_for_each_output_and_survives_an_output_of_zeros() -> N
     assert ((restored - weight).abs() <= step * 0.501).all()
 
 
-@each_dtype
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long), "int8"]
+)
 def test_a_network_keeps_its_weights_in_the_dtype(dtype: WeightDtype) -> None:
     torch.manual_seed(0)
     config = ModelConfig(vocab_sz=90, d_emb=32, n_layers=2, n_heads=2, d_key=8, d_val=8)
@@ -84,6 +86,7 @@ def test_in_the_weights_own_type_little_more_is_lost(
     assert error < ERROR[dtype]
 
 
+@pytest.mark.long
 @each_dtype
 @pytest.mark.usefixtures("masked")
 def test_where_nothing_can_be_compiled_torch_serves_the_same(

@@ -60,6 +60,7 @@ def test_a_passkey_stands_at_its_depth_and_wanted_at_the_end(
     assert starts == {place} if place is not None else len(starts) > 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["paper", "decay + shift + gate", "softmax + shift + gate"])
 def test_a_network_learns_to_recall(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recall, "VOCAB", 18)

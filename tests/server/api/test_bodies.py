@@ -45,6 +45,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.long
 @given(values)
 def test_marks_within_strings_do_not_count(value: Any) -> None:
     text = json.dumps(value).encode()

@@ -284,6 +284,7 @@ class Conversation:
         return True
 
 
+@pytest.mark.long
 def test_a_stream_that_began_comes_to_its_end(
     tiny_checkpoint: Path, tmp_path: Path, twins: Twins
 ) -> None:

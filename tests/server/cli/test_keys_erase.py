@@ -40,6 +40,7 @@ def fill(client: httpx.Client) -> None:
     assert client.post(f"/v1/sessions/{session_id}/fork").status_code == 201
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_running", [True, False])
 def test_a_key_holds_nothing_afterwards(
     is_running: bool, file: Path, tiny_checkpoint: Path, tmp_path: Path

@@ -209,6 +209,7 @@ def test_a_turn_of_an_entry_that_is_not_there(tmp_path: Path, are_large: bool) -
     asyncio.run(main())
 
 
+@pytest.mark.long
 def test_what_waits_shares_transactions_and_is_answered_after_them(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
@@ -616,6 +617,7 @@ class Accounts:
         assert len(state_files(folder)) == sum(len(blob) >= 20_000 for blob in large)
 
 
+@pytest.mark.long
 @given(STEPS)
 @settings(max_examples=25, deadline=None, phases=[Phase.generate])
 def test_accounts_are_exact_whatever_is_done(steps: Sequence[Step]) -> None:

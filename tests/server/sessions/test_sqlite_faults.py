@@ -224,6 +224,7 @@ def test_a_page_of_garbage_is_found_or_harmless(tmp_path: Path) -> None:
     assert opens.count(True) > 50
 
 
+@pytest.mark.long
 def test_a_page_in_the_place_of_another_is_the_disks_fault(tmp_path: Path) -> None:
     """A misplaced write can look right to SQLite; what then comes out must be of the right kind."""
     made = asyncio.run(fill(tmp_path / "whole"))
