@@ -28,8 +28,8 @@ from server.engine.messages import (
 from server.engine.reading import PromptReader
 from server.engine.rows import Rows
 from server.engine.scheduler import EngineLimits, Plan, Scheduler
-from server.engine.steps import FAILED, End, Flight, Outcomes, Steps, end_of_prompt
-from server.engine.text_sequence import TextSequence
+from server.engine.steps import FAILED, Flight, Outcomes, Steps, end_of_prompt
+from server.engine.text_sequence import End, TextSequence
 from server.metrics import Metrics, exemplar
 
 log = logging.getLogger(__name__)
