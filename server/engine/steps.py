@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from model.decoding.decoder import Decoded, Launched, Piece, Runner
 from model.decoding.logprobs import Scored
@@ -17,21 +16,12 @@ from server.engine.messages import (
     TextDelta,
     Token,
 )
-from server.engine.text_sequence import TextSequence
+from server.engine.text_sequence import End, TextSequence
 from server.metrics import Metrics, exemplar
 
 log = logging.getLogger(__name__)
 
 FAILED = "the engine failed while computing; see the server's log"
-
-
-@dataclass(frozen=True)
-class End:
-    """Why a text ends as it should."""
-
-    reason: Literal["stop", "length"]
-    stopped_by: str | int | None = None
-    """As in `Finished`."""
 
 
 def end_of_prompt(sequence: TextSequence) -> End:
@@ -174,6 +164,14 @@ class Steps:
                 continue
             if is_prompt and not self._land_prompt(sequence, piece, i, flight, decoded, outcomes):
                 continue
+            if sequence.num_outdated:
+                sequence.num_outdated -= 1
+                continue
+            if sequence.num_to_repeat:
+                sequence.num_to_repeat -= 1
+                if not sequence.num_to_repeat and sequence.end is not None:
+                    outcomes.ended.append((sequence, sequence.end))
+                continue
             token_id, request_id = decoded.token_ids[i], sequence.request.request_id
             if token_id is None or (scored and scored.get(i, self) is None):
                 outcomes.ended.append((sequence, InvalidLogits(request_id)))
@@ -251,17 +249,24 @@ class Steps:
                 token = Token(token_id, scored.logprob, scored.top)
             step = sequence.push_text(token)
             if step.wants_anchor:
-                sequence.set_anchor(self._pool.read_row(row))
+                sequence.set_anchor(None if is_read else self._pool.read_row(row))
             if step.cuts_token:
                 state = sequence.cut()
                 if state is not None:
                     self._pool.write_row(row, state)
             else:
                 sequence.append(token_id, is_read=is_read)
+                if step.stop is not None and is_read:
+                    state = sequence.unread_last()
+                    if state is not None:
+                        self._pool.write_row(row, state)
+                elif self.runs_ahead and sequence.wants_snapshot:
+                    sequence.set_snapshot(self._pool.read_row(row))
             texts.append(TextDelta(request.request_id, step.text, step.tokens))
             stop = step.stop
         if stop is not None:
-            return End("stop", stop)
+            sequence.end = End("stop", stop)
+            return None if sequence.num_to_repeat else sequence.end
         if ends:
             return End("stop", sequence.end_by(token_id))
         return End("length") if sequence.num_generated >= request.max_tokens else None

@@ -103,6 +103,11 @@ class OutputText:
         return not self._rules.stop and not self._rules.returns_tokens
 
     @property
+    def is_certain(self) -> bool:
+        """Whether no stop string can cut the text so far."""
+        return not self._held and not self.undecoded
+
+    @property
     def undecoded(self) -> bytes:
         """Bytes of a character that the text began."""
         return self._detokenizer.undecoded

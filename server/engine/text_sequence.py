@@ -4,6 +4,7 @@ import functools
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +20,41 @@ from server.engine.text import OutputText, TextRules, TextStep
 
 NO_TOKENS = frozenset[int]()
 
+SNAPSHOT_TOKENS, MOST_REPEATED = 16, 64
+"""The row of a sequence that runs ahead is copied after so many tokens, so that a stop string can
+cut; it does not run further ahead of its copy than so many."""
+
 
 @dataclass(frozen=True)
 class Anchor:
     """A point before text that is not certain to stay: a stop string may cut it away again."""
 
-    state: RowState
+    state: RowState | None
+    """None: to be had by reading the snapshot's tokens again."""
+
     position: int
     recent: bytes
+    num_since: int
+    """Tokens between the snapshot and here, if there is one."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state from which later ones can be had again: a step that runs ahead reads a token before
+    anybody knows whether its text stays."""
+
+    state: RowState
+    token_ids: list[int]
+    """The tokens since then."""
+
+
+@dataclass(frozen=True)
+class End:
+    """Why a text ends as it should."""
+
+    reason: Literal["stop", "length"]
+    stopped_by: str | int | None = None
+    """As in `Finished`."""
 
 
 class TextSequence(EngineSequence):
@@ -83,6 +111,16 @@ class TextSequence(EngineSequence):
         """The first is the one to go back to; a later one takes its place when the text is certain
         up to there."""
 
+        self._snapshot: Snapshot | None = None
+        self.num_to_repeat = 0
+        """Tokens to be read again before the turn ends; what they would choose is not wanted."""
+
+        self.num_outdated = 0
+        """Steps under way that were launched before that."""
+
+        self.end: End | None = None
+        """How the turn ends after that."""
+
         self._budget = request.thinking_budget
         """None also when the thoughts have ended."""
 
@@ -103,10 +141,9 @@ class TextSequence(EngineSequence):
         self._is_plain = (
             self.matcher is None
             and not request.sampling.changes_logits
-            and not self._can_rewind
             and len(self.end_token_ids) <= MAX_END_TOKENS
         )
-        """Whether the choice of a token depends on no other and nothing has to be undone."""
+        """Whether the choice of a token depends on no other."""
 
     def check_ids(self, vocab_sz: int) -> None:
         """Raises ValueError when a token id is none of the model's: it would fail a whole step.
@@ -125,10 +162,19 @@ class TextSequence(EngineSequence):
         return (
             self._is_plain
             and self._budget is None
+            and not self.num_to_repeat
+            and self._can_undo
             and not (self._piece is not None and self._piece.resumes)
             and self.request.min_tokens <= self.num_generated
             and self.num_generated + self.num_in_flight < self.request.max_tokens
         )
+
+    @property
+    def _can_undo(self) -> bool:
+        """Whether a token that a stop string cuts away may be read before that is known."""
+        if not self._can_rewind:
+            return True
+        return self._snapshot is not None and len(self._snapshot.token_ids) < MOST_REPEATED
 
     def next_token(self, row: int) -> Piece:
         """Its part in the next step: it reads its next token, or the one that is under way."""
@@ -154,9 +200,8 @@ class TextSequence(EngineSequence):
 
     def _choosing(self, row: int, token_ids: list[int]) -> Piece:
         """A piece after which a token is chosen."""
-        sampled = SampledRow(
-            self.request.sampling, self.position, self.recent, self._banned, self._mask
-        )
+        position = self.position - len(self.unread)
+        sampled = SampledRow(self.request.sampling, position, self.recent, self._banned, self._mask)
         return Piece(row, token_ids, sampled, self.end_token_ids, self.request.num_logprobs)
 
     def find_allowed(self) -> str | None:
@@ -187,6 +232,8 @@ class TextSequence(EngineSequence):
         self.recent.append(token_id, generated=True)
         if self.request.keeps_answer:
             self._generated.append(token_id)
+        if self._snapshot is not None:
+            self._snapshot.token_ids.append(token_id)
         if self._budget is not None:
             self._follow_thoughts(self._budget, token_id)
 
@@ -197,9 +244,31 @@ class TextSequence(EngineSequence):
             self._anchors.popleft()
         return step
 
-    def set_anchor(self, state: RowState) -> None:
-        """Remember the state before the token whose text was just added and which is not in it."""
-        self._anchors.append(Anchor(state, self.position, self.recent.to_bytes()))
+    def set_anchor(self, state: RowState | None) -> None:
+        """Remember the state before the token whose text was just added and which is not in it;
+        None where the snapshot does."""
+        since = 0 if self._snapshot is None else len(self._snapshot.token_ids)
+        self._anchors.append(Anchor(state, self.position, self.recent.to_bytes(), since))
+
+    @property
+    def wants_snapshot(self) -> bool:
+        """Called after `append`: whether the row's state should be remembered, if steps can run
+        ahead of this sequence."""
+        if not (self._can_rewind and self._is_plain and self.text.is_certain):
+            return False
+        since = self._snapshot
+        return since is None or len(since.token_ids) >= SNAPSHOT_TOKENS
+
+    def set_snapshot(self, state: RowState) -> None:
+        """Remember the row's state, after the last token if that is read."""
+        self._snapshot = Snapshot(state, self.unread)
+
+    def unread_last(self) -> RowState | None:
+        """End before the last token was read, which a step that ran ahead has done; called after
+        `append`. Returns the state to go back to; None where nobody goes on from it."""
+        if self._snapshot is None:
+            return None
+        return self._repeat(self._snapshot, self._snapshot.token_ids[:-1], self._tokens)
 
     def cut(self) -> RowState | None:
         """End the sequence where its emitted text ends; called instead of `append`.
@@ -212,14 +281,30 @@ class TextSequence(EngineSequence):
             self.position = anchor.position
             self.recent = RecentTokens.from_bytes(anchor.recent)
         kept, rest = self.text.cut()
-        self._tokens, self.num_read = [*kept, *self._tokenizer.encode_text(rest)], 0
+        left = [*kept, *self._tokenizer.encode_text(rest)]
+        self._tokens, self.num_read = left, 0
         if self.request.keeps_answer:
             num_retained = self.position - self._prompt_position
-            self._generated = [*self._generated[:num_retained], *self._tokens]
-        self.position += len(self._tokens)
-        for token_id in self._tokens:
+            self._generated = [*self._generated[:num_retained], *left]
+        self.position += len(left)
+        for token_id in left:
             self.recent.append(token_id, generated=True)
-        return None if anchor is None else anchor.state
+        if anchor is not None and anchor.state is not None:
+            return anchor.state
+        if self._snapshot is None or (anchor is None and not self.num_in_flight):
+            return None
+        since = self._snapshot.token_ids
+        return self._repeat(
+            self._snapshot, since if anchor is None else since[: anchor.num_since], left
+        )
+
+    def _repeat(self, snapshot: Snapshot, token_ids: list[int], left: list[int]) -> RowState:
+        """Read these tokens again after the snapshot, but not those that are left. Returns the
+        state to go back to."""
+        self._tokens, self.num_read = [*token_ids, *left], 0
+        self.num_to_repeat = len(token_ids)
+        self.num_outdated = self.num_in_flight if token_ids else 0
+        return snapshot.state
 
     @functools.cached_property
     def prompt_text(self) -> bytes:
@@ -322,6 +407,8 @@ class TextSequence(EngineSequence):
 
     @property
     def _banned(self) -> tuple[int, ...]:
-        """Tokens that must not come yet, or at all; in order."""
+        """Tokens that must not come yet, or at all; in order. What closes thoughts comes anyway."""
+        if self._budget is not None and self._mask is not None:
+            return ()
         early = self.num_generated < self.request.min_tokens
         return self._banned_early if early else self._banned_later

@@ -28,8 +28,8 @@ from server.engine.messages import (
 from server.engine.prefill import PrefillRunner
 from server.engine.rows import Rows
 from server.engine.scheduler import EngineLimits, Plan, Scheduler
-from server.engine.steps import FAILED, End, Outcomes, StepInFlight, Steps, end_of_prompt
-from server.engine.text_sequence import TextSequence
+from server.engine.steps import FAILED, Outcomes, StepInFlight, Steps, end_of_prompt
+from server.engine.text_sequence import End, TextSequence
 from server.metrics import Metrics, exemplar
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from model.batch import Batch
 from model.checkpoint import CheckpointError
 from model.rwkv7 import checkpoint as rwkv7
 from model.rwkv7.files import open_source
+from model.text import g1
 from tests.model.rwkv7 import networks
 from tests.model.rwkv7.networks import CPU, SMALL, Weights
 
@@ -92,6 +93,9 @@ def test_a_model_is_described_without_a_tokenizer_but_not_served(pth: Path) -> N
     assert found.num_parameters == rwkv7.load_network(pth, CPU).num_parameters
     assert found.state_spec.num_bytes == 4 * (64 + 2 * 2 * 64 + 2 * 64 * 64)
     assert found.weight_bytes == pth.stat().st_size
+    assert found.chat_template == g1.TEMPLATE
+    (pth.parent / "chat_template.jinja").write_text("another")
+    assert checkpoint.describe(pth).chat_template == "another"
     with pytest.raises(CheckpointError, match="rwkv_vocab_none"):
         checkpoint.load(pth, CPU)
 

@@ -37,11 +37,12 @@ CHANGES = st.fixed_dictionaries(
     {},
     optional={
         "retain_as": st.sampled_from([None, "state"]),
-        "max_tokens": st.integers(0, 12),
+        "max_tokens": st.integers(0, 25),
         "stop_token_ids": st.sets(st.integers(1, 299), max_size=60).map(tuple),
         "stop": st.sampled_from([(), ("a",), ("the", "e")]),
         "end_texts": st.sampled_from([(), ("at", "ca"), (" then",)]),
         "thinking_budget": st.sampled_from([None, ThinkingBudget(2, b"a", (9, 7))]),
+        "keeps_answer": st.booleans(),
         "include_stop": st.booleans(),
         "min_tokens": st.integers(0, 4),
         "num_logprobs": st.sampled_from([None, 0, 2]),
@@ -68,7 +69,10 @@ def test_every_turn_ends_as_it_would_step_by_step(
         replace(each, retain_as=each.retain_as and f"after {each.request_id}") for each in asked
     ]
     direct = Stepper(checkpoint, LIMITS)
-    with running_ahead(checkpoint) as (stepper, _):
+    with running_ahead(checkpoint) as (stepper, _), pytest.MonkeyPatch.context() as patched:
+        patched.setattr("server.engine.text_sequence.SNAPSHOT_TOKENS", 3)
+        patched.setattr("server.engine.text_sequence.MOST_REPEATED", 5)
+        patched.setattr("server.engine.text.TOKENS_APART", 4)
         for played in (direct, stepper):
             played.submit(*asked)
             played.run()
@@ -117,8 +121,6 @@ def test_a_session_does_not_read_what_ended_its_turn(
 CAREFUL: dict[str, dict[str, Any]] = {
     "penalties": {"sampling": SamplingParams(frequency_penalty=0.5)},
     "biases": {"sampling": SamplingParams(logit_bias=((5, 1.0),))},
-    "a session's stop string": {"stop": ("zzz",), "retain_as": "state"},
-    "what ends a session's answers": {"end_texts": ("zzz",), "retain_as": "state"},
     "thoughts that must end": {"thinking_budget": ThinkingBudget(99, b"zzz", (7,))},
     "many end tokens": {"stop_token_ids": (*range(1, 10),), "min_tokens": 12},
 }
@@ -135,6 +137,37 @@ def test_what_depends_on_the_last_token_waits_for_it_and_nothing_else_does(
         stepper.submit(request("careful", 5, **CAREFUL[name]), request("plain", 5))
         stepper.run()
         assert runner.num_ahead == 11
+
+
+@pytest.mark.parametrize("stop", ["stop", "end_texts"])
+def test_a_stop_string_lets_a_session_run_ahead(checkpoint: Checkpoint, stop: str) -> None:
+    """All but the first token, after which the state is first kept, are read before they are known;
+    a text that is cut leaves the state and the tokens that it leaves step by step."""
+    plain = request("plain", 5, max_tokens=60, sampling=SamplingParams(temperature=3, seed=1))
+    direct = Stepper(checkpoint, LIMITS)
+    direct.turn(plain)
+    text = direct.text("plain")
+    with running_ahead(checkpoint) as (stepper, runner):
+        for i, end in enumerate(("zzz", *(text[at : at + 3] for at in range(9, len(text) - 3, 6)))):
+            changes: dict[str, Any] = {stop: (end,), "retain_as": f"state {i}"}
+            asked = replace(plain, request_id=f"asked {i}", **changes)
+            _, expected = direct.turn(asked)
+            before = runner.num_ahead
+            _, ours = stepper.turn(asked)
+            assert (ours.state, ours.continuation) == (expected.state, expected.continuation)
+            assert (ours.reason, ours.num_generated) == (expected.reason, expected.num_generated)
+            assert stepper.text(asked.request_id) == direct.text(asked.request_id)
+            assert runner.num_ahead - before >= 0.8 * (ours.num_generated - 3)
+        assert ours.reason == "stop"
+
+
+def test_what_closes_thoughts_comes_also_where_it_is_a_stop_that_may_not_come_yet(
+    checkpoint: Checkpoint,
+) -> None:
+    stepper = Stepper(checkpoint, LIMITS)
+    budget = ThinkingBudget(2, b"zzz", (9, 7))
+    asked = request("asked", 5, thinking_budget=budget, stop_token_ids=(9, 7), min_tokens=4)
+    assert stepper.turn(asked)[1].stopped_by == 9
 
 
 def test_no_token_is_read_beyond_the_last_that_may_come(checkpoint: Checkpoint) -> None:

@@ -9,8 +9,8 @@ from model.checkpoint import Checkpoint
 from model.decoding import runners
 from model.decoding.sampling import SamplingParams
 from server.engine.messages import EngineRequest, Failed, InvalidLogits, RowDamaged, StoredState
-from server.engine.steps import FAILED, End, Outcomes, Steps
-from server.engine.text_sequence import TextSequence
+from server.engine.steps import FAILED, Outcomes, Steps
+from server.engine.text_sequence import End, TextSequence
 from server.metrics import Metrics
 from tests.server.engine.driver import LIMITS, request
 from tests.server.engine.stepper import Stepper, asked
