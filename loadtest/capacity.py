@@ -16,6 +16,8 @@ from loadtest.results import console, show_summary, write_result
 from loadtest.workload import Workload
 
 MOST_DOUBLINGS = 16
+MOST_HALVINGS = 5
+"""A trial at half the rate takes twice as long."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Trial:
 
     rate: float
     summary: Summary
-    is_retained: bool
+    holds: bool
     """Whether enough requests met the objectives."""
 
 
@@ -66,9 +68,9 @@ async def search(server: Target, load: Workload, how: Search, seed: int) -> list
         )
         summary = summarise(samples, how.objectives)
         trials.append(Trial(rate, summary, summary.attainment >= how.share))
-        verdict = "[green]holds" if trials[-1].is_retained else "[red]fails"
+        verdict = "[green]holds" if trials[-1].holds else "[red]fails"
         console.print(f"{label:>20}: {summary.attainment:6.1%} good, {verdict}", highlight=False)
-        return trials[-1].is_retained
+        return trials[-1].holds
 
     low, high = 0.0, how.first
     for _ in range(MOST_DOUBLINGS):
@@ -77,7 +79,7 @@ async def search(server: Target, load: Workload, how: Search, seed: int) -> list
         low, high = high, 2 * high
     else:
         raise RuntimeError(f"even {low:g} requests/s are answered well: begin at a higher --rate")
-    for _ in range(MOST_DOUBLINGS):
+    for _ in range(MOST_HALVINGS):
         if low:
             break
         if await holds(high / 2):
@@ -85,7 +87,9 @@ async def search(server: Target, load: Workload, how: Search, seed: int) -> list
         else:
             high /= 2
     else:
-        raise RuntimeError(f"not even {high:g} requests/s meet the objectives")
+        raise RuntimeError(
+            f"not even {high:g} requests/s meet the objectives: begin at a lower --rate"
+        )
     while high / low > 1 + how.precision:
         middle = (low * high) ** 0.5
         low, high = (middle, high) if await holds(middle) else (low, middle)
@@ -94,7 +98,7 @@ async def search(server: Target, load: Workload, how: Search, seed: int) -> list
 
 def highest(trials: Sequence[Trial]) -> Trial:
     """The one with the highest rate that holds."""
-    return max((trial for trial in trials if trial.is_retained), key=lambda trial: trial.rate)
+    return max((trial for trial in trials if trial.holds), key=lambda trial: trial.rate)
 
 
 def draw(path: Path, trials: Sequence[Trial], how: Search) -> None:
@@ -179,8 +183,6 @@ def capacity(
     best = highest(trials)
     show_summary(f"{url}: {best.rate:.3g} requests/s hold", best.summary)
     if out is not None:
-        found = [
-            {"rate": t.rate, "holds": t.is_retained, "summary": t.summary.to_json()} for t in trials
-        ]
+        found = [{"rate": t.rate, "holds": t.holds, "summary": t.summary.to_json()} for t in trials]
         write_result(out, {"rate": best.rate, "attainment": attainment, "trials": found})
         draw(out / f"capacity.{'svg' if svg else 'png'}", trials, how)

@@ -98,11 +98,11 @@ def test_keys_and_limits_are_used_as_their_page_says(tools: Path, tmp_path: Path
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "keys.md").read_text("utf-8"), re.S)
     lines = [line for block in blocks for line in block.splitlines()]
     file = tmp_path / "keys.json"
-    add, show, revoke = (
+    add, show, revoke, erase = (
         line.replace("keys.json", str(file)) for line in lines if line.startswith("latentd keys")
     )
     key = run(add, tools).strip()
-    assert run(show, tools).splitlines()[1].split()[-3:] == ["60", "20,000", "-"]
+    assert run(show, tools).splitlines()[1].split()[-4:] == ["60", "20,000", "-", "-"]
     flags = [
         flag for line in lines if line.startswith("latentd serve") for flag in line.split()[2:]
     ]
@@ -114,4 +114,8 @@ def test_keys_and_limits_are_used_as_their_page_says(tools: Path, tmp_path: Path
         answer = client.post("/v1/completions", json=asked)
         assert answer.headers["x-ratelimit-remaining-requests"] == "59"
         assert int(answer.headers["x-ratelimit-remaining-tokens"]) < 20_000
+        session = client.post("/v1/sessions").json()["id"]
+        erase = erase.replace("--data-dir data", f"--data-dir {tmp_path / 'data'}")
+        assert "1 session" in run(erase, tools)
+        assert client.get(f"/v1/sessions/{session}").status_code == 404
     assert run(revoke, tools).startswith("app key_")

@@ -73,7 +73,8 @@ def _account(db: sqlite3.Connection) -> Account:
     ).fetchall()
     [other_bytes] = db.execute(
         """SELECT (SELECT coalesce(sum(length(CAST(answer AS BLOB))), 0) FROM answers)
-        + (SELECT coalesce(sum(length(CAST(body AS BLOB))), 0) FROM entries)"""
+        + (SELECT coalesce(sum(length(CAST(body AS BLOB))), 0) FROM entries)
+        + (SELECT coalesce(sum(length(metadata)), 0) FROM entries WHERE metadata != '{}')"""
     ).fetchone()
     return Account(
         sessions=counts.get("session", 0),

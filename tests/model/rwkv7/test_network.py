@@ -8,6 +8,7 @@ import torch
 
 from model import WeightDtype
 from model.batch import Batch
+from model.kernels.cpu import arithmetic
 from model.rwkv7.checkpoint import build, published_state
 from model.rwkv7.config import Config
 from tests.model.rwkv7 import networks
@@ -59,7 +60,10 @@ def test_the_compiled_step_is_the_definition(name: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_narrow_weights_compute_the_same_compiled_and_in_plain_torch(dtype: WeightDtype) -> None:
+def test_narrow_weights_compute_the_same_compiled_and_in_plain_torch(
+    dtype: WeightDtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arithmetic, "features", list)
     batch = Batch.of([IDS[:90], IDS[90:]], [1, 0]).wanting(np.arange(len(IDS)))
     found = []
     for plain in (True, False):

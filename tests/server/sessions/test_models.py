@@ -125,7 +125,7 @@ def test_a_server_says_what_it_cannot_continue_and_a_command_erases_it(
     settings = tiny_settings(tiny_checkpoint, tmp_path)
 
     def logged() -> list[str]:
-        return [m for m in caplog.messages if "not to be continued" in m]
+        return [m for m in caplog.messages if "cannot continue" in m]
 
     def wait_for(count: int) -> None:
         wait_until(lambda: len(logged()) == count)
