@@ -45,7 +45,8 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    settings = tiny_settings(PRETRAINED, tmp_path_factory.mktemp("data"), model_name="latentd")
+    changes = {"model_name": "latentd", "default_chat_max_tokens": 65_536}  # answers come to an end
+    settings = tiny_settings(PRETRAINED, tmp_path_factory.mktemp("data"), **changes)
     with live_server(settings) as running:
         yield running
 
