@@ -126,6 +126,13 @@ class StatePool:
         for name, values in split_state(self.spec.tensors, bytearray(data)).items():
             self.tensors[name][:, row] = torch.from_numpy(values).to(self.device)
 
+    def index(self, rows: Sequence[int]) -> NDArray[np.int64]:
+        """The rows `[rows]` as compiled code takes them. Raises IndexError for one not there."""
+        index = np.array(rows, np.int64)
+        if index.min() < 0 or index.max() >= self.num_rows:
+            raise IndexError(f"rows {list(rows)} of {self.num_rows}")
+        return index
+
     def check_row(self, row: int) -> float:
         """The largest absolute value in the row, as `check_values`. Raises DamagedState."""
         return check_values(self.spec.tensors, split_state(self.spec.tensors, self.export_row(row)))

@@ -57,9 +57,7 @@ class CompiledNetwork:
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
         """`LanguageModel.logits`: of each row `[batch, vocab_sz]`."""
         self._check(pool)
-        index = np.array(rows, np.int64)
-        if index.min() < 0 or index.max() >= pool.num_rows:
-            raise IndexError(f"rows {list(rows)} of {pool.num_rows}")
+        index = pool.index(rows)
         logits = torch.empty(len(rows), self._vocab_sz)
         a = self._arguments(pool, index)
         workspace = _allocate_workspace(0, len(rows), a)

@@ -58,9 +58,7 @@ class CompiledNetwork:
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
         """`RWKV7.logits`: of each row `[batch, vocab_size]`."""
         self._check(pool)
-        index = np.array(rows, np.int64)
-        if index.min() < 0 or index.max() >= pool.num_rows:
-            raise IndexError(f"rows {list(rows)} of {pool.num_rows}")
+        index = pool.index(rows)
         logits = torch.empty(len(rows), self._config.vocab_size)
         a = self._arguments(pool, index)
         space = self._space(0, len(rows), a)
