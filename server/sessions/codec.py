@@ -34,9 +34,9 @@ MOST_IMPORTED = 1 << 52
 """Turns and tokens that an imported session may have. No number of later turns leads to `LARGEST`,
 from which on a state could not be read any more."""
 
-MOST_MAGNITUDE = 1e30
-"""Of a number of an imported state. No network comes near it, and from about 1e37 on what follows
-would not be finite."""
+MOST_MAGNITUDE = 2.0**100
+"""Of a number of an imported state, about 1.3e30: the same number in float32 and float64. No
+network comes near it, and from about 1e37 on what follows would not be finite."""
 
 MAX_MESSAGE_CHARACTERS = 300
 
