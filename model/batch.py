@@ -1,4 +1,4 @@
-"""What a network reads at once: pieces of many sequences, prompts and single tokens together."""
+"""The input of one network step: tokens of many sequences, prompts and single tokens mixed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,63 +7,63 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 MOST_PADDING = 2
-"""Padded to the longest of a group, its pieces are at most so many times as long together."""
+"""Within a group, padding to the longest piece multiplies the tokens by at most this factor."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The next tokens of sequences whose states are in the rows of a pool."""
+    """The next tokens of sequences whose states are rows of a pool."""
 
     token_ids: NDArray[np.int64]
-    """Those of all pieces, one piece after another. `[tokens]`"""
+    """Tokens of all pieces, concatenated. `[tokens]`"""
 
     starts: NDArray[np.int64]
-    """Piece i has the tokens from starts[i] to starts[i + 1]. `[pieces + 1]`"""
+    """Piece i is token_ids[starts[i]:starts[i + 1]]. `[pieces + 1]`"""
 
     rows: Sequence[int]
-    """The row of each piece's sequence, none twice. `[pieces]`"""
+    """Pool row of each piece's sequence, without duplicates. `[pieces]`"""
 
     logits_at: NDArray[np.int64]
-    """Places of the tokens after which logits are wanted, in any order. `[wanted]`"""
+    """Positions of the tokens whose logits are returned, in any order. `[wanted]`"""
 
     @staticmethod
     def of(pieces: Sequence[ArrayLike], rows: Sequence[int]) -> "Batch":
-        """Pieces of at least one token each, of which no logits are wanted."""
+        """Pieces of at least one token each, without logits."""
         parts = [np.asarray(piece, np.int64) for piece in pieces]
         starts = np.cumsum([0, *map(len, parts)])
         return Batch(np.concatenate(parts), starts, rows, np.empty(0, np.int64))
 
     @staticmethod
     def of_tokens(token_ids: ArrayLike, rows: Sequence[int]) -> "Batch":
-        """One token for each row `[rows]`, after each of which logits are wanted."""
+        """One token per row `[rows]`, with logits after each."""
         ids = np.asarray(token_ids, np.int64)
         places = np.arange(len(ids) + 1)
         return Batch(ids, places, rows, places[:-1])
 
     def wanting(self, logits_at: ArrayLike) -> "Batch":
-        """The same pieces, with logits after other tokens."""
+        """The same pieces with logits at other positions."""
         return replace(self, logits_at=np.asarray(logits_at, np.int64))
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each piece."""
+        """Number of tokens in each piece."""
         return np.diff(self.starts)
 
     @property
     def ends(self) -> NDArray[np.int64]:
-        """The place of each piece's last token."""
+        """Position of each piece's last token."""
         return self.starts[1:] - 1
 
     def check(self, vocab_sz: int, num_rows: int) -> None:
-        """Raises IndexError for tokens that the network does not have, or rows that the pool does
-        not have or that come twice."""
+        """Raises IndexError for token ids outside the vocabulary and for missing or duplicate
+        rows."""
         rows, places = self.rows, (self.starts[0], self.starts[-1])
         if len(rows) != len(self.starts) - 1 or self.lengths.min() < 1:
             raise IndexError(f"pieces of {self.lengths.tolist()} tokens for rows {list(rows)}")
         if min(rows) < 0 or max(rows) >= num_rows:
             raise IndexError(f"rows {list(rows)} of {num_rows}")
         if len(set(rows)) != len(rows):
-            raise IndexError(f"rows {list(rows)}: one comes twice")
+            raise IndexError(f"rows {list(rows)}: one is duplicated")
         if places != (0, len(self.token_ids)):
             raise IndexError(f"{len(self.token_ids)} tokens for pieces from {places}")
         if (
@@ -75,9 +75,9 @@ class Batch:
             raise IndexError(f"token ids must be from 0 to {vocab_sz - 1}")
 
     def groups(self) -> list[list[int]]:
-        """The pieces in groups of like lengths, longest first; single tokens are one, the last.
+        """Pieces grouped by similar length, longest first; single tokens form the last group.
 
-        For those who compute on `[pieces, tokens]`.
+        For networks that compute on padded `[pieces, tokens]`.
         """
         lengths = self.lengths.tolist()
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -97,7 +97,7 @@ class Batch:
         return groups
 
     def padded(self, group: Sequence[int]) -> NDArray[np.int64]:
-        """Where the tokens of a group's pieces are, -1 for padding. `[pieces, longest]`"""
+        """Token positions of a group's pieces, -1 for padding. `[pieces, longest]`"""
         first, counts = self.starts[:-1][group], self.lengths[group]
         token = np.arange(counts.max())
         return np.where(token < counts[:, None], first[:, None] + token, -1)

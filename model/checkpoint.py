@@ -1,4 +1,4 @@
-"""Checkpoints of all families: which one a path is, what it is, and loading it to be served."""
+"""Checkpoints of all families: detection, description and loading for inference."""
 
 import hashlib
 import json
@@ -42,14 +42,14 @@ __all__ = [
 FAMILIES: tuple[Family, ...] = (heinsen, rwkv7)
 
 DIGESTS = platformdirs.user_cache_path("latentd") / "digests.json"
-"""Digests of large files, by what tells whether a file is still the same."""
+"""Digests of large files, keyed by file identity."""
 
 LARGE_BYTES = 64 << 20
-"""Files from this size on are not read again for their digest."""
+"""Digests of files of at least this size are cached."""
 
 MAX_DIGESTS = 64
 SETTLED_S = 2
-"""A file that changed less than this before it was read may change again at the same time stamp."""
+"""A file modified less than this before it was read may change again within the same timestamp."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Checkpoint(Loaded[Network]):
     """A model ready to run."""
 
     fingerprint: str
-    """Hash of config, weights and tokenizer: states of one fingerprint mean the same."""
+    """Hash of config, weights and tokenizer; states are compatible if it is equal."""
 
     modified_at: float
-    """Of the first of its files, in seconds of Unix time."""
+    """Modification time of the first file, in seconds of Unix time."""
 
 
 def load(path: Path, device: torch.device, dtype: WeightDtype | None = None) -> Checkpoint:
-    """A network that serves, with weights of this dtype, or of the one that suits it best.
+    """Load a network for inference, with weights of this dtype or of the one that suits it best.
 
     Raises CheckpointError.
     """
@@ -78,14 +78,16 @@ def load(path: Path, device: torch.device, dtype: WeightDtype | None = None) -> 
 
 
 def read_initial_state(path: Path, file: Path, spec: StateSpec) -> bytes:
-    """A state to begin with in place of the usual one, from a file of the checkpoint's family, as
-    the bytes of a row. Raises CheckpointError for what is no state of this network."""
+    """The bytes of a row, read from an initial state file of the checkpoint's family.
+
+    Raises CheckpointError for a file that is not a state of this network.
+    """
     with checkpoint_errors():
         tensors = _family_of(path).read_initial_state(file, spec)
     pool = StatePool(spec, 1, torch.device("cpu"))
     known = {tensor.name: tensor for tensor in spec.tensors}
     if unknown := sorted(tensors.keys() - known.keys()):
-        raise CheckpointError(f"{file}: {unknown[0]} is no tensor of this network's state")
+        raise CheckpointError(f"{file}: {unknown[0]} is not a tensor of this network's state")
     for name, values in tensors.items():
         if tuple(values.shape) != known[name].shape:
             raise CheckpointError(
@@ -101,24 +103,24 @@ def read_initial_state(path: Path, file: Path, spec: StateSpec) -> bytes:
 
 
 def describe(path: Path) -> Description:
-    """What a checkpoint is, without reading its weights. Raises CheckpointError."""
+    """Sizes and names of a checkpoint, without reading its weights. Raises CheckpointError."""
     return _family_of(path).describe(path)
 
 
 def load_network(
     path: Path, device: torch.device, dtype: WeightDtype, *, plain: bool = False
 ) -> Network:
-    """Only the network, in plain torch if so asked for. Raises CheckpointError."""
+    """The network alone; `plain`: in plain torch. Raises CheckpointError."""
     return _family_of(path).load_network(path, device, dtype, plain=plain)
 
 
 def published_state(path: Path, pool: StatePool, row: int) -> dict[str, Tensor]:
-    """A row's tensors as the network's publisher names and arranges them."""
+    """A row's tensors under the publisher's names and in its layout."""
     return _family_of(path).published_state(pool, row)
 
 
 def fingerprint(path: Path) -> str:
-    """That of the loaded checkpoint. Raises CheckpointError."""
+    """Fingerprint that `load` would return. Raises CheckpointError."""
     digest = hashlib.sha256()
     with checkpoint_errors():
         for file in _family_of(path).files(path):
@@ -127,19 +129,19 @@ def fingerprint(path: Path) -> str:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a family claims the path, be the checkpoint whole or not."""
+    """Whether a family recognises the path, complete or not."""
     return _is_gguf(path) or any(family.matches(path) for family in FAMILIES)
 
 
 def _family_of(path: Path) -> Family:
-    """Raises CheckpointError if there is none."""
+    """Raises CheckpointError if no family matches."""
     for family in FAMILIES:
         if family.matches(path):
             return family
     if _is_gguf(path):
         raise CheckpointError(
-            f"{path}: GGUF is llama.cpp's format, with quantisations of its own: it is not read; "
-            "serve the publisher's files, with --dtype int8 if they are to be small"
+            f"{path}: GGUF files (llama.cpp) are not supported; "
+            "serve the publisher's files, with --dtype int8 to save memory"
         )
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint folder or file")
@@ -148,7 +150,7 @@ def _family_of(path: Path) -> Family:
 
 
 def _is_gguf(path: Path) -> bool:
-    """By its first bytes, whatever its name."""
+    """Detected by the first bytes, whatever the name."""
     if not path.is_file():
         return False
     try:
@@ -159,7 +161,7 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _file_digest(path: Path) -> str:
-    """SHA-256 of the file; a large one is not read again while its identity stays."""
+    """SHA-256 of the file, cached for large files."""
     check_file(path)
     with path.open("rb") as file:
         if path.stat().st_size < LARGE_BYTES:
@@ -175,7 +177,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _identity(path: Path) -> str:
-    """What changes with the file's content: no program can choose the time of its last change."""
+    """Changes whenever the content may have changed: programs cannot set the ctime."""
     s = path.stat()
     return f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
 
@@ -189,7 +191,7 @@ def _load_digests() -> dict[str, str]:
 
 
 def _save_digests(digests: dict[str, str]) -> None:
-    """Newest first. Where nothing can be written, large files are read at each start."""
+    """Newest first. Where nothing can be written, large files are hashed at each start."""
     content = json.dumps(dict(list(digests.items())[:MAX_DIGESTS]), indent=1)
     with suppress(OSError):
         DIGESTS.parent.mkdir(parents=True, exist_ok=True)

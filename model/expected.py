@@ -1,8 +1,8 @@
-"""Proof that a checkpoint computes what its publisher's implementation does.
+"""Verifies a checkpoint against its publisher's implementation.
 
 A file of expected outputs is a safetensors file with `ids` `[tokens]`, `logits` `[tokens, vocab]`
-after each of them, read from the empty state, `greedy` `[count]`, the likeliest tokens that follow,
-and the state after `ids` as the publisher names and arranges it.
+after each of them, read from the empty state, `greedy` `[count]`, the greedy continuation, and the
+state after `ids` under the publisher's names and in its layout.
 """
 
 import itertools
@@ -25,10 +25,10 @@ from model.state import StatePool
 from model.verify import VerifyError
 
 LOGITS_TOLERANCE = 1e-4
-"""Absolute, of weights in float32."""
+"""Absolute, with float32 weights."""
 
 STATE_TOLERANCE = 1e-4
-"""Relative to the larger of 1 and the value."""
+"""Relative to max(1, |value|)."""
 
 OUTPUTS = ("ids", "logits", "greedy")
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Comparison:
-    """How one way to read the tokens, on one backend, compares with what is expected."""
+    """Result of one reading mode on one backend."""
 
     backend: str
     pieces: str
@@ -44,7 +44,7 @@ class Comparison:
     state_error: float
     greedy_agrees: bool
     faults: tuple[str, ...]
-    """Where what is above its tolerance is furthest off, in words."""
+    """Where the error exceeds its tolerance most, in words."""
 
     @property
     def ok(self) -> bool:
@@ -52,11 +52,10 @@ class Comparison:
 
 
 def compare(file: Path, model: Path) -> Iterator[Comparison]:
-    """Read the tokens one by one, in one piece, and in random pieces: in plain torch, and with the
-    backend that serves on a CPU. Weights are float32.
+    """Read the tokens one by one, in one piece, and in random pieces, in plain torch and with the
+    CPU serving backend. Weights are float32.
 
-    Raises VerifyError for a file that is not one of this model's expected outputs, and
-    CheckpointError.
+    Raises VerifyError for a file that does not belong to this model, and CheckpointError.
     """
     expected = _read(file)
     served = checkpoint.load_network(model, CPU, "float32")
@@ -88,7 +87,7 @@ def _compare(network: Network, model: Path, expected: Mapping[str, Tensor]) -> I
 
 
 def _logits(network: Network, pool: StatePool, ids: Tensor, ends: list[int]) -> Tensor:
-    """After each token, read in pieces that end there. `[tokens, vocab]`"""
+    """Logits after each token, read in pieces with these ends. `[tokens, vocab]`"""
     parts = []
     for start, end in itertools.pairwise(ends):
         batch = Batch.of([ids[start:end]], [0]).wanting(np.arange(end - start))
@@ -145,13 +144,13 @@ def _comparison(
 
 
 def _place(errors: Tensor) -> tuple[int, ...]:
-    """Of the largest."""
+    """Index of the largest error."""
     return tuple(int(i) for i in np.unravel_index(int(errors.argmax()), errors.shape))
 
 
 def _read(file: Path) -> dict[str, Tensor]:
     try:
-        check_file(file)  # not every error of the library would name the file
+        check_file(file)  # not every library error names the file
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise _not_expected(file, str(error)) from error
@@ -161,15 +160,15 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _check(expected: Mapping[str, Tensor], network: Network, model: Path, file: Path) -> None:
-    """Raises VerifyError unless the tensors are such as a network like this has."""
+    """Raises VerifyError unless the tensors match the network."""
     state = checkpoint.published_state(model, network.new_pool(1), 0)
     ids, vocab = expected["ids"], network.vocab_size
     for name in ("ids", "greedy"):
         values = expected[name]
         if values.dim() != 1 or not len(values) or values.is_floating_point():
-            raise _not_expected(file, f"{name} are not at least one whole number in a row")
+            raise _not_expected(file, f"{name} must be a non-empty vector of integers")
         if int(values.min()) < 0 or int(values.max()) >= vocab:
-            raise _not_expected(file, f"{name} are not all from 0 to {vocab - 1}, as of {model}")
+            raise _not_expected(file, f"{name} must be from 0 to {vocab - 1} for {model}")
     shapes = {"logits": (len(ids), vocab)} | {name: each.shape for name, each in state.items()}
     for name, shape in shapes.items():
         if name not in expected:
@@ -179,7 +178,7 @@ def _check(expected: Mapping[str, Tensor], network: Network, model: Path, file: 
                 file, f"{name} is {list(expected[name].shape)}, of {model} it is {list(shape)}"
             )
     if others := expected.keys() - shapes.keys() - {*OUTPUTS}:
-        raise _not_expected(file, f"{min(others)} is nothing that {model} has")
+        raise _not_expected(file, f"{min(others)} does not exist in {model}")
 
 
 def _not_expected(file: Path, reason: str) -> VerifyError:

@@ -1,4 +1,4 @@
-"""Files that are there wholly or not at all, and files that may be anything."""
+"""Atomic writes, and checked reads of arbitrary files."""
 
 import errno
 import os
@@ -7,16 +7,16 @@ import stat
 from pathlib import Path
 
 MOST_BYTES = 64 << 20
-"""Of a file that is read whole, if nothing else is said."""
+"""Default size limit of files read as a whole."""
 
 MOST_BLOB_BYTES = 1 << 30
-"""Of a file that holds a session's state, of whatever model."""
+"""Size limit of a file with a session's state, for any model."""
 
 
 def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """The content of a regular file that has no more bytes.
+    """The content of a regular file of at most `most_bytes` bytes.
 
-    Raises OSError, also for a pipe or a device, which is not waited for.
+    Raises OSError, also for pipes and devices, without blocking on them.
     """
     with open(path, "rb", opener=_open) as file:
         content = file.read(most_bytes + 1)
@@ -26,7 +26,7 @@ def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
 
 
 def check_file(path: Path) -> None:
-    """Raises OSError unless it is a regular file that can be read: somebody else will open it."""
+    """Raises OSError unless it is a readable regular file, which a library will open next."""
     os.close(_open(str(path), os.O_RDONLY | os.O_CLOEXEC))
 
 
@@ -39,13 +39,13 @@ def _open(path: str, flags: int) -> int:
     os.close(file)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    raise OSError(errno.EINVAL, "it is no regular file", path)
+    raise OSError(errno.EINVAL, "it is not a regular file", path)
 
 
 def write_file(path: Path, content: bytes, mode: int | None = None) -> None:
-    """Write under a temporary name, flush to the disk, rename.
+    """Write to a temporary file, fsync, rename.
 
-    Without a `mode`, the file's permissions are those of any new file.
+    Without `mode`, the permissions are those of any new file.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:

@@ -1,4 +1,4 @@
-"""What a network and its family are to those that load, describe and run them."""
+"""Interfaces of networks and families."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from model.text.tokenizer import Tokenizer, TokenizerError
 
 
 class Recordable(Protocol):
-    """A network whose step waits for nothing of the host, as a CUDA graph has it."""
+    """A network whose step never synchronises with the host, so that CUDA graphs can record it."""
 
     vocab_size: int
 
@@ -24,28 +24,28 @@ class Recordable(Protocol):
         self, token_ids: Tensor, rows: Tensor, pool: StatePool, logits: Tensor | None = None
     ) -> Tensor:
         """Advance rows by one token each: token_ids, rows `[batch]` int32 on the device -> logits
-        `[batch, vocab_size]`, in the tensor that is given if one is. A negative row is none."""
+        `[batch, vocab_size]`, written to `logits` if given. Negative rows are skipped."""
 
     def forward(
         self, batch: Batch, pool: StatePool, single: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """`Network.forward`. `single`: the ids and rows of the pieces of one token, as the device
-        has them, int32 `[pieces]` each; where a row is negative, nothing is read."""
+        """`Network.forward`. `single`: ids and rows of the single-token pieces on the device, int32
+        `[pieces]` each; negative rows are skipped."""
 
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
         """`Network.logits`."""
 
 
 class Network(Protocol):
-    """A network that serves. Rows of a pool are read and written in place."""
+    """A network for inference. Rows of a pool are read and written in place."""
 
     num_parameters: int
     backend: str
-    """What it runs as and why, in words."""
+    """Its backend and the reason for it."""
 
     arithmetic: str
-    """What its products multiply, weights x inputs: "int8 x float32". Sums are wider, outputs
-    float32. States go on in another one, but not to the bit."""
+    """Arithmetic of its matrix products, weights x inputs: "int8 x float32". Sums are wider,
+    outputs float32. States may continue under another one, but not bit for bit."""
 
     @property
     def vocab_size(self) -> int:
@@ -53,7 +53,7 @@ class Network(Protocol):
 
     @property
     def bos(self) -> int | None:
-        """The token before a text that starts a fresh state, if any is put there."""
+        """Token prepended to a text prompt on a fresh state, if any."""
 
     @property
     def eos(self) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ class Network(Protocol):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that a step reads."""
+        """Bytes of weights read per step."""
 
     @property
     def device(self) -> torch.device:
@@ -69,46 +69,47 @@ class Network(Protocol):
 
     @property
     def state_spec(self) -> StateSpec:
-        """What one sequence's state consists of, at any length of the sequence."""
+        """Tensors of one sequence's state, whatever its length."""
 
     @property
     def cut(self) -> int:
-        """Prompts cut after multiples of so many tokens have the same bits as whole ones.
+        """Splitting prompts at multiples of this does not change the bits.
 
-        But for a last token by itself: it belongs to the piece before.
+        A single last token is the exception: it belongs to the piece before.
         """
 
     @property
     def is_compiled(self) -> bool:
-        """Whether it chooses its threads by a step's work."""
+        """Whether the number of threads depends on the step's size."""
 
     def num_threads(self, tokens: int, answers: int) -> int:
-        """CPU threads for reading so many tokens and computing so many rows of logits."""
+        """CPU threads for a step of `tokens` tokens and `answers` rows of logits."""
 
     @property
     def recordable(self) -> Recordable | None:
-        """On a device that works beside the host: what its steps are recorded from."""
+        """On a GPU, the network to record steps from; else None."""
 
     def new_pool(self, num_rows: int) -> StatePool:
-        """States before the first token, on the device."""
+        """A pool in the initial state, on the network's device."""
 
     def forward(self, batch: Batch, pool: StatePool) -> Tensor:
-        """Advance the batch's rows by its tokens: the logits that it wants `[wanted, vocab_size]`.
+        """Advance the batch's rows by its tokens: the requested logits `[wanted, vocab_size]`.
 
-        Raises IndexError for a token or row that there is not.
+        Raises IndexError for token ids and rows out of range.
         """
 
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """Logits `[batch, vocab_size]` after the last token that each row has read; none is."""
+        """Logits `[batch, vocab_size]` after the last token of each row, without reading a
+        token."""
 
 
 class CheckpointError(ValueError):
-    """The checkpoint cannot be used; the message names the file and what is wrong with it."""
+    """The checkpoint is not usable; the message names the file and the reason."""
 
 
 @contextmanager
 def checkpoint_errors() -> Iterator[None]:
-    """Raises CheckpointError for what else may be wrong with files."""
+    """Converts file errors to CheckpointError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -119,22 +120,22 @@ def checkpoint_errors() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint is, as far as is known without reading its weights."""
+    """What is known of a checkpoint without reading its weights."""
 
     sizes: Mapping[str, object]
-    """As the family names them."""
+    """In the family's terms."""
 
     num_parameters: int
     weight_bytes: int
-    """Of the weights' files."""
+    """Size of the weight files."""
 
     weight_dtypes: Sequence[str]
-    """In them, as they are called there."""
+    """Names as in the files."""
 
     vocab_size: int
     state_spec: StateSpec
     tokenizer: Tokenizer | None
-    """None if there is no such with it that fits."""
+    """None if there is none that fits."""
 
     chat_template: str | None
 
@@ -152,36 +153,37 @@ class Loaded(Generic[N]):
 
 
 class Family(Protocol):
-    """Networks of one kind, and the files that they are published in; a module is one."""
+    """A kind of network and its published file formats; each family is a module."""
 
     name: str
 
     def matches(self, path: Path) -> bool:
-        """Whether the checkpoint is this family's, be it whole or not."""
+        """Whether the path is a checkpoint of this family, complete or not."""
 
     def files(self, path: Path) -> Sequence[Path]:
-        """Those that decide which states are the checkpoint's."""
+        """Files that determine which states are compatible."""
 
     def describe(self, path: Path) -> Description:
-        """Without reading weights. Raises CheckpointError."""
+        """Describe without reading weights. Raises CheckpointError."""
 
     def load(self, path: Path, device: torch.device, dtype: WeightDtype | None) -> Loaded[Network]:
-        """Each weight comes in the dtype that it is served in, so that memory holds them once.
+        """Load with weights in this dtype, by default the family's choice.
 
-        Without one, it is the family's choice. Raises CheckpointError.
+        Each weight is converted as it is read, so that memory holds the weights once. Raises
+        CheckpointError.
         """
 
     def load_network(
         self, path: Path, device: torch.device, dtype: WeightDtype, *, plain: bool = False
     ) -> Network:
-        """Only the network, in plain torch if so asked for. Raises CheckpointError."""
+        """The network alone; `plain`: in plain torch. Raises CheckpointError."""
 
     def read_initial_state(self, file: Path, spec: StateSpec) -> Mapping[str, Tensor]:
-        """Tensors of one state, by the names of the spec, from a file in which the family's tuned
-        states are published; those that are not there are as before the first token.
+        """Tensors of one state by the names of the spec, from a published file of a tuned initial
+        state; missing ones start as before the first token.
 
         Raises CheckpointError and OSError.
         """
 
     def published_state(self, pool: StatePool, row: int) -> dict[str, Tensor]:
-        """A row's tensors as the network's publisher names and arranges them; maybe views."""
+        """A row's tensors under the publisher's names and in its layout; may be views."""

@@ -1,4 +1,4 @@
-"""Shared space: who uses more than others makes space, and nobody's use keeps others out."""
+"""Fair sharing of limited space between owners."""
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
@@ -9,20 +9,22 @@ V = TypeVar("V")
 
 
 def has_space(own: int, total: int, new: int, most: int, num_owners: int) -> bool:
-    """Whether an owner with `own` of `total` units may have `new` more, where there are `most`.
+    """Whether an owner with `own` of `total` units in use may have `new` more, with a limit of
+    `most`.
 
-    As long as not all are used, anybody may. Then only who stays within an equal share of them,
-    among `num_owners` with itself. So one owner alone gets everything, and the next ones still
-    their shares: n owners together never have more than `most` times 1 + 1/2 + ... + 1/n.
+    While there is free space, every owner may. Beyond the limit, only an owner within an equal
+    share of it, among `num_owners` including itself, may. One owner alone can thus use everything,
+    and later ones still get their shares: n owners never use more than `most` times 1 + 1/2 + ... +
+    1/n in total.
     """
     return total + new <= most or own + new <= most // max(1, num_owners)
 
 
 class SharedCache(Generic[K, V]):
-    """Values of several owners, up to so many units of size. Not safe for threads.
+    """Least-recently-used cache of several owners, with a total size. Not thread-safe.
 
-    Whoever has most gives up the value that it has not used for longest: nobody's values push out
-    those of somebody who has fewer.
+    Evicts from the owner with the largest size, so that no owner displaces the values of a smaller
+    one.
     """
 
     def __init__(self, most: int) -> None:
@@ -31,7 +33,7 @@ class SharedCache(Generic[K, V]):
         self._sizes: dict[str, int] = {}
         self._found: dict[K, tuple[str, int]] = {}
         self.size = 0
-        """Of all values."""
+        """Total size of all values."""
 
     def __len__(self) -> int:
         return len(self._found)
@@ -40,7 +42,7 @@ class SharedCache(Generic[K, V]):
         return key in self._found
 
     def __iter__(self) -> Iterator[K]:
-        """The keys in the order in which they would be given up if nothing else happened."""
+        """The keys in eviction order, assuming no further use."""
         sizes = dict(self._sizes)
         rest = {owner: list(reversed(values)) for owner, values in self._by_owner.items()}
         while rest:
@@ -52,7 +54,7 @@ class SharedCache(Generic[K, V]):
             yield key
 
     def get(self, key: K) -> V | None:
-        """The value, now the one that its owner used last."""
+        """The value, which becomes its owner's most recently used."""
         if key not in self._found:
             return None
         values = self._by_owner[self._found[key][0]]
@@ -60,7 +62,7 @@ class SharedCache(Generic[K, V]):
         return values[key]
 
     def put(self, key: K, value: V, owner: str, size: int = 1) -> list[V]:
-        """Keep a value. Returns those that were given up for it, itself if it is too large."""
+        """Add a value. Returns the evicted ones, including itself if it is too large."""
         self.remove(key)
         if size > self._most:
             return [value]
@@ -74,21 +76,21 @@ class SharedCache(Generic[K, V]):
         return given_up
 
     def pop(self) -> V:
-        """Give up the value that is next. Raises ValueError if there is none."""
+        """Evict the next value. Raises ValueError if empty."""
         return self._remove(
             next(iter(self._by_owner[max(self._sizes, key=self._sizes.__getitem__)]))
         )
 
     def remove(self, key: K) -> V | None:
-        """Give up a value if it is here; returns it."""
+        """Remove and return a value, if present."""
         return self._remove(key) if key in self._found else None
 
     def remove_all(self, owner: str) -> list[V]:
-        """Give up all values of an owner; returns them."""
+        """Remove and return all values of an owner."""
         return [self._remove(key) for key in list(self._by_owner.get(owner, ()))]
 
     def clear(self) -> None:
-        """Give up all."""
+        """Remove all values."""
         for container in (self._by_owner, self._sizes, self._found):
             container.clear()
         self.size = 0

@@ -1,7 +1,7 @@
-"""The latent state of many sequences: fixed-size rows in preallocated tensors.
+"""Latent states of many sequences: fixed-size rows in preallocated tensors.
 
-A network names the tensors that make up one sequence's state in a `StateSpec`. Everything outside
-`model/` handles states only through that list: as rows of a `StatePool` or as bytes.
+A network lists the tensors of one sequence's state in a `StateSpec`. Everything outside `model/`
+handles states only through it: as rows of a `StatePool` or as bytes.
 """
 
 import math
@@ -24,7 +24,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a sequence's state: its name, shape, dtype and value before the first token."""
+    """One tensor of a sequence's state: name, shape, dtype and initial value."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """All tensors of one sequence's state. Their order is the order of the bytes of a row."""
+    """All tensors of one sequence's state, in the order of a row's bytes."""
 
     tensors: tuple[TensorSpec, ...]
 
@@ -72,20 +72,20 @@ class StatePool:
 
     @property
     def responds(self) -> bool:
-        """Whether the device still computes: after some errors a GPU does nothing any more for the
-        process that caused them."""
+        """Whether the device still works: some errors disable a GPU for the process that caused
+        them."""
         try:
             return bool(torch.ones(1, device=self.device).sum().item() == 1)
         except RuntimeError:
             return False
 
     def reset(self, row: int) -> None:
-        """Make the row the state before the first token."""
+        """Set the row to the initial state."""
         for tensor in self.spec.tensors:
             self.tensors[tensor.name][:, row] = tensor.initial
 
     def poison(self, row: int) -> None:
-        """Erase the row: NaN and -128, so that a state that is read by mistake shows at once."""
+        """Overwrite the row with NaN and -128, so that reading it by mistake shows at once."""
         for values in self.tensors.values():
             values[:, row] = math.nan if values.is_floating_point() else -128
 
@@ -99,7 +99,7 @@ class StatePool:
             values[:, row] = copied
 
     def gather_row(self, row: int, into: Tensor) -> None:
-        """Write the row's bytes, as `export_row` gives them, to uint8 `[num_bytes]`."""
+        """Write the row's bytes, as from `export_row`, to uint8 `[num_bytes]`."""
         parts = (values[:, row].reshape(-1).view(torch.uint8) for values in self.tensors.values())
         torch.cat(tuple(parts), out=into)
 
@@ -109,36 +109,36 @@ class StatePool:
         for tensor, values in zip(self.spec.tensors, self.tensors.values(), strict=True):
             own = data[start : start + tensor.num_bytes]
             if start % values.itemsize:
-                own = own.clone()  # a view of it has to be aligned
+                own = own.clone()  # a view must be aligned
             values[:, row] = own.view(values.dtype).view(tensor.shape)
             start += tensor.num_bytes
 
     def export_row(self, row: int) -> bytes:
-        """The row's tensors as little-endian bytes, one after another in the order of the spec."""
+        """The row's tensors as little-endian bytes, concatenated in the order of the spec."""
         parts = (self.tensors[t.name][:, row].contiguous().cpu() for t in self.spec.tensors)
         return b"".join(part.numpy().tobytes() for part in parts)
 
     def import_row(self, row: int, data: bytes) -> None:
-        """Overwrite the row with bytes made by `export_row`.
+        """Overwrite the row with bytes from `export_row`.
 
-        Raises ValueError when the length is not that of this pool's rows.
+        Raises ValueError if the length is wrong.
         """
         for name, values in split_state(self.spec.tensors, bytearray(data)).items():
             self.tensors[name][:, row] = torch.from_numpy(values).to(self.device)
 
     def index(self, rows: Sequence[int]) -> NDArray[np.int64]:
-        """The rows `[rows]` as compiled code takes them. Raises IndexError for one not there."""
+        """The rows `[rows]` for compiled code. Raises IndexError for rows out of range."""
         index = np.array(rows, np.int64)
         if index.min() < 0 or index.max() >= self.num_rows:
             raise IndexError(f"rows {list(rows)} of {self.num_rows}")
         return index
 
     def check_row(self, row: int) -> float:
-        """The largest absolute value in the row, as `check_values`. Raises DamagedState."""
+        """The largest absolute value in the row; see `check_values`. Raises DamagedState."""
         return check_values(self.spec.tensors, split_state(self.spec.tensors, self.export_row(row)))
 
     def check_length(self, data: bytes) -> None:
-        """Raises ValueError when a state of this pool has another number of bytes."""
+        """Raises ValueError unless the data has a row's number of bytes."""
         _check_length(len(data), self.spec.num_bytes)
 
 
@@ -148,9 +148,9 @@ def _check_length(found: int, expected: int) -> None:
 
 
 def split_state(tensors: Sequence[TensorSpec], data: bytes | bytearray) -> dict[str, NDArray[Any]]:
-    """The tensors that follow each other in a state's little-endian bytes, by name; no copies.
+    """Tensors by name from a state's little-endian bytes, without copying.
 
-    Raises ValueError when the length is not that of these tensors.
+    Raises ValueError if the length is wrong.
     """
     _check_length(len(data), sum(tensor.num_bytes for tensor in tensors))
     arrays, start = dict[str, NDArray[Any]](), 0
@@ -163,13 +163,13 @@ def split_state(tensors: Sequence[TensorSpec], data: bytes | bytearray) -> dict[
 
 
 class DamagedState(ValueError):
-    """A state has values that no sound state has; the message says which and how many."""
+    """A state has values that cannot occur; the message has their tensor and number."""
 
 
 def check_values(tensors: Sequence[TensorSpec], arrays: Mapping[str, NDArray[Any]]) -> float:
-    """The largest absolute value of a state, but for those that its tensors begin with.
+    """The largest absolute value of a state, ignoring the tensors' initial values.
 
-    A sound state's numbers are finite, or the one that the tensor begins with. Raises DamagedState.
+    Valid numbers are finite or the tensor's initial value. Raises DamagedState otherwise.
     """
     largest = 0.0
     for tensor in tensors:
@@ -177,7 +177,7 @@ def check_values(tensors: Sequence[TensorSpec], arrays: Mapping[str, NDArray[Any
         if values.dtype.kind != "f":
             continue
         with np.errstate(invalid="ignore"):
-            found = max(float(values.max()), -float(values.min()))  # NaN if any of them is
+            found = max(float(values.max()), -float(values.min()))  # NaN if any value is
         initial = values.dtype.type(tensor.initial)
         if not math.isfinite(found) or found == abs(float(initial)):
             changed = values[values != initial]
@@ -193,6 +193,6 @@ def check_values(tensors: Sequence[TensorSpec], arrays: Mapping[str, NDArray[Any
 
 
 def contiguous_run(rows: Sequence[int]) -> slice | None:
-    """The rows as a slice if they are consecutive and rising, else None."""
+    """The rows as a slice if they are consecutive and ascending, else None."""
     run = slice(rows[0], rows[0] + len(rows))
     return run if all(row == run.start + i for i, row in enumerate(rows)) else None

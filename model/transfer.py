@@ -1,7 +1,7 @@
-"""Rows of a pool to and from host memory, beside what the device computes.
+"""Copies of pool rows to and from host memory, concurrent with compute.
 
-On a GPU a row is gathered on the stream of the steps, which is a copy within the device, and
-crosses to pinned host memory on a stream of its own; nobody waits for it but who needs the bytes.
+On a GPU a row is gathered on the compute stream, a copy within the device, and copied to pinned
+host memory on another stream; only the consumer of the bytes waits for it.
 """
 
 from collections import deque
@@ -19,25 +19,25 @@ class Export(Protocol):
 
     @property
     def is_done(self) -> bool:
-        """Whether `collect` need not wait."""
+        """Whether `collect` would not block."""
 
     def collect(self) -> bytes:
-        """The row's bytes, as `StatePool.export_row` gives them. Called once."""
+        """The row's bytes, as from `StatePool.export_row`. Call once."""
 
 
 class Transfer(Protocol):
-    """Moves rows of one pool."""
+    """Copies rows of one pool."""
 
     def export_row(self, row: int) -> Export:
-        """The row as it is after what has been launched; it may be changed at once."""
+        """Export the row as of the last launch; it may be modified immediately."""
 
     def import_row(self, row: int, data: bytes) -> None:
-        """Overwrite the row before what is launched later; ValueError for a wrong length."""
+        """Overwrite the row before later launches; ValueError for a wrong length."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A row that is there already."""
+    """A row that is already on the host."""
 
     data: bytes
     is_done = True
@@ -60,13 +60,13 @@ class DirectTransfer:
 
 
 class PinnedTransfer:
-    """For a pool on a GPU. Used by one thread, that of the steps."""
+    """For a pool on a GPU. Single-threaded: only the thread that launches steps may use it."""
 
     def __init__(self, pool: StatePool) -> None:
         self._pool = pool
         self._stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self._free_buffers = deque[_Buffer]()
-        """Buffers that nothing is on its way through; there are as many as were ever needed."""
+        """Idle buffers; their number grows on demand."""
 
     def export_row(self, row: int) -> "_PinnedExport":
         buffer = self._acquire_buffer()
@@ -91,7 +91,7 @@ class PinnedTransfer:
         self._free_buffers.append(buffer)
 
     def _acquire_buffer(self) -> "_Buffer":
-        """A buffer whose last use is over."""
+        """A buffer that is no longer in use."""
         if self._free_buffers and self._free_buffers[0].is_free:
             return self._free_buffers.popleft()
         return _Buffer.make(self._pool)
@@ -99,15 +99,15 @@ class PinnedTransfer:
 
 @dataclass(frozen=True)
 class _Buffer:
-    """A row's bytes on both sides."""
+    """Device and pinned host memory for a row."""
 
     on_device: Tensor
     on_host: Tensor
     filled: torch.cuda.Event
-    """The steps' stream has written to the device's side, or read it."""
+    """The compute stream has written or read the device side."""
 
     crossed: torch.cuda.Event
-    """The other stream has copied it."""
+    """The copy stream has finished."""
 
     @staticmethod
     def make(pool: StatePool) -> "_Buffer":
@@ -144,5 +144,5 @@ def _is_over(event: torch.cuda.Event) -> bool:
 
 
 def new_transfer(pool: StatePool) -> Transfer:
-    """What moves the rows of this pool best."""
+    """The best transfer for this pool."""
     return PinnedTransfer(pool) if pool.device.type == "cuda" else DirectTransfer(pool)

@@ -1,4 +1,4 @@
-"""Proof that a network computes what the reference implementation computes.
+"""Verifies a network against the reference implementation.
 
 A file of reference outputs is a safetensors file with `weights.*`, `token_ids` `[batch, tokens]`,
 `logits` `[batch, tokens, vocab_sz]`, the end state per layer `state.layers.N.H_S` and `.H_Z`, the
@@ -27,22 +27,22 @@ LOGITS_TOLERANCE = 2e-5
 """Absolute."""
 
 STATE_TOLERANCE = 1e-4
-"""Relative to the larger of 1 and the value: the values are logarithms."""
+"""Relative to max(1, |value|), as the values are logarithms."""
 
 
 LONGEST_REASON = 300
 
 MOST_LOGITS = 1 << 28
-"""Of a file: the modes that are slow would not come to an end otherwise."""
+"""Size limit of a file, so that slow modes finish."""
 
 
 class VerifyError(ValueError):
-    """The file is not one of reference outputs; the message names the file and what is wrong."""
+    """Not a file of reference outputs; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class ModeReport:
-    """How one way to evaluate the network compares with the reference."""
+    """Result of one evaluation mode."""
 
     mode: str
     logits_error: float
@@ -62,7 +62,7 @@ class ModeReport:
 class _Reference:
     network: LanguageModel
     served: LanguageModel
-    """The same weights, packed as a server has them."""
+    """The same weights, packed as in the server."""
 
     tensors: dict[str, Tensor]
     chunk_lengths: list[int]
@@ -73,11 +73,11 @@ class _Reference:
 
 
 Evaluation = tuple[Tensor, NetworkState]
-"""Logits of the last tokens, maybe of all, and the state at the end."""
+"""Logits of the last tokens, possibly of all, and the state at the end."""
 
 
 def verify_file(path: Path) -> list[ModeReport]:
-    """Compare every mode of evaluation, in float32, with a file. Raises VerifyError."""
+    """Compare every evaluation mode, in float32, with a file. Raises VerifyError."""
     try:
         reference = _read(path)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
@@ -97,7 +97,7 @@ def _modes() -> Iterator[
         Callable[[_Reference, Tensor, NetworkState], Evaluation],
     ]
 ]:
-    """Name, how to evaluate all tokens, and how to evaluate one more."""
+    """Name, function for all tokens, and function for one more token."""
     yield "quadratic", lambda r: _forward(r, quadratic), _forward_one(quadratic)
     yield "parallel", lambda r: _forward(r, chunked), _forward_one(chunked)
     yield "chunked", _in_chunks, _forward_one(chunked)
@@ -121,7 +121,7 @@ def _in_chunks(reference: _Reference) -> Evaluation:
 
 
 def _recurrent(reference: _Reference, num_prefilled: int) -> Evaluation:
-    """Token by token in a pool, after a prefill of the first tokens."""
+    """Prefill `num_prefilled` tokens in a pool, then decode token by token."""
     network, ids = reference.served, reference.token_ids
     rows = range(len(ids))
     pool = network.new_pool(len(ids))
@@ -182,12 +182,12 @@ def _state_error(tensors: dict[str, Tensor], state: NetworkState) -> float:
 
 
 def _worst(error: Tensor) -> float:
-    """The largest magnitude; NaN counts as infinite."""
+    """Largest magnitude; NaN counts as infinite."""
     return float(error.abs().nan_to_num(nan=torch.inf).max())
 
 
 def _read(path: Path) -> _Reference:
-    """Nothing large is read before its shape is known to be right."""
+    """Shapes are checked before anything large is read."""
     check_file(path)
     with safe_open(path, "pt") as file:
         facts = file.metadata() or {}
@@ -218,11 +218,11 @@ def _read(path: Path) -> _Reference:
 def _expected_shapes(
     config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """By name, of what depends on the config and the token ids. Raises ValueError."""
+    """Shapes by name that follow from the config and the token ids. Raises ValueError."""
     batch, num_tokens = shapes["token_ids"]
     count = shapes["greedy_ids"][-1]
     if batch * (num_tokens + count) * config.vocab_sz > MOST_LOGITS:
-        raise ValueError(f"{batch} times {num_tokens + count} tokens are too many")
+        raise ValueError(f"{batch} sequences of {num_tokens + count} tokens are too many")
     expected: dict[str, tuple[int, ...]] = {
         "logits": (batch, num_tokens, config.vocab_sz),
         "greedy_ids": (1, count),

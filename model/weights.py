@@ -1,4 +1,4 @@
-"""What the families' readers of weights have in common."""
+"""Checks shared by the families' weight readers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 def check_shapes(
     found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], source: Path
 ) -> None:
-    """Raises CheckpointError unless just the tensors that are expected are there."""
+    """Raises CheckpointError unless exactly the expected tensors are present."""
     if missing := [name for name in expected if name not in found]:
         raise CheckpointError(f"{source}: {shorten(missing)} missing")
     if unexpected := [name for name in found if name not in expected]:
@@ -28,17 +28,17 @@ def check_shapes(
 
 
 def check_finite(name: str, tensor: Tensor, source: Path) -> Tensor:
-    """The tensor, if it is all finite in float32; a part at a time, so that no copy of it is made.
+    """The tensor, if all its values are finite in float32; checked in parts to avoid a copy.
 
     Raises CheckpointError.
     """
     parts = torch.split(tensor.flatten(), PART_SIZE)
     if not tensor.is_floating_point() or not all(torch.isfinite(p.float()).all() for p in parts):
-        raise CheckpointError(f"{source}: {name} is not all finite numbers")
+        raise CheckpointError(f"{source}: {name} has values that are not finite")
     return tensor
 
 
 def shorten(names: Sequence[str]) -> str:
-    """Names in a message."""
+    """Names for a message, shortened."""
     shown = ", ".join(names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -1,10 +1,9 @@
-"""Steps: pieces of prompts and rows that generate go through the network together.
+"""Steps: prefill and decode rows go through the network in one batch.
 
-A step is launched, and what came of it is taken later. Where the device works beside the host, the
-next step is launched before the tokens of this one are known: what a row reads is then what its own
-last step chose, which the host need not see. A row whose last token ends its text, or is none, is
-left as it is by steps that were launched before the host knew. It can go on later: the distribution
-after its last token can be had again.
+A step is launched first and collected later. On a GPU the next step is launched before the tokens
+of the current one are known: a row then reads the token its last step sampled, which the host need
+not see. Steps launched ahead skip a row whose last token ended its text or is not valid. The row
+can still continue: its last distribution can be computed again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,89 +21,87 @@ from model.network import Network
 from model.state import StatePool
 
 MAX_END_TOKENS = 8
-"""Tokens that may end a row's text if its next step is to be launched ahead."""
+"""Maximum number of end tokens of a row that runs ahead."""
 
 
 class Following(NamedTuple):
-    """Tokens of a prompt whose probabilities are asked for."""
+    """Tokens of a prompt whose log-probabilities are requested."""
 
     first: int
-    """The first of them comes after this token of the piece, the next after the next, and so on."""
+    """Index in the piece of the token before the first of them; the others follow."""
 
     token_ids: tuple[int, ...]
     num_top: int
-    """How many of the most probable tokens come with each."""
+    """Number of top tokens for each of them."""
 
 
 class Piece(NamedTuple):
     """One row's part in a step."""
 
     row: int
-    """In the pool."""
+    """Row in the pool."""
 
     token_ids: Sequence[int] | None
-    """To be read. None: the token that the row's last step chose, if the row goes on after it.
-    Empty: nothing is read, and what follows the row's last token is chosen; then the row's next
-    step is not launched ahead."""
+    """Tokens to read. None: the token sampled in the row's last step, if the row continues. Empty:
+    read nothing and sample after the row's last token; such a row does not run ahead."""
 
     sampled: SampledRow | None = None
-    """How to choose the token after the piece, if one is to be chosen. Where no token is given, its
-    position is that of an earlier step: it grows by one with each."""
+    """How to sample the token after the piece; None samples nothing. If no tokens are given, its
+    position is that of an earlier step and grows by one per step."""
 
     ends: frozenset[int] = frozenset()
-    """Tokens that end the row's text; at most `MAX_END_TOKENS` where the next step is launched
-    ahead."""
+    """Tokens that end the row's text; at most `MAX_END_TOKENS` for rows that run ahead."""
 
     num_logprobs: int | None = None
-    """None, or so many of the most probable tokens with the chosen token's own probability."""
+    """Number of top tokens to return with the sampled token's log-probability; None for neither."""
 
     following: Following | None = None
 
     @property
     def resumes(self) -> bool:
-        """Whether nothing is read."""
+        """Whether the piece reads nothing."""
         return self.token_ids is not None and not self.token_ids
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What came of a step."""
+    """Results of a step."""
 
     token_ids: Sequence[int | None]
-    """The tokens chosen, in the order of the pieces; None where none was to be chosen, where there
-    is no distribution, and for rows that had ended before the step."""
+    """Sampled tokens in the order of the pieces; None where nothing was sampled, the logits are not
+    a distribution, or the row had ended before the step."""
 
     scored: Mapping[int, Scored | None] = field(default_factory=dict)
-    """By place in the step, where probabilities were asked for."""
+    """Log-probabilities by piece index, where requested."""
 
     followed: Mapping[int, list[Scored | None]] = field(default_factory=dict)
-    """Likewise, of the tokens in `Piece.following`."""
+    """The same for the tokens of `Piece.following`."""
 
 
 class Launched(Protocol):
-    """A step that was launched."""
+    """A launched step."""
 
     def collect(self) -> Decoded:
-        """Wait for it. Called once, in the order of the launches."""
+        """Wait for the results. Call once, in launch order."""
 
 
 class Runner(Protocol):
-    """Launches the steps of one pool's rows."""
+    """Launches the steps of one pool."""
 
     runs_ahead: bool
-    """Whether a step may be launched before the one before it was taken; two are then under way at
-    most."""
+    """Whether a step may be launched before the previous one is collected; at most two are in
+    flight."""
 
     def prepare(self) -> None:
-        """Do what takes long once, so that no request waits for it."""
+        """Compile and record what is slow, so that no request waits for it."""
 
     def launch(self, pieces: Sequence[Piece]) -> Launched:
-        """Read these pieces, of which none has another's row."""
+        """Launch a step of these pieces, at most one per row."""
 
 
 @dataclass(frozen=True)
 class CompletedStep:
-    """A step that was computed when it was launched."""
+    """A step computed at launch."""
 
     decoded: Decoded
 
@@ -113,7 +110,7 @@ class CompletedStep:
 
 
 class DirectRunner:
-    """Computes each step when it is launched: for a processor that the host itself is."""
+    """Computes each step at launch, for networks that run on the host itself."""
 
     runs_ahead = False
 
@@ -139,8 +136,8 @@ class DirectRunner:
         return CompletedStep(Decoded(token_ids, scored, score_following(of_prompts, pieces)))
 
     def _logits(self, pieces: Sequence[Piece]) -> tuple[list[int], Tensor, Tensor]:
-        """Places of the pieces after which a token is chosen; the logits for that; and those before
-        the tokens in `following`."""
+        """Indices of the pieces that sample a token; their logits; and the logits before the tokens
+        in `following`."""
         network, pool = self._network, self._pool
         choosing = [place for place, each in enumerate(pieces) if each.sampled is not None]
         reading = [place for place, each in enumerate(pieces) if not each.resumes]
@@ -160,12 +157,12 @@ class DirectRunner:
 
 
 def batch_of(pieces: Sequence[Piece]) -> Batch:
-    """Pieces that read given tokens. First come the logits after those that choose a token, then
-    those before the tokens in `following`. Raises ValueError where no token is given."""
+    """The batch of pieces with given tokens: logits after those that sample a token come first,
+    then those before the tokens in `following`. Raises ValueError where no token is given."""
     ids, starts, at, before = list[int](), [0], list[int](), list[int]()
     for each in pieces:
         if each.token_ids is None:
-            raise ValueError("no step runs ahead here: every row is given its token")
+            raise ValueError("this runner does not run ahead: every row needs its token")
         if each.following is not None:
             first = len(ids) + each.following.first
             before += range(first, first + len(each.following.token_ids))
@@ -179,21 +176,22 @@ def batch_of(pieces: Sequence[Piece]) -> Batch:
 
 
 def wants_probability(piece: Piece) -> bool:
-    """Whether the probability of the chosen token is asked for."""
+    """Whether the sampled token's log-probability is requested."""
     return piece.num_logprobs is not None
 
 
 def score_chosen(
     logits: Tensor, places: Sequence[int], pieces: Sequence[Piece], token_ids: Sequence[int | None]
 ) -> dict[int, Scored | None]:
-    """`Decoded.scored` of the pieces at some places, from their logits `[places, vocab_sz]`."""
+    """`Decoded.scored` of the pieces with these indices, from their logits `[indices,
+    vocab_sz]`."""
     chosen = [token_ids[place] or 0 for place in places]
     num_top = [pieces[place].num_logprobs or 0 for place in places]
     return dict(zip(places, score(logits, chosen, num_top), strict=True))
 
 
 def score_following(logits: Tensor, pieces: Sequence[Piece]) -> dict[int, list[Scored | None]]:
-    """`Decoded.followed`, from the logits before each of the tokens `[tokens, vocab_sz]`."""
+    """`Decoded.followed`, from the logits before each token `[tokens, vocab_sz]`."""
     found, start = dict[int, list[Scored | None]](), 0
     for place, each in enumerate(pieces):
         if each.following is not None:

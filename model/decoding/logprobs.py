@@ -1,6 +1,6 @@
-"""What the model thought of a token: its log-probability, and the most probable tokens beside it.
+"""Log-probabilities of a token and of the top alternatives.
 
-Probabilities are the model's own, softmax(logits), whatever a token is sampled with.
+They are the model's own, log softmax(logits), whatever the sampling parameters.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 LEAST = -1e30
-"""Bound of a log-probability: also a token that is impossible has a number."""
+"""Lower bound of a log-probability, so that impossible tokens have a finite one."""
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,15 @@ class Scored:
     """Of the token itself."""
 
     top: tuple[tuple[int, float], ...]
-    """Of the most probable tokens, the most probable first; of equal ones the lower id."""
+    """Top tokens, most probable first; ties by lower id."""
 
 
 @torch.inference_mode()
 def score(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[Scored | None]:
-    """Each row's token, and as many of the row's most probable ones as `num_top` says.
+    """Score each row's token and its `num_top` most probable tokens.
 
     logits `[rows, vocab]`, at least one row. Sums are float64, and a row's do not depend on the
-    others. None for a row that is no distribution: one that has NaN or inf in it, or only -inf.
+    others. None for rows that are not a distribution: NaN, inf, or only -inf.
     """
     places = torch.tensor(token_ids, device=logits.device).unsqueeze(-1)
     own = logits.gather(-1, places).squeeze(-1).tolist()
@@ -47,7 +47,7 @@ def score(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> l
 
 @dataclass(frozen=True)
 class _LogSum:
-    """log of a sum of exponentials, in two parts: large logits would hide the second one."""
+    """log-sum-exp in two parts: added to large logits, the second one would be rounded away."""
 
     largest: float
     """The largest logit."""
@@ -60,9 +60,9 @@ class _LogSum:
 
 
 def _log_sums(logits: Tensor) -> list[_LogSum | None]:
-    """Of each row; None where it is no distribution.
+    """Of each row; None if it is not a distribution.
 
-    On a CPU row by row: a sum over many rows at once may go in another order.
+    On a CPU row by row: a sum over many rows at once may use another order.
     """
     if logits.device.type == "cpu":
         return [_log_sum(row.double()) for row in logits]
@@ -76,7 +76,7 @@ def _log_sum(row: Tensor) -> _LogSum | None:
     largest = float(row.numpy().max())
     if not math.isfinite(largest):
         return None
-    # torch is the faster one at exponentials; NumPy's sum has one order whatever the threads.
+    # torch computes exponentials faster; NumPy sums in the same order for any number of threads.
     return _LogSum(largest, math.log(row.sub(largest).exp_().numpy().sum()))
 
 
@@ -89,7 +89,8 @@ def _largest(logits: Tensor, count: int) -> list[list[tuple[int, float]]]:
     for i, row in enumerate(zip(ids.tolist(), values.tolist(), strict=True)):
         pairs = list(zip(*row, strict=True))
         if len(pairs) > count and pairs[count][1] == pairs[count - 1][1]:
-            ordered, order = logits[i].sort(descending=True, stable=True)  # topk takes any of them
+            # topk does not order ties
+            ordered, order = logits[i].sort(descending=True, stable=True)
             pairs = list(zip(order[:count].tolist(), ordered[:count].tolist(), strict=True))
         found.append(sorted(pairs[:count], key=lambda pair: (-pair[1], pair[0])))
     return found

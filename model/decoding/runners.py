@@ -1,4 +1,4 @@
-"""Which runner launches the steps of a network."""
+"""Choice of the runner for a network."""
 
 from model.decoding.decoder import DirectRunner, Runner
 from model.network import Network
@@ -6,7 +6,7 @@ from model.state import StatePool
 
 
 def new_runner(network: Network, pool: StatePool, max_rows: int) -> Runner:
-    """For steps of up to so many of the pool's rows at a time."""
+    """A runner for steps of at most `max_rows` rows of the pool."""
     if network.recordable is None:
         return DirectRunner(network, pool)
     from model.decoding.cuda.decoder import GraphRunner

@@ -1,7 +1,7 @@
-"""Choosing the next token of each row of a batch; rows have settings of their own.
+"""Sampling the next token of each row of a batch, with parameters per row.
 
-The random number of a token is a hash of (seed, position), so a turn that is run again gives the
-same tokens, whatever runs beside it.
+A token's random number is a hash of (seed, position), so a turn that is repeated gives the same
+tokens in any batch.
 """
 
 import functools
@@ -19,7 +19,7 @@ from torch import Tensor
 from model.kernels.cuda.graphs import move
 
 WINDOW = 1024
-"""Tokens that the penalties look back on."""
+"""Number of past tokens the penalties consider."""
 
 LARGEST = 1e30
 """Bound of a penalised logit: a tiny penalty must not make it infinite."""
@@ -30,7 +30,7 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. The defaults sample from the model's distribution as it is."""
+    """Sampling parameters. The defaults sample from the model's own distribution."""
 
     temperature: float = 1.0
     """0: the most probable token."""
@@ -39,22 +39,22 @@ class SamplingParams:
     """Only the k most probable tokens; 0: all."""
 
     top_p: float = 1.0
-    """Only the most probable tokens that together have this probability."""
+    """Only the most probable tokens whose probabilities add up to this."""
 
     min_p: float = 0.0
     """Only tokens with at least this fraction of the largest probability."""
 
     repetition_penalty: float = 1.0
-    """Divides positive logits, multiplies negative ones, of the tokens in the window."""
+    """Divides positive and multiplies negative logits of the tokens in the window."""
 
     frequency_penalty: float = 0.0
-    """Subtracted for each time that the token was generated within the window."""
+    """Subtracted for each time the token was generated within the window."""
 
     penalty_decay: float = 1.0
-    """What a time that a token was generated counts is multiplied by this for each token since."""
+    """Weight of an occurrence, per token since it was generated."""
 
     presence_penalty: float = 0.0
-    """Subtracted once for a token that was generated within the window."""
+    """Subtracted once if the token was generated within the window."""
 
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Added to the logits of these token ids."""
@@ -64,7 +64,7 @@ class SamplingParams:
 
     @functools.cached_property
     def biases(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Token ids, and what is added to the logit of each."""
+        """Token ids and their biases."""
         ids, biases = zip(*self.logit_bias, strict=True) if self.logit_bias else ((), ())
         return np.array(ids, np.int64), np.array(biases, np.float64)
 
@@ -78,7 +78,7 @@ class SamplingParams:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether the choice depends on more than the temperature and the filters."""
+        """Whether sampling depends on more than temperature and filters."""
         return self.has_penalties or bool(self.logit_bias)
 
     @property
@@ -91,19 +91,19 @@ class RecentTokens:
 
     def __init__(self) -> None:
         self._window = np.full(WINDOW, -1, np.int32)
-        """From the oldest to the newest, -1 where there is no token."""
+        """Oldest to newest, -1 where there is no token."""
 
         self._newer = array("i")
-        """Tokens after those, fewer than `WINDOW`: adding them one by one costs more."""
+        """Newer tokens, fewer than `WINDOW`, merged in batches."""
 
         self._seen: _Tally | None = None
         self._generated: _Tally | None = None
-        """What is in the window, once somebody asks for it; then a token costs little, though
-        thousands are there."""
+        """Counts of the window, built on first use; updating them is cheap."""
 
     @staticmethod
     def from_bytes(data: bytes) -> "RecentTokens":
-        """The inverse of `to_bytes`; no bytes mean no tokens. Raises ValueError for other sizes."""
+        """The inverse of `to_bytes`; empty bytes mean no tokens. Raises ValueError for other
+        sizes."""
         recent = RecentTokens()
         if data:
             if len(data) != recent._window.nbytes:
@@ -113,17 +113,17 @@ class RecentTokens:
         return recent
 
     def to_bytes(self) -> bytes:
-        """Always 4,096 bytes: int32 from the oldest to the newest, -1 where there is no token."""
+        """Always 4,096 bytes: int32, oldest to newest, -1 where there is no token."""
         return self._known().astype("<i4").tobytes()
 
     def append(self, token_id: int, *, generated: bool) -> None:
-        """Add the newest token and forget the one before the window."""
+        """Append the newest token and drop the one before the window."""
         self._newer.append(token_id | _GENERATED if generated else token_id)
         if len(self._newer) == WINDOW:
             self._known()
 
     def seen(self) -> NDArray[np.int64]:
-        """Different token ids in the window, in any order; it is not valid after `append`."""
+        """Distinct token ids in the window, in any order; invalid after the next `append`."""
         window = self._known()
         if self._seen is None:
             self._seen = _Tally(window[window >= 0] & ~_GENERATED)
@@ -132,8 +132,8 @@ class RecentTokens:
     def generated(
         self, decay: float = 1.0
     ) -> tuple[NDArray[np.int64], NDArray[np.int64] | NDArray[np.float64]]:
-        """Different token ids that were generated, and how often, as `seen`; a time that is n
-        tokens ago counts decay^n."""
+        """Distinct generated token ids and their counts, valid as `seen`; an occurrence n tokens
+        ago counts decay^n."""
         window = self._known()
         if decay != 1.0:
             places = np.flatnonzero(window >= _GENERATED)
@@ -162,7 +162,7 @@ class RecentTokens:
 
 
 class _Tally:
-    """Different token ids of a window, and how often each is in it."""
+    """Distinct token ids of a window and their counts."""
 
     def __init__(self, token_ids: NDArray[np.int32]) -> None:
         self._ids = np.zeros(2 * WINDOW, np.int64)
@@ -185,7 +185,7 @@ class _Tally:
             self._counts[place] += 1
 
     def remove(self, token_ids: Iterable[int]) -> None:
-        """Of ids that were added; the last one gets the place of one that is gone."""
+        """Remove ids that were added; the last entry moves into a freed index."""
         for token_id in token_ids:
             place = self._places[token_id]
             self._counts[place] -= 1
@@ -200,31 +200,30 @@ class _Tally:
 
 
 class SampledRow(NamedTuple):
-    """What the choice of one row's token depends on besides its logits."""
+    """Everything besides the logits that one row's token depends on."""
 
     params: SamplingParams
     position: int
-    """Of the token to choose, in its sequence."""
+    """Position of the token to sample, in its sequence."""
 
     recent: RecentTokens
     banned: tuple[int, ...] = ()
-    """Different tokens that must not be chosen, whatever their bias."""
+    """Distinct banned token ids, whatever their bias."""
 
     allowed: NDArray[np.int32] | None = None
-    """The only tokens that may be chosen, if it is given: one bit for each, 32 to a word, the
-    lowest first `[at least vocab / 32]`. Tokens beyond its end are not allowed."""
+    """If given, mask of the allowed tokens: one bit each, 32 per word, lowest first `[at least
+    vocab / 32]`. Tokens beyond its end are not allowed."""
 
 
 Sampler = Callable[[Tensor, Sequence[SampledRow]], list[int | None]]
-"""Tokens of rows that are chosen in one way."""
+"""Samples the tokens of rows that share a method."""
 
 
 @torch.inference_mode()
 def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
-    """A token id for each row: logits `[batch, vocab]`, which may be overwritten.
+    """A token id per row; logits `[batch, vocab]` may be overwritten.
 
-    None for a row that is no distribution: one that has NaN or inf in it, or only -inf, also where
-    every other token is banned or not allowed.
+    None for rows that are not a distribution (NaN, inf, or only -inf), also after bans and masks.
     """
     _adjust(logits, rows)
     chosen: list[int | None] = [None] * len(rows)
@@ -239,17 +238,17 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
 
 
 def prepare() -> None:
-    """Compile what `sample` has compiled, so that no request waits for it."""
+    """Compile the kernels of `sample`, so that no request waits for it."""
     sample(torch.zeros(1, 2), [SampledRow(SamplingParams(), 0, RecentTokens())])
 
 
 def derive_seed(seed: int, index: int) -> int:
-    """A seed for the index-th of several answers to one request; the first keeps the seed."""
+    """Seed of the index-th of several answers to one request; the first keeps the seed."""
     return seed if index == 0 else _mix(_mix(seed & _MASK) ^ index)
 
 
 def _adjust(logits: Tensor, rows: Sequence[SampledRow]) -> None:
-    """Penalties, biases and what is forbidden, in place: each for all rows that have it at once."""
+    """Apply penalties, biases, bans and masks in place, each for all rows at once."""
     repeated, penalties, biases = _SparseLogits(), _SparseLogits(), _SparseLogits()
     banned = _SparseLogits()
     for i, row in enumerate(rows):
@@ -279,7 +278,7 @@ def _adjust(logits: Tensor, rows: Sequence[SampledRow]) -> None:
 
 
 class _SparseLogits:
-    """Some of the logits of a batch, with a number for each."""
+    """A value for some of the logits of a batch."""
 
     def __init__(self) -> None:
         self._rows: list[NDArray[np.int64]] = []
@@ -290,14 +289,14 @@ class _SparseLogits:
         return bool(self._rows)
 
     def add(self, row: int, ids: ArrayLike, values: ArrayLike) -> None:
-        """values: one for each id, or one for all."""
+        """values: one per id, or one for all."""
         own = np.asarray(ids, np.int64)
         self._rows.append(np.full(len(own), row))
         self._ids.append(own)
         self._values.append(np.broadcast_to(np.asarray(values, np.float64), own.shape))
 
     def on(self, logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Rows and ids, and the numbers in the logits' dtype, on their device."""
+        """(rows, ids) and the values in the logits' dtype, on their device."""
         rows, ids, values = (
             move(torch.from_numpy(np.concatenate(parts)), logits.device)
             for parts in (self._rows, self._ids, self._values)
@@ -306,7 +305,7 @@ class _SparseLogits:
 
 
 def _add_masks(logits: Tensor, rows: Sequence[SampledRow]) -> None:
-    """-inf for what is not allowed."""
+    """Add -inf to the tokens that are not allowed."""
     masked = [(i, row.allowed) for i, row in enumerate(rows) if row.allowed is not None]
     if not masked:
         return
@@ -332,14 +331,14 @@ def _unpack(words: Tensor, vocab: int) -> Tensor:
 
 @functools.cache
 def _penalties_of_byte() -> NDArray[np.float32]:
-    """0 for each bit of a byte that is set, from the lowest up, and -inf for the others."""
+    """For each byte: 0 for set bits and -inf for the others, lowest bit first."""
     bytes_ = np.arange(256, dtype=np.uint8)[:, None]
     bits = np.unpackbits(bytes_, axis=1, bitorder="little").astype(bool)
     return np.where(bits, np.float32(0), np.float32(-np.inf))
 
 
 def _penalties(allowed: NDArray[np.int32], vocab: int) -> NDArray[np.float32]:
-    """What is added to the logits `[vocab]`: where one is NaN or inf, the sum shows it, too."""
+    """What to add to the logits `[vocab]`. Addition keeps NaN and inf visible."""
     words = allowed.astype("<i4", copy=False)
     found = np.take(_penalties_of_byte(), words.view(np.uint8), axis=0).ravel()[:vocab]
     if len(found) == vocab:
@@ -384,7 +383,7 @@ def _draw_compiled(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | Non
 
 
 def _draw(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
-    """Inverse of the cumulative distribution, in the order of the vocabulary, in float64."""
+    """Inverse transform sampling in vocabulary order, in float64."""
     temperatures = torch.tensor([row.params.temperature for row in rows], dtype=torch.float64)
     below = logits.double() - logits.amax(-1, keepdim=True)
     weights = (below / temperatures.to(logits.device).unsqueeze(-1)).exp_()

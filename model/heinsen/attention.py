@@ -1,4 +1,4 @@
-"""Softmax attention with constant cost per token, in three forms with one meaning.
+"""Softmax attention with constant cost per token, in three equivalent forms.
 
 Heinsen, "Softmax Attention with Constant Cost per Token", 2024, arXiv 2404.05843. The similarity
 of a query and a key is the log of the dot product of their exponentials, so the output is a ratio
@@ -6,7 +6,7 @@ of two sums over the past (eqs. 2 and 5),
 
     y_t = sum_{i<=t} (sum_j exp(q_tj + k_ij)) v_i  /  sum_{i<=t} (sum_j exp(q_tj + k_ij)),
 
-and the whole past fits in a state of fixed size. Inside of the functions, per head:
+and the whole past fits in a state of fixed size. In the functions, per head:
 
     q, k   query and key of a token                                             [d_k]
     v      value of a token; with log values, the network gives log v           [d_v]
@@ -16,34 +16,34 @@ and the whole past fits in a state of fixed size. Inside of the functions, per h
     n      the same of log v per value channel, only with log values            [d_v]
     Z      sum_i exp(k_i - m)                     H_Z = m + log Z               [d_k]
     S      sum_i exp(k_i - m) exp(log v_i - n)    H_S = m + n + log S           [d_k, d_v]
-    e      exp(q + m), scaled so that its largest channel is 1; large keys are
-           taken relative to the largest m first, or q would lose digits        [d_k]
+    e      exp(q + m), scaled so that its largest channel is 1; the largest m
+           is subtracted first, so that large keys cost q no digits            [d_k]
     y      sum_j e_j S_j / sum_j e_j Z_j, times exp(n) with log values          [d_v]
-    f      what a key channel keeps of its past; the paper's is 1               [d_k]
-    D      sum of log f from the beginning of a chunk to a token, D <= 0        [d_k]
+    f      decay factor of a key channel; 1 in the paper                       [d_k]
+    D      sum of log f from the start of a chunk to a token, D <= 0            [d_k]
 
-The state kept here is (m, Z, S, n): sums relative to a running maximum. In exact arithmetic it is
-the paper's (H_Z, H_S); in float32 it is far closer to it than logs of sums are.
+The state here is (m, Z, S, n): sums relative to a running maximum. In exact arithmetic it equals
+the paper's (H_Z, H_S); in float32 it is far more accurate than logs of sums.
 
-Two things keep it close over millions of tokens. Whole maxima: sums are rescaled only when they
-shrink by at least e, so that no error of a factor near 1 is repeated a million times. And beside Z
-and S stand `z_low` and `s_low`, one byte a number: what rounding lost of the sum, in 256ths of its
-last place, given back with the next token. A sum of 10 million terms is as good as one of a few.
+Two things keep it accurate over millions of tokens. Maxima are integers: sums are rescaled only
+when they shrink by at least e, so that a factor near 1 is not applied, and rounded, a million
+times. And Z and S carry compensation terms `z_low` and `s_low`, one byte per number: the sum's
+rounding error in 1/256 ulp, added back with the next token. A sum of 10 million terms is as
+accurate as one of a few.
 
-Beyond the paper a key channel may decay: before each token its past is multiplied by f,
+Beyond the paper, a key channel may decay: before each token its past is multiplied by f,
 
     H_Z[t] = logaddexp(H_Z[t-1] + log f_t, k_t)
     H_S[t] = logaddexp(H_S[t-1] + log f_t, k_t + log v_t).
 
-Only m moves, by log f; Z and S stay as they are. Seen from the beginning of a chunk, token t finds
-key i at k_i - D_i + D_t: attention without decay, of keys k - D and queries q + D. A maximum of
-such keys is a whole number above the m before the chunk, so that sums are still rescaled rarely;
-and log f is a multiple of 2^-16, so that float32 adds up m without an error while |m| <= 256.
+Only m changes, by log f; Z and S do not. Relative to the start of a chunk, token t sees key i as
+k_i - D_i + D_t: attention without decay, with keys k - D and queries q + D. Their running maximum
+is an integer above the m before the chunk, so sums are still rescaled rarely; and log f is a
+multiple of 2^-16, so that m is exact in float32 while |m| <= 256.
 
 Queries, keys and values are `[batch, tokens, heads, d]`, states `[batch, heads, ...]`. With log
 values the argument `v` is log v and the result is log y. A padding token has k = -inf and v = -inf
-(0 with linear values), and log f = 0; it leaves the state as it was, and its own output has no
-meaning.
+(0 with linear values), and log f = 0; it does not change the state, and its output is undefined.
 """
 
 from collections.abc import Callable
@@ -56,20 +56,21 @@ from torch import Tensor
 from model.state import StatePool
 
 EMPTY = -1e30
-"""Running maximum before the first token: below any key, yet finite: no difference is NaN."""
+"""Running maximum before the first token: below any key, but finite, so that no difference is
+NaN."""
 
 CHUNK = 64
-"""Tokens whose mutual attention is one matrix product in `chunked`."""
+"""Chunk size of `chunked`: tokens whose mutual attention is one matrix product."""
 
 GRID = 2.0**-16
-"""What log f is a multiple of. A channel that would forget less than half of it never forgets."""
+"""log f is a multiple of this. A channel that would forget less than half of it never forgets."""
 
 SMALLEST = 1e-28
-"""A sum relative to its largest term's reference may have lost terms if it is smaller than this."""
+"""A sum below this, relative to its largest term's reference, may have lost terms."""
 
 
 FLAT = 1e-32
-"""The derivative of log overflows float32 further on for sums smaller than this: taken as 0."""
+"""For smaller sums the derivative of log may overflow float32: it is taken as 0."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +86,17 @@ class AttentionState:
     n: Tensor | None
     """`[batch, heads, d_v]` with log values, None with linear values"""
     z_low: Tensor | None = None
-    """int8, the shape of z; None where nobody goes on for millions of tokens, as in training."""
+    """int8, the shape of z; None where sequences are short enough, as in training."""
     s_low: Tensor | None = None
     """int8, the shape of s"""
     previous: Tensor | None = None
-    """The layer's normed input of the previous token, with `token_shift`. `[batch, d_emb]`"""
+    """With `token_shift`: the layer's normed input of the previous token. `[batch, d_emb]`"""
 
     @staticmethod
     def empty(
         batch: int, heads: int, d_key: int, d_val: int, *, log_values: bool, like: Tensor
     ) -> "AttentionState":
-        """The state before the first token, with dtype and device of `like`."""
+        """The state before the first token, with the dtype and device of `like`."""
         return AttentionState(
             m=like.new_full((batch, heads, d_key), EMPTY),
             z=like.new_zeros((batch, heads, d_key)),
@@ -105,7 +106,7 @@ class AttentionState:
 
     @staticmethod
     def of_layers(pool: StatePool) -> "tuple[AttentionState, ...]":
-        """The states of all rows, layer by layer, as views of the pool."""
+        """The states of all rows per layer, as views of the pool."""
         if "s" not in pool.tensors:
             raise ValueError("the pool was not made by LanguageModel.new_pool")
         names = [field.name for field in fields(AttentionState) if field.name in pool.tensors]
@@ -119,7 +120,7 @@ class AttentionState:
         return self.map(lambda tensor: tensor[index])
 
     def map(self, function: Callable[..., Tensor], *others: "AttentionState") -> "AttentionState":
-        """The state of what a function makes of each tensor that all of these states have."""
+        """Apply a function to each tensor that all of these states have."""
         made: dict[str, Any] = {}
         for field in fields(self):
             tensors = [getattr(state, field.name) for state in (self, *others)]
@@ -127,9 +128,9 @@ class AttentionState:
         return AttentionState(**made)
 
     def to_paper(self) -> tuple[Tensor, Tensor]:
-        """(H_S, H_Z) of eq. 6; -inf where nothing has been summed.
+        """(H_S, H_Z) of eq. 6; -inf for empty sums.
 
-        With linear values H_S is the logarithm of |S|: the real form has no place for the sign.
+        With linear values H_S is log |S|: the real-valued form cannot represent the sign.
         """
         scale = self.m.unsqueeze(-1)
         if self.n is not None:
@@ -146,21 +147,21 @@ class AttentionState:
 
 
 class Attention(Protocol):
-    """What `quadratic` and `chunked` share."""
+    """Signature of `quadratic` and `chunked`."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, log_f: Tensor | None = None
     ) -> tuple[Tensor, AttentionState]:
-        """y, and the state after the last token; log_f `[batch, tokens, heads, d_k]`, None: 0."""
+        """y and the state after the last token; log_f `[batch, tokens, heads, d_k]`, None for 0."""
 
 
 def quadratic(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState, log_f: Tensor | None = None
 ) -> tuple[Tensor, AttentionState]:
-    """The definition, eq. 1: every query against every key, all in logarithms. The oracle.
+    """The definition, eq. 1: every query against every key, all in logarithms. Used as reference.
 
-    Compute and memory grow with the square of the number of tokens. A carried state enters as d_k
-    earlier tokens, one per key channel: key H_Z[j] in channel j alone, value S_j / Z_j.
+    Compute and memory are quadratic in the number of tokens. A carried state enters as d_k earlier
+    tokens, one per key channel: key H_Z[j] in channel j alone, value S_j / Z_j.
     """
     end = absorb(k, v, state, log_f)
     if log_f is not None:
@@ -186,14 +187,14 @@ def quadratic(
 
 
 def on_grid(log_f: Tensor) -> Tensor:
-    """The nearest multiples of `GRID`; the gradient is as if they were log_f."""
+    """Round to multiples of `GRID`; the gradient passes through."""
     return (log_f.detach() / GRID).round() * GRID + (log_f - log_f.detach())
 
 
 def absorb(
     k: Tensor, v: Tensor, state: AttentionState, log_f: Tensor | None = None
 ) -> AttentionState:
-    """The state after all tokens of k and v, without reading it: that of `chunked`."""
+    """The state after all tokens of k and v, as by `chunked`, without outputs."""
     k, v = _pad_to_chunks(k, -torch.inf), _pad_to_chunks(v, _neutral_value(state))
     log_f = None if log_f is None else _pad_to_chunks(log_f, 0.0)
     return _sum(k, v, state, CHUNK, log_f).end
@@ -202,10 +203,10 @@ def absorb(
 def step(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState, log_f: Tensor | None = None
 ) -> Tensor:
-    """One token for each sequence, updating `state` in place; the paper's recurrent mode.
+    """One token per sequence, updating `state` in place; the paper's recurrent mode.
 
     q, k, log_f `[batch, heads, d_k]`, v `[batch, heads, d_v]` -> `[batch, heads, d_v]`. Cost and
-    memory do not depend on how many tokens the state has seen.
+    memory do not depend on the number of tokens seen.
     """
     before = state.m if log_f is None else state.m + log_f
     m = _raised(before, k)
@@ -234,9 +235,9 @@ def step(
 
 
 def _add(before: Tensor, added: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`before`, plus what is added and what `low` says that it lacks; and what the result lacks.
+    """Compensated sum of `before`, `low` and `added`: the rounded sum and its new compensation.
 
-    The error of a sum of two numbers is a number itself (Dekker 1971).
+    The rounding error of a sum of two numbers is representable (Dekker 1971).
     """
     if low is None:
         return before + added, None
@@ -247,13 +248,13 @@ def _add(before: Tensor, added: Tensor, low: Tensor | None) -> tuple[Tensor, Ten
 
 
 def _unit(x: Tensor) -> Tensor:
-    """The 256th part of the last place of each number, for numbers above 2^-95."""
+    """1/256 ulp of each number, for numbers above 2^-95."""
     exponent = (x.view(torch.int32) & 0x7F800000).clamp_(min=0x10000000)
     return exponent.view(torch.float32) * 2.0**-31
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, n: Tensor | None) -> Tensor:
-    """y, or log y with log values; finite even where a sum underflowed to zero."""
+    """y, or log y with log values; finite even if a sum underflowed to zero."""
     tiny = torch.finfo(numerator.dtype).tiny
     denominator = denominator.clamp(min=tiny)
     if n is None:
@@ -268,13 +269,13 @@ def chunked(
 ) -> tuple[Tensor, AttentionState]:
     """Many tokens at once as matrix products, from a carried state; differentiable.
 
-    Tokens are cut into chunks of 64. Within a chunk every exponential is relative to one reference
-    per channel, the running maximum at the chunk's end, rounded up. Where keys or log-values rise
-    by more within a chunk than float32 can hold, sums come out below `SMALLEST`; such a sequence is
-    computed again in halves, down to single tokens. Memory is linear in the number of tokens.
+    Tokens are cut into chunks of 64. Within a chunk all exponentials are relative to one reference
+    per channel, the running maximum at the chunk's end, rounded up. If keys or log-values rise
+    within a chunk by more than float32 can hold, sums fall below `SMALLEST`; such a sequence is
+    recomputed in halves, down to single tokens. Memory is linear in the number of tokens.
 
-    On one CPU thread, the same queries, keys and values in one call and in several for multiples of
-    64 tokens give the same bits, and so does every sequence whatever the others of its batch are.
+    On one CPU thread the bits do not depend on how the tokens are split into calls at multiples of
+    64, nor on the other sequences of the batch.
     """
     tokens = q.shape[1]
     q, k, v = (
@@ -288,12 +289,12 @@ def chunked(
 def _in_halves(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState, size: int, log_f: Tensor | None
 ) -> tuple[Tensor, AttentionState]:
-    """`chunked` for a multiple of `size` tokens, in chunks of this size or smaller ones."""
+    """`chunked` for a multiple of `size` tokens, in chunks of at most this size."""
     sums = _sum(k, v, state, size, log_f)
     y, exact = _read(q, sums)
     if size == 1 or bool(exact.all()):
         return y, sums.end
-    # A graph must not keep the attempt that failed: its gradients can be infinite.
+    # Keep the failed attempt out of the graph: its gradients can be infinite.
     again_for = torch.ones_like(exact) if y.requires_grad else ~exact
     rows = again_for.nonzero().squeeze(1)
     q, k, v, again = q[rows], k[rows], v[rows], state.select(rows)
@@ -312,20 +313,20 @@ def _in_halves(
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums over the past at the beginning of each chunk, and what its own tokens add."""
+    """Sums over the past at the start of each chunk, and the contributions of its own tokens."""
 
     m: Tensor
     """Reference of each chunk's exponentials. `[batch, heads, chunks, d_k]`"""
     n: Tensor | None
     """`[batch, heads, chunks, d_v]` with log values"""
     fallen: Tensor | None
-    """D of each token. `[batch, heads, chunks, size, d_k]` where keys decay"""
+    """D of each token, if keys decay. `[batch, heads, chunks, size, d_k]`"""
     a: Tensor
     """exp(k - D - m). `[batch, heads, chunks, size, d_k]`"""
     u: Tensor
     """exp(log v - n), or v. `[batch, heads, chunks, size, d_v]`"""
     z: Tensor
-    """Relative to the chunk's own reference, like s. `[batch, heads, chunks, d_k]`"""
+    """Relative to the chunk's reference, like s. `[batch, heads, chunks, d_k]`"""
     s: Tensor
     """`[batch, heads, chunks, d_k, d_v]`"""
     end: AttentionState
@@ -358,7 +359,7 @@ def _sum(k: Tensor, v: Tensor, state: AttentionState, size: int, log_f: Tensor |
 
 
 def _read(q: Tensor, sums: _Sums) -> tuple[Tensor, Tensor]:
-    """The output of every token, and which sequences `[batch]` kept their digits in every sum."""
+    """The output of every token, and which sequences `[batch]` kept full precision in every sum."""
     m, n, a, u = sums.m, sums.n, sums.a, sums.u
     q = _into_chunks(q, a.shape[3])
     top = m.amax(-1, keepdim=True)
@@ -385,7 +386,7 @@ def _neutral_value(state: AttentionState) -> float:
 
 
 def _pad_to_chunks(x: Tensor, pad: float) -> Tensor:
-    """Fill `[batch, tokens, heads, d]` at the end up to whole chunks."""
+    """Pad `[batch, tokens, heads, d]` at the end to whole chunks."""
     missing = -x.shape[1] % CHUNK
     if not missing:
         return x
@@ -398,10 +399,10 @@ def _into_chunks(x: Tensor, size: int) -> Tensor:
 
 
 def _references(x: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-    """Running maximum at the end of each chunk, and what each chunk keeps of the sums before it.
+    """Running maximum at the end of each chunk, and the factor for the sums before it.
 
-    x `[batch, heads, chunks, size, d]`, carried `[batch, heads, d]`; both results are
-    `[batch, heads, chunks, d]`.
+    x `[batch, heads, chunks, size, d]`, carried `[batch, heads, d]`; both results are `[batch,
+    heads, chunks, d]`.
     """
     at_end = torch.cat([carried.detach().unsqueeze(2), x.amax(3).ceil()], 2).cummax(2).values
     return at_end[:, :, 1:], (at_end[:, :, :-1] - at_end[:, :, 1:]).exp()
@@ -410,10 +411,10 @@ def _references(x: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
 def _falling_references(
     x: Tensor, carried: Tensor, fallen: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_references` where m falls by `fallen` over each chunk; and m after the last one.
+    """`_references` where m falls by `fallen` over each chunk; also m after the last one.
 
-    x `[batch, heads, chunks, size, d]` relative to the beginnings of the chunks, carried
-    `[batch, heads, d]`, fallen `[batch, heads, chunks, d]`.
+    x `[batch, heads, chunks, size, d]` relative to the starts of the chunks, carried `[batch,
+    heads, d]`, fallen `[batch, heads, chunks, d]`.
     """
     references, kept = [], []
     for largest, fall in zip(x.amax(3).unbind(2), fallen.unbind(2), strict=True):
@@ -424,16 +425,16 @@ def _falling_references(
 
 
 def _raised(m: Tensor, k: Tensor) -> Tensor:
-    """The smallest number not below m or k that is m and a whole number."""
+    """The smallest m + integer that is at least m and k."""
     below = m.floor()
-    # Not + (m - below): where that is 0, -0 keeps its sign, as in the paper's form.
+    # Not + (m - below): if that is 0, -0 keeps its sign, as in the paper's form.
     return torch.maximum(m, (k - (m - below)).ceil() - (below - m))
 
 
 def _carry(
     sums: Tensor, kept: Tensor, carried: Tensor, low: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums before each chunk, relative to the chunk's own reference, and the sum after the last.
+    """Sums before each chunk, relative to the chunk's reference, and the sum after the last.
 
     sums, kept `[batch, heads, chunks, ...]`, carried and its `low` `[batch, heads, ...]`.
     """

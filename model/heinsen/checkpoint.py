@@ -1,4 +1,4 @@
-"""A checkpoint: a folder with everything that it takes to serve a model.
+"""A checkpoint: a folder with everything needed to serve a model.
 
 config.json           the arguments of ModelConfig
 model.safetensors     the weights, under the reference implementation's parameter names
@@ -36,17 +36,17 @@ CONFIG, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = (
 )
 
 MOST_TEXT_BYTES = 4 << 20
-"""Of a config or a template."""
+"""Size limit of a config or a template."""
 
 MORE_LAYERS = 100
-"""A config that says more layers than this beyond the number of tensors is known to be wrong."""
+"""A config with more layers than this, beyond the number of tensors, is rejected early."""
 
 
 name = "heinsen"
 
 
 def matches(path: Path) -> bool:
-    """A folder, unless its config says that it is of another type."""
+    """A folder, unless its config names another model type."""
     try:
         config = json.loads(read_file(path / CONFIG, MOST_TEXT_BYTES))
     except (OSError, ValueError, RecursionError):
@@ -55,13 +55,13 @@ def matches(path: Path) -> bool:
 
 
 def files(path: Path) -> tuple[Path, ...]:
-    """Those that decide which states are the checkpoint's."""
+    """Files that determine which states are compatible."""
     return path / CONFIG, path / WEIGHTS, path / TOKENIZER
 
 
 @checkpoint_errors()
 def describe(path: Path) -> Description:
-    """Without reading weights. Raises CheckpointError."""
+    """Describe without reading weights. Raises CheckpointError."""
     config, source = _read_folder(path), path / WEIGHTS
     shapes, dtypes = _read_header(source)
     network = network_of_shapes(config, shapes, source)
@@ -81,11 +81,13 @@ def describe(path: Path) -> Description:
 def load(
     path: Path, device: torch.device, dtype: WeightDtype | None = None
 ) -> Loaded[LanguageModel]:
-    """A network that serves, its weights in this dtype; by default in what the device computes best
-    with. Raises CheckpointError."""
+    """Load a network for inference, with weights in this dtype or in the device's preferred one.
+
+    Raises CheckpointError.
+    """
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     config, source = _read_folder(path), path / WEIGHTS
-    network_of_shapes(config, _read_header(source)[0], source)  # before gigabytes are read
+    network_of_shapes(config, _read_header(source)[0], source)  # fail before reading gigabytes
     network = _assemble(config, read_weights(source), source)
     words, template = _read_tokenizer(path, config), _read_template(path / CHAT_TEMPLATE)
     return Loaded(network.pack(dtype, device), words, template)
@@ -95,7 +97,7 @@ def load(
 def load_network(
     path: Path, device: torch.device, dtype: WeightDtype, *, plain: bool = False
 ) -> LanguageModel:
-    """Only the network, in plain torch if so asked for. Raises CheckpointError."""
+    """The network alone; `plain`: in plain torch. Raises CheckpointError."""
     if plain:
         config, source = _read_folder(path), path / WEIGHTS
         return build(config, read_weights(source), source, device)
@@ -103,7 +105,7 @@ def load_network(
 
 
 def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
-    """`embed_pos`, and of each layer `layers.N.H_S` and `layers.N.H_Z`, as the paper has them."""
+    """`embed_pos`, and per layer `layers.N.H_S` and `layers.N.H_Z`, in the paper's form."""
     state = {"embed_pos": pool.tensors["h"][0, row]}
     for number, layer in enumerate(AttentionState.of_layers(pool)):
         h_s, h_z = layer.to_paper()
@@ -113,7 +115,7 @@ def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
 
 @checkpoint_errors()
 def read_initial_state(file: Path, spec: StateSpec) -> dict[str, Tensor]:
-    """A safetensors file with tensors of a state, as an exported session is one.
+    """Tensors of a state from a safetensors file, such as an exported session.
 
     Raises CheckpointError.
     """
@@ -128,7 +130,7 @@ def read_initial_state(file: Path, spec: StateSpec) -> dict[str, Tensor]:
 
 @checkpoint_errors()
 def load_trainable(path: Path, device: torch.device) -> Loaded[LanguageModel]:
-    """A network to train, its weights in float32. Raises CheckpointError."""
+    """Load a network for training, with float32 weights. Raises CheckpointError."""
     config, source = _read_folder(path), path / WEIGHTS
     network_of_shapes(config, _read_header(source)[0], source)
     network = build(config, read_weights(source), source, device)
@@ -143,9 +145,9 @@ def save(
     words: Tokenizer,
     chat_template: str | None,
 ) -> None:
-    """Write or replace a checkpoint. Each file is complete or not there, also after a power cut.
+    """Write or replace a checkpoint. Each file is written atomically and durably.
 
-    Raises CheckpointError when the weights are not those of this config.
+    Raises CheckpointError if the weights do not fit the config.
     """
     _check(config, weights, folder / WEIGHTS)
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +158,7 @@ def save(
     else:
         write_file(folder / CHAT_TEMPLATE, chat_template.encode())
     write_file(folder / WEIGHTS, safetensors.torch.save(tensors))
-    # A paper's network has the config, and so the fingerprint, that it had before extensions.
+    # Unset extensions are omitted, so that configs of the paper's networks keep their fingerprint.
     off = {name for name in EXTENSIONS if name not in config.extensions}
     write_file(folder / CONFIG, config.model_dump_json(indent=2, exclude=off).encode() + b"\n")
 
@@ -168,10 +170,10 @@ def import_state_dict(
     tokenizer_file: Path,
     template_file: Path | None,
 ) -> None:
-    """Make a checkpoint from a state dict of the reference implementation.
+    """Create a checkpoint from a state dict of the reference implementation.
 
-    `arguments` are those of ModelConfig. Nothing is written unless everything fits together.
-    Raises CheckpointError.
+    `arguments` are those of ModelConfig. Nothing is written unless everything fits together. Raises
+    CheckpointError.
     """
     try:
         config = ModelConfig.model_validate(arguments)
@@ -187,7 +189,7 @@ def import_state_dict(
 
 
 def _read_folder(path: Path) -> ModelConfig:
-    """The config. Raises CheckpointError also where there is no folder."""
+    """The config. Raises CheckpointError, also if the folder does not exist."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint folder")
     return read_config(path / CONFIG)
@@ -218,9 +220,9 @@ def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
 
 
 def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """Shapes by name, and the dtypes, of what a safetensors file holds.
+    """Shapes by name, and dtypes, from the header of a safetensors file.
 
-    Raises CheckpointError when it is none, OSError when it cannot be opened.
+    Raises CheckpointError if it is not one, OSError if it cannot be opened.
     """
     check_file(path)
     try:
@@ -233,9 +235,9 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from `.safetensors`, or from `.pt`/`.pth` without running any code of it.
+    """A state dict from `.safetensors`, or from `.pt`/`.pth` without running code from the file.
 
-    Raises CheckpointError when the file is neither, OSError when it cannot be opened.
+    Raises CheckpointError if the file is neither, OSError if it cannot be opened.
     """
     check_file(path)
     if path.suffix == ".safetensors":
@@ -258,19 +260,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def build(
     config: ModelConfig, weights: Mapping[str, Tensor], source: Path, device: torch.device
 ) -> LanguageModel:
-    """The network with these weights in float32; every parameter must be there, and no other."""
+    """The network with these weights in float32; all parameters must be present, and no others."""
     return _assemble(config, weights, source).to(device, torch.float32)
 
 
 def _assemble(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> LanguageModel:
-    """The network with these weights as they are, if they are its weights: no copies."""
+    """The network with these weights, checked but neither converted nor copied."""
     network = _check(config, weights, source)
     network.load_state_dict(weights, assign=True)
     return network.requires_grad_(False).eval()
 
 
 def _check(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> LanguageModel:
-    """The network without memory for its weights, if these are its weights."""
+    """The network on the meta device, if the weights fit it."""
     network = network_of_shapes(config, {name: w.shape for name, w in weights.items()}, source)
     for name, tensor in weights.items():
         check_finite(name, tensor, source)
@@ -280,21 +282,21 @@ def _check(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> 
 def network_of_shapes(
     config: ModelConfig, shapes: Mapping[str, Sequence[int]], source: Path
 ) -> LanguageModel:
-    """The network without memory for its weights, if its weights have these shapes."""
+    """The network on the meta device, if weights of these shapes fit it."""
     few = config.model_copy(update={"n_layers": min(config.n_layers, len(shapes) + MORE_LAYERS)})
     try:
         with torch.device("meta"):
             network = LanguageModel(few)
     except (RuntimeError, TypeError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{source}: no network is of the config's sizes: {reason}") from error
+        raise CheckpointError(f"{source}: the config's sizes are not possible: {reason}") from error
     expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}
     check_shapes(shapes, expected, source)
     return network
 
 
 def check_tokenizer(words: Tokenizer, config: ModelConfig, source: Path) -> Tokenizer:
-    """The tokenizer, if the network has an embedding for each of its tokens."""
+    """The tokenizer, if the network has an embedding for each token."""
     if words.num_tokens > config.vocab_sz:
         raise CheckpointError(
             f"{source}: {words.num_tokens} tokens, but the network has vocab_sz {config.vocab_sz}"

@@ -8,21 +8,22 @@ PositiveInt = Annotated[int, Field(ge=1, le=1 << 24)]
 TokenId = Annotated[int, Field(ge=0)]
 
 FASTEST_DECAY = 0.5
-"""The most that a key channel forgets with a token, in nats. So no chunk of 64 tokens spans more
-than 32 nats by decay alone, which float32 holds with its digits."""
+"""Maximum decay per token, in nats: a chunk of 64 tokens spans at most 32 nats by decay alone,
+which float32 holds without loss."""
 
 SLOWEST_DECAY = 2.0**-12
-"""In nats a token, where a new network's decays begin; they are spread from the fastest to it."""
+"""Slowest initial decay, in nats per token; new networks spread their decays from the fastest to
+it."""
 
 DECAY_RANK = 32
-"""Numbers that a token's decays are made of."""
+"""Rank of the projection to the decays."""
 
 EXTENSIONS = ("decay", "token_shift", "output_gate")
-"""Options that go beyond the paper."""
+"""Options beyond the paper."""
 
 
 class ModelConfig(BaseModel):
-    """Arguments of the reference's `ModelConfig`, plus what serving needs to know.
+    """Arguments of the reference's `ModelConfig`, plus what serving needs.
 
     The defaults are the paper's published network of 124.9 M parameters.
     """
@@ -40,19 +41,20 @@ class ModelConfig(BaseModel):
     """`log`: the network computes log v and passes log y on (v > 0). `linear`: v of any sign."""
 
     decay: bool = False
-    """Beyond the paper: each key channel forgets its past at a rate that depends on the token."""
+    """Beyond the paper: each key channel decays at a rate that depends on the token."""
 
     token_shift: bool = False
-    """Beyond the paper: queries, keys and values are mixed with those of the token before."""
+    """Beyond the paper: queries, keys and values are mixed with the previous token's."""
 
     output_gate: bool = False
-    """Beyond the paper: what attention read is multiplied by a gate made of the layer's input."""
+    """Beyond the paper: the attention output is multiplied by a gate computed from the layer's
+    input."""
 
     bos_token_id: TokenId | None = None
-    """Put before a text prompt that starts a fresh state. None: nothing is put there."""
+    """Token prepended to a text prompt on a fresh state; None for no token."""
 
     eos_token_ids: tuple[TokenId, ...] = Field(default=(), strict=False)
-    """Tokens that end a generation. They are never part of the text."""
+    """Tokens that end a generation; not part of the text."""
 
     @property
     def log_values(self) -> bool:
@@ -60,7 +62,7 @@ class ModelConfig(BaseModel):
 
     @property
     def extensions(self) -> tuple[str, ...]:
-        """Names of those that are on."""
+        """Names of the enabled extensions."""
         return tuple(name for name in EXTENSIONS if getattr(self, name))
 
     @model_validator(mode="after")
@@ -72,7 +74,7 @@ class ModelConfig(BaseModel):
 
 
 def describe(error: ValidationError) -> str:
-    """What is wrong with a config, in one line."""
+    """A config's validation errors, in one line."""
     return "; ".join(
         f"{'.'.join(map(str, e['loc'])) or 'the config'}: {e['msg']}" for e in error.errors()
     )

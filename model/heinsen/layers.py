@@ -1,4 +1,4 @@
-"""What the network is made of: latent positions, residual layers, and their state.
+"""Layers of the network: latent positions, residual layers, and their state.
 
 Parameter names are those of the reference implementation, so its state dicts load unchanged.
 """
@@ -33,11 +33,11 @@ class NetworkState:
     layers: tuple[AttentionState, ...]
 
     def detach(self) -> "NetworkState":
-        """The same values without the graph that computed them."""
+        """The same values, detached from the autograd graph."""
         return _combine(lambda x: x.detach(), self)
 
     def replace(self, chosen: Tensor, other: "NetworkState") -> "NetworkState":
-        """`other` for the sequences where `chosen` `[batch]` holds, self for the rest."""
+        """`other` where `chosen` `[batch]` is true, self elsewhere."""
 
         def select(own: Tensor, others: Tensor) -> Tensor:
             return torch.where(chosen.view(-1, *[1] * (own.dim() - 1)), others, own)
@@ -64,10 +64,10 @@ class LatentPosition(nn.Module):
     def forward(self, emb: Tensor, h: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """emb `[batch, tokens, d_emb]`, h `[batch, d_emb]` -> all h_t, and the last one.
 
-        The composition of two steps (A1, b1) then (A2, b2) is (A1 + A2, logaddexp(A2 + b1, b2)), an
-        associative operation: within a chunk the scan doubles its span, and unlike a difference of
-        cumulative sums it never subtracts large numbers. Chunks carry h to the next one, in h's
-        own precision: where gates forget nothing, h is a logarithm of a sum over all tokens.
+        Two steps (A1, b1) and (A2, b2) compose to (A1 + A2, logaddexp(A2 + b1, b2)), an associative
+        operation: within a chunk the scan doubles its span, and unlike a difference of cumulative
+        sums it never subtracts large numbers. Chunks pass h on in its own precision: if gates
+        forget nothing, h is the log of a sum over all tokens.
         """
         exact = torch.promote_types(emb.dtype, torch.float32)
         decay, b = (x.to(exact) for x in self._gates(emb))
@@ -106,16 +106,17 @@ class LatentPosition(nn.Module):
 
 
 def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """log(exp(a) + exp(b)) for finite numbers; the same bits wherever in a tensor they stand.
+    """log(exp(a) + exp(b)) for finite numbers; the bits do not depend on the position in the
+    tensor.
 
-    `torch.logaddexp` on a CPU computes what is left of its vectors in other instructions.
+    On a CPU `torch.logaddexp` uses other instructions for the elements that do not fill a vector.
     """
     return torch.maximum(a, b) + (a - b).abs().neg().exp().log1p()
 
 
 @dataclass(frozen=True)
 class Projected:
-    """What a layer makes of its input before attention."""
+    """Projections of a layer's input, before attention."""
 
     q: Tensor
     """`[batch, tokens, heads, d_k]`, like k"""
@@ -123,14 +124,15 @@ class Projected:
     v: Tensor
     """v, or log v. `[batch, tokens, heads, d_v]`"""
     log_f: Tensor | None
-    """What is left of the past in each key channel, with `decay`; the shape of k"""
+    """With `decay`: log f of each key channel; the shape of k"""
     gate: Tensor | None
     """`[batch, tokens, heads * d_v]`, with `output_gate`"""
     inputs: Tensor
-    """With `token_shift`, first the one before these tokens. `[batch, tokens (+ 1), d_emb]`"""
+    """With `token_shift`: inputs, starting with the previous token's. `[batch, tokens (+ 1),
+    d_emb]`"""
 
     def mask(self, padding: Tensor | None, *, log_values: bool) -> "Projected":
-        """Make the tokens where `padding` `[batch, tokens]` holds leave a state as it was."""
+        """Make the tokens with `padding` `[batch, tokens]` leave the state unchanged."""
         if padding is None:
             return self
         mask = padding[..., None, None]
@@ -139,7 +141,7 @@ class Projected:
         return replace(self, q=self.q.masked_fill(mask, 0.0), k=k, v=v, log_f=log_f)
 
     def last_input(self, padding: Tensor | None) -> Tensor:
-        """The input of each sequence's last token, with `token_shift`. `[batch, d_emb]`"""
+        """With `token_shift`: the input of each sequence's last token. `[batch, d_emb]`"""
         if padding is None:
             return self.inputs[:, -1]
         lengths = padding.logical_not().sum(1)
@@ -149,9 +151,9 @@ class Projected:
 class Layer(nn.Module):
     """x + FF2(attention(FF1(x))): the residual layer of the reference implementation.
 
-    Of the input u = LayerNorm(x), the extensions make
+    The extensions, with u = LayerNorm(x):
 
-        token_shift   p_t + mix * (p_{t-1} - p_t) of p = Linear(u), before the first token u = 0
+        token_shift   p_t + mix * (p_{t-1} - p_t) of p = Linear(u), and u = 0 before the first token
         decay         log f = -FASTEST_DECAY * sigmoid(Linear(Linear(u)))
         output_gate   y * silu(Linear(u)) for y
     """
@@ -173,7 +175,7 @@ class Layer(nn.Module):
         self.decay = self.gate = None
         if config.decay:
             rates = nn.Linear(DECAY_RANK, heads * config.d_key)
-            # Not linspace: for a network without memory it imports hundreds of modules.
+            # Not linspace: on the meta device it imports hundreds of modules.
             per_key = math.log(SLOWEST_DECAY / FASTEST_DECAY) / max(1, config.d_key - 1)
             spread = torch.tensor([per_key * key for key in range(config.d_key)])
             with torch.no_grad():
@@ -203,7 +205,7 @@ class Layer(nn.Module):
         return Projected(q, k, v, log_f, gate, inputs)
 
     def merge(self, x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Add what attention read, y `[..., heads, d_v]`, to x `[..., d_emb]`."""
+        """Add the attention output y `[..., heads, d_v]` to x `[..., d_emb]`."""
         y = y.flatten(-2)
         added: Tensor = self.feedforward2(y if gate is None else y * gate)
         return x + added
@@ -235,7 +237,7 @@ class Layer(nn.Module):
 
 
 class Parts(Protocol):
-    """A network's weights, for those that compute with them in their own way."""
+    """A network's weights, for the compiled implementations."""
 
     config: ModelConfig
     embed: nn.Embedding
@@ -255,6 +257,6 @@ class Parts(Protocol):
 def mask_padding(
     k: Tensor, v: Tensor, padding: Tensor, *, log_values: bool
 ) -> tuple[Tensor, Tensor]:
-    """Make the tokens where `padding` `[batch, tokens]` holds leave a state as it was."""
+    """Make the tokens with `padding` `[batch, tokens]` leave the state unchanged."""
     mask = padding[..., None, None]
     return k.masked_fill(mask, -torch.inf), v.masked_fill(mask, -torch.inf if log_values else 0.0)

@@ -1,8 +1,8 @@
 """The paper's language model: embedding, latent positions, residual layers of latent attention.
 
 Parameter names are those of the reference implementation, so its state dicts load unchanged. A
-sequence's state is the position state h, one vector, and one attention state (m, Z, S, n) per
-layer; and what the last layer made of the last token, from which alone the next one can be chosen.
+sequence's state is the position state h, one vector; one attention state (m, Z, S, n) per layer;
+and the last layer's output for the last token, from which the next token is sampled.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,13 +33,13 @@ Narrow = TypeVar("Narrow", NarrowLinear, PackedLinear)
 
 
 class LanguageModel(nn.Module):
-    """The paper's network (section 4): trained by `unroll`, served by `forward`."""
+    """The paper's network (section 4): `unroll` for training, `forward` for inference."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        # Given its weight: else it is drawn twice, and for that a network without memory imports
-        # torch's compiler, which takes as long as torch.
+        # With its weight given, torch neither initialises it twice nor, on the meta device, imports
+        # its compiler, which takes as long as importing torch.
         weight = torch.empty(config.vocab_sz, config.d_emb)
         self.embed = nn.Embedding(config.vocab_sz, config.d_emb, _weight=weight)
         self.embed_pos = LatentPosition(config.d_emb)
@@ -52,20 +52,20 @@ class LanguageModel(nn.Module):
         self._compiled: CompiledNetwork | None = None
         self._fused: FusedNetwork | None = None
         self.backend = "plain torch"
-        """What `forward` runs as and, once packed, why; in words."""
+        """Backend of `forward` and, once packed, the reason for it."""
         self.arithmetic = "float32 x float32"
         """`Network.arithmetic`"""
 
     def pack(
         self, dtype: WeightDtype = "float32", device: torch.device | None = None
     ) -> "LanguageModel":
-        """Make the network one that only serves: weights in this dtype, in the order of reading.
+        """Convert the network for inference: weights in this dtype and in packed order.
 
-        They may be in any floating dtype before, and in a mapped file: each is converted by itself.
+        Weights may be in any floating dtype and in a mapped file; they are converted one at a time.
 
-        On a CPU it is compiled, on a GPU it becomes Triton kernels, unless it has extensions: then
-        it stays plain torch there. It computes the same as before but for the rounding of weights,
-        has no gradients, and cannot be saved.
+        On a CPU it is compiled, on a GPU it runs Triton kernels, unless it has extensions, which
+        stay in plain torch there. Results are the same up to the rounding of weights; it has no
+        gradients and cannot be saved afterwards.
         """
         where = device or self.device
         reason = reason_not_compiled(where, self.embed.weight.dtype)
@@ -96,7 +96,7 @@ class LanguageModel(nn.Module):
     ) -> "LanguageModel":
         """`pack` into Triton kernels: for a GPU, or for a CPU in Triton's interpreter.
 
-        Raises ValueError naming what the config has and the kernels have not.
+        Raises ValueError naming extensions without kernels.
         """
         if missing := unsupported_extensions(self.config):
             raise ValueError(missing)
@@ -111,7 +111,7 @@ class LanguageModel(nn.Module):
     def _narrow(
         self, kind: type[Narrow], dtype: WeightDtype, device: torch.device | None
     ) -> Narrow:
-        """Put maps of this kind in the place of all linear ones; returns the last, to logits."""
+        """Replace all linear maps by this kind; returns the last one, to the logits."""
         _replace_linear(self, lambda child: kind(child.weight, child.bias, dtype, device))
         weight = self.embed.weight
         unembed = kind(weight, None, dtype, device)
@@ -122,24 +122,24 @@ class LanguageModel(nn.Module):
         return unembed
 
     def _convert(self, device: torch.device | None, keep: Tensor | None = None) -> None:
-        """What parameters are left, but for the one to keep, as they are served."""
+        """Convert the remaining parameters, except `keep`."""
         for parameter in self.parameters():
             if parameter is not keep:
                 parameter.data = as_served(parameter.data, device)
 
     @property
     def is_compiled(self) -> bool:
-        """Whether `forward` runs as compiled code."""
+        """Whether `forward` runs compiled code."""
         return self._compiled is not None
 
     def num_threads(self, tokens: int, answers: int) -> int:
-        """CPU threads of a step that reads so many tokens and computes so many rows of logits."""
+        """CPU threads for a step of `tokens` tokens and `answers` rows of logits."""
         head = self.embed.weight.numel()
         return num_threads(tokens * (self.num_parameters - head) + answers * head, answers)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that a step reads."""
+        """Bytes of weights read per step."""
         bits = 32 if self._unembed is None else self._unembed.weight.dtype.itemsize * 8
         return self.num_parameters * bits // 8
 
@@ -161,10 +161,10 @@ class LanguageModel(nn.Module):
 
     @property
     def cut(self) -> int:
-        """Prompts cut after multiples of so many tokens have the same bits as whole ones.
+        """Splitting prompts at multiples of this does not change the bits.
 
-        But for a last token by itself: it belongs to the piece before. Compiled code reads token by
-        token; there this is only a size worth a call.
+        A single last token is the exception: it belongs to the piece before. Compiled code reads
+        token by token; there this is only a size worth a call.
         """
         return 8 if self.is_compiled else CHUNK
 
@@ -179,7 +179,7 @@ class LanguageModel(nn.Module):
 
     @property
     def state_spec(self) -> StateSpec:
-        """What one sequence's state consists of, at any length of the sequence."""
+        """Tensors of one sequence's state, whatever its length."""
         c = self.config
         dtype = "float64" if self.embed.weight.dtype == torch.float64 else "float32"
         heads = (c.n_layers, c.n_heads)
@@ -200,7 +200,7 @@ class LanguageModel(nn.Module):
         return StateSpec(tuple(tensors))
 
     def new_pool(self, num_rows: int) -> StatePool:
-        """States before the first token, on the device of the weights."""
+        """A pool in the initial state, on the device of the weights."""
         return StatePool(self.state_spec, num_rows, self.device)
 
     def empty_state(self, batch: int) -> NetworkState:
@@ -208,7 +208,7 @@ class LanguageModel(nn.Module):
         return self.read_state(self.new_pool(batch))
 
     def read_state(self, pool: StatePool) -> NetworkState:
-        """All rows of a pool as one batch; its tensors are views of the pool's."""
+        """All rows of a pool as one batch of views."""
         return NetworkState(pool.tensors["h"][0], AttentionState.of_layers(pool))
 
     def write_state(self, state: NetworkState, pool: StatePool) -> None:
@@ -222,9 +222,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, NetworkState]:
         """Logits of every token, differentiable in the weights and the state.
 
-        The state that comes back keeps no account of what rounding lost.
-
-        token_ids `[batch, tokens]` -> logits `[batch, tokens, vocab_sz]` and the state at the end.
+        token_ids `[batch, tokens]` -> logits `[batch, tokens, vocab_sz]` and the state at the end,
+        without compensation terms.
         """
         emb = self._embed(token_ids)
         all_h, h = self.embed_pos(emb, state.h, None)
@@ -236,10 +235,11 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: Batch, pool: StatePool) -> Tensor:
-        """Advance the batch's rows by its tokens: logits `[wanted, vocab_sz]` where it wants them.
+        """Advance the batch's rows by its tokens: logits `[wanted, vocab_sz]` at the requested
+        positions.
 
-        Compiled, a row's bits depend neither on its company nor on how its tokens were cut.
-        Raises IndexError for a token or row that there is not.
+        In compiled code a row's bits depend neither on the batch nor on how its tokens were split.
+        Raises IndexError for token ids and rows out of range.
         """
         if self._compiled is not None:
             return self._compiled.forward(batch, pool)
@@ -260,8 +260,8 @@ class LanguageModel(nn.Module):
         return self._logits(read[torch.from_numpy(batch.logits_at).to(pool.device)])
 
     def _read(self, ids: Tensor, padding: Tensor | None, index: "Index", pool: StatePool) -> Tensor:
-        """Advance some rows: ids and padding `[rows, tokens]` -> what the last layer makes of each
-        token `[rows, tokens, d_emb]`."""
+        """Advance rows: ids and padding `[rows, tokens]` -> the last layer's outputs `[rows,
+        tokens, d_emb]`."""
         emb, is_step = self._embed(ids), ids.shape[1] == 1
         h, layers = pool.tensors["h"][0], AttentionState.of_layers(pool)
         if is_step:
@@ -283,8 +283,7 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """Logits `[batch, vocab_sz]` after the last token that each of `rows` has read. Nothing is
-        read."""
+        """Logits `[batch, vocab_sz]` after the last token of each row, without reading a token."""
         if self._compiled is not None:
             return self._compiled.logits(pool, rows)
         if self._fused is not None:
@@ -304,7 +303,7 @@ Index = slice | Tensor
 
 
 def _replace_linear(module: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put another module in the place of every `nn.Linear` inside of the module."""
+    """Replace every `nn.Linear` in the module."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, make(child))
@@ -313,7 +312,7 @@ def _replace_linear(module: nn.Module, make: Callable[[nn.Linear], nn.Module]) -
 
 
 def _index(pool: StatePool, rows: Sequence[int]) -> Index:
-    """Consecutive rows are read and written in place; any others by gather and scatter."""
+    """Consecutive rows are used in place, others by gather and scatter."""
     run = contiguous_run(rows)
     return torch.tensor(rows, device=pool.device) if run is None else run
 

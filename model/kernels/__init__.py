@@ -1,1 +1,1 @@
-"""What networks of all families compute with."""
+"""Kernels shared by all families."""

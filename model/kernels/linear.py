@@ -1,8 +1,8 @@
-"""Linear maps of a network that only serves, with weights in the dtype of the user's choice.
+"""Linear maps for inference, with weights in the chosen dtype.
 
-float32 as they are, bfloat16 rounded, int8 as whole numbers times one scale per output (its largest
-weight is 127). Outputs are float32 in all cases, and so are inputs and sums, unless the processor
-multiplies in the weights' own type: then inputs are rounded to it, int8 with one scale per row.
+float32 unchanged, bfloat16 rounded, int8 with one scale per output (its largest weight is 127).
+Outputs are float32 in all cases, and so are inputs and sums, unless the processor multiplies in the
+weights' own type: then inputs are rounded to it, int8 with one scale per row.
 """
 
 import logging
@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 
 
 PART_SIZE = 1 << 16
-"""Numbers of a weight that are converted at a time: what it takes beside the result is little."""
+"""Numbers converted at a time, which bounds the temporary memory."""
 
 
 def narrow(
@@ -29,7 +29,7 @@ def narrow(
 ) -> tuple[Tensor, Tensor | None]:
     """A weight `[out, in]` in the dtype, and with int8 the scale `[out]` of each output.
 
-    It is on the device, if one is given, and the weight itself if nothing is to be changed.
+    On `device` if given; the weight itself if nothing needs to change.
     """
     weight = weight.detach()
     device = device or weight.device
@@ -48,7 +48,7 @@ def narrow(
 
 
 def _parts(weight: Tensor, unit: int = 1) -> Iterator[slice]:
-    """Its rows in parts of about `PART_SIZE` numbers, each a multiple of `unit` but the last."""
+    """Slices of about `PART_SIZE` numbers, each a multiple of `unit` rows except the last."""
     count = max(1, PART_SIZE // (weight.shape[1] * unit)) * unit
     return (slice(start, start + count) for start in range(0, len(weight), count))
 
@@ -75,15 +75,15 @@ class NarrowLinear(nn.Module):
 
 
 def as_served(vector: Tensor, device: torch.device | None) -> Tensor:
-    """What is no weight of a product: float32 or float64, on the device if one is given."""
+    """A vector as served: float32 or float64, on the device if given."""
     dtype = torch.promote_types(vector.dtype, torch.float32)
     return vector.to(device or vector.device, dtype)
 
 
 class PackedLinear(nn.Module):
-    """`NarrowLinear` for the CPU, compiled, its weight in the order in which it is read.
+    """`NarrowLinear` for the CPU: compiled, with the weight packed in the order of reading.
 
-    A row of the result does not depend, to the bit, on how many rows or threads there are.
+    A row's bits do not depend on the number of rows or threads.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class PackedLinear(nn.Module):
 
     @property
     def addresses(self) -> tuple[int, int, int]:
-        """Of weight, scale and bias; 0 where there is none. They stay as long as this object."""
+        """Addresses of weight, scale and bias, 0 if absent; valid as long as this object."""
         scale, bias = (0 if t is None else t.data_ptr() for t in (self.scale, self.bias))
         return self.weight.data_ptr(), scale, bias
 
@@ -140,9 +140,9 @@ class PackedLinear(nn.Module):
 
 
 def reason_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
-    """Why `PackedLinear` does not work for a network on this device, found out by running it.
+    """Why `PackedLinear` does not work for a network on this device, found by running it.
 
-    Empty if it does.
+    Empty if it works.
     """
     if device.type != "cpu" or dtype == torch.float64:
         return "only float32 networks on a CPU are compiled"
@@ -155,7 +155,7 @@ def reason_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
         if torch.equal(PackedLinear(weight, None, "float32")(x), F.linear(x, weight)):
             return ""
         reason = "compiled code gives wrong results"
-    except Exception as error:  # Numba is missing, or does not know this machine
+    except Exception as error:  # Numba is missing, or does not support this machine
         reason = f"Numba: {error}"
     log.warning("nothing is compiled for this CPU, steps will be slower: %s", reason)
     return reason

@@ -1,4 +1,4 @@
-"""RWKV-7 networks as a family: which paths are its, what they are, and loading them."""
+"""RWKV-7 as a family: detecting, describing and loading its checkpoints."""
 
 import json
 from dataclasses import replace
@@ -27,12 +27,12 @@ DTYPES: dict[torch.dtype, WeightDtype] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "bfloat16",
 }
-"""What weights are served in by what they are stored in. bfloat16 is as small as float16, and spans
-what float32 does; three bits of float16's digits are lost by it, and none in float32."""
+"""Serving dtype by stored dtype. bfloat16 is as small as float16 and has the range of float32, but
+drops three bits of float16's precision; float32 drops none."""
 
 
 def matches(path: Path) -> bool:
-    """A `.pth`, or a folder whose config says that it is an RWKV of any version."""
+    """A `.pth`, or a folder whose config names any version of RWKV."""
     if path.suffix == ".pth":
         return path.is_file()
     try:
@@ -44,13 +44,13 @@ def matches(path: Path) -> bool:
 
 @checkpoint_errors()
 def files(path: Path) -> tuple[Path, ...]:
-    """Those that decide which states are the checkpoint's."""
+    """Files that determine which states are compatible."""
     return *open_source(path).files, world.vocabulary_file(_folder(path))
 
 
 @checkpoint_errors()
 def describe(path: Path) -> Description:
-    """Without reading weights; without a tokenizer if there is none. Raises CheckpointError."""
+    """Describe without reading weights; the tokenizer may be missing. Raises CheckpointError."""
     source = open_source(path)
     try:
         words = _read_tokenizer(source)
@@ -70,7 +70,7 @@ def describe(path: Path) -> Description:
 
 @checkpoint_errors()
 def load(path: Path, device: torch.device, dtype: WeightDtype | None = None) -> Loaded[RWKV7]:
-    """A network that serves, by default with weights in the file's own dtype.
+    """Load a network for inference, by default with weights in the file's dtype.
 
     Raises CheckpointError.
     """
@@ -85,7 +85,7 @@ def load(path: Path, device: torch.device, dtype: WeightDtype | None = None) -> 
 def load_network(
     path: Path, device: torch.device, dtype: WeightDtype | None = None, *, plain: bool = False
 ) -> RWKV7:
-    """Only the network, in plain torch if so asked for. Raises CheckpointError."""
+    """The network alone; `plain`: in plain torch. Raises CheckpointError."""
     return build(open_source(path), device, dtype, plain=plain)
 
 
@@ -114,7 +114,7 @@ def _folder(path: Path) -> Path:
 
 
 def _read_template(path: Path) -> str:
-    """The one beside the weights, or that of the G1 series, which comes without."""
+    """The template next to the weights, else that of the G1 series."""
     beside = _folder(path) / CHAT_TEMPLATE
     try:
         return read_file(beside).decode() if beside.exists() else g1.TEMPLATE
@@ -123,7 +123,7 @@ def _read_template(path: Path) -> str:
 
 
 def _read_tokenizer(source: Source) -> Tokenizer:
-    """The World vocabulary beside the weights, or of an installed package."""
+    """The World vocabulary next to the weights, or of an installed package."""
     words = world.find(_folder(source.path))
     if words.num_tokens > source.config.vocab_size:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Sizes of an RWKV-7 network, and what a sequence's state consists of."""
+"""Sizes of an RWKV-7 network, and the layout of a sequence's state."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from model.state import StateSpec, TensorSpec
 
 GROUP_NORM_EPS = 64e-5
-"""Of the official implementation, whatever the head size."""
+"""Epsilon of the official implementation, for any head size."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """What the shapes of the weights say, and what stands beside them."""
+    """Sizes from the weights' shapes, and settings from the files."""
 
     vocab_size: int
     d_emb: int
@@ -20,11 +20,11 @@ class Config:
     head_size: int
     d_ffn: int
     decay_rank: int
-    """Of the low-rank maps, here the one to decays."""
+    """Rank of the low-rank map to the decays."""
 
     rate_rank: int
     value_rank: int
-    """0 in a network of a single layer."""
+    """0 in a single-layer network."""
 
     gate_rank: int
     norm_eps: float = 1e-5
@@ -38,9 +38,11 @@ class Config:
 
     @property
     def state_spec(self) -> StateSpec:
-        """wkv is `[layers, heads, key channels, value channels]`: the transpose of the publishers'.
+        """wkv is `[layers, heads, key channels, value channels]`: the transpose of the published
+        layout.
 
-        `last` is what the last layer made of the last token: the logits after it can be had again.
+        `last` is the last layer's output for the last token, from which its logits can be
+        recomputed.
         """
         layers, heads, n = self.num_layers, self.num_heads, self.head_size
         shifts = ("att_shift", "ffn_shift")

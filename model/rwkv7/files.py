@@ -1,4 +1,4 @@
-"""The files that RWKV-7 networks are published in, opened without reading weights.
+"""Published file formats of RWKV-7 networks, opened without reading weights.
 
 *.pth             the official format: a dict of tensors, mapped into memory
 config.json       with `model_type` rwkv7, beside model.safetensors, or several and their index:
@@ -24,44 +24,44 @@ from model.weights import Shape, check_shapes
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Of weights, by what safetensors calls them."""
+"""Weight dtypes, by their safetensors names."""
 
 MARKS = {
-    ".qkv.": "RWKV-7b, which keeps a cache of all tokens beside its state",
+    ".qkv.": "RWKV-7b, which has a cache of all tokens in addition to its state",
     ".ffn.s_emb": "RWKV-7a, which has an embedding of each token in every layer",
     ".ffn.enn.": "RWKV-8, which has an embedding of each token in every layer",
     "rosa": "RWKV-8, which looks up what followed the same tokens before",
-    ".att.time_maa": "RWKV-6, whose recurrence is another",
-    ".att.time_mix_g": "RWKV-5, whose recurrence is another",
-    ".att.ln_x": "RWKV-5, whose recurrence is another",
-    ".att.time_decay": "RWKV-4, whose recurrence is another",
+    ".att.time_maa": "RWKV-6, with another recurrence",
+    ".att.time_mix_g": "RWKV-5, with another recurrence",
+    ".att.ln_x": "RWKV-5, with another recurrence",
+    ".att.time_decay": "RWKV-4, with another recurrence",
     ".att.time_state": "a tuned initial state of a network, not a network",
 }
-"""Parts of names, in this order, by which other networks than RWKV-7 are known."""
+"""Name fragments of other networks than RWKV-7, in this order."""
 
 VERSIONS = {
-    "rwkv": "RWKV-4, whose recurrence is another",
-    "rwkv5": "RWKV-5, whose recurrence is another",
-    "rwkv6": "RWKV-6, whose recurrence is another",
+    "rwkv": "RWKV-4, with another recurrence",
+    "rwkv5": "RWKV-5, with another recurrence",
+    "rwkv6": "RWKV-6, with another recurrence",
 }
-"""By `model_type`. Any other that begins with rwkv is unknown."""
+"""By `model_type`. Other types that begin with rwkv are unknown."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A network's tensors as they are in files."""
+    """A network's tensors in their files."""
 
     path: Path
     files: tuple[Path, ...]
-    """Those that the network is in, its config first."""
+    """Files of the network, the config first."""
 
     shapes: Mapping[str, Shape]
-    """By the names of `names.expected`."""
+    """Shapes by the names of `names.expected`."""
 
     dtypes: Mapping[str, torch.dtype]
     config: Config
     tensor: Callable[[str], Tensor]
-    """The tensor of a name, of that shape, mapped into memory where the format allows."""
+    """The named tensor in that shape, memory-mapped if the format allows."""
 
     @property
     def num_parameters(self) -> int:
@@ -69,18 +69,18 @@ class Source:
 
     @property
     def dtype_names(self) -> list[str]:
-        """As safetensors calls them."""
+        """Safetensors names of the dtypes."""
         found = set(self.dtypes.values())
         return [name for name, dtype in DTYPES.items() if dtype in found]
 
     @property
     def num_bytes(self) -> int:
-        """Of the files with weights."""
+        """Size of the weight files."""
         return sum(file.stat().st_size for file in self.files if file.suffix != ".json")
 
 
 def open_source(path: Path) -> Source:
-    """Raises CheckpointError, with the reason in one line, and OSError."""
+    """Raises CheckpointError with a one-line reason, and OSError."""
     source = _open_folder(path) if path.is_dir() else _open_pth(path)
     check_shapes(source.shapes, names.expected(source.config), source.path)
     return source
@@ -100,11 +100,11 @@ def _open_pth(path: Path) -> Source:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A dict of tensors, mapped into memory; no code of the file is run.
+    """A dict of tensors, memory-mapped; no code from the file is run.
 
-    Raises CheckpointError, and OSError when it cannot be opened.
+    Raises CheckpointError, and OSError if the file cannot be opened.
     """
-    check_file(path)  # not every error of torch would name the file
+    check_file(path)  # not every torch error names the file
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises many types for a malformed or foreign file
@@ -114,7 +114,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a dict of tensors by name")
     if "_strategy" in content:
         raise CheckpointError(
-            f"{path}: weights converted for one strategy of the package rwkv; the original is read"
+            f"{path}: weights converted for a strategy of the package rwkv; use the original file"
         )
     if others := [name for name, tensor in content.items() if not isinstance(tensor, Tensor)]:
         raise CheckpointError(f"{path}: {others[0]} is not a tensor")
@@ -122,7 +122,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _arranged(name: str, tensor: Tensor) -> Tensor:
-    """An official tensor in the shape of `names.expected`, if it can be."""
+    """An official tensor in the shape of `names.expected`, if possible."""
     if names.LOW_RANK.fullmatch(name) and tensor.dim() == 2:
         return tensor.T
     return _flat(name, tensor)
@@ -173,7 +173,7 @@ def _tie(shapes: dict[str, Shape], *others: dict[str, Any]) -> None:
 
 
 def _open_safetensors(path: Path) -> Any:
-    check_file(path)  # not every error of the library would name the file
+    check_file(path)  # not every library error names the file
     try:
         return safetensors.safe_open(path, "pt")
     except safetensors.SafetensorError as error:
@@ -181,7 +181,7 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """One file, or those of the index. Raises CheckpointError for an index that is none."""
+    """One file, or those of the index. Raises CheckpointError for a malformed index."""
     index = folder / INDEX
     if (folder / WEIGHTS).exists() or not index.exists():
         return (folder / WEIGHTS,)
@@ -207,13 +207,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _refuse_settings(settings: Mapping[str, Any], path: Path) -> None:
     kind = settings.get("model_type")
     if kind != "rwkv7":
-        what = VERSIONS.get(str(kind), f"model_type {kind!r}, which is not known")
+        what = VERSIONS.get(str(kind), f"model_type {kind!r}, which is unknown")
         raise CheckpointError(f"{path}: {what}; only RWKV-7 is served")
     if quantized := settings.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise CheckpointError(
-            f"{path}: quantised weights ({method or 'of an unknown method'}) are not read: "
-            "serve the original, with --dtype int8 if it is to be small"
+            f"{path}: quantised weights ({method or 'of an unknown method'}) are not supported: "
+            "serve the original, with --dtype int8 to save memory"
         )
     plain = {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "attn": None}
     for key, value in plain.items():
@@ -224,7 +224,7 @@ def _refuse_settings(settings: Mapping[str, Any], path: Path) -> None:
 
 
 def _refuse_others(found: Mapping[str, object], path: Path) -> None:
-    """Raises CheckpointError for the tensors of another network."""
+    """Raises CheckpointError for tensors of another network."""
     for mark, what in MARKS.items():
         if name := next((name for name in found if mark in name), None):
             if mark == ".att.ln_x" and any(".att.r_k" in each for each in found):
@@ -239,12 +239,12 @@ def _known_dtype(name: str, dtype: object, path: Path) -> torch.dtype:
         return DTYPES[dtype]
     raise CheckpointError(
         f"{path}: {name} is {str(dtype).removeprefix('torch.')}: "
-        "quantised weights are not read, only float32, float16 and bfloat16"
+        "quantised weights are not supported, only float32, float16 and bfloat16"
     )
 
 
 def _config(shapes: Mapping[str, Shape], path: Path) -> Config:
-    """The sizes that the shapes tell. Raises CheckpointError where one is missing."""
+    """Sizes from the tensors' shapes. Raises CheckpointError if one is missing."""
 
     def sizes(name: str) -> tuple[int, int]:
         shape = shapes.get(name)
@@ -258,10 +258,10 @@ def _config(shapes: Mapping[str, Shape], path: Path) -> Config:
     vocab_size, d_emb = sizes("emb.weight")
     num_heads, head_size = sizes("blocks.0.att.r_k")
     if num_layers > len(shapes):
-        raise CheckpointError(f"{path}: of {num_layers} layers there are {len(shapes)} tensors")
+        raise CheckpointError(f"{path}: {num_layers} layers, but {len(shapes)} tensors")
     if num_heads * head_size != d_emb:
         raise CheckpointError(
-            f"{path}: {num_heads} heads of {head_size} are not the embedding's {d_emb} numbers"
+            f"{path}: {num_heads} heads of {head_size} are not the embedding's {d_emb} channels"
         )
     return Config(
         vocab_size=vocab_size,
@@ -278,7 +278,7 @@ def _config(shapes: Mapping[str, Shape], path: Path) -> Config:
 
 
 def _with_settings(config: Config, settings: Mapping[str, Any], path: Path) -> Config:
-    """With what only a `config.json` says, if it says of the rest what the shapes do."""
+    """Adds what only `config.json` has, after checking that it agrees with the shapes."""
     told = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_emb,
@@ -307,5 +307,5 @@ def _with_settings(config: Config, settings: Mapping[str, Any], path: Path) -> C
 def _eos(said: object, vocab_size: int, path: Path) -> tuple[int, ...]:
     ids = said if isinstance(said, list) else [] if said is None else [said]
     if not all(isinstance(each, int) and 0 <= each < vocab_size for each in ids):
-        raise CheckpointError(f"{path}: eos_token_id {said!r} is not of {vocab_size} tokens")
+        raise CheckpointError(f"{path}: eos_token_id {said!r} is not below {vocab_size}")
     return tuple(ids)

@@ -1,8 +1,8 @@
-"""Tuned initial states: what sequences begin with in place of zeros, learned for a purpose.
+"""Tuned initial states: learned values that sequences start from in place of zeros.
 
-Published as `.pth` with `blocks.N.att.time_state` `[heads, value channels, key channels]` of each
-layer, as of its wkv: for RWKV-7 they are not transposed, as those of RWKV-5 and 6 are. Token shifts
-begin with zeros.
+Published as `.pth` with `blocks.N.att.time_state` `[heads, value channels, key channels]` per
+layer, in the layout of its wkv: unlike those of RWKV-5 and 6, they are not transposed for RWKV-7.
+Token shifts start from zeros.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from model.weights import check_finite, check_shapes
 def read_initial_state(file: Path, spec: StateSpec) -> dict[str, Tensor]:
     """The state's `wkv` `[layers, heads, key channels, value channels]`.
 
-    Raises CheckpointError for a file of another network or of something else.
+    Raises CheckpointError for other files and other networks.
     """
     tensors = read_tensors(file)
     if not any(name.endswith(".att.time_state") for name in tensors):

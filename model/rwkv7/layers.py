@@ -1,11 +1,11 @@
-"""What an RWKV-7 network is made of, in plain torch, for pieces of several sequences at once.
+"""Layers of RWKV-7 in plain torch, for pieces of several sequences at once.
 
 The letters are those of the official weights (`att.x_r`, `att.k_k`, `ffn.x_k`, ...):
 
-    x_*         shares of the token before: for receptance, decay w, key, value, rate a, gate g
+    x_*         shares of the previous token: for receptance, decay w, key, value, rate a, gate g
     w, a, v, g  low-rank maps: to decays, in-context rates, shares of layer 0's value, gates
     k_k, k_a    scales of the key that is removed, and of the rate's effect on the key that is added
-    r_k         weights of the bonus that the token itself gets
+    r_k         weights of the current token's bonus
 """
 
 import math
@@ -23,7 +23,7 @@ from model.rwkv7.recurrence import Recurrence, Vectors
 Linear = NarrowLinear | PackedLinear
 
 LOG_SLOWEST = -math.exp(-0.5)
-"""The logarithm of the fastest decay: log w = LOG_SLOWEST * sigmoid(...)."""
+"""Log of the fastest decay: log w = LOG_SLOWEST * sigmoid(...)."""
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class LowRank:
-    """up(f(down(x))), with the bias, if there is one, in `up`."""
+    """up(f(down(x))); an optional bias is in `up`."""
 
     down: Linear
     up: Linear
@@ -50,7 +50,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class TimeMix:
-    """Attention, as it is called in the weights' names."""
+    """Attention, named `att` in the weights."""
 
     shares: Tensor
     """x_r, x_w, x_k, x_v, x_a, x_g. `[6, d_emb]`"""
@@ -73,7 +73,7 @@ class TimeMix:
     """`[heads, head_size]`"""
 
     norm: Norm
-    """Of each head by itself."""
+    """Normalised per head."""
 
     def __call__(
         self,
@@ -84,8 +84,8 @@ class TimeMix:
         padding: Tensor | None,
         recurrence: Recurrence,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x, before `[batch, tokens, d_emb]`, s `[batch, heads, key, value]`, padding
-        `[batch, tokens]` -> what is added to the residual stream, s, and layer 0's value."""
+        """x, before `[batch, tokens, d_emb]`, s `[batch, heads, key, value]`, padding `[batch,
+        tokens]` -> the addition to the residual stream, s, and layer 0's value."""
         xr, xw, xk, xv, xa, xg = (x + (before - x) * share for share in self.shares)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         log_w = LOG_SLOWEST * self.decay.up(self.decay.down(xw).tanh()).sigmoid()
@@ -116,7 +116,7 @@ class TimeMix:
 
 @dataclass(frozen=True)
 class ChannelMix:
-    """The feed-forward network, ffn in the weights' names."""
+    """The feed-forward network, named `ffn` in the weights."""
 
     share: Tensor
     """`[d_emb]`"""
@@ -141,7 +141,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    """All of a network's."""
+    """All weights of a network."""
 
     embed: Tensor
     """`[vocab, d_emb]`"""
@@ -153,16 +153,16 @@ class Weights:
 
 
 States = Mapping[str, Tensor]
-"""The tensors of a pool's spec, each `[layers, batch, ...]`."""
+"""Tensors of a pool's spec, each `[layers, batch, ...]`."""
 
 
 def read(
     weights: Weights, ids: Tensor, lengths: Tensor, states: States, recurrence: Recurrence
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """ids `[batch, tokens]`, of which each sequence has the first lengths `[batch]`, at least one.
+    """ids `[batch, tokens]`; each sequence has the first lengths `[batch]` of them, at least one.
 
-    Returns what the last layer makes of each token `[batch, tokens, d_emb]`, and the states after.
-    It computes in the dtype of the states.
+    Returns the last layer's outputs `[batch, tokens, d_emb]` and the states after. Computes in the
+    dtype of the states.
     """
     tokens = torch.arange(ids.shape[1], device=ids.device)
     padding = tokens >= lengths.unsqueeze(1)
@@ -188,5 +188,5 @@ def read(
 
 
 def _shifted(x: Tensor, first: Tensor) -> Tensor:
-    """For each token the one before: x `[batch, tokens, d_emb]`, first `[batch, d_emb]`."""
+    """The previous token's x for each token: x `[batch, tokens, d_emb]`, first `[batch, d_emb]`."""
     return torch.cat([first.unsqueeze(1), x[:, :-1]], 1)

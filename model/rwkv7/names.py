@@ -1,7 +1,7 @@
-"""The tensors of an RWKV-7 network by their official names, and what others call them.
+"""Tensors of an RWKV-7 network: official names, and those of other implementations.
 
-Official names and shapes, but for vectors, which are flat here, and the low-rank maps `w1`, `w2`
-and so on, which are `[out, in]` here like all others.
+Names and shapes are the official ones, except that vectors are flat and the low-rank maps (`w1`,
+`w2`, ...) are `[out, in]`, like all others.
 """
 
 import re
@@ -11,12 +11,12 @@ from model.rwkv7.config import Config
 from model.weights import Shape
 
 MIXED = ("r", "w", "k", "v", "a", "g")
-"""What has a share of the token before, `att.x_*`, in the order of `TimeMix.shares`."""
+"""Inputs mixed with the previous token, `att.x_*`, in the order of `TimeMix.shares`."""
 
 LOW_RANK = re.compile(r"blocks\.\d+\.att\.[wavg][12]")
 VECTOR = re.compile(r"blocks\.\d+\.(?:att\.(?:x_[rwkvag]|[wav]0|k_k|k_a)|ffn\.x_k)")
 IGNORED = re.compile(r"blocks\.0\.att\.v[012]")
-"""The first layer's value is its own: what some files have there is not used."""
+"""Not used by the first layer, which defines the value itself; some files have them anyway."""
 
 _FLA_TOP = {
     "model.embeddings.weight": "emb.weight",
@@ -39,7 +39,8 @@ _FLA_LOW_RANK = {"lora.0.weight": "1", "lora.2.weight": "2", "lora.2.bias": "0"}
 
 
 def from_fla(name: str) -> str:
-    """The official name of what flash-linear-attention calls so; a foreign name stays."""
+    """The official name for a name of flash-linear-attention; unknown names are returned
+    unchanged."""
     if low_rank := re.fullmatch(r"model\.layers\.(\d+)\.attn\.([wavg])_lora\.(lora\..*)", name):
         number, letter, part = low_rank.groups()
         if part in _FLA_LOW_RANK:
@@ -61,7 +62,7 @@ def num_layers(shapes: Mapping[str, Shape]) -> int:
 
 
 def expected(config: Config) -> dict[str, Shape]:
-    """Shapes by name of all tensors of a network of these sizes."""
+    """Shapes by name of all tensors of a network with these sizes."""
     top = {"emb.weight": (config.vocab_size, config.d_emb)}
     top["head.weight"] = top["emb.weight"]
     shapes: dict[str, Shape] = {**top, **_norm("ln_out", config.d_emb)}

@@ -1,4 +1,4 @@
-"""An RWKV-7 network that serves."""
+"""RWKV-7 for inference."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -34,13 +34,13 @@ class RWKV7:
         weight_bytes: int,
         why_plain: str = "",
     ) -> None:
-        """`dtype`: of the weights. `why_plain`: why it is not compiled; nothing if it is, from
+        """`dtype`: of the weights. `why_plain`: why it is not compiled; empty if it is, with
         `PackedLinear` maps."""
         self.config, self.weights = config, weights
         self.num_parameters, self.weight_bytes = num_parameters, weight_bytes
         self._compiled: CompiledNetwork | None = None
         self.recurrence: Recurrence = chunked
-        """What plain torch reads with."""
+        """The recurrence of plain torch."""
 
         self.backend = f"plain torch ({why_plain})"
         self.arithmetic = f"{dtype} x float32"
@@ -78,7 +78,7 @@ class RWKV7:
 
     @property
     def state_spec(self) -> StateSpec:
-        """What one sequence's state consists of, at any length of the sequence."""
+        """Tensors of one sequence's state, whatever its length."""
         return self.config.state_spec
 
     @property
@@ -91,20 +91,20 @@ class RWKV7:
         return self._compiled is not None
 
     def num_threads(self, tokens: int, answers: int) -> int:
-        """CPU threads of a step that reads so many tokens and computes so many rows of logits."""
+        """CPU threads for a step of `tokens` tokens and `answers` rows of logits."""
         head = self.weights.embed.numel()
         return num_threads(tokens * (self.num_parameters - 2 * head) + answers * head, answers)
 
     def new_pool(self, num_rows: int) -> StatePool:
-        """States before the first token, on the device of the weights."""
+        """A pool in the initial state, on the device of the weights."""
         return StatePool(self.state_spec, num_rows, self.device)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, pool: StatePool) -> Tensor:
-        """Advance the batch's rows by its tokens: the logits that it wants `[wanted, vocab_size]`.
+        """Advance the batch's rows by its tokens: the requested logits `[wanted, vocab_size]`.
 
-        Compiled, a row's bits depend neither on its company nor on how its tokens were cut.
-        Raises IndexError for a token or row that there is not.
+        In compiled code a row's bits depend neither on the batch nor on how its tokens were split.
+        Raises IndexError for token ids and rows out of range.
         """
         if self._compiled is not None:
             return self._compiled.forward(batch, pool)
@@ -126,7 +126,8 @@ class RWKV7:
 
     @torch.inference_mode()
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """Logits `[batch, vocab_size]` after the last token that each row has read; none is."""
+        """Logits `[batch, vocab_size]` after the last token of each row, without reading a
+        token."""
         if self._compiled is not None:
             return self._compiled.logits(pool, rows)
         return self._logits(pool.tensors["last"][0, torch.tensor(rows, device=pool.device)])

@@ -3,8 +3,8 @@
     S_t = S_{t-1} diag(w_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T        y_t = S_t r_t
 
 for each head, with S `[value channels, key channels]`, the decay w in (exp(-exp(-1/2)), 1), the
-normalised key to remove a = -kk and b = kk * rate (arXiv 2503.14456). States are held transposed,
- `[..., key channels, value channels]`. Both functions take and return the same.
+normalised key to remove a = -kk and b = kk * rate (arXiv 2503.14456). States are stored transposed,
+`[..., key channels, value channels]`. Both functions take and return the same.
 """
 
 from collections.abc import Callable
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
-"""Tokens of a chunk. Its decays together are no less than exp(-64 * 0.607) = 1e-17, whose inverse
-float32 holds with all digits."""
+"""Chunk size. A chunk's decays multiply to at least exp(-64 * 0.607) = 1e-17, whose inverse float32
+represents at full precision."""
 
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""r, log w, k, v, a, b, all `[batch, tokens, heads, channels]`. A token of which log w, k and a
-are 0 leaves the state as it was."""
+"""r, log w, k, v, a, b, all `[batch, tokens, heads, channels]`. A token with log w, k and a of 0
+leaves the state unchanged."""
 
 
 Recurrence = Callable[[Vectors, Tensor], tuple[Tensor, Tensor]]
-"""`recurrent`, or what computes the same."""
+"""`recurrent` or an equivalent."""
 
 
 def recurrent(vectors: Vectors, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,11 +39,11 @@ def recurrent(vectors: Vectors, s: Tensor) -> tuple[Tensor, Tensor]:
 def chunked(vectors: Vectors, s: Tensor) -> tuple[Tensor, Tensor]:
     """`recurrent` in chunks of `CHUNK` tokens.
 
-    With W_t the product of a chunk's decays up to t, and u_t = S_{t-1} a_t what is removed at t,
+    With W_t the product of a chunk's decays up to t, and u_t = S_{t-1} a_t the value removed at t,
 
         S_t = S_0 diag(W_t) + sum_{i <= t} (u_i b_i^T + v_i k_i^T) diag(W_t / W_i),
 
-    so the u of a chunk solve a triangular system, and all else are masked products.
+    so the u of a chunk solve a triangular system, and the rest are masked products.
     """
     parts = []
     for chunk in zip(*(torch.split(x, CHUNK, 1) for x in vectors), strict=True):
@@ -56,7 +56,8 @@ def _chunk(vectors: tuple[Tensor, ...], s: Tensor) -> tuple[Tensor, Tensor]:
     """One chunk; vectors `[batch, heads, tokens, channels]`."""
     r, log_w, k, v, a, b = vectors
     total = log_w.cumsum(-2)
-    r, a = r * total.exp(), a * (total - log_w).exp()  # a is applied before the token's own decay
+    # r, a = r * total.exp(), a * (total - log_w).exp()  # a precedes the token's own decay
+    r, a = r * total.exp(), a * (total - log_w).exp()
     grown = total.neg().exp()
     k, b = (k * grown).transpose(-1, -2), (b * grown).transpose(-1, -2)
     ones = torch.ones(r.shape[-2:-1] * 2, dtype=torch.bool, device=r.device)

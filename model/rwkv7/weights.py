@@ -1,4 +1,4 @@
-"""A network's weights from its files, tensor by tensor, each in the dtype that it is served in."""
+"""Loads weights tensor by tensor, converting each to its serving dtype."""
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from model.weights import check_finite
 
 
 class Builder:
-    """Reads each tensor once. Decays and what they are made of stay float32; with int8, low-rank
-    maps and the embedding are bfloat16."""
+    """Reads each tensor once. Decays and their inputs stay float32; with int8, low-rank maps and
+    the embedding are bfloat16."""
 
     def __init__(
         self, source: Source, device: torch.device, dtype: WeightDtype, *, plain: bool = False
@@ -21,14 +21,14 @@ class Builder:
         self._source, self._device, self._dtype = source, device, dtype
         self._small: WeightDtype = "float32" if dtype == "float32" else "bfloat16"
         self.why_plain = "as asked for" if plain else reason_not_compiled(device, torch.float32)
-        """Why the network is not compiled; nothing if it is."""
+        """Why the network is not compiled; empty if it is."""
 
         self._kind = NarrowLinear if self.why_plain else PackedLinear
         self.num_parameters = self.num_bytes = 0
-        """Bytes of weights that a step reads: all but the embedding."""
+        """Bytes of weights read per step: all but the embedding."""
 
     def weights(self) -> Weights:
-        """Raises CheckpointError for a weight that is not a finite number."""
+        """Raises CheckpointError for weights that are not finite."""
         c = self._source.config
         return Weights(
             embed=self._embed(),

@@ -1,4 +1,4 @@
-"""Byte-level BPE, in the files of the `tokenizers` library."""
+"""Byte-level BPE, in the file format of the `tokenizers` library."""
 
 import functools
 import json
@@ -13,20 +13,20 @@ from model.files import read_file
 from model.text.tokenizer import Tokenizer, TokenizerError, TooManyTokens
 
 PIECE = 1 << 18
-"""Characters of a text that are tokenised together, at least."""
+"""Minimum number of characters tokenised at once."""
 
 SEARCH_SPAN = 1 << 14
 MAX_TOKENS_PER_CALL = 1 << 22
-"""Of a vocabulary; ten times the largest that there are."""
+"""Limit of a vocabulary; ten times the largest known ones."""
 
 _BETWEEN_WORDS = re.compile("[A-Za-z](?= [A-Za-z])")
 
 
 class ByteLevelTokenizer(Tokenizer):
-    """A byte-level tokenizer of the `tokenizers` library, and the bytes of each of its tokens."""
+    """A byte-level tokenizer of the `tokenizers` library, with the bytes of each token."""
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
-        """Raises TokenizerError when the tokenizer is not byte-level."""
+        """Raises TokenizerError if the tokenizer is not byte-level."""
         self._inner = inner
         settings = json.loads(inner.to_str())
         decoder = (settings.get("decoder") or {}).get("type")
@@ -35,7 +35,7 @@ class ByteLevelTokenizer(Tokenizer):
         self.special_tokens = {
             token["content"]: token["id"] for token in settings["added_tokens"] if token["special"]
         }
-        # No word of GPT-2's rule goes on behind a space, nor does a special token.
+        # In GPT-2's pre-tokenisation neither words nor special tokens continue after a space.
         splitter = settings.get("pre_tokenizer") or {}
         self._ends_words_at_spaces = (
             settings.get("normalizer") is None
@@ -60,16 +60,18 @@ class ByteLevelTokenizer(Tokenizer):
             if token_id in added:
                 self.token_bytes[token_id] = b"" if token in self.special_tokens else token.encode()
             elif foreign := set(token) - byte_of.keys():
-                raise TokenizerError(f"{foreign.pop()!r} in token {token!r} stands for no byte")
+                raise TokenizerError(
+                    f"{foreign.pop()!r} in token {token!r} does not stand for a byte"
+                )
             else:
                 self.token_bytes[token_id] = bytes(byte_of[character] for character in token)
 
     @staticmethod
     def from_json(text: str) -> "ByteLevelTokenizer":
-        """Reads the format of `tokenizer.json`. Raises TokenizerError."""
+        """Parses a `tokenizer.json`. Raises TokenizerError."""
         try:
             inner = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises plain Exception for a malformed file
+        except Exception as error:  # the library raises plain Exception for malformed files
             raise TokenizerError(f"not a tokenizer: {error}") from error
         return ByteLevelTokenizer(inner)
 
@@ -88,10 +90,11 @@ class ByteLevelTokenizer(Tokenizer):
     def _encode(
         self, inner: tokenizers.Tokenizer, text: str, max_tokens: int | None = None
     ) -> list[int]:
-        """Piece by piece, so that a long text neither holds the GIL nor fills the memory."""
+        """Tokenise piece by piece, so that a long text neither holds the GIL nor fills the
+        memory."""
         ids: list[int] = []
         for piece in self._pieces(text):
-            # `encode` holds the GIL for half a second a megabyte, and takes twice as long.
+            # `encode` holds the GIL for half a second per megabyte, and takes twice as long.
             [encoding] = inner.encode_batch_fast([piece], add_special_tokens=False)
             if max_tokens is not None and len(ids) + len(encoding) > max_tokens:
                 raise TooManyTokens(len(ids) + len(encoding))
@@ -99,19 +102,19 @@ class ByteLevelTokenizer(Tokenizer):
         return ids
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """Parts of a text whose tokens together are the text's, where that can be known."""
+        """Split a text where the split cannot change its tokens."""
         start = place = 0
         while self._ends_words_at_spaces and (place := max(place, start + PIECE)) < len(text):
             between = _BETWEEN_WORDS.search(text, place, place + SEARCH_SPAN)
             if between is None:
-                place += SEARCH_SPAN - 2  # the end of a word may be where two of them meet
+                place += SEARCH_SPAN - 2  # a word boundary may straddle two spans
             else:
                 yield text[start : between.end()]
                 start = between.end()
         yield text[start:]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts at once, in parallel."""
+        """`encode` many texts in parallel."""
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -128,7 +131,7 @@ class ByteLevelTokenizer(Tokenizer):
 def train(
     texts: Iterable[str], num_tokens: int, special_tokens: Sequence[str]
 ) -> ByteLevelTokenizer:
-    """Byte-level BPE over the texts; the special tokens get the lowest ids."""
+    """Train byte-level BPE on the texts; special tokens get the lowest ids."""
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     inner.decoder = decoders.ByteLevel()
@@ -143,7 +146,7 @@ def train(
 
 
 def read(path: Path) -> ByteLevelTokenizer:
-    """The tokenizer of a `tokenizer.json`. Raises TokenizerError naming the file, or OSError."""
+    """Read a `tokenizer.json`. Raises TokenizerError naming the file, or OSError."""
     try:
         return ByteLevelTokenizer.from_json(read_file(path).decode())
     except (TokenizerError, UnicodeDecodeError) as error:

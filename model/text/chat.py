@@ -1,12 +1,12 @@
-"""What a chat template says besides how messages are written.
+"""Settings of a chat template beyond the format of messages.
 
 At its top level a template may set
 
-    {%- set answer_stops = ["\\n\\nUser:"] -%}            texts that end an answer, as end tokens do
-    {%- set thinking_marks = ["<think>", "</think>"] -%}  what stands around thoughts before it
+    {%- set answer_stops = ["\\n\\nUser:"] -%}            texts that end an answer, like end tokens
+    {%- set thinking_marks = ["<think>", "</think>"] -%}  marks around the thoughts before it
 
-With marks it is given `enable_thinking`, if a request decides that, and may open the thoughts, or
-close them at once, at the end of the prompt; the model's text then goes on within the mark.
+A template with marks receives `enable_thinking` if the request sets it, and may end the prompt with
+an opening mark or with empty thoughts; the model's text then continues inside the mark.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ SPACES = " \t\r\n"
 
 @dataclass(frozen=True)
 class Thinking:
-    """The texts around thoughts."""
+    """The marks around thoughts."""
 
     open: str
     close: str
@@ -28,17 +28,17 @@ class Thinking:
 
 @dataclass(frozen=True)
 class ChatRules:
-    """What holds for every answer of a chat."""
+    """Settings for all answers of a chat."""
 
     stops: tuple[str, ...] = ()
-    """Texts that end an answer and are not part of it."""
+    """Stop strings; not part of the answer."""
 
     thinking: Thinking | None = None
     """None: the model does not think before it answers."""
 
 
 def read_rules(template: nodes.Template) -> ChatRules:
-    """What a parsed template sets. Raises ValueError for values that are no texts."""
+    """The settings of a parsed template. Raises ValueError for values that are not strings."""
     values = dict[str, list[str]]()
     for node in template.body:
         if isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Name):
@@ -47,7 +47,7 @@ def read_rules(template: nodes.Template) -> ChatRules:
                 values[name] = _texts(name, node.node)
     marks = values.get(MARKS)
     if marks is not None and len(marks) != 2:
-        raise ValueError(f"{MARKS} must be two texts, one before thoughts and one behind them")
+        raise ValueError(f"{MARKS} must be two texts, one before thoughts and one after them")
     return ChatRules(tuple(values.get(STOPS, ())), None if marks is None else Thinking(*marks))
 
 
@@ -58,29 +58,29 @@ def _texts(name: str, node: nodes.Node) -> list[str]:
     except nodes.Impossible:
         value = None
     if not isinstance(value, list | tuple) or not all(isinstance(v, str) and v for v in value):
-        raise ValueError(f"{name} must be a list of texts that are not empty")
+        raise ValueError(f"{name} must be a list of non-empty texts")
     return list(value)
 
 
 class ThoughtSplitter:
-    """Parts an answer's text into thoughts and the answer proper, as it comes to be.
+    """Splits the streamed text of an answer into thoughts and content.
 
-    Spaces and newlines between marks and texts are in neither part.
+    Whitespace between marks and texts belongs to neither part.
     """
 
     def __init__(self, thinking: Thinking, opening: str = "") -> None:
-        """`opening`: what the prompt ends with; a mark in it, or half of one, is gone on from."""
+        """`opening`: the end of the prompt; a mark or part of a mark in it is continued."""
         self._open, self._close = thinking.open, thinking.close
         self._part = "start"
         self._at_begin = True
-        """Whether the part has no text yet."""
+        """Whether the current part has no text yet."""
 
         self._has_thoughts = False
         self._held = ""
-        """What may be of a mark, or of the spaces before one."""
+        """Text that may turn out to be a mark, or whitespace before one."""
 
         self._foreign = 0
-        """Characters of `_held` that are the prompt's."""
+        """Characters of `_held` that belong to the prompt."""
 
         at = opening.rfind(self._open)
         if at < 0:
@@ -90,16 +90,16 @@ class ThoughtSplitter:
 
     @property
     def has_thoughts(self) -> bool:
-        """Whether thoughts have begun, if only to end at once."""
+        """Whether thoughts have begun, even if empty."""
         return self._has_thoughts
 
     @property
     def has_answer(self) -> bool:
-        """Whether any of the answer proper has come."""
+        """Whether the content has begun."""
         return self._part == "answer" and not self._at_begin
 
     def push(self, text: str) -> tuple[str, str]:
-        """Text that follows. Returns what it adds to the thoughts, and to the answer."""
+        """Add text. Returns the new text of the thoughts, and of the content."""
         text, thoughts = self._held + text, ""
         self._held = ""
         if self._part == "start":
@@ -118,7 +118,7 @@ class ThoughtSplitter:
                 text = text.lstrip(SPACES)
             size = min(len(text), len(self._close))
             if self._foreign and text[:size] != self._close[:size]:
-                self._enter("answer")  # the prompt had begun to close them
+                self._enter("answer")  # the prompt had begun the closing mark
                 return "", self._lstrip(self._own(text))
             end = text.find(self._close)
             if end < 0:
@@ -132,7 +132,7 @@ class ThoughtSplitter:
         return thoughts, self._lstrip(text)
 
     def flush(self) -> tuple[str, str]:
-        """What was held back, now that nothing follows."""
+        """The text held back, at the end of the stream."""
         held, self._held = self._own(self._held), ""
         if self._part == "thoughts":
             return held.rstrip(SPACES), ""
@@ -144,7 +144,7 @@ class ThoughtSplitter:
         return self._part == "thoughts" and not self._foreign
 
     def _lstrip(self, text: str) -> str:
-        """Without spaces, where the part begins."""
+        """Strip whitespace at the start of a part."""
         if self._at_begin:
             text = text.lstrip(SPACES)
             self._at_begin = not text
@@ -155,14 +155,14 @@ class ThoughtSplitter:
         self._has_thoughts = self._has_thoughts or part == "thoughts"
 
     def _own(self, text: str) -> str:
-        """Without the prompt's characters."""
+        """Remove the prompt's characters."""
         own = text[self._foreign :]
         self._foreign = max(0, self._foreign - len(text))
         return own
 
 
 def overlap(text: str, mark: str) -> int:
-    """Length of the longest end of the text that is a beginning of the mark, but not all of it."""
+    """Length of the longest suffix of the text that is a proper prefix of the mark."""
     return next(
         (n for n in range(min(len(mark) - 1, len(text)), 0, -1) if mark.startswith(text[-n:])), 0
     )

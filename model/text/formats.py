@@ -1,4 +1,4 @@
-"""Which kind of tokenizer a text describes."""
+"""Tokenizer formats."""
 
 from model.text.byte_level import ByteLevelTokenizer
 from model.text.tokenizer import Tokenizer
@@ -6,7 +6,7 @@ from model.text.world import WorldTokenizer
 
 
 def from_json(text: str) -> Tokenizer:
-    """The tokenizer whose `to_json` this is. Raises TokenizerError."""
+    """Restore a tokenizer from its `to_json`. Raises TokenizerError."""
     if WorldTokenizer.is_json(text):
         return WorldTokenizer.from_json(text)
     return ByteLevelTokenizer.from_json(text)

@@ -1,10 +1,10 @@
-"""How the G1 series of RWKV-7 chats.
+"""Chat format of the G1 series of RWKV-7.
 
     System: ...\n\nUser: ...\n\nAssistant:
 
-A blank line ends a turn, so there is none within one. ` <think` behind it lets the model think, an
-empty block of thoughts keeps it from that; the model writes the last `>` of both itself, in one
-token with what follows. Earlier thoughts are not part of the history.
+A blank line ends a turn, so there is none within one. Ending the prompt with ` <think` makes the
+model think; an empty block of thoughts prevents it. The model writes the last `>` of both itself,
+in one token with what follows. Earlier thoughts are not part of the history.
 """
 
 TEMPLATE = r"""

@@ -1,7 +1,7 @@
-"""Text to token ids and back, also one token at a time.
+"""Text to token ids and back, also incrementally.
 
-A token stands for a sequence of bytes, so that every string has an encoding and decodes to itself.
-A character may be spread over several tokens.
+A token is a sequence of bytes, so every string can be encoded and decodes to itself. A character
+may be spread over several tokens.
 """
 
 import codecs
@@ -12,26 +12,26 @@ from contextlib import suppress
 
 
 class TokenizerError(ValueError):
-    """The file is not a tokenizer that this program can use."""
+    """The file is not a supported tokenizer."""
 
 
 class TooManyTokens(ValueError):
-    """A text has more tokens than it may have."""
+    """A text exceeds its token limit."""
 
     def __init__(self, num_tokens: int) -> None:
         super().__init__(f"the text has {num_tokens} tokens or more")
         self.num_tokens = num_tokens
-        """No more than the text has."""
+        """Lower bound of the text's token count."""
 
 
 class Tokenizer(ABC):
-    """The tokens of a vocabulary and their bytes; kinds of vocabularies find tokens in a text."""
+    """A vocabulary of byte tokens; subclasses implement the tokenisation."""
 
     special_tokens: dict[str, int]
     """By name. They have no text."""
 
     token_bytes: list[bytes]
-    """By token id; nothing for special tokens and ids without a token."""
+    """By token id; empty for special tokens and unused ids."""
 
     @property
     def num_tokens(self) -> int:
@@ -40,48 +40,48 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def to_json(self) -> str:
-        """What `model.text.formats.from_json` makes the same tokenizer of."""
+        """Serialised form for `model.text.formats.from_json`."""
 
     @abstractmethod
     def encode(self, text: str, max_tokens: int | None = None) -> list[int]:
-        """Token ids of a text. The names of special tokens in it stand for those tokens.
+        """Token ids of a text. Names of special tokens in it become those tokens.
 
-        Raises TooManyTokens where there are more than `max_tokens`, of a text that is far too long
-        before it is tokenised.
+        Raises TooManyTokens beyond `max_tokens`; a text that is far too long is not tokenised.
         """
 
     @abstractmethod
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text in which the names of special tokens are text like any other."""
+        """Token ids of a text; names of special tokens in it are ordinary text."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts at once."""
+        """`encode` many texts."""
 
     @abstractmethod
     def name_of(self, token_id: int) -> str:
-        """What the vocabulary calls a token, special ones included; nothing for other ids."""
+        """A token's name in the vocabulary, special tokens included; empty for unused ids."""
 
     def check_length(self, num_characters: int, max_tokens: int) -> None:
-        """Raises TooManyTokens for a text that is longer than so many of the longest tokens."""
+        """Raises TooManyTokens if even the longest tokens could not fit the text into
+        `max_tokens`."""
         if num_characters > max_tokens * self._longest_token:
             raise TooManyTokens(-(-num_characters // self._longest_token))
 
     def decode(self, token_ids: Iterable[int], *, names: bool = False) -> str:
-        """Text of a whole sequence; special tokens have none, or are there by their names."""
+        """Text of a sequence; special tokens are omitted or, with `names`, written by name."""
         special = {i: name.encode() for name, i in self.special_tokens.items()} if names else {}
-        written = bytearray()  # by many parts, since one join of a million would hold the GIL
+        written = bytearray()  # appended in parts: one join of a million would hold the GIL
         for token_id in token_ids:
             written += special.get(token_id) or self.bytes_of(token_id)
         return written.decode("utf-8", "replace")
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What a token adds to the text; nothing for special tokens and ids without a token."""
+        """A token's bytes; empty for special tokens and unused ids."""
         return self.token_bytes[token_id] if token_id < len(self.token_bytes) else b""
 
     @functools.cached_property
     def whole_texts(self) -> dict[int, str]:
-        """The texts of the tokens that have no half characters."""
+        """Texts of the tokens that are valid UTF-8 on their own."""
         found = {}
         for token_id, added in enumerate(self.token_bytes):
             with suppress(UnicodeDecodeError):
@@ -90,15 +90,15 @@ class Tokenizer(ABC):
 
     @functools.cached_property
     def _longest_token(self) -> int:
-        """In bytes; a token never stands for more characters."""
+        """Longest token in bytes, hence an upper bound in characters."""
         return max(map(len, (*self.token_bytes, *(n.encode() for n in self.special_tokens))))
 
 
 class Detokenizer:
-    """Text of a growing sequence of tokens, never with half a character.
+    """Incremental decoder that never emits part of a character.
 
-    Bytes that begin a character wait until it is complete; they can be carried over to another
-    Detokenizer, so that a text may be continued later.
+    Bytes of an incomplete character are held back; they can be passed to another Detokenizer to
+    continue the text later.
     """
 
     def __init__(self, tokenizer: Tokenizer, undecoded: bytes = b"") -> None:
@@ -109,7 +109,7 @@ class Detokenizer:
         self._waits = bool(self.undecoded)
 
     def push(self, token_id: int) -> str:
-        """The characters that the token completes."""
+        """The characters completed by the token."""
         if not self._waits and (text := self._whole_texts.get(token_id)) is not None:
             return text
         text = self._decoder.decode(self._tokenizer.bytes_of(token_id))
@@ -118,5 +118,5 @@ class Detokenizer:
 
     @property
     def undecoded(self) -> bytes:
-        """The bytes, at most three, that wait for the rest of their character."""
+        """At most three bytes of an incomplete character."""
         return self._decoder.getstate()[0]

@@ -1,4 +1,4 @@
-"""The World vocabulary of RWKV: from each place of a text on, the longest token that there is.
+"""The World vocabulary of RWKV, with greedy longest-match tokenisation.
 
 Published as lines `id token length`, where the token is a Python literal of a string or of bytes,
 and the length counts its bytes. Id 0 has no line: it ends a text.
@@ -16,20 +16,20 @@ from model.files import read_file
 from model.text.tokenizer import Tokenizer, TokenizerError, TooManyTokens
 
 END = "<|rwkv_tokenizer_end_of_text|>"
-"""What the token 0 is called where its publisher has a name for it."""
+"""Name of token 0, for publishers that need one."""
 
 PATTERN = "rwkv_vocab_*.txt"
 PACKAGE = "pyrwkv_tokenizer"
 LARGEST_ID = 1 << 20
 TOKEN = -1
-"""In a node of the tree, beside bytes: the id of the token that ends there."""
+"""Key in a tree node, beside bytes: id of the token that ends there."""
 
 
 class WorldTokenizer(Tokenizer):
     """Greedy longest match over bytes; every byte is a token."""
 
     def __init__(self, tokens: Mapping[int, bytes]) -> None:
-        """Raises TokenizerError for tokens that are no vocabulary."""
+        """Raises TokenizerError if the tokens are not a vocabulary."""
         if missing := {bytes([byte]) for byte in range(256)} - set(tokens.values()):
             raise TokenizerError(f"there is no token for the byte {min(missing)!r}")
         if 0 in tokens:
@@ -41,7 +41,7 @@ class WorldTokenizer(Tokenizer):
 
     @staticmethod
     def is_json(text: str) -> bool:
-        """Whether it was made by `to_json`."""
+        """Whether it is the output of `to_json`."""
         return text.startswith('{"world":')
 
     @staticmethod
@@ -51,7 +51,7 @@ class WorldTokenizer(Tokenizer):
         return WorldTokenizer({int(i): token.encode("latin-1") for i, token in tokens.items()})
 
     def to_json(self) -> str:
-        """Tokens by id, a character for each byte."""
+        """Tokens by id, one character per byte."""
         tokens = {i: t.decode("latin-1") for i, t in enumerate(self.token_bytes) if t}
         return json.dumps({"world": tokens}, separators=(",", ":"))
 
@@ -82,7 +82,8 @@ class WorldTokenizer(Tokenizer):
             return "".join(f"<0x{byte:02X}>" for byte in token)
 
     def _encode(self, text: str, max_tokens: int | None = None) -> list[int]:
-        """Down the tree as far as the text goes, then back to the last token on the way."""
+        """Walk down the tree as far as the text matches, then back to the last token on the
+        path."""
         data, tree, ids = text.encode(), self._tree, list[int]()
         start, size = 0, len(data)
         while start < size:
@@ -100,7 +101,7 @@ class WorldTokenizer(Tokenizer):
 
     @functools.cached_property
     def _tree(self) -> dict[int, Any]:
-        """Of nested dictionaries: byte after byte, and under `TOKEN` the id of what ends there."""
+        """Nested dictionaries keyed by byte; `TOKEN` holds the id of the token that ends there."""
         root: dict[int, Any] = {}
         for token_id, token in enumerate(self.token_bytes):
             if token:
@@ -112,7 +113,7 @@ class WorldTokenizer(Tokenizer):
 
 
 def find(folder: Path) -> WorldTokenizer:
-    """That of a `rwkv_vocab_*.txt` in the folder, or of the package that has the vocabulary.
+    """A `rwkv_vocab_*.txt` in the folder, or the vocabulary of an installed package.
 
     Raises TokenizerError, and OSError.
     """
@@ -120,7 +121,7 @@ def find(folder: Path) -> WorldTokenizer:
 
 
 def vocabulary_file(folder: Path) -> Path:
-    """The file that `find` reads. Raises TokenizerError where there is none."""
+    """The file that `find` reads. Raises TokenizerError if there is none."""
     beside = sorted(folder.glob(PATTERN))
     if len(beside) > 1:
         names = ", ".join(path.name for path in beside)
@@ -132,12 +133,12 @@ def vocabulary_file(folder: Path) -> Path:
         if found := sorted(Path(place).glob(PATTERN)):
             return found[-1]
     raise TokenizerError(
-        f"{folder}: no tokenizer: install latentd[rwkv], or put {PATTERN} beside the weights"
+        f"{folder}: no tokenizer: install latentd[rwkv], or put {PATTERN} next to the weights"
     )
 
 
 def read(path: Path) -> WorldTokenizer:
-    """A vocabulary file. Raises TokenizerError naming file and line, or OSError."""
+    """Read a vocabulary file. Raises TokenizerError naming file and line, or OSError."""
     try:
         return WorldTokenizer(_tokens(read_file(path).decode().split("\n")))
     except (TokenizerError, UnicodeDecodeError) as error:
@@ -154,14 +155,14 @@ def _tokens(lines: Iterable[str]) -> dict[int, bytes]:
         except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
             raise TokenizerError(f"line {number}: not `id token length`: {line[:60]!r}") from error
         if token_id in tokens or token in known:
-            raise TokenizerError(f"line {number}: the id or the token was there before")
+            raise TokenizerError(f"line {number}: duplicate id or token")
         tokens[token_id] = token
         known.add(token)
     return tokens
 
 
 def _token(line: str) -> tuple[int, bytes]:
-    """Raises ValueError, and what `literal_eval` raises: no code of the line is run."""
+    """Parses a line without running code. Raises ValueError and the errors of `literal_eval`."""
     first, _, rest = line.partition(" ")
     literal, _, size = rest.rstrip().rpartition(" ")
     token = ast.literal_eval(literal.strip())

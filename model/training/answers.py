@@ -1,9 +1,9 @@
-"""Stories that a checkpoint tells when asked for them, and whether each is an answer.
+"""Ask a checkpoint for stories, and judge each answer mechanically.
 
     python -m model.training.answers CHECKPOINT --out stories.md
 
-One answer to each request with a seed of its own, none left out. Mechanically, an answer is one
-that names what was asked for, ends by itself, and has no 20 tokens that come twice.
+One answer per request, each with its own seed, none omitted. A good answer names the subject asked
+for, ends by itself, and repeats no 20 tokens.
 """
 
 import re
@@ -31,15 +31,15 @@ SUBJECTS = {
     "a shiny stone": "stone", "a sleepy bear": "bear", "a rabbit named Tim": "rabbit",
     "a cake": "cake", "a noisy drum": "drum", "a fish in a pond": "fish", "a toy car": "car",
 }  # fmt: skip
-"""What is asked for, and the word that an answer must have."""
+"""Subjects, and the word each answer must contain."""
 
 LOOP = 20
-"""Tokens that no answer repeats."""
+"""Length of a token sequence that no answer repeats."""
 
 
 @dataclass(frozen=True)
 class StoryAnswer:
-    """One answer, and what was asked for."""
+    """An answer and its request."""
 
     request: str
     named: str
@@ -49,7 +49,7 @@ class StoryAnswer:
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """Why it is no answer; nothing if it is one."""
+        """Why the answer is not good; empty if it is."""
         found = {
             f"does not name the {self.named}": not re.search(
                 rf"\b{self.named}s?\b", self.text, re.IGNORECASE
@@ -61,7 +61,7 @@ class StoryAnswer:
 
 
 def repeats(token_ids: tuple[int, ...]) -> bool:
-    """Whether some `LOOP` tokens in a row come twice."""
+    """Whether some `LOOP` consecutive tokens occur twice."""
     windows = [token_ids[i : i + LOOP] for i in range(len(token_ids) - LOOP + 1)]
     return len(set(windows)) < len(windows)
 
@@ -90,7 +90,7 @@ def answer(
 
 
 def report(answers: list[StoryAnswer]) -> str:
-    """All of them in Markdown."""
+    """All answers as Markdown."""
     good = sum(not each.faults for each in answers)
     parts = [f"{good} of {len(answers)} answer their request: they name what was asked for, end by"
              f" themselves, and have no {LOOP} tokens that come twice."]  # fmt: skip

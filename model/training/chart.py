@@ -1,4 +1,4 @@
-"""Draw results of `context` and `recall` as lines over a logarithmic axis.
+"""Plot results of `context` and `recall` over a logarithmic axis.
 
 python -m model.training.chart context.jsonl context.svg
 """
@@ -19,7 +19,7 @@ import typer
 from model.files import write_file
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT = 460, 260, 60, 40, 240
-"""Of the axes and of what is around them, in pixels; names of lines are to the right."""
+"""Sizes of the axes and margins, in pixels; line names are on the right."""
 
 COLOURS = ("#159", "#c55", "#284", "#a6c", "#c82", "#555")
 TEXT = "font-family='sans-serif' font-size='13'"
@@ -30,7 +30,7 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn: lines by their names, each of points (x > 0, y >= 0)."""
+    """A chart: named lines of points (x > 0, y >= 0)."""
 
     title: str
     x: str
@@ -39,7 +39,7 @@ class Chart:
 
 
 def chart(results: Sequence[Line]) -> Chart:
-    """Of results that are all of one task. Raises ValueError when they are not."""
+    """Chart of results, all of one task. Raises ValueError otherwise."""
     tasks = {line.get("task", "context") for line in results}
     if len(tasks) != 1:
         raise ValueError(f"results of one task make a chart, not of {sorted(tasks)}")
@@ -72,7 +72,7 @@ def _network(line: Line) -> str:
 
 
 def _means(found: Iterable[tuple[str, float, float]]) -> dict[str, Points]:
-    """Lines of the mean y of each x."""
+    """Named lines of the mean y for each x."""
     values: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, x, y in found:
         values[name][x].append(y)
@@ -80,7 +80,7 @@ def _means(found: Iterable[tuple[str, float, float]]) -> dict[str, Points]:
 
 
 def draw(made: Chart) -> str:
-    """As SVG; the vertical axis starts at 0."""
+    """SVG; the vertical axis starts at 0."""
     points = [point for line in made.lines.values() for point in line]
     if not points:
         raise ValueError("there are no results to draw")
@@ -134,7 +134,7 @@ def main(
     results: Annotated[Path, typer.Argument(help="Lines of JSON of one task.")],
     out: Annotated[Path, typer.Argument(help="SVG file to write.")],
 ) -> None:
-    """Draw results."""
+    """Plot results."""
     try:
         lines = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
         picture = draw(chart(lines))

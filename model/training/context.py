@@ -1,9 +1,9 @@
-"""Bits per byte by position in long sessions of running text, and of the same text in pieces.
+"""Bits per byte by position in long sessions of text, and of the same text in pieces.
 
     python -m model.training.context CHECKPOINT FILE... --results context.jsonl
 
-A line of results for each way of reading: whole, and in pieces that each start from a fresh state.
-Where a long past helps, whole is lower than pieces at the same positions.
+One line of results per mode: whole, and in pieces that each start from a fresh state. Where a long
+context helps, whole is lower than pieces at the same positions.
 """
 
 import json
@@ -29,7 +29,7 @@ PIECES = (256, 1024, 4096)
 
 @torch.inference_mode()
 def token_bits(network: LanguageModel, ids: Tensor) -> Tensor:
-    """-log2 of each token's probability after those before it, from a fresh state.
+    """-log2 of each token's probability, from a fresh state.
 
     ids `[sessions, tokens]` -> the same shape, float32.
     """
@@ -45,7 +45,7 @@ def token_bits(network: LanguageModel, ids: Tensor) -> Tensor:
 
 
 def in_pieces(network: LanguageModel, ids: Tensor, length: int) -> Tensor:
-    """`token_bits` where the state is fresh at every multiple of `length` tokens."""
+    """`token_bits` with a fresh state at every multiple of `length` tokens."""
     missing = -ids.shape[1] % length
     pieces = F.pad(ids, (0, missing)).view(len(ids), -1, length)
     rows = [token_bits(network, each) for each in pieces.unbind(0)]
@@ -53,9 +53,10 @@ def in_pieces(network: LanguageModel, ids: Tensor, length: int) -> Tensor:
 
 
 def sessions(words: Tokenizer, texts: list[str], tokens: int) -> Tensor:
-    """As many of so many tokens as the running text gives `[sessions, tokens]`; one if it is short.
+    """The text as sessions of `tokens` tokens `[sessions, tokens]`; one shorter session if it is
+    short.
 
-    Raises ValueError when there is no text.
+    Raises ValueError if there is no text.
     """
     ids = torch.tensor(words.encode("\n\n".join(texts)))
     if not len(ids):
@@ -81,7 +82,7 @@ def main(
     results: Annotated[Path, typer.Option(help="Lines of JSON are added to this file.")],
     tokens: Annotated[int, typer.Option(min=1, help="Of a session.")] = 131_072,
 ) -> None:
-    """Print and write down bits per byte by position."""
+    """Print and save bits per byte by position."""
     try:
         loaded = checkpoint.load_trainable(folder, torch.device("cpu"))
         network, words = loaded.network.eval(), loaded.tokenizer

@@ -15,13 +15,13 @@ IGNORED = -100
 """Target of a position without a next token; cross entropy's default `ignore_index`."""
 
 SORT_GROUP = 64
-"""Documents per lane whose order is by length, so that lanes start new ones at the same time."""
+"""Documents per lane sorted by length together, so that lanes start new ones at the same time."""
 
 
 def read_documents(path: Path) -> list[str]:
     """Documents of a `.txt`, separated by `<|endoftext|>`, or of a `.jsonl` with `text` (`title`).
 
-    Raises ValueError naming the file, and the line of a `.jsonl`, when it is malformed.
+    Raises ValueError for malformed files, naming the file and, for `.jsonl`, the line.
     """
     try:
         content = path.read_text("utf-8")
@@ -49,16 +49,16 @@ class Batch:
     inputs: Tensor
     """`[lanes, tokens]`"""
     targets: Tensor
-    """The next tokens; `IGNORED` behind a document's end. `[lanes, tokens]`"""
+    """The next tokens; `IGNORED` after a document's end. `[lanes, tokens]`"""
     fresh: Tensor
-    """Lanes whose chunk begins a document. `[lanes]`, bool"""
+    """Lanes whose chunk starts a document. `[lanes]`, bool"""
 
 
 class Lanes:
     """Endless batches in which each lane reads one document after another, chunk by chunk.
 
-    A lane begins a document only at the start of a chunk, so its latent state can be carried from
-    batch to batch and be empty exactly where a document begins.
+    Documents start only at the start of a chunk, so a lane's latent state can be carried from batch
+    to batch and reset exactly where a document starts.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Lanes:
         self._offset = [0] * num_lanes
 
     def next(self) -> Batch:
-        """The batch after the last one."""
+        """The next batch."""
         chunks, fresh = [], []
         for lane, document in enumerate(self._document):
             begins = document < 0
@@ -92,7 +92,7 @@ class Lanes:
         return Batch(padded[:, :-1].clamp(min=0), padded[:, 1:], torch.tensor(fresh))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every lane stands; the documents, lanes and seed must be the same again."""
+        """Positions of all lanes; valid for the same documents, lanes and seed."""
         return {
             "taken": self._num_started,
             "document": list(self._document),
@@ -100,7 +100,7 @@ class Lanes:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was taken."""
+        """Continue from `state_dict`."""
         self._num_started = state["taken"]
         self._document, self._offset = list(state["document"]), list(state["offset"])
         self._order = self._shuffled(self._num_started // len(self._documents))

@@ -1,4 +1,4 @@
-"""Held-out bits per byte: what a model needs to tell a text, whatever its tokenizer.
+"""Held-out bits per byte, comparable across tokenizers.
 
 python -m model.training.evaluate CHECKPOINT FILE... [--dtype int8]
 """
@@ -28,8 +28,8 @@ CHUNK_TOKENS = 512
 def bits_per_byte(network: LanguageModel, words: Tokenizer, documents: Iterable[str]) -> float:
     """-log2 of the documents' probability, their ends included, over their UTF-8 bytes.
 
-    Each document starts from a fresh state and is read to its end, whatever its length. Raises
-    ValueError when there is no text.
+    Each document starts from a fresh state and is read in full. Raises ValueError if there is no
+    text.
     """
     ends = network.config.eos_token_ids[:1]
     start = [network.config.bos_token_id or 0]

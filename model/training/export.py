@@ -1,4 +1,4 @@
-"""Write a checkpoint with matrices in bfloat16: half the bytes, to be shipped and served.
+"""Write a checkpoint with matrices in bfloat16: half the size, for distribution and serving.
 
 python -m model.training.export runs/tales tales
 """
@@ -18,7 +18,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
-    """Write the checkpoint again; vectors, which are few, keep their digits."""
+    """Write a copy of the checkpoint with bfloat16 matrices; vectors stay float32."""
     try:
         loaded = checkpoint.load_trainable(folder, torch.device("cpu"))
         weights = {

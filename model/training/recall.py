@@ -1,4 +1,4 @@
-"""Recall, measured: networks trained on a synthetic task, by the bytes of their states.
+"""Recall of networks trained on a synthetic task, by state size.
 
     python -m model.training.recall associative --results recall.jsonl
     python -m model.training.recall passkey --results recall.jsonl
@@ -32,16 +32,17 @@ from model.training.trial import SOFTMAX, VARIANTS
 
 VOCAB = 512
 FILLER, MARK, FIRST = 0, 1, 2
-"""Tokens: what stands between pairs and their questions, what stands before a passkey, others."""
+"""Token ids: the filler between pairs and their questions, the mark before a passkey, the first of
+the others."""
 
 DIGITS = 5
 """Tokens of a passkey."""
 
 HELD_OUT_SEED = 2**40
-"""Of the examples that are measured; those of training have the run's."""
+"""Seed of the evaluation examples; training uses the run's seed."""
 
 Examples = tuple[Tensor, Tensor]
-"""Inputs and targets `[batch, tokens]`; targets are IGNORED where nothing is asked."""
+"""Inputs and targets `[batch, tokens]`; targets are IGNORED except at questions."""
 
 
 def associative(generator: torch.Generator, batch: int, pairs: int, gap: int) -> Examples:
@@ -67,7 +68,8 @@ def associative(generator: torch.Generator, batch: int, pairs: int, gap: int) ->
 def passkey(
     generator: torch.Generator, batch: int, length: int, depth: float | None = None
 ) -> Examples:
-    """`length` tokens of noise with a key after the share `depth` of them; None: any share."""
+    """`length` tokens of noise, then `depth` (a fraction; None: random) of the way into it a
+    key."""
     noise = torch.randint(FIRST, VOCAB, (batch, length), generator=generator)
     key = torch.randint(FIRST, VOCAB, (batch, DIGITS), generator=generator)
     shares = (
@@ -86,7 +88,7 @@ def passkey(
 
 @dataclass(frozen=True)
 class Run:
-    """One network and how it is trained."""
+    """A network and its training parameters."""
 
     variant: str
     d_key: int = 32
@@ -109,7 +111,8 @@ def build(run: Run) -> LanguageModel:
 
 
 def state_bytes(network: LanguageModel, tokens: int) -> int:
-    """Of one sequence after so many tokens, in float32; of softmax, its keys and values."""
+    """State size of one sequence after `tokens` tokens, in float32; for softmax, its keys and
+    values."""
     c = network.config
     if isinstance(network, SoftmaxModel):
         return 4 * tokens * c.n_layers * c.n_heads * (c.d_key + c.d_val)
@@ -117,7 +120,8 @@ def state_bytes(network: LanguageModel, tokens: int) -> int:
 
 
 def fit(network: LanguageModel, run: Run, examples: Callable[[torch.Generator], Examples]) -> float:
-    """Train on new examples each step; the last steps' mean loss in nats per answer."""
+    """Train on new examples each step; returns the mean loss of the last steps in nats per
+    answer."""
     optimizers = new_optimizers(network, 0.1)
     schedule = Schedule(run.learning_rate, run.steps // 20, run.steps)
     generator, smooth = torch.Generator().manual_seed(run.seed), 0.0
@@ -138,7 +142,7 @@ def fit(network: LanguageModel, run: Run, examples: Callable[[torch.Generator], 
 
 @torch.inference_mode()
 def accuracy(network: LanguageModel, examples: Examples) -> float:
-    """The share of answers that are the network's first choice."""
+    """Fraction of answers that are the network's first choice."""
     inputs, targets = examples
     logits, _ = network.unroll(inputs, network.empty_state(len(inputs)))
     asked = targets != IGNORED
@@ -146,7 +150,7 @@ def accuracy(network: LanguageModel, examples: Examples) -> float:
 
 
 def measure_associative(run: Run, pairs: int, gap: int) -> dict[str, object]:
-    """Train and measure at one number of pairs and one length."""
+    """Train and measure with one number of pairs and one gap."""
     network = build(run)
     loss = fit(network, run, lambda generator: associative(generator, run.batch, pairs, gap))
     held_out = associative(torch.Generator().manual_seed(HELD_OUT_SEED), 256, pairs, gap)
@@ -162,7 +166,7 @@ def measure_associative(run: Run, pairs: int, gap: int) -> dict[str, object]:
 def measure_passkey(
     run: Run, trained_length: int, lengths: list[int], depths: list[float]
 ) -> dict[str, object]:
-    """Train at lengths up to one, measure at several lengths and depths of the key."""
+    """Train at lengths up to `trained_length`, measure at several lengths and depths of the key."""
     network = build(run)
 
     def examples(generator: torch.Generator) -> Examples:
@@ -207,7 +211,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = Run.steps,
     seeds: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
-    """Train each network on the task, and write down how much of it it recalls."""
+    """Train each network on the task and save its recall."""
     names = variant or ["paper", "decay + shift + gate", "softmax + shift + gate"]
     if unknown := [name for name in names if name not in VARIANTS]:
         raise typer.BadParameter(f"there is no {unknown[0]}", param_hint="--variant")

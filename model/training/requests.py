@@ -1,8 +1,8 @@
-"""Make requests and their answers, as the chat template shows them, out of stories.
+"""Turn stories into requests and answers in the chat template's format.
 
     python -m model.training.requests --out requests.txt tales.txt titled.jsonl
 
-A story is asked for by something that its beginning mentions and that it is about, or by its title.
+The request names a subject that the story opens with and keeps mentioning, or its title.
 """
 
 import random
@@ -44,10 +44,10 @@ CALLED = (
 )
 
 BEGINNING = 250
-"""Characters in which a subject must appear first."""
+"""A subject must first appear within this many characters."""
 
 MENTIONS = 3
-"""How often at least a story names what it is about."""
+"""Minimum number of times a story mentions its subject."""
 
 BOUNDARY = (
     r"(?= (?:who|that|which|named|called|and|but|was|were|is|went|had|saw|found|in|with|wanted"
@@ -59,7 +59,7 @@ NAMED = re.compile(r" (?:named|called) [A-Z][a-z]+")
 
 
 def subjects(story: str) -> list[str]:
-    """What its beginning mentions and it names again and again: "a fat king"."""
+    """Subjects that the beginning introduces and the story mentions repeatedly: "a fat king"."""
     words = Counter(re.findall(r"[a-z-]+", story.lower()))
     found = []
     for match in SUBJECT.finditer(story[:BEGINNING]):
@@ -72,12 +72,12 @@ def subjects(story: str) -> list[str]:
 
 
 def chat(request: str, answer: str) -> str:
-    """Both as the chat template has them."""
+    """Request and answer in the chat template's format."""
     return f"<|user|>{request}<|end|><|assistant|>{answer}<|end|>"
 
 
 def requests(file: Path, generator: random.Random) -> list[str]:
-    """A chat for each story of a file that has a subject or, in a `.jsonl`, a title."""
+    """A chat for each story of a file with a subject or, in a `.jsonl`, a title."""
     chats = []
     for story in read_documents(file):
         title, _, text = story.partition("\n\n") if file.suffix == ".jsonl" else ("", "", story)

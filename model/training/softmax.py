@@ -1,8 +1,8 @@
-"""The baseline that the paper's attention is compared with: causal softmax attention.
+"""Baseline: causal softmax attention.
 
-Everything else is `LanguageModel`'s: embedding, latent positions, residual layers with or without
-token shift and output gate, and so the number of parameters. Only trained and measured: its state,
-the keys and values of a context, is not of a fixed size.
+Everything else is as in `LanguageModel`: embedding, latent positions, residual layers with or
+without token shift and output gate, and so the number of parameters. For training and measurement
+only: its state, the keys and values of a context, has no fixed size.
 """
 
 from collections.abc import Callable
@@ -16,30 +16,30 @@ from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 
 BASE = 10_000.0
-"""Of the rotary position embedding (arXiv 2104.09864) of queries and keys."""
+"""Base of the rotary position embedding (arXiv 2104.09864) of queries and keys."""
 
 
 @dataclass(frozen=True)
 class SoftmaxState:
-    """What the next tokens of a batch of sequences attend to, in the layers first to last."""
+    """Keys and values of a batch of sequences, per layer."""
 
     h: Tensor
     """`[batch, d_emb]`"""
     k: Tensor
-    """Before their rotation, the latest last. `[batch, layers, context, heads, d_k]`"""
+    """Before rotation, the latest last. `[batch, layers, context, heads, d_k]`"""
     v: Tensor
     """`[batch, layers, context, heads, d_v]`"""
     seen: Tensor
-    """How many there are, at most `context`: the last ones. `[batch]`"""
+    """How many are valid, at most `context`, at the end. `[batch]`"""
     previous: Tensor
     """With token shift; see `AttentionState`. `[batch, layers, d_emb]`"""
 
     def detach(self) -> "SoftmaxState":
-        """The same values without the graph that computed them."""
+        """The same values, detached from the autograd graph."""
         return self._map(lambda x: x.detach())
 
     def replace(self, chosen: Tensor, other: "SoftmaxState") -> "SoftmaxState":
-        """`other` for the sequences where `chosen` `[batch]` holds, self for the rest."""
+        """`other` where `chosen` `[batch]` is true, self elsewhere."""
         return self._map(
             lambda own, others: torch.where(chosen.view(-1, *[1] * (own.dim() - 1)), others, own),
             other,
@@ -53,16 +53,17 @@ class SoftmaxState:
 
 
 class SoftmaxModel(LanguageModel):
-    """y_t = sum_i softmax_i(q_t k_i / sqrt(d_k)) v_i over the chunk so far and a context before it.
+    """y_t = sum_i softmax_i(q_t k_i / sqrt(d_k)) v_i over the current chunk and a context before
+    it.
 
-    The context is at least that of Transformer-XL (arXiv 1901.02860): tokens of earlier chunks,
-    through which there is no gradient.
+    As in Transformer-XL (arXiv 1901.02860), the context holds tokens of earlier chunks, without
+    gradient.
     """
 
     def __init__(self, config: ModelConfig, context: int = 1024) -> None:
-        """Raises ValueError for a config that has no meaning for it."""
+        """Raises ValueError for an unsupported config."""
         if config.log_values or config.decay:
-            raise ValueError("softmax attention has linear values and no decay")
+            raise ValueError("softmax attention needs linear values and no decay")
         super().__init__(config)
         self.context = context
 
@@ -114,7 +115,7 @@ class SoftmaxModel(LanguageModel):
 
 
 def rotate(x: Tensor, places: Tensor) -> Tensor:
-    """Queries or keys turned by their places `[tokens]`; x `[batch, tokens, heads, d_k]`."""
+    """Rotate queries or keys by their positions `[tokens]`; x `[batch, tokens, heads, d_k]`."""
     half = x.shape[-1] // 2
     speeds = BASE ** (-torch.arange(half, device=x.device) / half)
     angles = (places.unsqueeze(-1) * speeds).unsqueeze(-2)

@@ -1,9 +1,9 @@
-"""Compare networks of equal size, tokens and optimizer: the paper's, extended ones, and softmax.
+"""Compare networks of equal size, tokens and optimizer: the paper's, extensions, and softmax.
 
     python -m model.training.trial --results trial.jsonl --train tales.txt --valid held_out.txt
 
-Each run adds a line to the results; runs that have one are not repeated, so a trial that was
-stopped goes on with the run that it was in.
+Each run adds a line to the results; finished runs are skipped, so an interrupted trial resumes with
+the run it was in.
 """
 
 import bisect
@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "softmax": {},
 }
 SOFTMAX = ("softmax + shift + gate", "softmax")
-"""Variants whose attention is the conventional one."""
+"""Variants with softmax attention."""
 
 SHAPE: dict[str, Any] = {"n_layers": 6, "n_heads": 6, "values": "linear"}
 WIDTH_STEP = 4
@@ -47,7 +47,8 @@ HELD_OUT_CHARACTERS = 200_000
 
 
 def sized(options: dict[str, Any], num_parameters: int, words: Tokenizer) -> ModelConfig:
-    """The config with these options whose width makes its size closest to this."""
+    """The config with these options and the width that brings its size closest to
+    `num_parameters`."""
     special = words.special_tokens["<|endoftext|>"]
     known = {"vocab_sz": words.num_tokens, "bos_token_id": special, "eos_token_ids": (special,)}
 
@@ -65,7 +66,7 @@ def sized(options: dict[str, Any], num_parameters: int, words: Tokenizer) -> Mod
 
 
 def runs(results: Path, variants: Collection[str], seeds: int) -> Iterator[tuple[str, int]]:
-    """Those without a line in the results, all variants with the first seed first."""
+    """Runs without a line in the results, all variants with the first seed first."""
     lines = results.read_text("utf-8").splitlines() if results.exists() else []
     done = {(line["variant"], line["seed"]) for line in map(json.loads, lines)}
     for seed in range(seeds):
@@ -90,7 +91,7 @@ def main(
         int, typer.Option(help="Of each file, from its start.")
     ] = 6_000_000,
 ) -> None:
-    """Train every variant with every seed, and write down the bits per byte of held-out text."""
+    """Train every variant with every seed, and save the bits per byte of held-out text."""
     variants = variant or list(VARIANTS)
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise typer.BadParameter(f"there is no {unknown[0]}", param_hint="--variant")

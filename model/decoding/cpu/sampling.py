@@ -1,4 +1,4 @@
-"""Drawing tokens on a CPU, compiled."""
+"""Compiled sampling on a CPU."""
 
 import functools
 from typing import Any
@@ -32,12 +32,12 @@ def _draw(logits: Any, temperatures: Any, points: Any, chosen: Any) -> None:
 
 @functools.cache
 def draw_function() -> Any:
-    """`draw(logits, temperatures, points, chosen)`: the inverse of the distribution softmax(logits
-    / t).
+    """`draw(logits, temperatures, points, chosen)`: inverse transform sampling of softmax(logits /
+    t).
 
-    logits `[rows, vocab]` float32, temperatures t above 0 and points from 0 to 1 `[rows]` float64;
-    a token id for each row is written to chosen `[rows]` int64. Sums are float64. It is -1 where no
-    token has a weight, or where one is NaN, which is so beside NaN and inf.
+    logits `[rows, vocab]` float32, temperatures t > 0 and points in [0, 1) `[rows]` float64; chosen
+    `[rows]` int64 receives a token id per row. Sums are float64. The id is -1 for rows with NaN or
+    inf, and where every weight is 0.
     """
     source = SOURCE
 

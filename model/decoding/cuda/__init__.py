@@ -1,4 +1,4 @@
-"""Steps on a GPU.
+"""Decoding on a GPU.
 
-Without one all of it also runs on a CPU, in Triton's interpreter, which tests do.
+Tests run the same code on a CPU with Triton's interpreter.
 """

@@ -1,5 +1,5 @@
-"""Steps on a GPU: one recorded launch each where no prompt is read, the tokens chosen and fed back
-on the device."""
+"""Steps on a GPU: steps without prompts replay one CUDA graph; tokens are sampled and fed back on
+the device."""
 
 from bisect import bisect_left
 from collections import deque
@@ -40,9 +40,9 @@ NO_ROW = NO_TOKEN = -1
 
 
 def batch_sizes(most: int) -> list[int]:
-    """Sizes for which a step is recorded: powers of two and the middles between them.
+    """Batch sizes to record: powers of two and the midpoints between them.
 
-    Rows beyond a batch are left out by every kernel, so a larger size than needed costs little.
+    Kernels skip the rows beyond a batch, so a larger size than needed costs little.
     """
     sizes, size = [1, 2, 4, 8], 16
     while size < most:
@@ -53,16 +53,16 @@ def batch_sizes(most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Step:
-    """A recorded step of up to so many rows."""
+    """A recorded step of at most `size` rows."""
 
     inputs: Tensor
-    """int32 `[3, size]`, as `resolve_inputs` takes them."""
+    """int32 `[3, size]`, the inputs of `resolve_inputs`."""
 
     logits: Tensor
-    """float32 `[size, vocab]`, of the last launch."""
+    """float32 `[size, vocab]`, from the last launch."""
 
     chosen: Tensor
-    """int32 `[size]`; -1 where there is no token."""
+    """int32 `[size]`; -1 for no token."""
 
     launch: Work
 
@@ -70,8 +70,8 @@ class Step:
 class GraphRunner:
     """A `Runner` for a pool on the device.
 
-    How a row chooses stays on the device from one step to the next. What the kernels cannot choose
-    (penalties, biases, masks) is chosen from a copy of the logits when the step is taken.
+    Sampling parameters stay on the device between steps. What the kernels cannot sample (penalties,
+    biases, masks) is sampled on the host from a copy of the logits when the step is collected.
     """
 
     runs_ahead = True
@@ -91,7 +91,7 @@ class GraphRunner:
         )
 
     def prepare(self) -> None:
-        for size in reversed(self._sizes):  # what a smaller one needs is part of a larger one's
+        for size in reversed(self._sizes):  # smaller graphs reuse the memory of larger ones
             self._steps[size] = self._record(size)
 
     @torch.inference_mode()
@@ -99,7 +99,7 @@ class GraphRunner:
         buffers = self._buffers[0]
         self._buffers.rotate(-1)
         choosing = [place for place, each in enumerate(pieces) if each.sampled is not None]
-        # What runs ahead is what the device chooses, or it would not know what to read.
+        # Only tokens sampled on the device can run ahead: the next step must find its input there.
         on_device = {
             place
             for place in choosing
@@ -138,7 +138,7 @@ class GraphRunner:
     def _replay(
         self, pieces: Sequence[Piece], on_device: AbstractSet[int], buffers: "_Buffers"
     ) -> tuple[Tensor, Tensor]:
-        """A step in which each row reads one token, or none: the logits and the tokens chosen."""
+        """A step in which each row reads at most one token: the logits and the sampled tokens."""
         size = self._sizes[bisect_left(self._sizes, len(pieces))]
         if size not in self._steps:
             self._steps[size] = self._record(size)
@@ -151,8 +151,8 @@ class GraphRunner:
     def _run(
         self, pieces: Sequence[Piece], on_device: AbstractSet[int], buffers: "_Buffers"
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A step that reads prompts, too: as `_replay`, of the pieces that choose a token; and the
-        logits before the tokens in `following`."""
+        """A step with prompts: as `_replay`, for the pieces that sample a token, plus the logits
+        before the tokens in `following`."""
         reading = [place for place, each in enumerate(pieces) if not each.resumes]
         given = [pieces[place] for place in reading]
         buffers.fill(
@@ -160,7 +160,7 @@ class GraphRunner:
         )
         inputs = buffers.inputs[: 3 * len(given)].view(3, len(given))
         ids, rows, chooses = resolve_inputs(move(inputs, self._device), self._table.token)
-        # The device knows the tokens that the host does not.
+        # Only the device knows its last sampled tokens.
         known = [each if each.token_ids else each._replace(token_ids=(0,)) for each in given]
         single = self._places([i for i, each in enumerate(given) if _is_single(each)])
         logits = self._network.forward(batch_of(known), self._pool, (ids[single], rows[single]))
@@ -179,7 +179,8 @@ class GraphRunner:
         return all_logits, all_chosen, of_prompts
 
     def _assign(self, pieces: Sequence[Piece]) -> None:
-        """Tell the device how the rows choose that come new to it, with a token of the host's."""
+        """Upload the sampling parameters of rows that are new to the device or got a token from the
+        host."""
         news = [each for each in pieces if each.token_ids is not None]
         if not news:
             return
@@ -195,7 +196,7 @@ class GraphRunner:
         return to_device(values, torch.int64, self._device)
 
     def _copy(self, logits: Tensor, places: Sequence[int]) -> Tensor | None:
-        """Some rows of the logits, which the next step overwrites."""
+        """A copy of some rows of the logits, which the next step overwrites."""
         if not places:
             return None
         return logits.index_select(0, self._places(places))
@@ -216,7 +217,7 @@ class GraphRunner:
 
 @dataclass(frozen=True)
 class _Buffers:
-    """Host memory of one step under way."""
+    """Host memory of one step in flight."""
 
     inputs: Tensor
     chosen: Tensor
@@ -231,8 +232,8 @@ class _Buffers:
         )
 
     def fill(self, pieces: Sequence[Piece], on_device: AbstractSet[int], size: int) -> None:
-        """Write the rows, their tokens and which of them the device chooses for, and nothing but
-        them: what is beyond them is no row."""
+        """Write the rows, their tokens and the flags of rows sampled on the device; the rest is
+        padding."""
         count = len(pieces)
         places = self.inputs[: 3 * size].view(3, size).numpy()
         places[:, count:] = NO_ROW
@@ -243,23 +244,23 @@ class _Buffers:
 
 @dataclass(frozen=True)
 class LaunchedStep:
-    """A step under way."""
+    """A step in flight."""
 
     pieces: Sequence[Piece]
     choosing: Sequence[int]
-    """Places of the pieces that choose a token; what follows is in their order."""
+    """Indices of the pieces that sample a token; the fields below follow this order."""
 
     chosen: Tensor
     asked: Sequence[int]
-    """Where probabilities are asked for."""
+    """For pieces with log-probabilities."""
 
     asked_logits: Tensor | None
     by_host: Sequence[int]
-    """Where the device has not chosen the token."""
+    """For pieces sampled on the host."""
 
     logits: Tensor | None
     of_prompts: Tensor
-    """Before the tokens in `following`."""
+    """Logits before the tokens in `following`."""
 
     side_stream: SideStream
     over: DeviceEvent
@@ -269,7 +270,7 @@ class LaunchedStep:
         token_ids = list[int | None]([None] * len(self.pieces))
         for place, token_id in zip(self.choosing, self.chosen.tolist(), strict=True):
             token_ids[place] = None if token_id < 0 else token_id
-        with self.side_stream():  # what has been launched since need not be over
+        with self.side_stream():  # not blocked by steps launched since
             if self.logits is not None:
                 places = [self.choosing[i] for i in self.by_host]
                 sampled = (self.pieces[place].sampled for place in places)
@@ -284,12 +285,12 @@ class LaunchedStep:
 
 
 def _is_single(piece: Piece) -> bool:
-    """Whether one token is read, or none."""
+    """Whether the piece reads at most one token."""
     return piece.token_ids is None or len(piece.token_ids) < 2
 
 
 def _on_device(sampled: SampledRow | None) -> bool:
-    """Whether the kernels can choose the next token."""
+    """Whether the kernels can sample the next token."""
     return sampled is not None and not (
         sampled.params.changes_logits or sampled.banned or sampled.allowed is not None
     )

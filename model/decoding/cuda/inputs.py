@@ -1,4 +1,4 @@
-"""What the rows of a step read, found on the device: a token that the host gives, or their own."""
+"""Resolves the input tokens of a step on the device: given by the host, or the row's last token."""
 
 import torch
 import triton
@@ -9,16 +9,15 @@ BLOCK = 256
 
 
 def resolve_inputs(inputs: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, rows of the pool and rows to choose a next token for, each int32 `[batch]`.
+    """Token ids, pool rows and rows to sample, each int32 `[batch]`.
 
-    inputs int32 `[3, batch]`: rows; the tokens they are given, negative for the row's own last
-    token, `token[row]`; and 1 where the device is to choose the next one. token int32
-    `[pool_rows]`, which may be strided: negative where the row's text has ended, so that the row is
-    left out. A row that is left out, or negative to begin with, comes out as -1, and so does its
-    token.
+    inputs int32 `[3, batch]`: rows; tokens from the host, negative for the row's own last token,
+    `token[row]`; and 1 where the device samples the next token. token int32 `[pool_rows]`, may be
+    strided: negative once the row's text has ended, and the row is then skipped. Skipped rows, and
+    rows that are negative in inputs, are returned as -1 with token -1.
     """
     if inputs.dtype != torch.int32 or inputs.shape[0] != 3 or not inputs.is_contiguous():
-        raise ValueError(f"inputs are contiguous int32 [3, batch], not {[*inputs.shape]}")
+        raise ValueError(f"inputs must be contiguous int32 [3, batch], not {[*inputs.shape]}")
     batch = inputs.shape[1]
     resolved = torch.empty_like(inputs)
     _resolve_inputs[(triton.cdiv(batch, BLOCK),)](

@@ -1,11 +1,10 @@
-"""Choosing tokens on the device: what `model.decoding.sampling` chooses without penalties and
-biases.
+"""Sampling on the device: as `model.decoding.sampling`, without penalties and biases.
 
-Nothing here waits for the device, so every call can be captured in a CUDA graph. Rows that have
-filters are searched, not sorted: the weight of a token, exp((logit - largest) / temperature), grows
-with its logit, so that a filter is a threshold of logits, and of tokens that have the same logit
-the first ones. Tokens whose weights are equal in float64 although their logits are not, as at a
-temperature of 1e20, are ordered by their logits here, and by their ids there.
+Nothing here synchronises, so every call can be captured in a CUDA graph. Rows with filters are
+searched rather than sorted: a token's weight, exp((logit - largest) / temperature), grows with its
+logit, so a filter is a threshold on logits and, among equal logits, on ids. Tokens whose weights
+are equal in float64 although their logits differ, as at a temperature of 1e20, are ordered by logit
+here and by id there.
 """
 
 import torch
@@ -17,40 +16,42 @@ from model.decoding.cuda.table import SamplerTable
 from model.decoding.decoder import MAX_END_TOKENS
 
 BLOCK = tl.constexpr(2048)
-"""Tokens whose weights are computed at once."""
+"""Tokens weighed at once."""
 
 COLDEST = tl.constexpr(1e-260)
-"""Below it, every temperature gives all tokens but the most probable ones a weight of 0."""
+"""Below this temperature all tokens but the most probable have weight 0."""
 
 INF = tl.constexpr(float("inf"))
 LOWEST = tl.constexpr(-0x7F800001)
-"""The place of -inf in the order of `_order`."""
+"""Rank of -inf in the order of `_order`."""
 
 FIRST, NONE = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
-"""Below and above all places in that order and all ids."""
+"""Below and above all ranks of that order and all ids."""
 
 DIGITS = tl.constexpr(2.0**-53)
 BELOW_1 = tl.constexpr(1 - 2.0**-52)
 
 
 def choose(logits: Tensor, rows: Tensor, table: SamplerTable, chosen: Tensor) -> None:
-    """Choose the next token of each sequence: logits `[batch, vocab]` float32 are left as they are.
+    """Sample the next token of each sequence from logits `[batch, vocab]` float32, which are not
+    changed.
 
-    Sequence i has row rows[i] of the table, int32 `[batch]`, none twice; a negative one stands for
-    no sequence. chosen `[batch]` int32 receives the tokens: -1 where there is no sequence, or where
-    logits are no distribution (`sample`). The row's position grows by 1, and its token becomes the
-    chosen one, but -1 where that is none or ends the text: a step that has been launched before
-    anyone saw the token has nothing to do for this row.
+    rows int32 `[batch]`: row of the table for each sequence, without duplicates; negative for none.
+    chosen `[batch]` int32 receives the tokens: -1 for no sequence and for logits that are not a
+    distribution (see `sample`). The row's position grows by 1 and its token becomes the sampled
+    one, or -1 if there is none or it ends the text: steps already launched then skip the row.
     Raises ValueError for other shapes, dtypes and strides.
     """
     batch, vocab = logits.shape
     if logits.dtype != torch.float32 or (vocab > 1 and logits.stride(1) != 1):
-        raise ValueError(f"logits are float32 with stride 1, not {logits.dtype} {logits.stride()}")
+        raise ValueError(
+            f"logits must be float32 with stride 1, not {logits.dtype} {logits.stride()}"
+        )
     for name, tensor in (("rows", rows), ("chosen", chosen)):
         if tensor.shape != (batch,) or tensor.dtype != torch.int32 or not tensor.is_contiguous():
-            raise ValueError(f"{name} are contiguous int32 [{batch}]")
+            raise ValueError(f"{name} must be contiguous int32 [{batch}]")
     if not batch * vocab:
-        raise ValueError(f"nothing can be chosen from logits {[*logits.shape]}")
+        raise ValueError(f"cannot sample from logits {[*logits.shape]}")
     num_blocks = triton.cdiv(vocab, BLOCK.value)
     largest = torch.empty(batch, num_blocks, device=logits.device)
     first = torch.empty(batch, num_blocks, dtype=torch.int32, device=logits.device)
@@ -80,27 +81,27 @@ def _mix(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _uniform(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
-    """A number in [0, 1) with 53 random bits, that of `model.decoding.sampling`."""
+    """A number in [0, 1) with 53 random bits, as in `model.decoding.sampling`."""
     bits = _mix(_mix(seed.to(tl.uint64, bitcast=True)) ^ position.to(tl.uint64, bitcast=True))
     return (bits >> 11).to(tl.int64).to(tl.float64) * DIGITS
 
 
 @triton.jit
 def _load(logits_row: tl.tensor, block: tl.tensor, VOCAB: tl.constexpr) -> tl.tensor:  # noqa: N803
-    """Ids and logits of a block, -inf beyond the vocabulary."""
+    """Ids and logits of a block; -inf beyond the vocabulary."""
     ids = block * BLOCK + tl.arange(0, BLOCK)
     return ids, tl.load(logits_row + ids, ids < VOCAB, -INF)
 
 
 @triton.jit
 def _weight_of(logits: tl.tensor, top: tl.tensor, cold: tl.tensor) -> tl.tensor:
-    """exp((logit - largest) / temperature) in float64, of which `cold` is the inverse."""
+    """exp((logit - largest) / temperature) in float64; `cold` is 1 / temperature."""
     return tl.exp((logits.to(tl.float64) - top) * cold)
 
 
 @triton.jit
 def _order(logits: tl.tensor) -> tl.tensor:
-    """Whole numbers int32 in the order of float32 numbers, 0 and -0 being one."""
+    """Maps float32 to int32 of the same order; 0 and -0 are equal."""
     bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
@@ -109,9 +110,9 @@ def _order(logits: tl.tensor) -> tl.tensor:
 def _first_beyond(
     ids: tl.tensor, weights: tl.tensor, before: tl.tensor, target: tl.tensor
 ) -> tl.tensor:
-    """The first id whose cumulative weight, from `before` on, exceeds the target.
+    """The first id whose cumulative weight, starting at `before`, exceeds the target.
 
-    It is the last one that has any weight, where rounding lets none exceed it.
+    If rounding lets none exceed it, the last id with a weight above 0.
     """
     some = weights > 0.0
     beyond = some & (before + tl.cumsum(weights, 0) > target)
@@ -132,9 +133,9 @@ def _summarise(
     stride: tl.tensor,
     VOCAB: tl.constexpr,  # noqa: N803
 ) -> None:
-    """Of a block of a row: the largest logit, its first id, and the sum of weights relative to it.
+    """Per block of a row: the largest logit, its first id, and the sum of weights relative to it.
 
-    The largest is inf where the block has NaN or inf.
+    The largest is inf if the block has NaN or inf.
     """
     i, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.load(rows_ptr + i).to(tl.int64)
@@ -166,10 +167,10 @@ def _kept(
     min_p: tl.tensor,
     VOCAB: tl.constexpr,  # noqa: N803
 ) -> tl.tensor:
-    """Ids and weights of a block, 0 for those that filters exclude.
+    """Ids and weights of a block; 0 for filtered tokens.
 
-    Kept are logits above the threshold and the first `equal` ones at it; also returned is `equal`
-    for the next block.
+    Logits above the threshold and the first `equal` ones at it pass; the remaining `equal` for the
+    next block is returned too.
     """
     ids, logits = _load(logits_row, block, VOCAB)
     key = _order(logits)
@@ -191,7 +192,7 @@ def _total(
     VOCAB: tl.constexpr,  # noqa: N803
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
 ) -> tl.tensor:
-    """The sum of all weights that are kept, block by block."""
+    """The sum of all weights that pass the filters, block by block."""
     total = 0.0 * top
     for block in tl.range(NUM_BLOCKS, num_stages=3):
         _, weights, equal = _kept(logits_row, block, top, cold, threshold, equal, min_p, VOCAB)
@@ -211,7 +212,7 @@ def _above(
     VOCAB: tl.constexpr,  # noqa: N803
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
 ) -> tl.tensor:
-    """How many tokens, and if `WEIGHED` how much weight, are above each of three thresholds."""
+    """How many tokens, and with `WEIGHED` how much weight, lie above each of three thresholds."""
     low, middle, high = low.to(tl.int32), middle.to(tl.int32), high.to(tl.int32)
     num_low, num_middle, num_high = _zeros(tl.int32)
     sum_low, sum_middle, sum_high = _zeros(tl.float64)
@@ -246,12 +247,11 @@ def _search(
     VOCAB: tl.constexpr,  # noqa: N803
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
 ) -> tl.tensor:
-    """The lowest threshold above which are less than `count` tokens, and less weight than `limit`.
+    """The lowest threshold with fewer than `count` tokens and less weight than `limit` above it.
 
-    Three thresholds are tried in a round, which leaves a quarter of the range between `low`, too
-    low, and `high`, until that has one token: 16 rounds at most. Returned are the threshold, which
-    is the place of a token, and how many tokens and how much weight are above it, the weight only
-    if `WEIGHED`.
+    Each round tries three thresholds and keeps a quarter of the range between `low`, too low, and
+    `high`, until one rank is left: at most 16 rounds. Returns the threshold, a token's rank, and
+    the number of tokens and the weight above it, the weight only with `WEIGHED`.
     """
     low, high = tl.cast(LOWEST, tl.int64), _order(top.to(tl.float32)).to(tl.int64)
     num_low, num_high = tl.cast(VOCAB, tl.int32), tl.cast(0, tl.int32)
@@ -288,7 +288,7 @@ def _draw_filtered(
     VOCAB: tl.constexpr,  # noqa: N803
     NUM_BLOCKS: tl.constexpr,  # noqa: N803
 ) -> tl.tensor:
-    """The token of a row that has filters, or -1 where none is left."""
+    """The token of a row with filters, or -1 if none passes."""
     threshold, equal = tl.cast(FIRST, tl.int32), tl.cast(0, tl.int32)
     count, all_p = tl.cast(NONE, tl.int32), tl.cast(0.0, tl.float64)
     if (top_k > 0) & (top_k < VOCAB):
@@ -305,8 +305,8 @@ def _draw_filtered(
         )
         bits = tl.where(threshold < 0, threshold ^ NONE, threshold)
         own = _weight_of(bits.to(tl.float32, bitcast=True), top, cold)
-        # Of equal tokens, one more while the weight before it is below the limit; a weight that is
-        # almost nothing decides nothing.
+        # Among equal tokens, add one while the weight before it is below the limit; negligible
+        # weights do not count.
         needed = tl.ceil((limit - weight) / tl.maximum(own, 1e-200))
         needed = tl.maximum(tl.minimum(needed, VOCAB), 1.0).to(tl.int32)
         equal = tl.minimum(needed, count - above)
@@ -346,7 +346,8 @@ def _choose(
     BLOCKS: tl.constexpr,  # noqa: N803
     MAX_ENDS: tl.constexpr,  # noqa: N803
 ) -> None:
-    """The token of one sequence, from what `_summarise` found; only a filter reads all logits."""
+    """Sample one sequence's token from the summary of `_summarise`; only filters read all logits
+    again."""
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + i).to(tl.int64)
     token = tl.cast(-1, tl.int32)

@@ -1,4 +1,4 @@
-"""How each row of a pool chooses its tokens, kept on the device from one step to the next."""
+"""Sampling parameters of each pool row, kept on the device between steps."""
 
 import struct
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from model.decoding.decoder import MAX_END_TOKENS
 from model.decoding.sampling import SamplingParams
 
 _ROW = struct.Struct(f"<3dQq2i{MAX_END_TOKENS}i")
-"""The fields of a row of the table, in the order of its attributes."""
+"""The fields of a row, in the order of the attributes."""
 
 
 class SamplerTable:
-    """What the choice of a row's next token depends on, for each row of a pool.
+    """Sampling parameters and position of each pool row.
 
-    The fields are views of one tensor, so that rows are written in one copy: fill a table on the
-    CPU with `assign`, and hand its memory to the one on the device.
+    The fields are views of one tensor, so rows are written with one copy: fill a table on the CPU
+    with `assign` and copy its memory to the one on the device.
     """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
@@ -26,7 +26,7 @@ class SamplerTable:
         self.temperature, self.top_p, self.min_p = doubles[:, :3].unbind(1)
         self.seed, self.position = self.memory[:, 3:5].unbind(1)
         self.top_k, self.token = words[:, 10:12].unbind(1)
-        """The token that was chosen last; -1 where the row has none to go on with."""
+        """The last sampled token; -1 if the row has none to continue from."""
 
         self.ends = words[:, 12:]
         """`[num_rows, MAX_END_TOKENS]`, padded with -1."""
@@ -37,15 +37,15 @@ class SamplerTable:
     def assign(
         self, row: int, params: SamplingParams, position: int, token: int, ends: Sequence[int]
     ) -> None:
-        """Set a row of a table on the CPU: `position` is that of the token to choose, `token` the
-        one before it.
+        """Set a row of a table on the CPU; `position` is that of the next token, `token` the one
+        before it.
 
         Raises ValueError for more than `MAX_END_TOKENS` ends, and for penalties or biases.
         """
         if params.changes_logits:
-            raise ValueError("penalties and biases are not for the device to apply")
+            raise ValueError("the device does not apply penalties and biases")
         if len(ends) > MAX_END_TOKENS:
-            raise ValueError(f"at most {MAX_END_TOKENS} tokens end a text, not {len(ends)}")
+            raise ValueError(f"at most {MAX_END_TOKENS} end tokens, not {len(ends)}")
         _ROW.pack_into(
             self.memory.numpy().data,
             row * _ROW.size,
@@ -61,5 +61,5 @@ class SamplerTable:
         )
 
     def write(self, rows: Tensor, memory: Tensor) -> None:
-        """Overwrite `rows` `[n]` with the memory of a table of n rows, both on the device."""
+        """Overwrite `rows` `[n]` with the memory of an n-row table, both on the device."""
         self.memory.index_copy_(0, rows, memory)

@@ -1,7 +1,7 @@
-"""Text that keeps to a JSON schema, a regular expression, a grammar or a list of strings.
+"""Text constrained by a JSON schema, a regular expression, a grammar or a list of strings.
 
-A source is compiled once and shared; each text under it has a matcher, which says before every
-token which tokens may come next. Matching is done by the llguidance library.
+A source is compiled once and shared; each text has its own matcher, which computes the mask of
+allowed tokens before every token. Matching uses the llguidance library.
 """
 
 from model.decoding.grammar.compiler import GrammarCompiler

@@ -1,4 +1,4 @@
-"""Compiled sources: made once, kept while they are used."""
+"""Compilation of grammar sources, with a cache."""
 
 import asyncio
 import concurrent.futures
@@ -17,14 +17,14 @@ from model.shares import SharedCache, has_space
 from model.text.tokenizer import Tokenizer
 
 CACHED_GRAMMARS, CACHED_BYTES = 64, 4 * 1024 * 1024
-"""Compiled sources that are kept, and the size of their sources together. What the library holds
-for one is 0.2 MiB as a rule, and more for one that finds out much about its tokens; that one is
-compiled anew when its texts have taken `GRAMMAR_S`, after 50 MiB or so."""
+"""Maximum number of cached sources and their total size. llguidance uses about 0.2 MiB per source,
+and more for one whose tokens it explores; that one is recompiled after `GRAMMAR_S` of matching, at
+about 50 MiB."""
 
 COMPILE_S = 5.0
 PROCESSES, MAX_WAITING = 4, 32
-"""Processes start when they are needed. An owner has fewer of them than are idle: two if nobody
-else has any, so that there is always one for the next owner. `MAX_WAITING` is shared likewise."""
+"""Processes start on demand. An owner gets fewer than are idle: two if there is no other owner, so
+that one is always left for the next. `MAX_WAITING` is shared likewise."""
 
 MOST_THREADS = 4 * MAX_WAITING
 
@@ -32,41 +32,41 @@ Outcome = Grammar | GrammarError
 
 
 class GrammarCompiler:
-    """Compiles sources for one tokenizer and network. Any thread may use it.
+    """Compiles sources for one tokenizer and network. Thread-safe.
 
-    `vocab_sz` is the network's, which may have more ids than there are tokens; a text ends with one
-    of `eos_token_ids`. Building it takes 0.03 s for 4,096 tokens and 0.5 s for 50,000. A new source
-    is compiled in a process first, then here; `close` ends the processes.
+    `vocab_sz` is the network's and may exceed the number of tokens; a text ends with one of
+    `eos_token_ids`. Construction takes 0.03 s for 4,096 tokens and 0.5 s for 50,000. A new source
+    is compiled in a subprocess first, then here; `close` ends the subprocesses.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_sz: int, eos_token_ids: Sequence[int]) -> None:
         self._vocabulary = Vocabulary(tokenizer, vocab_sz, eos_token_ids)
         self._cache = _Cache()
         self._trials = [TrialProcess(self._vocabulary) for _ in range(PROCESSES)]
-        self._idle = list(self._trials)  # the last one is next, which may run already
+        self._idle = list(self._trials)  # the last one is used first: it may be running already
         self._compiling = Counter[str]()
         self._seconds = defaultdict[str, float](float)
         self._changed = threading.Condition()
         self._threads = concurrent.futures.ThreadPoolExecutor(MOST_THREADS, "grammar")
         self._waiting = Counter[str]()
-        """What `compile_within` waits for, by owner."""
+        """Pending `compile_within` calls, by owner."""
 
     def pop_seconds(self, owner: str) -> int:
-        """Whole seconds for which sources of an owner were compiled since the last call."""
+        """Whole seconds of compilation charged to an owner since the last call."""
         with self._changed:
             seconds = int(self._seconds[owner])
             self._seconds[owner] -= seconds
             return seconds
 
     def is_known(self, spec: GrammarSpec) -> bool:
-        """Whether the source need not be compiled."""
+        """Whether the source is in the cache."""
         return self._cache.get(spec) is not None
 
     def compile(self, spec: GrammarSpec, timeout_s: float = COMPILE_S, owner: str = "") -> Grammar:
-        """The grammar of a source. Blocks for at most `timeout_s` until a process is idle, then for
-        as long until the source is compiled, then for as long as that took.
+        """Compile a source. Blocks for at most `timeout_s` until a process is idle, as long again
+        for the process to compile it, and then for as long as that took.
 
-        Raises GrammarError if it is wrong, too large or takes too long, and GrammarBusyError.
+        Raises GrammarError if the source is invalid, too large or too slow, and GrammarBusyError.
         """
         spec.check_size()
         if (known := self._cache.get(spec)) is not None:
@@ -93,11 +93,11 @@ class GrammarCompiler:
         return await asyncio.wrap_future(task)
 
     def forget(self, owner: str) -> None:
-        """Keep nothing that an owner was the first to have compiled."""
+        """Drop the cached sources that an owner was the first to use."""
         self._cache.forget(owner)
 
     def close(self) -> None:
-        """End the processes. What is being compiled is refused; nothing may be compiled after."""
+        """End the processes. Pending compilations fail; nothing may be compiled afterwards."""
         for trial in self._trials:
             trial.kill()
         self._threads.shutdown(cancel_futures=True)
@@ -106,7 +106,7 @@ class GrammarCompiler:
 
     @contextmanager
     def _process(self, owner: str, timeout_s: float) -> Iterator[TrialProcess]:
-        """A process for one source. Raises GrammarBusyError when there is none in time."""
+        """A process for one source. Raises GrammarBusyError if none is idle in time."""
         with self._changed:
             if not self._changed.wait_for(
                 lambda: len(self._idle) > self._compiling[owner], timeout_s
@@ -131,7 +131,8 @@ class GrammarCompiler:
     def _first(
         self, spec: GrammarSpec, trial: TrialProcess, timeout_s: float, owner: str
     ) -> Outcome:
-        """Compile what is not known. Raises GrammarError if it may be otherwise another time."""
+        """Compile an uncached source. Raises GrammarError for failures that should not be
+        cached."""
         trial.start()
         began = time.monotonic()
         try:
@@ -150,12 +151,12 @@ class GrammarCompiler:
 
 
 class _Cache:
-    """The outcomes that were used last."""
+    """The most recently used outcomes."""
 
     def __init__(self) -> None:
         self._outcomes = SharedCache[GrammarSpec, Outcome](CACHED_BYTES)
         self._least = CACHED_BYTES // CACHED_GRAMMARS
-        """What a source counts for at least."""
+        """Minimum size charged for a source."""
 
         self._lock = threading.Lock()
 

@@ -1,4 +1,4 @@
-"""What several schemas ask for together."""
+"""Conjunction of several schemas."""
 
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -21,15 +21,16 @@ UNSUPPORTED = {
     *("minProperties", "maxProperties", "dependentRequired", "dependentSchemas", "dependencies"),
     *("unevaluatedProperties", "$dynamicRef", "$recursiveRef"),
 }
-"""Beside numbers that the library changes; otherwise it enforces some of them."""
+"""Keywords that cannot be combined with numbers beyond 64 bits; llguidance enforces some of
+them."""
 
 Part = tuple[str, dict[str, Any]]
-"""A schema with its place, which says what it is."""
+"""A schema and its location."""
 
 
 @dataclass
 class Demands:
-    """What several schemas ask for together."""
+    """Conjunction of several schemas."""
 
     types: set[str] = field(default_factory=lambda: set(TYPES))
     integer: bool = False
@@ -40,14 +41,14 @@ class Demands:
     def add(self, place: str, schema: dict[str, Any]) -> None:
         for keyword, value in schema.items():
             if keyword in UNSUPPORTED and value is not False:
-                raise refusal(place, f"{keyword} beside numbers that need more than 64 bits")
+                raise refusal(place, f"{keyword} combined with numbers that need more than 64 bits")
             if keyword in NUMERIC:
                 self.numeric.setdefault(keyword, []).append(value)
             elif keyword in ("enum", "const"):
                 self.listed.append(value if keyword == "enum" else [value])
             elif keyword in GROUP_OF:
                 if self.groups.setdefault(GROUP_OF[keyword], (place, schema))[0] != place:
-                    raise refusal(place, f"{keyword} beside a reference, anyOf, oneOf or allOf")
+                    raise refusal(place, f"{keyword} combined with a reference, anyOf, oneOf or allOf")
             elif keyword == "type":
                 types = {value} if isinstance(value, str) else set(value)
                 if unknown := types - {*TYPES, "integer"}:
@@ -56,7 +57,7 @@ class Demands:
                 self.types &= {"number" if name == "integer" else name for name in types}
 
     def values(self) -> list[Any]:
-        """Those of the lists that the types and the bounds allow."""
+        """Values of the lists that the types and bounds allow."""
         first, *others = self.listed
         return [
             value
@@ -81,7 +82,7 @@ class Demands:
         )
 
     def bounds(self, keywords: tuple[str, str]) -> list[tuple[Number, bool]]:
-        """Bounds on one side; exclusive ones are marked."""
+        """Bounds on one side, with a flag for exclusive ones."""
         return [
             (bound, keyword == keywords[1])
             for keyword in keywords

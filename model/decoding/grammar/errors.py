@@ -1,23 +1,23 @@
-"""What is wrong with a source, in one line."""
+"""Errors in grammar sources, as one line."""
 
 import re
 
 MESSAGE_CHARACTERS = 200
-"""A source that is refused must not come back as its own error message."""
+"""Limits how much of a rejected source its error message repeats."""
 
 _HINT = re.compile(r"\. (Enable|If you) .*|\s*<non-verbose/>|\s*<backtrace>.*", re.DOTALL)
 
 
 class GrammarError(ValueError):
-    """No text can be made to keep to this source; the message is one line."""
+    """The source is not usable; the message is one line."""
 
 
 class GrammarBusyError(Exception):
-    """Others' sources are being compiled; this one was not looked at in time."""
+    """The compiler is busy with other sources; this one was not compiled in time."""
 
 
 def one_line(message: str) -> str:
-    """The library's message without its hints, its context and its length."""
+    """The library's message without hints and context, shortened."""
     message = _HINT.sub("", message)
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

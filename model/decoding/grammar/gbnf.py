@@ -1,8 +1,8 @@
-"""GBNF, the grammars of llama.cpp, in the library's dialect of Lark.
+"""Translates GBNF, llama.cpp's grammars, to llguidance's Lark.
 
-The library cuts a text into the longest tokens that the grammar has, and does not go back. So a
-grammar without recursion becomes one regular expression, and one with recursion has characters for
-tokens: both allow exactly what the GBNF does.
+llguidance's lexer is greedy and does not backtrack. A grammar without recursion therefore becomes
+one regular expression, and one with recursion uses single characters as tokens: both accept exactly
+what the GBNF accepts.
 """
 
 import re
@@ -33,7 +33,8 @@ def gbnf_to_lark(source: str) -> str:
 
 
 class _Reader:
-    """Reads rules one after another. The names of Lark's are numbers: GBNF has fewer limits."""
+    """Parses the rules in order. Lark rule names are numbers, since GBNF names are less
+    restricted."""
 
     def __init__(self, source: str, whole_literals: bool) -> None:
         self._source = source
@@ -53,7 +54,7 @@ class _Reader:
                 )
 
     def is_recursive(self) -> bool:
-        """A rule needs itself."""
+        """Whether a rule refers to itself, directly or not."""
         try:
             TopologicalSorter(self._uses).prepare()
         except CycleError:
@@ -61,7 +62,7 @@ class _Reader:
         return False
 
     def lark(self) -> str:
-        """All of the grammar."""
+        """The whole grammar."""
         rules = [f"{self._lark_name(name)}: {body}" for name, body in self._bodies.items()]
         return "\n".join([f"start: {self._lark_name('root')}", *rules])
 
@@ -81,7 +82,7 @@ class _Reader:
         self._bodies[name] = ""
         self._bodies[name] = self._alternatives(name, nested=False)
         if self._place < len(self._source) and self._source[self._place] not in "\r\n":
-            raise self._error("this cannot stand here")
+            raise self._error("unexpected input")
 
     def _alternatives(self, rule: str, nested: bool) -> str:
         blank = _BLANK_LINES if nested else _BLANK
@@ -107,7 +108,7 @@ class _Reader:
         return " ".join(found) or '""'
 
     def _item(self, rule: str) -> str | None:
-        """What can be repeated, if anything comes."""
+        """One repeatable item, if there is one."""
         first = self._source[self._place : self._place + 1]
         if first == '"':
             return self._literal()
@@ -161,24 +162,24 @@ class _Reader:
 
     def _character(self) -> int:
         if self._place >= len(self._source):
-            raise self._error("the end of a string or class is missing")
+            raise self._error("unterminated string or class")
         if self._source[self._place] != "\\":
             self._place += 1
             return ord(self._source[self._place - 1])
         escape = _ESCAPE.match(self._source, self._place)
         if escape is None:
-            raise self._error("there is no such escape")
+            raise self._error("unknown escape")
         digits = escape[1] or escape[2] or escape[3]
         found = ord(_SHORT.get(escape[4], escape[4])) if digits is None else int(digits, 16)
         if found > _LAST or found in _SURROGATES:
-            raise self._error(f"{escape[0]} is no character")
+            raise self._error(f"{escape[0]} is not a character")
         self._place = escape.end()
         return found
 
     def _name(self) -> str:
         found = _NAME.match(self._source, self._place)
         if found is None:
-            raise self._error("a name is missing")
+            raise self._error("expected a name")
         self._place = found.end()
         return found[0]
 
@@ -200,6 +201,6 @@ def _repeated(item: str, repeat: re.Match[str]) -> str:
     if least is None:
         return f"({item}){repeat[0]}"
     most = least if comma is None else most
-    if most and int(most) == 0:  # which Lark has no form for
+    if most and int(most) == 0:  # Lark has no syntax for this
         return '""'
     return f"({item}){{{least},{most}}}"

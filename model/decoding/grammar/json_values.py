@@ -12,7 +12,7 @@ TYPES = ("null", "boolean", "number", "string", "array", "object")
 
 
 def literal(value: Any) -> str:
-    """The value in Lark."""
+    """The value as Lark."""
     if isinstance(value, dict):
         pairs = [f"{literal(name)} COLON {literal(inner)}" for name, inner in value.items()]
         return f'"{{" {" COMMA ".join(pairs)} "}}"'
@@ -36,7 +36,7 @@ def type_of(value: Any) -> str:
 
 
 def equal(one: Any, other: Any) -> bool:
-    """As JSON: 1 is 1.0 and not true."""
+    """JSON equality: 1 equals 1.0 and not true."""
     if type_of(one) != type_of(other):
         return False
     if isinstance(one, list):
@@ -47,7 +47,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def numbers_in(value: Any) -> Iterator[Number]:
-    """Those of a JSON value."""
+    """All numbers in a JSON value."""
     if isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from numbers_in(inner)
@@ -56,5 +56,5 @@ def numbers_in(value: Any) -> Iterator[Number]:
 
 
 def fraction(value: Number) -> Fraction:
-    """The value as it is written."""
+    """The exact value as written."""
     return Fraction(repr(value))

@@ -1,8 +1,8 @@
-"""Pieces of the library's dialect of Lark."""
+"""Building blocks of llguidance's Lark."""
 
 import json
 
 
 def quoted(text: str) -> str:
-    """A string of Lark, which JSON's are but for one character that JSON does not escape."""
+    """A Lark string: JSON's syntax, but for one character that JSON does not escape."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

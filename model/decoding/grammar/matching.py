@@ -1,4 +1,4 @@
-"""Which tokens may come next in one text."""
+"""Token masks of one text."""
 
 import time
 from collections.abc import Sequence
@@ -13,22 +13,22 @@ from model.decoding.grammar.vocabulary import NO_CONTINUATION, Vocabulary, failu
 Mask = NDArray[np.int32]
 
 BURST_S, TOKEN_S = 0.5, 0.003
-"""Processor time that a text may take for its grammar: so much at once, and more with each token.
-An ordinary one takes 0.00001 to 0.0001 s a token; what takes 30 times as much is there to stop
-others, whose tokens wait meanwhile."""
+"""Processor time a text may spend on its grammar: a fixed amount plus some per token. Ordinary
+texts use 0.00001 to 0.0001 s per token; one that uses 30 times as much delays everyone's tokens."""
 
 GRAMMAR_S = 2.0
-"""Processor time of all texts of a grammar before it is compiled anew: some 100,000 tokens of
-ordinary ones."""
+"""Processor time of all texts of a grammar before it is recompiled: about 100,000 ordinary
+tokens."""
 
-TOO_SLOW = "the grammar takes too long to follow"
+TOO_SLOW = "matching the grammar takes too long"
 
 
 class Grammar:
     """A compiled source, shared between texts.
 
-    Its texts share what the library has found out about its tokens. That grows, and when it is full
-    the texts fail; before, as a rule, `is_spent` says that new texts should have it compiled anew.
+    Its texts share llguidance's lexer cache. The cache grows, and texts fail when it is full;
+    `is_spent` usually becomes true before that, and new texts should then have the source
+    recompiled.
     """
 
     def __init__(self, spec: GrammarSpec, vocabulary: Vocabulary, compiled: LLMatcher) -> None:
@@ -39,18 +39,18 @@ class Grammar:
         self._left_s = GRAMMAR_S
 
     def matcher(self) -> "Matcher":
-        """For a text that has not begun."""
+        """A matcher for a new text."""
         return Matcher(self, self._compiled.deep_copy())
 
     def spend(self, seconds: float) -> None:
-        """Count the processor time of a text: what the library finds out grows with it."""
+        """Add to the processor time of all texts; the lexer cache grows with it."""
         self._left_s -= seconds
         if self._left_s < 0:
             self.is_spent = True
 
 
 class Matcher:
-    """One text under a grammar: ask which tokens may come next, accept one of them, and so on."""
+    """One text under a grammar: alternate `fill` and `accept`."""
 
     def __init__(self, grammar: Grammar, library: LLMatcher) -> None:
         self._grammar = grammar
@@ -58,28 +58,27 @@ class Matcher:
         self._left_s = BURST_S
         self._only_end = False
         self.failure: str | None = None
-        """Why the text cannot go on, though it is not complete. No token is allowed then."""
+        """Why the incomplete text cannot continue, if so; no token is allowed then."""
 
     @property
     def may_end(self) -> bool:
-        """The text, as it is, keeps to the grammar."""
+        """Whether the text so far is valid."""
         return self.failure is None and self._library.is_accepting()
 
     @property
     def is_complete(self) -> bool:
-        """Nothing but the end can follow. Exact after `fill`; may be late after `accept`."""
+        """Whether only the end can follow. Exact after `fill`; may be late after `accept`."""
         return self.may_end and (self._only_end or self._library.is_stopped())
 
     def new_mask(self) -> Mask:
-        """A mask for `fill`, with no bit set."""
+        """A mask for `fill`, all zeros."""
         return np.zeros(self._grammar.vocabulary.num_words, np.int32)
 
     def fill(self, mask: Mask) -> None:
-        """Set the bits of the token ids that may come next, clear the others.
+        """Set the bits of the allowed token ids and clear the others.
 
-        The mask is `[(vocab_sz + 31) // 32]`, the lowest bit first. End tokens are among them
-        exactly when the text may end. All bits are clear after a failure. Other threads run
-        meanwhile.
+        The mask is `[(vocab_sz + 31) // 32]`, lowest bit first. End tokens are allowed exactly when
+        the text may end. After a failure all bits are clear. Releases the GIL.
         """
         vocabulary = self._grammar.vocabulary
         mask[:] = 0
@@ -97,7 +96,8 @@ class Matcher:
                 np.bitwise_and(found, vocabulary.text | vocabulary.ends, out=mask)
 
     def accept(self, token_id: int) -> bool:
-        """Go on with a token of the mask. False if there is no way on: `failure` says why."""
+        """Append a token of the mask. False if no continuation is left: `failure` holds the
+        reason."""
         if self.failure is not None:
             return False
         begin = time.thread_time()
@@ -115,7 +115,7 @@ class Matcher:
             self.failure = TOO_SLOW
 
     def _check(self) -> None:
-        """See whether the library gave up."""
+        """Record a failure of the library."""
         why = failure(self._library)
         if why is not None:
             self.failure = why
@@ -126,7 +126,7 @@ class Matcher:
 def fill_masks(matchers: Sequence[Matcher], masks: Mask) -> None:
     """`Matcher.fill` for several texts: masks `[texts, (vocab_sz + 31) // 32]`.
 
-    One after another: a mask takes microseconds, and threads gained nothing on two cores.
+    Sequential: a mask takes microseconds, and threads gained nothing on two cores.
     """
     for matcher, mask in zip(matchers, masks, strict=True):
         matcher.fill(mask)

@@ -1,7 +1,7 @@
-"""Regular expressions for the JSON numbers of a range, exact for bounds of any size.
+"""Regular expressions for ranges of JSON numbers, exact for bounds of any size.
 
-A text keeps to a bound as a decimal and as the nearest 64-bit float, which is what most readers of
-JSON make of it. Numbers with a bound are written without an exponent.
+A number satisfies a bound both as a decimal and as the nearest 64-bit float, which is what most
+JSON parsers read. Bounded numbers are written without an exponent.
 """
 
 import math
@@ -10,7 +10,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 EXACT = 2**53
-"""Integers up to here survive as 64-bit floats."""
+"""Largest integer range that 64-bit floats represent exactly."""
 
 WHOLE = "(?:0|[1-9][0-9]*)"
 FRACTION = r"(?:\.[0-9]+)?"
@@ -19,12 +19,12 @@ Number = int | float
 
 
 def integer_range(low: int | None, high: int | None) -> str:
-    """A terminal of Lark for the integers from `low` to `high`."""
+    """A Lark terminal for the integers from `low` to `high`."""
     return _terminal(f"-?{WHOLE}", _decimal(low), _decimal(high))
 
 
 def number_range(low: float | None, high: float | None) -> str:
-    """A terminal of Lark for the numbers from `low` to `high`."""
+    """A Lark terminal for the numbers from `low` to `high`."""
     return _terminal(
         f"-?{WHOLE}{FRACTION}",
         None if low is None else _edges(low)[1],
@@ -50,7 +50,7 @@ def float_from(bound: Number, exclusive: bool) -> float:
 
 
 def _edges(bound: Number) -> tuple[Decimal, Decimal]:
-    """The value as it is written and as it is stored, in order. They differ for 1e23."""
+    """The value as written and as stored, in ascending order. They differ for 1e23."""
     if isinstance(bound, int):
         return Decimal(bound), Decimal(bound)
     bound += 0.0  # -0.0 is 0.0
@@ -64,7 +64,7 @@ def _decimal(value: int | None) -> Decimal | None:
 
 
 def _terminal(form: str, low: Decimal | None, high: Decimal | None) -> str:
-    """All of these expressions at once."""
+    """The intersection of these expressions."""
     parts = [form]
     if low is not None:
         parts.append(_at_least(low))
@@ -86,7 +86,7 @@ def _at_most(bound: Decimal) -> str:
 
 
 def _magnitude_from(bound: Decimal) -> str:
-    """Numbers without a sign that are at least this."""
+    """Unsigned numbers that are at least this."""
     whole, fraction = _digits(bound)
     if not fraction:
         return f"(?:{_whole_from(whole)}){FRACTION}"
@@ -99,7 +99,7 @@ def _magnitude_from(bound: Decimal) -> str:
 
 
 def _magnitude_to(bound: Decimal) -> str:
-    """Numbers without a sign that are at most this."""
+    """Unsigned numbers that are at most this."""
     whole, fraction = _digits(bound)
     parts = []
     if whole != "0":
@@ -116,7 +116,7 @@ def _magnitude_to(bound: Decimal) -> str:
 
 
 def _whole_from(digits: str) -> str:
-    """Whole numbers that are at least this."""
+    """Non-negative integers that are at least this."""
     size = len(digits)
     parts = [f"[1-9][0-9]{{{size},}}", _short(digits)]
     for place, (prefix, digit) in enumerate(_places(digits)):
@@ -126,7 +126,7 @@ def _whole_from(digits: str) -> str:
 
 
 def _whole_to(digits: str) -> str:
-    """Whole numbers that are at most this."""
+    """Non-negative integers that are at most this."""
     size = len(digits)
     parts = [_short(digits)]
     if size > 1:
@@ -139,13 +139,13 @@ def _whole_to(digits: str) -> str:
 
 
 def _digits(value: Decimal) -> tuple[str, str]:
-    """Those before and behind the point; none behind it that change nothing."""
+    """Digits before and after the decimal point, without trailing zeros."""
     whole, _, fraction = f"{value:f}".partition(".")
     return whole, fraction.rstrip("0")
 
 
 def _places(digits: str) -> list[tuple[str, int]]:
-    """Each digit with the expression for those before it."""
+    """Each digit with the expression for the digits before it."""
     return [(_short(digits[:place]), int(digit)) for place, digit in enumerate(digits)]
 
 

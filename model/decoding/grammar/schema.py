@@ -1,7 +1,7 @@
-"""A JSON schema in the library's own form.
+"""Translates a JSON schema to llguidance's form.
 
-The library keeps numbers as 64-bit floats. A schema whose numbers that changes is written as a
-grammar here, in which the library is asked for the parts that it gets right.
+llguidance keeps numbers as 64-bit floats. A schema with numbers that do not fit is written as a
+grammar, which delegates to llguidance the parts it handles correctly.
 """
 
 import json
@@ -38,7 +38,7 @@ JOINING = {"$ref", "allOf", "anyOf", "oneOf"}
 
 
 def library_schema(source: str) -> str:
-    """The schema in the library's form. Raises GrammarError, not for all errors in it."""
+    """The schema in llguidance's form. Raises GrammarError, though not for every error."""
     try:
         schema = json.loads(source, parse_float=_float)
         if schema is True:
@@ -46,7 +46,7 @@ def library_schema(source: str) -> str:
         if schema is False:
             raise GrammarError("the schema false allows nothing")
         if not isinstance(schema, dict):
-            raise GrammarError("a schema is a JSON object, true or false")
+            raise GrammarError("a schema must be a JSON object, true or false")
         _check(schema)
         if any(is_changed(node) for _, node in nodes(schema, schema)):
             return Writer(schema).grammar()
@@ -67,7 +67,7 @@ def _float(text: str) -> float:
 
 
 def _check(schema: dict[str, Any]) -> None:
-    """Refuse numbers that mean nothing, and write counts as integers."""
+    """Reject invalid numbers, and write counts as integers."""
     multiples: set[Fraction] = set()
     is_merged = False
     for place, node in nodes(schema, schema):
@@ -100,4 +100,4 @@ def _check(schema: dict[str, Any]) -> None:
     scale = math.lcm(*(multiple.denominator for multiple in multiples))
     together = math.prod(int(multiple * scale) for multiple in multiples)
     if is_merged and len(multiples) > 1 and together > MAX_MULTIPLE:
-        raise GrammarError("values of multipleOf that may meet are too large together")
+        raise GrammarError("the common multiple of multipleOf values is too large")

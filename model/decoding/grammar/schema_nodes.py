@@ -1,4 +1,4 @@
-"""The schemas within a schema, and what the library makes of their numbers."""
+"""Traversal of a schema, and which of its numbers llguidance would change."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ LOWER, UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 NUMERIC = (*LOWER, *UPPER, "multipleOf")
 
 MAX_MULTIPLE = 2**32 - 1
-"""Of `multipleOf` in the library."""
+"""llguidance's limit for `multipleOf`."""
 
 SCHEMA_MAPS = ("properties", "patternProperties", "dependentSchemas")
 SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -24,7 +24,7 @@ DEFINITIONS = ("$defs", "definitions")
 
 
 def refusal(place: str, why: str) -> GrammarError:
-    """The end of a long place says more than its beginning."""
+    """Long locations are cut at the front: their end is more specific."""
     shown = place if len(place) <= 100 else f"...{place[-97:]}"
     return GrammarError(one_line(f"{shown}: {why}"))
 
@@ -32,8 +32,8 @@ def refusal(place: str, why: str) -> GrammarError:
 def nodes(
     schema: Any, root: Any, place: str = "#", seen: set[int] | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The schema and those in it, each with its place; with a root, its definitions and whatever
-    is referred to."""
+    """The schema and its subschemas, each with its location; given a root, also definitions and
+    referenced schemas."""
     seen = set() if seen is None else seen
     if not isinstance(schema, dict) or id(schema) in seen:
         return
@@ -55,7 +55,7 @@ def nodes(
 
 
 def pointed(root: Any, reference: str) -> list[Any]:
-    """What a reference within the schema points at, if there is such a thing."""
+    """The target of a reference within the schema, if it exists."""
     found, (base, _, pointer) = root, reference.partition("#")
     if base or (pointer and not pointer.startswith("/")):
         return []
@@ -75,12 +75,12 @@ def escaped(name: str) -> str:
 
 
 def is_changed(node: dict[str, Any]) -> bool:
-    """The library would not keep to the numbers of this schema; those in it are not looked at."""
+    """Whether llguidance would change this schema's own numbers, subschemas aside."""
     if any(abs(node[keyword]) > EXACT for keyword in NUMERIC if keyword in node):
         return True
     if "multipleOf" in node and fraction(node["multipleOf"]).numerator > MAX_MULTIPLE:
         return True
     if node.keys() & {"exclusiveMinimum", "exclusiveMaximum"} and node.get("type") != "integer":
-        return True  # as decimals, and 0 is not always kept out
+        return True  # decimals: llguidance does not always exclude 0
     listed = [node.get("const"), node.get("enum")]
     return any(abs(n) > EXACT for n in numbers_in(listed) if isinstance(n, int))

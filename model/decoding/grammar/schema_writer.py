@@ -1,4 +1,4 @@
-"""Writes a schema as a grammar in Lark, with exact numbers."""
+"""Writes a schema as a Lark grammar with exact numbers."""
 
 import itertools
 import json
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 AFTER_ITEM, AFTER_KEY = ", ?", ": ?"
-"""What may stand between JSON's values: texts have one line, compact or as `json.dumps` writes it.
-Where more white space may come, a weak model goes on with it for ever, or for as long as it may."""
+"""Whitespace between JSON values: one line, compact or as `json.dumps` writes it. Where more is
+allowed, a weak model may generate whitespace without end."""
 
 OPTIONS: "JsonCompileOptions" = {
     "whitespace_flexible": False,
@@ -49,14 +49,14 @@ OPTIONS: "JsonCompileOptions" = {
 }
 
 MAX_LISTED = 1000
-"""Multiples that are listed one by one."""
+"""Maximum number of multiples to enumerate."""
 
 CHARACTER = r'(?:\\["\\bfnrt]|[^"\\\x00-\x1F\x7F])'
-"""Of a property's name: each has one spelling, so that two names are not one."""
+"""Property names: one spelling each, so that no name can appear twice."""
 
 T = TypeVar("T", int, float)
 Bound = tuple[Number, bool]
-"""A bound, and whether it is exclusive."""
+"""A bound and whether it is exclusive."""
 
 
 class _Nothing(Exception):
@@ -64,7 +64,7 @@ class _Nothing(Exception):
 
 
 def library(schema: str) -> str:
-    """The schema as the library takes it. Raises GrammarError."""
+    """The schema as llguidance accepts it. Raises GrammarError."""
     try:
         return LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
     except ValueError as error:
@@ -72,7 +72,7 @@ def library(schema: str) -> str:
 
 
 class Writer:
-    """Writes a schema as a grammar in Lark."""
+    """Writes a schema as a Lark grammar."""
 
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
@@ -82,15 +82,15 @@ class Writer:
         self._has_ids = any("$id" in node for place, node in nodes(root, root) if place != "#")
 
     def grammar(self) -> str:
-        """The whole schema's."""
+        """The grammar of the whole schema."""
         try:
             self._lines.append(f"start: {self._rule([('#', self._root)])}")
         except _Nothing as error:
-            raise GrammarError("no text keeps to this") from error
+            raise GrammarError("no text satisfies this") from error
         return LLMatcher.grammar_from_lark("\n".join(self._lines))
 
     def _rule(self, parts: Sequence[tuple[str, Any]]) -> str:
-        """The name of a rule for what keeps to all of these schemas. Raises _Nothing."""
+        """Name of a rule for the conjunction of these schemas. Raises _Nothing."""
         return self._named(tuple(place for place, _ in parts), lambda: self._body(parts))
 
     def _named(self, key: object, body: Callable[[], str]) -> str:
@@ -104,7 +104,7 @@ class Writer:
         return self._names[key]
 
     def _inline(self, schema: dict[str, Any]) -> str:
-        """What the library does."""
+        """Delegates to llguidance."""
         draft = {"$schema": self._root["$schema"]} if "$schema" in self._root else {}
         kept = {name: value for name, value in schema.items() if name not in DEFINITIONS}
         text = json.dumps(draft | kept | {"x-guidance": OPTIONS})
@@ -156,7 +156,7 @@ class Writer:
         return " | ".join(found)
 
     def _flattened(self, parts: Sequence[tuple[str, Any]]) -> list[Part]:
-        """With what is referred to, and without allOf; none that demands nothing."""
+        """References and allOf resolved; empty schemas dropped."""
         found: dict[str, dict[str, Any]] = {}
         left, seen = list(parts), set()
         while left:
@@ -167,7 +167,7 @@ class Writer:
                 continue
             seen.add(place)
             if not isinstance(schema, dict):
-                raise refusal(place, "a schema is a JSON object, true or false")
+                raise refusal(place, "a schema must be a JSON object, true or false")
             reference = schema.get("$ref")
             if reference is not None:
                 left.append((str(reference), self._target(place, reference)))
@@ -181,11 +181,13 @@ class Writer:
     def _target(self, place: str, reference: object) -> Any:
         found = pointed(self._root, reference) if isinstance(reference, str) else []
         if not found or self._has_ids:
-            raise refusal(place, f"the reference {reference} beside numbers of more than 64 bits")
+            raise refusal(
+                place, f"the reference {reference} combined with numbers of more than 64 bits"
+            )
         return found[0]
 
     def _options(self, parts: list[Part]) -> list[list[tuple[str, Any]]] | None:
-        """One list of schemas for each option of the first anyOf or oneOf."""
+        """One list of schemas per option of the first anyOf or oneOf."""
         for i, (place, schema) in enumerate(parts):
             for keyword in ("anyOf", "oneOf"):
                 if keyword in schema:
@@ -200,7 +202,7 @@ class Writer:
                         for j, one in enumerate(options)
                         for other in options[:j]
                     ):
-                        raise refusal(place, "options of oneOf may hold at once")
+                        raise refusal(place, "options of oneOf may overlap")
                     return options
         return None
 
@@ -211,7 +213,7 @@ class Writer:
         return demands
 
     def _are_distinct(self, one: Sequence[Any], other: Sequence[Any]) -> bool:
-        """Nothing keeps to both, for a reason that is seen easily."""
+        """Whether the two are obviously disjoint."""
         try:
             first, second = self._flattened(one), self._flattened(other)
         except _Nothing:
@@ -241,7 +243,7 @@ class Writer:
         if not values:
             raise _Nothing
         for kind in {type_of(value) for value in values} & demands.groups.keys():
-            raise refusal(place, f"enum beside what else {kind}s have to be")
+            raise refusal(place, f"enum combined with other constraints on {kind}s")
         return " | ".join(map(literal, values))
 
     def _number(self, demands: Demands, place: str) -> str:
@@ -257,10 +259,10 @@ class Writer:
         try:
             return self._terminal(self._either(ranges))
         except OverflowError as error:
-            raise refusal(place, "a bound is beyond those of 64-bit floats") from error
+            raise refusal(place, "a bound exceeds 64-bit floats") from error
 
     def _terminal(self, expression: str) -> str:
-        """The name of a terminal."""
+        """Name of a terminal."""
         name = f"T{len(self._lines)}"
         self._lines.append(f"{name}: {expression}")
         return name
@@ -268,7 +270,7 @@ class Writer:
     def _multiple(
         self, demands: Demands, place: str, lower: list[Bound], upper: list[Bound]
     ) -> str:
-        """Multiples are listed, or left to the library with bounds that are multiples."""
+        """Multiples are enumerated, or delegated to llguidance with bounds that are multiples."""
         step = reduce(_common, map(fraction, demands.numeric["multipleOf"]))
         if demands.integer:
             step = _common(step, Fraction(1))
@@ -321,14 +323,16 @@ class Writer:
         return f'"{{" {self._own(first)} "}}"'
 
     def _own(self, body: str) -> str:
-        """A rule of its own."""
+        """A new rule for this body."""
         return self._named(object(), lambda: body)
 
     def _array(self, place: str, schema: dict[str, Any]) -> str:
         first, rest = schema.get("prefixItems", []), schema.get("items", True)
         least, most = schema.get("minItems", 0), schema.get("maxItems")
         if not isinstance(first, list) or isinstance(rest, list):
-            raise refusal(place, "items as a list beside numbers that need more than 64 bits")
+            raise refusal(
+                place, "items as a list combined with numbers that need more than 64 bits"
+            )
         for keyword in ("minItems", "maxItems"):
             count = schema.get(keyword, 0)
             if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 2**31:
@@ -365,7 +369,7 @@ class Writer:
 
 
 def _member(place: str, schema: dict[str, Any], name: str | None) -> tuple[str, Any]:
-    """The schema of a property; of the others without a name."""
+    """The schema of a property, or of additional properties if name is None."""
     if name is not None and name in schema.get("properties", {}):
         return f"{place}/properties/{escaped(name)}", schema["properties"][name]
     return f"{place}/additionalProperties", schema.get("additionalProperties", True)
@@ -374,7 +378,7 @@ def _member(place: str, schema: dict[str, Any], name: str | None) -> tuple[str, 
 def _edges(
     least: Callable[[Number, bool], T], lower: list[Bound], upper: list[Bound]
 ) -> tuple[T | None, T | None]:
-    """The narrowest of bounds on both sides; those above have come with the other sign."""
+    """The tightest bounds on both sides; upper bounds come negated."""
     low = max((least(*bound) for bound in lower), default=None)
     high = max((least(*bound) for bound in upper), default=None)
     if low is not None and high is not None and low > -high:
@@ -395,7 +399,7 @@ def _common(one: Fraction, other: Fraction) -> Fraction:
 
 
 def _decimal_text(value: Fraction) -> str:
-    """A fraction that has a finite decimal, written without an exponent."""
+    """A terminating decimal, without an exponent."""
     if value.denominator == 1:
         return str(value.numerator)
     digits = 0

@@ -1,4 +1,4 @@
-"""What a text has to keep to, as a request says it and as the library wants it said."""
+"""Grammar sources: as requests give them, and in llguidance's form."""
 
 import re
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ _UNWANTED_OPTION = re.compile(r"\b(temperature|max_tokens|stop|stop_capture)\s*=
 
 @dataclass(frozen=True)
 class GrammarSpec:
-    """What a text has to keep to.
+    """A constraint on a text.
 
     json_object: any JSON object; the source is empty.
-    json_schema: a JSON schema (Draft 2020-12 where `$schema` says nothing), as JSON. Properties
-      come in the schema's order. What the library cannot enforce is refused by name.
-    regex: a regular expression in the syntax of Rust's regex crate; all of the text must match.
-    grammar: a context-free grammar in llguidance's dialect of Lark if it has a rule `start:`, else
-      in the GBNF of llama.cpp, whose first rule is `root`. No references to special tokens, and
-      of the options of rules none that changes sampling or cuts the text.
+    json_schema: a JSON schema (Draft 2020-12 unless `$schema` says otherwise), as JSON. Properties
+      come in the schema's order. What llguidance cannot enforce is rejected by name.
+    regex: a regular expression in the syntax of Rust's regex crate; it must match the whole text.
+    grammar: a context-free grammar in llguidance's Lark if it has a rule `start:`, else in
+      llama.cpp's GBNF with the root rule `root`. No references to special tokens, and no rule
+      options that change sampling or cut the text.
     choice: one of these strings, in a tuple.
     """
 
@@ -39,12 +39,12 @@ class GrammarSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the source in UTF-8. Raises GrammarError for what has no UTF-8."""
+        """Size of the source in UTF-8. Raises GrammarError if it cannot be encoded."""
         parts = (self.source,) if isinstance(self.source, str) else self.source
         try:
             return sum(len(part.encode()) for part in parts)
         except UnicodeEncodeError as error:
-            raise GrammarError("the source has half of a surrogate pair") from error
+            raise GrammarError("the source has an unpaired surrogate") from error
 
     def check_size(self) -> None:
         """Raises GrammarError for a source that is too large."""
@@ -53,14 +53,14 @@ class GrammarSpec:
 
 
 def library_source(spec: GrammarSpec) -> str:
-    """The source in the library's own form. Raises GrammarError, not for all errors in it."""
+    """The source in llguidance's form. Raises GrammarError, though not for every error."""
     if spec.kind == "choice":
         if isinstance(spec.source, str) or not spec.source:
             raise GrammarError("a choice needs at least one string")
         words = " | ".join(map(quoted, spec.source))
         return LLMatcher.grammar_from_lark(f"start: WORD\nWORD: {words}")
     if not isinstance(spec.source, str):
-        raise GrammarError(f"the source of {spec.kind} is one string")
+        raise GrammarError(f"the source of {spec.kind} must be one string")
     if spec.kind == "json_object":
         return library_schema('{"type":"object"}')
     if spec.kind == "json_schema":

@@ -1,13 +1,12 @@
-"""Compiling a source for the first time, in a process that can be ended.
+"""First compilation of a source, in a subprocess that can be killed.
 
-The library has limits for most of what a source can ask of it, but not for all: a schema of one
-line can keep it busy for hours, and it cannot be interrupted. What compiles here in time and
-memory compiles anywhere; what does not is refused.
+llguidance limits most of what a source can cost, but not all: a one-line schema can keep it busy
+for hours, and it cannot be interrupted. Only what compiles here within the time and memory limits
+is compiled in the server.
 
 The process is `python -m model.decoding.grammar.trial`. It reads lines of JSON, first the
-vocabulary, then sources, and answers each with a line: the source in the library's form, or what
-is wrong with it. It ends with its input, hence with the server, and after `CPU_S` of a source in
-any case.
+vocabulary, then sources, and answers each with a line: the source in llguidance's form, or an
+error. It exits at end of input, hence with the server, and in any case after `CPU_S` on one source.
 """
 
 import json
@@ -22,22 +21,22 @@ from model.decoding.grammar.vocabulary import Vocabulary
 from model.text import formats
 
 CPU_S = 60
-"""Processor time of one source if nobody is left to end the process."""
+"""Processor time limit of one source, in case the parent cannot kill the process."""
 
 MEMORY_BYTES = 1 << 30
-"""What the process may have more than at its beginning."""
+"""Memory limit on top of what the process uses at its start."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of a source: its library's form, or what is wrong with it."""
+    """Result for a source: its form for llguidance, or the error."""
 
     source: str = ""
     error: str | None = None
 
 
 class TrialProcess:
-    """The process, started when it is first needed and again after it had to be ended."""
+    """The process; starts on first use and again after it had to be killed."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._hello = {
@@ -50,13 +49,12 @@ class TrialProcess:
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Have the process running. Raises GrammarBusyError after `kill`."""
+        """Start the process if it is not running. Raises GrammarBusyError after `kill`."""
         self._running()
 
     def run(self, spec: GrammarSpec, timeout_s: float) -> Trial:
-        """Compile a source. Raises GrammarError if the process had to be ended, GrammarBusyError
-        after `kill`. For one thread at a time.
-        """
+        """Compile a source. Raises GrammarError if the process had to be killed, GrammarBusyError
+        after `kill`. One thread at a time."""
         process = self._running()
         late = threading.Event()
 
@@ -80,7 +78,7 @@ class TrialProcess:
         raise GrammarError("the source takes too much memory to compile")
 
     def kill(self) -> None:
-        """End what `run` does in another thread, and all that it would do."""
+        """Interrupt `run` in another thread and reject later calls."""
         with self._lock:
             self._killed = True
             if self._process is not None:
@@ -113,12 +111,12 @@ class TrialProcess:
             )
         if _ask(process, self._hello) is None and not self._killed:
             self.close()
-            raise RuntimeError(f"{' '.join(command)} does not start")
+            raise RuntimeError(f"{' '.join(command)} failed to start")
         return process
 
 
 def _ask(process: subprocess.Popen[str], question: object) -> str | None:
-    """The answer; None if the process ended."""
+    """The reply; None if the process exited."""
     if process.stdin is None or process.stdout is None:
         raise RuntimeError("the process has no pipes")
     try:
@@ -130,7 +128,7 @@ def _ask(process: subprocess.Popen[str], question: object) -> str | None:
 
 
 def limit_memory() -> None:
-    """Of this process, on Linux."""
+    """Limits this process's memory, on Linux."""
     if sys.platform != "linux":
         return
     import resource
@@ -160,7 +158,7 @@ def _compile(vocabulary: Vocabulary, spec: GrammarSpec) -> Trial:
 
 
 def main() -> None:
-    """Compile what is asked for until there is nothing more."""
+    """Compile sources until end of input."""
     hello = json.loads(sys.stdin.readline())
     tokenizer = formats.from_json(hello["tokenizer"])
     vocabulary = Vocabulary(tokenizer, hello["vocab_sz"], hello["end_ids"])

@@ -1,4 +1,4 @@
-"""A model's tokens as the library knows them."""
+"""A model's tokens in llguidance's tables."""
 
 from collections.abc import Iterable, Sequence
 
@@ -17,18 +17,18 @@ LIMITS = LLParserLimits(
     max_grammar_size=100_000,
     verbose_errors=False,
 )
-"""Below the library's defaults where those let one token take a second, or one grammar hundreds of
-MiB; these 100,000 states take 45 to 115. A string with a maxLength of 5,000 needs a quarter of
-them. An object has about 490 optional properties at most, and any number of required ones."""
+"""Lower than llguidance's defaults, which let one token take a second, or one grammar hundreds of
+MiB; 100,000 lexer states take 45 to 115 MiB. A string with a maxLength of 5,000 needs a quarter of
+them. An object may have about 490 optional properties and any number of required ones."""
 
 TRIAL_TOKENS = 16
-"""Tokens of a text that is begun to see whether a grammar can be followed at all."""
+"""Tokens generated to check that a grammar has a continuation at all."""
 
-NO_CONTINUATION = "the grammar allows no way on from here"
+NO_CONTINUATION = "the grammar allows no continuation from here"
 
 
 class _TokenList:
-    """What the library wants to know of a tokenizer. Special tokens have no bytes in it."""
+    """The tokenizer interface of llguidance. Special tokens have no bytes in it."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -40,18 +40,19 @@ class _TokenList:
         self.eos_token_id = end
 
     def __call__(self, text: str) -> list[int]:
-        """How the model would write a text that can only go on in this one way."""
+        """The model's tokens for text that the grammar forces."""
         return self._tokenizer.encode_text(text)
 
 
 class Vocabulary:
-    """The library's tables for a network of `vocab_sz` tokens; some ids may have no token."""
+    """llguidance's tables for a network of `vocab_sz` tokens; some ids may have no token."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_sz: int, end_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self.vocab_sz = vocab_sz
         self.end_ids = frozenset(end_ids)
-        ends = list(end_ids) or [vocab_sz]  # the library cannot do without: one that is not sampled
+        # llguidance requires one: use an id that is never sampled
+        ends = list(end_ids) or [vocab_sz]
         size = max(vocab_sz, 1 + max(ends))
         tokens = (tokenizer.token_bytes + [b""] * size)[:size]
         for end in ends:
@@ -60,13 +61,13 @@ class Vocabulary:
         self._library = LLTokenizer(wrapped, n_vocab=size, eos_token=ends)  # type: ignore[arg-type]
         self.num_words = (vocab_sz + 31) // 32
         self.text = self._bits(i for i in range(vocab_sz) if tokens[i])
-        """Bits of the tokens that have bytes."""
+        """Mask of the tokens that have bytes."""
 
         self.ends = self._bits(self.end_ids)
-        """Bits of the end tokens. What is in neither is never allowed."""
+        """Mask of the end tokens. Tokens in neither mask are never allowed."""
 
     def begin(self, source: str) -> LLMatcher:
-        """A text under this source, which is in the library's form. Raises GrammarError."""
+        """A new text under this source, given in llguidance's form. Raises GrammarError."""
         matcher = LLMatcher(self._library, source, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise GrammarError(one_line(matcher.get_error()))
@@ -76,21 +77,21 @@ class Vocabulary:
         return matcher
 
     def _bits(self, ids: Iterable[int]) -> NDArray[np.int32]:
-        """A mask of these token ids, `[num_words]`, the lowest bit first."""
+        """A mask of these token ids, `[num_words]`, lowest bit first."""
         bits = np.zeros(self.num_words * 32, np.uint8)
         bits[list(ids)] = 1
         return np.packbits(bits, bitorder="little").view(np.int32)
 
     def _try(self, matcher: LLMatcher) -> None:
-        """Begin a text. Raises GrammarError if that cannot be done."""
+        """Generate the first tokens. Raises GrammarError if there is no continuation."""
         for place in range(TRIAL_TOKENS):
             mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
             if why := failure(matcher):
                 if why != NO_CONTINUATION:
                     raise GrammarError(why)
                 if place == 0:
-                    raise GrammarError("no text keeps to this")
-                return  # another text may be whole
+                    raise GrammarError("no text satisfies this")
+                return  # the text may be complete
             allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
             ids = [int(i) for i in allowed if i not in self.end_ids and i != self.vocab_sz]
             if not ids:
@@ -99,7 +100,7 @@ class Vocabulary:
 
 
 def failure(matcher: LLMatcher) -> str | None:
-    """Why a text cannot go on though it is not complete, in one line; None if it can."""
+    """Why an incomplete text cannot continue, in one line; None if it can."""
     message = matcher.get_error()
     if message.startswith("NoExtension"):
         return NO_CONTINUATION

@@ -1,15 +1,15 @@
-"""The forms of attention that are served, in Triton, on the rows of a pool of states.
+"""Attention on rows of a state pool, in Triton.
 
-`step`, `chunked` and `absorb` mean what those of `heinsen.attention` mean, in float32 and without
-gradients. Beside a state they take `rows`, int32 `[batch]` on the device: the row of the state's
-tensors that each sequence has, none twice; without them sequence i has row i. A negative row stands
-for no sequence: nothing of it is read or written, and its y is 0. Nothing here waits for the
-device, so that calls can be captured in a CUDA graph.
+`step`, `chunked` and `absorb` are those of `heinsen.attention`, in float32 and without gradients.
+In addition to a state they take `rows`, int32 `[batch]` on the device: the row of the state's
+tensors for each sequence, without duplicates; without `rows`, sequence i has row i. A negative row
+is skipped: nothing is read or written, and its y is 0. Nothing here synchronises, so calls can be
+captured in a CUDA graph.
 
-A sequence's bits depend on its own tokens and state alone, and not on how its tokens were cut into
-calls as long as the cuts are at multiples of 64 tokens. That is why the kernels do not specialise
-on sizes, strides and addresses of tokens: another variant could add in another order. (What comes
-in a tuple is always specialised on; these are not.)
+A sequence's bits depend on its own tokens and state alone, and not on how its tokens are split into
+calls at multiples of 64. The kernels therefore do not specialise on sizes, strides and addresses of
+tokens: another variant might sum in another order. (Values in a tuple are always specialised on;
+these are not.)
 """
 
 from typing import Any
@@ -36,10 +36,10 @@ from model.heinsen.cuda.sums import read_token
 def step(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState, rows: Tensor | None = None
 ) -> Tensor:
-    """One token for each sequence, updating `state` in place.
+    """One token per sequence, updating `state` in place.
 
-    q, k `[batch, heads, d_k]`, v `[batch, heads, d_v]`, contiguous in their last axis alone ->
-    `[batch, heads, d_v]`. Raises ValueError for what a kernel would misread.
+    q, k `[batch, heads, d_k]`, v `[batch, heads, d_v]`, contiguous in the last axis -> `[batch,
+    heads, d_v]`. Raises ValueError for unsupported tensors.
     """
     _check(state)
     batch, heads, d_key = k.shape
@@ -49,7 +49,7 @@ def step(
     _step[batch, heads](
         *_strided(q, k, v), _tensors(state), (state.z_low, state.s_low), rows, y,
         d_key=d_key, d_val=d_val, block_k=block_k, block_v=block_v,
-        # 32 numbers of s a thread: a head of 32 x 32 is one warp's, and no sum leaves the warp.
+        # 32 elements of s per thread: a 32 x 32 head is one warp, and no reduction crosses warps.
         num_warps=min(max(block_k * block_v // 1024, 1), 16), enable_fp_fusion=False,
     )  # fmt: skip
     return y
@@ -63,13 +63,13 @@ def chunked(
     rows: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, AttentionState]:
-    """Many tokens at once; a chunk that is too steep for float32 is read token by token.
+    """Many tokens at once; chunks too steep for float32 are processed token by token.
 
-    q, k `[batch, tokens, heads, d_k]`, v `[batch, tokens, heads, d_v]`, contiguous in their last
-    axis alone -> y `[batch, tokens, heads, d_v]` and the state after the last token: `state`
-    itself, updated in place, where there are `rows`, else a new one. `lengths`, int32 `[batch]` on
-    the device: tokens from there on are padding, whose y is 0. Memory is linear in the number of
-    tokens. Raises ValueError for what a kernel would misread.
+    q, k `[batch, tokens, heads, d_k]`, v `[batch, tokens, heads, d_v]`, contiguous in the last axis
+    -> y `[batch, tokens, heads, d_v]` and the state after the last token: with `rows`, `state`
+    itself, updated in place, else a new one. `lengths`, int32 `[batch]` on the device: tokens
+    beyond are padding, whose y is 0. Memory is linear in the number of tokens. Raises ValueError
+    for unsupported tensors.
     """
     strided = _strided(q, k, v)
     before, state = _sum(k, v, state, rows, lengths, keep=True)
@@ -80,7 +80,8 @@ def chunked(
     read[triton.cdiv(tokens, CHUNK), heads, batch](
         *strided, _tensors(before), rows, lengths, y, tokens,
         d_key=d_key, d_val=d_val, block_k=block_k, block_v=block_v,
-        num_warps=8, num_stages=1,  # with 4, the operands of its products do not fit into registers
+        # num_warps=8, num_stages=1,  # with 4 warps the matmul operands spill registers
+        num_warps=8, num_stages=1,
     )  # fmt: skip
     return y, state
 
@@ -92,7 +93,7 @@ def absorb(
     rows: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> AttentionState:
-    """The state after all tokens of k and v, without reading it: that of `chunked`."""
+    """The state after all tokens of k and v, as by `chunked`, without outputs."""
     return _sum(k, v, state, rows, lengths, keep=False)[1]
 
 
@@ -104,7 +105,7 @@ def _sum(
     lengths: Tensor | None,
     keep: bool,
 ) -> tuple[AttentionState, AttentionState]:
-    """Each chunk's own sums, replaced by the state before it if that is to be kept; the end state.
+    """Each chunk's own sums, or with `keep` the state before each chunk; and the end state.
 
     The chunks' tensors are `[batch, heads, chunks, ...]`, each relative to its own references.
     """
@@ -136,15 +137,15 @@ def _sum(
 
 
 def _check(state: AttentionState) -> None:
-    """Raises ValueError for tensors that a kernel would misread."""
+    """Raises ValueError for unsupported tensors."""
     sums = [x for x in _tensors(state) if x is not None]
     lows = [x for x in (state.z_low, state.s_low) if x is not None]
     if any(x.dtype != torch.float32 for x in sums) or any(x.dtype != torch.int8 for x in lows):
-        raise ValueError("the kernels take states of float32, with what rounding lost in int8")
+        raise ValueError("the kernels need float32 states with int8 compensation terms")
     if len(lows) == 1:
-        raise ValueError("a state has both of z_low and s_low or neither")
+        raise ValueError("a state needs both z_low and s_low, or neither")
     if not all(x.is_contiguous() for x in sums + lows):
-        raise ValueError("the kernels take states whose tensors are contiguous")
+        raise ValueError("the kernels need contiguous state tensors")
 
 
 def _tensors(state: AttentionState) -> tuple[Tensor | None, ...]:
@@ -152,14 +153,14 @@ def _tensors(state: AttentionState) -> tuple[Tensor | None, ...]:
 
 
 def _strided(*tokens: Tensor) -> list[Any]:
-    """Tensors, each followed by the strides of all its axes but the last, whose stride is 1."""
+    """Tensors, each followed by its strides but the last, which is 1."""
     if any(x.dtype != torch.float32 or x.stride(-1) != 1 for x in tokens):
-        raise ValueError("the kernels take tokens of float32, contiguous in their last axis")
+        raise ValueError("the kernels need float32 tokens, contiguous in the last axis")
     return [part for x in tokens for part in (x, *x.stride()[:-1])]
 
 
 def _block(size: int) -> int:
-    """Channels of a matrix product."""
+    """Block size for d channels in a matrix product."""
     return max(int(triton.next_power_of_2(size)), 16)
 
 
@@ -186,7 +187,7 @@ def _step(
     block_k: tl.constexpr,
     block_v: tl.constexpr,
 ) -> None:
-    """A program has one head of one sequence: grid `[batch, heads]`."""
+    """One program per head of a sequence: grid `[batch, heads]`."""
     log_values: tl.constexpr = state[3] is not None
     compensated: tl.constexpr = low[0] is not None
     sequence, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -211,7 +212,7 @@ def _step(
     yt, mt, zt, st, nt, zt_low, st_low = read_token(
         qt, kt, vt, mt, zt, st, nt, zt_low, st_low, log_values, compensated
     )
-    tl.debug_barrier()  # another thread may have yet to load what this one overwrites
+    tl.debug_barrier()  # another thread may not have loaded yet what this one overwrites
     store_state(state, place, (mt, zt, st, nt), channels, d_key, d_val)
     store_low(low, place, (zt_low, st_low), channels, d_key, d_val)
     tl.store(y, yt, is_val)

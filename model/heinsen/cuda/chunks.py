@@ -1,8 +1,8 @@
 """Attention over many tokens in Triton, as matrix products over chunks of 64 tokens.
 
 `heinsen.attention.chunked` in three kernels: the sums of each chunk's own tokens; the state carried
-from chunk to chunk; the outputs of each chunk from the state before it. Only the second goes
-through a sequence in order, and it sees one sum for 64 tokens.
+from chunk to chunk; the outputs of each chunk from the state before it. Only the second is
+sequential, with one sum per 64 tokens.
 """
 
 from typing import Any
@@ -27,12 +27,12 @@ from model.heinsen.cuda.sums import EMPTY, add, exp, larger, ratio, read_token
 CHUNK = tl.constexpr(attention.CHUNK)
 SMALLEST = tl.constexpr(attention.SMALLEST)
 PART = tl.constexpr(32)
-"""Tokens of a chunk whose matrix products' operands fit into registers together."""
+"""Tokens per block whose matmul operands fit in registers."""
 
 
 @triton.jit
 def _reference(x: tl.tensor) -> Any:
-    """Per channel, what no key or log-value of x `[64, channels]` exceeds."""
+    """Upper bound of the keys or log-values x `[64, channels]`, per channel."""
     return larger(tl.ceil(tl.max(x, 0)), EMPTY)
 
 
@@ -58,7 +58,7 @@ def sum_chunks(
     block_k: tl.constexpr,
     block_v: tl.constexpr,
 ) -> None:
-    """What a chunk's own tokens add up to, relative to their own maxima.
+    """Sums over each chunk's own tokens, relative to their own maxima.
 
     Grid `[chunks, heads, batch]`; sums `[batch, heads, chunks, ...]`.
     """
@@ -109,11 +109,10 @@ def carry(
     block_k: tl.constexpr,
     block_v: tl.constexpr,
 ) -> None:
-    """Add a head's chunks to its state one after another; grid `[heads, batch]`.
+    """Add a head's chunks to its state in order; grid `[heads, batch]`.
 
-    With `keep`, the state before each chunk takes the place of the chunk's sums: relative to its
-    own references, so that nothing of it has underflowed. While a chunk is added, the next one's
-    sums are on their way.
+    With `keep`, the chunk's sums are overwritten with the state before it, relative to its own
+    references, so that nothing underflows. The next chunk's sums are prefetched.
     """
     log_values: tl.constexpr = state[3] is not None
     compensated: tl.constexpr = low[0] is not None
@@ -134,7 +133,7 @@ def carry(
         following = first + tl.minimum(chunk + 1, num_read - 1)
         m_next, z_next, s_next, n_next = load_state(sums, following, channels, d_key, d_val)
         if keep:
-            tl.debug_barrier()  # another thread may have yet to load what this one overwrites
+            tl.debug_barrier()  # another thread may not have loaded yet what this one overwrites
             store_state(sums, first + chunk, (m, z, s, n), channels, d_key, d_val)
         m_before, n_before = m, n
         m = larger(m_before, m_chunk)
@@ -247,9 +246,7 @@ def read(
     if log_values:
         of_values = tl.where(is_val[None, :], numerator, float("inf"))
         smallest = tl.minimum(smallest, tl.min(of_values, 1))
-    enough = tl.where(
-        top < EMPTY / 10, -1.0, SMALLEST
-    )  # of an empty state there is nothing to lose
+    enough = tl.where(top < EMPTY / 10, -1.0, SMALLEST)  # an empty state has nothing to lose
     if tl.min(tl.where(is_token, smallest, 1.0), 0) > enough:
         found = ratio(numerator, denominator[:, None], n[None, :], log_values)
         tl.store(at_y, tl.where((token < num_left)[:, None], found, 0.0), in_y)

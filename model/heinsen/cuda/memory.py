@@ -1,9 +1,8 @@
-"""How kernels of attention find their numbers: rows of a pool, heads, channels, tokens.
+"""Loads and stores of attention kernels: pool rows, heads, channels, tokens.
 
-A state's tensors come to kernels as a tuple (m, z, s, n), what rounding lost as (z_low, s_low). n
-is None with linear values, z_low and s_low are None where they are not kept. A head's numbers come
-as blocks whose sizes are powers of two; `channels`, made by `channels_of`, says where they are and
-which of them there are.
+Kernels get a state's tensors as a tuple (m, z, s, n) and the compensation terms as (z_low, s_low).
+n is None with linear values; z_low and s_low are None without compensation. A head is loaded in
+blocks whose sizes are powers of two; `channels`, from `channels_of`, has their offsets and masks.
 """
 
 from typing import Any
@@ -18,7 +17,7 @@ from model.heinsen.cuda.sums import EMPTY
 def channels_of(
     d_key: tl.constexpr, d_val: tl.constexpr, block_k: tl.constexpr, block_v: tl.constexpr
 ) -> Any:
-    """Offsets of a head's numbers in k, in v and in s, and which of them there are."""
+    """Offsets and masks of a head's channels in k, v and s."""
     keys, vals = tl.arange(0, block_k), tl.arange(0, block_v)
     is_key, is_val = keys < d_key, vals < d_val
     both = keys[:, None] * d_val + vals[None, :]
@@ -33,7 +32,7 @@ def load_state(
     d_key: tl.constexpr,
     d_val: tl.constexpr,
 ) -> Any:
-    """The state at one place of tensors `[places, ...]`; with linear values n is one of no use."""
+    """The state at one index of tensors `[places, ...]`; with linear values n is a dummy."""
     m, z, s, n = state
     keys, vals, both, is_key, is_val, are_both = channels
     at = place * d_key + keys
@@ -72,7 +71,7 @@ def store_state(
 def load_low(
     low: tl.tuple, place: tl.tensor, channels: tl.tuple, d_key: tl.constexpr, d_val: tl.constexpr
 ) -> Any:
-    """What rounding lost of the sums at one place; of no use where that is not kept."""
+    """The compensation terms at one index; dummies if there are none."""
     z_low, s_low = low
     keys, _, both, is_key, _, are_both = channels
     if z_low is not None:
@@ -103,7 +102,7 @@ def store_low(
 
 @triton.jit
 def row_of(rows: tl.tensor, sequence: tl.tensor) -> Any:
-    """The sequence's row of the state's tensors; negative where there is no sequence."""
+    """The sequence's row of the state's tensors; negative for none."""
     row = sequence
     if rows is not None:
         row = tl.load(rows + sequence)
@@ -112,7 +111,7 @@ def row_of(rows: tl.tensor, sequence: tl.tensor) -> Any:
 
 @triton.jit
 def length_of(lengths: tl.tensor, sequence: tl.tensor, tokens: tl.tensor) -> Any:
-    """Tokens of the sequence that are not padding at the end."""
+    """Number of the sequence's tokens without padding."""
     length = tokens
     if lengths is not None:
         length = tl.minimum(tl.load(lengths + sequence), tokens)
@@ -142,7 +141,7 @@ def load_tokens(
     d: tl.constexpr,
     size: tl.constexpr,
 ) -> Any:
-    """size tokens of one head from x on; `pad` beyond the tokens and channels that there are."""
+    """`size` tokens of one head from x on; `pad` outside the valid tokens and channels."""
     token = tl.arange(0, size)
     there = (token < num_left)[:, None] & (columns < d)[None, :]
     return tl.load(x + token[:, None] * stride + columns[None, :], there, other=pad)

@@ -1,9 +1,9 @@
 """The recurrence of latent positions in Triton: `heinsen.layers.LatentPosition`, and its sum with
 the embedding.
 
-h_t = logaddexp(logsigmoid(a_t) + h_{t-1}, b_t), all in float64: where gates forget nothing, h is a
-logarithm of a sum over all tokens. Nothing here waits for the device, so every call can be captured
-in a CUDA graph.
+h_t = logaddexp(logsigmoid(a_t) + h_{t-1}, b_t), all in float64: if gates forget nothing, h is the
+log of a sum over all tokens. Nothing here synchronises, so every call can be captured in a CUDA
+graph.
 """
 
 import torch
@@ -13,22 +13,22 @@ from torch import Tensor
 
 ROUNDS = tl.constexpr(6)
 SPAN = tl.constexpr(2**6)
-"""Tokens in a row that one program reads. Cuts at multiples of it leave the bits as they are."""
+"""Tokens per program. Splitting at multiples of it does not change the bits."""
 
 BLOCK, BLOCK_SCAN = tl.constexpr(128), tl.constexpr(32)
-"""Channels of a program, for one token and for a span of them."""
+"""Channels per program, for one token and for a span."""
 
 NOTHING = tl.constexpr(-1e300)
-"""The logarithm of nothing: below any sum of float32 numbers, yet finite: no difference is NaN."""
+"""Logarithm of zero: below any sum of float32 numbers, but finite, so that no difference is NaN."""
 
 
 def step(gates: Tensor, table: Tensor, ids: Tensor, h: Tensor, rows: Tensor) -> Tensor:
-    """One token for each sequence: x `[batch, d]` float32 = table[ids] + h, h updated in place.
+    """One token per sequence: x `[batch, d]` float32 = table[ids] + h, h updated in place.
 
     gates `[batch, 2 * d]` float32 are [a, b]; table `[vocab, d]` float32 or bfloat16; ids int32 or
     int64 and rows int32 `[batch]`; h `[pool_rows, d]` float64, of which sequence i has row rows[i],
-    none twice. Where the row or the id is negative, nothing is read or written, and x is 0. Raises
-    ValueError for other shapes, dtypes and strides.
+    without duplicates. Where the row or the id is negative, nothing is read or written, and x is 0.
+    Raises ValueError for other shapes, dtypes and strides.
     """
     batch, d_emb = gates.shape[0], h.shape[1]
     _check(gates, table, ids, h, rows, (batch,))
@@ -44,17 +44,17 @@ def scan(
 ) -> Tensor:
     """The first lengths[i] tokens of each sequence: x `[batch, tokens, d]`, h after the last one.
 
-    gates `[batch, tokens, 2 * d]`, ids `[batch, tokens]`, lengths int32 `[batch]`, all else as for
-    `step`. x is 0 beyond a sequence's length, whatever the gates and ids there. No id is negative.
+    gates `[batch, tokens, 2 * d]`, ids `[batch, tokens]` (not negative), lengths int32 `[batch]`,
+    the rest as for `step`. x is 0 beyond a sequence's length, whatever the gates and ids there.
 
-    A span of tokens is a map h -> logaddexp(decay + h, b). Those of all spans are found at once,
-    then what h is before each of them, one after the other, then all tokens, again at once.
+    A span of tokens is a map h -> logaddexp(decay + h, b). The maps of all spans are computed in
+    parallel, then h before each span in sequence, then all tokens in parallel.
     """
     batch, tokens = ids.shape
     d_emb = h.shape[1]
     _check(gates, table, ids, h, rows, (batch, tokens))
     if lengths.shape != (batch,) or lengths.dtype != torch.int32:
-        raise ValueError(f"lengths are int32 [{batch}], not {lengths.dtype} {[*lengths.shape]}")
+        raise ValueError(f"lengths must be int32 [{batch}], not {lengths.dtype} {[*lengths.shape]}")
     x = torch.empty(batch, tokens, d_emb, device=h.device)
     if not batch * tokens:
         return x
@@ -90,7 +90,7 @@ def _check(
     for name, tensor, shape, dtypes in expected:
         if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
             raise ValueError(
-                f"{name} is contiguous {[*shape]} of {dtypes},"
+                f"{name} must be contiguous {[*shape]} of {dtypes},"
                 f" not {[*tensor.shape]} {tensor.stride()} of {tensor.dtype}"
             )
 
@@ -147,10 +147,10 @@ def _scan_span(
     channels: tl.tensor,
     D_EMB: tl.constexpr,  # noqa: N803
 ) -> tl.tensor:
-    """The maps from h before a span to all h_t in it: decay and b `[SPAN, BLOCK_SCAN]`.
+    """The maps from h before a span to each h_t in it: decay and b `[SPAN, BLOCK_SCAN]`.
 
-    The maps of two steps (A1, b1) and (A2, b2) are one, (A1 + A2, logaddexp(A2 + b1, b2)), so each
-    round doubles how many tokens a map spans. That of padding, (0, NOTHING), leaves h as it is.
+    Two steps (A1, b1) and (A2, b2) compose to (A1 + A2, logaddexp(A2 + b1, b2)), so each round
+    doubles the tokens per map. Padding is the identity, (0, NOTHING).
     """
     decay, b = _gates(gates_ptr + token * 2 * D_EMB, channels, known, D_EMB)
     decay, b = tl.where(known, decay, 0.0), tl.where(known, b, NOTHING)
@@ -200,7 +200,7 @@ def _carry(
     num_spans: tl.tensor,
     D_EMB: tl.constexpr,  # noqa: N803
 ) -> None:
-    """Put h before each span in the place of the span's b, and h after the last one in its row."""
+    """Replace each span's b by h before it, and write h after the last span to its row."""
     sequence = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = channels < D_EMB
@@ -214,9 +214,7 @@ def _carry(
     span = 0
     while span < count:
         span += 1
-        more = channels < tl.where(
-            span < count, D_EMB, 0
-        )  # read early: memory is slower than the sum
+        more = channels < tl.where(span < count, D_EMB, 0)  # loaded early to hide latency
         next_decay = tl.load(decay_ptr + place + D_EMB, more, 0.0)
         next_b = tl.load(b_ptr + place + D_EMB, more, 0.0)
         tl.store(b_ptr + place, h, here)

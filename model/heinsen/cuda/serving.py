@@ -1,4 +1,4 @@
-"""The network that serves on a GPU: all of its computing is in the kernels."""
+"""Inference on a GPU with Triton kernels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from model.state import StatePool
 
 
 class Product(NamedTuple):
-    """A linear map, as `linear` takes it."""
+    """A linear map in the form `linear` needs."""
 
     weight: Tensor
     bias: Tensor | None
@@ -54,35 +54,35 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Prompts of like lengths, padded to the longest."""
+    """Prompts of similar length, padded to the longest."""
 
     first: int
-    """The row of x where they begin."""
+    """Their first row in x."""
 
     sizes: tuple[int, int]
-    """Prompts and tokens."""
+    """Number of prompts and of tokens each."""
 
     ids: Tensor
     rows: Tensor
     lengths: Tensor
 
     def of(self, x: Tensor) -> Tensor:
-        """Their part of x `[all, ...]`: `[prompts, tokens, ...]`."""
+        """Their slice of x `[all, ...]`: `[prompts, tokens, ...]`."""
         count, tokens = self.sizes
         return x[self.first : self.first + count * tokens].view(count, tokens, *x.shape[1:])
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of a batch are on the device: single ones first, then the groups."""
+    """Order of a batch's tokens on the device: single tokens first, then the groups."""
 
     ids: Tensor
-    """Of the single tokens."""
+    """Rows of the single tokens."""
 
     rows: Tensor
     groups: Sequence[Group]
     places: NDArray[np.int64]
-    """Where each token of the batch is."""
+    """Position in x of each token of the batch."""
 
     @staticmethod
     def of(batch: Batch, device: torch.device) -> "Layout":
@@ -117,10 +117,10 @@ class Layout:
 
 
 class FusedNetwork:
-    """Four launches a layer. Rows of a pool are read and written in place."""
+    """Four launches per layer. Rows of a pool are read and written in place."""
 
     def __init__(self, network: Parts, unembed: NarrowLinear) -> None:
-        """The network's linear maps are `NarrowLinear`."""
+        """All linear maps of the network must be `NarrowLinear`."""
         c = network.config
         self.config, self.vocab_size = c, c.vocab_sz
         self._spec = network.state_spec
@@ -130,16 +130,15 @@ class FusedNetwork:
         self._norm = _norm(network.lnorm)
         self._unembed = Product.of(unembed)
         self._seen: tuple[StatePool, tuple[AttentionState, ...]] | None = None
-        """The last pool, with the states of its layers."""
+        """The last pool and its layers' states."""
 
     def decode(
         self, token_ids: Tensor, rows: Tensor, pool: StatePool, logits: Tensor | None = None
     ) -> Tensor:
-        """Advance rows by one token each, without a look at any number: for a CUDA graph.
+        """Advance rows by one token each, without synchronising: for a CUDA graph.
 
-        token_ids, rows `[batch]` int32 on the device -> logits `[batch, vocab_sz]`, in the tensor
-        that is given if one is. Where the row is negative nothing is read or written, and the
-        logits mean nothing.
+        token_ids, rows `[batch]` int32 on the device -> logits `[batch, vocab_sz]`, written to
+        `logits` if given. Negative rows are skipped, and their logits are undefined.
         """
         states = self._states(pool)
         gates = linear.linear(self._embed, *self._position, ids=token_ids)
@@ -154,11 +153,11 @@ class FusedNetwork:
     def forward(
         self, batch: Batch, pool: StatePool, single: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """`LanguageModel.forward`. `single`: the ids and rows of the pieces of one token, as the
-        device has them, int32 `[pieces]` each; where a row is negative, nothing is read.
+        """`LanguageModel.forward`. `single`: ids and rows of the single-token pieces on the device,
+        int32 `[pieces]` each; negative rows are skipped.
 
-        Products are of all tokens at once. Single tokens go through attention as in `decode`,
-        longer pieces in chunks.
+        Matrix products run over all tokens at once. Single tokens go through attention as in
+        `decode`, longer pieces in chunks.
         """
         states = self._states(pool)
         batch.check(self.config.vocab_sz, pool.num_rows)
@@ -189,7 +188,7 @@ class FusedNetwork:
         return linear.linear(x[wanted], *self._unembed, norm=self._norm)
 
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """`LanguageModel.logits`: of each row `[batch, vocab_sz]`."""
+        """`LanguageModel.logits`: one per row `[batch, vocab_sz]`."""
         x = pool.tensors["last"][0].index_select(0, self._index(pool, rows))
         return linear.linear(x, *self._unembed, norm=self._norm)
 
@@ -215,7 +214,7 @@ class FusedNetwork:
         return self._seen[1]
 
     def _index(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """Raises IndexError for rows that the pool does not have, or that come twice."""
+        """Raises IndexError for missing or duplicate rows."""
         if min(rows) < 0 or max(rows) >= pool.num_rows or len(set(rows)) != len(rows):
             raise IndexError(f"rows {list(rows)} of {pool.num_rows}")
         return to_device(rows, torch.int32, pool.device)

@@ -1,8 +1,7 @@
-"""Sums relative to running maxima in Triton: what every kernel of attention is made of.
+"""Sums relative to running maxima in Triton, shared by all attention kernels.
 
-The names are those of the glossary of `heinsen.attention`. Channels beyond d_k and d_v, up to the
-size of a block, hold -inf in q, k and log v, EMPTY in m and n, 0 in v and in sums: they add nothing
-to any sum.
+Names follow the glossary of `heinsen.attention`. Channels beyond d_k and d_v, up to the block size,
+hold -inf in q, k and log v, EMPTY in m and n, 0 in v and in sums: they contribute nothing.
 """
 
 from typing import Any
@@ -18,26 +17,27 @@ TINY = tl.constexpr(2.0**-126)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN2_HIGH, LN2_LOW = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)
-"""log 2 in two parts. The first has so few digits that its product with a power is exact."""
+"""log 2 in two parts; the first has few enough digits that its product with an exponent is
+exact."""
 
 ROUND = tl.constexpr(12582912.0)
-"""1.5 * 2^23: a number added to it is rounded to a whole one, which is then the lowest bits."""
+"""1.5 * 2^23: adding it rounds to an integer, which is then in the lowest bits."""
 
 EXPONENT, FLOOR = tl.constexpr(0x7F800000), tl.constexpr(0x10000000)
-"""Bits of a float32's exponent; those of 2^-95, below which no correction is kept."""
+"""Exponent bits of a float32; those of 2^-95, below which there is no compensation."""
 
 
 @triton.jit
 def larger(a: tl.tensor, b: tl.tensor) -> Any:
-    """The maximum, NaN if either is NaN: what is broken must show."""
+    """The maximum, NaN if either is NaN, so that errors stay visible."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def exp(x: tl.tensor) -> Any:
-    """exp(x) for x <= 0, to 2 or 3 units however large |x| is; 0 below -87.
+    """exp(x) for x <= 0, to 2 or 3 ulp for any |x|; 0 below -87.
 
-    `tl.exp` multiplies x by log2(e) in float32 and so loses digits in proportion to |x|.
+    `tl.exp` multiplies x by log2(e) in float32, which loses precision in proportion to |x|.
     """
     within = larger(x, -87.0)
     rounded = within * LOG2_E + ROUND
@@ -49,23 +49,23 @@ def exp(x: tl.tensor) -> Any:
 
 @triton.jit
 def _exponent(x: tl.tensor) -> Any:
-    """The bits of the power of two below |x|, for numbers above 2^-95."""
+    """Bits of the largest power of two up to |x|, for |x| above 2^-95."""
     return tl.maximum(x.to(tl.int32, bitcast=True) & EXPONENT, FLOOR)
 
 
 @triton.jit
 def add(before: tl.tensor, added: tl.tensor, low: tl.tensor, compensated: tl.constexpr) -> Any:
-    """`before + added`, and what that sum lacks; `model.heinsen.attention._add`.
+    """The compensated sum of `model.heinsen.attention._add`: the rounded sum and its compensation.
 
-    Only right in kernels that are compiled without fusing products and sums: `before` and `after`
-    must be the rounded numbers, as they are stored. Without `compensated`, `low` comes back.
+    Only correct in kernels compiled without FMA contraction: `before` and `after` must be the
+    rounded numbers that are stored. Without `compensated`, `low` is returned unchanged.
     """
     if compensated:
         unit = _exponent(before).to(tl.float32, bitcast=True) * 2.0**-31
         added += low.to(tl.float32) * unit
     after = before + added
     if compensated:
-        # A power of two's bits taken from these are those of its inverse.
+        # Subtracting an exponent's bits from these gives the inverse power of two.
         inverse = (0x7F000000 - _exponent(after)).to(tl.float32, bitcast=True)
         lost = (added - (after - before)) * inverse * 2.0**31
         whole = tl.minimum(tl.maximum(lost, -127.0), 127.0) + ROUND
@@ -102,8 +102,8 @@ def read_token(
 ) -> Any:
     """`heinsen.attention.step` for a head in registers: y, then m, z, s, n, z_low, s_low after it.
 
-    q, k, m, z, z_low `[block_k]`, v, n, y `[block_v]`, s, s_low `[block_k, block_v]`. Without log
-    values n is returned as it is, without `compensated` so are z_low and s_low.
+    q, k, m, z, z_low `[block_k]`, v, n, y `[block_v]`, s, s_low `[block_k, block_v]`. n is
+    unchanged without log values, and so are z_low and s_low without `compensated`.
     """
     m_before = m
     m = larger(m_before, tl.ceil(k))

@@ -1,6 +1,6 @@
-"""In Triton: for CUDA, or on a CPU in Triton's interpreter.
+"""Triton kernels, for CUDA or, in Triton's interpreter, for a CPU.
 
-`is_available` tells whether this package's modules in folders named cuda can be imported.
+Modules in folders named cuda can be imported only if `is_available`.
 """
 
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""Work for the device that is recorded once and launched as a whole."""
+"""CUDA graphs, events and streams, with equivalents on a CPU."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 Work = Callable[[], None]
-"""Launches kernels on tensors that stay where they are."""
+"""Launches kernels on tensors with fixed addresses."""
 
 
 class Recorder:
-    """Records work on one device; recordings share the memory of what they compute on the way.
+    """Records graphs on one device; their intermediate tensors share memory.
 
-    A CPU has nothing to record: there the work is done anew each time.
+    A CPU records nothing: the work runs again each time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -22,8 +22,7 @@ class Recorder:
         self._memory: Any = None
 
     def record(self, work: Work) -> Work:
-        """What does the same work again. It is done once now, to compile and to load what it
-        needs."""
+        """Record the work as a graph. It runs once now, to compile and load its kernels."""
         work()
         if not self._on_gpu:
             return work
@@ -36,7 +35,7 @@ class Recorder:
 
 
 class DeviceEvent:
-    """A point in what the device has been told to do."""
+    """A point in the device's stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
@@ -44,18 +43,18 @@ class DeviceEvent:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def mark(self) -> None:
-        """This is the point, after all that was launched so far."""
+        """Record the event after all launches so far."""
         if self._event is not None:
             self._event.record()
 
     def wait(self) -> None:
-        """Return when the device has come to it."""
+        """Block until the device reaches it."""
         if self._event is not None:
             self._event.synchronize()
 
 
 class SideStream:
-    """A second line of work, which does not wait for what is launched on the first meanwhile."""
+    """A second stream that does not wait for later launches on the first."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream: torch.cuda.Stream | None = None
@@ -63,17 +62,17 @@ class SideStream:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self) -> AbstractContextManager[None]:
-        """What is launched within is on the second line."""
+        """Context in which launches go to the second stream."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
 def host_buffer(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Host memory that this device can copy from and to by itself."""
+    """Host memory that the device can copy to and from asynchronously."""
     return torch.empty(size, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host on the device, without waiting for what it has been told to do."""
+    """Numbers on the device, copied asynchronously."""
     return move(torch.tensor(values, dtype=dtype), device)
 
 

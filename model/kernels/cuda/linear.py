@@ -1,10 +1,10 @@
-"""Linear maps in Triton, with what stands before and after them in the network.
+"""Linear maps in Triton, fused with the operations around them.
 
-Only the weights are rounded: sums are float32, and where tensor cores multiply bfloat16 numbers,
-an input x is two of them, x = high + low, which keep 16 of its 24 digits or more. Nothing here
-waits for the device, so every call can be captured in a CUDA graph.
+Only the weights are rounded: sums are float32, and where tensor cores multiply bfloat16 numbers, an
+input is split in two, x = high + low, which keep at least 16 of its 24 bits. Nothing here
+synchronises, so every call can be captured in a CUDA graph.
 
-A row's bits do not depend on the values of other rows. All tiles add along `in` in one order.
+A row's bits do not depend on the values of other rows. All tiles sum along `in` in one order.
 """
 
 from dataclasses import dataclass
@@ -15,29 +15,29 @@ import triton.language as tl
 from torch import Tensor
 
 Norm = tuple[Tensor, Tensor, float]
-"""Of a LayerNorm: weight and bias `[in]`, and eps."""
+"""Weight and bias `[in]` and eps of a LayerNorm."""
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 PROCESSORS = 132
-"""Multiprocessors of an H100 or H200: fewer tiles than that leave some of them idle."""
+"""Multiprocessors of an H100 or H200: with fewer tiles some are idle."""
 
 GROUP = tl.constexpr(16)
-"""Tiles below each other that are computed before those to the right: they share L2."""
+"""Tiles of one column computed before the next column: they share L2."""
 
 NORM_BLOCK = tl.constexpr(256)
-"""Columns that LayerNorm's sums take at once, the same for every tile, as its bits are."""
+"""Columns per step of LayerNorm's sums; the same for every tile, so that the bits are, too."""
 
 STATISTICS_ROWS = 4
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How much of a product one program computes, in which steps, and with how many warps."""
+    """Tile shape of one program, its step along `in`, and its warps."""
 
     rows: int
     outputs: int
-    """Outputs of the weight: with GLU, twice those of the result, but at least 16 pairs."""
+    """Rows of the weight: with GLU twice the outputs, but at least 16 pairs."""
 
     inputs: int
     num_warps: int
@@ -45,28 +45,29 @@ class Tile:
 
 
 FEW_ROWS = 64
-"""Up to here LayerNorm's sums are taken by each program, not by a kernel of their own."""
+"""Up to this size each program computes LayerNorm's sums, beyond it a separate kernel."""
 
 FEW = (Tile(16, 64, 64, 4, 6), Tile(16, 32, 64, 4, 6), Tile(16, 16, 64, 4, 6))
-"""Weights are read once or a few times; deep pipelines hide the latency of memory."""
+"""Weights are read once or a few times; deep pipelines hide the memory latency."""
 
 MANY = (
-    Tile(128, 256, 64, 8, 3),  # an input has 4 bytes and a weight 2: wide tiles need fewer bytes
+    # Tile(128, 256, 64, 8, 3),  # inputs have 4 bytes, weights 2: wide tiles read fewer bytes
+    Tile(128, 256, 64, 8, 3),
     Tile(64, 128, 64, 4, 4),
     Tile(64, 64, 64, 4, 4),
     Tile(32, 32, 64, 4, 5),
 )
 
 WHOLE_FEW = (Tile(16, 64, 32, 4, 4), Tile(16, 32, 32, 4, 4), Tile(16, 16, 32, 4, 4))
-"""For float32 weights, whose products no tensor core computes."""
+"""For float32 weights, which do not use tensor cores."""
 
 WHOLE_MANY = (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(32, 32, 32, 4, 4))
 
 
 def choose_tile(rows: int, weight_rows: int, *, whole: bool) -> Tile:
-    """The largest tile that keeps all multiprocessors busy, or else the smallest.
+    """The largest tile that keeps all multiprocessors busy, else the smallest.
 
-    `whole` tells that weights are float32.
+    `whole`: weights are float32.
     """
     few, many = (WHOLE_FEW, WHOLE_MANY) if whole else (FEW, MANY)
     tiles: tuple[Tile, ...] = few if rows <= FEW_ROWS else many
@@ -88,14 +89,14 @@ def linear(
     ids: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`norm(x) @ weight.T * scale + bias`, then GLU, then `+ residual`: `[rows, out]`, in `out` if
-    it is given.
+    """`norm(x) @ weight.T * scale + bias`, then GLU, then `+ residual`: `[rows, out]`, written to
+    `out` if given.
 
     x `[rows, in]` float32; weight `[out, in]` float32, bfloat16 or int8 with scale `[out]`
-    (`narrow`); bias `[out]`; residual `[rows, out]`. With `glu` weight, scale and bias
-    have `2 * out` outputs, of which the second half are gates (`torch.nn.GLU`). With `ids`
-    `[rows]`, int32 or int64, x is a table `[vocab, in]`, float32 or bfloat16, whose rows they
-    choose; an id below 0 stands for zeros. x and residual may be views whose rows are apart.
+    (`narrow`); bias `[out]`; residual `[rows, out]`. With `glu`, weight, scale and bias have `2 *
+    out` outputs, the second half being gates (`torch.nn.GLU`). With `ids` `[rows]`, int32 or int64,
+    x is a table `[vocab, in]`, float32 or bfloat16, and ids select its rows; negative ids select
+    zeros. Rows of x and residual may be strided.
 
     Raises ValueError for other shapes, dtypes and strides.
     """
@@ -105,7 +106,7 @@ def linear(
     _check(x, weight, bias, scale, norm, glu, residual, ids)
     y = torch.empty(num_rows, num_out, device=x.device) if out is None else out
     if y.shape != (num_rows, num_out) or y.dtype != torch.float32 or not y.is_contiguous():
-        raise ValueError(f"out is contiguous float32 {[num_rows, num_out]}, not {[*y.shape]}")
+        raise ValueError(f"out must be contiguous float32 {[num_rows, num_out]}, not {[*y.shape]}")
     if not y.numel():
         return y
     tile = choose_tile(num_rows, weight_rows, whole=weight.dtype == torch.float32)
@@ -122,7 +123,7 @@ def linear(
         x, ids, weight, scale, bias, statistics, norm_weight, norm_bias, residual, y,
         num_rows, x.stride(0), 0 if residual is None else residual.stride(0), eps,
         NUM_IN=num_in, NUM_OUT=num_out, GLU=glu, SPLIT=weight.dtype != torch.float32,
-        # The interpreter multiplies the bits of bfloat16 as if they were whole numbers.
+        # The interpreter multiplies bfloat16 bits as integers.
         DOT=tl.bfloat16 if x.is_cuda else tl.float32,
         BLOCK_M=tile.rows, BLOCK_N=block_n, BLOCK_K=tile.inputs,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
@@ -142,37 +143,39 @@ def _check(
 ) -> None:
     weight_rows, num_in = weight.shape
     if weight.dtype not in WEIGHT_DTYPES or not weight.is_contiguous():
-        raise ValueError(f"a weight is contiguous and one of {WEIGHT_DTYPES}, not {weight.dtype}")
+        raise ValueError(
+            f"weights must be contiguous and one of {WEIGHT_DTYPES}, not {weight.dtype}"
+        )
     if (scale is not None) != (weight.dtype == torch.int8):
-        raise ValueError("int8 weights have a scale, and no others")
+        raise ValueError("int8 weights need a scale, other weights must not have one")
     if glu and weight_rows % 2:
         raise ValueError(f"GLU needs an even number of outputs, not {weight_rows}")
     if x.dim() != 2 or x.shape[1] != num_in or (num_in > 1 and x.stride(1) != 1):
-        raise ValueError(f"x is [rows, {num_in}] with stride 1, not {[*x.shape]} {x.stride()}")
+        raise ValueError(f"x must be [rows, {num_in}] with stride 1, not {[*x.shape]} {x.stride()}")
     if x.dtype != torch.float32 and (ids is None or x.dtype != torch.bfloat16):
-        raise ValueError(f"x is float32, or a table of bfloat16, not {x.dtype}")
+        raise ValueError(f"x must be float32, or a table of bfloat16, not {x.dtype}")
     if ids is not None and (ids.dim() != 1 or not ids.is_contiguous() or ids.is_floating_point()):
-        raise ValueError("ids are whole numbers [rows], contiguous")
+        raise ValueError("ids must be contiguous integers [rows]")
     vectors = [(bias, weight_rows), (scale, weight_rows)]
     vectors += [(part, num_in) for part in (norm or ())[:2] if isinstance(part, Tensor)]
     for vector, size in vectors:
         if vector is not None and (
             vector.shape != (size,) or vector.dtype != torch.float32 or not vector.is_contiguous()
         ):
-            raise ValueError(f"bias, scale and norm are contiguous float32, here [{size}]")
+            raise ValueError(f"bias, scale and norm must be contiguous float32, here [{size}]")
     if residual is not None:
         shape = (len(x if ids is None else ids), weight_rows // 2 if glu else weight_rows)
         if residual.shape != shape or residual.dtype != torch.float32:
-            raise ValueError(f"the residual is float32 {shape}, not {[*residual.shape]}")
+            raise ValueError(f"the residual must be float32 {shape}, not {[*residual.shape]}")
         if shape[1] > 1 and residual.stride(1) != 1:
-            raise ValueError(f"rows of the residual have stride 1, not {residual.stride(1)}")
+            raise ValueError(f"rows of the residual must have stride 1, not {residual.stride(1)}")
 
 
 @triton.jit
 def _find_rows(
     x_ptr: tl.tensor, ids_ptr: tl.tensor, m: tl.tensor, rows: tl.tensor, x_stride: tl.tensor
 ) -> tl.tensor:
-    """Where the rows m of x begin, and which of them there are."""
+    """Offsets of the rows m of x, and which of them exist."""
     valid = m < rows
     row = m.to(tl.int64)
     if ids_ptr is not None:
@@ -189,7 +192,7 @@ def _moments(
     NUM_IN: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr,  # noqa: N803
 ) -> tl.tensor:
-    """Mean and 1 / sqrt(variance + eps) of each row, from the differences to the mean."""
+    """Mean and 1 / sqrt(variance + eps) of each row, from the deviations from the mean."""
     k = tl.arange(0, NORM_BLOCK)
     total = tl.zeros([BLOCK_M, NORM_BLOCK], tl.float32)
     for start in tl.static_range(0, NUM_IN, NORM_BLOCK):
@@ -233,7 +236,7 @@ def _multiply(
     SPLIT: tl.constexpr,  # noqa: N803
     DOT: tl.constexpr,  # noqa: N803
 ) -> tl.tensor:
-    """`sums + x @ weight.T` for a few of the columns of weights."""
+    """`sums + x @ weight.T` for one block along `in`."""
     weight = tl.load(weight_rows[None, :] + k[:, None], mask, 0.0)
     if SPLIT:
         weight = weight.to(DOT)

@@ -1,4 +1,4 @@
-"""Vectors into rows of a pool, in Triton: a call that can be captured in a CUDA graph."""
+"""Scatter of vectors to pool rows, in Triton; can be captured in a CUDA graph."""
 
 import torch
 import triton
@@ -9,10 +9,10 @@ BLOCK = tl.constexpr(1024)
 
 
 def write_rows(x: Tensor, pool: Tensor, rows: Tensor) -> None:
-    """pool[rows[i]] = x[i], but where the row is negative.
+    """pool[rows[i]] = x[i], except for negative rows.
 
-    x float32 `[batch, d]`, pool float32 `[pool_rows, d]`, rows int32 `[batch]`, none twice. Raises
-    ValueError for other shapes, dtypes and strides.
+    x float32 `[batch, d]`, pool float32 `[pool_rows, d]`, rows int32 `[batch]`, without duplicates.
+    Raises ValueError for other shapes, dtypes and strides.
     """
     expected = (
         ("x", x, (len(x), *pool.shape[1:]), torch.float32),
@@ -22,7 +22,7 @@ def write_rows(x: Tensor, pool: Tensor, rows: Tensor) -> None:
     for name, tensor, shape, dtype in expected:
         if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(
-                f"{name} is contiguous {[*shape]} of {dtype},"
+                f"{name} must be contiguous {[*shape]} of {dtype},"
                 f" not {[*tensor.shape]} {tensor.stride()} of {tensor.dtype}"
             )
     if len(x):

@@ -1,4 +1,4 @@
-"""`recurrence.recurrent` as a Triton kernel: states stay in registers from first token to last."""
+"""`recurrence.recurrent` as a Triton kernel: states stay in registers for all tokens."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from model.rwkv7.recurrence import Vectors
 
 VALUES = 16
-"""Value channels that a program has: each is a column of the state, which needs no other."""
+"""Value channels per program: each is an independent column of the state."""
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def _recurrent(
     s_ptr: Any, y_ptr: Any, after_ptr: Any, tokens: Any, heads: Any, n: Any,
     keys: tl.constexpr, values: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Vectors `[batch, tokens, heads, n]`, states `[batch, heads, n, n]`; keys is n or more."""
+    """Vectors `[batch, tokens, heads, n]`, states `[batch, heads, n, n]`; keys is at least n."""
     sequence_head = tl.program_id(0)
     sequence, head = sequence_head // heads, sequence_head % heads
     key, value = tl.arange(0, keys), tl.program_id(1) * values + tl.arange(0, values)

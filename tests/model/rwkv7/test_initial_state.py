@@ -74,8 +74,8 @@ def whole(states: Weights) -> None:
         (drop, "blocks.1.att.time_state missing"),
         (grow, "blocks.2.att.time_state not part of this network"),
         (narrow, r"blocks.1.att.time_state is \[4, 32, 32\], not \[2, 64, 64\]"),
-        (spoil, "blocks.1.att.time_state is not all finite"),
-        (whole, "time_state is not all finite"),
+        (spoil, "blocks.1.att.time_state has values that are not finite"),
+        (whole, "time_state has values that are not finite"),
         (dict.clear, "not a tuned initial state"),
     ],
 )

@@ -113,8 +113,8 @@ def test_the_published_form_is_read(tmp_path: Path) -> None:
         ("-1 'abc' 3", "line 257: not"),
         (f"{10**12} 'abc' 3", "line 257: not"),
         ("300 '\\ud800' 3", "line 257: not"),
-        ("5 'abc' 3", "line 257: the id or the token was there before"),
-        ("300 'a' 1", "line 257: the id or the token was there before"),
+        ("5 'abc' 3", "line 257: duplicate id or token"),
+        ("300 'a' 1", "line 257: duplicate id or token"),
         ("0 'abc' 3", "id 0 ends a text"),
     ],
 )
@@ -152,7 +152,7 @@ def test_without_a_vocabulary_both_places_are_named(
     with pytest.raises(TokenizerError) as caught:
         world.find(tmp_path)
     assert "latentd[rwkv]" in str(caught.value)
-    assert "rwkv_vocab_*.txt beside the weights" in str(caught.value)
+    assert "rwkv_vocab_*.txt next to the weights" in str(caught.value)
 
 
 @pytest.fixture(scope="module")

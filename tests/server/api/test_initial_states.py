@@ -113,7 +113,7 @@ def test_wrong_files_are_refused_by_name(folder: Path, tuned: Path, tmp_path: Pa
     name, shape = spec.tensors[0].name, spec.tensors[0].shape
     for tensors, message in (
         ({name: torch.zeros(*shape, 2)}, f"{name} is "),
-        ({name: torch.zeros(*shape), "other": torch.zeros(1)}, "other is no tensor"),
+        ({name: torch.zeros(*shape), "other": torch.zeros(1)}, "other is not a tensor"),
         ({"other": torch.zeros(1)}, "none of the tensors"),
         ({name: torch.full(shape, float("nan"))}, "not finite"),
     ):

@@ -99,7 +99,7 @@ def test_any_grammar_allows_what_it_says(
     source = f"root ::= {root.source}\nx ::= {rule.source}\n"
     texts = ("".join(t) for n in range(LONGEST + 1) for t in itertools.product("ab", repeat=n))
     allowed: set[str] = set()
-    with contextlib.suppress(GrammarError):  # where no text keeps to it
+    with contextlib.suppress(GrammarError):  # where no text satisfies it
         grammar = grammars.compile(GrammarSpec("grammar", source))
         allowed = {text for text in texts if accepts(grammar, tokens, text)}
     assert allowed == root.words(x)
@@ -155,10 +155,10 @@ def test_every_name_is_a_name_of_its_own(
 @pytest.mark.parametrize(
     ("source", "named"),
     [
-        (r'root ::= "\q"', "no such escape, line 1"),
-        (r'root ::= "\u12"', "no such escape"),
-        (r'root ::= "\ud83d\ude00"', r"\ud83d is no character"),
-        (r'root ::= "a"' + "\n" + r"x ::= [\U00110000]", r"\U00110000 is no character, line 2"),
+        (r'root ::= "\q"', "unknown escape, line 1"),
+        (r'root ::= "\u12"', "unknown escape"),
+        (r'root ::= "\ud83d\ude00"', r"\ud83d is not a character"),
+        (r'root ::= "a"' + "\n" + r"x ::= [\U00110000]", r"\U00110000 is not a character, line 2"),
         ("root ::= [b-a]", "range of characters is empty"),
         ("root ::= []", "class of characters is empty"),
         ("root ::= nobody", "no rule nobody"),
@@ -166,13 +166,13 @@ def test_every_name_is_a_name_of_its_own(
         ('root ::= "a"\nroot ::= "b"', "root is defined twice"),
         ("root ::= <think>", "special tokens"),
         ("root ::= !<[7]>", "special tokens"),
-        ('root ::= "a"{,2}', "cannot stand here"),
+        ('root ::= "a"{,2}', "unexpected input"),
         ('root ::= "a"{2,1}', "2"),
-        ('root ::= "a" % "b"', "cannot stand here"),
+        ('root ::= "a" % "b"', "unexpected input"),
         ('root ::= ("a"', ") is missing"),
-        ('root ::= "a', "end of a string"),
+        ('root ::= "a', "unterminated string"),
         ('root := "a"', "::= is missing"),
-        ("root ::= root", "no text keeps to this"),
+        ("root ::= root", "no text satisfies this"),
     ],
 )
 def test_what_is_not_gbnf_is_refused_by_name(

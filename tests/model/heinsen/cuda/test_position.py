@@ -204,7 +204,7 @@ def test_what_a_kernel_cannot_read_is_an_error(device: torch.device) -> None:
         (gates.T.contiguous().T, table, ids, h, rows),
     ]
     for arguments in wrong:
-        with pytest.raises(ValueError, match="is contiguous"):
+        with pytest.raises(ValueError, match="must be contiguous"):
             step(*arguments)
     with pytest.raises(ValueError, match="lengths"):
         scan(gates.unsqueeze(1), table, ids.unsqueeze(1), h, rows, rows.long())
