@@ -167,9 +167,7 @@ def generate(
     ] = "auto",
     dtype: Annotated[
         WeightDtype | None,
-        typer.Option(
-            help="Weights of matrix products; if not given, what suits model and device best."
-        ),
+        typer.Option(help="Dtype of the matrix weights; default: the best for model and device."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
@@ -197,7 +195,7 @@ def verify(
     files: Annotated[list[Path], typer.Argument(help="Files of reference outputs.")],
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Model whose outputs they are, if its weights are not in them."),
+        typer.Option(help="Model to compare, for files without weights."),
     ] = None,
 ) -> None:
     """Compare this implementation with outputs of the reference implementation.
@@ -289,9 +287,9 @@ def back_up(
     destination: Annotated[Path, typer.Argument(metavar="DIR", help="An empty or new folder.")],
     data_dir: DataDir = DATA_DIR,
 ) -> None:
-    """Back up all sessions and stored responses, while a server runs or not.
+    """Back up all sessions and stored responses, with or without a running server.
 
-    The backup has every turn acknowledged before it started, and later ones wholly or not at all.
+    The backup has every turn acknowledged before it started; later ones are complete or absent.
     Keys are not included: copy the key file.
     """
     from server.sessions.sqlite.backup import BackupError, backup
@@ -341,7 +339,7 @@ def erase_model(
 
     async def erase() -> str:
         if not (data_dir / STORE_FILE).exists():
-            raise StoreError(f"{data_dir / STORE_FILE}: there is no session store")
+            raise StoreError(f"{data_dir / STORE_FILE}: no session store")
         store = SQLiteStore(data_dir / STORE_FILE)
         try:
             return describe_counts(await run(store, fingerprint))

@@ -83,8 +83,8 @@ def create_app(
     """An app that serves one checkpoint; it closes the store on shutdown. `trace` receives the
     records of its requests.
 
-    Raises InvalidTemplate when the model's chat template is none, KeyFileError, and SizeError when
-    its states do not fit, and CheckpointError for an initial state that is none of this model.
+    Raises InvalidTemplate for an invalid chat template, KeyFileError, SizeError if the states do
+    not fit in memory, and CheckpointError for an initial state of another model.
     """
     metrics, keys, limiter = Metrics(), KeyRing(settings), Limiter(settings)
     network = checkpoint.network
@@ -167,22 +167,22 @@ def create_app(
         trace=trace,
     )
     app.state.metrics, app.state.sizes = metrics, sizes
-    if settings.cors_origins:  # around the others, so that web pages can read their errors
+    if settings.cors_origins:  # outermost, so that web pages can read errors, too
         app.add_middleware(PageMiddleware, origins=settings.cors_origins, exposed=EXPOSED_HEADERS)
     return app
 
 
 async def drain(app: FastAPI) -> None:
-    """Let running turns finish, or roll them back. May be called before startup."""
+    """Let running turns finish or roll them back. May be called before startup."""
     service = getattr(app.state, "service", None)
     if isinstance(service, Service):
         await service.drain()
 
 
 def erase_owner(app: FastAPI, owner: str) -> str:
-    """End what runs for an owner and erase all that it holds. Returns in words what that was.
+    """End an owner's requests and erase all its data. Returns a description of what was erased.
 
-    Called from another thread than the event loop's. Raises LatentdError.
+    Called from a thread other than the event loop's. Raises LatentdError.
     """
     service = getattr(app.state, "service", None)
     if not isinstance(service, Service):
@@ -261,7 +261,7 @@ async def _watch_health(service: Service) -> None:
 
 
 async def _watch(keys: KeyRing, service: Service) -> None:
-    """Take up what changes in the key file, for ever: what runs for a revoked key ends."""
+    """Apply changes of the key file, forever; requests of revoked keys are aborted."""
     while True:
         await asyncio.sleep(KEY_FILE_INTERVAL_S)
         for owner in await asyncio.to_thread(keys.refresh):

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sent a request; by default anybody."""
+    """The sender of a request; anonymous by default."""
 
     owner: str = ANONYMOUS
     name: str = ""
@@ -70,8 +70,8 @@ class KeyRing:
     def find(self, authorization: str) -> Caller:
         """The caller with this Authorization header. Raises Unauthorized.
 
-        Keys are looked up by digest. The time that takes could only reveal something about a
-        digest, and a digest reveals nothing about its key.
+        Keys are looked up by digest: the timing could reveal something about a digest, but a digest
+        reveals nothing about its key.
         """
         if not self.requires_keys:
             return self._anonymous
@@ -85,8 +85,8 @@ class KeyRing:
         return caller
 
     def refresh(self) -> set[str]:
-        """Read the key file again if it has changed; if it cannot be used, the keys stay. Returns
-        the owners whose keys are not valid any more."""
+        """Read the key file again if it has changed; an unusable file leaves the keys unchanged.
+        Returns the owners whose keys are no longer valid."""
         if self._file is None or _stamp(self._file) == self._stamp:
             return set()
         before = {caller.owner for caller in self._listed.values()}
@@ -117,8 +117,8 @@ class AuthMiddleware:
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing, protect_metrics: bool, most: int) -> None:
-        """`most`: requests under way of all callers. Of these a caller may have as many as are left
-        for the others then, where there are keys."""
+        """`most`: limit of concurrent requests of all callers. With keys, a caller may have as many
+        as then remain for the others."""
         self._app = app
         self._most = most
         self._under_way = Counter[str]()
@@ -150,8 +150,8 @@ class AuthMiddleware:
         num_own, num_left = self._under_way[owner], self._most - self._under_way.total()
         if self._keys.requires_keys and num_own >= max(1, num_left):
             raise Overloaded(
-                f"{num_own} of your requests are under way, and only {num_left} are left for "
-                "others; try again when some have ended",
+                f"{num_own} of your requests are running, and only {num_left} are left for "
+                "others; retry when some have ended",
                 "too_many_requests",
             )
 

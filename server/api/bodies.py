@@ -108,7 +108,7 @@ def _loads(content: bytes) -> Any:
 
 
 def check_shape(content: bytes, max_values: int) -> None:
-    """Raises InvalidRequest for more values, names or objects than a request may have.
+    """Raises InvalidRequest for too many values, names or objects.
 
     The content may be invalid JSON: only punctuation outside strings is counted.
     """

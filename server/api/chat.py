@@ -33,8 +33,9 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation. With a session, send only the messages since its last turn.
 
-    The session goes on as if the whole conversation had been sent again. What holds for turns of
-    `/v1/completions` holds here: atomic, conditional, repeatable with an `Idempotency-Key`.
+    The session continues as if the whole conversation had been sent again. Turns have the same
+    guarantees as those of `/v1/completions`: atomic, conditional, and repeatable with an
+    `Idempotency-Key`.
     """
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")

@@ -33,10 +33,9 @@ async def create_completion(
 ) -> Response:
     """Continue a prompt. With a session, continue what it has read and written so far.
 
-    A turn of a session is committed before its last event; a turn that ends in any other way
-    leaves the session as it was. With an `Idempotency-Key`, a turn that was committed is not run
-    again: the same request gets the same answer, for as long as the turn's checkpoint is kept.
-    Without a session nothing could be done twice, and the key has no effect.
+    A session's turn is committed before its last event; otherwise the session remains unchanged.
+    With an `Idempotency-Key`, a committed turn is not run again: the same request gets the same
+    answer, for as long as the turn's checkpoint is stored. Without a session the key has no effect.
     """
     if body.best_of is not None and body.best_of < body.num_choices_per_prompt:
         raise InvalidRequest(

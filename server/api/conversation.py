@@ -28,11 +28,11 @@ class ChatMessage:
     """Name of the speaker, for templates that use it."""
 
     thoughts: str | None = None
-    """What the model thought before it said that, for templates that show it."""
+    """The model's thoughts before the message, for templates that use them."""
 
 
 class InvalidMessages(ValueError):
-    """The template rejects these messages; the message says why."""
+    """The template rejects these messages; the text of the error has the reason."""
 
 
 class InvalidTemplate(ValueError):
@@ -72,7 +72,7 @@ class Conversation:
     ) -> list[int]:
         """Tokens of a whole conversation, up to where the answer begins.
 
-        `thinks`: whether the answer begins with thoughts; None: as the template has it. Raises
+        `thinks`: whether the answer begins with thoughts; None for the template's default. Raises
         InvalidMessages, and TooManyTokens.
         """
         return self._encode(messages, max_tokens, thinks)
@@ -92,13 +92,14 @@ class Conversation:
         return self._encode(messages, max_tokens, thinks, before, behind=answer)
 
     def splitter(self, thinks: bool | None) -> ThoughtSplitter | None:
-        """What parts an answer, to a prompt with messages, into thoughts and what is said."""
+        """Splits an answer into thoughts and content, for prompts with messages."""
         if self.rules.thinking is None:
             return None
         return ThoughtSplitter(self.rules.thinking, self._openings[thinks])
 
     def num_opening_bytes(self, thinks: bool | None) -> int:
-        """Bytes at the end of a prompt that open thoughts, the spaces before them included."""
+        """Length of the opening mark at the end of a prompt in bytes, including spaces before
+        it."""
         opening, thinking = self._openings[thinks], self.rules.thinking
         if thinking is None:
             return 0
@@ -108,7 +109,7 @@ class Conversation:
         return len(opening[len(opening[:at].rstrip()) :].encode()) if at < len(opening) else 0
 
     def _opening(self, thinks: bool | None) -> str:
-        """What a prompt ends with behind its last message, as far as that can be known."""
+        """The end of a prompt after its last message, as far as it can be determined."""
         if self.rules.thinking is None:
             return ""
         messages = [{"role": "user", "content": "?"}]

@@ -14,15 +14,15 @@ from starlette.types import Message, Receive
 
 UNDECODABLE = "the body does not match its Content-Encoding"
 WINDOW_LOG_MAX = 23
-"""8 MiB, which every zstd decoder must support (RFC 8878, 3.1.1.1.2); frames may ask for more."""
+"""8 MiB, which every zstd decoder must support (RFC 8878, 3.1.1.1.2); frames may require more."""
 
 Make = Callable[[bytes], Any]
-"""Makes a decoder, with zlib's interface, for data that begins with these bytes."""
+"""Creates a decoder, with zlib's interface, for data that begins with these bytes."""
 
 
 def decoded(receive: Receive, headers: Headers, most: int) -> Receive:
-    """A `receive` that decodes the body. Raises HTTPException for an unknown encoding (415), a body
-    that is not encoded that way (400), and after `most` bytes (413): no more are ever decoded."""
+    """A `receive` that decodes the body. Raises HTTPException for an unknown encoding (415), an
+    invalid body (400), and beyond `most` bytes (413), after which nothing more is decoded."""
     given = headers.getlist("content-encoding")
     names = [name.strip().lower() for name in ",".join(given).split(",")]
     codings = [name for name in names if name not in ("", "identity")]
@@ -40,7 +40,7 @@ def decoded(receive: Receive, headers: Headers, most: int) -> Receive:
         data, is_last = message.get("body", b""), not message.get("more_body", False)
         try:
             data = await asyncio.to_thread(decoder.decode, data, most - num_bytes + 1)
-        except Exception as error:  # each library has errors of its own
+        except Exception as error:  # libraries have their own errors
             raise HTTPException(400, UNDECODABLE) from error
         num_bytes += len(data)
         if num_bytes > most:

@@ -12,7 +12,7 @@ from server.sessions.store import StoreHealth
 
 router = APIRouter(tags=["operations"], responses=refusals(*ALWAYS))
 metrics_router = APIRouter(tags=["operations"], responses=refusals(*ALWAYS))
-"""Not included if metrics have an address of their own."""
+"""Without `/metrics` if metrics have their own address."""
 
 EXPOSITION = {
     "type": "string",
@@ -24,7 +24,7 @@ FORMATS = ("text/plain", "application/openmetrics-text")
 
 
 SMALL_PART = 20
-"""On a small disk, less than `min_free_bytes` is enough: one part in so many of it."""
+"""Caps `min_free_bytes` at this fraction of the disk, for small disks."""
 
 
 @router.get("/health/live", responses=refusals(503))
@@ -52,7 +52,7 @@ async def ready(service: ServiceDep) -> Health:
     | {200: {"content": {kind: {"schema": EXPOSITION} for kind in FORMATS}}},
 )
 async def metrics(service: ServiceDep, request: Request) -> Response:
-    """Prometheus metrics; in OpenMetrics format, if accepted, with exemplars that name requests."""
+    """Prometheus metrics; in OpenMetrics format, if accepted, with request ids as exemplars."""
     await check_readiness(service)
     text, content_type = service.metrics.exposition(request.headers.get("accept", ""))
     return Response(text, headers={"Content-Type": content_type})
@@ -86,7 +86,7 @@ def _check_step(service: Service) -> None:
 
 
 def _check_store(service: Service, store: StoreHealth) -> None:
-    """Raises NotReady when commits may be lost, or the disk is full."""
+    """Raises NotReady if commits may be lost, or the disk is full."""
     if store.fault is not None:
         raise NotReady(f"the store is lost: {store.fault}", "store_lost")
     wanted = min(service.settings.min_free_bytes, store.disk_bytes // SMALL_PART)

@@ -1,7 +1,7 @@
 """Validation of the Host header: protects a server on the loopback from DNS rebinding.
 
 A web page whose hostname resolves to 127.0.0.1 can send requests there, and browsers put that name
-into the Host header. Nobody else can own a name without a dot.
+into the Host header. Names without a dot cannot be registered by an attacker.
 """
 
 from starlette.datastructures import Headers
@@ -16,7 +16,7 @@ from server.settings import DOTLESS
 class HostMiddleware:
     """Accepts requests whose Host header is one of the server's names, or missing.
 
-    Paths that need no key accept any name: orchestrators use addresses.
+    Public paths accept any name: orchestrators use addresses.
     """
 
     def __init__(self, app: ASGIApp, hosts: tuple[str, ...]) -> None:

@@ -1,12 +1,11 @@
-"""How much a caller may use: requests and tokens a minute, requests and sequences at the same time.
+"""Limits per caller: requests and tokens per minute, concurrent requests and sequences.
 
-A turn has an allowance: `Limiter.enter`, then `check` and `charge` when its prompt is known, and
-`leave` at its end. What else costs is counted by `Limiter.count`.
+A turn has an allowance: `Limiter.enter`, then `check` and `charge` once its prompt is known, and
+`leave` at its end. `Limiter.count` counts other requests.
 
-The windows are those of the library `limits`, as sliding window counters: the present minute, and
-of the minute before the part that is still less than a minute ago as if that minute's use had been
-even. Two numbers are kept for each limit, whatever is counted; the library's exact windows would
-keep one entry for each token.
+The windows are the sliding window counters of the library `limits`: the current minute, plus a
+share of the previous minute in proportion to its overlap with the last 60 seconds. They keep two
+numbers per limit; the library's exact windows would keep an entry per token.
 """
 
 import math
@@ -28,7 +27,7 @@ from server.keys import Limits
 from server.settings import Settings
 
 memory.time = SimpleNamespace(time=time.monotonic)  # type: ignore[assignment, attr-defined]
-# The library counts minutes by the system's clock otherwise, which may jump.
+# By default the library counts minutes by the system clock, which may jump.
 
 ALL_CALLERS = "all"
 """Pseudo-owner of the server-wide limits; no owner has this name."""
@@ -54,7 +53,7 @@ class _Limit(RateLimitItemPerMinute):
 
 @dataclass(frozen=True)
 class Used:
-    """What an owner has used."""
+    """An owner's total usage."""
 
     num_requests: int = 0
     num_prompt_tokens: int = 0
@@ -89,19 +88,19 @@ class Limiter:
         return Allowance(self, caller)
 
     def add_sequences(self, caller: Caller, count: int) -> None:
-        """So many sequences begin. Raises RateLimited when they would be too many together with
-        those that run, and InvalidRequest when they are too many by themselves."""
+        """Start `count` sequences. Raises RateLimited if they are too many together with those that
+        run, and InvalidRequest if they are too many on their own."""
         most = caller.limits.concurrent_sequences
         running = self._sequences[caller.owner]
         if most is not None and count > most:
             raise InvalidRequest(
-                f"the request has {count} sequences, n for each prompt; at most {most} of yours "
-                "may run together",
+                f"the request has {count} sequences, n for each prompt; at most {most} "
+                "may run at a time",
                 code="concurrent_sequences",
             )
         if most is not None and running + count > most:
             raise RateLimited(
-                f"{running} of your sequences are running, and at most {most} may; try again when "
+                f"{running} of your sequences are running, and at most {most} may; retry when "
                 "some have ended",
                 "concurrent_sequences",
                 1,
@@ -109,34 +108,34 @@ class Limiter:
         self._sequences[caller.owner] += count
 
     def leave(self, caller: Caller, num_sequences: int) -> None:
-        """A request of the caller has ended, with its sequences."""
+        """End a request of the caller, with its sequences."""
         for counter, count in ((self._running, 1), (self._sequences, num_sequences)):
             counter[caller.owner] -= count
             if not counter[caller.owner]:
                 del counter[caller.owner]
 
     def used(self, owner: str) -> "Used":
-        """What an owner has used since `started_at`."""
+        """An owner's usage since `started_at`."""
         return self._used.get(owner, Used())
 
     async def count(self, caller: Caller, num_tokens: int = 0) -> None:
-        """A request that generates nothing begins, which reads so many tokens. Raises RateLimited
-        and InvalidRequest."""
+        """Start a request that reads `num_tokens` and generates nothing. Raises RateLimited and
+        InvalidRequest."""
         await self.check(caller, num_tokens)
         await self.record(caller, "requests", 1)
         await self.record(caller, "tokens", num_tokens)
 
     async def check(self, caller: Caller, num_tokens: int) -> None:
-        """Raises RateLimited if a request with so many prompt tokens may not begin now.
+        """Raises RateLimited if a request with `num_tokens` prompt tokens may not start now.
 
-        Raises InvalidRequest if it can never begin.
+        Raises InvalidRequest if it never may.
         """
         waits = list[tuple[float, _Limit]]()
         for limit in self._limits(caller):
             cost = 1 if limit.kind == "requests" else max(1, num_tokens)
             if cost > limit.amount:
                 raise InvalidRequest(
-                    f"the prompt has {num_tokens} tokens, counted once per choice, and never fits "
+                    f"the prompt has {num_tokens} tokens, counted once per choice, and exceeds "
                     f"into {limit}",
                     code=limit.code,
                 )
@@ -152,7 +151,7 @@ class Limiter:
             )
 
     async def record(self, caller: Caller, kind: LimitKind, count: int) -> None:
-        """Count what was used, also beyond the limits."""
+        """Count usage, even beyond the limits."""
         if kind == "requests":
             self.add_used(caller.owner, num_requests=count)
         for limit in self._limits(caller):
@@ -162,13 +161,13 @@ class Limiter:
                 )
 
     def add_used(self, owner: str, **counts: int) -> None:
-        """Add to what an owner has used."""
+        """Add to an owner's usage."""
         used = self._used.get(owner, Used())
         sums = {name: getattr(used, name) + count for name, count in counts.items()}
         self._used[owner] = replace(used, **sums)
 
     async def headers(self, caller: Caller) -> dict[str, str]:
-        """Rate limit headers: of each kind, the limit that leaves least."""
+        """Rate limit headers; of each kind, for the limit with the least left."""
         found = dict[LimitKind, tuple[int, _Limit]]()
         for limit in self._limits(caller):
             stats = await self._windows.get_window_stats(limit)
@@ -190,10 +189,10 @@ class Limiter:
                     yield _Limit(amount, kind, whose)
 
     async def _wait_s(self, limit: _Limit, cost: int) -> float:
-        """Seconds until `cost` fits, if nothing else is used until then.
+        """Seconds until `cost` fits, without other usage.
 
         It fits while weighted < space. In this window weighted = previous * left / expiry +
-        current, with `left` seconds to go; in the next one current takes the place of previous.
+        current, with `left` seconds to go; in the next one current becomes previous.
         """
         expiry = limit.get_expiry()
         window = await self._storage.get_sliding_window(limit.key_for(), expiry)
@@ -217,19 +216,18 @@ class Allowance:
         self._has_left = False
 
     async def check_left(self) -> None:
-        """Before the prompt is known. Raises RateLimited when nothing is left."""
+        """Raises RateLimited if nothing is left, before the prompt is known."""
         await self._limiter.check(self._caller, 0)
 
     async def check(self, num_tokens: int, num_sequences: int = 1) -> None:
-        """Hold a place for each sequence. Raises RateLimited and InvalidRequest, as `Limiter.check`
-        and `Limiter.add_sequences` do."""
+        """Reserve the tokens and sequences. Raises RateLimited and InvalidRequest, as
+        `Limiter.check` and `Limiter.add_sequences` do."""
         await self._limiter.check(self._caller, num_tokens)
         self._limiter.add_sequences(self._caller, num_sequences)
         self._num_sequences = num_sequences
 
     async def charge(self, num_tokens: int) -> None:
-        """The request is accepted, or was refused after much work: it counts, with its prompt
-        tokens."""
+        """Count the request and its prompt tokens; also for requests rejected after much work."""
         await self._limiter.record(self._caller, "requests", 1)
         await self._limiter.record(self._caller, "tokens", num_tokens)
         self._limiter.add_used(self._caller.owner, num_prompt_tokens=num_tokens)

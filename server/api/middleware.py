@@ -1,4 +1,4 @@
-"""Around every request: its id, body limits, rate limit headers, metrics and log line.
+"""Handles each request's id, body limits, rate limit headers, metrics and log line.
 
 Pure ASGI, so that streams are not buffered.
 """

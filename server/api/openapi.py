@@ -44,12 +44,15 @@ completions and chats is `data: [DONE]`; that of a response is `response.complet
 TAGS = [
     {"name": "completions", "description": "Text that continues a prompt."},
     {"name": "chat", "description": "Answers to conversations."},
-    {"name": "responses", "description": "Answers that are kept, to go on from any of them."},
-    {"name": "sessions", "description": "Conversations that the server keeps."},
+    {
+        "name": "responses",
+        "description": "Stored answers; a conversation can continue from any of them.",
+    },
+    {"name": "sessions", "description": "Conversations stored on the server."},
     {"name": "streams", "description": "Streams that outlive their connection."},
-    {"name": "tokens", "description": "What the model reads of a text."},
-    {"name": "usage", "description": "What a key has used and holds."},
-    {"name": "models", "description": "The model that is served."},
+    {"name": "tokens", "description": "Text to tokens and back."},
+    {"name": "usage", "description": "Usage and limits of a key."},
+    {"name": "models", "description": "The served model."},
     {"name": "operations", "description": "For orchestrators and Prometheus."},
 ]
 
@@ -196,4 +199,4 @@ def _example(schema: Schema, schemas: dict[str, Schema]) -> Any:
             return int(schema.get("minimum", 0))  # the framework writes bounds as floats
         case {"type": "null"}:
             return None
-    raise ValueError(f"it has no example: {schema}")
+    raise ValueError(f"no example for: {schema}")

@@ -23,7 +23,7 @@ def _render(tokenizer: Tokenizer, token: Token) -> TokenLogprob:
 
 
 def _fields(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
-    """Not validated when they are put in: there are hundreds a token of a request."""
+    """Not validated: a token can have hundreds of them."""
     text = tokenizer.bytes_of(token_id)
     name = text.decode("utf-8", "replace") or tokenizer.name_of(token_id)
     return {"token": name, "logprob": logprob, "bytes": list(text)}

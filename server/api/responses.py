@@ -74,7 +74,7 @@ async def create_response(
     record.streams = bool(body.stream)
     turn = await open_turn(service, caller, source, target, generation, prompt, pending, record)
     if isinstance(turn, Replay):
-        raise InternalError("a response has no answer before it is made")
+        raise InternalError("a new response has no answer to replay")
     splitters = prompt.splitters(generation.thinks)
     answer = Answer(turn, service.checkpoint.tokenizer, first.id, new_splitter=splitters)
     shape = ResponseShape(service, body, answer, first)

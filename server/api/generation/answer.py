@@ -24,7 +24,7 @@ from server.engine.messages import (
 )
 
 TOKEN_SIZE = 16
-"""Rendering a token with log-probabilities takes as long as so many characters."""
+"""Cost of rendering a token with log-probabilities, in characters."""
 
 
 class ChoiceDelta(NamedTuple):
@@ -35,16 +35,16 @@ class ChoiceDelta(NamedTuple):
 
     text: str = ""
     thoughts: str = ""
-    """What a chat's model thought before the text."""
+    """The model's thoughts before the text, in chats."""
 
     tokens: tuple[Token, ...] = ()
-    """Tokens that begin in the text, or those of the prompt, if requested."""
+    """Tokens that begin in the text, or the prompt's tokens, if requested."""
 
     offsets: Sequence[int] = ()
     """Their offsets in the choice's text, in characters."""
 
     num_thought: int = 0
-    """The first so many of the tokens came before any text that is not thoughts."""
+    """This many of the tokens precede the first text after the thoughts."""
 
     is_prompt: bool = False
     """Whether it is the prompt with its log-probabilities."""
@@ -100,10 +100,10 @@ class Choice:
         self.thoughts: list[str] = []
         self.num_generated = 0
         self.num_thought = 0
-        """Of those generated, tokens before any text that is not thoughts."""
+        """Generated tokens before the first text after the thoughts."""
 
         self.num_thought_told = 0
-        """Of `generated`, those before any text that is not thoughts."""
+        """Entries of `generated` before the first text after the thoughts."""
 
         self.cached_tokens = 0
         """Prompt tokens found in the prefix cache."""
@@ -113,8 +113,7 @@ class Choice:
         self.timings: EngineTimings | None = None
 
     def push(self, event: TextDelta | Finished) -> tuple[str, str]:
-        """The text of an event. Returns what it adds to the thoughts, and to the text; called after
-        `add`."""
+        """Add the text of an event; call after `add`. Returns the new thoughts and the new text."""
         if self._splitter is None:
             self.text.append(event.text)
             return "", event.text
@@ -134,8 +133,8 @@ class Choice:
         return thoughts, text
 
     def _parts(self, event: TextDelta | Finished) -> list[tuple[str, int, int]]:
-        """The texts that an event was put together of, with the numbers of tokens up to each of
-        them: those generated, and those of `generated`."""
+        """The texts merged in an event, each with the number of tokens up to its end: generated
+        ones, and entries of `generated`."""
         num_generated, num_told = self.num_generated, len(self.generated.tokens)
         if isinstance(event, Finished):
             return [(event.text, num_generated, num_told)]
@@ -148,22 +147,22 @@ class Choice:
 
     @property
     def thinks(self) -> bool:
-        """Whether there may be thoughts."""
+        """Whether there can be thoughts."""
         return self._splitter is not None
 
     @property
     def has_answer(self) -> bool:
-        """Whether there is any text that is not thoughts."""
+        """Whether there is any text after the thoughts."""
         return any(self.text)
 
     @property
     def is_thought(self) -> bool:
-        """Whether nothing but thoughts has come, if anything has."""
+        """Whether there are only thoughts so far."""
         splitter = self._splitter
         return splitter is not None and splitter.has_thoughts and not splitter.has_answer
 
     def add(self, event: TextEvent) -> PlacedTokens:
-        """The next event, but for its text. Returns the tokens that it added to."""
+        """Add the next event, except its text. Returns the tokens it was added to."""
         if isinstance(event, PromptScored):
             self.prompt.extend(event.tokens)
             return self.prompt
@@ -228,7 +227,7 @@ class Answer:
         firsts = self.choices[::num_per_prompt]
         self._prompt_tokens = turn.start.position + sum(len(each.prompt_ids) for each in firsts)
         self._cached_tokens = 0
-        """Of each prompt what none of its choices needed to read."""
+        """Tokens of each prompt that none of its choices had to read."""
 
         self.num_generated = 0
 
@@ -262,12 +261,12 @@ class Answer:
 
     @property
     def _usage_so_far(self) -> Usage | None:
-        """If every delta has it."""
+        """The usage, if every delta includes it."""
         return self.usage if self._counts_usage else None
 
     @property
     def size(self) -> int:
-        """Size of rendering all of it, for `Texts.run`."""
+        """Cost of rendering the whole answer, for `Texts.run`."""
         num_tokens = sum(len(c.generated.tokens) + len(c.prompt.tokens) for c in self.choices)
         return TOKEN_SIZE * num_tokens + sum(len(c.prompt_ids) + len(c.text) for c in self.choices)
 

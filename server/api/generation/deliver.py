@@ -176,7 +176,7 @@ class EventStream(Response):
         scope[OUTCOME] = "cancelled"
 
         async def write(events: list[bytes]) -> None:
-            # Together: a system call costs as much as rendering several events.
+            # Joined: a system call costs as much as rendering several events.
             await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
 
         async def run() -> None:

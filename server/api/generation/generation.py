@@ -1,4 +1,4 @@
-"""Generation parameters, from the request's body and the settings alone, before any look-up."""
+"""Generation parameters, derived from the request's body and the settings alone."""
 
 import secrets
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Generation:
     """The engine request without its prompt and state."""
 
     initial: StoredState | None
-    """What a conversation begins with in place of the usual state."""
+    """Initial state of a conversation, other than the default."""
 
     num_per_prompt: int
     """Choices to generate per prompt."""
@@ -34,10 +34,10 @@ class Generation:
     """Whether the turn outlives its connection."""
 
     is_chat: bool
-    """The prompt is a conversation, which may come again with its answer and more."""
+    """Whether the prompt is a conversation that may be sent again with its answer and more."""
 
     thinks: bool | None
-    """Whether a chat's answer begins with thoughts; None: as the model's template has it."""
+    """Whether a chat's answer begins with thoughts; None: the template's default."""
 
     prompt_name: str
     """The parameter with the prompt, for error messages."""
@@ -179,7 +179,7 @@ async def read_generation(
 
 
 def find_initial(service: Service, name: str | None) -> StoredState | None:
-    """A tuned state by its name. Raises InvalidRequest."""
+    """A named initial state. Raises InvalidRequest."""
     if name is None:
         return None
     found = service.initial_states.get(name)

@@ -15,14 +15,14 @@ from server.engine.messages import Continuation
 from server.errors import InvalidRequest
 
 MESSAGE_CHARACTERS = 64
-"""Rendering a message takes as long as so many characters, plus its text."""
+"""Cost of rendering a message, in characters, in addition to its text."""
 
 
 class PromptSource(Protocol):
     """The input of a turn."""
 
     def splitters(self, thinks: bool | None) -> Callable[[], ThoughtSplitter | None]:
-        """Make what parts an answer into thoughts and what is said, if anything does."""
+        """Factory of the splitter between thoughts and content, if there is one."""
 
     async def read(self, start: Continuation, thinks: bool | None = None) -> list[tuple[int, ...]]:
         """The tokens of each prompt, to follow `start`; `thinks`: whether a chat's answer begins
@@ -68,7 +68,7 @@ class ChatPrompt:
     """The parameter with the messages."""
 
     def splitters(self, thinks: bool | None) -> Callable[[], ThoughtSplitter | None]:
-        """None where no message opens an answer: the last one goes on as it is."""
+        """None if there are no messages: the last answer continues."""
         conversation = self.service.conversation
         if conversation is None or not self.messages:
             return lambda: None

@@ -63,15 +63,15 @@ class ResponseShape(Shape[ResponseRequest]):
         self._completed_at: int | None = None
 
     def opening(self) -> Iterator[ResponseEvent]:
-        """The response and its message before they have any text; a message that may follow
-        thoughts comes later."""
+        """The response, and its message before it has text; a message that may follow thoughts
+        comes later."""
         yield self._event("response.created", response=self._first)
         yield self._event("response.in_progress", response=self._first)
         if not self.answer.choices[0].thinks:
             yield from self._open_message()
 
     def pieces(self, delta: ChoiceDelta) -> Iterator[ResponseEvent]:
-        """New text; at the end, the whole of it."""
+        """New text; at the end, all of it."""
         if delta.thoughts:
             if not self._has_thoughts:
                 yield from self._open_thoughts()
@@ -96,7 +96,7 @@ class ResponseShape(Shape[ResponseRequest]):
             )
 
     def _open_thoughts(self) -> Iterator[ResponseEvent]:
-        """The item of the thoughts before they have any text."""
+        """The item of the thoughts, before it has text."""
         self._has_thoughts = True
         item = OutputReasoning(
             id=self._thoughts_id, type="reasoning", summary=[], content=[], status="in_progress"
@@ -106,7 +106,7 @@ class ResponseShape(Shape[ResponseRequest]):
         yield self._thought_event("response.content_part.added", part=part)
 
     def _open_message(self) -> Iterator[ResponseEvent]:
-        """The end of the thoughts, if there are any, and the message before it has any text."""
+        """The end of the thoughts, if any, and the message, before it has text."""
         self._has_message = True
         if self._has_thoughts:
             item = self._reasoning()
@@ -181,7 +181,7 @@ class ResponseShape(Shape[ResponseRequest]):
 
     @property
     def _message_at(self) -> int:
-        """The message's place in the output."""
+        """The message's index in the output."""
         return int(bool(self._thoughts))
 
     def _reasoning(self) -> OutputReasoning:

@@ -19,8 +19,8 @@ from server.errors import LatentdError, ShuttingDown
 from server.sessions.tiers import Tiers
 
 MAX_SEPARATE_EVENTS = 1
-"""Events per queue that stay separate; later text is merged: fast readers get an event per token,
-and slow readers or a lagging event loop catch up."""
+"""Events per queue that stay separate; later text is merged. A fast reader gets an event per token;
+slow readers and a lagging event loop catch up."""
 
 
 PartialEvent = TextDelta | PromptScored
@@ -173,7 +173,7 @@ class Router:
                     self._tiers.release(event.retained_as)
 
     def abort(self) -> None:
-        """End every turn that runs, since the server stops."""
+        """End all running turns at shutdown."""
         reason = ShuttingDown("the server stopped before the answer was complete")
         for queue in self._queues.values():
             queue.put(Aborted(reason))

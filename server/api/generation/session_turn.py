@@ -50,7 +50,7 @@ DELIVERY = {
     *("session_id", "stream", "stream_options", "resumable", "timings", "timeout", "user"),
     *("priority", "service_tier"),
 }
-"""Parameters that do not make a turn another one."""
+"""Parameters that do not distinguish turns."""
 
 
 @dataclass(frozen=True)

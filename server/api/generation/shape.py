@@ -92,7 +92,7 @@ class Shape(Generic[Body]):
         return self._constant | {name: fact for name, fact in known.items() if fact is not None}
 
     def render_text(self, index: int, text: str, make: Callable[[int, str], BaseModel]) -> bytes:
-        """What `make` makes of a choice's new text, where nothing but the text changes."""
+        """`make`'s result for a choice's new text, for events in which only the text changes."""
         template = self._templates.get((index, make))
         if template is None:
             template = self._templates[index, make] = TextTemplate(partial(make, index))

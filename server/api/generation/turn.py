@@ -95,7 +95,7 @@ class AdmittedTurn:
         self.owner = requests[0].owner
         self.requests = requests
         self.start = requests[0].continuation
-        """What the choices continue from."""
+        """The continuation that the choices start from."""
 
         self.retain_as = requests[0].retain_as
         """The id of the state after the turn, if it is stored."""
@@ -123,7 +123,7 @@ class AdmittedTurn:
         self._service.open_turns.add(self)
 
     def end(self, reason: LatentdError) -> None:
-        """Have `events` raise this."""
+        """Make `events` raise this."""
         self._queue.put(Aborted(reason))
 
     async def events(
@@ -308,7 +308,7 @@ async def open_turn(
 async def _read(
     prompt: PromptSource, start: Continuation, thinks: bool | None, allowance: Allowance
 ) -> list[tuple[int, ...]]:
-    """A prompt that is refused after it was tokenised has cost as much as one that is not."""
+    """A prompt that is rejected after tokenisation is charged like an accepted one."""
     try:
         return await prompt.read(start, thinks)
     except InvalidRequest:
@@ -317,7 +317,7 @@ async def _read(
 
 
 async def _check(allowance: Allowance, num_tokens: int, num_sequences: int) -> None:
-    """Also a prompt that is refused for its length has cost its tokenising."""
+    """A prompt that is rejected for its length is charged for its tokenisation."""
     try:
         await allowance.check(num_tokens, num_sequences)
     except LatentdError:

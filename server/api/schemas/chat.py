@@ -77,7 +77,7 @@ class Message(RequestModel):
     """Name of the speaker, if the model's template uses it."""
 
     reasoning_content: Text | None = Field(None, examples=["They ask who sat there."])
-    """Of an answer: what the model thought before, for models whose template has a place for it."""
+    """An answer's preceding thoughts, for models whose template uses them."""
 
     refusal: Annotated[None, Unsupported("messages have no refusals here")] = None
     tool_calls: Annotated[None, Unsupported(NO_TOOLS, [])] = None
@@ -132,18 +132,18 @@ class ChatRequest(GenerationRequest):
     """Number of most probable tokens to return per position; needs `logprobs`."""
 
     reasoning_effort: Effort | None = Field(None, examples=["none"])
-    """How much a model that can think is to think before it answers. none: not at all; minimal, low
-    and medium: up to 128, 1,024 and 4,096 tokens; high and xhigh: as much as it likes."""
+    """How much a thinking model thinks before it answers. none: not at all; minimal, low and
+    medium: up to 128, 1,024 and 4,096 tokens; high and xhigh: without limit."""
 
     chat_template_kwargs: TemplateOptions | None = Field(
         None, examples=[{"enable_thinking": False}]
     )
-    """What the chat template is given."""
+    """Options of the chat template."""
 
     thinking_token_budget: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(
         None, examples=[0]
     )
-    """Most tokens of thoughts; where there are more, they are closed. 0: none."""
+    """Maximum tokens of thoughts; longer thoughts are closed. 0: none."""
 
     metadata: Annotated[dict[Text, Text], Field(fail_fast=True)] | None = Field(
         None, examples=[{"topic": "cats"}]
@@ -162,9 +162,9 @@ class ChatRequest(GenerationRequest):
     prompt_cache_options: PromptCacheOptions | None = None
     """Ignored."""
 
-    store: Annotated[None, Unsupported("chats are kept in sessions: send a session_id", False)] = (
-        None
-    )
+    store: Annotated[
+        None, Unsupported("chats are stored as sessions: send a session_id", False)
+    ] = None
     modalities: Annotated[None, Unsupported(TEXT_ONLY, ["text"])] = None
     audio: Annotated[None, Unsupported(TEXT_ONLY)] = None
     tools: Annotated[None, Unsupported(NO_TOOLS, [])] = None
@@ -173,9 +173,7 @@ class ChatRequest(GenerationRequest):
     functions: Annotated[None, Unsupported(NO_TOOLS, [])] = None
     function_call: Annotated[None, Unsupported(NO_TOOLS, "none", "auto")] = None
     prediction: Annotated[None, Unsupported("this server predicts no outputs")] = None
-    verbosity: Annotated[None, Unsupported("this server's models know no verbosity", "medium")] = (
-        None
-    )
+    verbosity: Annotated[None, Unsupported("verbosity is not supported", "medium")] = None
     moderation: Annotated[None, Unsupported(NO_MODERATION)] = None
     web_search_options: Annotated[None, Unsupported("web search is not supported")] = None
 
@@ -255,7 +253,7 @@ class AssistantMessage(ResponseModel):
     """The text."""
 
     reasoning_content: str | None = Field(None, examples=["They ask who sat there."])
-    """What a model that can think thought before; not there, if nothing."""
+    """The model's thoughts before the answer; omitted if there are none."""
 
     refusal: None = None
     """Always null."""
@@ -302,7 +300,7 @@ class ChatAnswer(ResponseModel):
     """Identifies weights and tokenizer."""
 
     service_tier: Literal["default", "flex"] = "default"
-    """The tier that was asked for."""
+    """The requested service tier."""
 
     usage: Usage | None = None
     """Token usage; in a stream only if requested."""
@@ -340,7 +338,7 @@ class MessageDelta(ResponseModel):
     """Text to append."""
 
     reasoning_content: str | None = Field(None, examples=[" who"])
-    """Text that follows the thoughts so far."""
+    """Thoughts to append."""
 
 
 class ChatChunkChoice(ResponseModel):

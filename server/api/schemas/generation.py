@@ -49,7 +49,7 @@ class StreamOptions(RequestModel):
 
 
 class TemplateOptions(RequestModel):
-    """What the chat template is given."""
+    """Options of the chat template."""
 
     enable_thinking: bool | None = None
     """Whether the model thinks before it answers."""
@@ -93,8 +93,8 @@ class SamplingRequest(RequestModel):
     """Subtracted once from the logit of a recently generated token."""
 
     penalty_decay: Probability | None = Field(None, examples=[0.996])
-    """With `frequency_penalty`: what a time counts is multiplied by this for each token since.
-    Default 1."""
+    """With `frequency_penalty`: weight of an occurrence, per token since it was generated. Default
+    1."""
 
     logit_bias: LogitBias | None = Field(None, examples=[{"42": -100.0}])
     """Added to logits, by token id (a string in JSON)."""
@@ -131,14 +131,14 @@ class SamplingRequest(RequestModel):
     priority: Annotated[int, Field(ge=-LARGEST, le=LARGEST), WHOLE] | None = Field(
         None, examples=[10]
     )
-    """Of your requests that wait, those with smaller numbers are first. Default 0. Other keys'
-    requests are not concerned."""
+    """Among your waiting requests, smaller numbers go first. Default 0. Does not affect other keys'
+    requests."""
 
     service_tier: Literal["auto", "default", "flex"] | None = Field(None, examples=["flex"])
-    """flex: this request waits for all of your others."""
+    """flex: this request waits for all your others."""
 
     initial_state: Text | None = Field(None, examples=["poet"])
-    """Begin with this tuned state of the server's, by its name: only where nothing came before."""
+    """Start from this initial state of the server, by name; only for new conversations."""
 
     structured_outputs: StructuredOutputs | None = None
     """Constrains the text."""
@@ -163,17 +163,17 @@ class SamplingRequest(RequestModel):
 
     @property
     def told_tier(self) -> Literal["default", "flex"]:
-        """The tier that it was served in."""
+        """The service tier of the request."""
         return "flex" if self.service_tier == "flex" else "default"
 
     @property
     def is_chat(self) -> bool:
-        """Whether the prompt is written by the chat template."""
+        """Whether the prompt uses the chat template."""
         return False
 
     @property
     def effort(self) -> Effort | None:
-        """How much the model is to think."""
+        """The requested thinking effort."""
         return None
 
     @property
@@ -183,12 +183,12 @@ class SamplingRequest(RequestModel):
 
     @property
     def enables_thinking(self) -> bool | None:
-        """Whether the model is to think at all."""
+        """Whether the model should think at all."""
         return None
 
     @property
     def thinking_budget(self) -> int | None:
-        """Most tokens of thoughts."""
+        """Maximum tokens of thoughts."""
         return None
 
     @property
@@ -319,7 +319,7 @@ class PromptTokensDetails(ResponseModel):
 
 
 class CompletionTokensDetails(ResponseModel):
-    """Of the tokens generated."""
+    """Details of the generated tokens."""
 
     reasoning_tokens: int = Field(examples=[0])
     """Tokens of thoughts, their marks included."""
@@ -341,7 +341,7 @@ class Usage(ResponseModel):
     """Cached prompt tokens."""
 
     completion_tokens_details: CompletionTokensDetails | None = None
-    """Of a model that thinks before it answers."""
+    """For models that think before they answer."""
 
 
 class Timings(ResponseModel):

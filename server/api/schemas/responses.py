@@ -106,11 +106,12 @@ class ReasoningText(RequestModel):
     """The kind of part."""
 
     text: Text = Field(examples=["They ask who sat there."])
-    """What was thought."""
+    """The thoughts."""
 
 
 class InputReasoning(RequestModel):
-    """What the model thought before the message that follows: an earlier response's output item."""
+    """The model's thoughts before the message that follows: an output item of an earlier
+    response."""
 
     type: Literal["reasoning"]
     """Thoughts."""
@@ -118,7 +119,7 @@ class InputReasoning(RequestModel):
     content: Annotated[list[ReasoningText], Field(fail_fast=True)] | None = Field(
         None, examples=[[]]
     )
-    """The thoughts, for models whose template has a place for them."""
+    """The thoughts, for models whose template uses them."""
 
     id: Annotated[None, echoed_field("rs_7d1f0a52c8e94b63a1f2d3c4b5a69788")] = None
     summary: Annotated[None, echoed_field([])] = None
@@ -179,12 +180,12 @@ class ResponseStreamOptions(RequestModel):
 
 
 def reasoning_option(example: str) -> Ignored:
-    """What is to be shown of reasoning."""
-    return Ignored("Thoughts are shown whole", example)
+    """Which part of the thoughts to show."""
+    return Ignored("Thoughts are always shown in full", example)
 
 
 class Reasoning(RequestModel):
-    """What a model that can think is to do before it answers."""
+    """Thinking before the answer."""
 
     effort: Effort | None = Field(None, examples=["none"])
     """As `reasoning_effort` of a chat."""
@@ -260,17 +261,17 @@ class ResponseRequest(SamplingRequest):
     """Ignored."""
 
     reasoning: Reasoning | None = None
-    """What a model that can think is to do before it answers."""
+    """Thinking before the answer."""
 
     chat_template_kwargs: TemplateOptions | None = Field(
         None, examples=[{"enable_thinking": False}]
     )
-    """What the chat template is given."""
+    """Options of the chat template."""
 
     thinking_token_budget: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(
         None, examples=[0]
     )
-    """Most tokens of thoughts; where there are more, they are closed. 0: none."""
+    """Maximum tokens of thoughts; longer thoughts are closed. 0: none."""
 
     tools: Annotated[None, Unsupported(NO_TOOLS, [])] = None
     tool_choice: Annotated[None, Unsupported(NO_TOOLS, "none", "auto")] = None
@@ -352,7 +353,7 @@ class ResponseRequest(SamplingRequest):
 
     @property
     def messages(self) -> list[tuple[str, str, str | None]]:
-        """Roles, texts and thoughts of what is new, the instructions first."""
+        """Roles, texts and thoughts of the new messages, the instructions first."""
         messages = list[tuple[str, str, str | None]]()
         if self.instructions is not None:
             messages.append(("system", self.instructions, None))
@@ -386,7 +387,7 @@ class OutputText(ResponseModel):
 
 
 class OutputThoughts(ResponseModel):
-    """A text that the model thought."""
+    """Text of the model's thoughts."""
 
     type: Literal["reasoning_text"] = "reasoning_text"
     """The kind of part."""
@@ -396,7 +397,7 @@ class OutputThoughts(ResponseModel):
 
 
 class OutputReasoning(ResponseModel):
-    """What the model thought before it answered."""
+    """The model's thoughts before the answer."""
 
     id: str = Field(examples=["rs_7d1f0a52c8e94b63a1f2d3c4b5a69788"])
     """Its id."""
@@ -405,7 +406,7 @@ class OutputReasoning(ResponseModel):
     """The kind of item."""
 
     summary: list[Any] = Field(default_factory=list, examples=[[]])
-    """Always empty: thoughts are shown whole."""
+    """Always empty: thoughts are shown in full."""
 
     content: list[OutputThoughts]
     """One text."""
@@ -494,13 +495,13 @@ class ResponseTextConfig(ResponseModel):
 
 
 class ToldReasoning(ResponseModel):
-    """What the model was to do before it answered."""
+    """The reasoning options in effect."""
 
     effort: str | None = Field(examples=["low"])
-    """As it was given."""
+    """As requested."""
 
     summary: None = None
-    """Always null: thoughts are shown whole."""
+    """Always null: thoughts are shown in full."""
 
 
 class ResponseObject(ResponseModel):
@@ -544,7 +545,7 @@ class ResponseObject(ResponseModel):
     """The model's name."""
 
     output: list[OutputReasoning | OutputMessage]
-    """One message, behind the thoughts if there are any; nothing before the end."""
+    """One message, after the thoughts if there are any; empty until the end."""
 
     parallel_tool_calls: bool = True
     """No effect: tool calls are not supported."""
@@ -553,7 +554,7 @@ class ResponseObject(ResponseModel):
     """The response that it continues."""
 
     service_tier: Literal["default", "flex"] = "default"
-    """The tier that was asked for."""
+    """The requested service tier."""
 
     store: bool
     """Whether it is stored."""
@@ -583,7 +584,7 @@ class ResponseObject(ResponseModel):
     """The frequency_penalty."""
 
     reasoning: ToldReasoning | None = None
-    """As it was asked for."""
+    """As requested."""
 
     max_tool_calls: None = None
     """No effect: tool calls are not supported."""

@@ -48,7 +48,7 @@ class CreateSessionRequest(RequestModel):
     """Initial text or token ids, read as the first turn."""
 
     initial_state: Text | None = Field(None, examples=["poet"])
-    """Begin with this tuned state of the server's, by its name."""
+    """Start from this initial state of the server, by name."""
 
     response_id: Text | None = Field(None, examples=[EXAMPLE_RESPONSE])
     """Start from the state after this stored response, instead of a prompt."""
@@ -135,13 +135,13 @@ class Session(ResponseModel):
 
 
 class ImportedSession(Session):
-    """A session that goes on from an exported state."""
+    """A session imported from an exported state."""
 
     arithmetic: str = Field(examples=["int8 x int8"])
-    """What this server's products multiply: weights x inputs."""
+    """Arithmetic of this server's matrix products: weights x inputs."""
 
     arithmetic_before: str | None = Field(examples=["float32 x float32"])
-    """The same of the server that computed the state; null in blobs that do not say it."""
+    """The same for the server that computed the state; null if the blob does not say."""
 
 
 class Checkpoint(ResponseModel):
