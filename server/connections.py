@@ -1,7 +1,7 @@
-"""HTTP/1.1 connections: their framing, and what they may cost.
+"""HTTP/1.1 connections: framing, and limits on their cost.
 
-Bounded are the time, bytes and headers until a request is known, the requests that are sent ahead,
-and the time while a client does not read its answer.
+Bounded are the time, bytes and headers until a request is complete, the number of pipelined
+requests, and the time that a client does not read its answer.
 """
 
 import asyncio
@@ -27,10 +27,10 @@ SETTINGS = (
     *("max_header_bytes", "max_headers"),
     *("unix_socket", "tls_certificate", "tls_key", "trusted_proxies"),
 )
-"""The settings that are used here, by name."""
+"""The settings used here, by name."""
 
 PIECE_BYTES = 1024
-"""Parsed at once, except of a body of known length: bounds the requests that are parsed ahead."""
+"""Bytes parsed at a time, except in a body of known length; bounds the requests parsed ahead."""
 
 CHUNK_FRAMING_BYTES = 16
 """Bytes around each chunk of a body that do not count as headers."""
@@ -38,16 +38,15 @@ CHUNK_FRAMING_BYTES = 16
 log = logging.getLogger(__name__)
 
 ANSWER_START = b"HTTP/1.1 "
-"""The first bytes of every answer."""
+"""The first bytes of every response."""
 
 PROBE_S = 0.05
-"""Seconds before the second probe of a half-closed connection; each later pause is three times as
-long."""
+"""Seconds before the second probe of a half-closed connection; later pauses triple."""
 
 
 class Connections:
-    """All connections of a process, those without a request in the order in which they began to be
-    so."""
+    """All connections of a process; those without a request in the order in which they became
+    idle."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -56,7 +55,7 @@ class Connections:
         self._has_said = False
 
     def add(self, connection: "BoundedProtocol") -> bool:
-        """A new one. False if there is no space for it."""
+        """Add a connection. False if there is no space."""
         if self._num_open >= self._most:
             self._say()
             if not self._idle:
@@ -70,17 +69,17 @@ class Connections:
         return True
 
     def rest(self, connection: "BoundedProtocol") -> None:
-        """It has no request any more."""
+        """The connection has become idle."""
         if connection.is_counted:
             self._idle[connection] = None
             self._idle.move_to_end(connection)
 
     def work(self, connection: "BoundedProtocol") -> None:
-        """It has a request."""
+        """The connection has a request."""
         self._idle.pop(connection, None)
 
     def remove(self, connection: "BoundedProtocol") -> None:
-        """It has ended."""
+        """The connection has ended."""
         self._idle.pop(connection, None)
         if connection.is_counted:
             connection.is_counted = False
@@ -90,23 +89,23 @@ class Connections:
         if not self._has_said:
             self._has_said = True
             log.warning(
-                "all %d connections are in use: idle ones are closed for new ones. See "
+                "all %d connections are in use: idle ones are closed to make space. See "
                 "--max-connections and the limit of open files (ulimit -n)",
                 self._most,
             )
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with bounds, and with the parts of HTTP/1.1 that it leaves out.
+    """uvicorn's protocol with limits, and with parts of HTTP/1.1 that uvicorn lacks.
 
-    A request's headers must be complete `header_timeout_s` after the connection was made or, on one
-    that was used before, after the first byte that follows the answer. Once the buffers to a client
-    are full, it must take most of what is in them within `stall_timeout_s`; otherwise it has gone.
-    Trailers and chunk extensions count as headers. While a request is unanswered, what follows it
-    stays unparsed, except for the rest of a piece, and reading stops when that is much.
+    A request's headers must be complete `header_timeout_s` after the connection was made or, on a
+    reused one, after the first byte that follows the answer. Once the buffers to a client are full,
+    it must read most of them within `stall_timeout_s`, else the connection is closed. Trailers and
+    chunk extensions count as headers. While a request is unanswered, what follows it is not parsed,
+    except for the rest of a piece, and reading pauses above a limit.
 
-    Offers to upgrade are ignored (RFC 9110, 7.8). HTTP/1.0 clients get no chunks. A client that
-    closes only its sending side gets its answers.
+    Upgrades are ignored (RFC 9110, 7.8). HTTP/1.0 clients get no chunks. A client that closes only
+    its sending side gets its answers.
     """
 
     settings: Settings
@@ -114,27 +113,27 @@ class BoundedProtocol(HttpToolsProtocol):
     flow: "_Flow"
 
     is_counted = False
-    """Whether `counted` has it."""
+    """Whether the connection is registered in `counted`."""
 
     _is_busy = False
-    """Whether a request's headers are complete and it is not answered yet."""
+    """Whether a complete request is unanswered."""
 
     _is_in_body = False
     _is_half_closed = False
-    """Whether the client sends no more."""
+    """Whether the client has closed its sending side."""
 
     _num_header_bytes = 0
-    """Bytes of the request that is being parsed, without its body."""
+    """Bytes of the request being parsed, without its body."""
 
     _num_trailers = 0
     _num_body_bytes_left = 0
-    """Of a body of known length."""
+    """Remaining bytes of a body of known length."""
 
     _running: RequestResponseCycle | None = None
-    """The request that is being answered, or the last one; `cycle` is the last one parsed."""
+    """The request being answered, or the last one; `cycle` is the last one parsed."""
 
     _refusal: LatentdError | None = None
-    """The answer to a request that cannot be parsed, while earlier ones are unanswered."""
+    """The error response to an invalid request, while earlier requests are unanswered."""
 
     _timer: TimerHandle | None = None
     _stall_timer: TimerHandle | None = None
@@ -178,9 +177,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self._parse(data)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Whether the connection stays: until what was asked for is answered.
+        """Whether to keep the connection until pending requests are answered.
 
-        With TLS it does not: who ends it there reads no more.
+        Not with TLS: a client that ends it reads no more.
         """
         is_incomplete = self._is_in_body and not self.pipeline
         is_encrypted = self.transport.get_extra_info("ssl_object") is not None
@@ -191,7 +190,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._is_in_body:  # a trailer, which is no header (RFC 9110, 6.5.1)
+        if self._is_in_body:  # a trailer, not a header (RFC 9110, 6.5.1)
             self._num_trailers += 1
         else:
             super().on_header(name, value)
@@ -207,7 +206,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if num_bytes > self.settings.max_header_bytes:
             raise self._too_large()
         self._check_number_of_headers()
-        self._num_header_bytes = num_bytes  # without what follows them in the piece
+        self._num_header_bytes = num_bytes  # excludes what follows the headers in this piece
         self._num_body_bytes_left = next(
             (int(value) for name, value in self.headers if name == b"content-length"), 0
         )
@@ -217,7 +216,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_chunk_header(self) -> None:
-        """Called by the parser."""
+        """Parser callback."""
         self._num_header_bytes -= CHUNK_FRAMING_BYTES
 
     def on_body(self, body: bytes) -> None:
@@ -230,7 +229,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         self._is_in_body, self._num_header_bytes, self._num_trailers = False, 0, 0
-        if not self._is_busy:  # it was answered before all of it had come
+        if not self._is_busy:  # answered before it was complete
             self._stop_timer()
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
@@ -255,7 +254,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def _is_waiting(self) -> bool:
-        """Whether no more is parsed until an answer is complete."""
+        """Whether parsing waits for an answer to complete."""
         return self._is_busy and not self._is_in_body
 
     def _hold(self, data: bytes | memoryview) -> None:
@@ -286,7 +285,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._start_timer()
 
     def _feed(self, piece: memoryview) -> int:
-        """Parse a piece; returns how many of its bytes were parsed.
+        """Parse a piece; returns the number of bytes parsed.
 
         Raises HttpParserError and LatentdError.
         """
@@ -295,7 +294,7 @@ class BoundedProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(piece)
         except HttpParserUpgrade as stop:
-            # llhttp takes what follows for another protocol, so it must not see the offer.
+            # llhttp would treat what follows as another protocol, so hide the upgrade.
             num_parsed = stop.args[0]
             self._num_header_bytes -= len(piece) - num_parsed
             head = b"%b %b HTTP/%b\r\n" % (
@@ -318,14 +317,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _too_large(self) -> LatentdError:
         return InvalidRequest(
-            f"the headers are more than {self.settings.max_headers} or longer than "
+            f"there are more than {self.settings.max_headers} headers, or they exceed "
             f"{self.settings.max_header_bytes} bytes",
             code="headers_too_large",
             status=HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
         )
 
     def _refuse(self, problem: LatentdError) -> None:
-        """Answer the request that is being parsed, in its turn, and close the connection."""
+        """Answer the request being parsed with an error, in order, and close the connection."""
         if self._is_in_body and self.pipeline:
             self.pipeline.popleft()
         elif self._is_in_body:
@@ -341,7 +340,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._close_with(problem)
 
     def _close_with(self, problem: LatentdError) -> None:
-        """What cannot be parsed never gets to the application, but its answer has the same form."""
+        """Invalid requests never reach the application, but get errors in the same form."""
         log.info(
             "connection refused",
             extra={
@@ -361,10 +360,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def _watch(self, cycle: RequestResponseCycle) -> None:
-        """Notice that a client has gone that sends no more.
+        """Detect that a half-closed client has gone.
 
-        The end of its sending looks the same whether it still reads or not. If it does not, a byte
-        that is written to it is answered by a reset, which the next write notices.
+        A half-closed connection looks the same whether the client still reads or not. If it does
+        not, a byte written to it is answered with a reset, which the next write reports.
         """
         cycle.waiting_for_100_continue = False
         cycle.transport = begun = _BegunTransport(self.transport)
@@ -378,7 +377,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if not cycle.response_started:
             begun.write_one_byte()
         elif cycle.chunked_encoding:
-            self.transport.write(b"0")  # with which the size of the next chunk may begin
+            self.transport.write(b"0")  # a valid start of the next chunk's size
         self._probe_timer = self.loop.call_later(
             PROBE_S * 3**num_probes, self._probe, cycle, begun, num_probes + 1
         )
@@ -399,7 +398,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 class _Flow(FlowControl):
-    """Reading stays paused, whoever resumes it, while too much is unread."""
+    """Keeps reading paused while too much is unread, whoever resumes it."""
 
     is_full = False
 
@@ -409,7 +408,7 @@ class _Flow(FlowControl):
 
 
 class _BegunTransport(asyncio.Transport):
-    """A connection on which the first bytes of an answer are written before the rest is known."""
+    """A connection on which an answer's first bytes are written before the rest is known."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         super().__init__()
@@ -434,13 +433,13 @@ class _BegunTransport(asyncio.Transport):
 def uvicorn_config(
     app: Callable[..., Any], settings: Settings, last_bytes_s: int
 ) -> uvicorn.Config:
-    """How the app is served; its last answers have `last_bytes_s` to reach their clients."""
+    """uvicorn's configuration; the last answers have `last_bytes_s` to reach their clients."""
     protocol = type(
         "Protocol",
         (BoundedProtocol,),
         {"settings": settings, "counted": Connections(settings.most_connections)},
     )
-    # Whoever may open the Unix socket is trusted.
+    # Anyone who may open the Unix socket is trusted.
     trusts_all = settings.unix_socket is not None or "*" in settings.trusted_proxies
     return uvicorn.Config(
         app,

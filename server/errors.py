@@ -1,7 +1,7 @@
 """Errors reported to clients; server/api renders them."""
 
 NO_RETRY = {"x-should-retry": "false"}
-"""Tells the official clients, which retry many errors, not to retry this one."""
+"""Makes the official clients, which retry many errors, not retry this one."""
 
 
 class LatentdError(Exception):
@@ -193,7 +193,7 @@ class DeadlineExceeded(LatentdError):
 
     def __init__(self, timeout_s: float) -> None:
         super().__init__(
-            f"the request did not end within {timeout_s:g} seconds",
+            f"the request did not finish within {timeout_s:g} seconds",
             status=504,
             kind="timeout_error",
             param="timeout",
@@ -260,8 +260,8 @@ class SessionDamaged(StorageFailed):
 
     def __init__(self, session_id: str, turn: int, reason: str) -> None:
         super().__init__(
-            f"the state of session {session_id} after turn {turn} cannot be used ({reason}); an "
-            "earlier turn may still be good: rewind to it",
+            f"the state of session {session_id} after turn {turn} is unusable ({reason}); an "
+            "earlier turn may still be intact: rewind to it",
             503,
             "session_damaged",
         )
@@ -273,8 +273,8 @@ class ResponseDamaged(StorageFailed):
 
     def __init__(self, response_id: str, reason: str) -> None:
         super().__init__(
-            f"the state after response {response_id} cannot be used ({reason}); an earlier "
-            "response may still be good: continue from it",
+            f"the state after response {response_id} is unusable ({reason}); an earlier "
+            "response may still be intact: continue from it",
             503,
             "response_damaged",
         )

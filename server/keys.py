@@ -132,21 +132,21 @@ def revoke_key(path: Path, name_or_id: str) -> Key:
 
 
 def key_id_of(path: Path, name_or_id: str) -> str:
-    """The id of a key in the file, or an id as it is. Raises KeyFileError."""
+    """The id of a key in the file, or the given id. Raises KeyFileError."""
     if ID.fullmatch(name_or_id):
         return name_or_id
     for key in read_keys(path):
         if key.name == name_or_id:
             return key.id
     raise KeyFileError(
-        f"{path}: there is no key {name_or_id!r}; one that was revoked is known by its id, "
+        f"{path}: there is no key {name_or_id!r}; a revoked key is only known by its id, "
         "key_ and 32 digits"
     )
 
 
 def _change(path: Path, change: Callable[[list[Key]], list[Key]]) -> None:
     """Change the file under a lock."""
-    path = path.resolve()  # a link stays a link
+    path = path.resolve()  # keep symbolic links
     try:
         with _locked(path):
             keys = read_keys(path) if path.exists() else []

@@ -40,7 +40,7 @@ def _bind_unix(path: Path) -> socket.socket:
                     path.unlink()
         listener.bind(str(path))
         path.chmod(0o660)
-        listener.listen()  # for others that would take its place; clients wait until it is ready
+        listener.listen()  # marks the address as used; clients wait until the server is ready
     except OSError as error:
         listener.close()
         raise ListenError(f"cannot listen on {path}: {error.strerror or error}") from error
@@ -106,7 +106,9 @@ def check_certificate(settings: Settings) -> None:
     except (OSError, ssl.SSLError) as error:
         files = [str(file) for file in (settings.tls_certificate, settings.tls_key) if file]
         reason = error.strerror or str(error)
-        raise ListenError(f"{', '.join(files)}: no certificate with its key: {reason}") from error
+        raise ListenError(
+            f"{', '.join(files)}: not a certificate with its key: {reason}"
+        ) from error
 
 
 @contextmanager
@@ -121,7 +123,7 @@ def metrics_server(settings: Settings, metrics: Metrics) -> Iterator[str]:
     host, _, port = settings.metrics_address.rpartition(":")
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # the base class calls it so
+        def do_GET(self) -> None:  # name required by the base class
             if self.path.partition("?")[0] != METRICS:
                 self.send_error(404)
                 return

@@ -98,10 +98,10 @@ class Metrics:
             "request_duration_seconds", "From a request's arrival to the end of its answer."
         )
         self.queue_time_seconds = self._histogram(
-            "queue_time_seconds", "From a request's arrival until it has a row."
+            "queue_time_seconds", "From a request's arrival until it gets a row."
         )
         self.prefill_time_seconds = self._histogram(
-            "prefill_time_seconds", "From having a row until the prompt is read."
+            "prefill_time_seconds", "From getting a row until the prompt is read."
         )
         self.step_duration_seconds = self._histogram(
             "step_duration_seconds", "One decoding step of all running sequences."
@@ -110,56 +110,56 @@ class Metrics:
             "session_commit_seconds", "Making a turn durable."
         )
         self.session_load_seconds = self._histogram(
-            "session_load_seconds", "Getting a parked state from host memory or the store."
+            "session_load_seconds", "Loading a parked state from host memory or the store."
         )
         self.requests_total = self._counter(
             "requests_total", "Answered requests.", "endpoint", "outcome"
         )
         self.prompt_tokens_total = self._counter(
-            "prompt_tokens_total", "Prompt tokens, those in the prefix cache included."
+            "prompt_tokens_total", "Prompt tokens, including those in the prefix cache."
         )
         self.generation_tokens_total = self._counter("generation_tokens_total", "Tokens generated.")
         self.resumed_tokens_total = self._counter(
             "resumed_tokens_total", "Tokens of session histories that did not need to be read."
         )
         self.prefix_cache_hits_total = self._counter(
-            "prefix_cache_hits_total", "Prompts whose beginning did not need to be read."
+            "prefix_cache_hits_total", "Prompts with a cached prefix."
         )
         self.prefix_cached_tokens_total = self._counter(
-            "prefix_cached_tokens_total", "Tokens of prompts that did not need to be read."
+            "prefix_cached_tokens_total", "Prompt tokens found in the prefix cache."
         )
         self.prefix_cache_bytes = self._gauge(
-            "prefix_cache_bytes", "Bytes of the states kept after beginnings of prompts."
+            "prefix_cache_bytes", "Bytes of states in the prefix cache."
         )
         self.admission_rejections_total = self._counter(
-            "admission_rejections_total", "Requests refused before any work.", "reason"
+            "admission_rejections_total", "Requests rejected before any work.", "reason"
         )
         self.session_evictions_total = self._counter(
-            "session_evictions_total", "States forgotten by a tier.", "tier"
+            "session_evictions_total", "States evicted from a tier.", "tier"
         )
         self.sessions_expired_total = self._counter(
-            "sessions_expired_total", "Sessions erased because nobody had used them for long."
+            "sessions_expired_total", "Sessions erased after their ttl."
         )
-        self.requests_running = self._gauge("requests_running", "Sequences that read or decode.")
-        self.requests_waiting = self._gauge("requests_waiting", "Sequences that wait for a row.")
-        self.batch_size = self._gauge("batch_size", "Sequences of the last decoding step.")
+        self.requests_running = self._gauge("requests_running", "Sequences in prefill or decoding.")
+        self.requests_waiting = self._gauge("requests_waiting", "Sequences waiting for a row.")
+        self.batch_size = self._gauge("batch_size", "Sequences in the last decoding step.")
         self.slots = self._gauge("slots", "Rows of the state pool.", "state")
         self.sessions = self._gauge(
             "sessions",
-            "Sessions in this tier: warm on the device between turns, in host memory (both with "
-            "stored responses), all stored.",
+            "Sessions in this tier: warm on the device between turns, in host memory (both "
+            "including stored responses), in the store.",
             "tier",
         )
         self.responses = self._gauge("responses", "Responses in the store.")
         self.session_checkpoints = self._gauge(
             "session_checkpoints",
-            "States in the store, after all the turns and responses that are kept.",
+            "States in the store, of all stored turns and responses.",
         )
         self.session_state_bytes = self._gauge(
             "session_state_bytes", "Size of one session's state, at any length."
         )
         self.session_bytes = self._gauge(
-            "session_bytes", "Bytes held for sessions and stored responses.", "tier"
+            "session_bytes", "Bytes of sessions and stored responses.", "tier"
         )
         self.model_info = self._gauge(
             "model_info", "The model being served.", "model", "fingerprint", "device"
@@ -167,27 +167,27 @@ class Metrics:
 
         self.answer_tokens_total = self._counter(
             "answer_tokens_total",
-            "Tokens of answers that came to their end: the sum of their completion_tokens.",
+            "Generated tokens of complete answers: the sum of their completion_tokens.",
         )
         self.event_loop_lag_seconds = self._histogram(
-            "event_loop_lag_seconds", "How late the event loop runs what is due."
+            "event_loop_lag_seconds", "Delay of the event loop's timers."
         )
-        self.ready = self._gauge("ready", "1 while /health/ready answers that all is well, else 0.")
+        self.ready = self._gauge("ready", "1 while /health/ready succeeds, else 0.")
         self.running_step_seconds = self._gauge(
-            "running_step_seconds", "For how long the engine's present step has run; 0 between two."
+            "running_step_seconds", "How long the engine's current step has run; 0 between steps."
         )
         self.damaged_states_total = self._counter(
             "damaged_states_total",
-            "Damaged states: in a turn, in a row on the device between turns, in the store.",
+            "Damaged states: in a turn, in a retained row on the device, in the store.",
             "found",
         )
         self.state_magnitude = LargestGauge(
             "latentd_state_magnitude",
-            "Largest absolute value in the states that were sampled, after turns and when idle.",
+            "Largest absolute value in the checked states, after turns and when idle.",
             self.registry,
         )
         self.state_position = LargestGauge(
-            "latentd_state_position", "Most tokens of the states that were sampled.", self.registry
+            "latentd_state_position", "Most tokens read by a checked state.", self.registry
         )
         self.session_commit_failures_total = self._counter(
             "session_commit_failures_total", "Turns that could not be made durable."
@@ -214,7 +214,7 @@ class Metrics:
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """The metrics in the format that the Accept header requests, and its content type."""
         if "application/openmetrics-text" in accept:
-            # Names are written as they are: the library's other choices replace colons in some.
+            # Keep the names unchanged: other escaping schemes of the library replace colons.
             encode: Callable[..., bytes] = openmetrics.generate_latest
             return encode(self.registry, openmetrics.ALLOWUTF8), OPENMETRICS
         return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
@@ -235,11 +235,11 @@ class GatewayMetrics(Collector):
     def __init__(self, metrics: Metrics, model_name: str, max_running: int) -> None:
         self._model_name = model_name
         self._values: tuple[tuple[str, str, Gauge, int], ...] = (
-            ("num_requests_waiting", "Sequences that wait for a row.", metrics.requests_waiting, 1),
-            ("num_requests_running", "Sequences that have a row.", metrics.requests_running, 1),
+            ("num_requests_waiting", "Sequences waiting for a row.", metrics.requests_waiting, 1),
+            ("num_requests_running", "Sequences with a row.", metrics.requests_running, 1),
             (
                 "kv_cache_usage_perc",
-                "Rows in use, over the rows that sequences may have together.",
+                "Rows in use, divided by the maximum of running sequences.",
                 metrics.requests_running,
                 max_running,
             ),
@@ -257,7 +257,7 @@ class GatewayMetrics(Collector):
 
 
 def exemplar(request_id: str) -> dict[str, str] | None:
-    """Exemplar that names the request, if its id is not too long."""
+    """Exemplar with the request's id, if the id is not too long."""
     found = {"request_id": request_id}
     is_short = len("".join([*found, request_id])) <= MAX_EXEMPLAR_CHARACTERS
     return found if request_id and is_short else None

@@ -15,10 +15,10 @@ class TurnRecord:
     max_tokens: int
     num_choices: int
     prompt_tokens: int
-    """As in the answer's usage: with the session's history, once for all choices."""
+    """As in the answer's usage: includes the session's history, counted once for all choices."""
 
     is_detached: bool = False
-    """Whether it outlives its request's connection; it may end before or after it."""
+    """Whether it outlives its request's connection; it may end before or after the request."""
 
     started: float = field(default_factory=time.monotonic)
     """When it was submitted to the engine."""

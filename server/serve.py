@@ -42,7 +42,7 @@ LAST_BYTES_S = 10
 
 
 class ServeError(Exception):
-    """The server cannot start; one line says why."""
+    """The server cannot start; the message is one line."""
 
 
 def serve(settings: Settings, started: float) -> None:
@@ -117,7 +117,7 @@ def _serve_on(
 
 
 class _Server(uvicorn.Server):
-    """Reports when it listens; a signal starts the drain, a second one ends the process at once.
+    """Reports when it listens. The first signal starts the drain, a second one exits at once.
 
     While draining it still responds, so that clients learn why new turns are rejected.
     """
@@ -141,7 +141,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await self._listen(sockets or [])
-        # A full collection would go through all modules, 150 ms in which nothing else runs.
+        # A full collection traverses all modules, which blocks everything for 150 ms.
         gc.collect()
         gc.freeze()
         for listener in (sockets or [])[:1]:
@@ -155,7 +155,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         del frame
         self._num_signals += 1
-        if self._num_signals > 1:  # what is acknowledged is in the store, which needs no closing
+        if self._num_signals > 1:  # acknowledged turns are in the store, which needs no closing
             os._exit(128 + sig)
         if self._loop is None:
             self.should_exit = True
@@ -219,7 +219,7 @@ def _warn_if_open(address: str) -> None:
     """Warn if a server without keys is reachable from other machines."""
     if not ipaddress.ip_address(address).is_loopback:
         log.warning(
-            "without keys, anybody who can reach %s can do everything: set LATENTD_API_KEY or "
+            "without keys, anyone who can reach %s has full access: set LATENTD_API_KEY or "
             "--key-file, or listen on --host 127.0.0.1",
             address,
         )
@@ -242,7 +242,7 @@ def _facts(settings: Settings, loaded: Checkpoint, device: str, sizes: Sizes) ->
             f"fits       {rows:,} on the device, {sizes.host_cache_bytes // state_bytes:,} in "
             f"host memory, about {free // (state_bytes * turns):,} on disk with {turns} turns each",
             f"states     {sizes.max_running:,} running, {sizes.warm_sessions:,} warm, "
-            f"{sizes.prefix_cache_bytes // state_bytes:,} of prompts, "
+            f"{sizes.prefix_cache_bytes // state_bytes:,} in the prefix cache, "
             f"{sizes.waiting_bytes // state_bytes:,} waiting",
             f"store      {settings.data_dir / STORE_FILE}",
         ]

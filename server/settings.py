@@ -59,8 +59,8 @@ class Settings(BaseSettings):
     )
     initial_state: Annotated[tuple[str, ...], NoDecode, Group.MODEL] = Field(
         (),
-        description="NAME=FILE: a tuned state, in the format of the model's family, that requests "
-        "and sessions may begin with by its name; in the variable with commas between them.",
+        description="NAME=FILE: a tuned initial state, in the format of the model's family, that "
+        "requests and sessions select by name; repeatable (comma-separated in the variable).",
     )
     model_name: Annotated[str, Group.MODEL] = Field(
         "", description="Name of the model in the API; default: the name of the checkpoint folder."
@@ -112,28 +112,28 @@ class Settings(BaseSettings):
     )
     dtype: Annotated[WeightDtype | None, Group.MODEL] = Field(
         None,
-        description="Weights of matrix products; fewer bits are faster and a little less exact. If "
-        "not given, those of the file for a published model; for a model that was trained here, "
+        description="Dtype of the matrix weights; fewer bits are faster and slightly less "
+        "accurate. Default: the file's for a published model; for a model trained with latentd, "
         "float32 on a CPU and bfloat16 on a GPU. "
-        "States are float32 in all cases, and a session may go on with another dtype.",
+        "States are always float32, and a session can continue under another dtype.",
     )
     threads: Annotated[int | None, Group.MODEL] = Field(
         None,
         ge=1,
-        description="CPU threads that a step uses at most; if not given, one for each core, less "
-        "one for the clients where there are more than two. Steps with little to compute use one.",
+        description="Maximum CPU threads of a step; default: one per core, minus one for "
+        "serving clients if there are more than two. Small steps use one thread.",
     )
     max_running: Annotated[int | None, Group.ENGINE] = Field(
         None,
         ge=1,
-        description="Sequences that run together; if not given, 32, or as many as there is memory "
-        "for.",
+        description="Maximum sequences that run concurrently; default: 32, or as many as memory "
+        "permits.",
     )
     warm_sessions: Annotated[int | None, Group.SESSIONS] = Field(
         None,
         ge=0,
-        description="Sessions that keep their state on the device between turns; if not given, 32, "
-        "or as many as there is memory for.",
+        description="Sessions whose state stays on the device between turns; default: 32, "
+        "or as many as memory permits.",
     )
     max_waiting: Annotated[int, Group.ENGINE] = Field(
         256, ge=1, description="Maximum number of waiting sequences; more are rejected."
@@ -146,23 +146,23 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: Annotated[int, Group.ENGINE] = Field(
         512,
         ge=1,
-        description="Prompt tokens that a step reads at most. Of longer prompts at most 3/4 of "
-        "--max-running are read together, so that shorter ones get through.",
+        description="Maximum prompt tokens per step. At most 3/4 of "
+        "--max-running may be longer prompts, so that shorter ones get through.",
     )
     inter_token_latency_ms: Annotated[float, Group.ENGINE] = Field(
         100.0,
         gt=0,
         allow_inf_nan=False,
-        description="Milliseconds between the tokens of a stream that may pass while prompts are "
-        "read beside it: more reads prompts faster. Prompts are read in pieces that keep to it, of "
-        "at least 8 tokens (64 where the model is not compiled).",
+        description="Target latency in milliseconds between tokens of a stream while prompts are "
+        "prefilled; higher values speed up prefill. Prompts are read in pieces of "
+        "at least 8 tokens (64 if the model is not compiled).",
     )
     prefix_cache_bytes: Annotated[int | None, Group.ENGINE] = Field(
         None,
         ge=0,
-        description="Device memory for states after beginnings that prompts have in common, which "
-        "are then read once; 0: none. If not given, 64 MiB or 16 states, whatever is more, as far "
-        "as there is memory for it.",
+        description="Device memory for the prefix cache: states after shared prompt prefixes, "
+        "which are then read once; 0: none. Default: 64 MiB or 16 states, whichever is more, "
+        "as far as memory permits.",
     )
     step_hang_timeout_s: Annotated[float, Group.ENGINE] = Field(
         300.0,
@@ -210,9 +210,9 @@ class Settings(BaseSettings):
     max_connections: Annotated[int, Group.HTTP] = Field(
         4096,
         ge=1,
-        description="Connections of clients, and of each front process; fewer where the limit of "
-        "open files is lower. The one that has been without a request for longest makes space, "
-        "and if all have one, the new one is closed.",
+        description="Maximum client connections, also per front process; fewer if the limit of "
+        "open files is lower. For a new connection, the one idle for longest is closed, "
+        "or the new one if none is idle.",
     )
     max_header_bytes: Annotated[int, Group.HTTP] = Field(
         32 << 10, ge=1024, description="Maximum bytes of a request's path, headers and trailers."
@@ -248,8 +248,8 @@ class Settings(BaseSettings):
     host_cache_bytes: Annotated[int | None, Group.SESSIONS] = Field(
         None,
         ge=0,
-        description="Host memory for parked states; 0: none. If not given, 256 MiB or 32 states, "
-        "whatever is more, as far as there is memory for it.",
+        description="Host memory for parked states; 0: none. Default: 256 MiB or 32 states, "
+        "whichever is more, as far as memory permits.",
     )
     durability: Annotated[Literal["sync", "async"], Group.STORAGE] = Field(
         "sync",
@@ -259,14 +259,14 @@ class Settings(BaseSettings):
     min_free_bytes: Annotated[int, Group.STORAGE] = Field(
         64 << 20,
         ge=0,
-        description="Free bytes of the store's disk below which the server is not ready, though it "
-        "goes on; on a small disk a twentieth of it, in any case two states.",
+        description="Free bytes on the store's disk below which the server is not ready, though it "
+        "continues; at most a twentieth of the disk, at least two states.",
     )
     keep_turns: Annotated[int | None, Group.SESSIONS] = Field(
         None,
         ge=1,
-        description="Turns of a session whose states are kept, to fork or rewind to; if not given, "
-        "8, or 2 to 7 where the states of more would take over 64 MiB.",
+        description="Checkpoints per session: last turns that can be forked or rewound to; "
+        "default: 8, or 2 to 7 if their states would exceed 64 MiB.",
     )
     session_ttl_s: Annotated[float | None, Group.SESSIONS] = Field(
         None,
@@ -313,7 +313,7 @@ class Settings(BaseSettings):
     api_key: Annotated[tuple[str, ...], NoDecode, Group.KEYS] = Field(
         (),
         description="API keys (comma-separated in the variable); each sees only its own sessions. "
-        "Without keys, anybody may do everything.",
+        "Without keys, anyone has full access.",
     )
     key_file: Annotated[Path | None, Group.KEYS] = Field(
         None,
@@ -341,7 +341,7 @@ class Settings(BaseSettings):
     key_concurrent_sequences: Annotated[int | None, Group.KEYS] = Field(
         None,
         ge=1,
-        description="Sequences of a key that may wait or run together, likewise: a request has n "
+        description="Waiting and running sequences per key, likewise: a request has n "
         "for each of its prompts.",
     )
     requests_per_minute: Annotated[int | None, Group.KEYS] = Field(
@@ -501,7 +501,7 @@ class Settings(BaseSettings):
 
     @property
     def most_connections(self) -> int:
-        """`max_connections`, as far as the process may open files."""
+        """`max_connections`, limited by the process's open files."""
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if files == resource.RLIM_INFINITY:
             return self.max_connections

@@ -66,11 +66,11 @@ class Telemetry:
             "request.duration", "From a request's arrival to the end of its answer.", DURATION_S
         )
         self._first_token = self._histogram(
-            "time_to_first_token", "Of answers that are complete.", FIRST_TOKEN_S
+            "time_to_first_token", "For complete answers.", FIRST_TOKEN_S
         )
         self._per_token = self._histogram(
             "time_per_output_token",
-            "After the first one, of answers that are complete.",
+            "After the first one, for complete answers.",
             PER_TOKEN_S,
         )
 

@@ -1,4 +1,4 @@
-"""Threads that several owners share."""
+"""Threads shared fairly by several owners."""
 
 import asyncio
 from collections import OrderedDict, deque
@@ -11,20 +11,20 @@ R = TypeVar("R")
 
 
 class FairThreads:
-    """A few threads, for one event loop. When all are at work, the owners that wait get the next
-    ones in turn, however much each of them wants."""
+    """A few threads, for one event loop. When all are busy, waiting owners are served in turn,
+    however much work each of them has."""
 
     def __init__(self, num_threads: int, name: str) -> None:
         self._threads = ThreadPoolExecutor(num_threads, name)
         self._num_free = num_threads
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
-        """By owner; the first one's turn is next."""
+        """By owner; the first owner is next."""
 
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
 
     async def run(self, owner: str, work: Callable[[], R]) -> R:
-        """The work's result. Raises what the work raises."""
+        """Run the work in a thread. Raises what the work raises."""
         loop = self._loop = asyncio.get_running_loop()
         if self._num_free and not self._is_closed:
             self._num_free -= 1
@@ -37,14 +37,14 @@ class FairThreads:
             raise
 
         def leave(_: Future[R]) -> None:
-            with suppress(RuntimeError):  # the loop has ended
+            with suppress(RuntimeError):  # the loop has closed
                 loop.call_soon_threadsafe(self._leave)
 
-        begun.add_done_callback(leave)  # also when nobody waits any more
+        begun.add_done_callback(leave)  # also if the caller was cancelled
         return await asyncio.wrap_future(begun)
 
     def close(self) -> None:
-        """Wait for what runs; what has not begun is dropped. Called from another thread."""
+        """Wait for running work; drop queued work. Called from another thread."""
         self._is_closed = True
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._drop)

@@ -32,12 +32,12 @@ log = logging.getLogger(__name__)
 
 
 class OpenTurn(Protocol):
-    """What is known here of a turn."""
+    """What the service knows of a turn."""
 
     owner: str
 
     def end(self, reason: LatentdError) -> None:
-        """Roll it back, unless it has come to its end."""
+        """Roll the turn back, unless it has ended."""
 
 
 class OpenTurns:
@@ -58,11 +58,11 @@ class OpenTurns:
         return len(self._turns)
 
     def of(self, owner: str) -> list[OpenTurn]:
-        """An owner's."""
+        """An owner's turns."""
         return [turn for turn in self._turns if turn.owner == owner]
 
     async def closed(self, timeout_s: float, owner: str | None = None) -> bool:
-        """Wait until there is none, or none of the owner. False if the time was too short."""
+        """Wait until no turn, or none of the owner's, is open. False on timeout."""
         try:
             async with asyncio.timeout(timeout_s):
                 while self._turns if owner is None else self.of(owner):
@@ -94,7 +94,7 @@ class Service:
 
     limiter: Limiter
     initial_states: Mapping[str, StoredState] = field(default_factory=dict)
-    """States that a conversation may begin with, by name."""
+    """Named initial states."""
 
     texts: Texts = field(default_factory=Texts)
     open_turns: OpenTurns = field(default_factory=OpenTurns)
@@ -106,18 +106,18 @@ class Service:
         return self.engine.is_running and not self.draining.is_set()
 
     def check_ready(self) -> None:
-        """Raises ShuttingDown if no new turn may begin."""
+        """Raises ShuttingDown if no new turn may start."""
         if not self.is_ready:
             raise ShuttingDown("the server is not accepting requests")
 
     def end_turns(self, owner: str, reason: LatentdError) -> None:
-        """Roll back every turn of an owner that runs, also in the background."""
+        """Roll back all running turns of an owner, also those in the background."""
         for turn in self.open_turns.of(owner):
             turn.end(reason)
 
     async def erase(self, owner: str) -> Counter[EntryKind]:
-        """End what runs for an owner, and erase all that it holds, in memory and on disk. Returns
-        how many sessions and responses there were. Raises StorageFailed."""
+        """End an owner's turns and erase all its data, in memory and on disk. Returns the numbers
+        of sessions and responses. Raises StorageFailed."""
         self.end_turns(owner, Cancelled())
         await self.streams.forget(owner)
         await self.open_turns.closed(ROLLBACK_S, owner)

@@ -82,10 +82,12 @@ async def create_session(
     ttl_s = _ttl_s(service, body.ttl)
     if body.response_id is not None:
         if body.prompt is not None:
-            raise InvalidRequest("a session begins with a prompt or a response", "response_id")
+            raise InvalidRequest(
+                "a session starts from a prompt or a response, not both", "response_id"
+            )
         if body.initial_state is not None:
             raise InvalidRequest(
-                "a session begins with an initial state or a response", "response_id"
+                "a session starts from an initial state or a response, not both", "response_id"
             )
         record = await service.ledger.fork_response(
             caller.owner, body.response_id, body.metadata or {}, ttl_s
@@ -140,11 +142,11 @@ async def import_session(
     metadata: MetadataQuery = None,
     ttl: TtlQuery = None,
 ) -> ImportedSession:
-    """Make a session from an exported state, which is the body.
+    """Create a session from an exported state, which is the body.
 
-    It must be of this server's model: what differs is named with status 422. `metadata` is a JSON
-    object. Where products are computed in another arithmetic than before, the session goes on, but
-    not to the bit as it would have there.
+    The state must fit this server's model; status 422 names the difference. `metadata` is a JSON
+    object. If this server's products use another arithmetic than the state's, the session
+    continues, but not bit for bit as it would have there.
     """
     await service.limiter.count(caller)
     service.check_ready()
@@ -266,12 +268,13 @@ async def _create_with_prompt(
     target: NewSession,
     request: RequestRecord,
 ) -> Entry:
-    """A session whose first turn read the prompt. Raises InvalidRequest and what a turn does."""
-    asked = CompletionRequest.model_construct(  # it is valid
+    """A session whose first turn read the prompt. Raises InvalidRequest and the errors of a
+    turn."""
+    asked = CompletionRequest.model_construct(  # already validated
         prompt=prompt, max_tokens=0, initial_state=initial_state
     )
     if len(asked.prompts) != 1 or not asked.prompts[0]:
-        raise InvalidRequest("prompt must be one non-empty text", "prompt")
+        raise InvalidRequest("prompt must be a single non-empty text", "prompt")
     generation = await read_generation(service, asked)
     text = TextPrompt(service, asked.prompts)
     turn = await open_turn(service, caller, None, target, generation, text, request=request)

@@ -1,4 +1,4 @@
-"""Names of special tokens in user text, where they are plain text.
+"""Treats names of special tokens in user text as plain text.
 
 A template concatenates texts, and a name may form where they join, such as from `<|` and `end|>`.
 So complete names are marked in a text, and, at its ends, possible parts of one. Other text stays

@@ -62,7 +62,7 @@ class EventLog:
         number = start
         while number >= self._first:
             if number < self.num_events:
-                # From the end: who keeps up does not go through all that is kept.
+                # Search from the end: readers that keep up are near it.
                 waiting = list(islice(reversed(self._events), self.num_events - number))
                 number += len(waiting)
                 yield b"".join(reversed(waiting))
@@ -106,7 +106,7 @@ class Stream:
         self._task = asyncio.create_task(work)
 
     def end(self, status: Status) -> None:
-        """Nothing more will come."""
+        """Mark the end of the stream."""
         self.status, self.ended_at = status, self._clock()
         self.log.end()
 
@@ -175,8 +175,8 @@ class Streams:
 
     @contextmanager
     def space(self, owner: str) -> Iterator[None]:
-        """Space for a stream, while its turn runs. Raises Overloaded when as many run as may, and
-        the owner has its share of them."""
+        """Reserve space for a stream while its turn runs. Raises Overloaded if the limit is reached
+        and the owner has its share."""
         running, most = self._running, self._limits.max_streams
         num_owners = len(running.keys() | {owner})
         if not has_space(running[owner], running.total(), 1, most, num_owners):
@@ -192,8 +192,8 @@ class Streams:
                 del running[owner]
 
     def add(self, owner: str, stream_id: str) -> Stream:
-        """A new stream, for which there is space. The oldest ended ones are forgotten for it, of
-        owners that have more than their share."""
+        """Add a stream within the reserved space. Drops the oldest ended streams of owners above
+        their share."""
         self.forget_expired()
         stream = self._streams[stream_id] = Stream(
             stream_id, owner, self._limits.max_bytes, self._clock
@@ -228,13 +228,13 @@ class Streams:
         self._streams.pop(stream_id, None)
 
     async def forget(self, owner: str) -> None:
-        """Cancel and forget all streams of an owner."""
+        """Cancel and drop all streams of an owner."""
         for stream in [each for each in self._streams.values() if each.owner == owner]:
             await stream.cancel()
             self._streams.pop(stream.id, None)
 
     async def close(self) -> None:
-        """Cancel all."""
+        """Cancel all streams."""
         for stream in list(self._streams.values()):
             await stream.cancel()
 

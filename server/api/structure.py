@@ -20,11 +20,11 @@ STRUCTURES = (
 
 
 async def read_grammar(service: Service, caller: Caller, body: SamplingRequest) -> Grammar | None:
-    """What the text has to keep to, compiled off the event loop; None if it is free.
+    """The compiled grammar for the text, if it is constrained; compiles off the event loop.
 
-    A new source that is refused counts as a request, and every whole second of compiling as another
-    one. Raises InvalidRequest for a source that is wrong, or takes too long, Overloaded when too
-    many others are being compiled, and RateLimited.
+    A rejected new source is charged as a request, and so is every whole second of compilation.
+    Raises InvalidRequest for a source that is invalid or too slow, Overloaded if too many others
+    are being compiled, and RateLimited.
     """
     if body.asked_format is None and all(getattr(body, name) is None for name in STRUCTURES):
         return None

@@ -1,7 +1,7 @@
 """Thread pools for long bodies, texts and answers.
 
-The store and the engine have threads of their own, so that no client's text holds them up. Owners
-get the threads in turn.
+The store and the engine have their own threads, which no client's text can block. Owners are served
+in turn.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +14,15 @@ from pydantic_core import to_json
 from server.threads import FairThreads
 
 SHORT = 2048
-"""Bytes or items below which a thread is not worth it."""
+"""Below this many bytes or items a thread is not worth it."""
 
 LONG = 256 * 1024
-"""Bytes or items above which work is serialized: tokenizing needs about a hundred times the memory
-of its text. Also the size to assume for work that may be long."""
+"""Above this many bytes or items work is serialized: tokenizing needs about a hundred times the
+memory of its text. Also the size to assume for work of unknown size."""
 
 THREADS = 2
 OWNER: ContextVar[str] = ContextVar("owner", default="")
-"""Whose request is being answered."""
+"""Owner of the current request."""
 
 WRITE_BATCH = 16_384
 P = ParamSpec("P")
@@ -45,7 +45,7 @@ class Texts:
         if size <= SHORT:
             return work(*args, **kwargs)
         pool = self._long if size > LONG else self._others
-        context = copy_context()  # validation asks what to do with unknown parameters
+        context = copy_context()  # validation reads the policy for unknown parameters
         return await pool.run(OWNER.get(), lambda: context.run(work, *args, **kwargs))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""From what a request says of thinking to whether its answer begins with thoughts, and how many."""
+"""From a request's thinking options to whether its answer begins with thoughts, and their limit."""
 
 from server.api.schemas.generation import SamplingRequest
 from server.api.service import Service
@@ -6,15 +6,15 @@ from server.engine.messages import ThinkingBudget
 from server.errors import InvalidRequest
 
 EFFORTS = {"none": 0, "minimal": 128, "low": 1024, "medium": 4096, "high": None, "xhigh": None}
-"""Most tokens of thoughts; None: no limit."""
+"""Maximum tokens of thoughts per effort; None: no limit."""
 
 
 def read_thinking(
     service: Service, body: SamplingRequest, *, has_grammar: bool
 ) -> tuple[bool | None, ThinkingBudget | None]:
-    """Whether the answer begins with thoughts (None: as the template has it), and their limit.
+    """Whether the answer begins with thoughts (None: the template's default), and their limit.
 
-    Raises InvalidRequest for a model that does not think, and for wishes that contradict.
+    Raises InvalidRequest for a model that does not think, and for contradictory options.
     """
     asked = dict[str, bool]()
     if body.effort is not None:
@@ -34,9 +34,9 @@ def read_thinking(
     if wishing is not None and refusing is not None:
         raise InvalidRequest(f"{wishing} and {refusing} contradict each other", wishing)
     if wishing is not None and has_grammar:
-        raise InvalidRequest("a text with a structure comes without thoughts", wishing)
+        raise InvalidRequest("structured output cannot be combined with thinking", wishing)
     if wishing is None:
-        if has_grammar and body.is_chat:  # the text begins at once: no mark is left half open
+        if has_grammar and body.is_chat:  # thoughts would break the grammar: start the text at once
             usual = conversation.splitter(None)
             return False if usual is not None and usual.is_thinking else None, None
         return None if refusing is None else False, None

@@ -30,9 +30,9 @@ router = APIRouter(
 
 @router.post("/tokenize", response_model=Tokenized, responses=refusals(*BODY, 404, 429))
 async def tokenize(body: TokenizeRequest, service: ServiceDep, caller: CallerDep) -> Response:
-    """The tokens of a text, or of a conversation by the model's chat template.
+    """The tokens of a text, or of a conversation in the model's chat template.
 
-    It counts as a request that reads them.
+    Charged as a request that reads them.
     """
     check_model(service, body.model)
     await service.limiter.count(caller)
@@ -50,7 +50,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep, caller: CallerDep
             )
             ids = ids if adds or ids[:1] != (bos,) else ids[1:]
         case _:
-            raise InvalidRequest("give a prompt or messages, one of them", "prompt")
+            raise InvalidRequest("give either a prompt or messages", "prompt")
     await service.limiter.record(caller, "tokens", len(ids))
     content = await texts.run(len(ids), _tokenized, service, ids, bool(body.return_token_strs))
     return Response(content, media_type="application/json")
@@ -58,9 +58,9 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep, caller: CallerDep
 
 @router.post("/detokenize", response_model=Detokenized, responses=refusals(*BODY, 404, 429))
 async def detokenize(body: DetokenizeRequest, service: ServiceDep, caller: CallerDep) -> Response:
-    """The text of tokens. What was tokenised without `add_special_tokens` comes back as it was.
+    """The text of tokens. The inverse of tokenizing without `add_special_tokens`.
 
-    It counts as a request that reads them.
+    Charged as a request that reads them.
     """
     check_model(service, body.model)
     check_ids(service, body.tokens, "tokens")
@@ -84,7 +84,7 @@ async def tokenizer_info(service: ServiceDep, _: CallerDep) -> TokenizerInfo:
 
 
 def _tokenized(service: Service, ids: Sequence[int], with_names: bool) -> bytes:
-    """Serialized without a model: it may have a million tokens."""
+    """Serialized without a model: there may be a million tokens."""
     name_of = service.checkpoint.tokenizer.name_of
     names = to_json_list([name_of(i) for i in ids]) if with_names else b"null"
     fields = (len(ids), to_json_list(ids), names)

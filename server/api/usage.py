@@ -1,4 +1,4 @@
-"""`/v1/usage`: what a key has used and holds."""
+"""`/v1/usage`: a key's usage."""
 
 from fastapi import APIRouter
 
@@ -12,7 +12,7 @@ router = APIRouter(tags=["usage"], responses=refusals(*GUARDED, 503))
 
 @router.get("/v1/usage")
 async def get_usage(service: ServiceDep, owner: OwnerDep) -> KeyUsage:
-    """What your key has used since the server started, and what it holds now."""
+    """Your key's usage since the server started, and what it stores now."""
     used, held = service.limiter.used(owner), await service.ledger.usage(owner)
     return KeyUsage(
         since=int(service.limiter.started_at),

@@ -19,7 +19,11 @@ FACTS = (
     *("turn", "position", "pending", "undecoded"),
 )
 MAX_FACT_CHARACTERS = 100
-CHECKSUM = {True: "ok", False: "WRONG", None: "unknown: this model has other tensors"}
+CHECKSUM = {
+    True: "ok",
+    False: "WRONG",
+    None: "unknown: the state has other tensors than this model",
+}
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -132,4 +136,4 @@ def _mean_of_layer(values: NDArray[Any], layer: int) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value + 0.0:.3g}"  # no zero is -0
+    return f"{value + 0.0:.3g}"  # avoids -0

@@ -27,7 +27,7 @@ DataDir = Annotated[
         envvar="LATENTD_DATA_DIR", help="Folder of the session store, as for latentd serve."
     ),
 ]
-Count = Annotated[int | None, typer.Option(min=1, help="The server's setting if not given.")]
+Count = Annotated[int | None, typer.Option(min=1, help="Default: the server's setting.")]
 
 
 @app.command()
@@ -79,15 +79,18 @@ def revoke(
 @app.command()
 def erase(
     name_or_id: Annotated[
-        str, typer.Argument(metavar="NAME_OR_ID", help="The key; its id if it was revoked.")
+        str,
+        typer.Argument(
+            metavar="NAME_OR_ID", help="Name or id of the key; the id if it was revoked."
+        ),
     ],
     file: File,
     data_dir: DataDir = DATA_DIR,
 ) -> None:
-    """Erase all that a key holds: sessions and stored responses, in memory and on disk.
+    """Erase all data of a key: sessions and stored responses, in memory and on disk.
 
-    A running server ends what it does for the key before. The key itself stays: revoke it first if
-    it is not to be used any more.
+    A running server ends the key's requests first. The key itself remains valid: to disable it,
+    revoke it first.
     """
     from server.sessions.sqlite.erasing import EraseError
     from server.sessions.sqlite.erasing import erase as run

@@ -28,10 +28,10 @@ def choose_device(name: str) -> tuple[torch.device, str]:
 
 
 def choose_threads(threads: int | None, network: Network) -> str:
-    """Set how many CPU threads a step uses at most: as asked for, or what the cores allow with one
-    left for the clients where there are more than two.
+    """Set the maximum number of CPU threads per step: as requested, or one per core, minus one for
+    the clients if there are more than two.
 
-    Returns in words how many they are, and how many a single token is worth.
+    Returns a description of the maximum and of the number for a single token.
     """
     cores = torch.get_num_threads()
     most = threads or (cores - 1 if cores > 2 else cores)
@@ -50,9 +50,10 @@ def choose_threads(threads: int | None, network: Network) -> str:
 def load(
     folder: Path, device: torch.device, dtype: WeightDtype | None, report: Callable[[str], None]
 ) -> Checkpoint:
-    """A checkpoint to serve, by default in the dtype that suits it best. Raises CheckpointError.
+    """Load a checkpoint for serving, by default in the dtype that suits it best. Raises
+    CheckpointError.
 
-    If machine code must be compiled, which takes long, `report` is called with a line before and
+    If machine code must be compiled, which is slow, `report` is called with a line before and
     after.
     """
     with _compilation_reported(report):
@@ -68,8 +69,12 @@ def _compilation_reported(report: Callable[[str], None]) -> AbstractContextManag
         from model.kernels.cpu.functions import CACHE
     except ImportError:  # without Numba nothing is compiled
         return nullcontext()
-    ending = "kept for the next start" if CACHE else "not kept: set NUMBA_CACHE_DIR to a folder"
+    ending = (
+        "cached for the next start"
+        if CACHE
+        else "not cached: set NUMBA_CACHE_DIR to a writable folder"
+    )
     return watch(
-        lambda: report(f"compiling  machine code for {target()}, about half a minute"),
+        lambda: report(f"compiling  machine code for {target()}, takes about half a minute"),
         lambda seconds: report(f"compiled   in {seconds:.1f} s, {ending}"),
     )

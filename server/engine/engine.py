@@ -18,8 +18,7 @@ class Engine:
     """Runs requests on a checkpoint's network. All public methods are thread-safe.
 
     `deliver` is called in the engine's thread, at most once per step, with that step's events.
-    After a cancellation no further event of the request is delivered, except those already on their
-    way.
+    After a cancellation no further events of the request are delivered, except those in transit.
     """
 
     def __init__(
@@ -48,20 +47,20 @@ class Engine:
 
     @property
     def running_step_s(self) -> float:
-        """Seconds that the current step has run; 0 between steps."""
+        """Duration of the current step so far in seconds; 0 between steps."""
         started = self._worker.step_started
         return 0.0 if started is None else time.monotonic() - started
 
     def submit(self, *requests: EngineRequest) -> None:
         """Queue requests, all or none.
 
-        Raises Overloaded when the queue is full, and ShuttingDown when the engine has ended, as it
-        does if its device is lost.
+        Raises Overloaded if the queue is full, and ShuttingDown if the engine has stopped, as it
+        does when its device is lost.
         """
         self._check_running()
         now = time.monotonic()
         self._inbox.submit(*(Submit(request, now) for request in requests))
-        self._check_running()  # it may have ended just before the requests came
+        self._check_running()  # it may have stopped just before
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request in any phase; unknown and finished ones are ignored."""
@@ -72,9 +71,9 @@ class Engine:
         self._inbox.put(Release(state_id))
 
     def forget(self, owner: str) -> None:
-        """Keep nothing of what was read for an owner's earlier prompts."""
+        """Drop all cached states of an owner's prompts."""
         self._inbox.put(Forget(owner))
 
     def _check_running(self) -> None:
         if not self.is_running:
-            raise ShuttingDown("the engine has ended; see the server's log")
+            raise ShuttingDown("the engine has stopped; see the server's log")

@@ -13,13 +13,13 @@ from server.engine.messages import EngineMessage, EngineRequest, Submit
 from server.errors import Overloaded
 
 RECENT = 64
-"""Number of recent requests by which the queue's speed is measured."""
+"""Number of recent requests that estimate the queue's speed."""
 
 MAX_RETRY_AFTER_S = 60
 
 
 class Inbox:
-    """Thread-safe queue; the engine's thread receives.
+    """Thread-safe queue read by the engine's thread.
 
     A request counts as waiting from submission until `left_queue`.
     """
@@ -39,7 +39,7 @@ class Inbox:
         """By owner."""
 
         self._num_bytes = 0
-        """Of the states of all that wait."""
+        """Size of the states of waiting requests."""
 
         self._clock = clock
         self._left = deque[float](maxlen=RECENT + 1)
@@ -51,8 +51,8 @@ class Inbox:
     def submit(self, *messages: Submit) -> None:
         """Queue requests of one owner, all or none.
 
-        Raises Overloaded when too many wait already, and the owner has its share of them; also when
-        the states of all that wait fill their memory.
+        Raises Overloaded if the queue is full and the owner has its share of it, or if the states
+        of waiting requests fill their memory.
         """
         owner = messages[0].request.owner
         num_tokens = sum(message.request.num_to_read for message in messages)
@@ -68,7 +68,7 @@ class Inbox:
                     "queue_tokens_full",
                 )
             most = self._max_waiting_bytes
-            is_more = num_bytes > 0 and self._num_bytes > 0  # one may be of any size
+            is_more = num_bytes > 0 and self._num_bytes > 0  # a single one may have any size
             if most is not None and is_more and self._num_bytes + num_bytes > most:
                 raise self._overloaded(
                     f"{self._num_bytes} bytes of states are waiting already", "queue_states_full"
@@ -99,7 +99,7 @@ class Inbox:
                 yield self._messages.get_nowait()
 
     def left_queue(self, request: EngineRequest) -> None:
-        """The request has a row, or has ended."""
+        """The request got a row or ended."""
         with self._lock:
             self._num_waiting[request.owner] -= 1
             self._num_tokens[request.owner] -= request.num_to_read
@@ -122,6 +122,6 @@ class Inbox:
 
 
 def _state_bytes(request: EngineRequest) -> int:
-    """Memory of the state that a request brings along; an initial state is there once for all."""
+    """Size of the state that a request carries; initial states are shared."""
     source = request.source
     return 0 if source is None or source.is_initial else len(source.data)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-if TYPE_CHECKING:  # what only counts requests needs neither torch nor grammars
+if TYPE_CHECKING:  # modules that only count requests need neither torch nor grammars
     from model.decoding.grammar import Grammar
     from model.decoding.sampling import SamplingParams
 
@@ -19,7 +19,7 @@ class StoredState:
     """The state's bytes."""
 
     is_initial: bool = False
-    """Stands for the state before the first token: beginnings of prompts behind it are shared."""
+    """Represents the state before the first token: prompts after it can share prefixes."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Continuation:
 
 @dataclass(frozen=True)
 class ThinkingBudget:
-    """After so many tokens without it, the text that closes thoughts is put into the answer."""
+    """After `max_tokens` tokens of thoughts, the closing mark is inserted into the answer."""
 
     max_tokens: int
     close: bytes
     close_ids: tuple[int, ...]
-    """The tokens that are put in, with the text in them."""
+    """The inserted tokens, including the mark."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class EngineRequest:
     `stop_token_ids`."""
 
     end_texts: tuple[str, ...] = ()
-    """Texts that end the text as well, without being the client's: `stopped_by` does not tell."""
+    """Further stop strings, of the template; not reported in `stopped_by`."""
 
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
@@ -101,19 +101,19 @@ class EngineRequest:
     `ignore_eos` and before `min_tokens`."""
 
     thinking_budget: ThinkingBudget | None = None
-    """Not with a grammar."""
+    """Not combined with a grammar."""
 
     owner: str = ""
-    """Whose request it is: owners have equal shares of the engine, and what was read of a common
-    beginning is for prompts of the same owner only."""
+    """Whose request it is: owners have equal shares of the engine, and shared prefixes are per
+    owner."""
 
     keeps_answer: bool = False
-    """A prompt that goes on behind this one and its answer reads only what is new: the state at the
-    end is kept as those of beginnings are, and found by the text. Looks for such a state itself."""
+    """Cache the state at the end by its text, so that a prompt that extends this one and its answer
+    reads only what is new. Also look for such a state."""
 
     opening_bytes: int = 0
-    """Bytes at the prompt's end that a prompt which goes on from here will not have there, as of
-    thoughts that are not shown again: the state before them is kept in place of that at the end."""
+    """Bytes at the prompt's end that a prompt extending it will lack, such as an opening mark of
+    thoughts: the state before them is cached instead of that at the end."""
 
     retain_as: str | None = None
     """Return the final state, and retain its row on the device under this id, capacity permitting.
@@ -123,23 +123,23 @@ class EngineRequest:
     """Deadline on the clock of `time.monotonic`, which all processes of a machine share."""
 
     priority: int = 0
-    """Of the owner's requests that wait those with smaller numbers are admitted first."""
+    """Among the owner's waiting requests, smaller numbers are admitted first."""
 
     is_flexible: bool = False
-    """It is admitted when none of the owner's others waits."""
+    """Admitted only if none of the owner's other requests waits."""
 
     client_id: str = ""
     """The client's request id, shared by the choices of a request; for metrics."""
 
     @property
     def num_to_read(self) -> int:
-        """Tokens that the request costs to read: those that wait from before included, but for the
-        last one, which any turn leaves behind."""
+        """Tokens that the request must read: pending ones included, except the last, which every
+        turn leaves pending."""
         return num_to_read(self.token_ids, self.continuation)
 
 
 def num_to_read(token_ids: tuple[int, ...], start: Continuation) -> int:
-    """Tokens to read of a prompt that follows `start`."""
+    """Tokens to read for a prompt after `start`."""
     return len(token_ids) + max(0, len(start.pending) - 1)
 
 
@@ -167,7 +167,7 @@ class Release:
 
 @dataclass(frozen=True)
 class Forget:
-    """Keep nothing of what was read for an owner's earlier prompts."""
+    """Drop all cached states of an owner's prompts."""
 
     owner: str
 
@@ -178,7 +178,7 @@ class Stop:
 
 
 EngineMessage = Submit | Cancel | Release | Forget | Stop
-"""What is sent to the engine's thread."""
+"""Messages to the engine's thread."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class TextDelta(NamedTuple):
     """Number of sampled tokens; more than one if events were merged for a slow reader."""
 
     parts: "tuple[TextDelta, ...]" = ()
-    """The events that were put together, if any were."""
+    """The events merged into this one, if any."""
 
 
 @dataclass(frozen=True)

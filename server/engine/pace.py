@@ -1,13 +1,13 @@
-"""How many prompt tokens a step may read beside the rows that generate, from measured times."""
+"""How many prompt tokens a step may read next to decoding rows, from measured times."""
 
 MOST_CHANGE = 2.0
-"""A measured time changes the number by at most this factor: the next one may be another."""
+"""Maximum factor by which one measurement changes the number, since measurements are noisy."""
 
 
 class Pace:
-    """Keeps steps as long as the gap that streams may see between tokens.
+    """Adapts prompt tokens per step to the target inter-token latency.
 
-    Only how far prompts get in a step depends on it: cut anywhere, they have the same bits.
+    It affects only how far prompts get in a step: their bits do not depend on where they are split.
     """
 
     def __init__(self, latency_s: float) -> None:
@@ -16,11 +16,11 @@ class Pace:
 
     @property
     def tokens(self) -> int:
-        """Prompt tokens with which a step is as long as it may be, as far as is known."""
+        """Number of prompt tokens estimated to bring a step to the target."""
         return 0 if self._tokens is None else int(self._tokens)
 
     def observe(self, num_tokens: int, step_s: float) -> None:
-        """A step read so many prompt tokens, and the tokens before it came so long ago."""
+        """A step read `num_tokens` prompt tokens and ended `step_s` after the one before."""
         estimate = num_tokens * self._latency_s / max(step_s, 1e-6)
         if self._tokens is None:
             self._tokens = estimate

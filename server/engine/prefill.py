@@ -1,4 +1,4 @@
-"""Prompts that are being read: each common beginning once."""
+"""Prefill: each shared prefix is read once."""
 
 from model.network import Network
 from model.state import RowState, StatePool
@@ -9,11 +9,11 @@ from server.engine.text_sequence import TextSequence
 from server.metrics import Metrics
 
 SHORTEST_SHARED = 64
-"""Tokens of a beginning that is worth a state, or the network's cut if that is more."""
+"""Minimum tokens of a prefix worth a state, or the network's cut if larger."""
 
 
 class PrefillRunner:
-    """Says where in their prompts sequences begin to read, and keeps states for others."""
+    """Decides where sequences start reading their prompts, and caches states for others."""
 
     def __init__(
         self,
@@ -31,8 +31,8 @@ class PrefillRunner:
         self._prefixes = SharedPrefixes[RowState](prefix_cache_bytes, state_bytes, shared)
 
     def begin(self, sequence: TextSequence) -> None:
-        """Begin behind an earlier answer, or after what others have read of the same prompt, or
-        wait until they have.
+        """Start after a cached answer or a cached prefix, or wait for a sequence that is reading
+        the prefix.
 
         The row holds the state before the first token.
         """
@@ -41,8 +41,8 @@ class PrefillRunner:
             self._begin(sequence)
 
     def retain(self, sequence: TextSequence) -> None:
-        """A piece was read: if the sequence stopped there for it, keep the state for later prompts,
-        and give it to those that wait for it."""
+        """After a piece: if the sequence stopped there to cache the state, do so, and hand it to
+        the waiting sequences."""
         if sequence.num_read in sequence.retain_at:
             state = self._pool.read_row(self._row(sequence))
             for follower in self._prefixes.retain(sequence, state):
@@ -55,7 +55,7 @@ class PrefillRunner:
         self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
 
     def keep_answer(self, sequence: TextSequence) -> None:
-        """A turn has ended: keep the state behind its answer."""
+        """At the end of a turn: cache the state after its answer."""
         if not self._prefixes.may_keep or sequence.keep_text_at or sequence.text.undecoded:
             return
         state = self._pool.read_row(self._row(sequence))
@@ -63,7 +63,7 @@ class PrefillRunner:
         self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
 
     def leave(self, sequence: EngineSequence) -> None:
-        """The sequence has stopped reading; those that waited for it begin again."""
+        """The sequence has stopped reading; those waiting for it start again."""
         for orphan in self._prefixes.leave(sequence):
             self._begin(orphan)
 
@@ -79,7 +79,7 @@ class PrefillRunner:
         self._prefixes.forget_readers()
 
     def forget_owner(self, owner: str) -> None:
-        """Give up the states that were kept for an owner's later prompts."""
+        """Drop the cached states of an owner."""
         self._prefixes.forget_owner(owner)
         self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
 
@@ -94,7 +94,7 @@ class PrefillRunner:
             self._pool.write_row(self._row(sequence), state)
 
     def _follow_text(self, sequence: TextSequence) -> bool:
-        """Go on from the state behind the longest known text, if that is ahead of others."""
+        """Continue from the state after the longest known text, if it is further than others."""
         sequence.find_opening()
         found = self._prefixes.find_text(sequence.request, sequence.prompt_text)
         if found is None:

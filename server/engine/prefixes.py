@@ -1,18 +1,17 @@
 """Prefix cache: states after shared prompt prefixes, each read once.
 
 The chunks of a prompt are identified by a chain of digests, each covering all tokens up to its
-chunk, so one look-up tells whether two prompts share a prefix. A state is stored
+chunk, so one lookup tells whether two prompts share a prefix. A state is cached
 
 * after the last whole chunk of a prompt, for prompts that extend it;
 * where a prompt diverges from an earlier one, since others will diverge there, too.
 
-Nobody reads what another sequence is about to read: it waits for that one's state, and looks again
-if that one ends before. A sequence waits after a shorter beginning than it is itself waited for, so
-there is no circle. States are opaque here.
+A sequence does not read a prefix that another is about to read: it waits for that state, and looks
+again if the other ends first. A sequence only waits for a shorter prefix than others wait for on
+it, so there are no cycles. States are opaque here.
 
-Another kind of beginning ends where an answer did, or where one began. It is found by the bytes of
-its text: the model may have written the answer in other tokens than those that the text is made of
-when it comes back.
+States are also cached at the start and the end of an answer. These are found by the bytes of the
+text: the model may have generated the answer as other tokens than those its text is encoded to.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ State = TypeVar("State")
 
 
 def chain(token_ids: Sequence[int], chunk: int, salt: bytes = b"") -> tuple[bytes, ...]:
-    """A digest of the salt and all previous tokens after each whole chunk.
+    """The digest of the salt and all previous tokens after each whole chunk.
 
     256 bits of BLAKE2b, so that nobody can construct a collision to get another prompt's state. The
     salt is hashed separately, so that it cannot stand in for tokens.
@@ -49,36 +48,36 @@ def chain(token_ids: Sequence[int], chunk: int, salt: bytes = b"") -> tuple[byte
 
 @dataclass(frozen=True)
 class KeptText:
-    """A text after which a state is kept."""
+    """A text with a cached state after it."""
 
     salt: bytes
     num_bytes: int
     pending: tuple[int, ...]
-    """Its last tokens, which the state has not read."""
+    """Its last tokens, not yet in the state."""
 
 
 @dataclass(frozen=True)
 class _Kept(Generic[State]):
     state: State
     text: KeptText | None = None
-    """If it is found by text."""
+    """Set if it is found by text."""
 
 
 def _text_hash(salt: bytes) -> "hashlib.blake2b":
-    """Of another kind than those of tokens."""
+    """Separate from the digests of tokens."""
     digest = hashlib.blake2b(salt, digest_size=32, person=b"text salt").digest()
     return hashlib.blake2b(digest, digest_size=32, person=b"text")
 
 
 def _salt(request: EngineRequest) -> bytes:
-    """What keeps beginnings of prompts of other owners apart, and those behind other states."""
+    """Separates prefixes by owner and by the state before them."""
     owner, source = request.owner.encode(), request.source
     return owner if source is None else owner + b"\0" + source.id.encode()
 
 
 class SharedPrefixes(Generic[State]):
-    """Kept states, and who reads which beginning now. The owner that has most states loses the one
-    that it has not used for longest."""
+    """Cached states, and which sequence is reading which prefix. Evicts the least recently used
+    state of the owner with the most."""
 
     def __init__(self, capacity_bytes: int, state_bytes: int, chunk: int) -> None:
         self.may_keep = capacity_bytes >= state_bytes
@@ -86,7 +85,7 @@ class SharedPrefixes(Generic[State]):
         self._chunk = chunk
         self._states = SharedCache[bytes, _Kept[State]](capacity_bytes // state_bytes)
         self._lengths: dict[bytes, Counter[int]] = {}
-        """How many of the kept texts of a salt have so many bytes."""
+        """Number of cached texts per salt and length in bytes."""
 
         self._seen = SharedCache[bytes, None](MAX_SEEN)
         self._readers: dict[bytes, EngineSequence] = {}
@@ -161,7 +160,7 @@ class SharedPrefixes(Generic[State]):
         self._followers.clear()
 
     def forget_owner(self, owner: str) -> None:
-        """Keep none of an owner's states any more, nor which prompts it had."""
+        """Drop an owner's states and remembered prefixes."""
         self._forget_texts(self._states.remove_all(owner))
         self._seen.remove_all(owner)
 
@@ -173,7 +172,7 @@ class SharedPrefixes(Generic[State]):
     def keep_text(
         self, request: EngineRequest, text: bytes, pending: Sequence[int], state: State
     ) -> None:
-        """Keep the state after a text, but for its last tokens."""
+        """Cache the state after a text, except for its last tokens."""
         if not self.may_keep:
             return
         salt = _salt(request)
@@ -186,7 +185,7 @@ class SharedPrefixes(Generic[State]):
         self._put(key, kept, request.owner)
 
     def find_text(self, request: EngineRequest, text: bytes) -> tuple[KeptText, State] | None:
-        """The longest text with a state that this one begins with and goes on behind."""
+        """The longest cached text that is a proper prefix of this one."""
         salt = _salt(request)
         key, at, digest = None, 0, _text_hash(salt)
         for length in sorted(self._lengths.get(salt, ())):
@@ -200,7 +199,7 @@ class SharedPrefixes(Generic[State]):
         return None if found is None or found.text is None else (found.text, found.state)
 
     def num_retained(self, sequence: EngineSequence) -> int:
-        """Tokens of the longest whole chunks of a sequence's prompt with a state."""
+        """Tokens of the sequence's longest prefix with a cached state."""
         self._name_chunks(sequence)
         digests = sequence.digests
         depths = range(len(digests), 0, -1)
@@ -208,7 +207,7 @@ class SharedPrefixes(Generic[State]):
 
     def _name_chunks(self, sequence: EngineSequence) -> None:
         if not sequence.digests:
-            # Two tokens are left at least: one by itself would be no piece of a prompt.
+            # At least two tokens must remain: a single one would not be a piece of a prompt.
             shared = sequence.unread[: max(0, sequence.num_unread - 2)]
             sequence.digests = chain(shared, self._chunk, _salt(sequence.request))
 
@@ -233,9 +232,9 @@ class SharedPrefixes(Generic[State]):
         return reader.num_read < num_chunks * self._chunk
 
     def _see(self, digests: Sequence[bytes], owner: str) -> int:
-        """Remember a prompt's beginnings; how many of them were seen before."""
+        """Remember a prompt's prefixes; returns how many of them were seen before."""
         num_seen = next((i for i, d in enumerate(digests) if d not in self._seen), len(digests))
-        for digest in reversed(digests):  # the longest are forgotten first
+        for digest in reversed(digests):  # the longest are evicted first
             self._seen.put(digest, None, owner)
         return num_seen
 

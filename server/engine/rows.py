@@ -17,7 +17,7 @@ class Rows:
     """The state pool and the owners of its rows. Free rows are erased."""
 
     def __init__(self, network: Network, slots: Slots, num_retained: int) -> None:
-        """`num_retained`: rows beyond those of running sequences."""
+        """`num_retained`: rows in addition to those of running sequences."""
         self.pool = network.new_pool(1 + slots.num_rows)
         self._slots = slots
         self._retains = num_retained > 0
@@ -28,8 +28,8 @@ class Rows:
         self._erase_all()
 
     def load(self, request: EngineRequest) -> bool:
-        """Give the request a row with its initial state. Returns whether a retained row was
-        continued in place. Raises ValueError for a state of a wrong size."""
+        """Assign the request a row with its initial state. Returns whether a retained row was
+        continued in place. Raises ValueError for a state of the wrong size."""
         source, owner = request.source, request.request_id
         if source is None:
             self.pool.reset(self._slots.acquire(owner))
@@ -40,8 +40,7 @@ class Rows:
         return False
 
     def start_export(self, finished: Finished, retain_as: str, client: str = "") -> None:
-        """A client's turn has ended: send its state to the host, and keep its row if there may be
-        any."""
+        """At the end of a client's turn: export its state, and retain its row if possible."""
         owner = finished.request_id
         self._exports.append((finished, self._transfer.export_row(self._slots.row(owner))))
         if self._retains:
@@ -55,7 +54,7 @@ class Rows:
             finished, export = self._exports.popleft()
             retained_as = finished.retained_as
             if retained_as is not None and not self._slots.is_retained(retained_as):
-                retained_as = None  # no row is kept, or another sequence needed it meanwhile
+                retained_as = None  # not retained, or evicted meanwhile
             yield replace(finished, state=export.collect(), retained_as=retained_as)
 
     def release(self, state_id: str) -> None:
@@ -73,7 +72,7 @@ class Rows:
         self._slots.release_all()
         try:
             self._erase_all()
-        except Exception:  # who gets a row overwrites it, if anybody ever does
+        except Exception:  # rows are overwritten when they are assigned
             log.exception("free rows could not be erased")
 
     def _erase_all(self) -> None:

@@ -1,20 +1,19 @@
-"""What the next engine step works on. Counts tokens and slots; knows no tensors.
+"""Decides what the next engine step computes. Counts tokens and slots; knows no tensors.
 
-    waiting -> reading (prefill, in pieces) -> decoding -> gone
+waiting -> prefill, in pieces -> decoding -> gone
 
-A step has a budget of tokens: one for each sequence that decodes, the rest for pieces of prompts.
-While streams run, `Pace` says how many prompt tokens keep it as short as their clients want it; so
-a long prompt delays them by little. What follows the last token of a prompt is chosen in the step
-that reads it.
+A step has a budget of tokens: one per decoding sequence, the rest for pieces of prompts. While
+streams run, `Pace` limits the prompt tokens to keep the inter-token latency, so a long prompt
+delays them only a little. The first token after a prompt is sampled in the step that reads its end.
 
-Owners (API keys) have equal shares. Who has fewer sequences running than another is admitted first,
-and if nothing is free the newest sequence of who has most is paused: it keeps its row, and goes on
-as soon as it is its owner's turn, with the same bits. Where there are more owners than may run
-together, who has had the fewest tokens is next, and so are prompts read. An owner that is alone
-gets everything.
+Owners (API keys) have equal shares. The owner with the fewest running sequences is admitted first;
+if no row is free, the newest sequence of the owner with the most is paused: it keeps its row, and
+resumes with the same bits when its owner is next. With more owners than running sequences, the
+owner with the fewest computed tokens is next; prompts are read in the same order. An owner that is
+alone gets everything.
 
-Prompts are cut at multiples of the network's cut, counted from where the turn began to read: so
-cut, the network computes the same bits however many pieces there are.
+Prompts are split at multiples of the network's cut, counted from where the turn started to read, so
+that the bits do not depend on the number of pieces.
 """
 
 from collections import Counter
@@ -30,16 +29,16 @@ from server.engine.slots import Slots
 from server.engine.waiting import WaitingQueue
 
 FAIRNESS_INTERVAL = 4
-"""Every this many steps, the longest waiting prompt is read first, however long; otherwise the one
-with the fewest tokens left."""
+"""Every this many steps the longest waiting prompt is read first, whatever its length; otherwise
+the one with the fewest tokens left."""
 
 EFFICIENT_TOKENS = 128
-"""While nothing decodes, a step reads at least as many prompt tokens, however long it is: with more
-a processor reads hardly faster, and who comes meanwhile waits for its end."""
+"""Minimum prompt tokens of a step without decoding, however long it takes: more would hardly be
+faster on a CPU, and delay new requests."""
 
 ALIKE = 2
-"""While nothing decodes, the prompts that are at most so many times as long as the first one are
-read side by side: their answers begin together then, and share every reading of the weights."""
+"""Without decoding, prompts at most this many times as long as the first are read together: their
+answers start together, and share each read of the weights."""
 
 
 QUANTUM = 64
@@ -65,16 +64,16 @@ class EngineLimits:
     """Maximum prompt tokens of waiting requests."""
 
     prefill_chunk_tokens: int
-    """Prompt tokens that a step reads at most; a prompt with more is long."""
+    """Maximum prompt tokens per step; a prompt with more is long."""
 
     inter_token_latency_s: float
-    """How long a step may be while sequences decode."""
+    """Target duration of a step while sequences decode."""
 
     prefix_cache_bytes: int
     """Memory of the prefix cache."""
 
     max_waiting_bytes: int | None = None
-    """States that waiting requests bring along; None: any number."""
+    """Size limit of the states of waiting requests; None: no limit."""
 
     @property
     def max_long_prompts(self) -> int:
@@ -88,7 +87,7 @@ class EngineLimits:
 
     @property
     def reserved_rows(self) -> int:
-        """Rows for owners that have none; paused sequences of others do not get them."""
+        """Rows reserved for owners that have none; paused sequences of others do not get them."""
         return min(self.warm_sessions, max(1, self.max_running // 4))
 
 
@@ -107,8 +106,7 @@ class Scheduler(Generic[S]):
     """The engine's sequences by phase, and their rows."""
 
     def __init__(self, limits: EngineLimits, cut: int, most_logits: int) -> None:
-        """`most_logits`: rows of logits that a step may have for scored prompts; at least a cut's
-        are."""
+        """`most_logits`: maximum rows of logits per step for scored prompts; at least one cut."""
         self._limits = limits
         self._cut = cut
         self._most_logits = max(cut, most_logits)
@@ -120,8 +118,8 @@ class Scheduler(Generic[S]):
         self.prefilling: list[S] = []
         self.decoding: dict[int, S] = {}
         self._served = Counter[str]()
-        """Tokens computed for each owner; who was away begins with as many as the one that has
-        fewest."""
+        """Tokens computed for each owner; a returning owner starts with the fewest of the current
+        ones."""
 
     @property
     def idle(self) -> bool:
@@ -154,11 +152,11 @@ class Scheduler(Generic[S]):
         return late
 
     def admit(self) -> S | None:
-        """Let sequences run until no more may. Returns one that needs a row, as soon as there is
-        one: to be called until it returns none.
+        """Let sequences run as far as the limits allow. Returns the next one that needs a row; call
+        until it returns None.
 
-        Within an owner's the order is that of `WaitingQueue`, but while there are many long prompts
-        another one lets the shorter ones pass.
+        Within an owner the order is that of `WaitingQueue`, except that at the limit of long
+        prompts shorter ones overtake the others.
         """
         held = [*self.prefilling, *self.decoding.values()]
         running = [s for s in held if not s.is_paused]
@@ -187,14 +185,14 @@ class Scheduler(Generic[S]):
             seats[owner] += 1
 
     def _enter(self, owner: str) -> None:
-        """Have an owner that was away share with those that are here."""
+        """Add a returning owner to those that share the engine."""
         served = {s.request.owner: self._served[s.request.owner] for s in self.sequences()}
         if owner not in served:
             served[owner] = max(self._served[owner], min(served.values(), default=0))
             self._served = Counter(served)
 
     def _next(self, held: list[S], seats: Counter[str]) -> S | None:
-        """What runs next, if there is anything that may: of the owner with fewest running ones."""
+        """The next sequence to run, if one may: of the owner with the fewest running."""
         paused: dict[str, S] = {}
         for sequence in sorted((s for s in held if s.is_paused), key=lambda s: s.admitted_at):
             paused.setdefault(sequence.request.owner, sequence)
@@ -216,8 +214,8 @@ class Scheduler(Generic[S]):
         return None
 
     def _to_pause(self, owner: str, running: list[S], seats: Counter[str]) -> S | None:
-        """What gives way to a sequence of the owner: the newest of who has most, if that is at
-        least two more than the owner has, or if the owner has none and much fewer tokens."""
+        """The sequence to pause for one of the owner: the newest of the owner with the most, if it
+        has at least two more, or if the owner has none and far fewer tokens."""
         most = max(seats, key=lambda each: (seats[each], self._served[each]))
         is_behind = self._served[owner] + QUANTUM < self._served[most]
         if seats[most] > seats[owner] + 1 or (not seats[owner] and is_behind):
@@ -235,12 +233,12 @@ class Scheduler(Generic[S]):
         return plan
 
     def decode_order(self) -> tuple[S, ...]:
-        """What decodes, in the order of the rows."""
+        """The decoding sequences, in the order of their rows."""
         rows = sorted(self.decoding)
         return tuple(self.decoding[row] for row in rows if not self.decoding[row].is_paused)
 
     def _plan_prompts(self) -> tuple[tuple[S, int], ...]:
-        """Pieces of prompts within the budget: at least one cut, however slow that is."""
+        """Pieces of prompts within the budget, at least one cut in any case."""
         ready, tokens = self._by_urgency(), self.pace.tokens
         alike = [s for s in ready if s.num_unread <= ALIKE * ready[0].num_unread]
         if self.decoding:

@@ -1,4 +1,4 @@
-"""One request in the engine as the scheduler sees it: tokens to read, and how far that has come."""
+"""One request as the scheduler sees it: its tokens and its progress."""
 
 from server.engine.messages import EngineRequest
 
@@ -10,46 +10,46 @@ class EngineSequence:
         start = request.continuation
         self.request = request
         self.num_read = 0
-        """Tokens of the turn in the state, while the prompt is being read."""
+        """During prefill: tokens of the turn in the state."""
 
         self.cached_tokens = 0
-        """Those of them that the sequence did not read itself."""
+        """Those of them found in the cache."""
 
         self.digests: tuple[bytes, ...] = ()
-        """Names of the prompt's beginnings, chunk by chunk, where they may be shared."""
+        """Digests of the prompt's prefixes, chunk by chunk, if they may be shared."""
 
         self.retain_at = set[int]()
-        """Numbers of tokens after which reading stops for the state to be kept."""
+        """Token counts at which reading stops to cache the state."""
 
         self.keep_text_at = 0
-        """Number of tokens after which reading stops for the state to be kept by its text; 0: no
-        such stop."""
+        """Token count at which reading stops to cache the state by its text; 0: none."""
 
         self.waits_for: EngineSequence | None = None
-        """The sequence that reads a common beginning; nothing is read here until then."""
+        """The sequence that is reading a shared prefix; this one waits for it."""
 
         self.waits_until = 0
-        """Tokens of that beginning."""
+        """Tokens of that prefix."""
 
         self.generates = request.max_tokens > 0
-        """Whether a token is to come after the prompt. If not, its last token is left unread."""
+        """Whether a token is sampled after the prompt. If not, the prompt's last token is not
+        read."""
 
         self.last_planned = 0
-        """The scheduler's step in which it read last, or began."""
+        """The scheduler's step in which it last read, or started."""
 
         self._tokens = [*start.pending, *request.token_ids]
         self.position = start.position + len(request.token_ids)
-        """Tokens of the sequence, those unread included."""
+        """Tokens of the sequence, including unread ones."""
 
         self.is_paused = False
-        """Whether it keeps its row, and nothing is computed for it."""
+        """Paused sequences keep their row but are not computed."""
 
         self.is_adopted = False
-        """Whether it goes on in the row where the turn before it ended."""
+        """Whether it continues in the row where the previous turn ended."""
 
         self.num_generated = 0
         self.num_in_flight = 0
-        """Steps that were launched for it and whose tokens are not known yet."""
+        """Launched steps whose tokens are not collected yet."""
 
         self.submitted_at = submitted_at
         self.admitted_at = self.read_at = submitted_at
@@ -63,7 +63,7 @@ class EngineSequence:
 
     @property
     def num_unread(self) -> int:
-        """Tokens to be read in pieces: one that is left by itself goes with those that decode."""
+        """Tokens to read in pieces; a single remaining one is read while decoding."""
         num_left = len(self._tokens) - self.num_read
         if self.generates:
             return num_left if num_left > 1 else 0
@@ -74,11 +74,11 @@ class EngineSequence:
         return self.num_unread == 0
 
     def next_piece(self, most: int, cut: int) -> int:
-        """Tokens of the next piece: as many as there are until the state is to be kept or the
-        prompt ends, or a multiple of the network's cut that is not more than `most`.
+        """Tokens of the next piece: up to where the state is to be cached or the prompt ends,
+        otherwise a multiple of the network's cut up to `most`.
 
-        A last token by itself belongs to the piece before it: the network would compute other bits.
-        The exception is a state to be kept right before it, which nobody asks for.
+        A single last token belongs to the piece before it, since the network would compute other
+        bits. The exception is a state cached right before it, which has no further use.
         """
         places = (*self.retain_at, self.keep_text_at)
         stops = (at - self.num_read for at in places if at > self.num_read)
@@ -91,11 +91,11 @@ class EngineSequence:
         return count
 
     def pop_unread(self, count: int) -> list[int]:
-        """The next unread tokens, which the caller puts into the state."""
+        """Remove and return the next unread tokens, which the caller puts into the state."""
         popped = self._tokens[self.num_read : self.num_read + count]
         self.num_read += count
         return popped
 
     def skip_to(self, num_tokens: int) -> None:
-        """The caller gives the sequence a state after this many tokens of its turn."""
+        """The caller sets the sequence's state to that after this many tokens of its turn."""
         self.num_read = self.cached_tokens = num_tokens

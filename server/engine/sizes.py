@@ -1,7 +1,7 @@
-"""How many states fit where: from a state's bytes and the memory that is free.
+"""How many states fit where, from a state's size and the free memory.
 
-What is not set is chosen: as for small states, as long as the memory has space for it, and at least
-so many states that each tier is of use. Half of what is free is left to everything else.
+Settings that are not given are chosen: as for small states while the memory suffices, and at least
+enough states for each tier to be useful. Half of the free memory is left for everything else.
 """
 
 import os
@@ -16,10 +16,10 @@ from server.settings import Settings
 RUNNING, WARM, TURNS = 32, 32, 8
 PREFIX_BYTES, HOST_BYTES = 64 << 20, 256 << 20
 PREFIX_STATES, HOST_STATES = 16, 32
-"""Held at least, however large a state is."""
+"""Minimum number of states, however large they are."""
 
 TURN_BYTES, LEAST_TURNS = 64 << 20, 2
-"""Of a session's states in the store, unless that were fewer turns than the least."""
+"""Stored bytes per session, unless that is less than the minimum number of turns."""
 
 CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -31,7 +31,7 @@ CGROUPS = (
 
 
 class SizeError(ValueError):
-    """The states that were asked for do not fit; one line says which and what is free."""
+    """The requested states do not fit in memory; the message has the sizes."""
 
 
 @dataclass(frozen=True)
@@ -41,25 +41,25 @@ class Memory:
     device: int
     host: int
     is_shared: bool
-    """The device is the host."""
+    """Whether the device's memory is the host's."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """States of each place."""
+    """Number or size of states per tier."""
 
     max_running: int
     warm_sessions: int
     prefix_cache_bytes: int
     host_cache_bytes: int
     waiting_bytes: int
-    """States of requests that wait."""
+    """Size limit of the states of waiting requests."""
 
     keep_turns: int
 
     def on_device(self, state_bytes: int) -> int:
-        """Bytes of rows, of which one is nobody's, of copies that a stop string may go back to, and
-        of what is kept of prompts."""
+        """Size of the rows, one of which is never owned, of snapshots for stop strings, and of the
+        prefix cache."""
         rows = 1 + 2 * self.max_running + self.warm_sessions
         return rows * state_bytes + self.prefix_cache_bytes
 
@@ -69,7 +69,7 @@ class Sizes:
 
 
 def choose(settings: Settings, state_bytes: int, memory: Memory) -> Sizes:
-    """The sizes that are set, and others that fit beside them. Raises SizeError."""
+    """The given sizes, and defaults for the others. Raises SizeError."""
     turns = max(LEAST_TURNS, min(TURNS, TURN_BYTES // state_bytes))
     wanted = Sizes(
         max_running=_or(settings.max_running, RUNNING),
@@ -115,20 +115,20 @@ def _check(least: Sizes, state_bytes: int, memory: Memory) -> None:
         needed += least.on_host
     elif least.on_host > memory.host:
         raise SizeError(
-            f"the states kept in host memory would take {least.on_host:,} bytes, but "
-            f"{memory.host:,} are free: lower --host-cache-bytes"
+            f"the host cache needs {least.on_host:,} bytes, but "
+            f"only {memory.host:,} are free: lower --host-cache-bytes"
         )
     if needed > memory.device:
         raise SizeError(
-            f"states of {state_bytes:,} bytes would take {needed:,} for {least.max_running} "
-            f"running and {least.warm_sessions} warm sequences and what is kept besides, but "
+            f"states of {state_bytes:,} bytes need {needed:,} bytes for {least.max_running} "
+            f"running and {least.warm_sessions} warm sequences and the caches, but only "
             f"{memory.device:,} bytes are free: lower --max-running, --warm-sessions, "
             "--prefix-cache-bytes or --host-cache-bytes"
         )
 
 
 def free_memory(device: torch.device) -> Memory:
-    """Of the device and of the host, within the limit of the process's control group."""
+    """Free memory of device and host, within the limits of the process's control group."""
     host = _free_of_host()
     if device.type != "cuda":
         return Memory(host, host, is_shared=True)
@@ -147,7 +147,7 @@ def _free_of_host() -> int:
 
 
 def _free_of_groups(files: Sequence[tuple[str, str]]) -> list[int]:
-    """What the limits of control groups leave."""
+    """Free memory within the limits of control groups."""
     found = []
     for most, used in files:
         try:

@@ -1,9 +1,8 @@
-"""Who owns which row of the state pool. Counts only; no state is touched here.
+"""Owners of the state pool's rows. Only bookkeeping; states are not touched here.
 
-A sequence keeps its row from its first token to its last; the state of a finished turn may stay
-there, known by its state id, until a sequence continues it or the row is needed. States never move.
-Row 0 is never owned. Where a row becomes free, the method returns the row whose state the caller
-must erase.
+A sequence owns its row from its first token to its last. The state of a finished turn may be
+retained there under its state id, until a sequence continues it or the row is needed. States never
+move. Row 0 is never owned. Methods that free a row return it, and the caller must erase its state.
 """
 
 from model.shares import SharedCache
@@ -31,7 +30,7 @@ class Slots:
 
     @property
     def num_active(self) -> int:
-        """Rows of sequences that read or decode."""
+        """Rows of sequences in prefill or decoding."""
         return len(self._row) - len(self._retained)
 
     @property
@@ -39,17 +38,17 @@ class Slots:
         return len(self._free)
 
     def row(self, owner: str) -> int:
-        """The row of a sequence or of a kept state."""
+        """The row of a sequence or a retained state."""
         return self._row[owner]
 
     def can_acquire(self) -> bool:
-        """Whether a row is free or can be freed by giving up a kept state."""
+        """Whether a row is free or holds a retained state, which can be evicted."""
         return self.num_active < self.num_rows
 
     def acquire(self, owner: str) -> int:
-        """A row for a new sequence: a free one, else that of the kept state that is next to go.
+        """A row for a new sequence: a free one, else that of the retained state to evict next.
 
-        It may hold another's state: the caller overwrites all of it.
+        It may hold another's state: the caller must overwrite all of it.
         """
         if not self._free:
             self._release(next(iter(self._retained)), is_evicted=True)
@@ -58,12 +57,13 @@ class Slots:
         return row
 
     def drain_released(self) -> list[RowReleased]:
-        """The kept states that no row holds any more, since the last call."""
+        """The retained states evicted since the last call."""
         released, self._released = self._released, []
         return released
 
     def adopt(self, state_id: str, owner: str) -> bool:
-        """Give the row of a kept state to a sequence that continues it; False if there is none."""
+        """Transfer the row of a retained state to a sequence that continues it; False if there is
+        none."""
         if state_id not in self._retained:
             return False
         self._retained.remove(state_id)
@@ -72,18 +72,17 @@ class Slots:
         return True
 
     def retain(self, owner: str, state_id: str, client: str = "") -> None:
-        """Keep a finished sequence's row under its state's id, until the row is needed: the client
-        that has most of them loses its oldest one. Raises ValueError for an id that is in use:
-        nobody could say which state it names."""
+        """Retain a finished sequence's row under its state id, until the row is needed. Evicts the
+        oldest row of the client with the most. Raises ValueError for an id that is in use."""
         self._set(self._row.pop(owner), state_id)
         self._retained.put(state_id, None, client)
 
     def release(self, owner: str) -> int:
-        """Free the row of a sequence or of a kept state."""
+        """Free the row of a sequence or of a retained state."""
         return self._release(owner, is_evicted=False)
 
     def release_all(self) -> None:
-        """Free every row, whatever went wrong before; the kept states count as evicted."""
+        """Free every row after an error; the retained states count as evicted."""
         self._released += [RowReleased(state_id, is_evicted=True) for state_id in self._retained]
         self._retained.clear()
         self._row.clear()
@@ -92,14 +91,14 @@ class Slots:
 
     @property
     def retained(self) -> list[str]:
-        """The ids of the kept states, in the order in which their rows will be needed."""
+        """Ids of the retained states, in eviction order."""
         return list(self._retained)
 
     def is_retained(self, state_id: str) -> bool:
         return state_id in self._retained
 
     def check(self) -> None:
-        """Prove that every row has one owner or none. Raises RuntimeError."""
+        """Verify that every row has at most one owner. Raises RuntimeError."""
         used = {row: owner for owner, row in self._row.items()}
         owned = {row: owner for row, owner in self._owner.items() if owner is not None}
         free = {row for row, owner in self._owner.items() if owner is None}

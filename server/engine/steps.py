@@ -1,4 +1,4 @@
-"""Steps: launched, and what comes back turned into text."""
+"""Launching steps, and turning their results into text."""
 
 import logging
 import time
@@ -25,7 +25,7 @@ FAILED = "the engine failed while computing; see the server's log"
 
 
 def end_of_prompt(sequence: TextSequence) -> End:
-    """How a sequence ends that generates nothing: so it was asked for, or its grammar allows no
+    """How a sequence ends without generating: as requested, or because its grammar allows no
     text."""
     return End("stop" if sequence.request.max_tokens else "length")
 
@@ -36,10 +36,10 @@ Outcome = End | Failed | GrammarFailed | InvalidLogits
 
 @dataclass
 class Outcomes:
-    """What came of a step."""
+    """Results of a step."""
 
     read: list[TextSequence] = field(default_factory=list)
-    """Those whose prompts are read; comes before their texts."""
+    """Sequences whose prompts are complete; reported before their texts."""
 
     texts: list[TextDelta] = field(default_factory=list)
     ended: list[tuple[TextSequence, Outcome]] = field(default_factory=list)
@@ -47,27 +47,27 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class StepInFlight:
-    """A step that is under way."""
+    """A launched step."""
 
     batch: Sequence[tuple[TextSequence, Piece]]
-    """The sequences with what they read; those that decode come first."""
+    """The sequences with their pieces; decoding ones first."""
 
     num_decoding: int
     ends: frozenset[int]
-    """Places of those whose prompts end in it."""
+    """Indices of the pieces that end a prompt."""
 
     launched: Launched
     started: float
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of prompts that it reads."""
+        """Number of prompt tokens it reads."""
         prompts = self.batch[self.num_decoding :]
         return sum(len(piece.token_ids or ()) for _, piece in prompts)
 
 
 class Steps:
-    """Launches steps and collects their tokens: later, where the device works beside the host."""
+    """Launches steps and collects their tokens, on a GPU one step later."""
 
     def __init__(self, runner: Runner, pool: StatePool, metrics: Metrics) -> None:
         self._runner = runner
@@ -76,14 +76,14 @@ class Steps:
         self._last_landed: float | None = None
         self.runs_ahead = runner.runs_ahead
         self.last_s = 0.0
-        """Seconds from the landing before the last one to that, or from the launch if nothing ran
-        before it: the gap that streams saw."""
+        """Time from the previous collection, or from the launch after a pause, to the last one: the
+        inter-token latency."""
 
     def find_ready(
         self, batch: Sequence[tuple[int, TextSequence]], outcomes: Outcomes
     ) -> list[tuple[int, TextSequence]]:
-        """Those for which a step can be launched now. Where a grammar says it, find out what may
-        come next; what is complete, or cannot go on, is among the outcomes."""
+        """Sequences for which a step can be launched now; computes their token masks. Those that
+        are complete or cannot continue are added to the outcomes."""
         ready = []
         for row, sequence in batch:
             if sequence.num_in_flight:
@@ -100,8 +100,8 @@ class Steps:
     def find_readable(
         self, prompts: Sequence[tuple[int, TextSequence, int]], outcomes: Outcomes
     ) -> list[tuple[int, TextSequence, int]]:
-        """The prompts of which so many tokens can be read now. At the end of one something has to
-        follow it: where a grammar allows nothing, the prompt is read without its last token."""
+        """Prompts of which the planned tokens can be read now. A token must be sampled at a
+        prompt's end: if the grammar allows none, the last token is left unread."""
         readable = []
         for row, sequence, count in prompts:
             if sequence.generates and count == sequence.num_unread:
@@ -109,12 +109,12 @@ class Steps:
                     continue
                 if sequence.matcher is not None and sequence.matcher.is_complete:
                     sequence.generates = False
-                    continue  # until the next step, which knows how much is left
+                    continue  # the next step knows how much is left
             readable.append((row, sequence, count))
         return readable
 
     def _can_choose(self, sequence: TextSequence, outcomes: Outcomes) -> bool:
-        """Whether a grammar leaves anything to choose, or nothing but the end."""
+        """Whether the grammar allows any token other than the end."""
         reason = sequence.find_allowed()
         if reason is not None:
             failed = GrammarFailed(sequence.request.request_id, reason)
@@ -126,8 +126,8 @@ class Steps:
         decoding: Sequence[tuple[int, TextSequence]],
         prompts: Sequence[tuple[int, TextSequence, int]] = (),
     ) -> StepInFlight | None:
-        """Launch a step of sequences in their rows: one token of those that decode, and so many of
-        each prompt; nothing if there are none."""
+        """Launch a step for sequences in their rows: one token of each decoding one, and the
+        planned tokens of each prompt. None if there are none."""
         if not decoding and not prompts:
             return None
         started = time.monotonic()
@@ -143,12 +143,12 @@ class Steps:
         return StepInFlight(batch, count, ends, launched, started)
 
     def rest(self) -> None:
-        """Nothing runs: what comes next follows upon nothing."""
+        """Restart the latency measurement after a pause."""
         self._last_landed = None
 
     def collect(self, flight: StepInFlight, running: Mapping[int, TextSequence]) -> Outcomes:
-        """The tokens of a step, except of sequences that have ended since its launch: `running` has
-        the others by their rows."""
+        """The tokens of a step, except for sequences that have ended since its launch: `running`
+        maps rows to the others."""
         decoded = flight.launched.collect()
         now = time.monotonic()
         self._metrics.step_duration_seconds.observe(now - flight.started)
@@ -188,8 +188,8 @@ class Steps:
             end: Outcome | None
             try:
                 end = self._advance(sequence, token_id, scored.get(i), row, outcomes.texts)
-            except Exception:  # of this sequence's text: the others are as they should be
-                log.exception("a token could not be added to its text")
+            except Exception:  # an error in one sequence's text does not affect the others
+                log.exception("cannot add a token to its text")
                 end = Failed(request_id, FAILED)
             if end is not None:
                 outcomes.ended.append((sequence, end))
@@ -207,7 +207,7 @@ class Steps:
         decoded: Decoded,
         outcomes: Outcomes,
     ) -> bool:
-        """A piece of a prompt was read; whether a token was chosen after it."""
+        """A piece of a prompt was read. Returns whether a token was sampled after it."""
         scores = sequence.prompt_scores
         if scores is not None and piece.following is not None:
             scores.add(piece.following.token_ids, decoded.followed[place])
@@ -229,15 +229,15 @@ class Steps:
         row: int,
         texts: list[TextDelta],
     ) -> End | None:
-        """Add one sampled token to its sequence. Returns why the text ends, if it does."""
+        """Add a sampled token to its sequence. Returns the end, if the text ends."""
         sequence.num_generated += 1
         request = sequence.request
         ends = token_id in sequence.end_token_ids
         if ends and not (request.include_stop and token_id in sequence.stop_token_ids):
             return End("stop", sequence.end_by(token_id))
         if sequence.matcher is not None:
-            sequence.matcher.accept(token_id)  # what fails here is reported before the next token
-        # The step that was launched ahead reads the token, unless that ends the text.
+            sequence.matcher.accept(token_id)  # errors are reported before the next token
+        # A step launched ahead reads the token, unless it ends the text.
         is_read = sequence.num_in_flight > 0 and not ends
         stop = None
         if sequence.text.is_unbuffered:

@@ -1,29 +1,30 @@
-"""Stop strings in a text that comes piece by piece.
+"""Stop strings in streamed text.
 
-Each is followed by the automaton of Knuth, Morris and Pratt (1977): what a character costs depends
-neither on how long the strings are nor on how long the text is.
+Each is matched by the Knuth-Morris-Pratt automaton (1977): the cost per character depends neither
+on the length of the strings nor on that of the text.
 """
 
 from collections.abc import Sequence
 
 
 class StopFinder:
-    """Finds the string that is complete first, wherever the pieces begin."""
+    """Finds the stop string that is completed first, across pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._automata = [_Automaton(stop) for stop in stops]
 
     @property
     def num_held(self) -> int:
-        """Characters at the end of the text that may be the beginning of a stop string."""
+        """Characters at the end of the text that may begin a stop string."""
         return max((each.matched for each in self._automata), default=0)
 
     def push(self, piece: str, *, may_stop: bool) -> tuple[int, str] | None:
-        """Go on with a piece of the text. The stop string that is complete first, and up to where
-        the piece belongs to it; of two that end there, the longer one. None if there is none.
+        """Add a piece of the text. Returns the stop string that is completed first, and the end of
+        the text before it in the piece; of two with the same end, the longer one. None if there is
+        none.
 
-        A string that ends where it may not is ordinary text. After a string was found nothing may
-        follow.
+        A string that ends where stopping is not allowed is ordinary text. Not to be called after a
+        match.
         """
         found: tuple[int, int, str] | None = None
         for each in self._automata:
@@ -35,19 +36,19 @@ class StopFinder:
 
 
 class _Automaton:
-    """Of one string."""
+    """The automaton of one string."""
 
     def __init__(self, stop: str) -> None:
         self.stop = stop
         self.matched = 0
-        """Characters of the string that the text ends with; all of it is never among them."""
+        """Length of the longest proper prefix of the string that the text ends with."""
 
         self._shorter = [0]
-        """After so many characters and one: the next shorter beginning of the string that ends
-        there. It grows with what has matched, so that a long string costs nothing in advance."""
+        """Failure function, by matched length. Extended as the match grows, so that long strings
+        cost nothing in advance."""
 
     def push(self, piece: str, *, may_stop: bool) -> int | None:
-        """Where in the piece the string is complete, if it may be."""
+        """The index in the piece where the string is complete, if it may stop there."""
         stop, shorter, matched, place = self.stop, self._shorter, self.matched, 0
         while place < len(piece):
             if not matched:

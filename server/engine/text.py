@@ -1,4 +1,4 @@
-"""The text of one sequence: tokens become text, and stop strings end it."""
+"""The text of one sequence: detokenisation and stop strings."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -10,27 +10,27 @@ from server.engine.messages import Token
 from server.engine.stops import StopFinder
 
 TOKENS_APART = 256
-"""While no text is certain, an anchor is asked for again after so many tokens: what comes after the
-one that is needed is kept, and may have to be read again."""
+"""While text is held back, another anchor is requested after this many tokens: tokens after the
+anchor that is needed are retained, and may have to be read again."""
 
 
 class TextStep(NamedTuple):
-    """What one sampled token did to the text."""
+    """Effect of a sampled token on the text."""
 
     text: str
-    """Text that is certain now."""
+    """Text that is now final."""
 
     tokens: tuple[Token, ...]
-    """The tokens that begin in it, if they were asked for."""
+    """The tokens that begin in it, if requested."""
 
     stop: str | None
-    """A stop string is complete: the text ends before it, or with it if it is to be included."""
+    """The completed stop string, if any: the text ends before it, or after it if it is included."""
 
     cuts_token: bool
-    """The text ends before the token's own does: the sequence must be cut."""
+    """The text ends before the token's text does: the sequence must be cut."""
 
     wants_anchor: bool
-    """The state without this token may have to come back."""
+    """The state before this token may be needed again."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,12 @@ class TextRules:
     include_stop: bool = False
     returns_tokens: bool = False
     can_rewind: bool = False
-    """Whether the sequence is cut where the text ends, for a session to continue from there."""
+    """Whether the sequence is cut where the text ends, so that a session can continue from
+    there."""
 
 
 class _Place(NamedTuple):
-    """A place in the text between two tokens."""
+    """A position in the text between two tokens."""
 
     length: int
     """Characters before it."""
@@ -54,52 +55,51 @@ class _Place(NamedTuple):
     """Tokens before it."""
 
     undecoded: bytes
-    """Bytes that begin a character there."""
+    """Bytes of an incomplete character there."""
 
 
 class OutputText:
     """The text so far.
 
-    Text that may be the beginning of a stop string is held back, unless the string would be part of
-    the text.
+    Text that may begin a stop string is held back, unless the string would be included.
     """
 
     def __init__(self, tokenizer: Tokenizer, rules: TextRules, undecoded: bytes) -> None:
-        """`undecoded`: bytes of a character that earlier text began."""
+        """`undecoded`: incomplete character at the end of earlier text."""
         self._tokenizer = tokenizer
         self._rules = rules
         self._detokenizer = Detokenizer(tokenizer, undecoded)
         self._finder = StopFinder(rules.stop)
         self._held = ""
-        """The end of the text that may be the beginning of a stop string."""
+        """The end of the text that may begin a stop string."""
 
         self._length = 0
-        """Characters of the text so far."""
+        """Length of the text so far in characters."""
 
         self._held_tokens = deque[tuple[int, Token]]()
-        """Tokens that are in no event yet, and where in the text each begins: one that begins
-        within a character, where the character does."""
+        """Tokens not yet in an event, and where each begins in the text; one that begins within a
+        character, where the character does."""
 
         self._has_anchor = False
-        """Whether there is an anchor at `_start`: text that is not certain came after it."""
+        """Whether there is an anchor at `_start`, followed by text that is not final."""
 
         self._start = _Place(0, 0, undecoded)
-        """Before the text that may have to be cut."""
+        """Position before the text that may have to be cut."""
 
         self._later = deque[_Place]()
-        """Places after it that may follow it, once all text before them is certain."""
+        """Later positions that may replace it, once all text before them is final."""
 
         self._num_tokens = 0
         self._tokens = deque[tuple[int, int | None]]()
-        """Tokens after the start, and where in the text each ends, uncertain text included; None
-        within a character."""
+        """Tokens after the start, and where each ends in the text, held text included; None within
+        a character."""
 
         self._emitted = ""
         """Emitted text after the start."""
 
     @property
     def is_unbuffered(self) -> bool:
-        """Whether events have nothing but text, none of which is ever held back."""
+        """Whether events have only text, and none is ever held back."""
         return not self._rules.stop and not self._rules.returns_tokens
 
     @property
@@ -109,23 +109,23 @@ class OutputText:
 
     @property
     def undecoded(self) -> bytes:
-        """Bytes of a character that the text began."""
+        """Bytes of an incomplete character at the end of the text."""
         return self._detokenizer.undecoded
 
     @property
     def num_anchors(self) -> int:
-        """Those that may still be needed, the last ones that were asked for."""
+        """Number of anchors that may still be needed, the most recent ones."""
         return self._has_anchor + len(self._later) if self._rules.can_rewind else 0
 
     def push_plain(self, token_id: int) -> str:
-        """`push`, where `is_unbuffered`: the text that is certain now."""
+        """`push` if `is_unbuffered`: the text that is now final."""
         return self._detokenizer.push(token_id)
 
     def push(self, token: Token, *, may_stop: bool) -> TextStep:
         """Add the text of a sampled token; a stop string counts if `may_stop`.
 
-        Where text begins that a stop string may cut away, the state before it may have to come
-        back: the step asks for an anchor.
+        If text begins here that a stop string may cut, the state before it may be needed again: the
+        step requests an anchor.
         """
         num_held, start = len(self._held), self._length
         undecoded = self.undecoded
@@ -168,8 +168,8 @@ class OutputText:
         )
 
     def cut(self) -> tuple[list[int], str]:
-        """End where the emitted text ends. Returns what of it came after the start: the tokens
-        that end in it, and its rest, in the middle of the next one."""
+        """End where the emitted text ends. Returns its part after the start: the tokens that end in
+        it, and the remaining text in the middle of the next one."""
         emitted, num_retained, end = self._emitted, 0, 0
         for count, (_, ends_at) in enumerate(self._tokens, 1):
             if ends_at is not None and ends_at - self._start.length <= len(emitted):
@@ -183,7 +183,7 @@ class OutputText:
         return kept, emitted[end:]
 
     def _move_start(self, certain: int) -> None:
-        """So many characters of the text are certain: what comes before them need not be kept."""
+        """The first `certain` characters are final: positions before them are dropped."""
         while self._later and self._later[0].length <= certain:
             before, self._start = self._start, self._later.popleft()
             self._emitted = self._emitted[self._start.length - before.length :]
@@ -191,15 +191,15 @@ class OutputText:
                 self._tokens.popleft()
 
     def flush(self) -> tuple[str, tuple[Token, ...]]:
-        """The text held back, now that nothing can complete a stop string, and its tokens."""
+        """At the end: the text held back, and its tokens."""
         text = "" if self._rules.include_stop else self._held
         self._held = ""
         return text, self._release_tokens(self._length, all_of_them=True)
 
     def _find_stop(self, text: str, piece: str, *, may_stop: bool) -> tuple[str | None, int]:
-        """The stop string that ends the text, if any, and up to where the text is certain.
+        """The stop string that ends the text, if any, and how far the text is final.
 
-        `text` is what was held, and the piece that is new.
+        `text` is what was held, followed by the new piece.
         """
         if not self._rules.stop:
             return None, len(text)
@@ -214,7 +214,7 @@ class OutputText:
         return None, len(text) if include else certain
 
     def _release_tokens(self, certain: int, *, all_of_them: bool) -> tuple[Token, ...]:
-        """The held tokens that begin in so many characters of the text."""
+        """The held tokens that begin in the first `certain` characters."""
         held, released = self._held_tokens, list[Token]()
         while held and (all_of_them or held[0][0] < certain):
             released.append(held.popleft()[1])

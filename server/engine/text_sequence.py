@@ -1,4 +1,4 @@
-"""A sequence with what generating takes: how tokens are chosen, the text, what a session keeps."""
+"""A sequence with its sampling parameters, text and stop conditions."""
 
 import functools
 import time
@@ -21,27 +21,27 @@ from server.engine.text import OutputText, TextRules, TextStep
 NO_TOKENS = frozenset[int]()
 
 SNAPSHOT_TOKENS, MOST_REPEATED = 16, 64
-"""The row of a sequence that runs ahead is copied after so many tokens, so that a stop string can
-cut; it does not run further ahead of its copy than so many."""
+"""The row of a sequence that runs ahead is copied every this many tokens, so that a stop string can
+cut it; it runs at most this far ahead of its copy."""
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """A point before text that is not certain to stay: a stop string may cut it away again."""
+    """A position before text that a stop string may cut."""
 
     state: RowState | None
-    """None: to be had by reading the snapshot's tokens again."""
+    """None: obtained by reading the snapshot's tokens again."""
 
     position: int
     recent: bytes
     num_since: int
-    """Tokens between the snapshot and here, if there is one."""
+    """Tokens between the snapshot and this position, if there is a snapshot."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state from which later ones can be had again: a step that runs ahead reads a token before
-    anybody knows whether its text stays."""
+    """A state from which later ones can be recomputed: steps that run ahead read tokens before
+    their text is final."""
 
     state: RowState
     token_ids: list[int]
@@ -50,7 +50,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class End:
-    """Why a text ends as it should."""
+    """A regular end of a text."""
 
     reason: Literal["stop", "length"]
     stopped_by: str | int | None = None
@@ -58,7 +58,7 @@ class End:
 
 
 class TextSequence(EngineSequence):
-    """A sequence that becomes text."""
+    """A sequence that generates text."""
 
     def __init__(
         self,
@@ -73,17 +73,17 @@ class TextSequence(EngineSequence):
         special = tokenizer.special_tokens
         stops = (*request.stop, *request.end_texts)
         self._named_stops = {special[name]: name for name in stops if name in special}
-        """Special tokens have no text: a stop string that names one is found by its id."""
+        """Special tokens have no text: stop strings that name one are matched by id."""
 
         self.stop_token_ids = frozenset((*request.stop_token_ids, *self._named_stops))
-        """Tokens with which the client lets the text end."""
+        """Tokens that end the text on the client's request."""
 
         self.end_token_ids = self.stop_token_ids.union(ends)
-        """Tokens that end the text."""
+        """All tokens that end the text."""
 
         start = request.continuation
         self.prompt_scores: PromptScores | None = None
-        """Collects the logits of the prompt, if they are asked for."""
+        """Collects the prompt's log-probabilities, if requested."""
 
         if request.score_prompt:
             num_top = request.num_logprobs or 0
@@ -94,7 +94,7 @@ class TextSequence(EngineSequence):
         keeps_state = request.retain_as is not None or request.keeps_answer
         self._can_rewind = keeps_state and bool(stops)
         self._generated = list[int]()
-        """Tokens of the answer, where its state is to be found by the text."""
+        """Tokens of the answer, if its state is cached by text."""
 
         self._prompt_position = self.position
         self._num_opening = 0
@@ -108,27 +108,27 @@ class TextSequence(EngineSequence):
         )
         self.text = OutputText(tokenizer, rules, start.undecoded)
         self._anchors = deque[Anchor]()
-        """The first is the one to go back to; a later one takes its place when the text is certain
-        up to there."""
+        """The first one is the position to cut back to; a later one replaces it when the text is
+        final up to there."""
 
         self._snapshot: Snapshot | None = None
         self.num_to_repeat = 0
-        """Tokens to be read again before the turn ends; what they would choose is not wanted."""
+        """Tokens to read again before the turn ends; nothing is sampled after them."""
 
         self.num_outdated = 0
-        """Steps under way that were launched before that."""
+        """Steps in flight that were launched before the cut."""
 
         self.end: End | None = None
         """How the turn ends after that."""
 
         self._budget = request.thinking_budget
-        """None also when the thoughts have ended."""
+        """None also after the thoughts have ended."""
 
         self._thought_end = b""
         """The last bytes of the thoughts."""
 
         self._mask: NDArray[np.int32] | None = None
-        """Token ids that may come next, where a grammar or the budget of thoughts says it."""
+        """Mask of the allowed tokens, from a grammar or the thinking budget."""
 
         self.matcher = None if request.grammar is None else request.grammar.matcher()
         # A grammar must not end the text with an ignored end token while more can follow.
@@ -136,19 +136,19 @@ class TextSequence(EngineSequence):
         self._banned_later = tuple(sorted(ignored - self.end_token_ids))
         self._banned_early = tuple(sorted(ignored | self.end_token_ids))
         self._piece: Piece | None = None
-        """Its part in the last step that chose a token for it."""
+        """Its piece in the last step that sampled a token."""
 
         self._is_plain = (
             self.matcher is None
             and not request.sampling.changes_logits
             and len(self.end_token_ids) <= MAX_END_TOKENS
         )
-        """Whether the choice of a token depends on no other."""
+        """Whether sampling does not depend on earlier tokens of the sequence."""
 
     def check_ids(self, vocab_sz: int) -> None:
-        """Raises ValueError when a token id is none of the model's: it would fail a whole step.
+        """Raises ValueError for token ids outside the vocabulary, which would fail a whole step.
 
-        Pending and recent tokens come with a session, and that from wherever it was imported.
+        Pending and recent tokens come from a session, which may have been imported.
         """
         biased = [token_id for token_id, _ in self.request.sampling.logit_bias]
         stops = self.request.stop_token_ids
@@ -158,7 +158,7 @@ class TextSequence(EngineSequence):
 
     @property
     def can_run_ahead(self) -> bool:
-        """Whether another step can be launched for it before the token of the last is known."""
+        """Whether another step can be launched before the last token is known."""
         return (
             self._is_plain
             and self._budget is None
@@ -171,23 +171,23 @@ class TextSequence(EngineSequence):
 
     @property
     def _can_undo(self) -> bool:
-        """Whether a token that a stop string cuts away may be read before that is known."""
+        """Whether a token that a stop string cuts may be read before the cut."""
         if not self._can_rewind:
             return True
         return self._snapshot is not None and len(self._snapshot.token_ids) < MOST_REPEATED
 
     def next_token(self, row: int) -> Piece:
-        """Its part in the next step: it reads its next token, or the one that is under way."""
+        """Its piece in the next step: the next token, or the one still being sampled."""
         if not self.num_in_flight:
             self._piece = self._choosing(row, self.pop_unread(1))
         elif self._piece is None:
-            raise RuntimeError("no step was launched that chooses what this one reads")
+            raise RuntimeError("no step in flight samples the token to read")
         elif self._piece.token_ids is not None:
             self._piece = self._piece._replace(token_ids=None, following=None)
         return self._piece
 
     def next_tokens(self, row: int, count: int) -> Piece:
-        """The next tokens of its prompt: what follows is chosen if they are the last ones."""
+        """The next tokens of its prompt; after the last ones a token is sampled."""
         start = self.num_read
         ids = self.pop_unread(count)
         if self.generates and self.is_read:
@@ -199,15 +199,15 @@ class TextSequence(EngineSequence):
         return piece._replace(following=self.prompt_scores.following(start, start + count))
 
     def _choosing(self, row: int, token_ids: list[int]) -> Piece:
-        """A piece after which a token is chosen."""
+        """A piece after which a token is sampled."""
         position = self.position - len(self.unread)
         sampled = SampledRow(self.request.sampling, position, self.recent, self._banned, self._mask)
         return Piece(row, token_ids, sampled, self.end_token_ids, self.request.num_logprobs)
 
     def find_allowed(self) -> str | None:
-        """Find out which tokens may come next. Returns why none may, if so.
+        """Compute the mask of allowed tokens. Returns the reason if there are none.
 
-        A complete text is not asked what else is forbidden: it ends in any case.
+        A complete text only has to end; other constraints do not matter.
         """
         if self._budget is not None:
             self._mask = self._closing_mask(self._budget)
@@ -225,8 +225,8 @@ class TextSequence(EngineSequence):
         return None if words.any() else "the grammar allows only what min_tokens forbids"
 
     def append(self, token_id: int, *, is_read: bool = False) -> None:
-        """A sampled token is part of the sequence. The next step reads it, unless a step that was
-        launched ahead does."""
+        """Append a sampled token. The next step reads it, unless a step launched ahead already
+        does."""
         self._tokens, self.num_read = [token_id], int(is_read)
         self.position += 1
         self.recent.append(token_id, generated=True)
@@ -238,43 +238,43 @@ class TextSequence(EngineSequence):
             self._follow_thoughts(self._budget, token_id)
 
     def push_text(self, token: Token) -> TextStep:
-        """Add the text of a sampled token, which counts as generated; called before `append`."""
+        """Add the text of a sampled token, which counts as generated; call before `append`."""
         step = self.text.push(token, may_stop=self.num_generated >= self.request.min_tokens)
         while len(self._anchors) + step.wants_anchor > self.text.num_anchors:
             self._anchors.popleft()
         return step
 
     def set_anchor(self, state: RowState | None) -> None:
-        """Remember the state before the token whose text was just added and which is not in it;
-        None where the snapshot does."""
+        """Store the state before the token whose text was just added and which is not in it; None
+        if the snapshot covers it."""
         since = 0 if self._snapshot is None else len(self._snapshot.token_ids)
         self._anchors.append(Anchor(state, self.position, self.recent.to_bytes(), since))
 
     @property
     def wants_snapshot(self) -> bool:
-        """Called after `append`: whether the row's state should be remembered, if steps can run
-        ahead of this sequence."""
+        """After `append`: whether to store the row's state, if steps can run ahead of this
+        sequence."""
         if not (self._can_rewind and self._is_plain and self.text.is_certain):
             return False
         since = self._snapshot
         return since is None or len(since.token_ids) >= SNAPSHOT_TOKENS
 
     def set_snapshot(self, state: RowState) -> None:
-        """Remember the row's state, after the last token if that is read."""
+        """Store the row's state, after the last token if that is read."""
         self._snapshot = Snapshot(state, self.unread)
 
     def unread_last(self) -> RowState | None:
-        """End before the last token was read, which a step that ran ahead has done; called after
-        `append`. Returns the state to go back to; None where nobody goes on from it."""
+        """End before the last token, which a step that ran ahead has read; call after `append`.
+        Returns the state to restore; None if nothing continues from it."""
         if self._snapshot is None:
             return None
         return self._repeat(self._snapshot, self._snapshot.token_ids[:-1], self._tokens)
 
     def cut(self) -> RowState | None:
-        """End the sequence where its emitted text ends; called instead of `append`.
+        """End the sequence where its emitted text ends; call instead of `append`.
 
-        Returns the state to go back to, None if the present one is right. Emitted tokens that this
-        state does not include are left unread; what is emitted of one more is tokenised anew.
+        Returns the state to restore, None if the current one is right. Emitted tokens that are not
+        in that state become pending; emitted text of part of a token is tokenised again.
         """
         anchor = self._anchors[0] if self._anchors else None
         if anchor is not None:
@@ -299,8 +299,8 @@ class TextSequence(EngineSequence):
         )
 
     def _repeat(self, snapshot: Snapshot, token_ids: list[int], left: list[int]) -> RowState:
-        """Read these tokens again after the snapshot, but not those that are left. Returns the
-        state to go back to."""
+        """Read these tokens again after the snapshot, except those in `left`. Returns the state to
+        restore."""
         self._tokens, self.num_read = [*token_ids, *left], 0
         self.num_to_repeat = len(token_ids)
         self.num_outdated = self.num_in_flight if token_ids else 0
@@ -308,7 +308,7 @@ class TextSequence(EngineSequence):
 
     @functools.cached_property
     def prompt_text(self) -> bytes:
-        """The prompt's bytes, with special tokens in them as no text has them."""
+        """The prompt's bytes; special tokens are encoded so that no text can imitate them."""
         return self.text_before(len(self.request.token_ids))
 
     def text_before(self, num_tokens: int) -> bytes:
@@ -316,12 +316,12 @@ class TextSequence(EngineSequence):
         return b"".join(map(self._marked, self.request.token_ids[:num_tokens]))
 
     def whole_text(self) -> bytes:
-        """The bytes of the prompt and of the answer so far."""
+        """The bytes of the prompt and the answer so far."""
         return self.prompt_text + b"".join(map(self._marked, self._generated))
 
     def find_opening(self) -> None:
-        """Stop behind the prompt, before what opens its answer, if a token ends there; where that
-        is one token, a token before, since one by itself would be no piece of a prompt."""
+        """Stop reading before the opening of the answer, if a token boundary is there; one token
+        earlier if it is a single token, which would not be a piece of a prompt."""
         left, ids = self.request.opening_bytes, self.request.token_ids
         count = len(ids)
         while left > 0 and count > 1:
@@ -333,18 +333,18 @@ class TextSequence(EngineSequence):
 
     @property
     def before_opening(self) -> list[int]:
-        """The tokens between the state that is kept by its text and the end of that text."""
+        """The tokens between the state cached by text and the end of that text."""
         return self._tokens[self.keep_text_at : len(self._tokens) - self._num_opening]
 
     def go_on_behind(self, num_bytes: int, pending: tuple[int, ...]) -> bool:
-        """Begin where the prompt has so many bytes, with a state that has not read `pending` of
-        them. False if no tokens can be had for the rest."""
+        """Start after `num_bytes` bytes of the prompt, with a state that has not read `pending`.
+        False if the rest has no token boundary there."""
         ids, at, count = self.request.token_ids, 0, 0
         while at < num_bytes:
             at += len(self._marked(ids[count]))
             count += 1
         rest = list[int]()
-        if at > num_bytes:  # a token reaches over the end of the text
+        if at > num_bytes:  # a token straddles the end of the text
             try:
                 over = self._tokenizer.bytes_of(ids[count - 1])[num_bytes - at :].decode()
             except UnicodeDecodeError:
@@ -363,7 +363,8 @@ class TextSequence(EngineSequence):
         return text.replace(b"\xff", b"\xff\xff") if text else b"\xff%d\xff" % token_id
 
     def end_by(self, token_id: int) -> str | int | None:
-        """What of the client's ended the text with this token; None if only the model did."""
+        """The client's stop string or token that this token completes; None for the model's own
+        end."""
         if token_id in self.request.stop_token_ids:
             return token_id
         return self._named_stops.get(token_id)
@@ -378,7 +379,7 @@ class TextSequence(EngineSequence):
         )
 
     def timings(self) -> EngineTimings:
-        """Durations until now."""
+        """Durations so far."""
         start, first = self.submitted_at, self.first_token_at
         return EngineTimings(
             queue_s=self.admitted_at - start,
@@ -388,7 +389,7 @@ class TextSequence(EngineSequence):
         )
 
     def _closing_mask(self, budget: ThinkingBudget) -> NDArray[np.int32] | None:
-        """Only the next token of what closes the thoughts, if they have been too long."""
+        """Only the next token of the closing mark, if the thoughts are over budget."""
         num_closing = self.num_generated - budget.max_tokens
         if num_closing < 0:
             return None
@@ -398,7 +399,7 @@ class TextSequence(EngineSequence):
         return mask
 
     def _follow_thoughts(self, budget: ThinkingBudget, token_id: int) -> None:
-        """See whether the thoughts have ended."""
+        """Track whether the thoughts have ended."""
         size = len(budget.close)
         self._thought_end = self._thought_end[1 - size :] + self._tokenizer.bytes_of(token_id)
         is_closed = self.num_generated - budget.max_tokens == len(budget.close_ids)
@@ -407,7 +408,8 @@ class TextSequence(EngineSequence):
 
     @property
     def _banned(self) -> tuple[int, ...]:
-        """Tokens that must not come yet, or at all; in order. What closes thoughts comes anyway."""
+        """Tokens that are not allowed yet, or at all; in order. The closing of thoughts is
+        exempt."""
         if self._budget is not None and self._mask is not None:
             return ()
         early = self.num_generated < self.request.min_tokens

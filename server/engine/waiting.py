@@ -1,4 +1,4 @@
-"""Sequences that wait, by owner: within an owner's the most urgent first."""
+"""Waiting sequences by owner, most urgent first."""
 
 from bisect import insort
 from collections.abc import Iterator
@@ -11,8 +11,7 @@ S = TypeVar("S", bound=EngineSequence)
 
 
 class WaitingQueue(Generic[S]):
-    """Of an owner's sequences those in the flexible tier come last, then the number of their
-    priority counts, then who came first."""
+    """Orders each owner's sequences by service tier, then priority, then arrival."""
 
     def __init__(self) -> None:
         self._by_owner: dict[str, list[S]] = {}
@@ -29,27 +28,27 @@ class WaitingQueue(Generic[S]):
 
     @property
     def owners(self) -> List[str]:
-        """Those that have sequences here."""
+        """Owners with waiting sequences."""
         return list(self._by_owner)
 
     def of(self, owner: str) -> List[S]:
-        """An owner's, in their order."""
+        """An owner's sequences, in order."""
         return self._by_owner.get(owner, ())
 
     def append(self, sequence: S) -> None:
-        """A sequence begins to wait."""
+        """Add a sequence."""
         sequences = self._by_owner.setdefault(sequence.request.owner, [])
         insort(sequences, sequence, key=_rank)
 
     def remove(self, sequence: S) -> None:
-        """It does not wait any more."""
+        """Remove a sequence."""
         owner = sequence.request.owner
         self._by_owner[owner].remove(sequence)
         if not self._by_owner[owner]:
             del self._by_owner[owner]
 
     def clear(self) -> None:
-        """Nothing waits any more."""
+        """Remove all sequences."""
         self._by_owner.clear()
 
 

@@ -108,7 +108,7 @@ class Worker:
             self._run(self._scheduler.plan())
             for finished in self._rows.finished_exports(wait=self._scheduler.idle):
                 self._end(finished)
-        except Exception:  # whatever failed, no client may wait for ever
+        except Exception:  # whatever failed, no client may wait forever
             log.exception("an engine step failed")
             self._fail_all()
         self.step_started = None
@@ -143,7 +143,7 @@ class Worker:
         self._apply(outcomes)
 
     def _apply(self, outcomes: Outcomes) -> None:
-        """Report what a step read and its texts, and end what has ended."""
+        """Report the step's texts and completed prompts, and finish sequences that ended."""
         for sequence in outcomes.read:
             self._report_read(sequence)
         self._events += outcomes.texts
@@ -192,7 +192,7 @@ class Worker:
             magnitude = self._pool.check_row(self._slots.row(state_id))
         except DamagedState as error:
             self._metrics.damaged_states_total.labels(found="idle").inc()
-            log.error("a state that was kept on the device is damaged: %s", error)
+            log.error("a retained state on the device is damaged: %s", error)
             self._rows.release(state_id)
         else:
             self._metrics.state_magnitude.observe(magnitude)
@@ -244,7 +244,7 @@ class Worker:
         self._metrics.requests_waiting.set(len(self._scheduler.waiting))
 
     def _begin_decoding(self) -> None:
-        """Prompts that have nothing to be read in pieces: begin to decode, or end here."""
+        """Start decoding prompts with nothing left to prefill, or end them."""
         for sequence in [s for s in self._scheduler.prefilling if s.is_read]:
             self._stop_prefill(sequence)
             request = sequence.request
@@ -259,7 +259,7 @@ class Worker:
                 self._finish(sequence, end_of_prompt(sequence))
 
     def _report_read(self, sequence: TextSequence) -> None:
-        """All of a prompt is read, or all but what the first decoding step reads."""
+        """The whole prompt is read, except for what the first decoding step reads."""
         sequence.read_at = time.monotonic()
         self._metrics.prefill_time_seconds.observe(sequence.read_at - sequence.admitted_at)
         self._reader.count(sequence)
@@ -267,7 +267,7 @@ class Worker:
         if scores is not None:
             request_id = sequence.request.request_id
             self._events.append(PromptScored(request_id, tuple(scores.tokens)))
-            sequence.prompt_scores = None  # they are reported, and may be large
+            sequence.prompt_scores = None  # already reported, and may be large
 
     def _stop_prefill(self, sequence: TextSequence) -> None:
         self._scheduler.prefilling.remove(sequence)
@@ -332,7 +332,7 @@ class Worker:
         for request_id in list(self._open):
             self._end(Failed(request_id, FAILED))
         if not self._pool.responds:
-            log.critical("the device does not answer any more: the engine ends")
+            log.critical("the device does not respond any more: the engine stops")
             self._is_broken = self._stopping = True
 
     def _refuse_all(self) -> None:

@@ -1,4 +1,4 @@
-"""Front processes: they own the clients' connections, to take HTTP off the engine's process.
+"""Front processes: they own the clients' connections, so that the engine's process is free of HTTP.
 
     client <-HTTP-> front process <-frames on a Unix socket-> core process: the app, the engine
 

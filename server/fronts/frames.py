@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 _HEADER = Struct(">BII")
 HEADER_BYTES = _HEADER.size
 MAX_PAYLOAD_BYTES = 1 << 26
-"""More than any head; a longer frame means that the stream is out of sync."""
+"""Larger than any frame; a longer one means that the stream is out of sync."""
 
 PIECE_BYTES = 1 << 16
 """Maximum body bytes per frame, so that large bodies do not block others."""
@@ -37,7 +37,7 @@ class FrameKind(IntEnum):
     """Front: the client has disconnected."""
 
     CREDIT = 5
-    """Either: flow control; the other side may send so many more bytes."""
+    """Either: flow control; the other side may send this many more bytes."""
 
     START = 6
     """Core: the response's status and headers."""
@@ -56,7 +56,7 @@ class FrameKind(IntEnum):
     """Core: accept no new connections, and exit when the responses in progress are delivered."""
 
     PING = 12
-    """Core: are you there?"""
+    """Core: liveness probe."""
 
     PONG = 13
     """Front: yes."""

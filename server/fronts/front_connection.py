@@ -48,7 +48,7 @@ class FrontConnection:
         self._requests: dict[int, ForwardedRequest] = {}
         self.link = Link(self._handle, self._lost)
         self.heard_at = monotonic()
-        """When the front answered last."""
+        """Time of the front's last reply."""
 
     def _handle(self, frame: Frame) -> None:
         if frame.kind is FrameKind.REQUEST:

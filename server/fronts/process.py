@@ -28,7 +28,7 @@ def run(link_fd: str, listener_fd: str, last_bytes_s: str, settings_json: str) -
 
 
 class _Server(uvicorn.Server):
-    """Ignores signals: the core tells its fronts when to stop."""
+    """Ignores signals: the core stops its fronts."""
 
     def __init__(self, settings: Settings, link: socket.socket, last_bytes_s: int) -> None:
         self._gateway = Gateway(self._stop)

@@ -21,12 +21,13 @@ EXTRA_S = 2
 """Time for a front to exit after the time limit of its last responses."""
 
 SHORT_LIFE_S = 5.0
-"""If a front lived no longer, wait before restarting it: the next would probably fail, too."""
+"""Delay before restarting a front that lived for less than this: the next would probably fail,
+too."""
 
 PAUSE_S = 1.0
 PING_S = 1.0
 HUNG_S = 10.0
-"""A front that has not answered for so long hangs, and is killed for another one."""
+"""A front that has not replied for this long is considered hung, and is killed and replaced."""
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class Supervisor:
                 connection.heard_at = now
             elif now - connection.heard_at > HUNG_S:
                 log.error(
-                    "front process %d has not answered for %g s: it is killed", process.pid, HUNG_S
+                    "front process %d has not replied for %g s: killing it", process.pid, HUNG_S
                 )
                 with suppress(ProcessLookupError):
                     process.kill()

@@ -1,4 +1,4 @@
-"""States in host memory: of the owner that has most the least recently used ones go first."""
+"""States in host memory, evicted from the owner with the most, least recently used first."""
 
 from model.shares import SharedCache
 from server.sessions.codec import SessionState
@@ -22,11 +22,11 @@ class HostCache:
         return self._states.size
 
     def get(self, state_id: str) -> SessionState | None:
-        """The state, now the one that its owner used last."""
+        """The state, which becomes its owner's most recently used."""
         return self._states.get(state_id)
 
     def put(self, state_id: str, state: SessionState, owner: str = "") -> int:
-        """Keep a state, forget others for it. Returns how many were forgotten.
+        """Add a state, evicting others if necessary. Returns how many were evicted.
 
         A state larger than the whole cache is not added.
         """
@@ -36,5 +36,5 @@ class HostCache:
         return len(self._states.put(state_id, state, owner, state.num_bytes))
 
     def remove(self, state_id: str) -> None:
-        """Forget a state if it is here."""
+        """Remove a state, if present."""
         self._states.remove(state_id)

@@ -1,10 +1,9 @@
-"""The time by which sessions and responses live.
+"""The clock for the lifetimes of sessions and responses.
 
-The system's clock may be set, forward or back; nothing may expire by that, or live on. So time is
-the machine's time since it started, which only grows, plus the Unix time of that start, which is
-noted beside the store: a server that is started again goes on where time would be by now. After
-another start of the machine the system's clock counts again, but never a time before the store's
-latest use.
+The system clock may be set forward or back, which must neither expire entries nor keep them alive.
+Time is therefore the machine's uptime, which only grows, plus the Unix time of its boot, which is
+recorded next to the store: a restarted server continues the same clock. After a reboot the system
+clock counts again, but never shows a time before the store's latest use.
 """
 
 import json
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Clock:
-    """Unix seconds that grow evenly. `started_at`: what it showed when the machine started."""
+    """Unix seconds that grow evenly. `started_at`: Unix time of the machine's boot."""
 
     def __init__(self, started_at: float) -> None:
         self.started_at = started_at
@@ -31,8 +30,8 @@ class Clock:
 
 
 def open_clock(path: Path, latest_use: Callable[[], float]) -> Clock:
-    """The clock noted in this file, if it is of this start of the machine; or a new one, which is
-    noted there: it shows the system's time, or what `latest_use` returns if that is later."""
+    """The clock recorded in this file, if the machine has not rebooted since; otherwise a new one,
+    which is recorded: it shows the system time, or what `latest_use` returns if that is later."""
     boot = _boot_id()
     started_at = _noted(path, boot)
     if started_at is not None:
@@ -41,7 +40,9 @@ def open_clock(path: Path, latest_use: Callable[[], float]) -> Clock:
     try:
         write_file(path, json.dumps({"boot": boot, "started_at": clock.started_at}).encode(), 0o600)
     except OSError as error:
-        log.warning("the clock is not noted, so the next start may jump: %s: %s", path, error)
+        log.warning(
+            "the clock cannot be saved, so it may jump at the next start: %s: %s", path, error
+        )
     return clock
 
 
@@ -54,7 +55,7 @@ def _noted(path: Path, boot: str) -> float | None:
 
 
 def _boot_id() -> str:
-    """Names this start of the machine; empty where nothing does."""
+    """Id of the machine's boot; empty if unknown."""
     try:
         return BOOT_ID.read_text().strip()
     except OSError:
@@ -62,5 +63,5 @@ def _boot_id() -> str:
 
 
 def _uptime() -> float:
-    """Seconds since the machine started, those that it slept included."""
+    """Seconds since boot, including sleep."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -1,9 +1,9 @@
 """Serialization of a session's state as a safetensors blob.
 
-The tensors are the named tensors of the model's state and `recent`, the tokens that penalties look
-back on. The header's metadata tell the format, the model's fingerprint, the dtype of its states,
-the arithmetic that computed them, the turn, the position, what is pending, and a checksum over all
-of it. Nothing in it is ever executed.
+The tensors are the named tensors of the model's state and `recent`, the recent tokens for
+penalties. The header's metadata has the format, the model's fingerprint, the dtype of its states,
+the arithmetic that computed them, the turn, the position, pending tokens, and a checksum over
+everything. Nothing in a blob is ever executed.
 """
 
 import hashlib
@@ -25,18 +25,18 @@ log = logging.getLogger(__name__)
 
 FORMAT, VERSION = "latentd-session", "5"
 BEFORE = "4"
-"""The version that does not say which arithmetic computed the state."""
+"""The version without the arithmetic that computed the state."""
 
 ARITHMETIC = re.compile(r"[a-z]+\d+ x [a-z]+\d+")
 RECENT = "recent"
 LARGEST = 1 << 53
 MOST_IMPORTED = 1 << 52
-"""Turns and tokens that an imported session may have. No number of later turns leads to `LARGEST`,
-from which on a state could not be read any more."""
+"""Maximum turns and tokens of an imported session: no number of later turns can reach `LARGEST`,
+beyond which a state could not be read any more."""
 
 MOST_MAGNITUDE = 2.0**100
-"""Of a number of an imported state, about 1.3e30: the same number in float32 and float64. No
-network comes near it, and from about 1e37 on what follows would not be finite."""
+"""Maximum magnitude in an imported state, about 1.3e30: the same number in float32 and float64. No
+network comes near it, and from about 1e37 on results would not be finite."""
 
 MAX_MESSAGE_CHARACTERS = 300
 
@@ -63,7 +63,7 @@ class SessionState:
     """The last tokens, not yet part of the state."""
 
     undecoded: bytes
-    """Bytes of an incomplete character."""
+    """Bytes of an incomplete character at the end of the text."""
 
     recent: bytes
     """Recent tokens, for penalties."""
@@ -72,11 +72,10 @@ class SessionState:
     """The model's state: its concatenated tensors."""
 
     turn: int = 0
-    """The turn that it follows; 0 if not yet known."""
+    """The turn it was stored after; 0 if not yet known."""
 
     arithmetic: str | None = field(default=None, compare=False)
-    """`Network.arithmetic` of the network that computed it, of a state that was decoded and says
-    so."""
+    """`Network.arithmetic` of the network that computed it, for decoded states that record it."""
 
     @property
     def num_bytes(self) -> int:
@@ -90,7 +89,7 @@ class Codec:
     def __init__(
         self, fingerprint: str, tensors: Sequence[TensorSpec], vocab_sz: int, arithmetic: str
     ) -> None:
-        """`arithmetic`: that of the network, whose states are encoded."""
+        """`arithmetic`: that of the network, recorded in encoded states."""
         self.fingerprint = fingerprint
         self.arithmetic = arithmetic
         self._tensors = tuple(tensors)
@@ -148,12 +147,12 @@ class Codec:
         return session
 
     def decode_foreign(self, blob: bytes) -> SessionState:
-        """`decode` of a blob that may come from anywhere: any number of turns can follow it, and
-        their states can be exported and imported again. Raises BlobError."""
+        """`decode` for untrusted blobs: the result can have any number of turns, whose states can
+        be exported and imported again. Raises BlobError."""
         session = self.decode(blob)
         if max(session.turn, session.position) > MOST_IMPORTED:
             raise BlobError(
-                f"turn {session.turn} at position {session.position}: no session comes so far"
+                f"turn {session.turn} at position {session.position}: too large for a session"
             )
         largest = self.check(session)
         if largest > MOST_MAGNITUDE:
@@ -161,10 +160,10 @@ class Codec:
         return session
 
     def report_arithmetic(self, entry_id: str, session: SessionState) -> None:
-        """Log if a state was computed in another arithmetic than it will go on in."""
+        """Log if a state was computed in another arithmetic than this server's."""
         if session.arithmetic not in {None, self.arithmetic}:
             log.warning(
-                "%s was computed in %s and goes on in %s: not to the bit as it would have",
+                "%s was computed in %s and continues in %s: results will not be bit-identical",
                 *(entry_id, session.arithmetic, self.arithmetic),
             )
 
@@ -183,7 +182,7 @@ class Codec:
         return facts.get("sha256") == _checksum(kept, arrays[RECENT].tobytes(), state)
 
     def _facts(self, session: SessionState, arithmetic: str | None) -> dict[str, str]:
-        """The header's metadata; there is one way to write it."""
+        """The header's metadata, in its only spelling."""
         facts = {
             "format": FORMAT,
             "version": BEFORE if arithmetic is None else VERSION,
@@ -229,9 +228,9 @@ class Codec:
     ) -> None:
         """Validate values: a matching checksum does not prove that a server wrote the blob."""
         if not 0 <= session.turn < LARGEST or not 0 <= session.position < LARGEST:
-            raise BlobError(f"turn {session.turn} at position {session.position} cannot be")
+            raise BlobError(f"turn {session.turn} at position {session.position} is not possible")
         if session.arithmetic is not None and not ARITHMETIC.fullmatch(session.arithmetic):
-            raise BlobError(f"arithmetic {session.arithmetic!r} cannot be")
+            raise BlobError(f"arithmetic {session.arithmetic!r} is not possible")
         if len(session.pending) > session.position or len(session.undecoded) > 3:
             raise BlobError(f"the pending tokens do not fit position {session.position}")
         try:
@@ -252,7 +251,7 @@ def read(blob: bytes) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
     try:
         return _metadata(blob), safetensors.numpy.load(blob)
     except (SafetensorError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise DamagedBlob(f"not a whole safetensors blob: {error}") from error
+        raise DamagedBlob(f"not a complete safetensors blob: {error}") from error
 
 
 def _checksum(facts: Mapping[str, str], recent: bytes, state: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Erasing all that an owner holds in a store."""
+"""Erasing all of an owner's data in a store."""
 
 from collections import Counter
 from typing import get_args
@@ -9,7 +9,7 @@ ERASED_TOGETHER = 256
 
 
 async def entries_of(store: Store, owner: str) -> list[Entry]:
-    """Some of an owner's entries, those included whose time is over; none if there are none."""
+    """Some of an owner's entries, including expired ones; none if there are none."""
     for kind in get_args(EntryKind):
         if found := await store.list(kind, owner, ERASED_TOGETHER, None, 0.0):
             return found
@@ -17,8 +17,7 @@ async def entries_of(store: Store, owner: str) -> list[Entry]:
 
 
 async def erase_owner(store: Store, owner: str) -> Counter[EntryKind]:
-    """Erase an owner's sessions and responses. Returns how many there were. Raises
-    StorageFailed."""
+    """Erase an owner's sessions and responses. Returns their numbers. Raises StorageFailed."""
     erased = Counter[EntryKind]()
     while found := await entries_of(store, owner):
         for entry in found:

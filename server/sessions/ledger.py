@@ -133,7 +133,7 @@ class Ledger:
         """Locked entries: being advanced by a turn, rewound or erased."""
 
         self._blobs = FairThreads(1, "blobs")
-        """Where blobs are read that clients import and export; turns have other threads."""
+        """Threads for blobs that clients import and export; turns have other threads."""
 
         self._unlocked: dict[str, asyncio.Event] = {}
         """Events for waiters on locked entries."""
@@ -152,7 +152,7 @@ class Ledger:
         return await self._store.health()
 
     def close(self) -> None:
-        """Wait for what is being read. Called from another thread."""
+        """Wait for running reads. Called from another thread."""
         self._blobs.close()
 
     @asynccontextmanager
@@ -169,7 +169,7 @@ class Ledger:
             case SessionHead(), NextTurn():
                 opening = self._next_turn(owner, source, target)
             case SessionHead(), _:
-                raise ValueError("a session's head is advanced by its next turn only")
+                raise ValueError("a session's head is only advanced by its next turn")
             case _, NextTurn():
                 raise ValueError("a session's next turn starts from its head")
             case _:
@@ -198,7 +198,7 @@ class Ledger:
                 raise TurnMismatch(session_id, entry.turn, source.expected_turn or 0)
             is_full = entry.num_checkpoints >= self._keep_turns
             size = 0 if is_full else self._codec.typical_blob_bytes
-            if target.key is not None:  # its answer is kept, of a length that nobody knows
+            if target.key is not None:  # its answer is stored too, of unknown length
                 size = max(size, 1)
             async with self._quota.reserve(owner, num_bytes=size):
                 answer = None if target.key is None else pending_answer(target.key, target.request)
@@ -314,7 +314,7 @@ class Ledger:
         await self.get(owner, "session", session_id)
         async with self._lock(session_id):
             before = await self.get(owner, "session", session_id)
-            if turn != before.turn:  # first: nothing stays if the caller is cancelled
+            if turn != before.turn:  # first: nothing is cached if the caller is cancelled
                 self._tiers.forget(before.state_id)
             rewound = await self._store.rewind(session_id, turn, self._store.now())
         if rewound is None:
@@ -340,25 +340,25 @@ class Ledger:
             self._metrics.damaged_states_total.labels(found="store").inc()
             raise SessionDamaged(session_id, turn, str(error)) from error
         except BlobError:
-            pass  # of another model, which can continue it
+            pass  # of another model, which may read it
         return entry, turn, blob
 
     async def import_blob(
         self, owner: str, blob: bytes, metadata: dict[str, str], ttl_s: float | None
     ) -> tuple[Entry, str | None]:
-        """A new session that goes on from an exported blob; and the arithmetic that computed it.
+        """A new session from an exported blob, and the arithmetic that computed it.
 
         Raises IncompatibleState, QuotaExceeded, StorageFull and StorageFailed.
         """
         if len(blob) > self._codec.max_blob_bytes:
             raise IncompatibleState(
-                f"this is no state for this server: it has {len(blob)} bytes, the maximum is "
+                f"this is not a state for this server: it has {len(blob)} bytes, the maximum is "
                 f"{self._codec.max_blob_bytes}"
             )
         try:
             state = await self._blobs.run(owner, partial(self._codec.decode_foreign, blob))
         except BlobError as error:
-            raise IncompatibleState(f"this is no state for this server: {error}") from error
+            raise IncompatibleState(f"this is not a state for this server: {error}") from error
         entry = await self._insert_with(owner, state, blob, metadata, ttl_s)
         self._codec.report_arithmetic(entry.id, state)
         return entry, state.arithmetic
@@ -366,7 +366,7 @@ class Ledger:
     async def import_state(
         self, owner: str, state: SessionState, metadata: dict[str, str], ttl_s: float | None
     ) -> Entry:
-        """A new session that goes on from a state of this model.
+        """A new session from a state of this model.
 
         Raises QuotaExceeded, StorageFull and StorageFailed.
         """
@@ -404,12 +404,12 @@ class Ledger:
                 raise not_found(kind, entry_id)
 
     async def usage(self, owner: str) -> StoreUsage:
-        """What an owner holds."""
+        """An owner's usage of the store."""
         return await self._store.usage(owner)
 
     async def erase_all(self, owner: str) -> Counter[EntryKind]:
-        """Erase all that an owner holds, whose turns have ended. Returns how many sessions and
-        responses there were. Raises StorageFailed."""
+        """Erase all data of an owner without running turns. Returns the numbers of sessions and
+        responses. Raises StorageFailed."""
         erased = Counter[EntryKind]()
         while found := await entries_of(self._store, owner):
             for entry in found:
@@ -466,7 +466,7 @@ class Ledger:
         return forked
 
     async def _erase(self, kind: EntryKind, entry_id: str, state_id: str | None) -> bool:
-        self._tiers.forget(state_id)  # first: nothing stays here if the store fails halfway
+        self._tiers.forget(state_id)  # first: nothing is cached if the store fails halfway
         try:
             return await self._store.delete(kind, entry_id)
         finally:
@@ -530,7 +530,7 @@ class Ledger:
                 unlocked.set()
 
     def _is_over(self, entry: Entry) -> bool:
-        """Whether its time is over; while a turn runs it is not."""
+        """Whether it has expired; never while a turn runs."""
         return self._has_expired(entry) and self._open.get(entry.id) is None
 
     def _has_expired(self, entry: Entry) -> bool:
@@ -566,7 +566,7 @@ def new_response_id() -> str:
 
 
 def new_session(owner: str, now: float, metadata: dict[str, str], ttl_s: float | None) -> Entry:
-    """A session that begins now, with an id that cannot be guessed."""
+    """A new session with an unguessable id."""
     session_id = f"sess_{secrets.token_urlsafe(24)}"
     return Entry("session", session_id, owner, now, now, ttl_s=ttl_s, metadata=metadata).used(now)
 

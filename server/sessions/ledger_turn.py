@@ -133,7 +133,7 @@ class LedgerTurn:
     async def store_pending(self, body: str) -> None:
         """Store an unfinished response. Raises StorageFailed and ResponseGone."""
         if self.entry is None:
-            raise InternalError("nothing is kept of this turn")
+            raise InternalError("this turn is not stored")
         entry = with_body(self.entry, body)
         await self._write(entry, None)
         self._is_stored, self.entry = True, entry

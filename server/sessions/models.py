@@ -36,7 +36,7 @@ async def erase_model(store: Store, beginning: str) -> Counter[EntryKind]:
     meant = [name for name in known if name.startswith(beginning)]
     if len(meant) != 1 or len(beginning) < SHORT:
         there = ", ".join(name[:SHORT] for name in known) or "none"
-        raise ModelError(f"{beginning!r} is not the fingerprint of one model; there are: {there}")
+        raise ModelError(f"{beginning!r} does not identify a model; stored are: {there}")
     erased = Counter[EntryKind]()
     async for header in _headers(store):
         if _fingerprint(header) == meant[0]:

@@ -69,10 +69,10 @@ class Quota:
         quotas, total = self._quotas, self._store.total
         num_sessions = total.num_sessions + sum(r.new == "session" for r in self._reserved)
         if new == "session" and _exceeds(num_sessions, quotas.sessions):
-            raise StorageFull(f"this server holds {total.num_sessions} sessions already")
+            raise StorageFull(f"this server already has {total.num_sessions} sessions")
         all_bytes = total.num_bytes + sum(r.num_bytes for r in self._reserved)
         if num_bytes and _exceeds(all_bytes, quotas.bytes):
-            raise StorageFull(f"this server holds {total.num_bytes} bytes of sessions already")
+            raise StorageFull(f"this server already stores {total.num_bytes} bytes of sessions")
 
     async def _check_owner(self, owner: str, new: EntryKind | None, num_bytes: int) -> None:
         quotas = self._quotas
@@ -99,7 +99,7 @@ class Quota:
                 )
         if num_bytes and _exceeds(used.num_bytes + all_bytes, quotas.bytes_per_owner):
             raise QuotaExceeded(
-                f"your sessions and responses hold {used.num_bytes} bytes and need {num_bytes} "
+                f"your sessions and responses have {used.num_bytes} bytes and need {num_bytes} "
                 f"more, the maximum is {quotas.bytes_per_owner}; delete some",
                 "session_bytes_quota_exceeded",
             )

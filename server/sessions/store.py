@@ -60,7 +60,7 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        """What it counts for besides its states: body and metadata."""
+        """Size of body and metadata, without states."""
         metadata = json.dumps(self.metadata) if self.metadata else ""
         return len((self.body or "").encode()) + len(metadata)
 
@@ -120,7 +120,7 @@ class StoreUsage:
     num_responses: int = 0
     num_states: int = 0
     num_bytes: int = 0
-    """Of states, kept answers, bodies of responses and metadata."""
+    """Size of states, stored answers, bodies of responses and metadata."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,10 @@ class StoreHealth:
     """Free bytes on its disk."""
 
     unused_bytes: int
-    """Free in its files: what was deleted, whose place the next states get."""
+    """Free bytes in its files, which new states reuse."""
 
     disk_bytes: int
-    """Of its disk, used or free."""
+    """Size of its disk."""
 
     fault: str | None = None
     """Why data may be lost, if so."""
@@ -168,8 +168,8 @@ class Store(Protocol):
         """Total usage."""
 
     def now(self) -> float:
-        """Unix seconds by which entries live: it only grows, also over a restart and whatever the
-        system's clock does."""
+        """Unix seconds by which entries expire; only grows, across restarts and changes of the
+        system clock."""
 
     async def health(self) -> StoreHealth:
         """Check the disk."""
@@ -229,9 +229,9 @@ class Store(Protocol):
     async def delete(self, kind: EntryKind, entry_id: str) -> bool:
         """Erase an entry with its states and answers. False if there is none.
 
-        Also on a full disk, which is freed so. The one call that may have done half of its work
-        when it raises: the entry is gone then, and its bytes are erased as soon as the disk
-        permits; or, where the disk is full, only its oldest states are gone.
+        Works on a full disk, to free it. The only call that may be half done when it raises: either
+        the entry is gone, and its bytes are erased as soon as the disk permits; or, on a full disk,
+        only its oldest states are gone.
         """
 
     async def close(self) -> None: ...

@@ -34,8 +34,8 @@ class Tiers:
         self._release_row = release_row
         self._rows = set[str]()
         self.num_forgotten = 0
-        """Number of erased states: a state read from the store may be cached only if this has not
-        changed meanwhile."""
+        """Counts erasures: a state read from the store may be cached only if this has not changed
+        meanwhile."""
 
         metrics.session_state_bytes.set(state_bytes)
         self.report()
@@ -67,8 +67,7 @@ class Tiers:
     def cache(
         self, state_id: str, state: SessionState, owner: str, replaced: str | None = None
     ) -> None:
-        """Hold an owner's state in host memory, as far as there is space, in place of another
-        one."""
+        """Cache an owner's state in host memory, if there is space, replacing another one."""
         if replaced is not None:
             self._cache.remove(replaced)
         evicted = self._cache.put(state_id, state, owner)

@@ -82,7 +82,7 @@ def test_only_a_first_start_compiles_and_says_so(
         assert server.stop() == 0
     assert loading == f"loading    {tiny_checkpoint}"
     assert compiling.startswith("compiling  machine code for ")
-    seconds = re.fullmatch(r"compiled   in ([\d.]+) s, kept for the next start", compiled)
+    seconds = re.fullmatch(r"compiled   in ([\d.]+) s, cached for the next start", compiled)
     ready = re.search(r"ready in ([\d.]+) s", server.facts[-1])
     assert seconds is not None
     assert ready is not None

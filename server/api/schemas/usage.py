@@ -1,4 +1,4 @@
-"""`GET /v1/usage`: what a key has used and holds."""
+"""`GET /v1/usage`: a key's usage."""
 
 from typing import Literal
 
@@ -8,16 +8,16 @@ from server.api.schemas.base import ResponseModel, UnixSecond
 
 
 class KeyUsage(ResponseModel):
-    """What your key has used since the server started, and what it holds."""
+    """Your key's usage since the server started, and what it stores now."""
 
     object: Literal["usage"] = "usage"
-    """The kind of object."""
+    """The object type."""
 
     since: UnixSecond
-    """Unix seconds when the server began to count."""
+    """When counting started, in Unix seconds."""
 
     requests: int = Field(examples=[12])
-    """Requests that counted."""
+    """Requests that were charged."""
 
     prompt_tokens: int = Field(examples=[360])
     """Tokens read."""
@@ -29,10 +29,10 @@ class KeyUsage(ResponseModel):
     """Sessions held."""
 
     responses: int = Field(examples=[1])
-    """Stored responses held."""
+    """Stored responses."""
 
     states: int = Field(examples=[9])
-    """States held: those of the last turns of each session, and of each response."""
+    """Stored states: those of each session's last turns, and of each response."""
 
     bytes: int = Field(examples=[2_419_200])
-    """Of states, kept answers, stored responses and metadata."""
+    """Size of states, stored answers, stored responses and metadata."""

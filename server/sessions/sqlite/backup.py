@@ -1,7 +1,7 @@
-"""Backups: a folder with the database, the files of large states, and the checksums of all.
+"""Backups: a folder with the database, the files of large states, and their checksums.
 
-The list of checksums is written last, and `sha256sum -c` reads it: a folder without it is not a
-complete backup.
+The list of checksums, in the format of `sha256sum -c`, is written last: a folder without it is not
+a complete backup.
 """
 
 import hashlib
@@ -24,25 +24,25 @@ CHECKSUMS = "SHA256SUMS"
 
 
 class BackupError(Exception):
-    """Nothing was backed up or restored; one line says why."""
+    """The backup or restore failed and had no effect; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a backup has."""
+    """Contents of a backup."""
 
     num_sessions: int
     num_responses: int
     num_states: int
     num_bytes: int
-    """Of its files."""
+    """Size of its files."""
 
     num_missing: int
-    """States whose files were lost before the backup was made."""
+    """States whose files were lost before the backup."""
 
 
 def backup(data_dir: Path, destination: Path) -> Contents:
-    """Back up the store of a data folder, of which a server may be running, into an empty folder.
+    """Back up a data folder, with or without a running server, into an empty folder.
 
     On return it is durable. Raises BackupError.
     """
@@ -70,9 +70,9 @@ def backup(data_dir: Path, destination: Path) -> Contents:
 
 
 def restore(source: Path, data_dir: Path) -> Contents:
-    """Put a backup, once it has proved to be whole, into a data folder that has no store.
+    """Verify a backup and restore it into a data folder without a store.
 
-    On return it is durable. Raises BackupError, and the folder has no store then.
+    On return it is durable. Raises BackupError, and then leaves no store.
     """
     try:
         sums = _read_sums(source)
@@ -84,14 +84,15 @@ def restore(source: Path, data_dir: Path) -> Contents:
             for name, digest in sums.items():
                 shutil.copyfile(source / name, made / name)
                 if _sync_file(made / name) != digest:
-                    raise BackupError(f"{source / name} is damaged: its checksum is not the listed")
+                    raise BackupError(f"{source / name} is damaged: its checksum does not match")
                 (made / name).chmod(0o600)
             check_store(made / STORE_FILE)
             contents = _contents(made)
             sync_folder(states_folder(made / STORE_FILE))
             _chown(made, data_dir)
             states_folder(made / STORE_FILE).rename(states_folder(data_dir / STORE_FILE))
-            os.link(made / STORE_FILE, data_dir / STORE_FILE)  # unless there is one by now
+            # fails if a store was created meanwhile
+            os.link(made / STORE_FILE, data_dir / STORE_FILE)
             sync_folder(data_dir)
         return contents
     except StoreError as error:
@@ -106,7 +107,7 @@ def _make_folders(folder: Path) -> None:
 
 
 def _check_free(data_dir: Path) -> None:
-    """Raises BackupError when the folder has a store."""
+    """Raises BackupError if the folder has a store."""
     connection = connect(data_dir)
     if connection is not None:
         connection.close()
@@ -119,7 +120,7 @@ def _check_free(data_dir: Path) -> None:
 
 
 def _read_sums(source: Path) -> dict[str, str]:
-    """The checksums by the names of the files. Raises BackupError and OSError."""
+    """Checksums by file name. Raises BackupError and OSError."""
     path = source / CHECKSUMS
     if not path.exists():
         raise BackupError(f"{source} is not a complete backup: it has no {CHECKSUMS}")
@@ -128,15 +129,15 @@ def _read_sums(source: Path) -> dict[str, str]:
         digest, _, name = line.partition("  ")
         parts = Path(name).parts
         if parts[:-1] not in ((), (states_folder(Path(STORE_FILE)).name,)) or ".." in parts:
-            raise BackupError(f"{path} names {name!r}, which is not of a backup")
+            raise BackupError(f"{path} names {name!r}, which is not part of a backup")
         sums[name] = digest
     if STORE_FILE not in sums:
-        raise BackupError(f"{path} does not name {STORE_FILE}")
+        raise BackupError(f"{path} does not list {STORE_FILE}")
     return sums
 
 
 def _sync_file(path: Path) -> str:
-    """Make a file durable; its SHA-256."""
+    """Make a file durable. Returns its SHA-256."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -157,7 +158,7 @@ def _contents(folder: Path) -> Contents:
 
 
 def _chown(made: Path, data_dir: Path) -> None:
-    """What root restores belongs to whom the data folder belongs to."""
+    """Files restored by root get the owner of the data folder."""
     if os.geteuid() == 0:
         owner = data_dir.stat()
         for path in (made, *made.rglob("*")):

@@ -1,4 +1,4 @@
-"""The files that a store has open, and the disk that they are on."""
+"""A store's open files and their disk."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class OpenFiles:
-    """Files and folders by their paths, as they were when this was made. Every call blocks."""
+    """Files and folders by path, as of the creation of this object. Every call blocks."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         """Raises OSError."""
@@ -16,7 +16,7 @@ class OpenFiles:
 
     @property
     def fault(self) -> str | None:
-        """Why what is written now may be lost, if so: a path does not lead to the file any more."""
+        """Why writes may be lost, if so: a path no longer leads to its file."""
         for path, opened in self._opened.items():
             try:
                 found = _identity(path)
@@ -30,16 +30,16 @@ class OpenFiles:
 
     @property
     def free_bytes(self) -> int:
-        """Of the disk, for this process. Raises OSError."""
+        """Free bytes on the disk, for this process. Raises OSError."""
         return shutil.disk_usage(self._folder).free
 
     @property
     def disk_bytes(self) -> int:
-        """Of the disk, used or free. Raises OSError."""
+        """Size of the disk in bytes. Raises OSError."""
         return shutil.disk_usage(self._folder).total
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Only looked at: opening and closing a database gives up the locks on it."""
+    """Uses stat alone: opening and closing a database would drop the locks on it."""
     status = os.stat(path)
     return status.st_dev, status.st_ino

@@ -1,4 +1,4 @@
-"""Erasing what a key holds in a data folder, whether a server uses it or not."""
+"""Erasing a key's data in a data folder, with or without a running server."""
 
 import asyncio
 import json
@@ -13,25 +13,25 @@ from server.sessions.store import StoreError
 
 
 class EraseError(Exception):
-    """Not everything was erased; one line says why."""
+    """The erasure was incomplete; the message is one line."""
 
 
 def erase(data_dir: Path, owner: str) -> str:
-    """Erase it. Returns in words what there was. Raises EraseError."""
+    """Erase a key's data. Returns a description of what was erased. Raises EraseError."""
     try:
         connection = connect(data_dir)
         if connection is None:
             if not (data_dir / STORE_FILE).exists():
-                raise StoreError(f"{data_dir / STORE_FILE}: there is no session store")
+                raise StoreError(f"{data_dir / STORE_FILE}: no session store")
             return asyncio.run(_erase(data_dir / STORE_FILE, owner))
         with connection, connection.makefile("rw", encoding="utf-8") as lines:
             lines.write(json.dumps({"erase": owner}) + "\n")
             lines.flush()
-            answer = json.loads(lines.readline() or '{"error": "the server has ended"}')
+            answer = json.loads(lines.readline() or '{"error": "the server has exited"}')
     except (StorageFailed, StoreError, OSError) as error:
         raise EraseError(str(error)) from error
     if "error" in answer:
-        raise EraseError(f"the server could not erase all: {answer['error']}")
+        raise EraseError(f"the server could not erase everything: {answer['error']}")
     return str(answer["erased"])
 
 

@@ -1,8 +1,8 @@
-"""Large states, each in a file of its own beside the database.
+"""Large states, each in its own file next to the database.
 
 A commit writes such a state once, and a delete does not rewrite it. A file is complete and durable
-before the database has its state, and goes after the last checkpoint with it: what a crash leaves
-over is swept at the next start.
+before the database refers to it, and is deleted after the last checkpoint that does; leftovers of a
+crash are swept at the next start.
 """
 
 import os
@@ -19,7 +19,7 @@ class StateFiles:
     """Blobs by state id. Every call blocks."""
 
     def __init__(self, folder: Path, *, sync: bool) -> None:
-        """`sync`: writing waits for the disk. Raises OSError."""
+        """`sync`: writes wait for the disk. Raises OSError."""
         self._folder = folder
         self._sync = sync
         folder.mkdir(0o700, exist_ok=True)
@@ -28,10 +28,10 @@ class StateFiles:
             sync_folder(folder.parent)
         self._counting = threading.Lock()
         self.num_bytes = sum(path.stat().st_size for path in folder.iterdir())
-        """Of all files."""
+        """Total size of the files."""
 
     def write(self, state_id: str, blob: bytes) -> None:
-        """On return the file survives a crash. Raises OSError, and leaves nothing behind then."""
+        """Write durably. Raises OSError, and then leaves no file."""
         path = self._folder / state_id
         unfinished = path.with_suffix(UNFINISHED)
         try:
@@ -53,20 +53,20 @@ class StateFiles:
             raise
 
     def read(self, state_id: str) -> bytes | None:
-        """None if there is no such file. Raises OSError."""
+        """None if the file does not exist. Raises OSError."""
         try:
             return (self._folder / state_id).read_bytes()
         except FileNotFoundError:
             return None
 
     def beginning(self, state_id: str, most: int) -> bytes:
-        """So many bytes at most; none if there is no such file. Raises OSError."""
+        """At most `most` bytes from the start; empty if the file does not exist. Raises OSError."""
         with suppress(FileNotFoundError), (self._folder / state_id).open("rb") as file:
             return file.read(most)
         return b""
 
     def delete(self, state_id: str) -> None:
-        """Also of one that is not there. Raises OSError."""
+        """Delete a file, if it exists. Raises OSError."""
         path = self._folder / state_id
         with suppress(FileNotFoundError):
             size = path.stat().st_size
@@ -74,12 +74,12 @@ class StateFiles:
             self._count(-size)
 
     def names(self) -> set[str]:
-        """Of all files: state ids, and what was never completed. Raises OSError."""
+        """Names of all files: state ids and incomplete files. Raises OSError."""
         return {path.name for path in self._folder.iterdir()}
 
     def link(self, names: Iterable[str], folder: Path) -> None:
-        """Put these files into another folder of the same disk too, but for those that are not
-        there or unfinished. Raises OSError."""
+        """Link these files, except missing and unfinished ones, into a folder on the same disk.
+        Raises OSError."""
         for name in names:
             if not name.endswith(UNFINISHED):
                 with suppress(FileNotFoundError):
@@ -91,7 +91,7 @@ class StateFiles:
 
 
 def link_or_copy(source: Path, path: Path) -> None:
-    """A hard link, or a copy where there are none. Raises OSError."""
+    """Create a hard link, or a copy if links are not supported. Raises OSError."""
     try:
         os.link(source, path)
     except (FileNotFoundError, FileExistsError):

@@ -1,4 +1,4 @@
-"""Entries as rows of their table."""
+"""Entries as table rows."""
 
 import json
 import sqlite3

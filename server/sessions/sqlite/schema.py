@@ -1,4 +1,4 @@
-"""The tables of the embedded store, and how its file is opened."""
+"""The tables of the embedded store, and opening its file."""
 
 import os
 import sqlite3
@@ -13,11 +13,12 @@ Durability = Literal["sync", "async"]
 APPLICATION_ID = 0x6C746E64
 SCHEMA_VERSION = 4
 PAGE_BYTES = 16384
-"""Large, for blobs are: that halves the time of a commit.
+"""Large, as blobs are, which halves the time of a commit.
 
-SQLite moves the first bytes of a row about when it balances its trees, and leaves copies that no
-delete finds. Behind padding of a page, metadata, body, blob and answer lie in overflow pages, which
-stay where they are until secure_delete zeroes them."""
+When SQLite balances its trees it moves the first bytes of rows, and leaves copies that no delete
+finds. After padding of a page, metadata, body, blob and answer lie in overflow pages, which do not
+move until secure_delete zeroes them.
+"""
 
 PADDING = f"padding BLOB NOT NULL DEFAULT (zeroblob({PAGE_BYTES}))"
 
@@ -120,22 +121,23 @@ CREATE TEMP TABLE files_to_delete (state_id TEXT PRIMARY KEY) STRICT;
 CREATE TEMP TRIGGER file_state_removed AFTER DELETE ON main.checkpoints WHEN OLD.blob IS NULL
 BEGIN INSERT OR IGNORE INTO files_to_delete VALUES (OLD.state_id); END;
 """
-"""Files of states that lost a checkpoint; one that no other has either goes after the commit."""
+"""Files of states that lost a checkpoint; those without another one are deleted after the
+commit."""
 
 
 def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
-    """The database, made if there is none, locked for this process. Raises StoreError."""
+    """Open or create the database, locked for this process. Raises StoreError."""
     db = None
     try:
         path.parent.mkdir(0o700, parents=True, exist_ok=True)
-        # Only a new file: closing one gives up every lock that this process has on it.
-        with suppress(OSError):  # SQLite will say what is wrong
+        # Only for a new file: closing one drops all of this process's locks on it.
+        with suppress(OSError):  # SQLite will report the reason
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         is_own = os.access in os.supports_effective_ids
         if path.exists() and not os.access(path, os.W_OK, effective_ids=is_own):
             raise StoreError(f"{path}: attempt to write a readonly database")
         db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-        # First: reading without it takes a file for shared memory, and so space on the disk.
+        # First: reading without it creates a file for shared memory, which needs disk space.
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("PRAGMA temp_store = MEMORY")
         is_new = _is_new(db, path)
@@ -156,7 +158,7 @@ def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
         db.execute("BEGIN IMMEDIATE")
         db.execute("COMMIT")
         for private in (path, path.with_name(f"{path.name}-wal")):
-            private.chmod(0o600)  # of a new store they had this mode from the first byte
+            private.chmod(0o600)  # new stores have this mode from the start
         _check_accounts(db)
         db.executescript(FILES_TO_DELETE)
     except (sqlite3.Error, OSError, StoreError, TypeError, ValueError) as error:
@@ -167,7 +169,7 @@ def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
 
 
 def check_store(path: Path) -> None:
-    """Raises StoreError for a database that is damaged, or none of this version."""
+    """Raises StoreError for a database that is damaged or of another version."""
     try:
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
             if _is_new(db, path):
@@ -181,12 +183,12 @@ def check_store(path: Path) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """What it says, in one line: SQLite quotes what it cannot read."""
+    """The error in one line: SQLite quotes what it cannot read."""
     return " ".join(str(error).split())[:200]
 
 
 def _is_new(db: sqlite3.Connection, path: Path) -> bool:
-    """Whether the file has no tables yet. Raises StoreError for one that is not of this version."""
+    """Whether the file has no tables yet. Raises StoreError for another version."""
     application_id = db.execute("PRAGMA application_id").fetchone()[0]
     version = db.execute("PRAGMA user_version").fetchone()[0]
     is_empty = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
@@ -200,7 +202,7 @@ def _is_new(db: sqlite3.Connection, path: Path) -> bool:
 
 
 def _check_accounts(db: sqlite3.Connection) -> None:
-    """Raises ValueError when the owners' accounts are not those of the tables."""
+    """Raises ValueError if the owners' accounts do not match the tables."""
     counts = {
         "sessions": "SELECT count(*) FROM entries WHERE kind = 'session'",
         "responses": "SELECT count(*) FROM entries WHERE kind = 'response'",
@@ -210,7 +212,7 @@ def _check_accounts(db: sqlite3.Connection) -> None:
         [counted] = db.execute(count).fetchone()
         [noted] = db.execute(f"SELECT coalesce(sum(num_{what}), 0) FROM owners").fetchone()
         if counted != noted:
-            raise ValueError(f"it has {counted} {what} and accounts for {noted}")
+            raise ValueError(f"it has {counted} {what}, but its accounts say {noted}")
 
 
 def reason(path: Path, error: Exception) -> str:
@@ -221,7 +223,7 @@ def reason(path: Path, error: Exception) -> str:
             return f"{path}: in use by another latentd server"
         case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
             return f"{path}: damaged, or not a latentd session store ({one_line(error)})"
-        case _ if isinstance(error, TypeError | ValueError):  # a value of a kind we never write
+        case _ if isinstance(error, TypeError | ValueError):  # a value of a type we never write
             return f"{path}: damaged ({one_line(error)})"
         case _:
             return str(error) if isinstance(error, StoreError) else f"{path}: {one_line(error)}"

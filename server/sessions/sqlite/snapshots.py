@@ -1,9 +1,9 @@
-"""What another process of the machine may ask of a server that has a store open.
+"""Requests of other processes on the machine to the server that has a store open.
 
-A server listens on a socket in its data folder: who may use the folder may ask, a line of JSON for
-each connection. `{"snapshot": true}` is answered with the name of a folder beside the store with
-everything that it had at one moment, which the server removes when the connection ends;
-`{"erase": OWNER}` with what there was of the owner.
+A server listens on a socket in its data folder, for anyone with access to the folder; each
+connection sends one line of JSON. The response to `{"snapshot": true}` is the name of a folder next
+to the store with its contents at one moment, which the server removes when the connection ends;
+`{"erase": OWNER}` erases the owner's data and returns a description of it.
 """
 
 import asyncio
@@ -28,27 +28,27 @@ PREFIX = "snapshot-"
 MAX_ADDRESS_BYTES = 100
 LONGEST_LINE = 4096
 ASKED_S = 10.0
-"""For who has connected to ask."""
+"""Time limit for sending the request after connecting."""
 
 log = logging.getLogger(__name__)
 
 
 class SnapshotError(Exception):
-    """There is no snapshot; one line says why."""
+    """No snapshot was made; the message is one line."""
 
 
 @contextmanager
 def serve_snapshots(
     store: SQLiteStore, data_dir: Path, erase: Callable[[str], str] | None = None
 ) -> Iterator[None]:
-    """While the block runs, other processes can have snapshots of the store in this folder, and
-    have `erase` called, which says in words what it erased for an owner."""
+    """Within the context, other processes can get snapshots of the store in this folder, and call
+    `erase`, which returns a description of what it erased for an owner."""
     for left_over in data_dir.glob(f"{PREFIX}*"):
         shutil.rmtree(left_over, ignore_errors=True)
     path = data_dir / SOCKET
     with socket.socket(socket.AF_UNIX) as listener:
         try:
-            path.unlink(missing_ok=True)  # the store is ours, so nobody listens there
+            path.unlink(missing_ok=True)  # the store is locked by us, so nobody listens there
             with _address(path) as address:
                 listener.bind(address)
             path.chmod(0o600)
@@ -74,9 +74,9 @@ def serve_snapshots(
 
 @contextmanager
 def snapshot(data_dir: Path) -> Iterator[Path]:
-    """A folder with a snapshot of the store in a data folder, until the block ends.
+    """Context with a folder that has a snapshot of a data folder's store.
 
-    It comes from the server that has the store open; if there is none, the store is opened. Raises
+    It is made by the server that has the store open; without one, the store is opened here. Raises
     SnapshotError and OSError.
     """
     connection = connect(data_dir)
@@ -87,14 +87,14 @@ def snapshot(data_dir: Path) -> Iterator[Path]:
     with connection, connection.makefile("rw", encoding="utf-8") as answers:
         answers.write(json.dumps({"snapshot": True}) + "\n")
         answers.flush()
-        answer = json.loads(answers.readline() or '{"error": "the server has ended"}')
+        answer = json.loads(answers.readline() or '{"error": "the server has exited"}')
         if "error" in answer:
             raise SnapshotError(f"the server could not make a snapshot: {answer['error']}")
         yield data_dir / answer["folder"]
 
 
 def connect(data_dir: Path) -> socket.socket | None:
-    """A connection with the server of a data folder; None if there is none."""
+    """Connect to the server of a data folder; None if there is none."""
     connection = socket.socket(socket.AF_UNIX)
     try:
         with _address(data_dir / SOCKET) as address:
@@ -112,7 +112,7 @@ def connect(data_dir: Path) -> socket.socket | None:
 def _offline_snapshot(data_dir: Path) -> Iterator[Path]:
     path = data_dir / STORE_FILE
     if not path.exists():
-        raise SnapshotError(f"{path}: there is no session store")
+        raise SnapshotError(f"{path}: no session store")
     try:
         store = SQLiteStore(path)
     except StoreError as error:
@@ -147,7 +147,7 @@ def _serve_all(
     data_dir: Path,
     erase: Callable[[str], str] | None,
 ) -> None:
-    """One after another, until the socket ends."""
+    """Serve connections one after another, until the socket is closed."""
     with suppress(OSError):
         while True:
             connection, _ = listener.accept()
@@ -166,7 +166,7 @@ def _answer_erase(connection: socket.socket, erase: Callable[[str], str], owner:
     try:
         _send(connection, {"erased": erase(owner)})
     except LatentdError as error:
-        log.error("not all of %s was erased: %s", owner, error)
+        log.error("the data of %s was not completely erased: %s", owner, error)
         _send(connection, {"error": str(error)})
 
 
@@ -174,7 +174,7 @@ def _answer(connection: socket.socket, store: SQLiteStore, data_dir: Path) -> No
     try:
         with _new_snapshot(store, data_dir) as folder:
             _send(connection, {"folder": folder.name})
-            connection.recv(1)  # until it ends
+            connection.recv(1)  # blocks until the client closes it
     except SnapshotError as error:
         log.error("no snapshot: %s", error)
         _send(connection, {"error": str(error)})
@@ -186,7 +186,7 @@ def _send(connection: socket.socket, answer: dict[str, str]) -> None:
 
 @contextmanager
 def _address(path: Path) -> Iterator[str]:
-    """The path, or a shorter one that leads there: a socket's address has at most 104 bytes."""
+    """The path, or a shorter one to the same file: a socket's address has at most 104 bytes."""
     if len(os.fsencode(path)) <= MAX_ADDRESS_BYTES:
         yield str(path)
         return

@@ -1,4 +1,4 @@
-"""The embedded store: one SQLite file, written by one thread, and files for large states."""
+"""The embedded store: one SQLite file with a single writer thread, and files for large states."""
 
 import asyncio
 import sqlite3
@@ -28,13 +28,14 @@ from server.sessions.store import (
 )
 
 STORE_FILE = "sessions.sqlite3"
-"""Of a data folder."""
+"""Name of the database in a data folder."""
 
 LARGE_BYTES = 1 << 20
-"""Blobs from here on are files: SQLite would write them twice, and erase them page by page."""
+"""Blobs of at least this size are files: SQLite would write them twice, and erase them page by
+page."""
 
 FILE_THREADS = 2
-"""For files that are written, and for those that are read: no commit waits for an export."""
+"""Separate threads for writing and reading files: commits do not wait for exports."""
 
 DATABASE_FILES = ("", "-wal", "-shm", "-clock")
 MAX_HEADER_BYTES = 64 << 10
@@ -42,10 +43,10 @@ UNFINISHED = "status IN ('queued', 'in_progress')"
 
 
 class SQLiteStore:
-    """A Store in one file; `-wal` and `-states` beside it belong to it.
+    """A Store in one file, with its `-wal` and `-states` next to it.
 
-    With `durability` async a commit does not wait for the disk: it survives the end of the process,
-    but the last ones may be lost when the machine loses its power.
+    With `durability` async a commit does not wait for the disk: it survives a crash of the process,
+    but the last ones may be lost in a power failure.
     """
 
     def __init__(self, path: Path, durability: Durability = "sync") -> None:
@@ -78,17 +79,17 @@ class SQLiteStore:
         return await asyncio.to_thread(self._look)
 
     def snapshot(self, folder: Path) -> None:
-        """Put everything, as it is at one moment before this returns, into a folder on the same
-        disk, durable or not; commits go on meanwhile.
+        """Copy everything, as of one moment before this returns, into a folder on the same disk,
+        not necessarily durably; commits continue meanwhile.
 
-        No file of a state goes but in the writer's thread, after the commit that gave it up: those
-        that the copied database names are all there at the moment of the copy, and linked then.
-        Blocks, so it is called from another thread than the event loop's. Raises OSError,
+        State files are only deleted in the writer's thread, after the commit that drops their last
+        reference: all files that the copied database refers to exist at the moment of the copy, and
+        are linked then. Blocks; call it from a thread other than the event loop's. Raises OSError,
         sqlite3.Error and StorageFailed.
         """
         states = states_folder(folder / self._path.name)
         states.mkdir(0o700)
-        self._files.link(self._files.names(), states)  # most of them, while commits go on
+        self._files.link(self._files.names(), states)  # most of them, while commits continue
         named = set[str]()
 
         def link_rest(db: sqlite3.Connection) -> None:
@@ -126,7 +127,7 @@ class SQLiteStore:
                 db.execute(
                     "DELETE FROM checkpoints WHERE entry_number = ? AND turn <= ?",
                     [number, entry.turn - keep],
-                )  # first: their pages are used for what is new, also on a full disk
+                )  # first: new rows can reuse their pages, even on a full disk
             db.execute(
                 """UPDATE entries SET turn = ?, num_tokens = ?, last_used_at = ?, expires_at = ?,
                 status = ?, body = ?, num_bytes = ? WHERE number = ?""",
@@ -312,13 +313,13 @@ class SQLiteStore:
 
         try:
             return await self._run(work, erases=True)
-        except StorageFull:  # the log has no space for all of it at once
+        except StorageFull:  # the log has no space for everything at once
             while await self._run(delete_oldest_state, erases=True):
                 pass
             return await self._run(work, erases=True)
 
     async def close(self) -> None:
-        """Finish what was asked for and close the file."""
+        """Finish queued work and close the file."""
         await self._writer.close()
         for threads in (self._writing, self._reading):
             await asyncio.to_thread(threads.shutdown)
@@ -332,14 +333,14 @@ class SQLiteStore:
             disk_bytes, free_bytes = self._opened.disk_bytes, self._opened.free_bytes
         except OSError as error:
             fault = fault or str(error)
-        # States that are files have no use for pages of the database.
+        # States in files need no pages of the database.
         unused_bytes = 0 if self._files.num_bytes else self._writer.unused_bytes
         return StoreHealth(num_bytes, free_bytes, unused_bytes, disk_bytes, fault)
 
     async def _write(
         self, work: Callable[[sqlite3.Connection], bool], state: NewState | None
     ) -> bool:
-        """Do the work, of which the state is a part; a large one is in its file before."""
+        """Run the work, which includes the state; a large state is written to its file first."""
         if state is None or len(state.blob) < LARGE_BYTES:
             return await self._run(work)
         loop = asyncio.get_running_loop()
@@ -358,20 +359,20 @@ class SQLiteStore:
 
 
 def states_folder(path: Path) -> Path:
-    """Where the files of large states are, beside their database."""
+    """The folder of large states, next to the database."""
     return path.with_name(f"{path.name}-states")
 
 
 def _latest_use(db: sqlite3.Connection) -> float:
-    """Unix seconds; 0 if there is nothing yet."""
+    """Unix seconds; 0 for an empty store."""
     [latest] = db.execute("SELECT coalesce(max(last_used_at), 0) FROM entries").fetchone()
     return float(latest)
 
 
 def _sweep(db: sqlite3.Connection, files: StateFiles) -> None:
-    """Delete files that no checkpoint has, which only a crash leaves.
+    """Delete files without a checkpoint, which only a crash leaves.
 
-    An index can be damaged and still be readable: the table has the last word. Raises OSError.
+    An index can be damaged and still be readable, so the table is read. Raises OSError.
     """
     left_over = files.names()
     for source in ("checkpoints", "checkpoints NOT INDEXED"):
@@ -402,7 +403,7 @@ def _add_checkpoint(db: sqlite3.Connection, number: int, entry: Entry, state: Ne
 
 
 def _checkpoint(db: sqlite3.Connection, entry_id: str, turn: int) -> tuple[int, int] | None:
-    """Number of the entry and tokens after this turn; turn 0 of a session is always there."""
+    """The entry's number, and its tokens after this turn; turn 0 of a session always exists."""
     row = db.execute(
         """SELECT number, CASE WHEN ?2 = 0 AND kind = 'session' THEN 0 ELSE
         (SELECT num_tokens FROM checkpoints WHERE entry_number = number AND turn = ?2) END

@@ -1,7 +1,7 @@
 """The one thread that uses the database.
 
-Whatever waits when the thread gets to it shares one transaction and one fsync. A request that fails
-undoes only its own part. The answers leave after the commit.
+All queued requests share one transaction and one fsync. A request that fails undoes only its own
+part. Results are returned after the commit.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH = 256
 PAGES_PER_STEP = 256
-"""Pages of the database that are copied between two transactions."""
+"""Database pages copied between two transactions."""
 
 T = TypeVar("T")
 
@@ -36,10 +36,10 @@ T = TypeVar("T")
 class _Job:
     work: Callable[[sqlite3.Connection], Any]
     erases: bool
-    """What it deletes must not stay on the disk."""
+    """Whether deleted data must not remain on disk."""
 
     file: str | None
-    """The state whose file goes unless the work returns True."""
+    """The state whose file is deleted unless the work returns True."""
 
     loop: asyncio.AbstractEventLoop
     answer: "asyncio.Future[Any]"
@@ -53,22 +53,22 @@ class _Copy:
 
 
 class Writer:
-    """Runs what is asked for, in order, in transactions."""
+    """Runs requests, in order, in transactions."""
 
     def __init__(self, db: sqlite3.Connection, files: StateFiles, space: ReservedSpace) -> None:
         self.db = db
         self._files = files
         self._space = space
         self.total = _total(db)
-        """What the store holds since the last commit."""
+        """Total usage of the store as of the last commit."""
 
         self.unused_bytes = _unused_bytes(db)
-        """Free in the database's file since then."""
+        """Free bytes in the database's file as of the last commit."""
 
         self._jobs: queue.SimpleQueue[_Job | _Copy | None] = queue.SimpleQueue()
         self._closing = self._closed = False
         self._must_erase = False
-        """What was deleted is still in the write-ahead log."""
+        """Whether deleted data is still in the write-ahead log."""
 
         self._thread = threading.Thread(target=self._main, name="session-store", daemon=True)
         self._thread.start()
@@ -80,10 +80,10 @@ class Writer:
         erases: bool = False,
         file: str | None = None,
     ) -> T:
-        """What `work` returns, once it is durable. Raises StorageFailed.
+        """Run the work and return its result, once durable. Raises StorageFailed.
 
         `file`: the state whose file the work refers to; it is deleted if the work fails or returns
-        False, also when nobody waits any more.
+        False, even if the caller was cancelled.
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
@@ -93,10 +93,10 @@ class Writer:
         return await answer
 
     def copy(self, path: Path, at_end: Callable[[sqlite3.Connection], None]) -> None:
-        """Copy the database as it is at one moment between two transactions, which go on until then
-        and are in the copy. At that moment `at_end` runs, and nothing else.
+        """Copy the database as of one moment; transactions continue during the copy and are
+        included. At that moment `at_end` runs, and no transaction.
 
-        Blocks; called from any other thread. Raises sqlite3.Error, OSError, and StorageFailed when
+        Blocks; called from any other thread. Raises sqlite3.Error, OSError, and StorageFailed if
         the store is closed.
         """
         done = concurrent.futures.Future[None]()
@@ -106,7 +106,7 @@ class Writer:
         done.result()
 
     async def close(self) -> None:
-        """Finish what was asked for and close the database."""
+        """Finish queued work and close the database."""
         self._closing = True
         self._jobs.put(None)
         await asyncio.to_thread(self._thread.join)
@@ -118,7 +118,7 @@ class Writer:
         self._space.close()
 
     def _run_next(self) -> None:
-        """Wait for something to do, and do all that waits."""
+        """Wait for work, and run all that is queued."""
         jobs = [self._jobs.get()]
         while len(jobs) < MAX_BATCH and not self._jobs.empty():
             jobs.append(self._jobs.get())
@@ -129,30 +129,30 @@ class Writer:
                 self._copy(job)
 
     def _copy(self, job: _Copy) -> None:
-        """SQLite's online backup: what this connection writes between its steps is in the copy."""
+        """SQLite's online backup: what this connection writes between its steps is included."""
         try:
             with contextlib.closing(sqlite3.connect(job.path, isolation_level=None)) as copy:
-                copy.execute("PRAGMA synchronous = OFF")  # of a file that nobody needs yet
+                copy.execute("PRAGMA synchronous = OFF")  # nobody depends on this file yet
                 self.db.backup(copy, pages=PAGES_PER_STEP, progress=self._between_steps)
                 job.at_end(self.db)
                 copy.execute("PRAGMA journal_mode = DELETE")
-        except Exception as error:  # whatever it was, the thread goes on
+        except Exception as error:  # whatever failed, the thread must continue
             job.done.set_exception(error)
         else:
             job.done.set_result(None)
 
     def _between_steps(self, _status: int, remaining: int, _total: int) -> None:
-        """After the last step nothing may run before the end of the copy."""
+        """No transaction may run between the last step and the end of the copy."""
         if self._closing:
             raise StorageFailed("the session store is closed")
         if remaining and not self._jobs.empty():
             self._run_next()
 
     def _run_together(self, jobs: Sequence[_Job]) -> None:
-        """One transaction for all of them; then the answers.
+        """One transaction for all jobs; then their results.
 
-        On a full disk the log may hold what the database has space for: what failed is tried again
-        by itself once the log is empty.
+        On a full disk the log may hold space that the database has: failed jobs are retried alone
+        once the log is empty.
         """
         results = self._try(jobs)
         for i, (job, result) in enumerate(zip(jobs, results, strict=True)):
@@ -170,20 +170,21 @@ class Writer:
                 ]
         for job, result in zip(jobs, results, strict=True):
             if job.file is not None and result is not True:
-                with contextlib.suppress(OSError):  # it goes at the next start
+                with contextlib.suppress(OSError):  # deleted at the next start otherwise
                     self._files.delete(job.file)
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
                 job.loop.call_soon_threadsafe(_answer, job.answer, result)
 
     def _try(self, jobs: Sequence[_Job]) -> list[Any]:
-        """Their results after one transaction for all, or the errors that undid them."""
+        """The results of one transaction for all jobs, or the errors that undid them."""
         try:
             self.db.execute("BEGIN IMMEDIATE")
             results = [self._run_one(job) for job in jobs]
             total = _total(self.db)
             unused_bytes = _unused_bytes(self.db)
             self.db.execute("COMMIT")
-        except Exception as error:  # whatever it was, all get an answer and this thread goes on
+        # whatever failed, all jobs get a result and the thread continues
+        except Exception as error:
             with contextlib.suppress(sqlite3.Error):
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK")
@@ -192,10 +193,10 @@ class Writer:
         return results
 
     def _erase(self, something_deleted: bool) -> StorageFailed | None:
-        """Empty the write-ahead log if it holds what was deleted, now or when this failed before,
-        and delete the files of states that no checkpoint has any more.
+        """Empty the write-ahead log if it holds deleted data, including that of earlier failures,
+        and delete the files of states without a checkpoint.
 
-        Returns why it failed; it is tried again after the next transaction.
+        Returns the error, if any; it is retried after the next transaction.
         """
         self._must_erase = self._must_erase or something_deleted
         try:
@@ -218,14 +219,14 @@ class Writer:
             self.db.execute("DELETE FROM files_to_delete")
 
     def _run_one(self, job: _Job) -> Any:
-        """The job's result, or the error that undid it and nothing else."""
+        """The job's result, or the error that undid it alone."""
         self.db.execute("SAVEPOINT one")
         try:
             result = job.work(self.db)
             [num_pages] = self.db.execute("PRAGMA page_count").fetchone()
             self._space.grow(num_pages * PAGE_BYTES)
-        except Exception as error:  # whatever it was, the others' work and this thread go on
-            if not self.db.in_transaction:  # SQLite undid all of it
+        except Exception as error:  # whatever failed, other jobs and the thread continue
+            if not self.db.in_transaction:  # SQLite rolled back everything
                 raise
             self.db.execute("ROLLBACK TO one")
             result = error if isinstance(error, StorageFailed) else storage_error(error)
@@ -243,7 +244,7 @@ def _answer(answer: "asyncio.Future[Any]", result: Any) -> None:
 
 
 def storage_error(error: Exception) -> StorageFailed:
-    """What a client is told of a failed store; the log has it, too."""
+    """The error for clients when the store fails; also in the log."""
     message = f"the session store failed: {one_line(error)}"
     log.error(message)
     is_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or getattr(

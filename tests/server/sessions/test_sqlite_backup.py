@@ -185,7 +185,7 @@ def test_a_damaged_backup_is_refused_wholly(data: Path, tmp_path: Path) -> None:
     ("sums", "reason"),
     [
         (None, "is not a complete backup"),
-        ("", "does not name sessions.sqlite3"),
+        ("", "does not list sessions.sqlite3"),
         ("0  ../outside", "which is not of a backup"),
         ("0  /etc/passwd", "which is not of a backup"),
         (f"0  {FILES}/../../outside", "which is not of a backup"),
