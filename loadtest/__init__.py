@@ -1,4 +1,4 @@
-"""Load tests of servers that speak OpenAI's API, and proofs of what latentd promises.
+"""Load tests for servers with OpenAI's API, and verification of latentd's guarantees.
 
     python -m loadtest --help
 

@@ -30,7 +30,7 @@ for command in (
 
 
 def main() -> None:
-    """Runs a command. What a user can set right is one line."""
+    """Run a command. User errors end with one line."""
     try:
         app()
     except RuntimeError as error:

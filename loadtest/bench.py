@@ -1,4 +1,4 @@
-"""How a server does under one load."""
+"""Measures a server under one load."""
 
 import asyncio
 from typing import Annotated
@@ -15,11 +15,11 @@ from loadtest.workload import Workload
 
 CONCURRENCY = 8
 WARM_UP = 2
-"""Requests before those that count."""
+"""Warm-up requests, not measured."""
 
 
 def progress_bar() -> Progress:
-    """For a terminal; elsewhere nothing is shown."""
+    """Progress bar on a terminal; nothing elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(
         *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
@@ -36,7 +36,7 @@ async def run(
     seed: int,
     label: str = "requests",
 ) -> list[Sample]:
-    """The samples of one run: open at this rate, or else closed with so many users."""
+    """The samples of one run: open loop at `rate`, or closed loop with `users`."""
     with progress_bar() as bar:
         task = bar.add_task(label, total=count)
 
@@ -50,10 +50,11 @@ async def run(
 
 
 async def warm_up(server: Target, load: Workload) -> None:
-    """So that first requests, which load and compile, are not measured. Raises RuntimeError."""
+    """Send requests that are not measured, since the first ones load and compile. Raises
+    RuntimeError."""
     samples = await closed(server, load, users=1, count=WARM_UP, seed=-1, progress=lambda: None)
     if all(sample.error is not None for sample in samples):
-        raise RuntimeError(f"{server.http.base_url} refuses such requests: {samples[0].error}")
+        raise RuntimeError(f"{server.http.base_url} rejects these requests: {samples[0].error}")
 
 
 async def _bench(
@@ -73,12 +74,13 @@ async def _bench(
 def bench(
     url: options.Url,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Closed loop: users, each with one request at a time.")
+        int | None,
+        typer.Option(min=1, help="Closed loop: number of users, each with one request at a time."),
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(min=0.001, help="Open loop: requests a second, Poisson.")
+        float | None, typer.Option(min=0.001, help="Open loop: requests per second (Poisson).")
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, help="How many in all.")] = 200,
+    requests: Annotated[int, typer.Option(min=1, help="Total number of requests.")] = 200,
     slo: options.Objectives = None,
     out: options.Out = None,
     svg: options.Svg = False,
@@ -95,9 +97,9 @@ def bench(
     timeout_s: options.Timeout = 600,
     seed: options.Seed = 0,
 ) -> None:
-    """Measure any server of OpenAI's API: latencies, goodput, errors.
+    """Measure any server with OpenAI's API: latencies, goodput, errors.
 
-    With --rate, latencies are counted from the moment at which a request was to be sent.
+    With --rate, latencies are measured from the scheduled send time.
     """
     if concurrency is not None and rate is not None:
         raise typer.BadParameter("give --concurrency or --rate, not both")
@@ -108,7 +110,7 @@ def bench(
         charts.require()
     samples = asyncio.run(_bench(url, access, load, concurrency, rate, requests, seed))
     summary = summarise(samples, goals)
-    how = f"{rate:g} requests/s" if rate else f"{concurrency or CONCURRENCY} at a time"
+    how = f"{rate:g} requests/s" if rate else f"{concurrency or CONCURRENCY} concurrent"
     show_summary(f"{url}, {how}", summary)
     if out is not None:
         write_result(out, {"summary": summary.to_json()})

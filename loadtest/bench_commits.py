@@ -1,4 +1,4 @@
-"""What making a turn durable costs: in the store alone, in a server, and as bytes on the disk.
+"""Cost of a durable turn: in the store alone, in a server, and as a plain write with fsync.
 
 python -m loadtest.bench_commits
 """
@@ -26,11 +26,11 @@ from tests.server.processes import server_process
 DURABILITIES: tuple[Durability, ...] = ("sync", "async")
 KEEP_TURNS = 8
 TOKENS_TOGETHER = 16
-"""Of each of the turns that finish together."""
+"""Tokens of each turn of a group that finishes together."""
 
 
 def count_transactions(store: SQLiteStore) -> list[int]:
-    """The sizes of the store's transactions from now on."""
+    """A list that collects the sizes of the store's transactions from now on."""
     sizes, run = list[int](), store._writer._run_together
 
     def counted(jobs: Sequence[Any]) -> None:
@@ -44,7 +44,7 @@ def count_transactions(store: SQLiteStore) -> list[int]:
 def print_commits(
     checkpoint: Path, folder: Path, *, turns: int, together: int, rounds: int
 ) -> None:
-    """Measure and print; `turns` of one session alone, `rounds` of so many `together`."""
+    """Measure and print; `turns` of one session alone, `rounds` of `together` concurrent ones."""
     servers = [
         _in_a_server(checkpoint, folder / durability, durability, turns, together, rounds)
         for durability in DURABILITIES
@@ -58,11 +58,11 @@ def print_commits(
             times, num_transactions = asyncio.run(
                 _in_the_store(path, durability, blob, sessions, repeats)
             )
-            print(_row(durability, sessions, times), f" {num_transactions / repeats:.1f} a round")
+            print(_row(durability, sessions, times), f" {num_transactions / repeats:.1f} per round")
     print("in a server: mean by its metrics; from the last token to the end by the client")
     for lines, _ in servers:
         print(*lines, sep="\n")
-    print("these bytes written over a file, and fsync")
+    print("the same bytes overwriting a file, and fsync")
     for sessions, repeats in ((1, turns), (together, rounds)):
         times = _written_and_synced(folder / "plain", sessions * blob, repeats)
         print(_row("", sessions, times))
@@ -71,7 +71,7 @@ def print_commits(
 async def _in_the_store(
     path: Path, durability: Durability, blob: bytes, sessions: int, rounds: int
 ) -> tuple[list[float], int]:
-    """Seconds of each commit, and transactions in all, when all sessions commit at once."""
+    """Seconds per commit and the total number of transactions, when all sessions commit at once."""
     store, now = SQLiteStore(path, durability), time.time()
 
     async def commit(name: str, turn: int) -> float:
@@ -98,7 +98,7 @@ async def _in_the_store(
 def _in_a_server(
     checkpoint: Path, folder: Path, durability: Durability, turns: int, together: int, rounds: int
 ) -> tuple[list[str], bytes]:
-    """Lines of the table, and a state as it is stored."""
+    """Lines of the table, and a state as stored."""
     with server_process(checkpoint, folder, "--durability", durability) as server:
         return asyncio.run(_over_http(server.url, durability, turns, together, rounds))
 
@@ -126,7 +126,7 @@ async def _over_http(
 
 
 async def _end_s(http: httpx.AsyncClient, session_id: str, tokens: int) -> float | None:
-    """Seconds from a stream's last token to its end; None where that token shows no text."""
+    """Seconds from a stream's last token to its end; None if that token has no text."""
     body = {"prompt": " and", "max_tokens": tokens, "session_id": session_id, "ignore_eos": True}
     body |= {"stream": True, "stream_options": {"continuous_usage_stats": True}}
     last = None
@@ -173,9 +173,9 @@ def _row(what: str, sessions: int, times: Sequence[float]) -> str:
 
 
 def main(
-    turns: Annotated[int, typer.Option(help="Turns of one session alone.")] = 300,
-    together: Annotated[int, typer.Option(help="Sessions that finish together.")] = 32,
-    rounds: Annotated[int, typer.Option(help="How often they do.")] = 50,
+    turns: Annotated[int, typer.Option(help="Turns of a single session.")] = 300,
+    together: Annotated[int, typer.Option(help="Sessions that finish at the same time.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Number of rounds.")] = 50,
     checkpoint: Annotated[Path, typer.Option(help="Folder of the model.")] = PRETRAINED,
 ) -> None:
     """Measure and print."""

@@ -1,11 +1,11 @@
-"""How far attention's output drifts from float64 over 10 million tokens.
+"""Drift of attention's output from float64 over 10 million tokens.
 
     python -m loadtest.bench_drift
 
 One head with 8 key and 8 value channels, keys and log-values unit-normal; worst relative error of
-the output over 64 queries. The paths: compiled (a CPU), torch's chunks (prefill anywhere), torch's
-step (decode where nothing is compiled; it is slow, so it reads only the last tokens, from the exact
-state before them), and for comparison the log-space form in float32, read to 1 million tokens.
+the output over 64 queries. The paths: compiled (CPU), torch's `chunked` (plain prefill), torch's
+`step` (plain decode; slow, so it only reads the last tokens, from the exact state before them), and
+for comparison the log-space form in float32, up to 1 million tokens.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from model.kernels.cpu.functions import jit
 D = 8
 BLOCK = 100_000
 TOP = 8.0
-"""Above any key or log-value: the reference of the exact sums."""
+"""Reference of the exact sums, above any key or log-value."""
 
 Doubles = NDArray[np.float64]
 Floats = NDArray[np.float32]
@@ -55,14 +55,14 @@ class Exact:
         return found
 
     def state(self) -> AttentionState:
-        """The same sums as they are served."""
+        """The same sums as a served state."""
         m = torch.full((1, 1, D), TOP)
         z, s = (torch.from_numpy(x).float()[None, None] for x in (self.z, self.s))
         return AttentionState(m, z, s, m.clone(), *(torch.zeros_like(x).char() for x in (z, s)))
 
 
 def output(state: AttentionState, q: Doubles) -> Doubles:
-    """What a state says, read in float64, so that only its own error is seen."""
+    """Output of a state, computed in float64, so that only the state's own error shows."""
     h_s, h_z = (h[0, 0].double().numpy() for h in state.map(Tensor.double).to_paper())
     e = np.exp(q)
     found: Doubles = (e @ np.exp(h_s)) / (e @ np.exp(h_z))[:, None]
@@ -81,7 +81,7 @@ def _attend_all(k: Any, v: Any, m: Any, z: Any, s: Any, z_low: Any, s_low: Any, 
 
 
 def read_compiled(k: Floats, v: Floats, state: AttentionState) -> None:
-    """In place."""
+    """Update `state` in place."""
     fields = (state.m, state.z, state.s, state.z_low, state.s_low, state.n)
     _attend_all(k, v, *(x[0, 0].numpy() for x in fields if x is not None))
 
@@ -93,7 +93,7 @@ def read_chunks(k: Floats, v: Floats, state: AttentionState) -> AttentionState:
 
 
 def read_steps(k: Floats, v: Floats, state: AttentionState) -> None:
-    """In place."""
+    """Update `state` in place."""
     keys, values = (torch.from_numpy(x)[:, None, None] for x in (k, v))
     with torch.inference_mode():
         for key, value in zip(keys, values, strict=True):
@@ -114,8 +114,8 @@ def log_space(k: Any, v: Any, h_z: Any, h_s: Any) -> None:
 
 
 def main(
-    tokens: Annotated[int, typer.Option(help="Tokens in all.")] = 10_000_000,
-    steps: Annotated[int, typer.Option(help="Of these, tokens for torch's step.")] = 300_000,
+    tokens: Annotated[int, typer.Option(help="Total tokens.")] = 10_000_000,
+    steps: Annotated[int, typer.Option(help="Tokens of these for torch's step.")] = 300_000,
 ) -> None:
     """Measure and print."""
     torch.set_num_threads(1)

@@ -1,12 +1,12 @@
-"""How long one client's request keeps the server from the others, by the kind of its body.
+"""How long one request blocks the server for others, by kind of body.
 
     python -m loadtest.bench_freeze
     python -m loadtest.bench_freeze "tokenised, words" "a prompt"
 
-A server of the default model. A process sends each body five times, one after the other, while
-this one asks for /health/live without a pause, and notes the longest answer of each time. What the
-server itself does is in all five, and so in the shortest of them; the longest has whatever else the
-machine does in it, too. The bar is 50 ms for the middle one.
+A server of the default model. A process sends each body five times in sequence, while this one
+polls /health/live without a pause and records the longest response each time. The shortest of the
+five still contains all of the server's own work; the longest may contain other load of the machine.
+The median must stay below 50 ms.
 """
 
 import http.client
@@ -25,26 +25,26 @@ from loadtest.bench_http import server
 BAR_S = 0.05
 TIMES = 5
 MOST = (4 << 20) - 1024
-"""Bytes of a body."""
+"""Size of a body in bytes."""
 
 COMPLETIONS, CHATS, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 USER = '{"role":"user","content":"a"}'
 
 
 def repeat(item: str, before: str, after: str) -> str:
-    """`before`, so many items as there is space for, and `after`."""
+    """`before`, as many items as fit, and `after`."""
     count = (MOST - len(before) - len(after)) // (len(item) + 1)
     return before + ",".join([item] * count) + after
 
 
 def names(value: str, before: str, after: str) -> str:
-    """An object with as many names as there is space for."""
+    """An object with as many names as fit."""
     count = (MOST - len(before) - len(after)) // (len(value) + 10)
     return before + ",".join(f'"{i:06x}":{value}' for i in range(count)) + after
 
 
 def text(piece: str) -> str:
-    """A JSON string of as many pieces as there is space for."""
+    """A JSON string of as many pieces as fit."""
     return json.dumps(piece * ((MOST - 200) // len(json.dumps(piece))))
 
 
@@ -80,18 +80,18 @@ BODIES: dict[str, tuple[str, Callable[[], str]]] = {
         lambda: json.dumps({"prompt": "q7" * 250_000, "return_token_strs": True}),
     ),
     "detokenised": ("/detokenize", lambda: json.dumps({"tokens": [300] * 800_000})),
-    "probabilities of a prompt": (
+    "log-probabilities of a prompt": (
         COMPLETIONS,
         lambda: json.dumps(
             {"prompt": [300] * 60_000, "max_tokens": 0, "echo": True, "logprobs": 3}
         ),
     ),
-    "a blob that is none": ("/v1/sessions/import", lambda: "x" * 1_000_000),
+    "an invalid blob": ("/v1/sessions/import", lambda: "x" * 1_000_000),
 }
 
 
 def ask(port: int, method: str, path: str, body: bytes | None = None) -> int:
-    """The status of the answer."""
+    """Status of the response."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     connection.request(method, path, body, {"Content-Type": "application/json"})
     response = connection.getresponse()
@@ -101,17 +101,15 @@ def ask(port: int, method: str, path: str, body: bytes | None = None) -> int:
 
 
 def send(port: int, name: str) -> int:
-    """Send a body. Returns the answer's status."""
+    """Send a body. Returns the response's status."""
     path, make = BODIES[name]
     return ask(port, "POST", path, make().encode())
 
 
 def main(
-    kinds: Annotated[
-        list[str] | None, typer.Argument(help="Bodies to send; all if not given.")
-    ] = None,
+    kinds: Annotated[list[str] | None, typer.Argument(help="Bodies to send; default: all.")] = None,
 ) -> None:
-    """Print the longest wait of another client by the kind of the body."""
+    """Print another client's longest wait by kind of body."""
     spawn = multiprocessing.get_context("spawn")
     with server("--log-level", "warning") as port, ProcessPoolExecutor(1, spawn) as sender:
         sender.submit(send, port, "nothing large").result()
@@ -124,13 +122,13 @@ def main(
                 status = sending.result()
             first, *_, last = sorted(longest)
             middle = statistics.median(longest)
-            mark = "" if middle <= BAR_S else "  more than the bar"
+            mark = "" if middle <= BAR_S else "  above the limit"
             times = f"{first * 1e3:8.1f}  {middle * 1e3:6.1f}  {last * 1e3:7.1f}"
             print(f"{name:26}  {status:6}  {times}{mark}", flush=True)
 
 
 def _longest_wait_s(port: int, sending: Future[int]) -> float:
-    """Of a client that asks again and again while something is sent."""
+    """Longest wait of a polling client while something is sent."""
     longest_s = 0.0
     while not sending.done():
         started = time.perf_counter()

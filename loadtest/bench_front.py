@@ -1,11 +1,11 @@
-"""Tokens per second that the front end delivers over SSE, whatever the engine could do.
+"""Tokens per second that HTTP delivers over SSE, independent of the engine.
 
     python -m loadtest.bench_front --rate 100000 --api-workers 4
 
-The real server with a stand-in engine (`loadtest.front_server`), read by clients in processes of
-their own. Shows what is delivered of what is emitted, and the CPU time that a token costs in each
-process, which tells how many cores a rate needs; on a machine with too few cores for all of them
-that, not the rate, is the result.
+The real server with a stand-in engine (`loadtest.front_server`), read by clients in separate
+processes. Shows the delivered and emitted rates, and the CPU time per token of each process, which
+gives the number of cores for a rate; on a machine with too few cores the CPU time, not the rate, is
+the result.
 """
 
 import json
@@ -33,7 +33,7 @@ class Cpu:
     """Seconds of CPU time so far."""
 
     loop: float
-    """The core's main thread, which is its event loop."""
+    """The core's main thread, which runs its event loop."""
 
     engine: float
     """The core's other threads."""
@@ -53,7 +53,7 @@ def _cpu_s(stat: Path) -> float:
 
 
 def cpu(pid: int) -> Cpu:
-    """Of a server, by the files of /proc."""
+    """CPU time of a server, from /proc."""
     process = Path(f"/proc/{pid}")
     children = [
         child for task in process.glob("task/*/children") for child in task.read_text().split()
@@ -95,7 +95,7 @@ def measure(
     tokens: int,
     clients: int,
 ) -> tuple[float, Cpu, list[Report]]:
-    """One run: the rate at which tokens were emitted, what they cost, what the clients saw."""
+    """One run: the emitted rate, its CPU time, and the clients' reports."""
     shares = [streams // clients + (i < streams % clients) for i in range(clients)]
     readers = [
         subprocess.Popen(
@@ -142,14 +142,14 @@ def show(name: str, emitted: float, spent: Cpu, reports: list[Report]) -> None:
 
 
 def main(
-    streams: Annotated[int, typer.Option(min=1, help="Streams at the same time.")] = 256,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 400,
-    rate: Annotated[list[float] | None, typer.Option(help="Tokens emitted a second.")] = None,
-    api_workers: Annotated[list[int] | None, typer.Option(help="As of latentd serve.")] = None,
+    streams: Annotated[int, typer.Option(min=1, help="Concurrent streams.")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per stream.")] = 400,
+    rate: Annotated[list[float] | None, typer.Option(help="Emitted tokens per second.")] = None,
+    api_workers: Annotated[list[int] | None, typer.Option(help="As for latentd serve.")] = None,
     endpoint: Annotated[list[str] | None, typer.Option(help="completions, chat.")] = None,
-    clients: Annotated[int, typer.Option(min=1, help="Processes that read.")] = 1,
+    clients: Annotated[int, typer.Option(min=1, help="Client processes.")] = 1,
 ) -> None:
-    """Print a table: tokens a second, microseconds of CPU a token, milliseconds of delay."""
+    """Print a table: tokens per second, microseconds of CPU per token, milliseconds of delay."""
     print(f"{streams} streams of {tokens} tokens, {os.cpu_count()} cores, {clients} clients")
     print(
         f"{'':22}{'emitted':>10}{'delivered':>11}{'ratio':>7}{'tokens':>8}"

@@ -1,10 +1,9 @@
-"""What the host does for a token besides the network: text, limits, events, a step's plan.
+"""The host's work per token besides the network: text, limits, events, planning of steps.
 
     python -m loadtest.bench_host
 
-Runs the engine's worker on the default model with steps that cost nothing: a stand-in chooses
-tokens, so that all of the time is the host's. On a device that works beside the host, this must be
-less than the device's time for the step.
+Runs the engine's worker on the default model with free steps: a stand-in returns tokens, so that
+all of the time is the host's. On a GPU it must be less than the device's time for the step.
 """
 
 import argparse
@@ -28,11 +27,11 @@ from server.metrics import Metrics
 
 PROMPT = (1, 2, 3)
 ORDINARY = range(300, 900)
-"""Tokens that end nothing."""
+"""Tokens that do not end a text."""
 
 
 class StandIn:
-    """Chooses tokens for nothing."""
+    """A runner that returns tokens without computing."""
 
     runs_ahead = True
 

@@ -1,9 +1,9 @@
-"""Tokens per second over HTTP/SSE next to the bare engine's, and the gaps that a long prompt makes.
+"""Tokens per second over HTTP/SSE next to the bare engine, and the gaps caused by a long prompt.
 
     python -m loadtest.bench_http
 
-32 streams of the default model. The bare engine runs in a process of its own without a server; then
-a server is started, and this process is its client. Both in turn, several times: medians are shown.
+32 streams of the default model. The bare engine runs in a separate process without a server; then a
+server is started, with this process as its client. Both alternate several times: medians are shown.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ class BareEngine:
         self.engine.submit(replace(request, ignore_eos=True, grammar=grammar))
 
     def rate(self, streams: int, tokens: int, grammar: Grammar | None = None) -> float:
-        """Tokens per second of so many streams, all of which keep to the grammar."""
+        """Tokens per second of this many streams, all under the grammar if given."""
         started = time.perf_counter()
         for i in range(streams):
             self.submit(f"{i}", self.ids, tokens, grammar)
@@ -75,7 +75,8 @@ class BareEngine:
         return generated / (time.perf_counter() - started)
 
     def gaps(self) -> tuple[float, float]:
-        """Median seconds between tokens of 16 streams; the largest while a long prompt is read."""
+        """Median seconds between tokens of 16 streams, and the largest while a long prompt is
+        read."""
         for i in range(16):
             self.submit(f"{i}", self.ids, 20_000)
         before = self._gaps(lambda steps, _: steps == 600)
@@ -88,7 +89,8 @@ class BareEngine:
         return statistics.median(before[100:]), max(during)
 
     def _gaps(self, is_last: Callable[[int, list[Event | RowReleased]], bool]) -> list[float]:
-        """Between the steps until the last one; in each, every running stream has its token."""
+        """Seconds between the steps until the last one; each step has a token for every running
+        stream."""
         moments = []
         while True:
             at, events = self.happened.get()
@@ -121,7 +123,8 @@ def server(*flags: str) -> Iterator[int]:
 
 
 async def stream(port: int, body: dict[str, object], times: list[float]) -> int:
-    """Read a stream to its end; the moments of its events, and how many tokens it had."""
+    """Read a stream to its end; appends the times of its events, and returns its number of
+    tokens."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     content = json.dumps(
         {"stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}} | body
@@ -158,7 +161,7 @@ async def delivered(port: int, streams: int, tokens: int) -> float:
 
 
 async def gaps(port: int) -> tuple[float, float]:
-    """`BareEngine.gaps`, seen by clients."""
+    """`BareEngine.gaps` as seen by clients."""
     times: list[list[float]] = [[] for _ in range(16)]
     tasks = [
         asyncio.create_task(
@@ -181,8 +184,8 @@ async def gaps(port: int) -> tuple[float, float]:
 
 
 def main(
-    streams: Annotated[int, typer.Option(help="Streams at the same time.")] = 32,
-    tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 1000,
+    streams: Annotated[int, typer.Option(help="Concurrent streams.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Tokens per stream.")] = 1000,
     rounds: Annotated[int, typer.Option(help="Repetitions; medians are shown.")] = 3,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
     bare_only: Annotated[bool, typer.Option(help="Print the bare engine's rate and end.")] = False,

@@ -1,8 +1,8 @@
-"""What a large state costs to commit and to load: in a file of its own, and as a blob in SQLite.
+"""Cost of committing and loading a large state: as a separate file, and as a blob in SQLite.
 
     python -m loadtest.bench_large_states [--turns 50] [--folder FOLDER]
 
-Both stores are of one run and take turns; the database's other work is the same.
+Both stores alternate in one run; the database's other work is the same.
 """
 
 import asyncio
@@ -21,16 +21,17 @@ from server.sessions.sqlite.store import SQLiteStore
 from server.sessions.store import Entry, NewState
 
 SIZES_MB = (0.27, 3.19, 34.0, 66.0)
-"""The default checkpoint, the paper's network, RWKV-7 of 7.2 B and of 13.3 B parameters."""
+"""State sizes: the default model, the paper's network, RWKV-7 with 7.2 B and with 13.3 B
+parameters."""
 
 KEEP_TURNS = 8
 ALWAYS, NEVER = 0, 1 << 62
-"""From how many bytes on a state is a file."""
+"""Blobs of at least this size are files."""
 
 
 @dataclass
 class Session:
-    """One session of a store, and how long its turns took."""
+    """One session of a store, and the durations of its turns."""
 
     store: SQLiteStore
     large_bytes: int
@@ -39,7 +40,7 @@ class Session:
     load_s: list[float] = field(default_factory=list)
 
     async def turn(self, blob: bytes) -> None:
-        """Commit a turn, which erases the oldest one that is kept, and load its state."""
+        """Commit a turn, which erases the oldest stored one, and load its state."""
         sqlite_store.LARGE_BYTES = self.large_bytes
         entry = replace(self.entry, turn=self.entry.turn + 1)
         started = time.perf_counter()
@@ -50,11 +51,11 @@ class Session:
         self.commit_s.append(committed - started)
         self.entry = entry
         if loaded != blob:
-            raise RuntimeError("what was loaded is not what was committed")
+            raise RuntimeError("the loaded state is not the committed one")
 
 
 async def print_large_states(folder: Path, turns: int) -> None:
-    """Measure and print, files and blobs in turn."""
+    """Measure and print, alternating between files and blobs."""
     stores = [SQLiteStore(folder / name / "sessions.sqlite3") for name in ("files", "blobs")]
     print(f"{'':8} {'commit: median, p99 ms':>31} {'load: median, p99 ms':>31}")
     print(f"{'MB':>8} {'file':>15} {'in SQLite':>15} {'file':>15} {'in SQLite':>15}  ratios")
@@ -65,7 +66,7 @@ async def print_large_states(folder: Path, turns: int) -> None:
                 await session.store.insert(session.entry)
             for number in range(KEEP_TURNS + turns):
                 blob = os.urandom(round(size_mb * 1e6))
-                for session in sessions[:: 1 - 2 * (number % 2)]:  # neither is always the first
+                for session in sessions[:: 1 - 2 * (number % 2)]:  # alternate which is first
                     await session.turn(blob)
             print(_row(size_mb, sessions), flush=True)
             for session in sessions:
@@ -86,7 +87,8 @@ def _row(size_mb: float, sessions: list[Session]) -> str:
 
 
 def main(turns: int = 50, folder: Path | None = None) -> None:
-    """Measure so many turns of each size, in a new folder in this one (the disk to measure)."""
+    """Measure this many turns of each size, in a new folder below this one (the disk to
+    measure)."""
     with tempfile.TemporaryDirectory(dir=folder) as new:
         asyncio.run(print_large_states(Path(new), turns))
 

@@ -1,11 +1,11 @@
-"""Our matrix products beside torch's in the same type, at the sizes that networks have.
+"""Our matrix products next to torch's in the same dtype, at typical network sizes.
 
     python -m loadtest.bench_products
 
-Both run in turn in one process, so that a ratio does not depend on how busy the machine is. Weights
-are read from memory: each product has as many of them as the cache cannot hold. torch's bfloat16
-rounds its outputs to it, and its int8 has inputs that are int8 already; ours have float32 on both
-sides.
+Both alternate in one process, so that ratios do not depend on other load. Weights are read from
+memory: each product cycles through more of them than the caches hold. torch's bfloat16 products
+round their outputs to bfloat16, and its int8 products take int8 inputs; ours have float32 inputs
+and outputs.
 """
 
 from collections.abc import Callable
@@ -28,11 +28,11 @@ ROWS = (1, 8, 64, 512)
 SHAPES = ((3072, 768), (768, 3072), (768, 768), (50304, 768))
 DTYPES: tuple[WeightDtype, ...] = ("float32", "bfloat16", "int8")
 COLD_BYTES = 96 << 20
-"""Of weights that take turns, and of numbers whose sum measures the bandwidth."""
+"""Size of the weights that alternate, and of the array whose sum measures the bandwidth."""
 
 
 class Products:
-    """One product with each of several equal weights, ours and torch's."""
+    """One product with each of several equal weights, by our kernels and by torch."""
 
     def __init__(self, dtype: WeightDtype, shape: tuple[int, int]) -> None:
         weight = torch.randn(shape)
@@ -51,7 +51,7 @@ class Products:
         return len(self._ours)
 
     def ours(self, x: Tensor) -> Callable[[], object]:
-        """All of them by our kernels."""
+        """All products by our kernels."""
         y = torch.empty(len(x), self.num_outputs)
         scale = 0 if self._scale is None else self._scale.data_ptr()
         sizes, places = (len(x), self.num_inputs, self.num_outputs), (x.data_ptr(), y.data_ptr())
@@ -64,12 +64,12 @@ class Products:
         def run() -> tuple[Tensor, Tensor]:
             for record in records:
                 run_on_threads(function, record, threads)
-            return x, y  # whose addresses the records have
+            return x, y  # the records hold their addresses
 
         return run
 
     def theirs(self, x: Tensor) -> Callable[[], object]:
-        """All of them by torch."""
+        """All products by torch."""
         inputs = narrow(x, self._dtype)[0]
 
         @torch.inference_mode()

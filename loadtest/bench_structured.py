@@ -1,10 +1,10 @@
-"""What it costs that a text keeps to a structure: time per token in the bare engine.
+"""Cost of structured output: time per token in the bare engine.
 
     python -m loadtest.bench_structured
 
-The default model, 1 and 32 sequences: free text beside text under a JSON schema, a regular
-expression and a choice, in turn, several times; medians. The structures have no end within the
-tokens that are generated, except for the choice.
+The default model, 1 and 32 sequences: free text next to text under a JSON schema, a regular
+expression and a choice, alternating several times; medians. Except for the choice, the structures
+do not end within the generated tokens.
 """
 
 import json
@@ -57,7 +57,7 @@ def main(
             added_us = (1 / rate - free_s) * 1e6
             print(
                 f"{streams:3} sequences, {name:18} {rate:8,.0f} tokens/s, "
-                f"{added_us:6.1f} us a token more, {rate * free_s:.2f} of free text's speed"
+                f"{added_us:6.1f} us more per token, {rate * free_s:.2f} of free text's speed"
             )
     engine.engine.stop()
     compiler.close()

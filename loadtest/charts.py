@@ -30,13 +30,13 @@ STYLE = {
     "axes.prop_cycle": COLOURS,
     "font.size": 10,
     "svg.fonttype": "none",
-    "svg.hashsalt": "latentd",  # the same file of the same numbers
+    "svg.hashsalt": "latentd",  # reproducible files
     "legend.frameon": False,
 }
 
 
 def require() -> None:
-    """Ends the program with one line if there is no matplotlib."""
+    """Exit with one line if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -46,7 +46,7 @@ def require() -> None:
 
 @contextmanager
 def figure(path: Path, columns: int, title: str, *, rows: int = 1) -> Iterator[list["Axes"]]:
-    """A figure of so many axes side by side, written when the block ends."""
+    """A figure with axes side by side, written at the end of the context."""
     import matplotlib
     from cycler import cycler
     from matplotlib.figure import Figure
@@ -71,17 +71,17 @@ class Axis:
 def draw_lines(
     axes: "Axes", title: str, x: Axis, y: Axis, lines: Mapping[str, Points], marker: str = "o"
 ) -> None:
-    """Each of its points, with a legend if there are several."""
+    """Draw lines of points, with a legend if there are several."""
     for name, points in lines.items():
         at, values = zip(*points, strict=True)
         axes.plot(at, values, marker=marker, markersize=4, label=name)
     _label(axes, title, x, y)
-    if len(lines) > 1:  # below, where it covers nothing
+    if len(lines) > 1:  # below the axes, where it covers nothing
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def plain() -> "FuncFormatter":
-    """Numbers as people write them."""
+    """A formatter of numbers without exponents."""
     from matplotlib.ticker import FuncFormatter
 
     return FuncFormatter(lambda value, _: f"{value:,.10g}")
@@ -109,7 +109,7 @@ def _label(axes: "Axes", title: str, x: Axis, y: Axis) -> None:
 def draw_bench(
     path: Path, title: str, samples: Sequence[Sample], objectives: Sequence[Objective]
 ) -> None:
-    """How TTFT, gaps and whole answers spread, and what came when."""
+    """Distributions of TTFT, gaps and whole answers, and events over time."""
     whole = [sample for sample in samples if sample.error is None]
     kinds = {
         "ttft": ("time to first token", [s.ttft for s in whole if s.ttft is not None]),
@@ -149,5 +149,5 @@ def _over_time(axes: "Axes", samples: Sequence[Sample]) -> None:
     failed = [sample.intended - began for sample in samples if sample.error is not None]
     if failed:
         axes.plot(failed, [0] * len(failed), "x", color=RED, label="failed", clip_on=False)
-    _label(axes, "time to first token, by moment", Axis("s"), Axis("ms"))
+    _label(axes, "time to first token, over time", Axis("s"), Axis("ms"))
     axes.legend(loc="upper right")

@@ -1,4 +1,4 @@
-"""One request to a server, and when each part of its answer came."""
+"""One streamed request, and the times of the parts of its answer."""
 
 import asyncio
 import json
@@ -15,28 +15,28 @@ MOST_ERROR_BYTES = 65536
 
 
 class StreamError(Exception):
-    """The stream itself said that it failed; the message is the error's kind."""
+    """The stream reported an error; the message is its kind."""
 
 
 @dataclass
 class Sample:
-    """What became of a request; moments are seconds of `time.perf_counter`."""
+    """Result of a request; times are seconds of `time.perf_counter`."""
 
     intended: float
-    """When it was to be sent. All latencies are counted from here."""
+    """Scheduled send time; all latencies are measured from it."""
 
     sent: float = 0.0
     text_at: list[float] = field(default_factory=list)
-    """When each event with text came."""
+    """Times of the events with text."""
 
     ended: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
-    """As the server counted them, or else one for each event with text."""
+    """From the server's usage, or else one per event with text."""
 
     is_resumed: bool = False
     error: str | None = None
-    """Its kind; None if the answer came to its end."""
+    """Kind of the error; None for a complete answer."""
 
     @property
     def ttft(self) -> float | None:
@@ -57,14 +57,14 @@ class Sample:
 
     @property
     def e2e(self) -> float:
-        """Seconds until the end of the answer."""
+        """Seconds to the end of the answer."""
         return self.ended - self.intended
 
 
 async def send(
     http: httpx.AsyncClient, path: str, body: dict[str, Any], intended: float | None = None
 ) -> Sample:
-    """Send a request for a stream and read it to its end. Errors of any kind are in the sample."""
+    """Send a streaming request and read it to its end. All errors are recorded in the sample."""
     sent = time.perf_counter()
     sample = Sample(sent if intended is None else intended, sent)
     sample.is_resumed = "session_id" in body
@@ -121,7 +121,7 @@ async def events(response: httpx.Response) -> AsyncIterator[bytes]:
 
 
 def error_kind(status: int, body: bytes) -> str:
-    """The status, and the error's code or type where the body has one."""
+    """The status, with the error's code or type if the body has one."""
     try:
         error = json.loads(body[:MOST_ERROR_BYTES])["error"]
         kind = error.get("code") or error.get("type") or ""
@@ -139,20 +139,21 @@ class Sessions:
     _busy: dict[int, asyncio.Lock] = field(default_factory=dict)
 
     async def create(self, count: int, prompt: str) -> None:
-        """So many, each with a first text. Raises RuntimeError where the server has no sessions."""
+        """Create sessions, each with an initial text. Raises RuntimeError if the server has no
+        sessions."""
         for _ in range(count):
             response = await self.http.post("/v1/sessions", json={"prompt": prompt})
             if response.status_code != 201:
                 kind = error_kind(response.status_code, response.content)
-                raise RuntimeError(f"{self.http.base_url} does not make sessions: {kind}")
+                raise RuntimeError(f"{self.http.base_url} cannot create sessions: {kind}")
             self.ids.append(response.json()["id"])
 
     def lock(self, rank: int) -> asyncio.Lock:
-        """To be held by a turn: a user does not send a second one before the first is answered."""
+        """Held during a turn: a user sends no second turn before the first is answered."""
         return self._busy.setdefault(rank, asyncio.Lock())
 
     async def delete(self) -> None:
-        """All of them."""
+        """Delete all sessions."""
         for session_id in self.ids:
             await self.http.delete(f"/v1/sessions/{session_id}")
         self.ids.clear()

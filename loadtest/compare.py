@@ -1,4 +1,4 @@
-"""Several servers under the same load, in turn."""
+"""Compares several servers under the same load, in turn."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ MEASURES: Mapping[str, Callable[[Summary], float]] = {
 }
 
 Rounds = Sequence[Sequence[Summary]]
-"""By round, then by server."""
+"""Samples by round, then by server."""
 
 
 async def rounds_of(
@@ -41,7 +41,8 @@ async def rounds_of(
     count: int,
     seed: int,
 ) -> Rounds:
-    """Each round sends the same requests to all servers; another one begins in each round."""
+    """Each round sends the same requests to all servers, starting with a different one each
+    time."""
     found = list[list[Summary]]()
     async with AsyncExitStack() as stack:
         servers = [
@@ -70,7 +71,8 @@ async def rounds_of(
 
 
 def ratios(found: Rounds) -> list[dict[str, Interval]]:
-    """For each server after the first: its measures over those of the first, round by round."""
+    """For each server after the first: ratios of its measures to the first server's, round by
+    round."""
     return [
         {
             name: geometric_mean([measure(each[place]) / measure(each[0]) for each in found])
@@ -89,7 +91,7 @@ def _has(measure: Callable[[Summary], float], summary: Summary) -> bool:
 
 
 def draw(path: Path, urls: Sequence[str], found: Sequence[Mapping[str, Interval]]) -> None:
-    """Ratios with their intervals; where 1 is."""
+    """Ratios with their intervals, with a line at 1."""
     with charts.figure(path, len(found), f"Over those of {urls[0]}") as many:
         for axes, url, intervals in zip(many, urls[1:], found, strict=True):
             for number, each in enumerate(reversed(list(intervals.values()))):
@@ -109,15 +111,18 @@ def draw(path: Path, urls: Sequence[str], found: Sequence[Mapping[str, Interval]
 
 
 def compare(
-    urls: Annotated[list[str], typer.Argument(help="Of servers; ratios are to the first.")],
-    rounds: Annotated[int, typer.Option(min=2, help="Of each server.")] = 6,
+    urls: Annotated[
+        list[str], typer.Argument(help="URLs of the servers; ratios are to the first.")
+    ],
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds per server.")] = 6,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Closed loop: users, each with one request at a time.")
+        int | None,
+        typer.Option(min=1, help="Closed loop: number of users, each with one request at a time."),
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(min=0.001, help="Open loop: requests a second, Poisson.")
+        float | None, typer.Option(min=0.001, help="Open loop: requests per second (Poisson).")
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, help="How many a round.")] = 40,
+    requests: Annotated[int, typer.Option(min=1, help="Requests per round.")] = 40,
     out: options.Out = None,
     svg: options.Svg = False,
     prompt: options.Prompt = options.PROMPT,

@@ -1,4 +1,5 @@
-"""A session beside a transformer's key-value cache: bytes, and time per token, by context."""
+"""A session next to a transformer's key-value cache: bytes, and time per token, by context
+length."""
 
 import random
 import statistics
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 CONTEXTS = (128, 512, 2_048, 8_192, 32_768, 131_072, 1_000_000)
 CHUNK_TOKENS = 2_048
 STEPS = 10
-"""Timed together; the median of the rounds is shown."""
+"""Steps timed together; the median of the rounds is shown."""
 
 HEAD_CHANNELS = 64
 """Of GPT-2."""
@@ -35,12 +36,12 @@ HEAD_CHANNELS = 64
 
 @dataclass(frozen=True)
 class Measured:
-    """At one length of context."""
+    """Results at one context length."""
 
     tokens: int
     session_bytes: int
     session_s: float
-    """Seconds of a token."""
+    """Seconds per token."""
 
     cache_bytes: int | None
     """None where the transformer was not run."""
@@ -49,7 +50,8 @@ class Measured:
 
 
 def transformer_config(network: Network, num_parameters: int, width: int, most: int) -> Any:
-    """GPT-2's shape with this width, and as many layers as bring it next to so many parameters.
+    """GPT-2's shape with this width, and the number of layers that comes closest to
+    `num_parameters`.
 
     Its position embedding, which grows with the longest context, is not counted.
     """
@@ -68,15 +70,15 @@ def transformer_config(network: Network, num_parameters: int, width: int, most: 
 
 
 def width_of(size: Description) -> int:
-    """Channels of a token between layers. Raises RuntimeError where the family names no such."""
+    """Width of the residual stream. Raises RuntimeError if the family does not name it."""
     for name in ("d_emb", "hidden_size", "d_model"):
         if isinstance(width := size.sizes.get(name), int):
             return width
-    raise RuntimeError(f"no width among the sizes of this model: {', '.join(size.sizes)}")
+    raise RuntimeError(f"this model's sizes do not include a width: {', '.join(size.sizes)}")
 
 
 class Transformer:
-    """GPT-2 with random weights, which decodes one sequence on torch's fused attention."""
+    """GPT-2 with random weights, decoding one sequence with torch's fused attention."""
 
     def __init__(self, config: "GPT2Config") -> None:
         from transformers import GPT2LMHeadModel
@@ -87,7 +89,7 @@ class Transformer:
         self.num_parameters = sum(p.numel() for p in self.model.parameters()) - positions
 
     def cache(self, tokens: int) -> Any:
-        """Its cache with so many tokens of random numbers: what they are costs nothing."""
+        """A cache with `tokens` tokens of random numbers; the values do not affect the cost."""
         from transformers import StaticCache
 
         made: Any = StaticCache(config=self.config, max_cache_len=tokens + 1)
@@ -110,7 +112,7 @@ class Transformer:
 
 
 def cache_bytes(cache: Any, tokens: int) -> int:
-    """Of the first `tokens` of it."""
+    """Size of the first `tokens` tokens."""
     layers = cache.layers
     return sum(
         each.nbytes * tokens // each.shape[2]
@@ -120,7 +122,7 @@ def cache_bytes(cache: Any, tokens: int) -> int:
 
 
 def grown(network: Network, contexts: Sequence[int], seed: int) -> list[StatePool]:
-    """One session after each of these numbers of tokens, which are read: a pool for each."""
+    """One session per context length, after reading that many tokens: a pool for each."""
     chance = torch.Generator().manual_seed(seed)
     pool, found, seen = network.new_pool(1), list[StatePool](), 0
     for length in contexts:
@@ -136,9 +138,9 @@ def grown(network: Network, contexts: Sequence[int], seed: int) -> list[StatePoo
 
 
 def alternate(rounds: int, tasks: Sequence[Callable[[], object]]) -> list[float]:
-    """Median seconds of each task: in turn, each STEPS times after one that does not count.
+    """Median seconds of each task: alternating, each STEPS times after one warm-up.
 
-    The order is another one in each round: a task after a long cache finds cold processor caches.
+    The order changes each round: a task after a long cache finds cold processor caches.
     """
     times: list[list[float]] = [[] for _ in tasks]
     both, chance = list(zip(tasks, times, strict=True)), random.Random(0)
@@ -160,7 +162,7 @@ def measure(
     rounds: int,
     seed: int,
 ) -> list[Measured]:
-    """All lengths of both in turn, so that ratios do not depend on what else the machine does."""
+    """All lengths of both in turn, so that ratios do not depend on other load of the machine."""
     pools, token = grown(network, ours, seed), Batch.of_tokens([5], [0])
     caches = [transformer.cache(length) for length in theirs]
 
@@ -181,7 +183,7 @@ def measure(
 
 
 def draw(path: Path, found: Sequence[Measured], names: tuple[str, str]) -> None:
-    """Both by context."""
+    """Both by context length."""
     session, cache = names
     both = [each for each in found if each.cache_bytes is not None]
     x = charts.Axis("tokens in the context", log=True)
@@ -199,17 +201,23 @@ def draw(path: Path, found: Sequence[Measured], names: tuple[str, str]) -> None:
 
 
 def compare_kv(
-    tokens: Annotated[int, typer.Option(min=128, help="The longest session.")] = 1_000_000,
-    cache_tokens: Annotated[int, typer.Option(min=128, help="The longest cache.")] = 32_768,
-    rounds: Annotated[int, typer.Option(min=1, help="Medians are of so many.")] = 15,
+    tokens: Annotated[
+        int, typer.Option(min=128, help="Tokens of the longest session.")
+    ] = 1_000_000,
+    cache_tokens: Annotated[
+        int, typer.Option(min=128, help="Tokens of the longest cache.")
+    ] = 32_768,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions; medians are shown.")] = 15,
     folder: Annotated[Path, typer.Option("--checkpoint", help="Folder of the model.")] = PRETRAINED,
-    picture: Annotated[Path | None, typer.Option(help="Also draw here: an SVG or PNG.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also write a chart to this file (SVG or PNG).")
+    ] = None,
     out: options.Out = None,
     seed: options.Seed = 0,
 ) -> None:
-    """A session beside the key-value cache of a transformer of the same size, in one run.
+    """A session next to the key-value cache of a transformer of the same size, in one run.
 
-    The session's tokens are read; the cache is filled with random numbers. Both decode.
+    The session's tokens are prefilled; the cache is filled with random numbers. Both decode.
     """
     if out is not None or picture is not None:
         charts.require()

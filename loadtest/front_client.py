@@ -1,9 +1,9 @@
-"""A client that reads many streams with as little work as possible: bytes are counted, not parsed.
+"""A client that reads many streams with minimal work: bytes are counted, not parsed.
 
     python -m loadtest.front_client PORT ENDPOINT STREAMS TOKENS
 
-Prints `ready` when all answers have begun, and at the end one line of JSON (`Report`). One stream
-of sixteen is kept whole: its events are parsed at the end and its delays taken.
+Prints `ready` when all answers have begun, and one line of JSON (`Report`) at the end. One stream
+in sixteen is stored completely: its events are parsed at the end for the delays.
 """
 
 import json
@@ -26,20 +26,20 @@ _CHUNK = re.compile(rb"\r\n[0-9a-f]+\r\n")
 
 @dataclass
 class Report:
-    """What a client saw."""
+    """What a client measured."""
 
     tokens: int
     events: int
     seconds: float
-    """From the first token to the last."""
+    """Seconds from the first token to the last."""
 
     cpu_s: float
     delays_ms: list[float]
-    """From emission to reception, of the streams that are kept."""
+    """Seconds from emission to reception, for the stored streams."""
 
 
 class Stream:
-    """One request and what has come of its answer."""
+    """One request and its answer so far."""
 
     def __init__(self, port: int, endpoint: str, tokens: int, *, is_retained: bool) -> None:
         self.endpoint, self.expected = endpoint, tokens
@@ -64,7 +64,7 @@ class Stream:
         self.socket.setblocking(False)
 
     def receive(self, piece: bytes) -> None:
-        """Count what is in the next bytes."""
+        """Count the tokens in the next bytes."""
         self.has_begun = True
         count = piece.count(_MARK)
         self.tokens += count
@@ -77,7 +77,7 @@ class Stream:
         self.tail = piece if len(piece) > 2000 else (self.tail + piece)[-2000:]
 
     def check(self) -> None:
-        """Raises RuntimeError unless every token has come, and in events that can be parsed."""
+        """Raises RuntimeError unless every token arrived, in events that can be parsed."""
         usage = re.findall(rb'"completion_tokens":(\d+)', self.tail)
         if self.tokens != self.expected or not usage or int(usage[-1]) != self.expected:
             raise RuntimeError(f"{self.tokens} tokens of {self.expected}: {self.tail!r}")
@@ -100,7 +100,7 @@ class Stream:
 
 
 def read(streams: list[Stream]) -> tuple[float, float]:
-    """Read all to their ends; when the first token came and when the last."""
+    """Read all streams to their ends. Returns the times of the first and the last token."""
     waiting = selectors.DefaultSelector()
     for stream in streams:
         waiting.register(stream.socket, selectors.EVENT_READ, stream)

@@ -2,9 +2,8 @@
 
     python -m loadtest.front_server STREAMS TOKENS_PER_S [flags of latentd serve]
 
-When so many requests have come, all of them get one token a step, from the engine's own thread and
-in one batch a step, until each has as many as it asked for. Every text has one `MARK` and the time
-at which it was emitted.
+Once all requests have arrived, each gets one token per step, from the engine's thread and in one
+batch per step, until it has as many as requested. Every text has one `MARK` and its emission time.
 """
 
 import sys
@@ -31,11 +30,11 @@ from server.metrics import Metrics
 
 MARK = "~"
 PAUSE_S = 1.0
-"""Between the last request and the first token: answers have begun by then."""
+"""Seconds between the last request and the first token, for the answers to begin."""
 
 
 class StandIn:
-    """What the app needs of `server.engine.engine.Engine`."""
+    """The interface of `server.engine.engine.Engine` that the app needs."""
 
     num_streams = 1
     tokens_per_s = 1.0
@@ -69,7 +68,7 @@ class StandIn:
         self._cancelled.add(request_id)
 
     def release(self, name: str) -> None:
-        """No row is kept."""
+        """No row is retained."""
 
     def _run(self) -> None:
         while True:
@@ -80,7 +79,7 @@ class StandIn:
             self._emit(requests)
 
     def _emit(self, requests: Sequence[EngineRequest]) -> None:
-        """As many steps a second as give the rate; none is left out when one is late."""
+        """Emit steps at the rate; late steps are not skipped."""
         started = due = time.perf_counter()
         num_steps = max(request.max_tokens for request in requests)
         for step in range(num_steps):

@@ -1,15 +1,15 @@
-"""All that a GPU has to show, in one call: right numbers first, then times against the limits.
+"""All GPU checks in one call: correctness first, then times against the hardware limits.
 
     python -m loadtest.gpu
 
 The published configuration (124.9 M parameters, random weights). The limit of a decoding step is
 the bytes that it must move, every weight once and every session's state out of memory and back,
-over the bandwidth that a plain copy reaches on the same card. The paper's log-space form, token by
-token in plain torch, runs beside it. `--tiny` runs everything on a CPU with a small network, in
-Triton's interpreter: it shows that this program works, and no speed.
+divided by the bandwidth of a plain copy on the same card. The paper's log-space form, token by
+token in plain torch, runs next to it. `--tiny` runs everything on a CPU with a small network in
+Triton's interpreter: it tests the program, not the speed.
 
-The last part needs the server's packages (fastapi, uvicorn and so on) and is left out where they
-are missing, which is said.
+The last part needs the server's packages (fastapi, uvicorn and so on) and is skipped, with a
+message, if they are missing.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from model.transfer import new_transfer  # noqa: E402
 
 DEVICE = torch.device("cpu" if TINY else "cuda")
 TOLERANCE = 2e-5
-"""Of logits, in float32, against float64."""
+"""Absolute error of logits in float32, against float64."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Sizes:
     sessions: Sequence[int]
     prompts: Sequence[int]
     piece: int
-    """Tokens of a prompt that go through the network at once."""
+    """Prompt tokens per forward pass."""
 
     repeats: int
     copied_bytes: int
@@ -69,8 +69,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="on a CPU, with a small network")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="bfloat16")
-    parser.add_argument("--no-server", action="store_true", help="leave engine and server out")
-    parser.add_argument("--api-workers", type=int, default=8, help="fronts of the server")
+    parser.add_argument("--no-server", action="store_true", help="skip engine and server")
+    parser.add_argument("--api-workers", type=int, default=8, help="front processes of the server")
     arguments = parser.parse_args()
     sizes = SMALL if TINY else WHOLE
     _print_machine()
@@ -107,7 +107,7 @@ def _print_machine() -> None:
 
 
 def _check(network: LanguageModel, tokens: int) -> None:
-    """Raises AssertionError where a form of the network is not the float64 one."""
+    """Raises AssertionError if a form of the network does not match float64."""
     config = network.config
     exact = LanguageModel(config).double().requires_grad_(False)
     exact.load_state_dict(network.state_dict())
@@ -128,7 +128,7 @@ def _check(network: LanguageModel, tokens: int) -> None:
 
 
 def _copy_bandwidth(sizes: Sizes) -> float:
-    """Bytes per second, those read and those written."""
+    """Bytes per second, reads plus writes."""
     source = torch.zeros(sizes.copied_bytes, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _seconds(lambda: target.copy_(source), 10)
@@ -168,7 +168,7 @@ def _decode(
 
 
 def _filled_pool(network: LanguageModel, count: int) -> StatePool:
-    """Rows 1 to count have each read something else."""
+    """Rows 1 to count, each after reading different tokens."""
     pool = network.new_pool(count + 1)
     ids = torch.randint(network.config.vocab_sz, (count, 5))
     for start in range(1, count + 1, 64):
@@ -178,7 +178,7 @@ def _filled_pool(network: LanguageModel, count: int) -> StatePool:
 
 
 def _step_seconds(network: LanguageModel, pool: StatePool, count: int, repeats: int) -> float:
-    """Of a step with its choice of tokens, launched ahead as the engine does."""
+    """Seconds of a step including sampling, launched ahead as by the engine."""
     runner = new_runner(network, pool, count)
     runner.prepare()
     params = [SamplingParams(temperature=0.8, seed=row) for row in range(count)]
@@ -216,7 +216,7 @@ def _prefill(served: LanguageModel, paper: LogSpaceForm, sizes: Sizes) -> None:
 
         seconds = _seconds(read, max(1, sizes.repeats // 10))
         line = f"  {tokens:,} tokens: {1e3 * seconds:.2f} ms, {tokens / seconds:,.0f} tokens/s"
-        if tokens <= 512:  # the scan of all states takes 50 MB a token and layer
+        if tokens <= 512:  # the scan of all states takes 50 MB per token and layer
             on_device = ids.to(DEVICE)
             theirs = _seconds(lambda: paper.prefill(on_device), 3)  # noqa: B023
             line += f"; log-space scan {1e3 * theirs:.1f} ms, {theirs / seconds:.1f}x"
@@ -224,7 +224,7 @@ def _prefill(served: LanguageModel, paper: LogSpaceForm, sizes: Sizes) -> None:
 
 
 def _swap(served: LanguageModel, sizes: Sizes) -> None:
-    """A session's state to host memory and back."""
+    """Transfer of a session's state to host memory and back."""
     pool = _filled_pool(served, 8)
     moves = new_transfer(pool)
     rows = [1 + i % 8 for i in range(max(8, sizes.repeats))]
@@ -239,7 +239,7 @@ def _swap(served: LanguageModel, sizes: Sizes) -> None:
     each = _seconds(many, 3) / len(rows)
     print(
         f"\na session of {len(data):,} bytes to host memory {1e6 * out_alone:.0f} us, back "
-        f"{1e6 * in_alone:.0f} us; {len(rows)} together {1e6 * each:.0f} us each"
+        f"{1e6 * in_alone:.0f} us; {len(rows)} at once {1e6 * each:.0f} us each"
     )
 
 
@@ -261,7 +261,7 @@ def _profile(served: LanguageModel, count: int) -> None:
 
 
 def _serve(network: LanguageModel, dtype: WeightDtype, api_workers: int) -> None:
-    """Tokens per second out of the engine alone, and over SSE from a server."""
+    """Tokens per second of the engine alone, and over SSE from a server."""
     try:
         from loadtest.gpu_server import delivered, engine_rate, write_checkpoint
     except ImportError as error:
@@ -283,7 +283,7 @@ def _serve(network: LanguageModel, dtype: WeightDtype, api_workers: int) -> None
 
 
 def _seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median of some runs, after one that is not counted."""
+    """Median of some runs, after a warm-up."""
     work()
     times = []
     for _ in range(max(1, repeats)):

@@ -1,7 +1,7 @@
-"""The engine and the server of `loadtest.gpu`, on a network of random weights.
+"""The engine and the server of `loadtest.gpu`, on a network with random weights.
 
-Every token of its vocabulary has a text of its own with one mark in it, so that clients can count
-tokens without parsing anything.
+Every token of its vocabulary has a different text with one mark in it, so that clients can count
+tokens without parsing.
 """
 
 import json
@@ -31,7 +31,7 @@ LETTERS = "abcdefghij"
 
 
 def write_checkpoint(network: LanguageModel, folder: Path) -> None:
-    """The network, with texts for all of its tokens."""
+    """Write the network as a checkpoint, with texts for all its tokens."""
     vocab = {}
     for token_id in range(network.config.vocab_sz):
         vocab[MARK + "".join(LETTERS[int(digit)] for digit in str(token_id))] = token_id
@@ -43,14 +43,14 @@ def write_checkpoint(network: LanguageModel, folder: Path) -> None:
 def engine_rate(
     folder: Path, device: torch.device, dtype: WeightDtype, streams: int, tokens: int
 ) -> float:
-    """Tokens per second of so many streams, at the engine's boundary."""
+    """Tokens per second of this many streams, at the engine's interface."""
     loaded = checkpoint.load(folder, device, dtype)
     happened: queue.SimpleQueue[list[Event | RowReleased]] = queue.SimpleQueue()
     limits = EngineLimits(streams, 0, streams, 100 * streams, 512, 0.1, 0)
     engine = Engine(loaded, limits, happened.put, Metrics())
     engine.start()
     try:
-        for count in (5, tokens):  # the first time warms up
+        for count in (5, tokens):  # the first run warms up
             started = time.perf_counter()
             engine.submit(
                 *(
@@ -92,7 +92,7 @@ def delivered(
 
 
 def _read(port: int, streams: int, tokens: int, clients: int) -> list[Report]:
-    """What so many processes saw that shared the streams."""
+    """Reports of client processes that share the streams."""
     shares = [streams // clients + (i < streams % clients) for i in range(clients)]
     program = (sys.executable, "-m", "loadtest.front_client", str(port), "completions")
     readers = [

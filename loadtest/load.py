@@ -1,4 +1,4 @@
-"""Sending a load to a server: closed by a number of users, or open by a rate."""
+"""Sending a load to a server: closed loop with a number of users, or open loop at a rate."""
 
 import asyncio
 import time
@@ -29,7 +29,8 @@ class Target:
         self.sessions = Sessions(self.http)
 
     async def send(self, request: Request, intended: float | None = None) -> Sample:
-        """A turn of a session waits for the one before it, which counts as its latency."""
+        """Send a request. A session's turn waits for the one before it, which counts as its
+        latency."""
         body = request.body(self.endpoint, self.model, ignore_eos=self.ignore_eos)
         path = PATHS[self.endpoint]
         if request.rank is None:
@@ -42,7 +43,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Access:
-    """How servers are asked."""
+    """How to access the servers."""
 
     endpoint: Endpoint = "completions"
     model: str | None = None
@@ -53,7 +54,7 @@ class Access:
 
 @asynccontextmanager
 async def target(url: str, access: Access, sessions: int = 0) -> AsyncIterator[Target]:
-    """A server by its URL, with so many sessions. Raises RuntimeError if it does not answer."""
+    """A server by its URL, with sessions. Raises RuntimeError if it does not respond."""
     headers = {} if access.key is None else {"Authorization": f"Bearer {access.key}"}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     base = url.rstrip("/").removesuffix("/v1")
@@ -73,10 +74,12 @@ async def _first_model(http: httpx.AsyncClient) -> str | None:
     try:
         response = await http.get("/v1/models")
     except (httpx.TransportError, httpx.UnsupportedProtocol) as error:
-        raise RuntimeError(f"no server answers at {http.base_url}: {error}") from None
+        raise RuntimeError(f"no server responds at {http.base_url}: {error}") from None
     if response.status_code != 200:
         kind = error_kind(response.status_code, response.content)
-        raise RuntimeError(f"{http.base_url}/v1/models answers {kind}; is it an API of OpenAI's?")
+        raise RuntimeError(
+            f"{http.base_url}/v1/models returns {kind}; is it an OpenAI-compatible API?"
+        )
     models = response.json().get("data") or []
     return models[0]["id"] if models else None
 
@@ -88,7 +91,7 @@ Progress = Callable[[], object]
 async def closed(
     target: Target, workload: Workload, *, users: int, count: int, seed: int, progress: Progress
 ) -> list[Sample]:
-    """So many users, each of whom sends the next request when the one before is answered."""
+    """Closed loop: each of `users` users sends the next request after the previous answer."""
     requests, samples = islice(workload.requests(seed), count), list[Sample]()
 
     async def user() -> None:
@@ -103,7 +106,7 @@ async def closed(
 async def opened(
     target: Target, workload: Workload, *, rate: float, count: int, seed: int, progress: Progress
 ) -> list[Sample]:
-    """Requests at a Poisson process's moments, whatever has become of those before."""
+    """Open loop: requests at the times of a Poisson process, regardless of earlier ones."""
     requests = islice(workload.requests(seed), count)
     began = time.perf_counter()
 

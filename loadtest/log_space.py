@@ -1,4 +1,4 @@
-"""The paper's own log-space form of the network, which the benches run beside ours."""
+"""The paper's own log-space form of the network, for comparison."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""One session to very many tokens: what each costs by its position, and what the server holds."""
+"""One session to a million tokens: cost per token by position, and the server's memory."""
 
 import random
 import statistics
@@ -24,38 +24,38 @@ from tests.server.processes import ServerProcess, server_process
 MIB = 1 << 20
 PATIENCE_S = 3600
 MOST_AT_ONCE = 50_000
-"""Tokens of one request while a history is read."""
+"""Tokens per request while the history is read."""
 
 SHORT = 1_000
-"""Tokens of the session that is the measure of the long one."""
+"""Tokens of the short session that the long one is compared with."""
 
 DECODED = 64
-"""Tokens of a turn that is timed."""
+"""Tokens of a timed turn."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """What was seen with so many tokens in the session."""
+    """Measurements at one length of the session."""
 
     tokens: int
     prefill_per_s: float
-    """Tokens a second of the prompts that led here."""
+    """Prefill rate of the prompts up to here, in tokens per second."""
 
     token_s: float
-    """Seconds between two tokens, the median of all turns here."""
+    """Median seconds between tokens, over all turns here."""
 
     short_token_s: float
-    """The same of a session that stays short, in turn with it."""
+    """The same for a session that stays short, alternating with it."""
 
     first_token_s: float
     short_first_token_s: float
     state_bytes: int
     resident_bytes: int
-    """Of the server."""
+    """Resident memory of the server."""
 
 
 def positions(most: int) -> Iterator[int]:
-    """1, 2 and 5 times each power of ten from SHORT on, and the last."""
+    """1, 2 and 5 times each power of ten, from SHORT up to `most`, and `most`."""
     step = SHORT
     while step < most:
         yield from (step * factor for factor in (1, 2, 5) if step * factor < most)
@@ -74,7 +74,7 @@ class Session:
         self.tokens = 0
 
     def grow(self, tokens: int) -> None:
-        """Read random tokens until there are so many."""
+        """Read random tokens up to this length."""
         while self.tokens < tokens:
             count = min(tokens - self.tokens, MOST_AT_ONCE)
             prompt = [self._chance.randrange(4, self._vocabulary) for _ in range(count)]
@@ -102,7 +102,7 @@ class Session:
 def measure_position(
     server: ServerProcess, long: Session, short: Session, target: int, turns: int
 ) -> Position:
-    """Grow the long session to the target and time turns of both in turn."""
+    """Grow the long session to the target, then time turns of both alternately."""
     before, started = long.tokens, time.perf_counter()
     long.grow(target)
     seconds = time.perf_counter() - started
@@ -129,7 +129,7 @@ def measure_position(
 
 
 def timed(client: httpx.Client, path: str, body: dict[str, Any]) -> tuple[float, Any]:
-    """Seconds of a call, and its answer."""
+    """Seconds of a call, and its response."""
     started = time.perf_counter()
     answer = client.post(path, json=body)
     return time.perf_counter() - started, answer.raise_for_status().json()
@@ -148,7 +148,7 @@ def fork_and_rewind(client: httpx.Client, session_id: str) -> tuple[float, float
 
 
 Pairs = dict[str, list[tuple[float, float]]]
-"""By what was done: seconds with the long session and with the short one, round by round."""
+"""By operation: seconds with the long and with the short session, round by round."""
 
 
 def end_to_end(
@@ -166,7 +166,7 @@ def end_to_end(
             found.append(measure_position(server, long, short, target, turns))
             last = found[-1]
             console.print(
-                f"{last.tokens:10,} tokens: {1e3 * last.token_s:.3f} ms a token "
+                f"{last.tokens:10,} tokens: {1e3 * last.token_s:.3f} ms per token "
                 f"(short: {1e3 * last.short_token_s:.3f}), {last.state_bytes:,} bytes, server "
                 f"{last.resident_bytes / MIB:,.0f} MiB, read at {last.prefill_per_s:,.0f} tokens/s",
                 highlight=False,
@@ -193,22 +193,22 @@ def end_to_end(
 
 
 def _order(long: Session, short: Session, number: int) -> tuple[Session, Session]:
-    """Neither is always the first."""
+    """Alternates which session is first."""
     return (long, short) if number % 2 else (short, long)
 
 
 def draw(path: Path, found: Sequence[Position]) -> None:
-    """Time of a token, and what is held, by position."""
+    """Time per token, and memory, by position."""
     title = f"One session to {found[-1].tokens:,} tokens"
     x = charts.Axis("tokens in the session", log=True)
     with charts.figure(path, 3, title) as (times, held_by, read):
         lines = {
             "this session": [(p.tokens, 1e3 * p.token_s) for p in found],
-            "one that stays at about 1,000, in turn": [
+            "one that stays at about 1,000, alternating": [
                 (p.tokens, 1e3 * p.short_token_s) for p in found
             ],
         }
-        charts.draw_lines(times, "time of a token", x, charts.Axis("ms"), lines)
+        charts.draw_lines(times, "time per token", x, charts.Axis("ms"), lines)
         lines = {
             "the server's resident memory": [(p.tokens, p.resident_bytes / MIB) for p in found],
             "the session's state": [(p.tokens, p.state_bytes / MIB) for p in found],
@@ -219,9 +219,11 @@ def draw(path: Path, found: Sequence[Position]) -> None:
 
 
 def long_session(
-    tokens: Annotated[int, typer.Option(min=SHORT, help="Of the session in the end.")] = 1_000_000,
+    tokens: Annotated[
+        int, typer.Option(min=SHORT, help="Final tokens of the session.")
+    ] = 1_000_000,
     turns: Annotated[int, typer.Option(min=1, help="Timed turns at each length.")] = 5,
-    rounds: Annotated[int, typer.Option(min=2, help="Forks, rewinds and restarts.")] = 5,
+    rounds: Annotated[int, typer.Option(min=2, help="Number of forks, rewinds and restarts.")] = 5,
     checkpoint: options.Checkpoint = PRETRAINED,
     out: options.Out = None,
     svg: options.Svg = False,
@@ -229,9 +231,9 @@ def long_session(
 ) -> None:
     """Grow one session of a latentd server to a million tokens: time and memory by position.
 
-    Its history is random tokens, which are read as prompts; of them, 64 a turn are decoded at each
-    length that is shown, in turn with a session that stays short. Then both are forked, rewound,
-    and resumed after restarts of the server.
+    Its history is random tokens, read as prompts; at each measured length, 64 tokens per turn are
+    decoded, alternating with a session that stays short. Then both are forked, rewound, and resumed
+    after restarts of the server.
     """
     if out is not None:
         charts.require()
@@ -239,14 +241,14 @@ def long_session(
         data = Path(folder) / "data"
         found, pairs = end_to_end(checkpoint, data, tokens, turns, rounds, seed)
     by_position = geometric_mean([p.token_s / p.short_token_s for p in found])
-    ratios: dict[str, Interval] = {"time of a token, all positions": by_position}
+    ratios: dict[str, Interval] = {"time per token, all positions": by_position}
     table = Table("", f"{tokens:,} tokens", f"about {SHORT:,}", "ratio", title="medians")
     for name, both in pairs.items():
         ratios[name] = geometric_mean([long / short for long, short in both])
         medians = (f"{1e3 * statistics.median(times):.2f} ms" for times in zip(*both, strict=True))
         table.add_row(name, *medians, str(ratios[name]))
     console.print(table)
-    console.print(f"time of a token, long over short: {by_position}", highlight=False)
+    console.print(f"time per token, long over short: {by_position}", highlight=False)
     if out is not None:
         result = {
             "decoded_tokens": len(found) * turns * DECODED,

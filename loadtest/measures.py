@@ -1,4 +1,4 @@
-"""What samples amount to: percentiles, goodput under objectives, and intervals."""
+"""Statistics of samples: percentiles, goodput under objectives, and intervals."""
 
 import re
 from collections import Counter
@@ -19,9 +19,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Objective:
-    """The most seconds that a request may need of one kind.
+    """Maximum seconds of one kind that a request may need.
 
-    `itl` is a request's 95th percentile of the gaps between its events; the others are one number.
+    For `itl` it applies to the 95th percentile of a request's gaps between events; the others are
+    one number.
     """
 
     kind: str
@@ -29,7 +30,7 @@ class Objective:
 
     @classmethod
     def parse(cls, text: str) -> "Objective":
-        """Of `ttft=500ms` or `itl<=0.1s`. Raises ValueError that says what is wrong."""
+        """Parses `ttft=500ms` or `itl<=0.1s`. Raises ValueError with the reason."""
         match = re.fullmatch(r"(\w+)\s*<?=\s*([\d.]+)\s*(us|ms|s)", text.strip())
         if match is None or match[1] not in OBJECTIVES or match[2].count(".") > 1:
             kinds = ", ".join(OBJECTIVES)
@@ -37,7 +38,7 @@ class Objective:
         return cls(match[1], float(match[2]) * UNITS[match[3]])
 
     def is_met(self, sample: Sample) -> bool:
-        """Also by a request with too few tokens to have such a time."""
+        """Whether a request meets it; also true with too few tokens to have such a time."""
         match self.kind:
             case "itl":
                 found = float(np.percentile(sample.gaps, 95)) if sample.gaps else None
@@ -51,11 +52,11 @@ class Objective:
 
 @dataclass(frozen=True)
 class Summary:
-    """Of a run. Times are in seconds, those of answers that came to their end."""
+    """Summary of a run. Times are in seconds, over complete answers."""
 
     requests: int
     seconds: float
-    """From the first intended sending to the last end."""
+    """From the first scheduled send to the last end."""
 
     percentiles: dict[str, dict[str, float]]
     """By kind (ttft, itl, tpot, e2e), then `p50` and so on, and `mean`."""
@@ -79,21 +80,22 @@ class Summary:
     """By kind."""
 
     late_p99_s: float
-    """Of the load generator: from the intended to the real sending. Large: it was the limit."""
+    """Delay of the load generator, from the scheduled to the actual send. If large, it was the
+    bottleneck."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def is_good(sample: Sample, objectives: Sequence[Objective]) -> bool:
-    """Whether it came to its end and met all of them."""
+    """Whether it is complete and meets all objectives."""
     return sample.error is None and all(each.is_met(sample) for each in objectives)
 
 
 def summarise(samples: Sequence[Sample], objectives: Sequence[Objective]) -> Summary:
     """Raises ValueError if there are none."""
     if not samples:
-        raise ValueError("there is nothing to summarise")
+        raise ValueError("no samples to summarise")
     whole = [sample for sample in samples if sample.error is None]
     times = {
         "ttft": [sample.ttft for sample in whole if sample.ttft is not None],
@@ -152,7 +154,7 @@ def student_t(freedom: int) -> float:
 
 
 def geometric_mean(ratios: ArrayLike) -> Interval:
-    """Of at least two ratios, one a round."""
+    """Geometric mean of at least two ratios, one per round."""
     logs: NDArray[np.float64] = np.log(np.asarray(ratios, np.float64))
     count = len(logs)
     if count < 2:
@@ -162,10 +164,10 @@ def geometric_mean(ratios: ArrayLike) -> Interval:
 
 
 def slope(at: ArrayLike, values: ArrayLike, blocks: int = 12) -> Interval:
-    """How fast values grow with `at`, by a line through the means of so many equal blocks.
+    """Growth of values with `at`, from a line through the means of equal blocks.
 
-    Neighbouring samples of a process are alike, and each is nearly no evidence of its own; the
-    means of long blocks are nearly independent. At least `blocks` samples, at least 3 blocks.
+    Neighbouring samples of a process are correlated; the means of long blocks are nearly
+    independent. At least `blocks` samples and 3 blocks.
     """
     x, y = np.asarray(at, np.float64), np.asarray(values, np.float64)
     if len(x) < blocks or blocks < 3:

@@ -1,4 +1,4 @@
-"""Options that several commands have, and the load that they describe."""
+"""Options shared by several commands, and the load they describe."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,21 +8,25 @@ import typer
 from loadtest.measures import Objective
 from loadtest.workload import Endpoint, Lengths, Workload, read_requests
 
-Url = Annotated[str, typer.Argument(help="Of the server, like http://127.0.0.1:8000.")]
+Url = Annotated[str, typer.Argument(help="URL of the server, such as http://127.0.0.1:8000.")]
 Objectives = Annotated[
     list[str] | None,
-    typer.Option("--slo", help="ttft, itl, tpot or e2e: --slo ttft=500ms --slo itl=50ms."),
+    typer.Option(
+        "--slo", help="Objectives of ttft, itl, tpot or e2e: --slo ttft=500ms --slo itl=50ms."
+    ),
 ]
-Out = Annotated[Path | None, typer.Option(file_okay=False, help="Gets result.json and the charts.")]
-Svg = Annotated[bool, typer.Option("--svg", help="Draw SVG in place of PNG.")]
-Seed = Annotated[int, typer.Option(help="Of all that is drawn by chance.")]
+Out = Annotated[
+    Path | None, typer.Option(file_okay=False, help="Folder for result.json and the charts.")
+]
+Svg = Annotated[bool, typer.Option("--svg", help="Write SVG instead of PNG.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 Prompt = Annotated[
     str,
     typer.Option(
-        help="Words of a prompt: N, uniform:LOW:HIGH, normal:MEAN:SD, lognormal:MEDIAN:SIGMA."
+        help="Words per prompt: N, uniform:LOW:HIGH, normal:MEAN:SD, lognormal:MEDIAN:SIGMA."
     ),
 ]
-Output = Annotated[str, typer.Option(help="Tokens of an answer at most, likewise.")]
+Output = Annotated[str, typer.Option(help="Maximum tokens per answer, likewise.")]
 File = Annotated[
     Path | None,
     typer.Option(
@@ -33,19 +37,26 @@ File = Annotated[
     ),
 ]
 NumSessions = Annotated[
-    int, typer.Option("--sessions", min=0, help="Sessions of a latentd server to make.")
+    int, typer.Option("--sessions", min=0, help="Sessions to create on a latentd server.")
 ]
 Resumed = Annotated[
-    float, typer.Option("--resume", min=0, max=1, help="Share of the requests that resume one.")
+    float,
+    typer.Option("--resume", min=0, max=1, help="Share of the requests that resume a session."),
 ]
-Zipf = Annotated[float, typer.Option(min=0, help="Session r is resumed as r ** -zipf.")]
-AnyEndpoint = Annotated[Endpoint, typer.Option(help="What is called.")]
-Model = Annotated[str | None, typer.Option(help="Its name; the first of /v1/models if none.")]
+Zipf = Annotated[
+    float, typer.Option(min=0, help="Session r is resumed in proportion to r ** -zipf.")
+]
+AnyEndpoint = Annotated[Endpoint, typer.Option(help="Endpoint to call.")]
+Model = Annotated[
+    str | None, typer.Option(help="Name of the model; default: the first of /v1/models.")
+]
 Key = Annotated[str | None, typer.Option(envvar="LOADTEST_KEY", help="The server's API key.")]
 IgnoreEos = Annotated[
-    bool, typer.Option(help="Ask for all tokens of an answer; a field that not all servers know.")
+    bool, typer.Option(help="Request all tokens of an answer; not supported by all servers.")
 ]
-Timeout = Annotated[float, typer.Option(min=1, help="Seconds without a byte from the server.")]
+Timeout = Annotated[
+    float, typer.Option(min=1, help="Time limit in seconds without data from the server.")
+]
 Checkpoint = Annotated[Path, typer.Option(help="Folder of the model to serve.")]
 
 PROMPT, OUTPUT = "lognormal:60:0.6", "lognormal:60:0.5"

@@ -1,4 +1,4 @@
-"""A checkpoint of the paper's size, to be served by the commands that measure."""
+"""Writes a checkpoint of the paper's size, to be served and measured."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,12 +15,12 @@ from model.text.byte_level import ByteLevelTokenizer
 
 
 def paper(
-    folder: Annotated[Path, typer.Argument(help="Where it is written.")],
-    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
 ) -> None:
     """Write the paper's network (124.9 M parameters) with random weights.
 
-    Its tokenizer is the default model's, with texts for the tokens beyond it.
+    Its tokenizer is the default model's, extended by texts for the additional tokens.
     """
     torch.manual_seed(seed)
     config = ModelConfig()

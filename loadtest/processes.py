@@ -1,4 +1,4 @@
-"""What a latentd server's process holds, by /proc and by its own account."""
+"""Resources of a latentd server's process, from /proc and its metrics."""
 
 import os
 import re
@@ -12,7 +12,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Held:
-    """By a process."""
+    """Resources of a process."""
 
     resident_bytes: int
     descriptors: int
@@ -20,23 +20,23 @@ class Held:
 
 
 def held(pid: int) -> Held:
-    """Raises RuntimeError if there is no such process any more."""
+    """Raises RuntimeError if the process no longer exists."""
     process = Path(f"/proc/{pid}")
     try:
         resident = int((process / "statm").read_text().split()[1]) * PAGE
         descriptors = len(os.listdir(process / "fd"))
         threads = len(os.listdir(process / "task"))
     except OSError as error:
-        raise RuntimeError(f"process {pid} cannot be seen: {error}") from None
+        raise RuntimeError(f"process {pid} cannot be read: {error}") from None
     return Held(resident, descriptors, threads)
 
 
 Metrics = dict[str, float]
-"""Values by name, with labels as they are written: `latentd_sessions{tier="store"}`."""
+"""Values by name including labels: `latentd_sessions{tier="store"}`."""
 
 
 def parse_metrics(text: str) -> Metrics:
-    """Of Prometheus' text format."""
+    """Parses Prometheus' text format."""
     return {name: float(value) for name, value in re.findall(r"^(\w\S*) (\S+)$", text, re.M)}
 
 

@@ -1,4 +1,4 @@
-"""Writing what was measured: JSON with the machine and the command, and tables."""
+"""Output of results: JSON with the machine and the command, and tables."""
 
 import json
 import os
@@ -19,7 +19,8 @@ console = Console()
 
 
 def machine() -> dict[str, Any]:
-    """What a number depends on. `load` is of others and of this program: see it before a claim."""
+    """The machine that was measured. `load` includes this program: check it before making
+    claims."""
     name = platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -37,7 +38,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_result(out: Path, result: dict[str, Any]) -> None:
-    """To `result.json` in the folder, which is made."""
+    """Write `result.json` to the folder, which is created."""
     out.mkdir(parents=True, exist_ok=True)
     head = {
         "command": shlex.join(["python", "-m", "loadtest", *sys.argv[1:]]),
@@ -49,7 +50,7 @@ def write_result(out: Path, result: dict[str, Any]) -> None:
 
 
 def show_summary(title: str, summary: Summary) -> None:
-    """On the terminal."""
+    """Print a summary."""
     table = Table(title=title, title_justify="left")
     table.add_column("ms")
     for name in ("mean", "p50", "p90", "p95", "p99"):

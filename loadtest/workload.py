@@ -1,4 +1,4 @@
-"""What is asked of a server: prompts, lengths of answers, and which turns resume sessions."""
+"""The load: prompts, lengths of answers, and which turns resume sessions."""
 
 import json
 import math
@@ -17,15 +17,15 @@ TEXT = (
     "story "
 )
 WORDS = TEXT.split()
-"""Short and common, so that a word is about a token of most tokenizers."""
+"""Short and common words, about one token each in most tokenizers."""
 
 KINDS = {"constant": 1, "uniform": 2, "normal": 2, "lognormal": 2}
-"""Distributions, and how many numbers each has."""
+"""Distributions and their number of parameters."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """A distribution of whole numbers, never below 1.
+    """A distribution of integers, at least 1.
 
     `constant:N`, or only N; `uniform:LOW:HIGH`; `normal:MEAN:SD`; `lognormal:MEDIAN:SIGMA`, where
     SIGMA is the standard deviation of the logarithm.
@@ -36,7 +36,7 @@ class Lengths:
 
     @classmethod
     def parse(cls, text: str) -> "Lengths":
-        """Raises ValueError that says what is wrong."""
+        """Raises ValueError with the reason."""
         kind, *rest = text.split(":") if ":" in text else ("constant", text)
         if KINDS.get(kind) != len(rest):
             known = "N, uniform:LOW:HIGH, normal:MEAN:SD or lognormal:MEDIAN:SIGMA"
@@ -44,7 +44,7 @@ class Lengths:
         try:
             numbers = tuple(float(number) for number in rest)
         except ValueError:
-            raise ValueError(f"{text!r}: what follows {kind} must be numbers") from None
+            raise ValueError(f"{text!r}: the parameters of {kind} must be numbers") from None
         if not all(math.isfinite(number) for number in numbers) or numbers[0] < 1:
             raise ValueError(f"{text!r}: lengths are finite, and at least 1")
         if (numbers[1:] and numbers[1] < 0) or (kind == "uniform" and numbers[1] < numbers[0]):
@@ -52,7 +52,7 @@ class Lengths:
         return cls(kind, numbers)
 
     def draw(self, chance: random.Random) -> int:
-        """One of them."""
+        """Draw a sample."""
         first, *rest = self.numbers
         match self.kind:
             case "uniform":
@@ -67,14 +67,14 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Request:
-    """One request of the load; `rank` is the session that it resumes, by how often it is used."""
+    """One request of the load; `rank` is the session it resumes, ordered by frequency of use."""
 
     prompt: str | list[dict[str, Any]]
     output_tokens: int
     rank: int | None = None
 
     def body(self, endpoint: Endpoint, model: str | None, *, ignore_eos: bool) -> dict[str, Any]:
-        """Of the HTTP request, without its session."""
+        """Body of the HTTP request, without its session."""
         body: dict[str, Any] = {"max_tokens": self.output_tokens, "stream": True}
         body["stream_options"] = {"include_usage": True}
         if model is not None:
@@ -92,7 +92,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Workload:
-    """A load that depends on nothing but its seed."""
+    """A load that depends only on its seed."""
 
     prompt: Lengths
     """In words."""
@@ -101,17 +101,17 @@ class Workload:
     """In tokens."""
 
     given: tuple[Request, ...] = ()
-    """From a file, in turn, in place of drawn ones."""
+    """Requests from a file, cycled, instead of random ones."""
 
     sessions: int = 0
     resumed: float = 0.0
-    """Share of the requests that resume one of the sessions."""
+    """Share of the requests that resume a session."""
 
     zipf: float = 1.1
     """Session number r is resumed in proportion to r ** -zipf."""
 
     def requests(self, seed: int) -> Iterator[Request]:
-        """Without an end."""
+        """Endless requests."""
         chance = random.Random(seed)
         ranks = range(self.sessions)
         weights = [(rank + 1) ** -self.zipf for rank in ranks]
@@ -128,9 +128,9 @@ class Workload:
 
 
 def read_requests(path: Path, output: Lengths) -> tuple[Request, ...]:
-    """Of a JSONL file: `prompt` or `messages`, and `output_tokens` where they are not drawn.
+    """Requests from a JSONL file: `prompt` or `messages`, and `output_tokens` unless drawn.
 
-    Raises ValueError that names the line.
+    Raises ValueError naming the line.
     """
     chance, found = random.Random(0), list[Request]()
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
@@ -145,7 +145,7 @@ def read_requests(path: Path, output: Lengths) -> tuple[Request, ...]:
         if not isinstance(prompt, str | list) or not prompt:
             raise ValueError(f"{path}, line {number}: needs `prompt` or `messages`")
         if type(tokens) is not int or tokens < 1:
-            raise ValueError(f"{path}, line {number}: `output_tokens` must be a whole number >= 1")
+            raise ValueError(f"{path}, line {number}: `output_tokens` must be an integer >= 1")
         found.append(Request(prompt, tokens))
     if not found:
         raise ValueError(f"{path} has no requests")
@@ -153,7 +153,7 @@ def read_requests(path: Path, output: Lengths) -> tuple[Request, ...]:
 
 
 def arrivals(rate: float, count: int, seed: int) -> Sequence[float]:
-    """Seconds from the beginning at which a Poisson process of this rate has its first events."""
+    """Seconds of the first events of a Poisson process with this rate."""
     chance, at, found = random.Random(f"arrivals {seed}"), 0.0, list[float]()
     for _ in range(count):
         at += chance.expovariate(rate)
