@@ -15,8 +15,8 @@ from loadtest.measures import Objective, Summary, summarise
 from loadtest.results import console, show_summary, write_result
 from loadtest.workload import Workload
 
-MOST_DOUBLINGS = 16
-MOST_HALVINGS = 5
+MAX_DOUBLINGS = 16
+MAX_HALVINGS = 5
 """A trial at half the rate takes twice as long."""
 
 
@@ -73,13 +73,13 @@ async def search(server: Target, load: Workload, how: Search, seed: int) -> list
         return trials[-1].holds
 
     low, high = 0.0, how.first
-    for _ in range(MOST_DOUBLINGS):
+    for _ in range(MAX_DOUBLINGS):
         if not await holds(high):
             break
         low, high = high, 2 * high
     else:
         raise RuntimeError(f"even {low:g} requests/s are answered well: begin at a higher --rate")
-    for _ in range(MOST_HALVINGS):
+    for _ in range(MAX_HALVINGS):
         if low:
             break
         if await holds(high / 2):

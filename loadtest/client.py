@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
-MOST_ERROR_BYTES = 65536
+MAX_ERROR_BYTES = 65536
 
 
 class StreamError(Exception):
@@ -123,7 +123,7 @@ async def events(response: httpx.Response) -> AsyncIterator[bytes]:
 def error_kind(status: int, body: bytes) -> str:
     """The status, with the error's code or type if the body has one."""
     try:
-        error = json.loads(body[:MOST_ERROR_BYTES])["error"]
+        error = json.loads(body[:MAX_ERROR_BYTES])["error"]
         kind = error.get("code") or error.get("type") or ""
     except (ValueError, KeyError, TypeError, AttributeError):
         kind = ""

@@ -19,7 +19,7 @@ from typing import Any
 from loadtest.front_server import MARK
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
-KEPT_EVERY = 16
+SAMPLE_INTERVAL = 16
 _MARK = MARK.encode()
 _CHUNK = re.compile(rb"\r\n[0-9a-f]+\r\n")
 
@@ -127,7 +127,7 @@ def main() -> None:
     """Read and report."""
     port, endpoint, num_streams, tokens = sys.argv[1:]
     streams = [
-        Stream(int(port), endpoint, int(tokens), is_retained=i % KEPT_EVERY == 0)
+        Stream(int(port), endpoint, int(tokens), is_retained=i % SAMPLE_INTERVAL == 0)
         for i in range(int(num_streams))
     ]
     before = time.process_time()

@@ -23,7 +23,7 @@ from tests.server.processes import ServerProcess, server_process
 
 MIB = 1 << 20
 PATIENCE_S = 3600
-MOST_AT_ONCE = 50_000
+MAX_AT_ONCE = 50_000
 """Tokens per request while the history is read."""
 
 SHORT = 1_000
@@ -76,7 +76,7 @@ class Session:
     def grow(self, tokens: int) -> None:
         """Read random tokens up to this length."""
         while self.tokens < tokens:
-            count = min(tokens - self.tokens, MOST_AT_ONCE)
+            count = min(tokens - self.tokens, MAX_AT_ONCE)
             prompt = [self._chance.randrange(4, self._vocabulary) for _ in range(count)]
             body = {"prompt": prompt, "max_tokens": 0, "session_id": self.id}
             self.client.post("/v1/completions", json=body).raise_for_status()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-MOST_PADDING = 2
+MAX_PADDING = 2
 """Within a group, padding to the longest piece multiplies the tokens by at most this factor."""
 
 
@@ -85,7 +85,7 @@ class Batch:
         for i in order:
             if groups and (length := lengths[groups[-1][0]]) > 1:
                 padded = length * (len(groups[-1]) + 1)
-                if lengths[i] > 1 and padded <= MOST_PADDING * (num_tokens + lengths[i]):
+                if lengths[i] > 1 and padded <= MAX_PADDING * (num_tokens + lengths[i]):
                     groups[-1].append(i)
                     num_tokens += lengths[i]
                     continue

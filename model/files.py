@@ -6,22 +6,22 @@ import secrets
 import stat
 from pathlib import Path
 
-MOST_BYTES = 64 << 20
+MAX_BYTES = 64 << 20
 """Default size limit of files read as a whole."""
 
-MOST_BLOB_BYTES = 1 << 30
+MAX_BLOB_BYTES = 1 << 30
 """Size limit of a file with a session's state, for any model."""
 
 
-def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """The content of a regular file of at most `most_bytes` bytes.
+def read_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """The content of a regular file of at most `max_bytes` bytes.
 
     Raises OSError, also for pipes and devices, without blocking on them.
     """
     with open(path, "rb", opener=_open) as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise OSError(errno.EFBIG, f"it has more than {most_bytes:,} bytes", str(path))
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {max_bytes:,} bytes", str(path))
     return content
 
 

@@ -70,10 +70,10 @@ class SharedCache(Generic[K, V]):
         self._sizes[owner] = self._sizes.get(owner, 0) + size
         self._found[key] = owner, size
         self.size += size
-        given_up = []
+        evicted = []
         while self.size > self._most:
-            given_up.append(self.pop())
-        return given_up
+            evicted.append(self.pop())
+        return evicted
 
     def pop(self) -> V:
         """Evict the next value. Raises ValueError if empty."""

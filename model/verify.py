@@ -32,7 +32,7 @@ STATE_TOLERANCE = 1e-4
 
 LONGEST_REASON = 300
 
-MOST_LOGITS = 1 << 28
+MAX_LOGITS = 1 << 28
 """Size limit of a file, so that slow modes finish."""
 
 
@@ -221,7 +221,7 @@ def _expected_shapes(
     """Shapes by name that follow from the config and the token ids. Raises ValueError."""
     batch, num_tokens = shapes["token_ids"]
     count = shapes["greedy_ids"][-1]
-    if batch * (num_tokens + count) * config.vocab_sz > MOST_LOGITS:
+    if batch * (num_tokens + count) * config.vocab_sz > MAX_LOGITS:
         raise ValueError(f"{batch} sequences of {num_tokens + count} tokens are too many")
     expected: dict[str, tuple[int, ...]] = {
         "logits": (batch, num_tokens, config.vocab_sz),

@@ -9,7 +9,7 @@ from torch import Tensor
 from model.kernels.linear import PART_SIZE
 from model.network import CheckpointError
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
 def check_shapes(

@@ -128,8 +128,8 @@ def chat(
     raw: Annotated[
         bool, typer.Option("--raw", help="Send plain text, for models without a chat template.")
     ] = False,
-    url: session.Url = session.LOCAL,
-    key: session.Key = "",
+    url: session.UrlOption = session.LOCAL,
+    key: session.KeyOption = "",
 ) -> None:
     """Chat with a running server, in a session.
 

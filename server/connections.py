@@ -52,12 +52,12 @@ class Connections:
         self._most = most
         self._idle: OrderedDict[BoundedProtocol, None] = OrderedDict()
         self._num_open = 0
-        self._has_said = False
+        self._has_warned = False
 
     def add(self, connection: "BoundedProtocol") -> bool:
         """Add a connection. False if there is no space."""
         if self._num_open >= self._most:
-            self._say()
+            self._warn()
             if not self._idle:
                 return False
             oldest, _ = self._idle.popitem(last=False)
@@ -85,9 +85,9 @@ class Connections:
             connection.is_counted = False
             self._num_open -= 1
 
-    def _say(self) -> None:
-        if not self._has_said:
-            self._has_said = True
+    def _warn(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
             log.warning(
                 "all %d connections are in use: idle ones are closed to make space. See "
                 "--max-connections and the limit of open files (ulimit -n)",
@@ -437,7 +437,7 @@ def uvicorn_config(
     protocol = type(
         "Protocol",
         (BoundedProtocol,),
-        {"settings": settings, "counted": Connections(settings.most_connections)},
+        {"settings": settings, "counted": Connections(settings.connection_limit)},
     )
     # Anyone who may open the Unix socket is trusted.
     trusts_all = settings.unix_socket is not None or "*" in settings.trusted_proxies

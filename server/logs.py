@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
 ENCODER = json.JSONEncoder(default=str)
-Format = Literal["json", "console"]
+LogFormat = Literal["json", "console"]
 
 MAX_LINES = 10
 """Maximum lines per limited kind and period."""
@@ -24,7 +24,7 @@ LIMITED_LOGGERS = ("asyncio", "opentelemetry", "urllib3")
 """Repetitive libraries, for example when sockets run out or a collector is down."""
 
 
-def configure(level: str, format: Format | None, stream: TextIO | None = None) -> None:
+def configure(level: str, format: LogFormat | None, stream: TextIO | None = None) -> None:
     """Log to stderr or `stream`; default format: console on a terminal, otherwise JSON."""
     stream = stream or sys.stderr
     chosen = format or ("console" if stream.isatty() else "json")
@@ -65,7 +65,7 @@ class LogHandler(logging.StreamHandler[TextIO]):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        self._limit = Limit()
+        self._limit = LineLimiter()
 
     def emit(self, record: logging.LogRecord) -> None:
         now = time.monotonic()
@@ -87,7 +87,7 @@ class LogHandler(logging.StreamHandler[TextIO]):
             super().emit(record)
 
 
-class Limit:
+class LineLimiter:
     """Rate limiter of lines by kind."""
 
     def __init__(self) -> None:

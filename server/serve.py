@@ -57,8 +57,8 @@ def serve(settings: Settings, started: float) -> None:
         read_keys(settings.key_file)
     check_certificate(settings)
     telemetry = _telemetry(settings)
-    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    _, max_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))
     with ExitStack() as stack:
         listeners = bind(settings, stack)
         if not settings.has_keys and settings.unix_socket is None:

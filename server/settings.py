@@ -500,7 +500,7 @@ class Settings(BaseSettings):
         return (*LOOPBACK_NAMES, self.host)
 
     @property
-    def most_connections(self) -> int:
+    def connection_limit(self) -> int:
         """`max_connections`, limited by the process's open files."""
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if files == resource.RLIM_INFINITY:

@@ -26,7 +26,7 @@ POLL_S = 0.02
 
 
 @dataclass(frozen=True)
-class Answer:
+class TurnResult:
     """What a turn says, but for what depends on caches and on the hour."""
 
     text: str
@@ -71,7 +71,7 @@ class Client:
 
     async def run(
         self, http: httpx.AsyncClient, step: Step, key: str
-    ) -> Answer | SeenResponse | None:
+    ) -> TurnResult | SeenResponse | None:
         """Run a step; a turn and a response have an answer."""
         self.phase, self.text = type(step).__name__.lower(), ""
         self.replayed = self.is_created = False
@@ -108,7 +108,7 @@ class Client:
         created = await self._post(http, path, body | {"metadata": self.notes(name)})
         self.sessions[name] = created["id"]
 
-    async def _turn(self, http: httpx.AsyncClient, step: ScriptedTurn, key: str) -> Answer:
+    async def _turn(self, http: httpx.AsyncClient, step: ScriptedTurn, key: str) -> TurnResult:
         body = {"session_id": self.sessions[step.name], "expected_turn": step.turn} | step.body
         is_stream = bool(step.body.get("stream"))
         self.phase = "prefill" if is_stream else "turn in one piece"
@@ -122,7 +122,7 @@ class Client:
                 return _answer(json.loads(await response.aread()))
             return await self._read_turn(response, step.body["max_tokens"])
 
-    async def _read_turn(self, response: httpx.Response, max_tokens: int) -> Answer:
+    async def _read_turn(self, response: httpx.Response, max_tokens: int) -> TurnResult:
         """A stream. The event with a reason acknowledges the turn, whatever happens after it."""
         answer = None
         try:
@@ -213,9 +213,9 @@ async def _events(response: httpx.Response) -> AsyncIterator[Any]:
             yield event
 
 
-def _answer(completion: Any, text: str | None = None) -> Answer:
+def _answer(completion: Any, text: str | None = None) -> TurnResult:
     choice, usage = completion["choices"][0], completion["usage"]
-    return Answer(
+    return TurnResult(
         text=choice["text"] if text is None else text,
         finish_reason=choice["finish_reason"],
         session_turn=completion["session_turn"],

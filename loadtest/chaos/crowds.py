@@ -20,7 +20,7 @@ from loadtest.client import events
 NOBODY = -1
 """The client's number in the notes of their sessions: none of those that follow scripts."""
 
-MOST_EVENTS = 20
+MAX_EVENTS = 20
 """Of a stream before its client leaves."""
 
 POLL_S = 0.02
@@ -84,7 +84,7 @@ class Left:
         """It has no end that a client could have seen, so it must leave the session as it was."""
         body: dict[str, Any] = {"prompt": " and", "max_tokens": ENDLESS, "ignore_eos": True}
         body |= {"stream": True, "session_id": self.id, "expected_turn": self.turn}
-        left_after = chance.randrange(MOST_EVENTS)
+        left_after = chance.randrange(MAX_EVENTS)
         async with http.stream("POST", COMPLETIONS, json=body) as answer:
             if answer.status_code != 200:
                 await answer.aread()

@@ -27,7 +27,7 @@ import httpx
 from loadtest.chaos.crowds import Crowds, slow_stream
 from loadtest.chaos.file import Account, check_file
 from loadtest.chaos.look import list_sessions, look_at_sessions
-from loadtest.chaos.player import DeviceEvent, Player, Scene, rehearse
+from loadtest.chaos.player import Player, RunState, Scene, rehearse
 from loadtest.chaos.scripts import KEEP_TURNS, script
 from loadtest.chaos.tally import Tally
 from loadtest.chaos.totals import Totals, completions, watch
@@ -39,7 +39,7 @@ KEEP = ("--keep-turns", str(KEEP_TURNS))
 FEW_ROWS = ("--warm-sessions", "5")
 """So that turns begin from warm rows, from host memory and from the store."""
 
-MOST_STEPS = 6
+MAX_STEPS = 6
 """Of a client, on average, before its server is killed; most kills come sooner."""
 
 STEP_S = 0.1
@@ -144,8 +144,8 @@ async def _check_and_kill(
     async with _http(server, totals) as http:
         await _check(http, players, COMPARED, chance)
         await crowds.check(http)
-        moment = DeviceEvent(totals)
-        waiting = asyncio.create_task(_wait(moment, MOST_STEPS * len(players), chance))
+        moment = RunState(totals)
+        waiting = asyncio.create_task(_wait(moment, MAX_STEPS * len(players), chance))
         playing = asyncio.create_task(_play(http, players, moment))
         others = asyncio.gather(crowds.play(http, totals), watch(http, totals, tally))
         await asyncio.wait([waiting, playing], return_when=asyncio.FIRST_COMPLETED)
@@ -157,11 +157,11 @@ async def _check_and_kill(
     tally.kills.update(set(moment.hits) or {"idle"})
 
 
-async def _play(http: httpx.AsyncClient, players: list[Player], moment: DeviceEvent) -> None:
+async def _play(http: httpx.AsyncClient, players: list[Player], moment: RunState) -> None:
     await asyncio.gather(*(player.play(http, moment) for player in players))
 
 
-async def _wait(moment: DeviceEvent, most_steps: int, chance: random.Random) -> None:
+async def _wait(moment: RunState, most_steps: int, chance: random.Random) -> None:
     """Until it is time for a kill."""
     at_last_token = chance.random() < AT_LAST_TOKENS
     for _ in range(round(most_steps * chance.random() ** 2)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from loadtest.chaos.client import Answer, Client
+from loadtest.chaos.client import Client, TurnResult
 from loadtest.chaos.look import (
     INTERRUPTED,
     Listed,
@@ -27,7 +27,7 @@ from loadtest.chaos.scripts import Respond, ScriptedTurn, Step
 from loadtest.chaos.tally import Tally
 from loadtest.chaos.totals import Totals
 
-MOST_ERASED = 20
+MAX_ERASED = 20
 """Of a client's responses that were erased, so many are asked for again after a kill; the last."""
 
 
@@ -38,13 +38,13 @@ class Scene:
     step: Step
     before: World
     after: World
-    answer: Answer | SeenResponse | None
+    answer: TurnResult | SeenResponse | None
     digests: dict[str, str]
     """Of the states of sessions and responses after it."""
 
 
 @dataclass(frozen=True)
-class DeviceEvent:
+class RunState:
     """What the clients of one server wait for or announce."""
 
     totals: Totals
@@ -97,13 +97,13 @@ class Player:
         self._found = False
         """Whether the turn to run was found to be committed, and must be replayed."""
 
-        self._last_turn: Answer | None = None
+        self._last_turn: TurnResult | None = None
         """The answer of the step before, if that was a turn."""
 
         self._is_out = False
         """Something was wrong: it takes no more part."""
 
-    async def play(self, http: httpx.AsyncClient, moment: DeviceEvent) -> None:
+    async def play(self, http: httpx.AsyncClient, moment: RunState) -> None:
         """Run steps until the server is killed."""
         self._client.on_last_token = moment.last_token.set
         while not moment.killed.is_set() and not self._is_out:
@@ -120,7 +120,7 @@ class Player:
             else:
                 self._in_flight = False
                 moment.steps.release()
-                if isinstance(answer, Answer):
+                if isinstance(answer, TurnResult):
                     is_new = not self._client.replayed
                     moment.totals.acknowledge(answer.completion_tokens if is_new else 0)
                 self._note_answer(answer)
@@ -148,7 +148,7 @@ class Player:
         chance: random.Random,
     ) -> None:
         client, scene = self._client, self._scene
-        erased = {f"erased {id}": id for id in client.erased[-MOST_ERASED:]}
+        erased = {f"erased {id}": id for id in client.erased[-MAX_ERASED:]}
         seen: World = {**await look_at_sessions(http, sessions, client.life)}
         seen |= await look_at_responses(http, client.responses | erased)
         client.sessions = {session.name: session.id for session in sessions}
@@ -193,12 +193,12 @@ class Player:
             self._tally.interrupted += 1
             del seen[name]
 
-    async def _replay(self, http: httpx.AsyncClient, last: Answer) -> None:
+    async def _replay(self, http: httpx.AsyncClient, last: TurnResult) -> None:
         """Run the turn before again: its answer was kept."""
         step, key = self._scenes[self._index - 1].step, f"{self._client.life}/{self._index - 1}"
         answer = await self._client.run(http, step, key)
         self._tally.replays += 1
-        is_same = isinstance(answer, Answer) and (answer, answer.id) == (last, last.id)
+        is_same = isinstance(answer, TurnResult) and (answer, answer.id) == (last, last.id)
         if not (is_same and self._client.replayed):
             self._problem("wrong replay", f"{answer}, not {last}")
 
@@ -242,14 +242,14 @@ class Player:
     def _key(self) -> str:
         return f"{self._client.life}/{self._index}"
 
-    def _note_answer(self, answer: Answer | SeenResponse | None) -> None:
+    def _note_answer(self, answer: TurnResult | SeenResponse | None) -> None:
         self._tally.acknowledged[self._kind] += 1
         self._tally.replays += self._client.replayed
         if answer != self._scene.answer:
             self._problem("wrong text", f"{answer}, not {self._scene.answer}")
         if self._client.replayed != self._found:
             self._problem("half applied", f"replayed: {self._client.replayed}")
-        self._advance(answer if isinstance(answer, Answer) else None)
+        self._advance(answer if isinstance(answer, TurnResult) else None)
 
     def _note_hit(self) -> None:
         self._tally.hits[self._client.phase] += 1
@@ -261,7 +261,7 @@ class Player:
         if not expected.text.startswith(self._client.text):
             self._problem("wrong text", f"{self._client.text!r}, not {expected.text!r}")
 
-    def _advance(self, answer: Answer | None = None) -> None:
+    def _advance(self, answer: TurnResult | None = None) -> None:
         """To the next step; `answer` if this one was a turn that was seen to its end."""
         self._found, self._last_turn = False, answer
         self._index += 1

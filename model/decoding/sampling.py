@@ -96,8 +96,8 @@ class RecentTokens:
         self._newer = array("i")
         """Newer tokens, fewer than `WINDOW`, merged in batches."""
 
-        self._seen: _Tally | None = None
-        self._generated: _Tally | None = None
+        self._seen: _TokenCounts | None = None
+        self._generated: _TokenCounts | None = None
         """Counts of the window, built on first use; updating them is cheap."""
 
     @staticmethod
@@ -126,7 +126,7 @@ class RecentTokens:
         """Distinct token ids in the window, in any order; invalid after the next `append`."""
         window = self._known()
         if self._seen is None:
-            self._seen = _Tally(window[window >= 0] & ~_GENERATED)
+            self._seen = _TokenCounts(window[window >= 0] & ~_GENERATED)
         return self._seen.ids
 
     def generated(
@@ -142,7 +142,7 @@ class RecentTokens:
             counts = np.bincount(which, weights, len(ids)).astype(np.float64)
             return ids.astype(np.int64), counts
         if self._generated is None:
-            self._generated = _Tally(window[window >= _GENERATED] & ~_GENERATED)
+            self._generated = _TokenCounts(window[window >= _GENERATED] & ~_GENERATED)
         return self._generated.ids, self._generated.counts
 
     def _known(self) -> NDArray[np.int32]:
@@ -161,7 +161,7 @@ class RecentTokens:
         return self._window
 
 
-class _Tally:
+class _TokenCounts:
     """Distinct token ids of a window and their counts."""
 
     def __init__(self, token_ids: NDArray[np.int32]) -> None:

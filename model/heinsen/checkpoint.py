@@ -35,7 +35,7 @@ CONFIG, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = (
     "chat_template.jinja",
 )
 
-MOST_TEXT_BYTES = 4 << 20
+MAX_TEXT_BYTES = 4 << 20
 """Size limit of a config or a template."""
 
 MORE_LAYERS = 100
@@ -48,7 +48,7 @@ name = "heinsen"
 def matches(path: Path) -> bool:
     """A folder, unless its config names another model type."""
     try:
-        config = json.loads(read_file(path / CONFIG, MOST_TEXT_BYTES))
+        config = json.loads(read_file(path / CONFIG, MAX_TEXT_BYTES))
     except (OSError, ValueError, RecursionError):
         return path.is_dir()
     return not isinstance(config, dict) or "model_type" not in config
@@ -198,7 +198,7 @@ def _read_folder(path: Path) -> ModelConfig:
 def read_config(path: Path) -> ModelConfig:
     """Raises CheckpointError for unknown keys, missing values and values out of range."""
     try:
-        return ModelConfig.model_validate_json(read_file(path, MOST_TEXT_BYTES))
+        return ModelConfig.model_validate_json(read_file(path, MAX_TEXT_BYTES))
     except ValidationError as error:
         raise CheckpointError(f"{path}: {config_errors(error)}") from error
 
@@ -209,7 +209,7 @@ def _read_template(path: Path) -> str | None:
 
 def _read_text(path: Path) -> str:
     try:
-        return read_file(path, MOST_TEXT_BYTES).decode()
+        return read_file(path, MAX_TEXT_BYTES).decode()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: not UTF-8 text: {error}") from error
 

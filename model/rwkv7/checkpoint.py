@@ -10,7 +10,7 @@ from torch import Tensor
 from model import WeightDtype
 from model.files import read_file
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
-from model.rwkv7.files import CONFIG, Source, open_source
+from model.rwkv7.files import CONFIG, NetworkFiles, open_source
 from model.rwkv7.initial_state import read_initial_state as read_initial_state
 from model.rwkv7.network import RWKV7
 from model.rwkv7.weights import Builder
@@ -98,7 +98,11 @@ def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
 
 
 def build(
-    source: Source, device: torch.device, dtype: WeightDtype | None = None, *, plain: bool = False
+    source: NetworkFiles,
+    device: torch.device,
+    dtype: WeightDtype | None = None,
+    *,
+    plain: bool = False,
 ) -> RWKV7:
     """Raises CheckpointError for weights that are not finite."""
     dtype = dtype or DTYPES[source.dtypes["blocks.0.att.key.weight"]]
@@ -122,7 +126,7 @@ def _read_template(path: Path) -> str:
         raise CheckpointError(f"{beside}: not UTF-8 text: {error}") from error
 
 
-def _read_tokenizer(source: Source) -> Tokenizer:
+def _read_tokenizer(source: NetworkFiles) -> Tokenizer:
     """The World vocabulary next to the weights, or of an installed package."""
     words = world.find(_folder(source.path))
     if words.num_tokens > source.config.vocab_size:

@@ -20,7 +20,7 @@ from model.files import check_file, read_file
 from model.network import CheckpointError
 from model.rwkv7 import names
 from model.rwkv7.config import Config
-from model.weights import Shape, check_shapes
+from model.weights import TensorShape, check_shapes
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -48,14 +48,14 @@ VERSIONS = {
 
 
 @dataclass(frozen=True)
-class Source:
+class NetworkFiles:
     """A network's tensors in their files."""
 
     path: Path
     files: tuple[Path, ...]
     """Files of the network, the config first."""
 
-    shapes: Mapping[str, Shape]
+    shapes: Mapping[str, TensorShape]
     """Shapes by the names of `names.expected`."""
 
     dtypes: Mapping[str, torch.dtype]
@@ -79,14 +79,14 @@ class Source:
         return sum(file.stat().st_size for file in self.files if file.suffix != ".json")
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path) -> NetworkFiles:
     """Raises CheckpointError with a one-line reason, and OSError."""
     source = _open_folder(path) if path.is_dir() else _open_pth(path)
     check_shapes(source.shapes, names.expected(source.config), source.path)
     return source
 
 
-def _open_pth(path: Path) -> Source:
+def _open_pth(path: Path) -> NetworkFiles:
     tensors = read_tensors(path)
     _refuse_others(tensors, path)
     found = {
@@ -96,7 +96,7 @@ def _open_pth(path: Path) -> Source:
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     dtypes = {name: _known_dtype(name, tensor.dtype, path) for name, tensor in found.items()}
-    return Source(path, (path,), shapes, dtypes, _config(shapes, path), found.__getitem__)
+    return NetworkFiles(path, (path,), shapes, dtypes, _config(shapes, path), found.__getitem__)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -133,11 +133,11 @@ def _flat(name: str, tensor: Tensor) -> Tensor:
     return tensor.flatten() if is_vector else tensor
 
 
-def _open_folder(folder: Path) -> Source:
+def _open_folder(folder: Path) -> NetworkFiles:
     settings = _read_json(folder / CONFIG)
     _refuse_settings(settings, folder / CONFIG)
     files = _weight_files(folder)
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, TensorShape] = {}
     dtypes: dict[str, torch.dtype] = {}
     places: dict[str, tuple[Any, str]] = {}
     for file in files:
@@ -163,10 +163,10 @@ def _open_folder(folder: Path) -> Source:
     config = _with_settings(_config(shapes, folder), settings, folder / CONFIG)
     index = folder / INDEX
     named = (folder / CONFIG, *([index] if index.exists() else []), *files)
-    return Source(folder, named, shapes, dtypes, config, tensor)
+    return NetworkFiles(folder, named, shapes, dtypes, config, tensor)
 
 
-def _tie(shapes: dict[str, Shape], *others: dict[str, Any]) -> None:
+def _tie(shapes: dict[str, TensorShape], *others: dict[str, Any]) -> None:
     for each in (shapes, *others):
         if "emb.weight" in each:
             each["head.weight"] = each["emb.weight"]
@@ -243,7 +243,7 @@ def _known_dtype(name: str, dtype: object, path: Path) -> torch.dtype:
     )
 
 
-def _config(shapes: Mapping[str, Shape], path: Path) -> Config:
+def _config(shapes: Mapping[str, TensorShape], path: Path) -> Config:
     """Sizes from the tensors' shapes. Raises CheckpointError if one is missing."""
 
     def sizes(name: str) -> tuple[int, int]:

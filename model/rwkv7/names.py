@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from model.rwkv7.config import Config
-from model.weights import Shape
+from model.weights import TensorShape
 
 MIXED = ("r", "w", "k", "v", "a", "g")
 """Inputs mixed with the previous token, `att.x_*`, in the order of `TimeMix.shares`."""
@@ -56,23 +56,23 @@ def from_fla(name: str) -> str:
     return name
 
 
-def num_layers(shapes: Mapping[str, Shape]) -> int:
+def num_layers(shapes: Mapping[str, TensorShape]) -> int:
     numbers = (re.match(r"blocks\.(\d+)\.", name) for name in shapes)
     return 1 + max((int(found[1]) for found in numbers if found), default=-1)
 
 
-def expected(config: Config) -> dict[str, Shape]:
+def expected(config: Config) -> dict[str, TensorShape]:
     """Shapes by name of all tensors of a network with these sizes."""
     top = {"emb.weight": (config.vocab_size, config.d_emb)}
     top["head.weight"] = top["emb.weight"]
-    shapes: dict[str, Shape] = {**top, **_norm("ln_out", config.d_emb)}
+    shapes: dict[str, TensorShape] = {**top, **_norm("ln_out", config.d_emb)}
     for number in range(config.num_layers):
         block = f"blocks.{number}."
         shapes |= {block + name: shape for name, shape in _layer(config, number)}
     return shapes
 
 
-def _layer(c: Config, number: int) -> Iterator[tuple[str, Shape]]:
+def _layer(c: Config, number: int) -> Iterator[tuple[str, TensorShape]]:
     d, square, vector = c.d_emb, (c.d_emb, c.d_emb), (c.d_emb,)
     for norm in ("ln1", "ln2", "att.ln_x", *(["ln0"] if number == 0 else [])):
         yield from _norm(norm, d).items()
@@ -93,5 +93,5 @@ def _layer(c: Config, number: int) -> Iterator[tuple[str, Shape]]:
     yield "ffn.value.weight", (d, c.d_ffn)
 
 
-def _norm(name: str, width: int) -> dict[str, Shape]:
+def _norm(name: str, width: int) -> dict[str, TensorShape]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}

@@ -6,7 +6,7 @@ from torch import Tensor
 from model import WeightDtype
 from model.kernels.linear import NarrowLinear, PackedLinear, as_served, narrow, reason_not_compiled
 from model.rwkv7 import names
-from model.rwkv7.files import Source
+from model.rwkv7.files import NetworkFiles
 from model.rwkv7.layers import ChannelMix, Layer, Linear, LowRank, Norm, TimeMix, Weights
 from model.weights import check_finite
 
@@ -16,7 +16,7 @@ class Builder:
     the embedding are bfloat16."""
 
     def __init__(
-        self, source: Source, device: torch.device, dtype: WeightDtype, *, plain: bool = False
+        self, source: NetworkFiles, device: torch.device, dtype: WeightDtype, *, plain: bool = False
     ) -> None:
         self._source, self._device, self._dtype = source, device, dtype
         self._small: WeightDtype = "float32" if dtype == "float32" else "bfloat16"

@@ -43,7 +43,7 @@ def _titled(path: Path, number: int, line: str) -> str:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainingBatch:
     """One chunk of every lane."""
 
     inputs: Tensor
@@ -74,7 +74,7 @@ class Lanes:
         self._document = [-1] * num_lanes
         self._offset = [0] * num_lanes
 
-    def next(self) -> Batch:
+    def next(self) -> TrainingBatch:
         """The next batch."""
         chunks, fresh = [], []
         for lane, document in enumerate(self._document):
@@ -89,7 +89,7 @@ class Lanes:
             if self._offset[lane] + 1 >= len(tokens):
                 self._document[lane] = -1
         padded = torch.nn.utils.rnn.pad_sequence(chunks, batch_first=True, padding_value=IGNORED)
-        return Batch(padded[:, :-1].clamp(min=0), padded[:, 1:], torch.tensor(fresh))
+        return TrainingBatch(padded[:, :-1].clamp(min=0), padded[:, 1:], torch.tensor(fresh))
 
     def state_dict(self) -> dict[str, Any]:
         """Positions of all lanes; valid for the same documents, lanes and seed."""

@@ -151,7 +151,7 @@ def create_app(
         AuthMiddleware,
         keys=keys,
         protect_metrics=settings.protect_metrics,
-        most=settings.most_connections,
+        most=settings.connection_limit,
     )
     if settings.known_hosts:
         app.add_middleware(HostMiddleware, hosts=settings.known_hosts)

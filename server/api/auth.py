@@ -42,7 +42,7 @@ class Caller:
     limits: Limits = NO_LIMITS
 
 
-ANYBODY = Caller()
+ANONYMOUS_CALLER = Caller()
 
 
 class KeyRing:

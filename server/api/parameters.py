@@ -51,7 +51,9 @@ AfterEvent = Annotated[
     ),
 ]
 
-Limit = Annotated[int, Query(ge=1, le=100, description="Maximum sessions per page.", examples=[20])]
+PageLimit = Annotated[
+    int, Query(ge=1, le=100, description="Maximum sessions per page.", examples=[20])
+]
 AfterSession = Annotated[
     str | None,
     Query(description="The `last_id` of the previous page.", examples=[EXAMPLE_SESSION]),

@@ -126,7 +126,7 @@ async def get_response(
             "events_gone",
         ) from error
     if last_event_id is not None:  # sent by a client that reconnects
-        start = found.number_behind(last_event_id)
+        start = found.number_after(last_event_id)
     else:
         start = 0 if starting_after is None else starting_after + 1
     return found.response(service.settings.stream_keepalive_s, start=start)

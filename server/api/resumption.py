@@ -38,7 +38,7 @@ async def resume_stream(
     """
     stream = service.streams.get(owner, stream_id)
     given = after if last_event_id is None else last_event_id
-    start = 0 if given is None else stream.number_behind(given)
+    start = 0 if given is None else stream.number_after(given)
     return stream.response(service.settings.stream_keepalive_s, start=start)
 
 

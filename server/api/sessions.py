@@ -14,8 +14,8 @@ from server.api.generation.shape import Shape
 from server.api.generation.turn import Replay, open_turn
 from server.api.parameters import (
     AfterSession,
-    Limit,
     MetadataQuery,
+    PageLimit,
     SessionId,
     TtlQuery,
     TurnQuery,
@@ -110,7 +110,7 @@ async def create_session(
 async def list_sessions(
     service: ServiceDep,
     owner: OwnerDep,
-    limit: Limit = 20,
+    limit: PageLimit = 20,
     after: AfterSession = None,
 ) -> SessionList:
     """List your sessions, newest first; `after` is the last id of the previous page."""

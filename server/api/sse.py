@@ -23,7 +23,7 @@ AT_END: dict[int | str, dict[str, Any]] = {
 }
 """Documentation of resuming a stream after its end."""
 
-Piece = BaseModel | bytes
+EventData = BaseModel | bytes
 """Data of an event: a model, or its JSON."""
 
 Write = Callable[[list[bytes]], Awaitable[None]]
@@ -73,7 +73,7 @@ LINE_SEPARATORS = {c.encode(): b"\\u%04x" % ord(c) for c in "\u2028\u2029\x85"}
 """Not line breaks in JSON or SSE, but some clients split lines there; JSON may escape them."""
 
 
-def encode_event(piece: Piece, number: int | None = None, name: str | None = None) -> bytes:
+def encode_event(piece: EventData, number: int | None = None, name: str | None = None) -> bytes:
     """Encode an event, with its number if the stream is resumable."""
     data = piece
     if not isinstance(data, bytes):
@@ -92,7 +92,7 @@ class SSEFormat:
     ends_with_done = True
     """Whether `[DONE]` is the last event."""
 
-    def name_of(self, piece: Piece) -> str | None:
+    def name_of(self, piece: EventData) -> str | None:
         """The name of an event, if events have names."""
         del piece
         return None
@@ -111,7 +111,7 @@ class EventSink:
         self._number = 0
         self.silence_s = silence_s
 
-    def encode(self, pieces: Iterable[Piece]) -> list[bytes]:
+    def encode(self, pieces: Iterable[EventData]) -> list[bytes]:
         return [self._event(piece) for piece in pieces]
 
     async def send(self, events: list[bytes]) -> None:
@@ -126,7 +126,7 @@ class EventSink:
         if self._format.ends_with_done:
             await self.send(self.encode([DONE]))
 
-    def _event(self, piece: Piece) -> bytes:
+    def _event(self, piece: EventData) -> bytes:
         number, self._number = self._number, self._number + 1
         return encode_event(piece, number if self._has_ids else None, self._format.name_of(piece))
 

@@ -16,7 +16,7 @@ from model.shares import has_space
 from server.api.sse import EVENT_STREAM, KEEP_ALIVE_WITH_IDS, NO_BUFFERING
 from server.errors import EventsGone, InvalidRequest, NotFound, Overloaded
 
-Status = Literal["in_progress", "completed", "failed", "cancelled"]
+StreamStatus = Literal["in_progress", "completed", "failed", "cancelled"]
 
 
 class EventLog:
@@ -97,7 +97,7 @@ class Stream:
         self._clock = clock
         self.created_at = clock()
         self.ended_at: float | None = None
-        self.status: Status = "in_progress"
+        self.status: StreamStatus = "in_progress"
         self.log = EventLog(max_bytes)
         self._task: asyncio.Task[None] | None = None
 
@@ -105,7 +105,7 @@ class Stream:
         """Start the task that fills the log and calls `end`."""
         self._task = asyncio.create_task(work)
 
-    def end(self, status: Status) -> None:
+    def end(self, status: StreamStatus) -> None:
         """Mark the end of the stream."""
         self.status, self.ended_at = status, self._clock()
         self.log.end()
@@ -117,7 +117,7 @@ class Stream:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    def number_behind(self, event_id: str) -> int:
+    def number_after(self, event_id: str) -> int:
         """The number after this event id. Raises InvalidRequest."""
         given = event_id
         number = int(given) if given.isascii() and given.isdecimal() and len(given) < 16 else -1

@@ -26,9 +26,9 @@ async def read_grammar(service: Service, caller: Caller, body: SamplingRequest) 
     Raises InvalidRequest for a source that is invalid or too slow, Overloaded if too many others
     are being compiled, and RateLimited.
     """
-    if body.asked_format is None and all(getattr(body, name) is None for name in STRUCTURES):
+    if body.requested_format is None and all(getattr(body, name) is None for name in STRUCTURES):
         return None
-    asked = await service.texts.run(LONG, _asked_within_bounds, body)
+    asked = await service.texts.run(LONG, _bounded_spec, body)
     if asked is None:
         return None
     spec, param = asked
@@ -48,9 +48,9 @@ async def read_grammar(service: Service, caller: Caller, body: SamplingRequest) 
         await service.limiter.record(caller, "requests", cost)
 
 
-def _asked_within_bounds(body: SamplingRequest) -> tuple[GrammarSpec, str] | None:
-    """`_asked`, within the size limit. Raises InvalidRequest."""
-    asked = _asked(body)
+def _bounded_spec(body: SamplingRequest) -> tuple[GrammarSpec, str] | None:
+    """`_requested_spec`, within the size limit. Raises InvalidRequest."""
+    asked = _requested_spec(body)
     if asked is not None:
         spec, param = asked
         try:
@@ -60,9 +60,9 @@ def _asked_within_bounds(body: SamplingRequest) -> tuple[GrammarSpec, str] | Non
     return asked
 
 
-def _asked(body: SamplingRequest) -> tuple[GrammarSpec, str] | None:
+def _requested_spec(body: SamplingRequest) -> tuple[GrammarSpec, str] | None:
     """The grammar's source and its parameter. Raises InvalidRequest."""
-    given = [body.format_name] if not isinstance(body.asked_format, TextFormat | None) else []
+    given = [body.format_name] if not isinstance(body.requested_format, TextFormat | None) else []
     given += [name for name in STRUCTURES if getattr(body, name) is not None]
     if len(given) > 1:
         raise InvalidRequest(f"give either {given[0]} or {given[1]}", given[1])
@@ -74,7 +74,7 @@ def _asked(body: SamplingRequest) -> tuple[GrammarSpec, str] | None:
         case [name] if name.startswith(GUIDED):
             outputs = StructuredOutputs(**{name.removeprefix(GUIDED): getattr(body, name)})
             return _of_outputs(outputs)[0], name
-    return _of_format(body.asked_format), body.format_name
+    return _of_format(body.requested_format), body.format_name
 
 
 def _of_format(given: object) -> GrammarSpec:

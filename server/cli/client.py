@@ -41,8 +41,8 @@ NOT_SENT = (
 )
 """Errors after which the server has certainly not received the request."""
 
-Event = ChatChunk | Completion
-EVENTS: TypeAdapter[Event | ErrorResponse] = TypeAdapter(Event | ErrorResponse)
+StreamChunk = ChatChunk | Completion
+EVENTS: TypeAdapter[StreamChunk | ErrorResponse] = TypeAdapter(StreamChunk | ErrorResponse)
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -227,7 +227,7 @@ class Client:
             raise self._unexpected(response)
         yield TurnEnd(turn, usage, reason, timings)
 
-    def _event(self, data: bytes, response: httpx.Response) -> Event:
+    def _event(self, data: bytes, response: httpx.Response) -> StreamChunk:
         try:
             event = EVENTS.validate_json(data)
         except ValidationError as error:

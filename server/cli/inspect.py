@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from model.checkpoint import describe, fingerprint, is_checkpoint
-from model.files import MOST_BLOB_BYTES, check_file, read_file
+from model.files import MAX_BLOB_BYTES, check_file, read_file
 from model.text.tokenizer import Tokenizer
 from server.cli.tables import plain, print_facts, print_table
 from server.sessions.codec import FORMAT, BlobError, Codec, read
@@ -41,7 +41,7 @@ def inspect(file: Path, folder: Path) -> bool:
     model = describe(folder)
     no_arithmetic = ""  # nothing is computed here
     codec = Codec(fingerprint(folder), model.state_spec.tensors, model.vocab_size, no_arithmetic)
-    blob = read_file(file, max(MOST_BLOB_BYTES, codec.max_blob_bytes))
+    blob = read_file(file, max(MAX_BLOB_BYTES, codec.max_blob_bytes))
     try:
         facts, arrays = read(blob)
         _print_header(len(blob), facts, codec.checksum_matches(facts, arrays), codec.fingerprint)

@@ -14,7 +14,7 @@ from server.keys import Key, KeyFileError, Limits, add_key, key_id_of, read_keys
 
 app = typer.Typer(help="Create, list and revoke the API keys of a server.", no_args_is_help=True)
 
-File = Annotated[
+KeyFileOption = Annotated[
     Path,
     typer.Option(
         "--file", envvar="LATENTD_KEY_FILE", help="The key file, as for latentd serve --key-file."
@@ -27,17 +27,17 @@ DataDir = Annotated[
         envvar="LATENTD_DATA_DIR", help="Folder of the session store, as for latentd serve."
     ),
 ]
-Count = Annotated[int | None, typer.Option(min=1, help="Default: the server's setting.")]
+CountOption = Annotated[int | None, typer.Option(min=1, help="Default: the server's setting.")]
 
 
 @app.command()
 def add(
     name: Annotated[str, typer.Argument(help="Name of the key.")],
-    file: File,
-    requests_per_minute: Count = None,
-    tokens_per_minute: Count = None,
-    concurrent_requests: Count = None,
-    concurrent_sequences: Count = None,
+    file: KeyFileOption,
+    requests_per_minute: CountOption = None,
+    tokens_per_minute: CountOption = None,
+    concurrent_requests: CountOption = None,
+    concurrent_sequences: CountOption = None,
 ) -> None:
     """Create a key and print it. It is shown only once: the file stores its hash."""
     limits = Limits(
@@ -53,7 +53,7 @@ def add(
 
 
 @app.command("list")
-def list_keys(file: File) -> None:
+def list_keys(file: KeyFileOption) -> None:
     """List the keys, oldest first."""
     from server.cli.tables import print_keys
 
@@ -65,7 +65,7 @@ def list_keys(file: File) -> None:
 @app.command()
 def revoke(
     name_or_id: Annotated[str, typer.Argument(metavar="NAME_OR_ID", help="Name or id of the key.")],
-    file: File,
+    file: KeyFileOption,
 ) -> None:
     """Revoke a key. A running server rejects it within two seconds.
 
@@ -84,7 +84,7 @@ def erase(
             metavar="NAME_OR_ID", help="Name or id of the key; the id if it was revoked."
         ),
     ],
-    file: File,
+    file: KeyFileOption,
     data_dir: DataDir = DATA_DIR,
 ) -> None:
     """Erase all data of a key: sessions and stored responses, in memory and on disk.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from model.files import MOST_BLOB_BYTES, read_file, write_file
+from model.files import MAX_BLOB_BYTES, read_file, write_file
 from server.cli.failure import fail
 
 if TYPE_CHECKING:
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Manage the sessions of a running server.", no_args_is_help=True)
 
 # Not LATENTD_*: those are server settings, and unknown ones are errors.
-Url = Annotated[str, typer.Option(envvar="LATENT_URL", help="URL of the server, or unix:PATH.")]
-Key = Annotated[
+UrlOption = Annotated[
+    str, typer.Option(envvar="LATENT_URL", help="URL of the server, or unix:PATH.")
+]
+KeyOption = Annotated[
     str,
     typer.Option(envvar="LATENT_KEY", help="API key.", show_default=False),
 ]
@@ -34,8 +36,8 @@ def list_sessions(
         int | None, typer.Option(min=1, help="Maximum number to list; default: all.")
     ] = None,
     as_json: Json = False,
-    url: Url = LOCAL,
-    key: Key = "",
+    url: UrlOption = LOCAL,
+    key: KeyOption = "",
 ) -> None:
     """List your sessions, newest first."""
     from server.cli.tables import print_sessions
@@ -50,7 +52,9 @@ def list_sessions(
 
 
 @app.command()
-def show(session_id: Id, as_json: Json = False, url: Url = LOCAL, key: Key = "") -> None:
+def show(
+    session_id: Id, as_json: Json = False, url: UrlOption = LOCAL, key: KeyOption = ""
+) -> None:
     """Show one session."""
     from server.cli.tables import print_session
 
@@ -63,7 +67,9 @@ def show(session_id: Id, as_json: Json = False, url: Url = LOCAL, key: Key = "")
 
 
 @app.command()
-def turns(session_id: Id, as_json: Json = False, url: Url = LOCAL, key: Key = "") -> None:
+def turns(
+    session_id: Id, as_json: Json = False, url: UrlOption = LOCAL, key: KeyOption = ""
+) -> None:
     """List the session's checkpoints: the turns to export, fork or rewind to."""
     from server.cli.tables import print_turns
 
@@ -85,8 +91,8 @@ def export(
         typer.Option(help="Output file, - for stdout; default: ID-TURN.safetensors."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
-    url: Url = LOCAL,
-    key: Key = "",
+    url: UrlOption = LOCAL,
+    key: KeyOption = "",
 ) -> None:
     """Write a session's state to a file."""
     to_stdout = out == Path("-")
@@ -115,8 +121,8 @@ def import_state(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Repeatable.")
     ] = None,
     ttl: Annotated[float | None, typer.Option(help="Seconds without use until it expires.")] = None,
-    url: Url = LOCAL,
-    key: Key = "",
+    url: UrlOption = LOCAL,
+    key: KeyOption = "",
 ) -> None:
     """Create a session from an exported state and print its id."""
     facts = {}
@@ -126,7 +132,7 @@ def import_state(
             raise fail(f"--metadata: {item!r} is not KEY=VALUE")
         facts[name] = value
     try:
-        blob = sys.stdin.buffer.read() if file == Path("-") else read_file(file, MOST_BLOB_BYTES)
+        blob = sys.stdin.buffer.read() if file == Path("-") else read_file(file, MAX_BLOB_BYTES)
     except OSError as error:
         raise fail(f"{file}: {error.strerror}") from error
     with _connect(url, key) as client:
@@ -134,7 +140,9 @@ def import_state(
 
 
 @app.command()
-def fork(session_id: Id, turn: TurnOption = None, url: Url = LOCAL, key: Key = "") -> None:
+def fork(
+    session_id: Id, turn: TurnOption = None, url: UrlOption = LOCAL, key: KeyOption = ""
+) -> None:
     """Create a copy of a session, as of its last turn or an earlier one, and print its id."""
     with _connect(url, key) as client:
         print(client.fork(session_id, turn).id)
@@ -144,8 +152,8 @@ def fork(session_id: Id, turn: TurnOption = None, url: Url = LOCAL, key: Key = "
 def rewind(
     session_id: Id,
     turn: Annotated[int, typer.Argument(help="Turn to go back to; 0 is the beginning.")],
-    url: Url = LOCAL,
-    key: Key = "",
+    url: UrlOption = LOCAL,
+    key: KeyOption = "",
 ) -> None:
     """Go back to an earlier turn. Later turns are erased; fork first to keep them."""
     with _connect(url, key) as client:
@@ -156,8 +164,8 @@ def rewind(
 @app.command()
 def delete(
     session_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Session ids.")],
-    url: Url = LOCAL,
-    key: Key = "",
+    url: UrlOption = LOCAL,
+    key: KeyOption = "",
 ) -> None:
     """Erase sessions with their checkpoints, and print the ids of those erased.
 

@@ -107,7 +107,7 @@ class EngineRequest:
     """Whose request it is: owners have equal shares of the engine, and shared prefixes are per
     owner."""
 
-    keeps_answer: bool = False
+    caches_answer: bool = False
     """Cache the state at the end by its text, so that a prompt that extends this one and its answer
     reads only what is new. Also look for such a state."""
 

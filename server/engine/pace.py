@@ -1,6 +1,6 @@
 """How many prompt tokens a step may read next to decoding rows, from measured times."""
 
-MOST_CHANGE = 2.0
+MAX_CHANGE = 2.0
 """Maximum factor by which one measurement changes the number, since measurements are noisy."""
 
 
@@ -25,6 +25,6 @@ class Pace:
         if self._tokens is None:
             self._tokens = estimate
         elif estimate > self._tokens:
-            self._tokens = min(estimate, self._tokens * MOST_CHANGE)
+            self._tokens = min(estimate, self._tokens * MAX_CHANGE)
         elif step_s > self._latency_s:
-            self._tokens = max(estimate, self._tokens / MOST_CHANGE)
+            self._tokens = max(estimate, self._tokens / MAX_CHANGE)

@@ -36,8 +36,8 @@ class PrefillRunner:
 
         The row holds the state before the first token.
         """
-        keeps_answer = sequence.request.keeps_answer and self._prefixes.may_keep
-        if not (keeps_answer and self._follow_text(sequence)):
+        caches_answer = sequence.request.caches_answer and self._prefixes.may_cache
+        if not (caches_answer and self._follow_text(sequence)):
             self._begin(sequence)
 
     def retain(self, sequence: TextSequence) -> None:
@@ -47,19 +47,19 @@ class PrefillRunner:
             state = self._pool.read_row(self._row(sequence))
             for follower in self._prefixes.retain(sequence, state):
                 self._pool.write_row(self._row(follower), state)
-        if sequence.keep_text_at and sequence.num_read == sequence.keep_text_at:
+        if sequence.cache_text_at and sequence.num_read == sequence.cache_text_at:
             text = sequence.prompt_text
             text = text[: len(text) - sequence.request.opening_bytes]
             state = self._pool.read_row(self._row(sequence))
-            self._prefixes.keep_text(sequence.request, text, sequence.before_opening, state)
+            self._prefixes.cache_text(sequence.request, text, sequence.before_opening, state)
         self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
 
-    def keep_answer(self, sequence: TextSequence) -> None:
+    def cache_answer(self, sequence: TextSequence) -> None:
         """At the end of a turn: cache the state after its answer."""
-        if not self._prefixes.may_keep or sequence.keep_text_at or sequence.text.undecoded:
+        if not self._prefixes.may_cache or sequence.cache_text_at or sequence.text.undecoded:
             return
         state = self._pool.read_row(self._row(sequence))
-        self._prefixes.keep_text(sequence.request, sequence.whole_text(), sequence.unread, state)
+        self._prefixes.cache_text(sequence.request, sequence.whole_text(), sequence.unread, state)
         self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
 
     def leave(self, sequence: EngineSequence) -> None:
@@ -102,7 +102,7 @@ class PrefillRunner:
         kept, state = found
         if len(sequence.text_before(self._prefixes.num_retained(sequence))) >= kept.num_bytes:
             return False
-        if not sequence.go_on_behind(kept.num_bytes, kept.pending):
+        if not sequence.continue_after(kept.num_bytes, kept.pending):
             return False
         self._pool.write_row(self._row(sequence), state)
         return True

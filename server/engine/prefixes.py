@@ -47,7 +47,7 @@ def chain(token_ids: Sequence[int], chunk: int, salt: bytes = b"") -> tuple[byte
 
 
 @dataclass(frozen=True)
-class KeptText:
+class CachedText:
     """A text with a cached state after it."""
 
     salt: bytes
@@ -57,9 +57,9 @@ class KeptText:
 
 
 @dataclass(frozen=True)
-class _Kept(Generic[State]):
+class _CachedState(Generic[State]):
     state: State
-    text: KeptText | None = None
+    text: CachedText | None = None
     """Set if it is found by text."""
 
 
@@ -80,10 +80,10 @@ class SharedPrefixes(Generic[State]):
     state of the owner with the most."""
 
     def __init__(self, capacity_bytes: int, state_bytes: int, chunk: int) -> None:
-        self.may_keep = capacity_bytes >= state_bytes
+        self.may_cache = capacity_bytes >= state_bytes
         self._state_bytes = state_bytes
         self._chunk = chunk
-        self._states = SharedCache[bytes, _Kept[State]](capacity_bytes // state_bytes)
+        self._states = SharedCache[bytes, _CachedState[State]](capacity_bytes // state_bytes)
         self._lengths: dict[bytes, Counter[int]] = {}
         """Number of cached texts per salt and length in bytes."""
 
@@ -103,7 +103,7 @@ class SharedPrefixes(Generic[State]):
         scored needs the logits of every token and never uses a cached state; others may use its
         states. May be called again for a sequence returned by `leave`.
         """
-        if not self.may_keep:
+        if not self.may_cache:
             return None
         self._name_chunks(sequence)
         digests, depth = sequence.digests, len(sequence.digests)
@@ -135,7 +135,7 @@ class SharedPrefixes(Generic[State]):
         Returns the sequences that waited for it, for the caller to copy it to them.
         """
         digest = sequence.digests[sequence.num_read // self._chunk - 1]
-        self._put(digest, _Kept(state), sequence.request.owner)
+        self._put(digest, _CachedState(state), sequence.request.owner)
         ready = [s for s in self._waiting_for(sequence) if s.waits_until == sequence.num_read]
         for follower in ready:
             self._stop_waiting(follower)
@@ -169,11 +169,11 @@ class SharedPrefixes(Generic[State]):
         self._states.clear()
         self._lengths.clear()
 
-    def keep_text(
+    def cache_text(
         self, request: EngineRequest, text: bytes, pending: Sequence[int], state: State
     ) -> None:
         """Cache the state after a text, except for its last tokens."""
-        if not self.may_keep:
+        if not self.may_cache:
             return
         salt = _salt(request)
         digest = _text_hash(salt)
@@ -181,10 +181,10 @@ class SharedPrefixes(Generic[State]):
         key = digest.digest()
         if key not in self._states:
             self._lengths.setdefault(salt, Counter())[len(text)] += 1
-        kept = _Kept(state, KeptText(salt, len(text), tuple(pending)))
+        kept = _CachedState(state, CachedText(salt, len(text), tuple(pending)))
         self._put(key, kept, request.owner)
 
-    def find_text(self, request: EngineRequest, text: bytes) -> tuple[KeptText, State] | None:
+    def find_text(self, request: EngineRequest, text: bytes) -> tuple[CachedText, State] | None:
         """The longest cached text that is a proper prefix of this one."""
         salt = _salt(request)
         key, at, digest = None, 0, _text_hash(salt)
@@ -211,11 +211,11 @@ class SharedPrefixes(Generic[State]):
             shared = sequence.unread[: max(0, sequence.num_unread - 2)]
             sequence.digests = chain(shared, self._chunk, _salt(sequence.request))
 
-    def _put(self, key: bytes, kept: _Kept[State], owner: str) -> None:
+    def _put(self, key: bytes, kept: _CachedState[State], owner: str) -> None:
         self._forget_texts(self._states.put(key, kept, owner))
 
-    def _forget_texts(self, given_up: Iterable[_Kept[State]]) -> None:
-        for text in (kept.text for kept in given_up):
+    def _forget_texts(self, evicted: Iterable[_CachedState[State]]) -> None:
+        for text in (kept.text for kept in evicted):
             if text is not None:
                 lengths = self._lengths[text.salt]
                 lengths[text.num_bytes] -= 1

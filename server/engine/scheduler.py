@@ -105,11 +105,11 @@ class Plan(Generic[S]):
 class Scheduler(Generic[S]):
     """The engine's sequences by phase, and their rows."""
 
-    def __init__(self, limits: EngineLimits, cut: int, most_logits: int) -> None:
-        """`most_logits`: maximum rows of logits per step for scored prompts; at least one cut."""
+    def __init__(self, limits: EngineLimits, cut: int, max_logits: int) -> None:
+        """`max_logits`: maximum rows of logits per step for scored prompts; at least one cut."""
         self._limits = limits
         self._cut = cut
-        self._most_logits = max(cut, most_logits)
+        self._max_logits = max(cut, max_logits)
         self.pace = Pace(limits.inter_token_latency_s)
         self._num_plans = 0
         self._next_deadline = inf
@@ -246,7 +246,7 @@ class Scheduler(Generic[S]):
         else:
             tokens = max(tokens, EFFICIENT_TOKENS)
         tokens = max(self._cut, min(tokens, self._limits.prefill_chunk_tokens))
-        share, logits = max(self._cut, tokens // max(1, len(alike))), self._most_logits
+        share, logits = max(self._cut, tokens // max(1, len(alike))), self._max_logits
         pieces = list[tuple[S, int]]()
         for sequence in ready:
             is_scored, most = sequence.request.score_prompt, tokens

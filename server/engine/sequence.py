@@ -21,7 +21,7 @@ class EngineSequence:
         self.retain_at = set[int]()
         """Token counts at which reading stops to cache the state."""
 
-        self.keep_text_at = 0
+        self.cache_text_at = 0
         """Token count at which reading stops to cache the state by its text; 0: none."""
 
         self.waits_for: EngineSequence | None = None
@@ -80,7 +80,7 @@ class EngineSequence:
         A single last token belongs to the piece before it, since the network would compute other
         bits. The exception is a state cached right before it, which has no further use.
         """
-        places = (*self.retain_at, self.keep_text_at)
+        places = (*self.retain_at, self.cache_text_at)
         stops = (at - self.num_read for at in places if at > self.num_read)
         stop = min(stops, default=None)
         count = self.num_unread if stop is None else stop

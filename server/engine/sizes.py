@@ -18,7 +18,7 @@ PREFIX_BYTES, HOST_BYTES = 64 << 20, 256 << 20
 PREFIX_STATES, HOST_STATES = 16, 32
 """Minimum number of states, however large they are."""
 
-TURN_BYTES, LEAST_TURNS = 64 << 20, 2
+TURN_BYTES, MIN_TURNS = 64 << 20, 2
 """Stored bytes per session, unless that is less than the minimum number of turns."""
 
 CGROUPS = (
@@ -70,7 +70,7 @@ class Sizes:
 
 def choose(settings: Settings, state_bytes: int, memory: Memory) -> Sizes:
     """The given sizes, and defaults for the others. Raises SizeError."""
-    turns = max(LEAST_TURNS, min(TURNS, TURN_BYTES // state_bytes))
+    turns = max(MIN_TURNS, min(TURNS, TURN_BYTES // state_bytes))
     wanted = Sizes(
         max_running=_or(settings.max_running, RUNNING),
         warm_sessions=_or(settings.warm_sessions, WARM),

@@ -45,7 +45,7 @@ class TextRules:
     there."""
 
 
-class _Place(NamedTuple):
+class _Position(NamedTuple):
     """A position in the text between two tokens."""
 
     length: int
@@ -58,7 +58,7 @@ class _Place(NamedTuple):
     """Bytes of an incomplete character there."""
 
 
-class OutputText:
+class StreamedText:
     """The text so far.
 
     Text that may begin a stop string is held back, unless the string would be included.
@@ -83,10 +83,10 @@ class OutputText:
         self._has_anchor = False
         """Whether there is an anchor at `_start`, followed by text that is not final."""
 
-        self._start = _Place(0, 0, undecoded)
+        self._start = _Position(0, 0, undecoded)
         """Position before the text that may have to be cut."""
 
-        self._later = deque[_Place]()
+        self._later = deque[_Position]()
         """Later positions that may replace it, once all text before them is final."""
 
         self._num_tokens = 0
@@ -140,7 +140,7 @@ class OutputText:
         begins_here = whole_before and end >= num_held
         wants_anchor = False
         if begins_here:
-            self._start = _Place(start, self._num_tokens, undecoded)
+            self._start = _Position(start, self._num_tokens, undecoded)
             self._emitted = text[num_held:end]
             self._later.clear()
             self._tokens.clear()
@@ -151,7 +151,7 @@ class OutputText:
             last = self._later[-1] if self._later else self._start
             is_far = self._num_tokens - last.num_tokens >= TOKENS_APART
             if is_far and not undecoded and stop is None:
-                self._later.append(_Place(start, self._num_tokens, undecoded))
+                self._later.append(_Position(start, self._num_tokens, undecoded))
                 wants_anchor = self._rules.can_rewind
         self._num_tokens += 1
         self._tokens.append((token.token_id, None if self.undecoded else self._length))

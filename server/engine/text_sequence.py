@@ -16,11 +16,11 @@ from model.text.tokenizer import Tokenizer
 from server.engine.messages import Continuation, EngineRequest, EngineTimings, ThinkingBudget, Token
 from server.engine.scoring import PromptScores
 from server.engine.sequence import EngineSequence
-from server.engine.text import OutputText, TextRules, TextStep
+from server.engine.text import StreamedText, TextRules, TextStep
 
 NO_TOKENS = frozenset[int]()
 
-SNAPSHOT_TOKENS, MOST_REPEATED = 16, 64
+SNAPSHOT_TOKENS, MAX_REPEATED = 16, 64
 """The row of a sequence that runs ahead is copied every this many tokens, so that a stop string can
 cut it; it runs at most this far ahead of its copy."""
 
@@ -91,8 +91,8 @@ class TextSequence(EngineSequence):
         self.recent = RecentTokens.from_bytes(start.recent)
         for token_id in request.token_ids[-WINDOW:]:
             self.recent.append(token_id, generated=False)
-        keeps_state = request.retain_as is not None or request.keeps_answer
-        self._can_rewind = keeps_state and bool(stops)
+        caches_state = request.retain_as is not None or request.caches_answer
+        self._can_rewind = caches_state and bool(stops)
         self._generated = list[int]()
         """Tokens of the answer, if its state is cached by text."""
 
@@ -106,7 +106,7 @@ class TextSequence(EngineSequence):
             request.return_tokens or request.num_logprobs is not None,
             self._can_rewind,
         )
-        self.text = OutputText(tokenizer, rules, start.undecoded)
+        self.text = StreamedText(tokenizer, rules, start.undecoded)
         self._anchors = deque[Anchor]()
         """The first one is the position to cut back to; a later one replaces it when the text is
         final up to there."""
@@ -174,7 +174,7 @@ class TextSequence(EngineSequence):
         """Whether a token that a stop string cuts may be read before the cut."""
         if not self._can_rewind:
             return True
-        return self._snapshot is not None and len(self._snapshot.token_ids) < MOST_REPEATED
+        return self._snapshot is not None and len(self._snapshot.token_ids) < MAX_REPEATED
 
     def next_token(self, row: int) -> Piece:
         """Its piece in the next step: the next token, or the one still being sampled."""
@@ -230,7 +230,7 @@ class TextSequence(EngineSequence):
         self._tokens, self.num_read = [token_id], int(is_read)
         self.position += 1
         self.recent.append(token_id, generated=True)
-        if self.request.keeps_answer:
+        if self.request.caches_answer:
             self._generated.append(token_id)
         if self._snapshot is not None:
             self._snapshot.token_ids.append(token_id)
@@ -283,7 +283,7 @@ class TextSequence(EngineSequence):
         kept, rest = self.text.cut()
         left = [*kept, *self._tokenizer.encode_text(rest)]
         self._tokens, self.num_read = left, 0
-        if self.request.keeps_answer:
+        if self.request.caches_answer:
             num_retained = self.position - self._prompt_position
             self._generated = [*self._generated[:num_retained], *left]
         self.position += len(left)
@@ -329,14 +329,14 @@ class TextSequence(EngineSequence):
             left -= len(self._marked(ids[count]))
         if left == 0 and count < len(ids):
             self._num_opening = len(ids) - count
-            self.keep_text_at = min(count, len(ids) - 2)
+            self.cache_text_at = min(count, len(ids) - 2)
 
     @property
     def before_opening(self) -> list[int]:
         """The tokens between the state cached by text and the end of that text."""
-        return self._tokens[self.keep_text_at : len(self._tokens) - self._num_opening]
+        return self._tokens[self.cache_text_at : len(self._tokens) - self._num_opening]
 
-    def go_on_behind(self, num_bytes: int, pending: tuple[int, ...]) -> bool:
+    def continue_after(self, num_bytes: int, pending: tuple[int, ...]) -> bool:
         """Start after `num_bytes` bytes of the prompt, with a state that has not read `pending`.
         False if the rest has no token boundary there."""
         ids, at, count = self.request.token_ids, 0, 0
@@ -351,8 +351,8 @@ class TextSequence(EngineSequence):
                 return False
             rest = self._tokenizer.encode_text(over)
         unread = [*pending, *rest, *ids[count:]]
-        if self.keep_text_at:
-            self.keep_text_at = max(0, self.keep_text_at - len(ids) + len(unread))
+        if self.cache_text_at:
+            self.cache_text_at = max(0, self.cache_text_at - len(ids) + len(unread))
         self._tokens, self.num_read = unread, 0
         self.cached_tokens = max(0, len(ids) - len(unread))
         self.digests = ()

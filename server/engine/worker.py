@@ -61,8 +61,8 @@ class Worker:
         self._inbox = inbox
         self._deliver = deliver
         self._metrics = metrics
-        most_logits = SCORED_BYTES // (4 * self._network.vocab_size)
-        self._scheduler = Scheduler[TextSequence](limits, self._network.cut, most_logits)
+        max_logits = SCORED_BYTES // (4 * self._network.vocab_size)
+        self._scheduler = Scheduler[TextSequence](limits, self._network.cut, max_logits)
         self._slots = self._scheduler.slots
         self._rows = Rows(self._network, self._slots, limits.warm_sessions)
         self._pool = self._rows.pool
@@ -290,8 +290,8 @@ class Worker:
             continuation=None if request.retain_as is None else sequence.continuation(),
             retained_as=request.retain_as,
         )
-        if request.keeps_answer:
-            self._reader.keep_answer(sequence)
+        if request.caches_answer:
+            self._reader.cache_answer(sequence)
         if request.retain_as is None:
             self._rows.free(request.request_id)
             self._end(finished)

@@ -22,19 +22,19 @@ from server.fronts.frames import (
 from server.fronts.link import Link
 from server.fronts.window import ReceiveWindow, Window
 
-Message = MutableMapping[str, Any]
+ASGIMessage = MutableMapping[str, Any]
 App = Callable[
     [
         MutableMapping[str, Any],
-        Callable[[], Awaitable[Message]],
-        Callable[[Message], Awaitable[None]],
+        Callable[[], Awaitable[ASGIMessage]],
+        Callable[[ASGIMessage], Awaitable[None]],
     ],
     Awaitable[None],
 ]
 """An ASGI application."""
 
 log = logging.getLogger(__name__)
-GONE: Message = {"type": "http.disconnect"}
+GONE: ASGIMessage = {"type": "http.disconnect"}
 
 
 class FrontConnection:
@@ -47,7 +47,7 @@ class FrontConnection:
         self._ready = ready
         self._requests: dict[int, ForwardedRequest] = {}
         self.link = Link(self._handle, self._lost)
-        self.heard_at = monotonic()
+        self.replied_at = monotonic()
         """Time of the front's last reply."""
 
     def _handle(self, frame: Frame) -> None:
@@ -56,7 +56,7 @@ class FrontConnection:
         elif frame.kind is FrameKind.READY:
             self._ready()
         elif frame.kind is FrameKind.PONG:
-            self.heard_at = monotonic()
+            self.replied_at = monotonic()
         elif (request := self._requests.get(frame.request)) is not None:
             request.handle(frame)
 
@@ -80,7 +80,7 @@ class ForwardedRequest:
         self._link = link
         self._number = number
         self._scope = scope
-        self._incoming: deque[Message] = deque()
+        self._incoming: deque[ASGIMessage] = deque()
         self._changed = asyncio.Event()
         self._window = Window(ANSWER_WINDOW_BYTES)
         self._receive_window = ReceiveWindow(REQUEST_WINDOW_BYTES)
@@ -118,7 +118,7 @@ class ForwardedRequest:
         self._window.lift()
         self._changed.set()
 
-    async def _receive(self) -> Message:
+    async def _receive(self) -> ASGIMessage:
         if self._must_grant:
             self._must_grant = False
             self._link.send(FrameKind.CREDIT, self._number, pack_credit(REQUEST_WINDOW_BYTES))
@@ -132,7 +132,7 @@ class ForwardedRequest:
             self._link.send(FrameKind.CREDIT, self._number, pack_credit(credit))
         return message
 
-    async def _send(self, message: Message) -> None:
+    async def _send(self, message: ASGIMessage) -> None:
         if self._is_gone or self._is_complete:
             return
         if message["type"] == "http.response.start":

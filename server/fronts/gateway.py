@@ -20,9 +20,9 @@ from server.fronts.frames import (
 from server.fronts.link import Link
 from server.fronts.window import ReceiveWindow, Window
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+ASGIMessage = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[ASGIMessage]]
+Send = Callable[[ASGIMessage], Awaitable[None]]
 
 
 class Gateway:

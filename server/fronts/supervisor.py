@@ -107,14 +107,14 @@ class Supervisor:
     ) -> None:
         """Kill a front that hangs."""
         await ready
-        last, connection.heard_at = monotonic(), monotonic()
+        last, connection.replied_at = monotonic(), monotonic()
         while True:
             connection.link.send(FrameKind.PING)
             await asyncio.sleep(PING_S)
             now = monotonic()
             if now - last > 2 * PING_S:  # this process was late itself
-                connection.heard_at = now
-            elif now - connection.heard_at > HUNG_S:
+                connection.replied_at = now
+            elif now - connection.replied_at > HUNG_S:
                 log.error(
                     "front process %d has not replied for %g s: killing it", process.pid, HUNG_S
                 )

@@ -15,7 +15,7 @@ from pathlib import Path
 from model.files import read_file, write_file
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-MOST_BYTES = 4096
+MAX_BYTES = 4096
 log = logging.getLogger(__name__)
 
 
@@ -48,7 +48,7 @@ def open_clock(path: Path, latest_use: Callable[[], float]) -> Clock:
 
 def _noted(path: Path, boot: str) -> float | None:
     try:
-        noted = json.loads(read_file(path, MOST_BYTES))
+        noted = json.loads(read_file(path, MAX_BYTES))
         return float(noted["started_at"]) if noted["boot"] == boot != "" else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -30,11 +30,11 @@ BEFORE = "4"
 ARITHMETIC = re.compile(r"[a-z]+\d+ x [a-z]+\d+")
 RECENT = "recent"
 LARGEST = 1 << 53
-MOST_IMPORTED = 1 << 52
+MAX_IMPORTED = 1 << 52
 """Maximum turns and tokens of an imported session: no number of later turns can reach `LARGEST`,
 beyond which a state could not be read any more."""
 
-MOST_MAGNITUDE = 2.0**100
+MAX_MAGNITUDE = 2.0**100
 """Maximum magnitude in an imported state, about 1.3e30: the same number in float32 and float64. No
 network comes near it, and from about 1e37 on results would not be finite."""
 
@@ -150,13 +150,13 @@ class Codec:
         """`decode` for untrusted blobs: the result can have any number of turns, whose states can
         be exported and imported again. Raises BlobError."""
         session = self.decode(blob)
-        if max(session.turn, session.position) > MOST_IMPORTED:
+        if max(session.turn, session.position) > MAX_IMPORTED:
             raise BlobError(
                 f"turn {session.turn} at position {session.position}: too large for a session"
             )
         largest = self.check(session)
-        if largest > MOST_MAGNITUDE:
-            raise BlobError(f"it has numbers up to {largest:.3g}, more than {MOST_MAGNITUDE:g}")
+        if largest > MAX_MAGNITUDE:
+            raise BlobError(f"it has numbers up to {largest:.3g}, more than {MAX_MAGNITUDE:g}")
         return session
 
     def report_arithmetic(self, entry_id: str, session: SessionState) -> None:

@@ -28,7 +28,6 @@ from server.sessions.erasure import entries_of
 from server.sessions.ledger_turn import LedgerTurn, not_found, pending_answer, with_body
 from server.sessions.quota import Quota, Reservation
 from server.sessions.store import (
-    Checkpoint,
     Entry,
     EntryKind,
     NewState,
@@ -36,6 +35,7 @@ from server.sessions.store import (
     StoredAnswer,
     StoreHealth,
     StoreUsage,
+    TurnCheckpoint,
 )
 from server.sessions.tiers import Tier, Tiers
 from server.threads import FairThreads
@@ -257,7 +257,7 @@ class Ledger:
                 raise InvalidRequest(f"there is no {kind} {after[:80]}", "after")
         return await self._store.list(kind, owner, limit, after, self._store.now())
 
-    async def checkpoints(self, owner: str, session_id: str) -> Sequence[Checkpoint]:
+    async def checkpoints(self, owner: str, session_id: str) -> Sequence[TurnCheckpoint]:
         """The session's checkpoints, newest first. Raises NotFound."""
         await self.get(owner, "session", session_id)
         return await self._store.checkpoints(session_id)

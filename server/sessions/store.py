@@ -98,7 +98,7 @@ class NewState:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class TurnCheckpoint:
     """A turn whose state is stored."""
 
     turn: int
@@ -201,7 +201,7 @@ class Store(Protocol):
 
     async def usage(self, owner: str) -> StoreUsage: ...
 
-    async def checkpoints(self, entry_id: str) -> Sequence[Checkpoint]:
+    async def checkpoints(self, entry_id: str) -> Sequence[TurnCheckpoint]:
         """Newest first."""
 
     async def find_answer(self, entry_id: str, key: str) -> StoredAnswer | None:

@@ -97,7 +97,10 @@ def test_a_small_difference_fails_and_is_located(
         (lambda tensors: tensors.pop("wkv"), "it has no wkv"),
         (lambda tensors: tensors.update(h=torch.zeros(1)), "h does not exist in"),
         (lambda tensors: tensors.update(ids=tensors["ids"] + 280), "ids must be from 0 to 299"),
-        (lambda tensors: tensors.update(ids=tensors["ids"][None]), "ids must be a non-empty vector"),
+        (
+            lambda tensors: tensors.update(ids=tensors["ids"][None]),
+            "ids must be a non-empty vector",
+        ),
         (lambda tensors: tensors.update(logits=tensors["logits"][:, 1:]), r"logits is \[40, 299\]"),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server import logs
-from server.logs import MAX_LINES, PERIOD_S, Limit
+from server.logs import MAX_LINES, PERIOD_S, LineLimiter
 
 
 class Terminal(io.StringIO):
@@ -111,7 +111,7 @@ def test_of_a_limited_kind_some_lines_are_written_and_the_others_counted() -> No
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.floats(0, 3 * PERIOD_S))))
 def test_every_line_is_written_or_counted_once(lines: list[tuple[str, float]]) -> None:
-    limit, now = Limit(), 0.0
+    limit, now = LineLimiter(), 0.0
     num_written, num_left_out = 0, 0
     for kind, pause in lines:
         now += pause

@@ -52,7 +52,7 @@ def batch_sizes(most: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Step:
+class RecordedStep:
     """A recorded step of at most `size` rows."""
 
     inputs: Tensor
@@ -83,7 +83,7 @@ class GraphRunner:
         self._table = SamplerTable(pool.num_rows, pool.device)
         self._logits = torch.empty(max_rows, network.vocab_size, device=pool.device)
         self._sizes = batch_sizes(max_rows)
-        self._steps: dict[int, Step] = {}
+        self._steps: dict[int, RecordedStep] = {}
         self._recorder = Recorder(pool.device)
         self._side_stream = SideStream(pool.device)
         self._buffers = deque(
@@ -201,7 +201,7 @@ class GraphRunner:
             return None
         return logits.index_select(0, self._places(places))
 
-    def _record(self, size: int) -> Step:
+    def _record(self, size: int) -> RecordedStep:
         inputs = torch.full((3, size), NO_ROW, dtype=torch.int32, device=self._device)
         chosen = torch.full((size,), NO_TOKEN, dtype=torch.int32, device=self._device)
         logits = self._logits[:size]
@@ -212,7 +212,7 @@ class GraphRunner:
             choose(logits, choosing, self._table, chosen)
 
         with torch.inference_mode():
-            return Step(inputs, logits, chosen, self._recorder.record(work))
+            return RecordedStep(inputs, logits, chosen, self._recorder.record(work))
 
 
 @dataclass(frozen=True)

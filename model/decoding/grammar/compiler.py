@@ -26,9 +26,9 @@ PROCESSES, MAX_WAITING = 4, 32
 """Processes start on demand. An owner gets fewer than are idle: two if there is no other owner, so
 that one is always left for the next. `MAX_WAITING` is shared likewise."""
 
-MOST_THREADS = 4 * MAX_WAITING
+MAX_THREADS = 4 * MAX_WAITING
 
-Outcome = Grammar | GrammarError
+CompileResult = Grammar | GrammarError
 
 
 class GrammarCompiler:
@@ -47,7 +47,7 @@ class GrammarCompiler:
         self._compiling = Counter[str]()
         self._seconds = defaultdict[str, float](float)
         self._changed = threading.Condition()
-        self._threads = concurrent.futures.ThreadPoolExecutor(MOST_THREADS, "grammar")
+        self._threads = concurrent.futures.ThreadPoolExecutor(MAX_THREADS, "grammar")
         self._waiting = Counter[str]()
         """Pending `compile_within` calls, by owner."""
 
@@ -130,7 +130,7 @@ class GrammarCompiler:
 
     def _first(
         self, spec: GrammarSpec, trial: TrialProcess, timeout_s: float, owner: str
-    ) -> Outcome:
+    ) -> CompileResult:
         """Compile an uncached source. Raises GrammarError for failures that should not be
         cached."""
         trial.start()
@@ -140,7 +140,7 @@ class GrammarCompiler:
         finally:
             with self._changed:
                 self._seconds[owner] += time.monotonic() - began
-        outcome: Outcome
+        outcome: CompileResult
         if answer.error is not None:
             outcome = GrammarError(answer.error)
         else:
@@ -154,13 +154,13 @@ class _Cache:
     """The most recently used outcomes."""
 
     def __init__(self) -> None:
-        self._outcomes = SharedCache[GrammarSpec, Outcome](CACHED_BYTES)
+        self._outcomes = SharedCache[GrammarSpec, CompileResult](CACHED_BYTES)
         self._least = CACHED_BYTES // CACHED_GRAMMARS
         """Minimum size charged for a source."""
 
         self._lock = threading.Lock()
 
-    def get(self, spec: GrammarSpec) -> Outcome | None:
+    def get(self, spec: GrammarSpec) -> CompileResult | None:
         with self._lock:
             found = self._outcomes.get(spec)
             if isinstance(found, Grammar) and found.is_spent:
@@ -168,7 +168,7 @@ class _Cache:
                 return None
             return found
 
-    def put(self, spec: GrammarSpec, outcome: Outcome, owner: str) -> None:
+    def put(self, spec: GrammarSpec, outcome: CompileResult, owner: str) -> None:
         with self._lock:
             self._outcomes.put(spec, outcome, owner, max(self._least, spec.num_bytes))
 
@@ -177,7 +177,7 @@ class _Cache:
             self._outcomes.remove_all(owner)
 
 
-def _granted(outcome: Outcome) -> Grammar:
+def _granted(outcome: CompileResult) -> Grammar:
     if isinstance(outcome, GrammarError):
         raise GrammarError(str(outcome))
     return outcome

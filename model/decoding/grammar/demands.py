@@ -48,7 +48,9 @@ class Demands:
                 self.listed.append(value if keyword == "enum" else [value])
             elif keyword in GROUP_OF:
                 if self.groups.setdefault(GROUP_OF[keyword], (place, schema))[0] != place:
-                    raise refusal(place, f"{keyword} combined with a reference, anyOf, oneOf or allOf")
+                    raise refusal(
+                        place, f"{keyword} combined with a reference, anyOf, oneOf or allOf"
+                    )
             elif keyword == "type":
                 types = {value} if isinstance(value, str) else set(value)
                 if unknown := types - {*TYPES, "integer"}:

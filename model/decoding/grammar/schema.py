@@ -24,7 +24,7 @@ from model.decoding.grammar.schema_nodes import (
     nodes,
     refusal,
 )
-from model.decoding.grammar.schema_writer import Writer, library
+from model.decoding.grammar.schema_writer import GrammarWriter, library
 
 MAX_DIGITS = 400
 """Of a bound."""
@@ -49,7 +49,7 @@ def library_schema(source: str) -> str:
             raise GrammarError("a schema must be a JSON object, true or false")
         _check(schema)
         if any(is_changed(node) for _, node in nodes(schema, schema)):
-            return Writer(schema).grammar()
+            return GrammarWriter(schema).grammar()
         return library(json.dumps(schema))
     except RecursionError as error:
         raise GrammarError("the schema is nested too deeply") from error

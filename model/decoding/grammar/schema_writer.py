@@ -71,7 +71,7 @@ def library(schema: str) -> str:
         raise GrammarError(one_line(str(error))) from error
 
 
-class Writer:
+class GrammarWriter:
     """Writes a schema as a Lark grammar."""
 
     def __init__(self, root: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ class Product(NamedTuple):
 class Block(NamedTuple):
     """One residual layer."""
 
-    norm: linear.Norm
+    norm: linear.NormWeights
     project: Product
     gate: Product
     merge: Product
@@ -53,7 +53,7 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Group:
+class PromptGroup:
     """Prompts of similar length, padded to the longest."""
 
     first: int
@@ -80,7 +80,7 @@ class Layout:
     """Rows of the single tokens."""
 
     rows: Tensor
-    groups: Sequence[Group]
+    groups: Sequence[PromptGroup]
     places: NDArray[np.int64]
     """Position in x of each token of the batch."""
 
@@ -90,7 +90,7 @@ class Layout:
         single, *_ = np.nonzero(batch.lengths == 1)
         places = np.empty(len(ids), np.int64)
         places[batch.starts[single]] = np.arange(len(single))
-        groups, first = list[Group](), len(single)
+        groups, first = list[PromptGroup](), len(single)
         for group in batch.groups():
             if batch.lengths[group[0]] == 1:
                 continue
@@ -99,7 +99,7 @@ class Layout:
             places[padded[padded >= 0]] = first + here[padded >= 0]
             read = np.where(padded >= 0, ids[padded], 0)
             groups.append(
-                Group(
+                PromptGroup(
                     first,
                     (len(group), padded.shape[1]),
                     move(torch.from_numpy(read), device),
@@ -220,7 +220,7 @@ class FusedNetwork:
         return to_device(rows, torch.int32, pool.device)
 
 
-def _norm(module: nn.Module) -> linear.Norm:
+def _norm(module: nn.Module) -> linear.NormWeights:
     if not isinstance(module, nn.LayerNorm):
         raise TypeError(f"not a norm: {module}")
     return module.weight, module.bias, module.eps

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Norm = tuple[Tensor, Tensor, float]
+NormWeights = tuple[Tensor, Tensor, float]
 """Weight and bias `[in]` and eps of a LayerNorm."""
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -83,7 +83,7 @@ def linear(
     bias: Tensor | None = None,
     scale: Tensor | None = None,
     *,
-    norm: Norm | None = None,
+    norm: NormWeights | None = None,
     glu: bool = False,
     residual: Tensor | None = None,
     ids: Tensor | None = None,
@@ -136,7 +136,7 @@ def _check(
     weight: Tensor,
     bias: Tensor | None,
     scale: Tensor | None,
-    norm: Norm | None,
+    norm: NormWeights | None,
     glu: bool,
     residual: Tensor | None,
     ids: Tensor | None,

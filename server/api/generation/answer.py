@@ -102,7 +102,7 @@ class Choice:
         self.num_thought = 0
         """Generated tokens before the first text after the thoughts."""
 
-        self.num_thought_told = 0
+        self.num_thought_reported = 0
         """Entries of `generated` before the first text after the thoughts."""
 
         self.cached_tokens = 0
@@ -118,7 +118,7 @@ class Choice:
             self.text.append(event.text)
             return "", event.text
         thoughts, text = "", ""
-        for part, num_generated, num_told in self._parts(event):
+        for part, num_generated, num_reported in self._parts(event):
             new = self._splitter.push(part)
             if isinstance(event, Finished):
                 rest = self._splitter.flush()
@@ -126,7 +126,7 @@ class Choice:
             thoughts, text = thoughts + new[0], text + new[1]
             if self.is_thought:
                 self.num_thought = num_generated if self.thoughts or thoughts else 0
-                self.num_thought_told = num_told
+                self.num_thought_reported = num_reported
         if thoughts:
             self.thoughts.append(thoughts)
         self.text.append(text)
@@ -135,14 +135,14 @@ class Choice:
     def _parts(self, event: TextDelta | Finished) -> list[tuple[str, int, int]]:
         """The texts merged in an event, each with the number of tokens up to its end: generated
         ones, and entries of `generated`."""
-        num_generated, num_told = self.num_generated, len(self.generated.tokens)
+        num_generated, num_reported = self.num_generated, len(self.generated.tokens)
         if isinstance(event, Finished):
-            return [(event.text, num_generated, num_told)]
+            return [(event.text, num_generated, num_reported)]
         parts = list[tuple[str, int, int]]()
         for part in reversed(event.parts or (event,)):
-            parts.append((part.text, num_generated, num_told))
+            parts.append((part.text, num_generated, num_reported))
             num_generated -= part.num_generated
-            num_told -= len(part.tokens)
+            num_reported -= len(part.tokens)
         return parts[::-1]
 
     @property
@@ -253,7 +253,7 @@ class Answer:
             thoughts,
             event.tokens,
             offsets,
-            num_thought=max(0, choice.num_thought_told - num_before),
+            num_thought=max(0, choice.num_thought_reported - num_before),
             reason=choice.reason,
             stopped_by=choice.stopped_by,
             usage=usage,

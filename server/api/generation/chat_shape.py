@@ -16,7 +16,7 @@ from server.api.schemas.chat import (
     MessageDelta,
 )
 from server.api.schemas.generation import Usage
-from server.api.sse import Piece
+from server.api.sse import EventData
 from server.engine.messages import Token
 
 OBJECT = {"object": "chat.completion.chunk"}
@@ -34,7 +34,7 @@ class ChatShape(TurnShape[ChatRequest]):
             delta = MessageDelta(role="assistant", content="")
             yield self._chunk(index, delta, {}, self._usage, first)
 
-    def pieces(self, delta: ChoiceDelta) -> Iterable[Piece]:
+    def pieces(self, delta: ChoiceDelta) -> Iterable[EventData]:
         """At most one event for the text, and one for the end."""
         if delta.is_prompt:
             return []
@@ -59,7 +59,7 @@ class ChatShape(TurnShape[ChatRequest]):
             | {
                 "object": "chat.completion",
                 "choices": choices,
-                "service_tier": self.body.told_tier,
+                "service_tier": self.body.reported_tier,
                 "usage": self.answer.usage,
                 "session_id": self.answer.session_id,
                 "session_turn": self.answer.session_turn,

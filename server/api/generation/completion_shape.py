@@ -11,7 +11,7 @@ from server.api.schemas.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from server.api.sse import Piece
+from server.api.sse import EventData
 from server.engine.messages import Token
 
 
@@ -29,7 +29,7 @@ class CompletionShape(TurnShape[CompletionRequest]):
             for index in range(len(self.answer.choices)):
                 yield self._event(ChoiceDelta(index), self._prompt_ids(index))
 
-    def pieces(self, delta: ChoiceDelta) -> Iterable[Piece]:
+    def pieces(self, delta: ChoiceDelta) -> Iterable[EventData]:
         """At most one event."""
         if delta.is_prompt:
             logprobs = self._logprobs(delta.tokens, delta.offsets)

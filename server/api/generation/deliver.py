@@ -13,7 +13,7 @@ from server.api.generation.shape import Shape, as_json
 from server.api.generation.turn import AdmittedTurn, TextEvent
 from server.api.problems import OUTCOME
 from server.api.schemas.generation import Timings
-from server.api.sse import EVENT_STREAM, NO_BUFFERING, EventSink, Piece
+from server.api.sse import EVENT_STREAM, NO_BUFFERING, EventData, EventSink
 from server.errors import Cancelled, InternalError, LatentdError
 
 CLIENT_CLOSED_REQUEST = 499
@@ -33,7 +33,7 @@ class Sink(Protocol):
     silence_s: float | None
     """Seconds of silence after which `keep_alive` is called; None: never."""
 
-    def encode(self, pieces: Iterable[Piece]) -> list[bytes]:
+    def encode(self, pieces: Iterable[EventData]) -> list[bytes]:
         """Encode the pieces for sending."""
 
     async def send(self, events: list[bytes]) -> None:
@@ -47,7 +47,7 @@ class Reply:
 
     silence_s: float | None = None
 
-    def encode(self, pieces: Iterable[Piece]) -> list[bytes]:
+    def encode(self, pieces: Iterable[EventData]) -> list[bytes]:
         """Encodes nothing."""
         del pieces
         return []

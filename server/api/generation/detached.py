@@ -9,7 +9,7 @@ from server.api.generation.shape import Shape
 from server.api.generation.turn import AdmittedTurn
 from server.api.service import Service
 from server.api.sse import EventSink
-from server.api.streams import Status, Stream
+from server.api.streams import Stream, StreamStatus
 from server.errors import Cancelled
 
 
@@ -24,7 +24,7 @@ def start_stream(
 
 async def _run(stream: Stream, turn: AdmittedTurn, answer: Answer, shape: Shape[Any]) -> None:
     sink = EventSink(stream.log.append, shape.format, None, has_ids=True)
-    status: Status = "failed"
+    status: StreamStatus = "failed"
     try:
         if await deliver_events(turn, answer, shape, sink) == "ok":
             status = "completed"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from model.decoding.sampling import SamplingParams, derive_seed
-from server.api.auth import ANYBODY, Caller
+from server.api.auth import ANONYMOUS_CALLER, Caller
 from server.api.schemas.completions import CompletionRequest
 from server.api.schemas.generation import SamplingRequest
 from server.api.service import Service
@@ -57,7 +57,7 @@ class Generation:
     ) -> list[EngineRequest]:
         """One engine request per choice, prompt by prompt."""
         template = self.template
-        keeps_answer = (
+        caches_answer = (
             self.is_chat
             and retain_as is None
             and (source is None or source.is_initial)
@@ -74,7 +74,7 @@ class Generation:
                 # An incomplete character only matters if the text continues without a prompt.
                 continuation=replace(start, undecoded=b"") if ids else start,
                 owner=owner,
-                keeps_answer=keeps_answer,
+                caches_answer=caches_answer,
                 retain_as=retain_as,
                 deadline=deadline,
                 client_id=client_id,
@@ -126,7 +126,7 @@ async def read_generation(
     service: Service,
     body: SamplingRequest,
     *,
-    caller: Caller = ANYBODY,
+    caller: Caller = ANONYMOUS_CALLER,
     is_detached: bool = False,
 ) -> Generation:
     """Validate the parameters and compile the grammar.

@@ -17,6 +17,7 @@ from server.api.schemas.responses import (
     OutputText,
     OutputThoughts,
     OutputTokensDetails,
+    ReasoningConfig,
     ResponseError,
     ResponseEvent,
     ResponseObject,
@@ -24,29 +25,28 @@ from server.api.schemas.responses import (
     ResponseTextConfig,
     ResponseUsage,
     Status,
-    ToldReasoning,
 )
 from server.api.service import Service
-from server.api.sse import Piece, SSEFormat
+from server.api.sse import EventData, SSEFormat
 from server.engine.messages import Token
 from server.errors import Cancelled, LatentdError
 
 DEFAULT_TEMPERATURE = DEFAULT_TOP_P = 1.0
 
 
-class ResponseFormat(SSEFormat):
+class ResponseSSEFormat(SSEFormat):
     """Events are named after their types."""
 
     ends_with_done = False
 
-    def name_of(self, piece: Piece) -> str:
+    def name_of(self, piece: EventData) -> str:
         return piece.type if isinstance(piece, ResponseEvent) else "error"
 
 
 class ResponseShape(Shape[ResponseRequest]):
     """`ResponseObject` and `ResponseEvent` objects."""
 
-    format = ResponseFormat()
+    format = ResponseSSEFormat()
 
     def __init__(
         self, service: Service, body: ResponseRequest, answer: Answer, first: ResponseObject
@@ -200,7 +200,7 @@ class ResponseShape(Shape[ResponseRequest]):
             type="output_text",
             text="".join(choice.text),
             annotations=[],
-            logprobs=self._logprobs(choice.generated.tokens[choice.num_thought_told :]),
+            logprobs=self._logprobs(choice.generated.tokens[choice.num_thought_reported :]),
         )
 
     def _logprobs(self, tokens: Sequence[Token]) -> list[TokenLogprob]:
@@ -251,7 +251,7 @@ def first_object(service: Service, body: ResponseRequest, response_id: str) -> R
         "output": [],
         "parallel_tool_calls": True,
         "previous_response_id": body.previous_response_id,
-        "service_tier": body.told_tier,
+        "service_tier": body.reported_tier,
         "store": body.stores,
         "temperature": DEFAULT_TEMPERATURE if body.temperature is None else body.temperature,
         "text": ResponseTextConfig(format=body.reported_format),
@@ -263,7 +263,7 @@ def first_object(service: Service, body: ResponseRequest, response_id: str) -> R
         "frequency_penalty": body.frequency_penalty or 0.0,
         "reasoning": None
         if body.effort is None
-        else ToldReasoning(effort=body.effort, summary=None),
+        else ReasoningConfig(effort=body.effort, summary=None),
         "max_tool_calls": None,
         "safety_identifier": body.safety_identifier,
         "prompt_cache_key": body.prompt_cache_key,

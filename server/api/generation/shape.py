@@ -15,7 +15,7 @@ from server.api.sse import (
     DONE,
     EVENT_STREAM,
     NO_BUFFERING,
-    Piece,
+    EventData,
     SSEFormat,
     encode_event,
     error_piece,
@@ -24,16 +24,16 @@ from server.api.templates import TextTemplate
 from server.api.texts import dump_json
 from server.errors import LatentdError
 
-Body = TypeVar("Body", bound=SamplingRequest)
+BodyT = TypeVar("BodyT", bound=SamplingRequest)
 Turned = TypeVar("Turned", bound=GenerationRequest)
 
 
-class Shape(Generic[Body]):
+class Shape(Generic[BodyT]):
     """Base class that renders nothing. Keeps no state except caches."""
 
     format = SSEFormat()
 
-    def __init__(self, service: Service, body: Body, answer: Answer) -> None:
+    def __init__(self, service: Service, body: BodyT, answer: Answer) -> None:
         self.answer = answer
         self.body = body
         self.tokenizer = service.checkpoint.tokenizer
@@ -46,16 +46,16 @@ class Shape(Generic[Body]):
             "system_fingerprint": f"fp_{service.checkpoint.fingerprint[:12]}",
         } | ({} if answer.session_id is None else {"session_id": answer.session_id})
 
-    def opening(self) -> Iterable[Piece]:
+    def opening(self) -> Iterable[EventData]:
         """Initial events of a stream."""
         return ()
 
-    def pieces(self, delta: ChoiceDelta) -> Iterable[Piece]:
+    def pieces(self, delta: ChoiceDelta) -> Iterable[EventData]:
         """Events for new text."""
         del delta
         return ()
 
-    def closing(self) -> Iterable[Piece]:
+    def closing(self) -> Iterable[EventData]:
         """Final events of a stream."""
         return ()
 
@@ -68,7 +68,7 @@ class Shape(Generic[Body]):
         del error
         return None
 
-    def failure(self, error: LatentdError) -> Piece:
+    def failure(self, error: LatentdError) -> EventData:
         """The event for an error."""
         return error_piece(error)
 
@@ -125,7 +125,7 @@ class TurnShape(Shape[Turned]):
 
     @classmethod
     @abstractmethod
-    def replay_pieces(cls, known: str, body: Turned) -> Iterable[Piece]:
+    def replay_pieces(cls, known: str, body: Turned) -> Iterable[EventData]:
         """Events of a stream for a complete answer."""
 
     @property

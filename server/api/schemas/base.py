@@ -186,7 +186,7 @@ Prompt = Annotated[
     Discriminator(_kind_of_prompt),
 ]
 StopString = Annotated[Text, Field(min_length=1, max_length=1024)]
-Stop = Annotated[
+StopStrings = Annotated[
     Annotated[StopString, Tag("(text)")]
     | Annotated[list[StopString], Field(fail_fast=True), Tag("(texts)")],
     Discriminator(lambda value: "(texts)" if isinstance(value, list) else "(text)"),

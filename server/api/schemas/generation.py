@@ -10,7 +10,7 @@ from server.api.schemas.base import (
     WHOLE,
     RequestModel,
     ResponseModel,
-    Stop,
+    StopStrings,
     Text,
     TokenIds,
     Unsupported,
@@ -18,9 +18,9 @@ from server.api.schemas.base import (
 from server.api.schemas.structure import (
     PERSON,
     Choices,
+    GrammarText,
     JsonSchema,
     ResponseFormat,
-    Source,
     StructuredOutputs,
 )
 
@@ -102,7 +102,7 @@ class SamplingRequest(RequestModel):
     seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX), WHOLE] | None = Field(None, examples=[7])
     """The same request with the same seed gives the same text."""
 
-    stop: Stop | None = Field(None, examples=[["\n\n"]])
+    stop: StopStrings | None = Field(None, examples=[["\n\n"]])
     """Strings that end the text; they are not included."""
 
     stop_token_ids: Annotated[TokenIds, Field(max_length=256)] | None = Field(None, examples=[[2]])
@@ -146,10 +146,10 @@ class SamplingRequest(RequestModel):
     guided_json: JsonSchema | Text | None = Field(None, examples=[PERSON])
     """An older name of `structured_outputs.json`."""
 
-    guided_regex: Source | None = Field(None, examples=["[0-9]{4}"])
+    guided_regex: GrammarText | None = Field(None, examples=["[0-9]{4}"])
     """An older name of `structured_outputs.regex`."""
 
-    guided_grammar: Source | None = Field(None, examples=['root ::= "yes" | "no"'])
+    guided_grammar: GrammarText | None = Field(None, examples=['root ::= "yes" | "no"'])
     """An older name of `structured_outputs.grammar`."""
 
     guided_choice: Choices | None = Field(None, examples=[["yes", "no"]])
@@ -162,7 +162,7 @@ class SamplingRequest(RequestModel):
     """Ignored: shared prefixes are found automatically."""
 
     @property
-    def told_tier(self) -> Literal["default", "flex"]:
+    def reported_tier(self) -> Literal["default", "flex"]:
         """The service tier of the request."""
         return "flex" if self.service_tier == "flex" else "default"
 
@@ -192,13 +192,13 @@ class SamplingRequest(RequestModel):
         return None
 
     @property
-    def asked_format(self) -> ResponseFormat | None:
+    def requested_format(self) -> ResponseFormat | None:
         """The constraint in OpenAI's format."""
         return None
 
     @property
     def format_name(self) -> str:
-        """The parameter of `asked_format`."""
+        """The parameter of `requested_format`."""
         return "response_format"
 
     @property
@@ -296,7 +296,7 @@ class GenerationRequest(SamplingRequest):
         return bool(self.return_token_ids)
 
     @property
-    def asked_format(self) -> ResponseFormat | None:
+    def requested_format(self) -> ResponseFormat | None:
         return self.response_format
 
     @property

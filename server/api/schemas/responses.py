@@ -344,7 +344,7 @@ class ResponseRequest(SamplingRequest):
         return asked.model_dump(by_alias=True, exclude_unset=True)
 
     @property
-    def asked_format(self) -> ResponseFormat | None:
+    def requested_format(self) -> ResponseFormat | None:
         asked = None if self.text is None else self.text.format
         if not isinstance(asked, JsonSchemaText):
             return asked
@@ -494,7 +494,7 @@ class ResponseTextConfig(ResponseModel):
     """As requested."""
 
 
-class ToldReasoning(ResponseModel):
+class ReasoningConfig(ResponseModel):
     """The reasoning options in effect."""
 
     effort: str | None = Field(examples=["low"])
@@ -583,7 +583,7 @@ class ResponseObject(ResponseModel):
     frequency_penalty: float = 0.0
     """The frequency_penalty."""
 
-    reasoning: ToldReasoning | None = None
+    reasoning: ReasoningConfig | None = None
     """As requested."""
 
     max_tool_calls: None = None

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 from server.api.schemas.base import AS_JSON, RequestModel, Text
 
 JsonSchema = dict[str, Any] | bool
-Source = Annotated[Text, Field(min_length=1)]
+GrammarText = Annotated[Text, Field(min_length=1)]
 Choices = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 PERSON: JsonSchema = {
     "type": "object",
@@ -107,10 +107,10 @@ class StructuredOutputs(RequestModel):
     json_object: bool | None = None
     """Any JSON object."""
 
-    regex: Source | None = Field(None, examples=["[0-9]{4}"])
+    regex: GrammarText | None = Field(None, examples=["[0-9]{4}"])
     """A regular expression that must match the whole text, in the syntax of Rust's regex crate."""
 
-    grammar: Source | None = Field(None, examples=['root ::= "yes" | "no"'])
+    grammar: GrammarText | None = Field(None, examples=['root ::= "yes" | "no"'])
     """A context-free grammar: llguidance's Lark if it has a rule `start`, else llama.cpp's GBNF."""
 
     choice: Choices | None = Field(None, examples=[["yes", "no"]])

@@ -16,7 +16,6 @@ from server.sessions.sqlite.schema import Durability, open_store, reason
 from server.sessions.sqlite.space import ReservedSpace
 from server.sessions.sqlite.writer import Writer, storage_error
 from server.sessions.store import (
-    Checkpoint,
     Entry,
     EntryKind,
     Header,
@@ -25,6 +24,7 @@ from server.sessions.store import (
     StoreError,
     StoreHealth,
     StoreUsage,
+    TurnCheckpoint,
 )
 
 STORE_FILE = "sessions.sqlite3"
@@ -187,15 +187,15 @@ class SQLiteStore:
 
         return await self._run(work)
 
-    async def checkpoints(self, entry_id: str) -> Sequence[Checkpoint]:
-        def work(db: sqlite3.Connection) -> Sequence[Checkpoint]:
+    async def checkpoints(self, entry_id: str) -> Sequence[TurnCheckpoint]:
+        def work(db: sqlite3.Connection) -> Sequence[TurnCheckpoint]:
             rows = db.execute(
                 """SELECT turn, num_tokens, created_at, num_bytes, state_id FROM checkpoints
                 WHERE entry_number = (SELECT number FROM entries WHERE id = ?)
                 ORDER BY turn DESC""",
                 [entry_id],
             )
-            return [Checkpoint(*row) for row in rows]
+            return [TurnCheckpoint(*row) for row in rows]
 
         return await self._run(work)
 

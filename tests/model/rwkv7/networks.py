@@ -14,7 +14,7 @@ from model import WeightDtype
 from model.rwkv7 import names
 from model.rwkv7.checkpoint import build
 from model.rwkv7.config import Config
-from model.rwkv7.files import Source
+from model.rwkv7.files import NetworkFiles
 from model.rwkv7.network import RWKV7
 
 CPU = torch.device("cpu")
@@ -59,10 +59,10 @@ def weights(config: Config, dtype: torch.dtype = torch.float32) -> Weights:
     return made
 
 
-def source(config: Config, made: Weights | None = None) -> Source:
+def source(config: Config, made: Weights | None = None) -> NetworkFiles:
     """As if it had been opened."""
     made = weights(config) if made is None else made
-    return Source(
+    return NetworkFiles(
         path=Path("random.pth"),
         files=(),
         shapes={name: tuple(tensor.shape) for name, tensor in made.items()},

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.training.corpus import IGNORED, Batch, Lanes, read_documents
+from model.training.corpus import IGNORED, Lanes, TrainingBatch, read_documents
 
 
 def numbered(lengths: list[int]) -> list[Tensor]:
@@ -30,7 +30,7 @@ class Reader:
         self.finished: list[list[int]] = []
         self.chunk_tokens = chunk_tokens
 
-    def read(self, batch: Batch, documents: list[Tensor]) -> None:
+    def read(self, batch: TrainingBatch, documents: list[Tensor]) -> None:
         assert batch.inputs.shape == batch.targets.shape
         assert 1 <= batch.inputs.shape[1] <= self.chunk_tokens
         lanes = zip(batch.inputs, batch.targets, batch.fresh.tolist(), strict=True)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from server.api.schemas.completions import CompletionChoice
-from server.api.sse import Piece, encode_event
+from server.api.sse import EventData, encode_event
 from server.api.templates import TextTemplate
 
 TEXT = "a\u2028b\u2029c\x85d\x0b\x0c\x1c\x1d\x1e\r\n\\u2028"
@@ -18,7 +18,9 @@ def choice(text: str) -> CompletionChoice:
 @pytest.mark.parametrize("number", [None, 7])
 @pytest.mark.parametrize("name", [None, "response.created"])
 @pytest.mark.parametrize("piece", [choice(TEXT), TextTemplate(choice).render(TEXT)])
-def test_nothing_in_a_text_ends_a_line(piece: Piece, number: int | None, name: str | None) -> None:
+def test_nothing_in_a_text_ends_a_line(
+    piece: EventData, number: int | None, name: str | None
+) -> None:
     event = encode_event(piece, number, name).decode()
     lines = event.splitlines()
     assert lines == event.split("\n")[:-1]

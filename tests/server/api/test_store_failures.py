@@ -145,7 +145,7 @@ def test_a_forged_state_fails_alone_and_is_told(
         refused = client.post("/v1/sessions/import", content=forged)
         assert refused.status_code == 422
         assert "numbers up to 1e+308" in refused.json()["error"]["message"]
-        monkeypatch.setattr("server.sessions.codec.MOST_MAGNITUDE", math.inf)
+        monkeypatch.setattr("server.sessions.codec.MAX_MAGNITUDE", math.inf)
         imported = client.post("/v1/sessions/import", content=forged).json()
         answer = client.post("/v1/completions", json=BODY | {"session_id": imported["id"]})
         assert error(answer) == (503, None, "session_damaged")

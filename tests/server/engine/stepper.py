@@ -24,7 +24,7 @@ from server.engine.worker import Worker
 from server.metrics import Metrics
 from tests.server.engine.driver import LIMITS, is_last, request
 
-MOST_STEPS = 1000
+MAX_STEPS = 1000
 """More than any test needs."""
 
 SMALL = replace(
@@ -79,7 +79,7 @@ class Stepper:
                 self.check()
 
     def step_until(self, condition: Callable[[], bool]) -> None:
-        for _ in range(MOST_STEPS):
+        for _ in range(MAX_STEPS):
             if condition():
                 return
             self.step()
@@ -87,7 +87,7 @@ class Stepper:
 
     def run(self) -> None:
         """Until all has ended."""
-        self.step(MOST_STEPS)
+        self.step(MAX_STEPS)
         assert not self.has_work
 
     def turn(self, request: EngineRequest) -> tuple[str, Finished]:

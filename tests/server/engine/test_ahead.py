@@ -42,7 +42,7 @@ CHANGES = st.fixed_dictionaries(
         "stop": st.sampled_from([(), ("a",), ("the", "e")]),
         "end_texts": st.sampled_from([(), ("at", "ca"), (" then",)]),
         "thinking_budget": st.sampled_from([None, ThinkingBudget(2, b"a", (9, 7))]),
-        "keeps_answer": st.booleans(),
+        "caches_answer": st.booleans(),
         "include_stop": st.booleans(),
         "min_tokens": st.integers(0, 4),
         "num_logprobs": st.sampled_from([None, 0, 2]),
@@ -71,7 +71,7 @@ def test_every_turn_ends_as_it_would_step_by_step(
     direct = Stepper(checkpoint, LIMITS)
     with running_ahead(checkpoint) as (stepper, _), pytest.MonkeyPatch.context() as patched:
         patched.setattr("server.engine.text_sequence.SNAPSHOT_TOKENS", 3)
-        patched.setattr("server.engine.text_sequence.MOST_REPEATED", 5)
+        patched.setattr("server.engine.text_sequence.MAX_REPEATED", 5)
         patched.setattr("server.engine.text.TOKENS_APART", 4)
         for played in (direct, stepper):
             played.submit(*asked)

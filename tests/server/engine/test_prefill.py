@@ -192,6 +192,6 @@ def test_a_state_before_what_opens_an_answer_is_found_by_its_text(
     going_on = (*prompt[:-num_opening], 70, 71, 72)
     for name, ids in (("first", prompt), ("second", going_on)):
         plain = request(name, token_ids=ids, sampling=SamplingParams(temperature=0))
-        text, last = sharing.turn(replace(plain, keeps_answer=True, opening_bytes=opening))
+        text, last = sharing.turn(replace(plain, caches_answer=True, opening_bytes=opening))
         assert (text, last.num_generated) == (driver.turn(plain)[0], plain.max_tokens)
     assert sharing.result("second")[1].cached_tokens == 99

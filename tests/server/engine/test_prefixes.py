@@ -304,9 +304,9 @@ def test_the_longest_text_is_found_by_its_owner_until_it_is_forgotten() -> None:
         replace(REQUEST, owner="you"),
         replace(REQUEST, owner="me", source=StoredState("initial", b"", is_initial=True)),
     )
-    states.keep_text(me, b"the cat", (7,), "cat")
-    states.keep_text(me, b"the", (), "the")
-    states.keep_text(you, b"the cat sat", (), "sat")
+    states.cache_text(me, b"the cat", (7,), "cat")
+    states.cache_text(me, b"the", (), "the")
+    states.cache_text(you, b"the cat sat", (), "sat")
     found = states.find_text(me, b"the cat sat on")
     assert found is not None
     assert (found[0].num_bytes, found[0].pending, found[1]) == (7, (7,), "cat")
@@ -316,8 +316,8 @@ def test_the_longest_text_is_found_by_its_owner_until_it_is_forgotten() -> None:
     assert shorter[1] == "the"
     for other in (replace(REQUEST, owner="they"), tuned):
         assert states.find_text(other, b"the cat sat on") is None
-    states.keep_text(me, b"the", (), "the again")
-    states.keep_text(me, b"a", (), "a")  # who has most loses what it has not used for longest
+    states.cache_text(me, b"the", (), "the again")
+    states.cache_text(me, b"a", (), "a")  # who has most loses what it has not used for longest
     again = states.find_text(me, b"the cat sat on")
     assert again is not None
     assert again[1] == "the again"

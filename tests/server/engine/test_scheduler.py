@@ -36,9 +36,9 @@ def sequence(
 
 
 def scheduler_of(
-    *waiting: EngineSequence, limits: EngineLimits = LIMITS, most_logits: int = 128
+    *waiting: EngineSequence, limits: EngineLimits = LIMITS, max_logits: int = 128
 ) -> Scheduler[EngineSequence]:
-    scheduler = Scheduler[EngineSequence](limits, CHUNK, most_logits)
+    scheduler = Scheduler[EngineSequence](limits, CHUNK, max_logits)
     for each in waiting:
         scheduler.add(each)
     return scheduler
@@ -164,20 +164,20 @@ def test_every_prompt_is_read_in_whole_cuts_and_no_step_exceeds_its_budget(
 
 @given(
     lengths=st.lists(st.integers(2, 1000), min_size=1, max_size=8),
-    most_logits=st.integers(1, 300),
+    max_logits=st.integers(1, 300),
 )
 def test_the_logits_of_scored_prompts_are_bounded_and_do_not_hold_up_others(
-    lengths: list[int], most_logits: int
+    lengths: list[int], max_logits: int
 ) -> None:
     waiting = [
         sequence(str(i), length, score_prompt=i % 2 == 0) for i, length in enumerate(lengths)
     ]
-    scheduler = scheduler_of(*waiting, most_logits=most_logits)
+    scheduler = scheduler_of(*waiting, max_logits=max_logits)
     while scheduler.waiting or scheduler.prefilling:
         admit(scheduler)
         plan = read(scheduler)
         counts = [count for each, count in plan.read if each.request.score_prompt]
-        assert sum(counts) <= max(CHUNK, most_logits) + 1
+        assert sum(counts) <= max(CHUNK, max_logits) + 1
         assert plan.read
     assert all(each.is_read for each in waiting)
 

@@ -6,15 +6,15 @@ from hypothesis import strategies as st
 
 from model.text.tokenizer import Detokenizer
 from server.engine.messages import Token
-from server.engine.text import OutputText, TextRules
+from server.engine.text import StreamedText, TextRules
 from tests.server.engine.words import WORDS, byte_tokens, word_tokens
 
 
-def output(*stop: str, undecoded: bytes = b"", **rules: bool) -> OutputText:
-    return OutputText(WORDS, TextRules(stop, **rules), undecoded)
+def output(*stop: str, undecoded: bytes = b"", **rules: bool) -> StreamedText:
+    return StreamedText(WORDS, TextRules(stop, **rules), undecoded)
 
 
-def generate(text: OutputText, tokens: list[int]) -> tuple[str, str | None]:
+def generate(text: StreamedText, tokens: list[int]) -> tuple[str, str | None]:
     """The whole text, and the stop string that ended it."""
     emitted = ""
     for token_id in tokens:

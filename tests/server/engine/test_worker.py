@@ -23,7 +23,7 @@ from server.engine.messages import (
 )
 from tests.server.engine.driver import stored
 from tests.server.engine.stepper import (
-    MOST_STEPS,
+    MAX_STEPS,
     SMALL,
     Clock,
     Stepper,
@@ -305,7 +305,7 @@ def test_whatever_ends_when_no_row_is_lost_and_no_state_is_left(
     stepper = play.stepper
     for action, argument in actions:
         getattr(play, action)(argument)
-    play.step(MOST_STEPS)
+    play.step(MAX_STEPS)
     assert not stepper.has_work
     for each in play.requests:
         name = each.request_id

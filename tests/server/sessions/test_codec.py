@@ -16,9 +16,9 @@ from model.decoding.sampling import RecentTokens
 from model.state import TensorSpec
 from server.sessions.codec import (
     LARGEST,
+    MAX_IMPORTED,
+    MAX_MAGNITUDE,
     MAX_MESSAGE_CHARACTERS,
-    MOST_IMPORTED,
-    MOST_MAGNITUDE,
     BlobError,
     Codec,
     SessionState,
@@ -304,13 +304,13 @@ def test_a_long_header_does_not_make_a_long_message() -> None:
         assert len(refusal(blob)) <= MAX_MESSAGE_CHARACTERS
 
 
-ABOVE = float(np.nextafter(np.float32(MOST_MAGNITUDE), np.float32(np.inf)))
-EXTREMES = st.sampled_from([0.0, 1.0, 1e-38, 1e15, MOST_MAGNITUDE, ABOVE, 3e38])
+ABOVE = float(np.nextafter(np.float32(MAX_MAGNITUDE), np.float32(np.inf)))
+EXTREMES = st.sampled_from([0.0, 1.0, 1e-38, 1e15, MAX_MAGNITUDE, ABOVE, 3e38])
 
 
 @given(
-    position=st.integers(0, 2 * MOST_IMPORTED) | st.sampled_from([0, MOST_IMPORTED, LARGEST - 1]),
-    turn=st.integers(0, 2 * MOST_IMPORTED) | st.sampled_from([MOST_IMPORTED, LARGEST - 1]),
+    position=st.integers(0, 2 * MAX_IMPORTED) | st.sampled_from([0, MAX_IMPORTED, LARGEST - 1]),
+    turn=st.integers(0, 2 * MAX_IMPORTED) | st.sampled_from([MAX_IMPORTED, LARGEST - 1]),
     numbers=st.lists(EXTREMES, min_size=16, max_size=16),
     sign=st.sampled_from([1, -1]),
     turns=st.integers(1, 10**9),
@@ -323,7 +323,7 @@ def test_any_number_of_turns_can_follow_what_was_imported(
     values = sign * np.array(numbers)
     data = values[:12].astype(np.float32).tobytes() + values[12:].tobytes()
     forged = SessionState(position, (), b"", b"", data, turn)
-    refused = max(position, turn) > MOST_IMPORTED or max(numbers) > MOST_MAGNITUDE
+    refused = max(position, turn) > MAX_IMPORTED or max(numbers) > MAX_MAGNITUDE
     if refused or max(position, turn) >= LARGEST:
         with pytest.raises(BlobError):
             CODEC.decode_foreign(CODEC.encode(forged))

@@ -190,7 +190,10 @@ def test_a_text_keeps_to_any_numbers(
         ({"allOf": 3, "minimum": 2**60}, "#: allOf must be a list"),
         ({"items": {"type": [{}]}}, "#/items: type must be a string or a list of strings"),
         ({"type": "int", "minimum": 2**60}, "#: the type int is unknown"),
-        ({"allOf": [{"multipleOf": 65536}, {"multipleOf": 65537}]}, "the common multiple of multipleOf"),
+        (
+            {"allOf": [{"multipleOf": 65536}, {"multipleOf": 65537}]},
+            "the common multiple of multipleOf",
+        ),
     ],
 )
 def test_what_cannot_be_kept_to_is_refused_by_name(

@@ -28,4 +28,4 @@ def test_what_was_put_together_is_counted_apart(num_late: int) -> None:
         choice.add(event)
         choice.push(event)
     assert ("".join(choice.thoughts), "".join(choice.text)) == ("hm", "ja.")
-    assert (choice.num_thought, choice.num_thought_told, choice.num_generated) == (6, 6, 8)
+    assert (choice.num_thought, choice.num_thought_reported, choice.num_generated) == (6, 6, 8)
