@@ -19,8 +19,7 @@ from torch import Tensor
 from model import WeightDtype
 from model.files import check_file, read_file, write_file
 from model.heinsen.attention import AttentionState
-from model.heinsen.config import EXTENSIONS, ModelConfig
-from model.heinsen.config import describe as config_errors
+from model.heinsen.config import EXTENSIONS, ModelConfig, config_errors
 from model.heinsen.network import LanguageModel
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
 from model.state import StatePool, StateSpec

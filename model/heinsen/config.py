@@ -73,7 +73,7 @@ class ModelConfig(BaseModel):
         return self
 
 
-def describe(error: ValidationError) -> str:
+def config_errors(error: ValidationError) -> str:
     """A config's validation errors, in one line."""
     return "; ".join(
         f"{'.'.join(map(str, e['loc'])) or 'the config'}: {e['msg']}" for e in error.errors()

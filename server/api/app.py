@@ -146,7 +146,7 @@ def create_app(
     if settings.metrics_names == "vllm":
         GatewayMetrics(metrics, settings.served_name, sizes.max_running)
     problems.install(app, metrics)
-    openapi.describe(app, settings, requires_keys=keys.requires_keys)
+    openapi.complete(app, settings, requires_keys=keys.requires_keys)
     app.add_middleware(
         AuthMiddleware,
         keys=keys,

@@ -80,7 +80,7 @@ def parse(content: bytes, adapter: TypeAdapter[Any], max_values: int) -> Any:
         return adapter.validate_python(_loads(content))
     except ValidationError as error:
         found = error.errors(include_url=False)
-    raise problems.describe(found, found[0]["loc"])
+    raise problems.describe_errors(found, found[0]["loc"])
 
 
 def _is_json(content_type: str) -> bool:

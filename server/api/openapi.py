@@ -73,7 +73,7 @@ REQUEST_ID_HEADER = {
 Schema = dict[str, Any]
 
 
-def describe(app: FastAPI, settings: Settings, *, requires_keys: bool) -> None:
+def complete(app: FastAPI, settings: Settings, *, requires_keys: bool) -> None:
     """Complete the app's OpenAPI document; it is built on first use."""
     framework = app.openapi
 

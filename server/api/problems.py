@@ -87,7 +87,9 @@ def body_too_large() -> InvalidRequest:
     )
 
 
-def describe(found: Sequence[Mapping[str, Any]], path: Sequence[int | str]) -> InvalidRequest:
+def describe_errors(
+    found: Sequence[Mapping[str, Any]], path: Sequence[int | str]
+) -> InvalidRequest:
     """The first validation error, with the path of its field and the value, shortened."""
     problem = found[0]
     param, kind = _field([str(part) for part in path]), problem["type"]
@@ -113,10 +115,10 @@ def _describe(request: Request, found: Sequence[Any]) -> InvalidRequest:
     """The framework's validation error: of a parameter, or of a body that is not JSON."""
     path = found[0]["loc"][1:]
     if path or found[0]["type"] == "missing":
-        return describe(found, path)
+        return describe_errors(found, path)
     given = request.headers.get("content-type")
     if given is not None and "json" in given:
-        return describe(found, path)
+        return describe_errors(found, path)
     content_type = "without a Content-Type" if given is None else f"of type {shortened(given)}"
     return InvalidRequest(
         f"the body is {content_type}; it must be application/json",

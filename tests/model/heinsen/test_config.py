@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from model.heinsen.config import ModelConfig, describe
+from model.heinsen.config import ModelConfig, config_errors
 
 
 def test_the_defaults_are_the_papers_network() -> None:
@@ -41,6 +41,6 @@ def test_a_config_survives_json() -> None:
 def test_a_wrong_config_is_described_in_one_line(wrong: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError) as caught:
         ModelConfig(**wrong)
-    line = describe(caught.value)
+    line = config_errors(caught.value)
     assert re.search(named, line)
     assert "\n" not in line
