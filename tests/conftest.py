@@ -1,7 +1,7 @@
-"""A tiny checkpoint with random weights, made once; one thread for torch.
+"""A tiny checkpoint with random weights, created once; one thread for torch.
 
-Threads that wait for each other at every operation of a small network stand still when anything
-else runs on the machine. Without a GPU, Triton's kernels run in its interpreter.
+With several threads, which synchronise at every operation of a small network, tests stall when
+anything else runs on the machine. Without a GPU, Triton's kernels run in its interpreter.
 """
 
 import os
@@ -27,7 +27,8 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests in folders named cuda are the GPU's; interpreted, they are not for the quick lane."""
+    """Tests in folders named cuda are for a GPU; interpreted, they are too slow for the quick
+    lane."""
     for item in items:
         if item.path.parent.name == "cuda" or item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.gpu)
@@ -37,9 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> None:
-    """Let Triton's interpreter prepare a module once, and not at each call of a function in it.
+    """Let Triton's interpreter patch a module once, not at each call of a function in it.
 
-    What it puts in place then stays there. Most of the time of these tests would go there.
+    The patches then remain in place. Most of the time of these tests would otherwise go into them.
     """
     if "TRITON_INTERPRET" not in os.environ or sys.modules.get("triton") is None:
         return
@@ -58,7 +59,7 @@ def quick_interpreter() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a network of 2 layers and 300 tokens that has learned nothing."""
+    """Folder of an untrained network with 2 layers and 300 tokens."""
     words = byte_level.train(["the cat sat on the mat and then"], 300, ["<|endoftext|>"])
     end = words.special_tokens["<|endoftext|>"]
     config = ModelConfig(

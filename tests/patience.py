@@ -5,11 +5,11 @@ import time
 from collections.abc import Callable
 
 PATIENCE_S = 60.0
-"""What a test waits for comes within this time, or never; but what is looked at again and again is
-looked at so often as this time has looks, however long the process was stopped meanwhile."""
+"""Time limit for what a test waits for; polled conditions are checked as often as fits in this
+time, however long the process is suspended meanwhile."""
 
 PROGRAM_S = 10 * PATIENCE_S
-"""The same of a whole program, with its imports."""
+"""The same for a whole program, including its imports."""
 
 POLL_S = 0.01
 NUM_LOOKS = round(PATIENCE_S / POLL_S)

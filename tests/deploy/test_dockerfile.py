@@ -27,7 +27,7 @@ FOLDERS = ("/opt/latentd", "/src", "/data")
 
 @dataclass
 class Image:
-    """A folder in which the instructions of a Dockerfile are carried out."""
+    """A folder in which a Dockerfile's instructions are executed."""
 
     root: Path
     variables: dict[str, str] = field(default_factory=dict)
@@ -36,13 +36,13 @@ class Image:
     """CMD, and that of HEALTHCHECK."""
 
     def inside(self, text: str) -> str:
-        """Paths of the image become those of the folder."""
+        """Maps paths of the image to the folder."""
         for folder in FOLDERS:
             text = re.sub(rf"(?<![\w/.]){folder}\b", str(self.root) + folder, text)
         return text.replace("useradd ", f"useradd --prefix {self.root} ")
 
     def environment(self) -> dict[str, str]:
-        """This machine's, without what the tests' own interpreter brings, and the image's."""
+        """This machine's environment, without the tests' virtual environment, plus the image's."""
         usual = {
             name: value
             for name, value in os.environ.items()
@@ -67,7 +67,7 @@ class Image:
         assert done.returncode == 0, f"{command}\n{done.stdout}"
 
     def follow(self, instruction: str, value: str) -> None:
-        """Raises AssertionError for an instruction that this does not know."""
+        """Raises AssertionError for an unknown instruction."""
         match instruction:
             case "FROM":
                 self.variables, self.workdir = {}, "/"
@@ -101,7 +101,7 @@ class Image:
 
 
 def instructions() -> list[tuple[str, str]]:
-    """With lines that go on joined, and without comments."""
+    """Instructions with continuation lines joined and without comments."""
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     text = "\n".join(line for line in lines if not line.startswith("#"))
     joined = re.sub(r"\\\n\s*", "", text)

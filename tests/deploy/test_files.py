@@ -1,4 +1,4 @@
-"""What the files of deploy/ say of the server and of each other."""
+"""The files of deploy/ agree with the server and with each other."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def test_the_server_knows_every_variable() -> None:
 
 
 def grace_times() -> dict[str, int]:
-    """Seconds from the signal to the kill."""
+    """Seconds between the signal and the kill."""
     compose = load("compose.yaml")["services"]
     [stateful_set] = [
         each
@@ -76,7 +76,7 @@ def test_the_runbook_has_a_paragraph_for_each_alert() -> None:
         assert rule["labels"]["severity"] in ("page", "ticket")
 
 
-def test_the_readme_needs_at_most_five_commands_for_each_way() -> None:
+def test_the_readme_needs_at_most_five_commands_per_path() -> None:
     text = (DEPLOY / "README.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 4

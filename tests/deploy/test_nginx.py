@@ -17,7 +17,7 @@ from tests.server.processes import ServerProcess, server_process
 pytestmark = pytest.mark.external
 
 LONGEST_SILENCE_S = 2
-"""For nginx in these tests."""
+"""Read timeout of nginx in these tests."""
 
 ENDLESS = {"prompt": "a", "max_tokens": 60_000, "ignore_eos": True, "stream": True}
 MAIN = """\
@@ -44,7 +44,7 @@ def replaced(text: str, old: str, new: str) -> str:
 
 @contextmanager
 def nginx(server: ServerProcess, folder: Path) -> Iterator[httpx.Client]:
-    """A client that talks through nginx with the server."""
+    """A client connected through nginx."""
     port = free_port()
     site = (DEPLOY / "nginx.conf").read_text()
     site = replaced(site, "listen 80;", f"listen 127.0.0.1:{port};")
@@ -63,14 +63,14 @@ def nginx(server: ServerProcess, folder: Path) -> Iterator[httpx.Client]:
 
 
 def gauge(server: ServerProcess, name: str) -> float:
-    """From the server itself."""
+    """A metric, read directly from the server."""
     lines = httpx.get(f"{server.url}/metrics", timeout=PATIENCE_S).text.splitlines()
     [value] = [line.split()[1] for line in lines if line.startswith(f"{name} ")]
     return float(value)
 
 
 def text_of(events: list[str]) -> str:
-    """Of the `data:` lines of a stream with its end."""
+    """Text of the `data:` lines of a complete stream."""
     assert events[-1] == "[DONE]"
     return "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
 
@@ -85,7 +85,7 @@ def data(response: httpx.Response) -> Iterator[str]:
 def server(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
-    """One that runs one sequence at a time."""
+    """A server that runs one sequence at a time."""
     flags = ("--max-running", "1", "--stream-keepalive-s", "0.2")
     with server_process(tiny_checkpoint, tmp_path_factory.mktemp("data"), *flags) as running:
         yield running
@@ -97,7 +97,7 @@ def client(server: ServerProcess, tmp_path: Path) -> Iterator[httpx.Client]:
         yield through
 
 
-def test_a_stream_comes_as_it_is_made_and_a_client_that_leaves_ends_it(
+def test_events_pass_at_once_and_a_disconnect_ends_the_stream(
     server: ServerProcess, client: httpx.Client
 ) -> None:
     with client.stream("POST", "/v1/completions", json=ENDLESS) as response:
@@ -112,7 +112,7 @@ def test_a_stream_comes_as_it_is_made_and_a_client_that_leaves_ends_it(
 def waiting(
     server: ServerProcess, client: httpx.Client
 ) -> Iterator[tuple[httpx.Response, httpx.Response]]:
-    """A short stream through nginx, and the endless one that it waits for."""
+    """A short stream through nginx, and the endless one it waits for."""
     short = {"prompt": "the cat", "max_tokens": 3, "stream": True}
     with (
         server.client() as direct,
@@ -125,7 +125,7 @@ def waiting(
 
 
 def test_keep_alives_bridge_a_silence(server: ServerProcess, client: httpx.Client) -> None:
-    """A stream that waits for longer than the proxy waits for a byte."""
+    """A stream that is silent for longer than the proxy's read timeout."""
     started = time.monotonic()
     with waiting(server, client) as (response, first):
         lines = response.iter_lines()

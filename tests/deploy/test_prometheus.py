@@ -1,4 +1,4 @@
-"""Every query that we ship, asked of Debian's Prometheus about a server with clients."""
+"""Every query we ship, evaluated by Debian's Prometheus on a server with clients."""
 
 import subprocess
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ QUERIES = [*dashboard_queries(), *rule_queries()]
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
-    """With an answer to every query, or after all patience."""
+    """Waits for a result of every query, with a time limit."""
     with monitored(tmp_path_factory.mktemp("monitored")) as whole:
         missing = list(QUERIES)
 
@@ -48,9 +48,9 @@ def test_prometheus_scrapes_the_server_and_evaluates_every_rule(running: Monitor
 
 
 def test_no_alert_is_about_a_server_that_is_well(running: Monitored) -> None:
-    """Its clients may be refused more than usual, as they want it, and may be slow.
+    """Its clients may be rejected more often than usual, as intended, and may be slow.
 
-    That each alert fires when it should is promtool's test.
+    promtool's tests check that each alert fires when it should.
     """
     alerts = running.prometheus.get("/alerts")["alerts"]
     firing = {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
@@ -73,7 +73,7 @@ def test_promtool_finds_no_fault_in_the_metrics(running: Monitored) -> None:
 
 
 def test_totals_are_what_clients_received(running: Monitored) -> None:
-    """Last, since it ends the load."""
+    """Runs last, since it ends the load."""
     running.load.stop()
     received = running.load.received
     assert received["429"] > 0

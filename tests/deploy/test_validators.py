@@ -1,4 +1,4 @@
-"""Each file of deploy/, read by a program that knows its format."""
+"""Each file of deploy/, checked by a program for its format."""
 
 import json
 from pathlib import Path
@@ -16,10 +16,10 @@ HABITS = (
     *("no-build-and-image", "service-keys-order"),
     *("services-alphabetical-order", "top-level-properties-order"),
 )
-"""Rules of dclint about order, and one that wants an image that is built to have no name."""
+"""Disabled rules of dclint: about order, and against a name for a built image."""
 
 WORST_EXPOSURE = 1.2
-"""By systemd's measure: 0 is a unit that may do nothing, 10 one that may do everything."""
+"""systemd's exposure score: 0 for a unit without privileges, 10 for one with all."""
 
 CRDS = {"ServiceMonitor", "PrometheusRule"}
 
@@ -89,7 +89,7 @@ def test_kubernetes_accepts_what_is_rendered(kubectl: Path, tmp_path: Path, fold
 
 
 def check_selectors(resources: dict[str, Any]) -> None:
-    """All mean the server's pods, and no others."""
+    """All selectors match the server's pods, and no others."""
     specs = {kind: resource["spec"] for kind, resource in resources.items() if "spec" in resource}
     labels = specs["StatefulSet"]["template"]["metadata"]["labels"]
     assert labels == {"app.kubernetes.io/name": "latentd"} == specs["Service"]["selector"]
@@ -104,7 +104,8 @@ def check_selectors(resources: dict[str, Any]) -> None:
 
 
 def check_crds(crds: dict[str, Any], folder: Path) -> None:
-    """By the operator's schemas, and by types made from them, which refuse unknown keys."""
+    """Checked against the operator's schemas and types generated from them, which reject unknown
+    keys."""
     place = "@kubernetes-models/prometheus-operator/monitoring.coreos.com/v1"
     lines = []
     for kind, resource in crds.items():
@@ -118,7 +119,7 @@ def check_crds(crds: dict[str, Any], folder: Path) -> None:
 
 
 def check_types(folder: Path, name: str, source: str) -> Path:
-    """JavaScript of a TypeScript module. Raises AssertionError where its types are wrong."""
+    """JavaScript of a TypeScript module. Raises AssertionError for type errors."""
     modules = folder / "node_modules"
     if not modules.exists():
         modules.symlink_to(NODE_MODULES)

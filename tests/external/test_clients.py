@@ -1,8 +1,8 @@
-"""Programs that others wrote, against a real server of the default model.
+"""Third-party clients, against a real server of the default model.
 
     pip install '.[dev,external,loadtest]' && pytest -m external
 
-They pull many packages, so they are not part of the usual tests.
+They need many packages, so they are not part of the usual tests.
 """
 
 import json
@@ -52,7 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 
 def run(*command: str) -> str:
-    """What it writes."""
+    """The command's output."""
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM_S, env=offline)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -142,8 +142,8 @@ COMPLIANT = {
         *("chat-streaming-response", "chat-streaming-usage"),
     ),
 }
-"""All but tools, images, reasoning, compaction, and an error for want of a model's name, which is
-not needed here."""
+"""All tests but those of tools, images, reasoning, compaction, and of an error for a missing model
+name, which is optional here."""
 
 
 @pytest.mark.parametrize("format", COMPLIANT)

@@ -1,4 +1,4 @@
-"""The load test measures a server that others wrote: transformers', with a tiny model."""
+"""The load test measures another server: transformers', with a tiny model."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def loadtest(*arguments: str) -> str:
-    """What it prints."""
+    """The command's output."""
     done = subprocess.run(
         [sys.executable, "-m", "loadtest", *arguments],
         capture_output=True,
@@ -100,7 +100,7 @@ def test_bench_measures_it(url: str, model: Path, tmp_path: Path, endpoint: str)
     assert (tmp_path / "bench.png").stat().st_size > 10_000
 
 
-def test_compare_measures_it_beside_ours(url: str, model: Path, tmp_path: Path) -> None:
+def test_compare_measures_it_next_to_ours(url: str, model: Path, tmp_path: Path) -> None:
     settings = tiny_settings(PRETRAINED, tmp_path / "data", model_name=str(model))
     with live_server(settings) as ours:
         load = ("--rounds", "2", "--requests", "2", "--prompt", "10", "--output", "8")

@@ -1,4 +1,4 @@
-"""Killing servers loses nothing, and the proof of it would see it if it did."""
+"""Killing servers loses nothing, and the chaos test would detect it if it did."""
 
 import asyncio
 import itertools

@@ -20,7 +20,7 @@ def server(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[LiveServer]:
 
 
 def run(*arguments: str, status: int = 0) -> str:
-    """What it prints."""
+    """The command's output."""
     done = subprocess.run(
         [sys.executable, "-m", "loadtest", *arguments],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Summaries count what they should, and intervals hold what they promise."""
+"""Summaries count correctly, and intervals have their coverage."""
 
 import numpy as np
 import pytest

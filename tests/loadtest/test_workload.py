@@ -1,4 +1,4 @@
-"""What a load asks for depends on its seed alone, and is as it was described."""
+"""A load depends only on its seed, and follows its description."""
 
 import random
 import statistics

@@ -1,4 +1,4 @@
-"""A network's `forward` for the shapes that tests have."""
+"""A network's `forward` in the shapes of the tests."""
 
 from collections.abc import Collection, Sequence
 
@@ -19,7 +19,8 @@ def prefill(
     rows: Sequence[int],
     scored: Collection[int] = (),
 ) -> dict[int, Tensor]:
-    """Read the first lengths[i] tokens of each row of ids `[rows, tokens]`; where it is 0, none.
+    """Read the first lengths[i] tokens of each row of ids `[rows, tokens]`; rows of length 0 are
+    skipped.
 
     Returns the logits after each token `[tokens, vocab]` of the sequences in `scored`.
     """

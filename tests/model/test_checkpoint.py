@@ -1,4 +1,4 @@
-"""Which family a path is, and the fingerprint by which its sessions know it."""
+"""Which family a path belongs to, and the fingerprint that identifies its sessions."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ def test_the_fingerprint_is_of_config_weights_and_tokenizer(folder: Path) -> Non
 
 
 def test_the_fingerprint_of_a_checkpoint_is_what_it_always_was() -> None:
-    """Stored sessions name it: it may never change."""
+    """Stored sessions refer to it: it must never change."""
     names = ("config.json", "model.safetensors", "tokenizer.json")
     digests = (hashlib.sha256((PRETRAINED / name).read_bytes()).digest() for name in names)
     assert fingerprint(PRETRAINED) == hashlib.sha256(b"".join(digests)).hexdigest()
@@ -85,7 +85,7 @@ def test_a_file_that_changed_is_read_again(folder: Path, digests: Path) -> None:
     expected, times = fingerprint(folder), path.stat()
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
-    path.write_bytes(content)  # in place, as long as it was, and with the time that it had
+    path.write_bytes(content)  # in place, with the same length and modification time
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     changed = fingerprint(folder)
     assert changed != expected
@@ -93,7 +93,7 @@ def test_a_file_that_changed_is_read_again(folder: Path, digests: Path) -> None:
     assert fingerprint(folder) == changed
 
 
-def test_no_digest_is_kept_of_a_file_that_has_just_changed(
+def test_no_digest_is_cached_of_a_file_that_has_just_changed(
     folder: Path, digests: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "SETTLED_S", 1e9)

@@ -1,4 +1,4 @@
-"""A published checkpoint is compared with expected outputs, and a small difference is found."""
+"""A published checkpoint is compared with expected outputs, and small differences are found."""
 
 import re
 from collections.abc import Callable
@@ -21,7 +21,7 @@ CONFIG = replace(SMALL, vocab_size=300, d_emb=64, num_heads=1)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With `model.pth`, and what its definition computes in `expected.safetensors`."""
+    """A folder with `model.pth`, and the definition's results in `expected.safetensors`."""
     folder, made = tmp_path_factory.mktemp("published"), networks.weights(CONFIG)
     networks.save_pth(folder / "model.pth", made)
     definition = Definition(CONFIG, made)
@@ -51,7 +51,7 @@ def spoiled(folder: Path, tmp_path: Path, change: Callable[[Weights], object]) -
     return tmp_path / "spoiled.st"
 
 
-def test_every_way_to_read_agrees(folder: Path) -> None:
+def test_every_reading_mode_agrees(folder: Path) -> None:
     found = list(compare(folder / "expected.safetensors", folder / "model.pth"))
     pieces = ["token by token", "in one piece", "in random pieces"]
     assert [each.pieces for each in found] == 2 * pieces

@@ -1,7 +1,7 @@
-"""What sessions promise, of every family and backend.
+"""The guarantees of sessions, for every family and backend.
 
-A sequence's bits do not depend on its company, on how its prompt was cut, or on threads; a state
-that was saved, copied or restored goes on as if nothing had happened.
+A sequence's bits do not depend on the batch, on how its prompt was split, or on threads; a state
+that was saved, copied or restored continues as if nothing had happened.
 """
 
 import functools
@@ -45,12 +45,12 @@ CONFIGS = {
 
 
 def served(name: str, steep: bool = False, dtype: WeightDtype = "float32") -> LanguageModel:
-    """A compiled network; a steep one has keys that rise and fall by hundreds."""
+    """A compiled network; `steep`: with keys that rise and fall by hundreds."""
     return untrained(name, steep).pack(dtype)
 
 
 def masked(name: str, dtype: WeightDtype) -> LanguageModel:
-    """A compiled network as a processor has it that multiplies in float32 only."""
+    """A compiled network on a processor restricted to float32 products."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arithmetic, "features", list)
         network = served(name, dtype=dtype)
@@ -74,7 +74,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "rwkv7": rwkv7.network,
     "toy": partial(toy.make, toy.Config(VOCAB)),
 }
-"""Those whose bits do not depend on the number of tokens that are computed together."""
+"""Backends whose bits do not depend on the number of tokens computed together."""
 
 OTHER_ARITHMETIC: dict[str, Callable[[], Network]] = {
     "bfloat16": partial(served, "log", dtype="bfloat16"),
@@ -84,7 +84,7 @@ OTHER_ARITHMETIC: dict[str, Callable[[], Network]] = {
     "rwkv7 bfloat16": partial(rwkv7.network, dtype="bfloat16"),
     "rwkv7 int8": partial(rwkv7.network, dtype="int8"),
 }
-"""The same; each is compiled for itself, which takes its time."""
+"""The same, as separate parameters: each takes time to compile."""
 
 
 @functools.cache
@@ -112,7 +112,7 @@ each_backend = pytest.mark.parametrize("backend", [*SERVED, *PLAIN, *FUSED], ind
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, device: torch.device) -> Network:
-    """A network as it runs on some device."""
+    """A network of each backend."""
     name, kind = request.param
     match kind:
         case "plain" if name == "rwkv7":
@@ -216,7 +216,7 @@ def test_steps_together_are_as_if_alone(name: str, count: int) -> None:
 def test_logits_of_a_prompt_are_those_of_its_steps(
     name: str, lengths: list[int], chosen: set[int], cuts: set[int], threads: int
 ) -> None:
-    """Of all its tokens in their order, whatever is read beside it, scored or not."""
+    """Of all its tokens in order, whatever else is in the batch, scored or not."""
     network, rows = served_network(name), range(len(lengths))
     pool, found = network.new_pool(len(lengths)), [list[Tensor]() for _ in rows]
     torch.set_num_threads(threads)
@@ -249,7 +249,7 @@ def test_logits_of_a_prompt_are_those_of_its_steps(
 def test_logits_are_those_after_the_tokens_that_are_named_in_that_order(
     name: str, lengths: list[int], wanted: list[int], threads: int
 ) -> None:
-    """Of single tokens and prompts together, and some of them twice."""
+    """Of single tokens and prompts mixed, some of them twice."""
     network, rows = served_network(name), range(len(lengths))
     batch = Batch.of([IDS[row, :length] for row, length in enumerate(lengths)], rows)
     batch = batch.wanting([place % len(batch.token_ids) for place in wanted])
@@ -273,8 +273,8 @@ def equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
 
 
 @each_backend
-def test_a_state_goes_on_from_its_bytes_as_if_never_parked(backend: Network) -> None:
-    """Wherever it is put, and however many go on from it."""
+def test_a_state_continues_from_its_bytes_as_if_never_parked(backend: Network) -> None:
+    """In any row, and however many sequences continue from it."""
     pool, forks = backend.new_pool(3), backend.new_pool(4)
     prefill(backend, IDS[:3, :70], [70, 9, 40], pool, [2, 0, 1])
     data = pool.export_row(2)
@@ -293,7 +293,7 @@ def test_a_state_goes_on_from_its_bytes_as_if_never_parked(backend: Network) -> 
 
 
 @each_backend
-def test_a_row_that_was_rolled_back_has_never_gone_on(backend: Network) -> None:
+def test_a_row_that_was_rolled_back_is_unchanged(backend: Network) -> None:
     pool = backend.new_pool(2)
     prefill(backend, IDS[:2, :66], [66, 66], pool, [0, 1])
     data, kept = pool.export_row(1), pool.read_row(1)
@@ -329,7 +329,9 @@ def test_only_the_rows_that_are_named_advance(backend: Network) -> None:
 
 
 @each_backend
-def test_the_last_logits_can_be_had_again(backend: Network, request: pytest.FixtureRequest) -> None:
+def test_the_last_logits_can_be_recomputed(
+    backend: Network, request: pytest.FixtureRequest
+) -> None:
     """Of any rows, in any order, also after the states were moved; nothing is changed by that."""
     pool = backend.new_pool(6)
     prefill(backend, IDS[:6, :20], [1, 4, 7, 10, 13, 16], pool, range(6))

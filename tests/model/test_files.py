@@ -1,4 +1,4 @@
-"""What is written is there wholly or not at all."""
+"""Files are written atomically."""
 
 import os
 from pathlib import Path
@@ -8,9 +8,7 @@ import pytest
 from model import files
 
 
-def test_a_file_is_written_wholly_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     files.write_file(path, b"old")
 

@@ -1,4 +1,4 @@
-"""Shared space: one owner's values never push out those of somebody who has fewer."""
+"""Shared space: no owner's values evict those of an owner with fewer."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ def test_one_owner_gets_everything_and_the_next_ones_their_shares() -> None:
     assert not has_space(256, 256, 1, 256, 2)
 
 
-def test_who_has_most_loses_what_it_used_longest_ago() -> None:
+def test_the_owner_with_most_loses_its_least_recently_used() -> None:
     cache = SharedCache[str, int](4)
     for number, key in enumerate("abc"):
         cache.put(key, number, "much")

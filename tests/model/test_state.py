@@ -1,4 +1,4 @@
-"""Rows of a pool: their bytes, their exchange, and that they do not touch each other."""
+"""Rows of a pool: their bytes, copying, and independence."""
 
 import itertools
 import math
@@ -173,7 +173,7 @@ def test_rows_that_follow_each_other_are_a_slice(chosen: list[int], run: slice |
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("chosen", [[1, 2, 3], [4, 1, 6]])
 def test_no_row_is_read_but_those_that_are_named(compiled: bool, chosen: list[int]) -> None:
-    """Prefill and step leave the same bits beside poisoned rows as beside new ones."""
+    """Prefill and step leave the same bits next to poisoned rows as next to new ones."""
     torch.manual_seed(2)
     config = ModelConfig(vocab_sz=50, d_emb=16, n_layers=2, n_heads=2, d_key=4, d_val=4)
     network = LanguageModel(config).requires_grad_(False).eval()

@@ -1,6 +1,6 @@
-"""Rows cross between pool and host as they are, and a buffer has one row at a time.
+"""Rows are copied unchanged between pool and host, and a buffer holds one row at a time.
 
-Without a GPU its streams are played: what is asked of the second one happens when a test says so.
+Without a GPU its streams are simulated: work on the second stream runs when a test says so.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ Work = Callable[[], object]
 
 
 class PlayedStream:
-    """Runs what it is given when it is told to, in this order."""
+    """Runs its queued work on request, in order."""
 
     def __init__(self, device: object = None, *, at_once: bool = False) -> None:
         del device
@@ -40,7 +40,7 @@ class PlayedStream:
 
 
 class PlayedEvent:
-    """Is over once the stream where it was recorded last has come to it."""
+    """Completes once the stream that recorded it reaches it."""
 
     def __init__(self) -> None:
         self.pending = 0
@@ -67,7 +67,7 @@ class PlayedEvent:
 
 
 class Played:
-    """Stands for torch.cuda."""
+    """Replaces torch.cuda."""
 
     main = PlayedStream(at_once=True)
     current = main
@@ -125,7 +125,7 @@ def check_rows_cross(made: StatePool, moves: PinnedTransfer) -> None:
     exports = []
     for row in range(made.num_rows):
         exports.append(moves.export_row(row))
-        made.poison(row)  # the row may go on at once
+        made.poison(row)  # the row may be reused at once
     assert [export.collect() for export in exports] == expected
     for row, data in enumerate(reversed(expected)):
         moves.import_row(row, data)
@@ -133,7 +133,7 @@ def check_rows_cross(made: StatePool, moves: PinnedTransfer) -> None:
 
 
 @pytest.mark.usefixtures("played")
-def test_rows_cross_beside_the_steps() -> None:
+def test_rows_are_transferred_concurrently_with_steps() -> None:
     made = pool(spec=NARROW)
     moves = PinnedTransfer(made)
     first = moves.export_row(1)

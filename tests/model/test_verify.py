@@ -1,4 +1,4 @@
-"""Every mode of evaluation reproduces every file of the reference, and a wrong file is noticed."""
+"""Every mode of evaluation reproduces every reference file, and wrong files are detected."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A family of another kind: each network is a decaying mean of embeddings, and a linear head.
+"""A third family: each network is a decaying mean of embeddings, and a linear head.
 
 mean = keep * mean + (1 - keep) * embed[token]        logits = head @ mean / (1 - keep^count)
 """
@@ -32,7 +32,7 @@ class Config:
 
     @property
     def state_spec(self) -> StateSpec:
-        """Not as long as it takes for what comes second to be aligned."""
+        """Too short for the second tensor to be aligned."""
         mean = TensorSpec("mean", (1, self.width), "float32", 0.0)
         return StateSpec((mean, TensorSpec("count", (1, 1), "float64", 0.0)))
 
@@ -83,14 +83,15 @@ class Toy:
 
 
 def make(config: Config) -> Toy:
-    """One that has learned nothing."""
+    """An untrained network."""
     chance = torch.Generator().manual_seed(0)
     embed, head = torch.randn(2, config.vocab_size, config.width, generator=chance)
     return Toy(config, embed, head)
 
 
 def save(path: Path, words: Tokenizer | None = None, template: str | None = None) -> Path:
-    """A checkpoint with the tokenizer of a few words, or another one whose first token ends."""
+    """A checkpoint with the tokenizer of a few words, or another one whose first token is the end
+    token."""
     if words is None:
         words = byte_level.train(["the cat sat on the mat and then"], 300, ["<|endoftext|>"])
     config = Config(vocab_size=words.num_tokens, end=0)

@@ -1,4 +1,4 @@
-"""A receiver of OpenTelemetry's OTLP over HTTP on the loopback, which decodes what comes."""
+"""A receiver of OTLP over HTTP on the loopback, which decodes what it receives."""
 
 import gzip
 import threading
@@ -17,7 +17,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 
 class Collector:
-    """What has come so far."""
+    """The data received so far."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -27,11 +27,11 @@ class Collector:
 
         self.resource: dict[str, object] = {}
         self.bodies: list[bytes] = []
-        """As they came, without their compression."""
+        """Raw requests, decompressed."""
 
         self.num_asked = 0
         self.answers = threading.Event()
-        """Cleared: nothing is answered."""
+        """If cleared, requests are not answered."""
 
         self.answers.set()
 
@@ -56,7 +56,7 @@ class Collector:
 
 @contextmanager
 def collector() -> Iterator[Collector]:
-    """One that listens until the block ends."""
+    """A collector that listens until the context ends."""
     found = Collector()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""What a server's documentation says of the statuses of its calls."""
+"""Documented statuses of a server's calls."""
 
 import re
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 
 EVERYWHERE = {413, 421, 431}
-"""What any call may be answered, as the documentation says of all together."""
+"""Statuses that any call may return, as documented for all calls together."""
 
 
 class Documented:

@@ -33,16 +33,16 @@ class LiveServer:
     documented: Documented
 
     def client(self) -> httpx.Client:
-        """What it is answered, it checks against the documentation."""
+        """A client that checks all responses against the documentation."""
         hooks = {"response": [self.documented.check]}
         return httpx.Client(base_url=self.url, timeout=PATIENCE_S, event_hooks=hooks)
 
     def wait_until_idle(self) -> None:
-        """Until nothing runs or waits in the engine."""
+        """Wait until nothing runs or waits in the engine."""
         self.wait_until_running(0)
 
     def wait_until_running(self, count: int) -> None:
-        """Until so many sequences run in the engine, and none waits."""
+        """Wait until this many sequences run in the engine, and none waits."""
         running = self.service.metrics.slots.labels(state="running")._value
         wait_until(lambda: running.get() == count and self.num_waiting() == 0)
 
@@ -51,7 +51,7 @@ class LiveServer:
         return float(self.service.metrics.requests_waiting._value.get())
 
     def num_answered(self, outcome: str) -> float:
-        """Completions that ended so."""
+        """Completions with this outcome."""
         answered = self.service.metrics.requests_total
         return float(answered.labels(endpoint="/v1/completions", outcome=outcome)._value.get())
 
@@ -60,10 +60,9 @@ class LiveServer:
 def live_server(
     settings: Settings, send_buffer_bytes: int | None = None, trace: Trace | None = None
 ) -> Iterator[LiveServer]:
-    """Run a server for these settings until the block ends.
+    """Run a server with these settings until the context ends.
 
-    `send_buffer_bytes` is what the kernel holds for a client that does not read; without it, some
-    megabytes.
+    `send_buffer_bytes`: socket buffer for a client that does not read; by default some megabytes.
     """
     loaded = checkpoint.load(settings.checkpoint, torch.device("cpu"))
     store = SQLiteStore(settings.data_dir / "sessions.sqlite3", settings.durability)
@@ -87,6 +86,7 @@ def live_server(
 
 
 def tiny_settings(folder: Path, data_dir: Path, **changes: object) -> Settings:
-    """For the tiny checkpoint, whatever the environment says. Nobody waits for a busy session."""
+    """Settings for the tiny checkpoint, independent of the environment, without waiting for busy
+    sessions."""
     usual = {"checkpoint": folder, "data_dir": data_dir, "session_wait_s": 0}
     return Settings.model_validate(usual | changes)

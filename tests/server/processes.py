@@ -15,7 +15,7 @@ from tests.patience import PATIENCE_S
 
 
 class ServerProcess:
-    """A running server; `url` is where it listens. Its log is beside its data."""
+    """A running server; `url` is its address. Its log is next to its data."""
 
     def __init__(self, checkpoint: Path, data_dir: Path, *flags: str) -> None:
         self._log = data_dir.with_name(f"{data_dir.name}.log")
@@ -47,17 +47,17 @@ class ServerProcess:
         return httpx.Client(base_url=self.url, timeout=PATIENCE_S)
 
     def lines(self, message: str) -> list[dict[str, Any]]:
-        """Those of the log that say this."""
+        """Log lines with this message."""
         lines = map(json.loads, self._log.read_text().splitlines())
         return [line for line in lines if line["message"] == message]
 
     def stop(self) -> int:
-        """Ask it to end, and its exit status."""
+        """Send SIGTERM. Returns the exit status."""
         self.process.terminate()
         return self.wait()
 
     def kill(self) -> None:
-        """End it like a power cut."""
+        """Kill it with SIGKILL."""
         self.process.kill()
         self.wait()
 
@@ -70,7 +70,7 @@ class ServerProcess:
 
 @contextmanager
 def server_process(checkpoint: Path, data_dir: Path, *flags: str) -> Iterator[ServerProcess]:
-    """A server that is gone when the block ends."""
+    """A server that runs until the context ends."""
     server = ServerProcess(checkpoint, data_dir, *flags)
     try:
         yield server

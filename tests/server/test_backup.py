@@ -1,4 +1,4 @@
-"""A backup of a server that works, restored elsewhere, goes on bit for bit."""
+"""A backup of a live server, restored elsewhere, continues bit for bit."""
 
 import itertools
 import threading
@@ -26,7 +26,7 @@ from tests.server.sessions.stores import states_in_files
 def live(
     request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path: Path
 ) -> Iterator[LiveServer]:
-    """A server that offers backups and forgets no turn; its states are in files or not."""
+    """A live server that keeps all turns, with its states in files or not."""
     settings = tiny_settings(tiny_checkpoint, tmp_path / "live", keep_turns=100_000)
     with states_in_files(1 if request.param else 1 << 20), live_server(settings) as running:
         store = running.service.ledger._store
@@ -40,13 +40,13 @@ def next_turn(client: httpx.Client, session_id: str, turn: int) -> str:
 
 
 class Load:
-    """Clients that advance, fork and delete sessions, and what they were answered."""
+    """Clients that advance, fork and delete sessions, with their responses."""
 
     def __init__(self, server: LiveServer) -> None:
         self._server = server
         self._stopping = threading.Event()
         self.texts: dict[str, list[str]] = {}
-        """Of every acknowledged turn of the sessions, which are never deleted."""
+        """Expected state of every acknowledged turn of the sessions, which are never deleted."""
 
         self.deleted = list[str]()
         self.forks: dict[str, tuple[str, int]] = {}
@@ -83,7 +83,7 @@ class Load:
         return [*map(len, self.texts.values()), len(self.deleted), len(self.forks)]
 
     def wait(self) -> None:
-        """Until each client has been answered twice more."""
+        """Wait until each client has two more responses."""
         before = self.progress()
         wait_until(
             lambda: all(b >= a + 2 for a, b in itertools.zip_longest(before, self.progress()))
@@ -91,7 +91,7 @@ class Load:
 
 
 def run_during(load: Load, work: Callable[[], object]) -> None:
-    """With answers before, and after, and as many as come meanwhile."""
+    """Run the work with responses before, during and after it."""
     kinds = [load.advance, load.advance, load.advance, load.delete, load.fork]
     with ThreadPoolExecutor(len(kinds)) as threads:
         running = [threads.submit(kind) for kind in kinds]

@@ -1,4 +1,4 @@
-"""The command line: what it prints, and how it refuses."""
+"""The command line: its output, and its errors."""
 
 import re
 import shutil
@@ -36,7 +36,7 @@ def latentd(*arguments: object, **environment: str) -> subprocess.CompletedProce
 
 
 def refused(*arguments: object, **environment: str) -> str:
-    """The one line that a refusal prints."""
+    """The one line printed by a command that fails."""
     done = latentd(*arguments, **environment)
     assert done.returncode == 2, done
     assert done.stderr.count("\n") == 1, done.stderr
@@ -81,9 +81,7 @@ def test_serve_help_has_every_setting_in_its_group() -> None:
 
 
 @pytest.mark.long
-def test_generate_tells_when_the_model_makes_no_sense(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_generate_reports_invalid_logits(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(tiny_checkpoint, folder)
     weights = load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Connections: what says nothing, too little or too much is cut; what only takes long is not."""
+"""Connections: those that send nothing, too little or too much are closed; slow ones are not."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ HEADER_S, BODY_S, IDLE_S = 1.0, 0.4, 1
 def impatient(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
-    """A server for which time matters."""
+    """A server with short time limits."""
     settings = tiny_settings(
         tiny_checkpoint,
         tmp_path_factory.mktemp("data"),
@@ -42,7 +42,7 @@ def impatient(
 def patient(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
-    """A server for which only size does."""
+    """A server with size limits only."""
     settings = tiny_settings(
         tiny_checkpoint,
         tmp_path_factory.mktemp("data"),
@@ -67,7 +67,7 @@ def connection(patient: LiveServer) -> Iterator[socket.socket]:
 
 
 def rest(connection: socket.socket) -> bytes:
-    """All that comes until the server ends the connection."""
+    """All data until the server closes the connection."""
     parts = []
     try:
         while part := connection.recv(65536):
@@ -78,7 +78,7 @@ def rest(connection: socket.socket) -> bytes:
 
 
 def answer(connection: socket.socket) -> tuple[int, Any]:
-    """Status and JSON of a whole answer, after which the connection stays."""
+    """Status and JSON of a complete response on a persistent connection."""
     raw = b""
     while b"\r\n\r\n" not in raw:
         raw += connection.recv(65536)
@@ -285,7 +285,7 @@ def in_chunks(body: bytes) -> tuple[bytes, bytes]:
 def test_an_offer_to_upgrade_is_ignored(
     connection: socket.socket, offer: str, framed: Any, is_later: bool
 ) -> None:
-    """The body is the request's, in the same packet and in a later one."""
+    """The body belongs to the request, in the same packet or a later one."""
     for content, expected in ((BODY, 200), (OTHER, 400)):
         header, body = framed(content)
         request = POST + OFFERS[offer] + header
@@ -366,7 +366,7 @@ def test_trailers_are_no_headers(connection: socket.socket) -> None:
 
 
 def test_every_request_sent_ahead_is_answered_in_order(connection: socket.socket) -> None:
-    """Of every size: also where one ends in the middle of a piece, and where it fills many."""
+    """Of every size: also if one ends in the middle of a piece, or spans many."""
     numbers = range(400)
     requests = []
     for number in numbers:
@@ -391,7 +391,7 @@ def test_every_request_sent_ahead_is_answered_in_order(connection: socket.socket
 
 
 def test_a_fault_is_answered_in_its_turn(connection: socket.socket) -> None:
-    """What was asked for before it is answered whole."""
+    """Earlier requests are answered completely first."""
     body = b'{"prompt": "a", "max_tokens": 30, "ignore_eos": true, "stream": true}'
     good = POST + b"content-length: %d\r\n\r\n" % len(body) + body
     for bad in (b"x\r\n\r\n", POST + b"transfer-encoding: chunked\r\n\r\nx"):
@@ -404,7 +404,7 @@ def test_a_fault_is_answered_in_its_turn(connection: socket.socket) -> None:
 
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_client_that_sends_no_more_is_answered(patient: LiveServer, is_stream: bool) -> None:
-    """Long after it has said so, and whatever it had sent ahead."""
+    """Even long after it closed its sending side, and whatever it had pipelined."""
     asked = {"prompt": "a", "max_tokens": 3000, "ignore_eos": True, "stream": is_stream}
     body = json.dumps(asked).encode()
     with closing(connect(patient)) as connection:
@@ -432,10 +432,10 @@ def test_half_a_request_and_no_more_to_come_is_cut(patient: LiveServer, sent: by
 
 @pytest.mark.parametrize("ahead", [b"", OTHER])
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_a_client_that_has_gone_is_not_answered(
+def test_a_disconnected_client_is_not_answered(
     patient: LiveServer, is_stream: bool, ahead: bytes
 ) -> None:
-    """Though the end of its sending is all that the server sees at first."""
+    """Although the server only sees the end of its sending at first."""
     cancelled = patient.num_answered("cancelled")
     asked = {"prompt": "a", "max_tokens": 60_000, "ignore_eos": True, "stream": is_stream}
     body = json.dumps(asked).encode()
@@ -449,8 +449,8 @@ def test_a_client_that_has_gone_is_not_answered(
     patient.wait_until_idle()
 
 
-def test_a_client_that_has_gone_waits_no_more(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Though nothing of the answer but its headers could be sent to it yet."""
+def test_a_disconnected_client_leaves_the_queue(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Although nothing but the response's headers could be sent to it yet."""
     body = b'{"prompt": "a", "max_tokens": 60000, "ignore_eos": true, "stream": %b}'
     request = POST + b"content-length: %d\r\n\r\n" + body
     settings = tiny_settings(
@@ -494,7 +494,7 @@ class Recorder(asyncio.Transport):
 
 
 def test_requests_sent_ahead_are_bounded(tmp_path: Path) -> None:
-    """In number and in bytes, though the application looks out for a disconnect."""
+    """In number and bytes, while the application watches for a disconnect."""
     may_answer = asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -538,7 +538,7 @@ def test_an_idle_connection_outlives_those_of_clients(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_request_answered_early_leaves_an_idle_connection(impatient: LiveServer) -> None:
-    """It is not cut as one that has begun a request."""
+    """It is not closed like one with an incomplete request."""
     with closing(connect(impatient)) as connection:
         connection.sendall(
             b"POST /v1/none HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\n\r\na"

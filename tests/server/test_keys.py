@@ -1,4 +1,4 @@
-"""The key file: what is in it, who may read it, and that no change is lost."""
+"""The key file: its content and permissions, and that no change is lost."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Where the server listens: Unix sockets, certificates, and metrics at an address of their own."""
+"""Listening: Unix sockets, certificates, and a separate address for metrics."""
 
 import socket
 import ssl

@@ -1,4 +1,4 @@
-"""The log: its two formats, and lines that anybody can cause in any number."""
+"""The log: its two formats, and lines that clients can cause in any number."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Metrics: the names that the design promises, in base units, and none that grows with sessions."""
+"""Metrics: the documented names, in base units, and none that grows with sessions."""
 
 import ast
 import re

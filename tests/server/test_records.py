@@ -1,4 +1,4 @@
-"""What the log has of a request."""
+"""Log fields of a request."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A server's life: what it says, how it ends, and what survives."""
+"""A server's lifecycle: its output, its exit, and what survives."""
 
 import re
 import resource
@@ -17,7 +17,9 @@ from tests.server.processes import server_process
 LONG_DRAIN = ("--drain-timeout-s", str(PROGRAM_S))
 
 
-def test_it_tells_its_facts_and_ends_with_status_0(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_it_prints_its_configuration_and_exits_with_status_0(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     with server_process(tiny_checkpoint, tmp_path / "data") as server:
         facts = {line.split()[0]: line for line in server.facts}
         with server.client() as client:
@@ -94,7 +96,7 @@ def test_only_a_first_start_compiles_and_says_so(
 
 @pytest.mark.long
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_a_session_goes_on_in_the_next_process(
+def test_a_session_continues_in_the_next_process(
     tiny_checkpoint: Path, tmp_path: Path, end: str
 ) -> None:
     fading = {"presence_penalty": 0.5, "frequency_penalty": 0.8, "penalty_decay": 0.9}
@@ -164,7 +166,7 @@ def test_a_stopping_server_finishes_what_runs(tiny_checkpoint: Path, tmp_path: P
 
 
 @pytest.mark.long
-def test_while_it_drains_it_tells_why_it_takes_nothing(
+def test_while_draining_it_reports_why_it_rejects_turns(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     with (
@@ -222,7 +224,7 @@ def test_a_second_signal_ends_it_at_once(tiny_checkpoint: Path, tmp_path: Path) 
 
 
 @pytest.mark.long
-def test_a_turn_that_outlasts_the_drain_is_told_and_rolled_back(
+def test_a_turn_that_outlasts_the_drain_is_rolled_back_with_an_error(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     flags = ("--drain-timeout-s", "0.2")

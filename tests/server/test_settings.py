@@ -1,4 +1,4 @@
-"""Settings: a flag wins over the environment, and what is wrong is named with its value."""
+"""Settings: flags override the environment, and errors name the setting and its value."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from server.settings import Settings, SettingsError, read_settings
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment that sets nothing."""
+    """An environment without settings."""
     for name in os.environ:
         if name.upper().startswith("LATENTD_"):
             monkeypatch.delenv(name)

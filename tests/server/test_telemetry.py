@@ -1,4 +1,4 @@
-"""OpenTelemetry: what a receiver on the loopback gets, and one that does not answer."""
+"""OpenTelemetry: what a receiver on the loopback gets, and a receiver that does not respond."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ def traced(sender: Telemetry, tiny_checkpoint: Path, tmp_path: Path) -> Iterator
 
 
 def flush(sender: Telemetry, receiver: Collector, num_spans: int) -> None:
-    """Send what has been recorded, once it is that much: a client may know sooner than we."""
+    """Send the records once there are enough: a client may finish before the server records it."""
 
     def has_come() -> bool:
         return bool(sender._traces.force_flush()) and len(receiver.spans) >= num_spans

@@ -1,4 +1,4 @@
-"""Threads that owners share: they get them in turn, however much one of them wants."""
+"""Threads shared by owners serve them in turn, however much work one of them has."""
 
 import asyncio
 import threading
@@ -29,7 +29,7 @@ def test_owners_get_a_thread_in_turn() -> None:
     assert order[5:] == ["much"] * 3
 
 
-def test_who_stops_waiting_takes_no_turn() -> None:
+def test_a_waiter_that_gives_up_runs_no_turn() -> None:
     free = threading.Event()
 
     async def main() -> None:

@@ -1,5 +1,5 @@
-"""Totals of the metrics over a run in which clients leave and servers are killed: they add up to
-what clients got."""
+"""Totals of the metrics while clients disconnect and servers are killed: they add up to what
+clients received."""
 
 import random
 import socket
@@ -25,17 +25,17 @@ CLIENTS = 3
 
 
 class Reported:
-    """What one client was told by one server."""
+    """What one client received from one server."""
 
     def __init__(self) -> None:
         self.usages: list[dict[str, Any]] = []
         self.outcomes = Counter[str]()
         self.num_seen = 0
-        """Tokens of the streams that were left, as far as they were read."""
+        """Tokens of abandoned streams, as far as they were read."""
 
         self.num_prompt_tokens_left = 0
         self.num_resumed_left = 0
-        """What their sessions held."""
+        """Tokens of their sessions."""
 
 
 @pytest.mark.long
@@ -60,7 +60,7 @@ def test_totals_are_what_clients_got(tiny_checkpoint: Path, tmp_path: Path) -> N
 
 
 def _live(server: ServerProcess, sessions: list[str], life: int) -> None:
-    """Clients of one life of the server, and the totals after them."""
+    """Clients during one life of the server, and the totals after them."""
     reported = [Reported() for _ in sessions]
     threads = [
         threading.Thread(
@@ -147,7 +147,7 @@ def _complete(client: httpx.Client, body: dict[str, Any], reported: Reported) ->
 
 
 def _read_some(stream: socket.socket) -> int:
-    """How many of a stream's first tokens came whole."""
+    """Number of complete tokens at the start of a stream."""
     seen = b""
     while seen.count(b"data: ") < 5:
         seen += stream.recv(1 << 16)

@@ -1,4 +1,4 @@
-"""Log-probabilities are those of a softmax in float64, whatever stands beside a row."""
+"""Log-probabilities are those of a softmax in float64, independent of other rows."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def logits_of(num_rows: int, seed: int = 0, size: float = 4.0, vocab: int = VOCA
 
 
 def scores(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[Scored]:
-    """Of rows that are all distributions."""
+    """Scores of rows that are all distributions."""
     found = [each for each in score(logits, token_ids, num_top) if each is not None]
     assert len(found) == len(token_ids)
     return found
@@ -35,7 +35,7 @@ def scores(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[Sco
 def test_they_are_the_logarithms_of_the_softmax(
     rows: list[tuple[int, int]], seed: int, size: float, steps: int | None
 ) -> None:
-    """With few steps between the smallest and the largest logit many are equal."""
+    """With few distinct steps between the smallest and the largest logit, many are equal."""
     logits = logits_of(len(rows), seed, size)
     if steps is not None:
         logits = (logits / size * steps / 8).round() * size

@@ -1,4 +1,4 @@
-"""Each row's token depends on its logits, settings, seed and position, and on nothing else."""
+"""Each row's token depends only on its logits, parameters, seed and position."""
 
 from dataclasses import replace
 
@@ -48,7 +48,7 @@ def row(params: SamplingParams, position: int = 0, seen: RecentTokens | None = N
 
 
 def certain(chosen: list[int | None]) -> list[int]:
-    """The tokens of rows that can all be sampled."""
+    """Tokens of rows that can all be sampled."""
     found = [token_id for token_id in chosen if token_id is not None]
     assert len(found) == len(chosen)
     return found
@@ -57,7 +57,7 @@ def certain(chosen: list[int | None]) -> list[int]:
 def draws(
     logits: Tensor, params: SamplingParams, seen: RecentTokens | None = None, count: int = DRAWS
 ) -> NDArray[np.int64]:
-    """How often each token is chosen at the first positions."""
+    """How often each token is sampled at the first positions."""
     rows = [row(params, position, seen) for position in range(count)]
     chosen = certain(sample(logits.expand(count, -1).clone(), rows))
     return np.bincount(chosen, minlength=len(logits))
@@ -85,7 +85,7 @@ def adjusted(logits: Tensor, params: SamplingParams, seen: list[tuple[int, bool]
 
 
 def kept(probabilities: Array, params: SamplingParams) -> set[int]:
-    """The tokens that top_k, then top_p of what is left, and min_p allow."""
+    """The tokens that pass top_k, then top_p of the rest, and min_p."""
     order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])
     if params.top_k:
         order = order[: params.top_k]
@@ -108,7 +108,7 @@ def distribution(logits: Array, params: SamplingParams) -> Array:
 
 
 def assert_distributed(counts: NDArray[np.int64], expected: Array) -> None:
-    """Nothing outside, and a chi-square of no more than 5 standard deviations inside."""
+    """No token outside, and a chi-square of at most 5 standard deviations inside."""
     assert counts[expected == 0].sum() == 0
     wanted = expected * counts.sum()
     often = wanted >= 5
@@ -143,10 +143,10 @@ def test_tokens_follow_the_distribution(params: SamplingParams) -> None:
     temperature=st.floats(0.2, 5.0),
     seed=st.integers(0, 100),
 )
-def test_filters_keep_exactly_the_set_that_they_should(
+def test_filters_keep_exactly_the_right_set(
     top_k: int, top_p: float, min_p: float, temperature: float, seed: int
 ) -> None:
-    """With logits close to each other every allowed token is drawn, and no other."""
+    """With similar logits every allowed token is sampled, and no other."""
     params = SamplingParams(temperature, top_k, top_p, min_p, seed=seed)
     logits = logits_of(1, seed, size=0.3 * temperature)[0]
     counts = draws(logits, params, count=1500)
@@ -388,7 +388,7 @@ def test_a_token_may_be_impossible(way: str) -> None:
 
 
 def test_the_compiled_draw_is_the_one_in_torch() -> None:
-    """But for the rounding of float32 in the weights, which moves few borders by little."""
+    """Up to the rounding of float32 weights, which moves few boundaries slightly."""
     random = torch.Generator().manual_seed(9)
     logits = torch.randn(400, 3000, generator=random) * 3
     rows = [
@@ -399,7 +399,7 @@ def test_the_compiled_draw_is_the_one_in_torch() -> None:
     assert sum(a != b for a, b in zip(compiled, plain, strict=True)) <= 1
 
 
-def test_a_row_is_drawn_the_same_whatever_stands_beside_it() -> None:
+def test_a_row_is_sampled_the_same_in_any_batch() -> None:
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(3))
     kinds = [
         SamplingParams(seed=1),
@@ -416,7 +416,7 @@ def test_a_row_is_drawn_the_same_whatever_stands_beside_it() -> None:
 
 
 def words(*allowed: int, vocab: int = VOCAB) -> NDArray[np.int32]:
-    """A bit for each token that is allowed, by hand."""
+    """Mask with a bit for each allowed token, built independently."""
     made = [0] * -(-vocab // 32)
     for token_id in allowed:
         made[token_id // 32] |= 1 << token_id % 32
@@ -426,7 +426,7 @@ def words(*allowed: int, vocab: int = VOCAB) -> NDArray[np.int32]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("forbidden_by", ["banned", "allowed", "both"])
 def test_a_token_that_is_forbidden_is_never_chosen(way: str, forbidden_by: str) -> None:
-    """The rest is what the same logits without those tokens give, however large the bias."""
+    """The result equals that of the logits without those tokens, however large the bias."""
     logits, seen = logits_of(400, size=1.0), recent(3, 4, prompt=(5,))
     banned = set(range(0, VOCAB, 3)) if forbidden_by != "allowed" else set()
     allowed = set(range(VOCAB)) - ({31, *range(1, 32, 5)} if forbidden_by != "banned" else set())

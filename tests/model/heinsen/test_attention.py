@@ -1,4 +1,4 @@
-"""Three forms of attention have one meaning, eq. 1 of the paper, also where numbers are extreme."""
+"""Three equivalent forms of attention, eq. 1 of the paper, also for extreme numbers."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,11 +29,11 @@ TOLERANCE = 1e-5
 LENGTHS = [1, 2, 63, 64, 65, 128, 200]
 Tokens = tuple[Tensor, Tensor, Tensor]
 PapersForm = Callable[[Tensor, Tensor, Tensor, AttentionState], tuple[Tensor, AttentionState]]
-"""Also of kernels, in which keys do not decay."""
+"""Includes the kernels, which have no decay."""
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, *, log_values: bool) -> Tensor:
-    """Eq. 1 as it is written, in float64: for exponents that float64 can hold."""
+    """Eq. 1 literally, in float64: for exponents that float64 can hold."""
     q, k, v = q.double(), k.double(), v.double()
     similarity = torch.einsum("bthj,bihj->bhti", q.exp(), k.exp()).tril()
     weights = similarity / similarity.sum(-1, keepdim=True)
@@ -44,7 +44,7 @@ def definition(q: Tensor, k: Tensor, v: Tensor, *, log_values: bool) -> Tensor:
 def stepped(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState, log_f: Tensor | None = None
 ) -> tuple[Tensor, AttentionState]:
-    """`step` as a function of many tokens that leaves its argument alone."""
+    """`step` applied to many tokens without modifying its argument."""
     state = copy(state)
     falls = [None] * q.shape[1] if log_f is None else log_f.unbind(1)
     y = [step(q[:, t], k[:, t], v[:, t], state, fall) for t, fall in enumerate(falls)]
@@ -53,7 +53,7 @@ def stepped(
 
 FORMS: dict[str, Attention] = {"chunked": chunked, "quadratic": quadratic, "step": stepped}
 INTERPRETED = cuda.is_available() and forms.DEVICE.type == "cpu"
-"""Triton's interpreter takes some 0.1 s for a token, and for a chunk of tokens."""
+"""Triton's interpreter needs about 0.1 s per token or chunk."""
 
 
 def cases(
@@ -61,8 +61,8 @@ def cases(
 ) -> pytest.MarkDecorator:
     """Each form, also as a kernel, with each number of tokens.
 
-    chunks and steps are the numbers of the kernels where they are interpreted; with `oracle`, the
-    definition is one of the forms.
+    chunks and steps are the numbers of tokens for interpreted kernels; `oracle` includes the
+    definition.
     """
     found = [
         pytest.param(form, count, id=f"{name}-{count}")
@@ -83,7 +83,7 @@ def cases(
 
 
 def absorb_of(form: Attention) -> Callable[[Tensor, Tensor, AttentionState], AttentionState]:
-    """The `absorb` that goes with a form."""
+    """The `absorb` of the same implementation as a form."""
     if cuda.is_available() and form in (forms.chunked, forms.stepped):
         return forms.absorb
     return absorb
@@ -122,7 +122,7 @@ def doubled(tokens: Tokens) -> Tokens:
 def empty(
     log_values: bool, dtype: torch.dtype = torch.float32, batch: int = BATCH
 ) -> AttentionState:
-    """As it is served in float32, with what rounding loses; in float64 for reference."""
+    """As served in float32, with compensation terms; in float64 for reference."""
     like = torch.zeros((), dtype=dtype)
     state = AttentionState.empty(batch, HEADS, D_KEY, D_VAL, log_values=log_values, like=like)
     if dtype == torch.float64:
@@ -156,7 +156,7 @@ def assert_near(found: Tensor, expected: Tensor, scale: float = 1.0) -> None:
 
 
 def assert_same(found: AttentionState, expected: AttentionState) -> None:
-    """But for what rounding lost, which is below any tolerance here."""
+    """Equal up to the compensation terms, which are below any tolerance here."""
     sums = (replace(state, z_low=None, s_low=None) for state in (found, expected))
     for ours, theirs in zip(*map(tensors, sums), strict=True):
         assert_near(ours, theirs)
@@ -461,7 +461,7 @@ def test_linear_values_have_the_log_of_the_magnitude_in_the_papers_state() -> No
     assert_near(state.to_paper()[0].double().exp(), total.abs(), float(total.abs().max()))
 
 
-def test_the_papers_state_can_be_taken_up_again() -> None:
+def test_the_papers_state_can_be_restored() -> None:
     q, k, v = normal(130)
     _, state = chunked(q[:, :60], 3 * k[:, :60], 3 * v[:, :60], empty(True))
     restored = AttentionState.from_paper(*state.to_paper())
@@ -481,7 +481,7 @@ def test_an_empty_state_is_empty_in_the_papers_form_and_back() -> None:
 
 
 def saved_bytes(tokens: int, d_key: int, d_val: int) -> int:
-    """Bytes that autograd keeps for the backward pass of `chunked`."""
+    """Bytes that autograd saves for the backward pass of `chunked`."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(x: Tensor) -> Tensor:

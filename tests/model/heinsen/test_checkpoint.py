@@ -1,4 +1,4 @@
-"""A checkpoint is written wholly, read back as it was, and refused with a reason otherwise."""
+"""A checkpoint is written atomically, read back unchanged, and otherwise rejected with a reason."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def test_what_is_saved_is_loaded(
 
 
 def test_a_config_names_only_the_extensions_that_are_on(folder: Path, tmp_path: Path) -> None:
-    """So a network of the paper keeps its fingerprint, and older versions can read it."""
+    """A network of the paper thus keeps its fingerprint, and older versions can read it."""
     loaded = checkpoint.load_trainable(folder, CPU)
     paper, words = loaded.network.config, loaded.tokenizer
     names = {"decay", "token_shift", "output_gate"}
@@ -224,7 +224,7 @@ def test_no_weight_is_read_for_a_description(folder: Path) -> None:
     expected = checkpoint.describe(folder)
     content = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
-    content[start:] = b"\xff" * (len(content) - start)  # no number at all
+    content[start:] = b"\xff" * (len(content) - start)  # not a number
     path.write_bytes(content)
     assert "not finite" in refusal(folder)
     assert replace(checkpoint.describe(folder), tokenizer=expected.tokenizer) == expected
@@ -249,7 +249,7 @@ def test_an_absurd_config_is_refused_at_once(folder: Path, change: dict[str, Any
 
 
 class Bomb:
-    """Unpickled without care, it writes a file."""
+    """Writes a file if it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

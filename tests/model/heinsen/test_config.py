@@ -1,4 +1,4 @@
-"""What a config may say, and how a wrong one is described."""
+"""Valid configs, and the error messages of invalid ones."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""Keys that decay: three forms of attention have one meaning, and rounding stays small."""
+"""Keys that decay: three equivalent forms of attention, with small rounding errors."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def decays(k: Tensor, most: float = 0.5, seed: int = 7) -> Tensor:
 
 
 def definition(inputs: Tokens, log_f: Tensor, *, log_values: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y, H_S and H_Z after the last token, by the recurrence as it is written, in float64."""
+    """y, H_S and H_Z after the last token, by the literal recurrence, in float64."""
     q, k, v = doubled(inputs)
     values = v.exp() if log_values else v
     z = torch.zeros_like(k[:, 0])
@@ -112,7 +112,7 @@ def test_any_split_gives_the_same(
 def test_gradients_are_those_of_the_definition(
     tokens: int, log_values: bool, steepness: float
 ) -> None:
-    """Also through two calls, the second of which goes on from the first one's state."""
+    """Also through two calls, the second of which continues from the first one's state."""
     inputs = normal(tokens + 70, 2)
     inputs = (inputs[0], inputs[1] * steepness, inputs[2])
     log_f = decays(inputs[1])
@@ -163,7 +163,7 @@ def test_padding_leaves_the_state_bit_for_bit(form: Attention, log_values: bool)
 
 
 def test_sums_are_rescaled_by_e_or_more() -> None:
-    """Or the rounding of factors near 1 would add up."""
+    """Otherwise the rounding errors of factors near 1 would add up."""
     q, k, v = normal(2000)
     k = 0.01 * k
     log_f, state = on_grid(torch.full_like(k, -0.01)), empty(False)
@@ -179,7 +179,7 @@ def test_sums_are_rescaled_by_e_or_more() -> None:
 
 @each_form
 def test_the_past_of_a_channel_fades(form: Attention) -> None:
-    """After 200 tokens of half a nat only what came last is left."""
+    """After 200 tokens of half a nat only the latest tokens are left."""
     q, k, v = normal(300)
     y, _ = form(q, k, v, empty(False), torch.full_like(k, -0.5))
     recent, _ = form(*part((q, k, v), 100, None), empty(False), torch.full_like(k[:, 100:], -0.5))

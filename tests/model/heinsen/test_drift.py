@@ -1,4 +1,4 @@
-"""A sum of ten million terms takes up the next ones as exactly as a sum of a few does."""
+"""A sum of ten million terms adds the next ones as accurately as a short sum."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ if cuda.is_available():
 
 HEADS, D_KEY, D_VAL, TOKENS = 2, 8, 6, 3000
 PAST = 2.0**25
-"""Terms of 1 that were summed before: float32 cannot add 1 to their sum."""
+"""Terms of 1 summed before: float32 cannot add 1 to their sum."""
 
 Read = Callable[[Tensor, Tensor, AttentionState], AttentionState]
 
@@ -71,7 +71,7 @@ def read_kernel_chunks(k: Tensor, v: Tensor, state: AttentionState) -> Attention
 
 
 def paths(kernel_tokens: int) -> pytest.MarkDecorator:
-    """Every way to read many tokens; of the kernels, where they are interpreted, a few."""
+    """Every reading mode for many tokens; fewer tokens for interpreted kernels."""
     found = [pytest.param(read, None) for read in (read_steps, read_chunks, read_compiled)]
     if cuda.is_available():
         few = kernel_tokens if DEVICE.type == "cpu" else None
@@ -96,7 +96,7 @@ def long_past(log_values: bool) -> AttentionState:
 
 
 def later(log_values: bool) -> tuple[Tensor, Tensor]:
-    """Keys and (log-)values that need no new maximum."""
+    """Keys and (log-)values that do not raise the maximum."""
     random = torch.Generator().manual_seed(3)
     k = -torch.rand(1, TOKENS, HEADS, D_KEY, generator=random)
     v = torch.rand(1, TOKENS, HEADS, D_VAL, generator=random)
@@ -106,7 +106,7 @@ def later(log_values: bool) -> tuple[Tensor, Tensor]:
 def grown(
     state: AttentionState, log_values: bool, most: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What z and s have grown by after so many tokens, next to what they should have."""
+    """The growth of z and s after the tokens, and the expected growth."""
     k, v = (x[0, :most].double() for x in later(log_values))
     u = v.exp() if log_values else v
     expected = [k.exp().sum(0), torch.einsum("thj,thv->hjv", k.exp(), u)]
@@ -140,7 +140,7 @@ def test_without_what_rounding_lost_it_would_not(log_values: bool) -> None:
 def test_keys_that_rise_a_little_with_every_token_do_not_spoil_the_past(
     read: Read, most: int | None
 ) -> None:
-    """A running maximum that moves every time would multiply the past by a rounded 1 - 1e-5."""
+    """A running maximum that moved each time would multiply the past by a rounded 1 - 1e-5."""
     tokens, slope = most or 4000, 1e-5
     k = slope * torch.arange(tokens).view(1, -1, 1, 1).expand(1, tokens, HEADS, D_KEY) + 0.3
     v = torch.zeros(1, tokens, HEADS, D_VAL)
@@ -154,7 +154,7 @@ def test_keys_that_rise_a_little_with_every_token_do_not_spoil_the_past(
 
 
 def test_a_position_gate_that_forgets_nothing_counts_on() -> None:
-    """h is then a logarithm of a sum over all tokens, in which float32 would lose the next one."""
+    """h is then the log of a sum over all tokens, to which float32 could not add the next one."""
     config = ModelConfig(vocab_sz=10, d_emb=16, n_layers=1, n_heads=1, d_key=4, d_val=4)
     torch.manual_seed(1)
     network = LanguageModel(config).requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""What goes beyond the paper: each extension computes the same however a sequence is read."""
+"""Extensions beyond the paper: each computes the same in every reading mode."""
 
 import copy
 import itertools
@@ -53,7 +53,7 @@ def assert_logits(found: Tensor, wanted: Tensor) -> None:
 
 
 def by_hand(made: LanguageModel, token_ids: Tensor) -> Tensor:
-    """Logits of one sequence `[tokens]`, one token after another, by the equations alone."""
+    """Logits of one sequence `[tokens]`, token by token, directly from the equations."""
     c, weights = made.config, made.double().state_dict()
     d_key, heads = c.d_key, c.n_heads
     state: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -121,7 +121,7 @@ def test_forward_prefill_and_steps_are_the_definition(chosen: tuple[str, ...], v
 
 @each_network
 def test_each_extension_changes_what_is_computed(chosen: tuple[str, ...]) -> None:
-    """The same weights without one of them."""
+    """Compared with the same weights without the extension."""
     wanted = expected(chosen)
     for name in chosen:
         config = network(chosen).config.model_copy(update={name: False})

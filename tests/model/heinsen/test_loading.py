@@ -1,4 +1,4 @@
-"""Memory holds a checkpoint's weights once, in the dtype in which they are served."""
+"""Memory holds a checkpoint's weights once, in their serving dtype."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from model.text import byte_level
 ROOT = Path(__file__).parents[3]
 
 RETURNED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-"""glibc else keeps tens of megabytes that were freed, how many depends on chance."""
+"""Otherwise glibc keeps an unpredictable number of freed megabytes."""
 
 SCRIPT = """
 import sys, threading, torch
@@ -65,7 +65,7 @@ print(max(peak, anonymous()) - before, served(network))
 def test_loading_holds_no_weight_twice(
     tmp_path: Path, tiny_checkpoint: Path, stored: torch.dtype, dtype: WeightDtype
 ) -> None:
-    """The largest weight, the embedding, is a third of all, like that of the published network."""
+    """The largest weight, the embedding, is a third of all weights, as in the published network."""
     words = byte_level.train(["the cat sat"], 300, ["<|endoftext|>"])
     config = ModelConfig(vocab_sz=24_000, d_emb=512, n_layers=10, n_heads=16)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The network is the paper's: the reference's outputs, however a sequence is cut and batched."""
+"""The network matches the reference's outputs, however a sequence is split and batched."""
 
 import json
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ each_file = pytest.mark.parametrize("name", NAMES)
 
 @dataclass(frozen=True)
 class Reference:
-    """A network, what it reads, and what the reference implementation made of it in float64."""
+    """A network, its input, and the reference implementation's results in float64."""
 
     network: LanguageModel
     tensors: dict[str, Tensor]
@@ -75,7 +75,7 @@ def assert_logits(found: Tensor, expected: Tensor) -> None:
 def assert_state(
     state: NetworkState, expected: dict[str, Tensor], sequences: Sequence[int] = (0, 1)
 ) -> None:
-    """Relative to the larger of 1 and the value, as the values are logarithms."""
+    """Relative to max(1, |value|), as the values are logarithms."""
     pairs = [(state.h, expected["state.embed_pos"])]
     for number, layer in enumerate(state.layers):
         h_s, h_z = layer.to_paper()
@@ -350,7 +350,7 @@ def test_rows_by_slice_and_by_gather_are_bit_for_bit_the_same() -> None:
         assert wider.export_row(place) == pool.export_row(row)
 
 
-def test_what_stands_behind_a_sequences_end_is_not_read() -> None:
+def test_what_follows_a_sequences_end_is_not_read() -> None:
     network = reference("small").network
     pools = [filled_pool(network, 3) for _ in range(2)]
     ids = torch.arange(3 * 12).view(3, 12)

@@ -19,12 +19,12 @@ each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 WEIGHT, BIAS = torch.randn(130, 70), torch.randn(130)
 X = torch.randn(2, 9, 70)
 ERROR = {"float32": 1e-5, "bfloat16": 0.3, "int8": 0.5}
-"""Of outputs whose size is about 8."""
+"""Tolerance for outputs of size about 8."""
 
 
 @pytest.fixture
 def masked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor that multiplies in float32 only, as torch does here."""
+    """A processor restricted to float32 products, as torch computes them here."""
     monkeypatch.setattr(arithmetic, "features", list)
 
 

@@ -1,4 +1,4 @@
-"""Small random networks in the publishers' formats, and the definition in float64 beside them."""
+"""Small random networks in the published formats, and the definition in float64."""
 
 import json
 from dataclasses import replace
@@ -35,7 +35,7 @@ Weights = dict[str, Tensor]
 
 
 def weights(config: Config, dtype: torch.dtype = torch.float32) -> Weights:
-    """By the names of `names.expected`. Tokens differ in what they forget and replace."""
+    """Random weights by the names of `names.expected`, with varied decays and replacement rates."""
     chance = torch.Generator().manual_seed(1)
     made = {}
     for name, shape in names.expected(config).items():
@@ -60,7 +60,7 @@ def weights(config: Config, dtype: torch.dtype = torch.float32) -> Weights:
 
 
 def source(config: Config, made: Weights | None = None) -> NetworkFiles:
-    """As if it had been opened."""
+    """A source as if opened from a file."""
     made = weights(config) if made is None else made
     return NetworkFiles(
         path=Path("random.pth"),
@@ -82,7 +82,7 @@ def network(
 
 
 def official(made: Weights) -> Weights:
-    """The tensors as a `.pth` has them."""
+    """The tensors as in a `.pth`."""
     tensors = {}
     for name, tensor in made.items():
         if names.LOW_RANK.fullmatch(name):
@@ -90,7 +90,7 @@ def official(made: Weights) -> Weights:
         elif names.VECTOR.fullmatch(name):
             tensor = tensor.view(1, 1, -1)
         tensors[name] = tensor
-    for letter in "012":  # which are there, and not used
+    for letter in "012":  # present, but not used
         tensors[f"blocks.0.att.v{letter}"] = tensors[f"blocks.0.att.a{letter}"]
     return tensors
 
@@ -101,7 +101,7 @@ def save_pth(path: Path, made: Weights) -> Path:
 
 
 def save_with_vocabulary(folder: Path) -> Path:
-    """A `.pth` of 300 tokens beside a vocabulary of all bytes and a few words."""
+    """A `.pth` of 300 tokens next to a vocabulary of all bytes and a few words."""
     tokens = [*(bytes([byte]) for byte in range(256)), b" the", b" cat", b" sat", b" mat"]
     lines = (f"{i} {token!r} {len(token)}" for i, token in enumerate(tokens, 1))
     folder.mkdir()
@@ -111,7 +111,7 @@ def save_with_vocabulary(folder: Path) -> Path:
 
 
 def fla(made: Weights) -> Weights:
-    """The tensors as flash-linear-attention names them."""
+    """The tensors under flash-linear-attention's names."""
     parts = {
         "att.receptance": "attn.r_proj",
         "att.key": "attn.k_proj",
@@ -146,7 +146,7 @@ def fla(made: Weights) -> Weights:
 def save_hf(
     folder: Path, config: Config, made: Weights, num_shards: int = 1, **reported: object
 ) -> Path:
-    """A folder for Hugging Face's libraries."""
+    """A folder in Hugging Face's format."""
     folder.mkdir()
     settings = {
         "model_type": "rwkv7",
@@ -176,7 +176,7 @@ def save_hf(
 
 
 class Definition:
-    """The network as it is defined, token by token in float64, of one sequence."""
+    """The network by its definition, token by token in float64, for one sequence."""
 
     def __init__(self, config: Config, made: Weights) -> None:
         self.c, self._w = config, {name: t.double().numpy() for name, t in made.items()}
@@ -186,7 +186,7 @@ class Definition:
         self.wkv: Array = np.zeros((layers, heads, n, n))
 
     def read(self, token_id: int) -> Array:
-        """The logits after it."""
+        """The logits after the token."""
         x = self._norm("blocks.0.ln0", self._w["emb.weight"][token_id])
         v_first: Array | None = None
         for layer in range(self.c.num_layers):

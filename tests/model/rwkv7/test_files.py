@@ -1,4 +1,4 @@
-"""Which files are read, as what, and which are refused for what reason."""
+"""Which files are accepted, as what, and why others are rejected."""
 
 import json
 from collections.abc import Callable
@@ -101,7 +101,7 @@ def test_a_model_is_described_without_a_tokenizer_but_not_served(pth: Path) -> N
 
 
 def changed(change: Callable[[Weights], object]) -> Callable[[Path], Path]:
-    """Saves official weights with a change."""
+    """Saves modified official weights."""
 
     def save(folder: Path) -> Path:
         made = networks.official(networks.weights(TINY))
@@ -117,7 +117,7 @@ def with_name(name: str) -> Callable[[Path], Path]:
 
 
 def of_version(*parts: str) -> Callable[[Path], Path]:
-    """Official weights of an older version: what names tell it."""
+    """Official weights of an older version, recognisable by its names."""
 
     def save(folder: Path) -> Path:
         names = ["emb.weight", *(f"blocks.0.att.{part}" for part in parts), "head.weight"]

@@ -1,4 +1,4 @@
-"""A tuned initial state is the state that sequences begin with."""
+"""A tuned initial state is the state that sequences start from."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +32,7 @@ def tuned(dtype: torch.dtype = torch.float32) -> Weights:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sequence_goes_on_from_it(model: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_sequence_continues_from_it(model: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     """Its rows are value channels, as in the definition's state."""
     states, file = tuned(dtype), tmp_path / "tuned.pth"
     torch.save(states, file)

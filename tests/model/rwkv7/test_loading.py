@@ -1,4 +1,4 @@
-"""Memory holds a checkpoint's weights once, in the dtype in which they are served."""
+"""Memory holds a checkpoint's weights once, in their serving dtype."""
 
 import os
 import subprocess

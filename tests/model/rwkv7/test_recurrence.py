@@ -1,4 +1,4 @@
-"""Chunks of tokens do what one token after another does."""
+"""Chunked and token-by-token computation agree."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_the_fastest_decay_loses_no_digits_in_a_chunk() -> None:
 
 
 @pytest.mark.parametrize("form", [recurrent, chunked])
-def test_padding_leaves_the_state_as_it_was(form: object) -> None:
+def test_padding_leaves_the_state_unchanged(form: object) -> None:
     assert callable(form)
     vectors, state = drawn(70, 16, torch.float64)
     r, *others = vectors

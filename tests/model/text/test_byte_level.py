@@ -1,4 +1,4 @@
-"""Every text survives its tokens, also when they come one at a time."""
+"""Every text survives tokenisation, also one token at a time."""
 
 import json
 from pathlib import Path
@@ -104,7 +104,7 @@ def test_pieces_of_a_text_are_the_text(text: str) -> None:
 
 @given(ANY_TEXT)
 def test_no_piece_has_half_a_character(text: str) -> None:
-    """Byte by byte: a character comes with its last byte, and nothing before."""
+    """Byte by byte: a character is emitted with its last byte, and nothing before."""
     single = {WORDS.bytes_of(i): i for i in range(WORDS.num_tokens) if len(WORDS.bytes_of(i)) == 1}
     found, _ = pieces([single[bytes([byte])] for byte in text.encode()])
     expected: list[str] = []
@@ -121,7 +121,7 @@ def test_any_tokens_give_the_text_of_the_whole(token_ids: list[int]) -> None:
 
 
 @given(token_ids=ANY_TOKENS, place=st.integers(0, 40))
-def test_a_text_goes_on_where_it_was_left(token_ids: list[int], place: int) -> None:
+def test_a_text_continues_where_it_was_left(token_ids: list[int], place: int) -> None:
     whole = pieces(token_ids)
     first, undecoded = pieces(token_ids[:place])
     second, end = pieces(token_ids[place:], undecoded)

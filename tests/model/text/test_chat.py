@@ -1,4 +1,4 @@
-"""Rules of templates, and thoughts apart from answers."""
+"""Settings of templates, and splitting thoughts from answers."""
 
 import jinja2
 import pytest
@@ -16,7 +16,7 @@ def rules(template: str) -> ChatRules:
 
 
 def split(pieces: list[str], opening: str = "") -> tuple[str, str]:
-    """All thoughts, and all of the answer."""
+    """All thoughts, and the whole answer."""
     splitter = ThoughtSplitter(MARKS, opening)
     found = [*map(splitter.push, pieces), splitter.flush()]
     return "".join(t for t, _ in found), "".join(a for _, a in found)

@@ -1,4 +1,4 @@
-"""The World vocabulary: the longest token at each place, and every text survives."""
+"""The World vocabulary: the longest token at each position, and every text survives."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("Ã
 
 
 def lines(tokens: dict[int, bytes]) -> str:
-    """A vocabulary as it is published."""
+    """A vocabulary in its published format."""
     shown = []
     for token_id, token in tokens.items():
         try:
@@ -29,7 +29,7 @@ def lines(tokens: dict[int, bytes]) -> str:
 
 
 def longest_match(text: str) -> list[int]:
-    """What the rule says, by trying every token at every place."""
+    """Longest match, by trying every token at every position."""
     data, ids = text.encode(), list[int]()
     while data:
         found = max((t for t in TOKENS.items() if data.startswith(t[1])), key=lambda t: len(t[1]))
@@ -55,7 +55,7 @@ def test_a_text_with_more_tokens_than_it_may_have_is_refused(text: str, most: in
         assert most < caught.value.num_tokens <= len(ids)
 
 
-def test_the_way_back_from_the_beginning_of_a_longer_token() -> None:
+def test_backtracking_from_the_prefix_of_a_longer_token() -> None:
     found = [WORDS.bytes_of(token_id) for token_id in WORDS.encode("Userth   .")]
     assert found == [b"User", b"th", b"  ", b" ", b"."]
 

@@ -1,4 +1,4 @@
-"""Answers are judged mechanically, and each seed gives its own one again and again."""
+"""Answers are judged mechanically, and each seed reproduces its answer."""
 
 from pathlib import Path
 
@@ -31,9 +31,7 @@ def loaded(tiny_checkpoint: Path) -> Loaded[LanguageModel]:
         (StoryAnswer("A king?", "king", TOKENS + TOKENS, "king", True), ("repeats itself",)),
     ],
 )
-def test_what_is_no_answer_has_its_faults_named(
-    given: StoryAnswer, faults: tuple[str, ...]
-) -> None:
+def test_the_faults_of_a_bad_answer_are_named(given: StoryAnswer, faults: tuple[str, ...]) -> None:
     assert given.faults == faults
 
 

@@ -1,4 +1,4 @@
-"""Results become lines at the right places."""
+"""Results become lines at the right positions."""
 
 import json
 from pathlib import Path

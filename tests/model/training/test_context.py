@@ -1,4 +1,4 @@
-"""Bits by position are those of the whole session, and pieces start afresh."""
+"""Bits by position are those of the whole session, and pieces start from a fresh state."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_their_sum_is_that_of_the_text(
 
 
 @pytest.mark.parametrize("length", [5, 16, 1000])
-def test_a_piece_is_a_session_of_its_own(loaded: Loaded[LanguageModel], length: int) -> None:
+def test_each_piece_is_a_separate_session(loaded: Loaded[LanguageModel], length: int) -> None:
     ids = torch.tensor(loaded.tokenizer.encode(TEXT))[:64].view(2, 32)
     found = in_pieces(loaded.network, ids, length)
     for row, session in zip(found, ids, strict=True):
@@ -62,9 +62,7 @@ def test_positions_are_in_groups_that_double() -> None:
     assert found == [(1, 0.5), (2, 1.0), (4, 1.75), (8, 3.25), (11, 5.0)]
 
 
-def test_the_command_writes_a_line_for_each_way_of_reading(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_the_command_writes_a_line_for_each_mode(tiny_checkpoint: Path, tmp_path: Path) -> None:
     file, results = tmp_path / "book.txt", tmp_path / "context.jsonl"
     file.write_text(TEXT, "utf-8")
     application = typer.Typer()

@@ -1,4 +1,4 @@
-"""Documents come from files whole, and are read chunk after chunk, each once in an epoch."""
+"""Documents are read completely, chunk by chunk, each once per epoch."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ from model.training.corpus import IGNORED, Lanes, TrainingBatch, read_documents
 
 
 def numbered(lengths: list[int]) -> list[Tensor]:
-    """Documents whose every token tells its document and place."""
+    """Documents in which every token encodes its document and position."""
     return [torch.arange(length) + 1000 * number for number, length in enumerate(lengths)]
 
 
@@ -23,7 +23,7 @@ def document_of(token: int) -> int:
 
 
 class Reader:
-    """Puts together again what each lane reads, and checks each batch by itself."""
+    """Reassembles what each lane reads, and checks each batch."""
 
     def __init__(self, num_lanes: int, chunk_tokens: int) -> None:
         self.open: list[list[int]] = [[] for _ in range(num_lanes)]
@@ -86,7 +86,7 @@ def test_each_document_is_read_in_order_and_once_in_an_epoch(
     num_lanes=st.integers(1, 5),
     num_before=st.integers(0, 30),
 )
-def test_lanes_go_on_from_a_saved_place(
+def test_lanes_continue_from_a_saved_position(
     lengths: list[int], num_lanes: int, num_before: int
 ) -> None:
     documents = numbered(lengths)
@@ -121,7 +121,7 @@ def test_the_seed_and_the_epoch_decide_the_order() -> None:
 
 
 def test_lanes_start_together_on_documents_of_similar_length() -> None:
-    """Else most of a batch would be padding."""
+    """Otherwise most of a batch would be padding."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 200, (256,), generator=generator).tolist()
     lanes, filled, places = Lanes(numbered(lengths), 8, 200, 0), 0, 0

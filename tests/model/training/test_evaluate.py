@@ -1,4 +1,4 @@
-"""Bits per byte are the probability of the text, however it is cut and grouped."""
+"""Bits per byte measure the probability of the text, however it is split and grouped."""
 
 import copy
 import math

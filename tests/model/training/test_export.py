@@ -1,4 +1,4 @@
-"""An exported checkpoint is half the bytes, and the same but for the rounding of its matrices."""
+"""An exported checkpoint has half the size, and is the same up to the rounding of its matrices."""
 
 from pathlib import Path
 

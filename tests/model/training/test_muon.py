@@ -1,4 +1,4 @@
-"""Muon's steps have equal singular values, and find what a matrix should be."""
+"""Muon's steps have equal singular values, and recover a target matrix."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_no_gradient_no_step() -> None:
 
 
 def stepped(weight: nn.Parameter, gradient: Tensor, blocks: int) -> Tensor:
-    """The change by a first step, beside the decay."""
+    """The change of a first step, without weight decay."""
     before = weight.detach().clone()
     optimizer = Muon([{"params": [weight], "blocks": blocks}], weight_decay=0.5)
     optimizer.param_groups[0]["lr"] = 0.1

@@ -1,4 +1,4 @@
-"""Recall tasks ask for what came before, and a network that is trained on one learns it."""
+"""Recall tasks ask for earlier tokens, and a network trained on one learns it."""
 
 import json
 from functools import partial

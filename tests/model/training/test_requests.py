@@ -1,4 +1,4 @@
-"""Stories become requests for them, in the very tokens that the server makes of a chat."""
+"""Stories become requests for them, in the same tokens that the server uses for a chat."""
 
 import json
 from pathlib import Path

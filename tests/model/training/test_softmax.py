@@ -1,4 +1,4 @@
-"""The baseline is softmax attention over what a sequence has read, and nothing else differs."""
+"""The baseline is softmax attention over the tokens read, and differs in nothing else."""
 
 import dataclasses
 from typing import Any
@@ -28,7 +28,8 @@ def network(context: int = 64, **options: Any) -> SoftmaxModel:
 
 
 def by_hand(made: SoftmaxModel, token_ids: Tensor, window: int) -> Tensor:
-    """Logits of one sequence: every token attends to itself and to `window` before it at most."""
+    """Logits of one sequence: every token attends to itself and at most `window` tokens before
+    it."""
     emb = made.embed(token_ids)[None]
     x = emb + made.embed_pos(emb, torch.zeros(1, 16).double(), None)[0]
     for layer in made.blocks:
@@ -87,7 +88,7 @@ def test_what_it_cannot_do_is_refused(options: dict[str, Any]) -> None:
         network(**options)
 
 
-def test_each_lane_has_a_state_of_its_own_and_a_new_document_none() -> None:
+def test_each_lane_has_its_own_state_and_a_new_document_none() -> None:
     made = network()
     _, state = made.unroll(IDS, made.empty_state(3))
     mixed = state.replace(torch.tensor([False, True, False]), made.empty_state(3))

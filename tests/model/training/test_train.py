@@ -1,4 +1,4 @@
-"""Training learns, carries its states from chunk to chunk, and goes on as if never stopped."""
+"""Training learns, carries its states from chunk to chunk, and resumes exactly."""
 
 import dataclasses
 import io
@@ -43,7 +43,7 @@ def network(seed: int = 0, **changes: Any) -> LanguageModel:
 
 
 def documents(*lengths: int) -> list[Tensor]:
-    """Random, hence different, documents."""
+    """Random, hence distinct, documents."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(CONFIG.vocab_sz, (length,), generator=generator) for length in lengths]
 
@@ -53,7 +53,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def total_losses(trainer: Trainer, num_steps: int) -> list[float]:
-    """Of each step, in nats over all its tokens."""
+    """Loss of each step, in nats over all its tokens."""
     found = []
     for _ in range(num_steps):
         before = trainer.tokens
@@ -94,9 +94,7 @@ def test_compiled_code_has_the_same_losses() -> None:
 
 @pytest.mark.parametrize("num_before", [1, 4, 9])
 @pytest.mark.parametrize("values", ["log", "linear"])
-def test_a_training_taken_up_again_has_exactly_the_same_losses(
-    num_before: int, values: str
-) -> None:
+def test_a_resumed_training_has_exactly_the_same_losses(num_before: int, values: str) -> None:
     texts = documents(40, 25, 70, 3, 18)
     whole = Trainer(network(values=values), texts, RECIPE)
     expected = [whole.step() for _ in range(14)]
@@ -279,7 +277,7 @@ def test_the_command_writes_a_checkpoint_that_has_learned(tales: Path, tmp_path:
     assert f"held-out bits per byte {measured:.4f} tales.txt" in printed
 
 
-def test_an_interrupted_training_goes_on_to_the_same_weights(
+def test_an_interrupted_training_resumes_to_the_same_weights(
     tales: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -1,4 +1,4 @@
-"""A trial compares networks of one size, and goes on with the runs that it has no result of."""
+"""A trial compares networks of one size, and resumes with the runs that have no result."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Requests to the completions endpoint, and what comes back, taken apart."""
+"""Requests to the completions endpoint, and parsing of the responses."""
 
 import json
 import socket
@@ -15,7 +15,7 @@ BODY: dict[str, Any] = {"prompt": "the cat", "max_tokens": 24, "seed": 7, "ignor
 
 
 def send(url: str, body: dict[str, Any], **headers: str) -> socket.socket:
-    """A connection on which a completion was asked for; closing it is leaving."""
+    """A connection with a completion request; closing it disconnects."""
     address = urlsplit(url)
     content = json.dumps(body).encode()
     facts = {
@@ -43,7 +43,7 @@ def text_of(client: httpx.Client, **changes: object) -> str:
 
 
 def stream(client: httpx.Client, **changes: object) -> list[Any]:
-    """What the events of a plain stream say."""
+    """Data of the events of a plain stream."""
     response = client.post("/v1/completions", json=BODY | {"stream": True} | changes)
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -51,7 +51,7 @@ def stream(client: httpx.Client, **changes: object) -> list[Any]:
 
 
 def plain_events(text: str) -> Iterator[Any]:
-    """What events without ids say; each event and each comment is a block of its own."""
+    """Data of events without ids; each event and each comment is a separate block."""
     *blocks, last = text.split("\n\n")
     assert last == ""
     for block in blocks:

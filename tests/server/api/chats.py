@@ -1,4 +1,4 @@
-"""A checkpoint that chats, and what its template makes of messages."""
+"""A checkpoint with a chat template, and its rendering of messages."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ STRICT = (
     '{%- if messages[-1].content == "no" -%}{{ raise_exception("not this") }}{%- endif -%}'
     + TEMPLATE
 )
-"""Refuses a conversation that ends with "no"."""
+"""Rejects a conversation that ends with "no"."""
 
 THINKING = (
     """\
@@ -40,7 +40,7 @@ SPECIAL = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 
 
 def make_checkpoint(folder: Path, template: str | None = TEMPLATE) -> Path:
-    """A network of 2 layers that has learned nothing, with tokens for roles."""
+    """An untrained network of 2 layers, with tokens for roles."""
     words = byte_level.train(["the cat sat on the mat and then"], 310, SPECIAL)
     config = ModelConfig(
         vocab_sz=310,

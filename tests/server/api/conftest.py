@@ -1,4 +1,4 @@
-"""One live server for the tests that need nothing special of it."""
+"""One live server for the tests without special settings."""
 
 from collections.abc import Iterator
 from pathlib import Path

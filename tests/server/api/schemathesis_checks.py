@@ -1,4 +1,4 @@
-"""What schemathesis checks of this server besides its own checks; loaded by `st`."""
+"""Additional checks for schemathesis on this server; loaded by `st`."""
 
 import json
 from typing import Any
@@ -14,18 +14,18 @@ MISSHAPEN = {
     "unsupported_media_type",
     "unsupported_parameter",
 }
-"""Codes for what a schema can tell. `invalid_value` is also that of parameters that go ill
-together; where the shape is wrong, its message begins with the parameter."""
+"""Codes for errors that a schema can express. `invalid_value` is also used for conflicting
+parameters; for an invalid shape, its message begins with the parameter."""
 
 UNTOLD = ("surrogate", "this server's model does not think")
-"""Schemas cannot say that text has no half of a surrogate pair, nor what the model can do."""
+"""Schemas cannot exclude unpaired surrogates, nor express what the model supports."""
 
 
 @schemathesis.check
 def valid_shape_is_known(
     ctx: schemathesis.CheckContext, response: schemathesis.Response, case: Case[Any]
 ) -> None:
-    """What fits the schema is not refused as if it did not."""
+    """What fits the schema is not rejected as if it did not."""
     del ctx
     if case.meta is None or not case.meta.generation.mode.is_positive:
         return
@@ -52,8 +52,8 @@ def errors_are_error_objects(
 def streams_end_properly(
     ctx: schemathesis.CheckContext, response: schemathesis.Response, case: Case[Any]
 ) -> None:
-    """The last event of every stream says that it is the last. Ids count from where it begins, or
-    there are none, and then each comment is a block of its own."""
+    """The last event of every stream marks the end. Ids count from the first event, or there are
+    none, and then each comment is a separate block."""
     del ctx
     if not response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
         return
@@ -87,6 +87,6 @@ def is_json(response: schemathesis.Response) -> bool:
 
 
 def fields(event: str) -> dict[str, str]:
-    """Without signs of life."""
+    """Fields of an event, without keep-alives."""
     lines = [line for line in event.split("\n") if not line.startswith(":")]
     return dict(line.split(": ", 1) for line in lines)

@@ -1,4 +1,4 @@
-"""The checks, on requests that are all for streams, which are made too seldom by chance."""
+"""The checks on requests that all stream, which random generation produces too rarely."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Keys: who has none gets nothing, and nobody sees another's sessions."""
+"""API keys: no access without one, and no access to another key's sessions."""
 
 import re
 from collections.abc import Iterator
@@ -92,7 +92,7 @@ LIMITED = {
     *(("post", "/v1/sessions/{session_id}/rewind"), ("get", "/v1/sessions/{session_id}/state")),
     ("get", "/v1/responses/{response_id}"),
 }
-"""What reads or copies much, or stores something, for which there are limits."""
+"""Requests that read, copy or store much, which have limits."""
 
 
 def test_every_call_is_guarded(guarded: LiveServer) -> None:

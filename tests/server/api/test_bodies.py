@@ -1,4 +1,4 @@
-"""What a large body says is counted before it is parsed."""
+"""Values of a large body are counted before it is parsed."""
 
 import json
 from typing import Any

@@ -89,7 +89,7 @@ def test_a_stream_says_the_same(client: httpx.Client) -> None:
     assert len({event["id"] for event in events}) == 1
 
 
-def test_a_session_goes_on_as_if_all_had_been_sent(client: httpx.Client) -> None:
+def test_a_session_continues_as_if_all_had_been_sent(client: httpx.Client) -> None:
     session_id = client.post("/v1/sessions").json()["id"]
     past = list[int]()
     for turn, text in enumerate(["the cat", "and then", "on the mat"], 1):
@@ -109,7 +109,7 @@ def test_a_session_goes_on_as_if_all_had_been_sent(client: httpx.Client) -> None
         assert client.get(f"/v1/sessions/{session_id}").json()["tokens"] == len(past)
 
 
-def test_no_messages_let_the_last_answer_go_on(client: httpx.Client) -> None:
+def test_no_messages_continue_the_last_answer(client: httpx.Client) -> None:
     session_id = client.post("/v1/sessions").json()["id"]
     parts = [
         content(chat(client, **changes | {"session_id": session_id, "max_tokens": count}))
@@ -118,8 +118,8 @@ def test_no_messages_let_the_last_answer_go_on(client: httpx.Client) -> None:
     assert "".join(parts) == content(chat(client))
 
 
-def test_an_answer_that_has_ended_goes_on(client: httpx.Client) -> None:
-    """After an end of text, and where a stop string has cut it."""
+def test_an_answer_that_has_ended_can_be_continued(client: httpx.Client) -> None:
+    """After an end of text, and after a stop string."""
     whole = content(chat(client))
     for changes in ({"ignore_eos": False, "logit_bias": {"0": 100}}, {"stop": whole[0]}):
         session_id = client.post("/v1/sessions").json()["id"]
@@ -128,7 +128,7 @@ def test_an_answer_that_has_ended_goes_on(client: httpx.Client) -> None:
         assert content(chat(client, session_id=session_id, messages=[])) == whole
 
 
-def test_a_turn_with_a_key_is_taken_once(client: httpx.Client) -> None:
+def test_a_turn_with_a_key_is_run_once(client: httpx.Client) -> None:
     session_id = client.post("/v1/sessions").json()["id"]
     headers = {"Idempotency-Key": "one"}
     asked = BODY | {"session_id": session_id}
@@ -182,7 +182,7 @@ def test_what_is_wrong_is_named(
     assert (error["param"], error["code"]) == (param, code), error
 
 
-def test_what_asks_for_nothing_is_taken(client: httpx.Client) -> None:
+def test_parameters_without_effect_are_accepted(client: httpx.Client) -> None:
     harmless = {
         "tools": [],
         "tool_choice": "auto",

@@ -118,7 +118,7 @@ def test_explicit_nulls_mean_the_defaults(client: httpx.Client) -> None:
     assert complete(client, max_tokens=None)["usage"]["completion_tokens"] == 16
 
 
-def test_usage_tells_what_of_a_prompt_was_read_before(client: httpx.Client) -> None:
+def test_usage_reports_cached_prompt_tokens(client: httpx.Client) -> None:
     prompt = [i % 299 + 1 for i in range(200)]
 
     def cached(**changes: object) -> int:

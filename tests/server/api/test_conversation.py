@@ -1,4 +1,4 @@
-"""The chat template: a session's turns together are the conversation rendered whole."""
+"""The chat template: a session's turns together equal the conversation rendered as a whole."""
 
 import pytest
 from hypothesis import given
@@ -20,13 +20,13 @@ def conversation(template: str = TEMPLATE, words: Tokenizer = WORDS) -> Conversa
 
 
 def messages_of(*texts: str) -> list[ChatMessage]:
-    """Messages of a user and an assistant in turn."""
+    """Messages alternating between user and assistant."""
     roles = ("user", "assistant")
     return [ChatMessage(roles[i % 2], text) for i, text in enumerate(texts)]
 
 
 def shown(ids: list[int]) -> str:
-    """The text of tokens, special ones by their names."""
+    """The text of tokens, special ones by name."""
     return b"".join(NAMES[i].encode() if i in NAMES else WORDS.bytes_of(i) for i in ids).decode()
 
 
@@ -73,7 +73,7 @@ PIECES = st.text("<|>endusr \n", max_size=8) | st.sampled_from(
 
 @given(name=PIECES, content=PIECES)
 def test_nothing_that_a_user_writes_becomes_a_special_token(name: str, content: str) -> None:
-    """In no place of a template, nor where two texts meet, nor where a text meets the template."""
+    """Anywhere in a template, where two texts join, and where a text joins the template."""
     message, words = ChatMessage("user", content, name), WORDS.special_tokens
     ids = conversation(SPEAKING).begin([message], MOST)
     assert [i for i in ids if i in NAMES] == [words["<|user|>"], words["<|end|>"]]
@@ -96,7 +96,7 @@ def test_templates_may_change_what_users_write(change: str) -> None:
     assert not NAMES.keys() & {*ids}
 
 
-def test_usual_text_reaches_a_template_as_it_is() -> None:
+def test_ordinary_text_reaches_a_template_unchanged() -> None:
     template = "{{ messages[0].content.startswith('> so') }}{{ messages[0].content | length }}"
     plain = "so <b>it</b> is\n"
     assert (
@@ -148,7 +148,7 @@ def test_what_a_template_refuses_is_the_clients_to_know(template: str, reason: s
         conversation(template).begin(messages_of("x"), MOST)
 
 
-def test_a_template_that_hides_answers_cannot_go_on_with_a_session() -> None:
+def test_a_template_that_hides_answers_cannot_continue_with_a_session() -> None:
     with pytest.raises(InvalidMessages, match="omits earlier answers"):
         conversation("{{ messages[-1].content }}").extend(messages_of("x"), MOST)
 

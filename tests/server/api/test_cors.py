@@ -1,4 +1,4 @@
-"""Web pages of the origins that are listed may use the server, and read its errors."""
+"""Web pages of the listed origins may use the server, and read its errors."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A state that is damaged on the device costs its own turn, and nothing that was committed."""
+"""A state damaged on the device costs its own turn, and nothing that was committed."""
 
 import math
 import threading
@@ -28,21 +28,21 @@ def sampled_every(seconds: float) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def alone(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A server that does not look at what is kept while it is idle."""
+    """A server that does not check retained rows while idle."""
     settings = tiny_settings(tiny_checkpoint, tmp_path_factory.mktemp("data"))
     with sampled_every(3600), live_server(settings) as running:
         yield running
 
 
 def begun(client: httpx.Client, seed: int = 0) -> str:
-    """A session with a turn; those of one seed are equal."""
+    """A session with one turn; those of the same seed are equal."""
     session_id = new(client)
     text_of(client, session_id=session_id, seed=seed)
     return session_id
 
 
 def poison(server: LiveServer, session_id: str, tensor: str, value: float = math.nan) -> None:
-    """Damage the row that is kept with the session's state."""
+    """Damage the row retained for the session."""
     owners = server.service.engine._worker._slots._row
     [state_id] = owners.keys() & kept(server, session_id)
     set_one(server, owners[state_id], tensor, value)
@@ -90,10 +90,10 @@ def test_a_damaged_row_fails_its_turn_and_no_other(alone: LiveServer, tensor: st
 
 
 @pytest.mark.parametrize(("tensor", "value"), [("m", math.nan), ("s", -math.inf)])
-def test_a_row_damaged_on_the_way_ends_its_stream_with_an_error(
+def test_a_row_damaged_during_a_turn_ends_its_stream_with_an_error(
     alone: LiveServer, tensor: str, value: float
 ) -> None:
-    """What no token shows, minus infinity beside sums that are clamped, is found at the commit."""
+    """Damage that no token shows, minus infinity next to clamped sums, is found at the commit."""
     with alone.client() as client:
         session_id = begun(client)
         alone.wait_until_idle()
@@ -125,7 +125,7 @@ def test_a_row_damaged_on_the_way_ends_its_stream_with_an_error(
         assert text_of(client, session_id=session_id) == expected
 
 
-def test_a_kept_row_is_checked_while_nothing_runs(
+def test_a_retained_row_is_checked_while_nothing_runs(
     tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = tiny_settings(tiny_checkpoint, tmp_path)

@@ -1,4 +1,4 @@
-"""Deadlines and bounds of the queue over HTTP."""
+"""Deadlines and queue limits over HTTP."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_an_answer_in_time_is_as_without_a_timeout(client: httpx.Client) -> None
     assert text_of(client, timeout=1000) == text_of(client, timeout=None) == text_of(client)
 
 
-def test_a_late_turn_leaves_the_session_as_it_was(client: httpx.Client, session_id: str) -> None:
+def test_a_late_turn_leaves_the_session_unchanged(client: httpx.Client, session_id: str) -> None:
     twin = client.post("/v1/sessions").json()["id"]
     for each in (session_id, twin):
         complete(client, session_id=each)
@@ -80,7 +80,7 @@ def test_the_servers_timeout_is_the_default_and_the_most(
         assert refused.json()["error"]["param"] == "timeout"
 
 
-def test_a_waiting_request_is_told_while_the_queue_stands(strict: LiveServer) -> None:
+def test_a_waiting_request_expires_while_the_queue_stalls(strict: LiveServer) -> None:
     with strict.client() as busy, strict.client() as client:
         body = ENDLESS | {"stream": True}
         with busy.stream("POST", "/v1/completions", json=body) as running:

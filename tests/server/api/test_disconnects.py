@@ -1,4 +1,4 @@
-"""Clients that go away at any moment leave nothing behind, and hold nobody up."""
+"""Clients that disconnect at any moment leave nothing behind, and block no one."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ def raw_request(body: dict[str, Any]) -> bytes:
 
 
 async def leave_at_some_moment(port: int, body: dict[str, Any], chance: random.Random) -> None:
-    """Send a request, or some of it, read for a while, or not at all, and go away."""
+    """Send a request or part of it, maybe read for a while, and disconnect."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     request = raw_request(body)
     whole = chance.random() < 0.9
@@ -117,7 +117,7 @@ def test_after_a_stop_button_the_next_turn_comes_at_once(server: LiveServer) -> 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_row_is_free_at_once(server: LiveServer, stream: bool) -> None:
-    """All rows belong to clients that leave; one that waits for a row is answered promptly."""
+    """All rows belong to clients that disconnect; a waiting one is served promptly."""
 
     async def fill_and_leave() -> None:
         async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
@@ -139,8 +139,8 @@ def test_a_row_is_free_at_once(server: LiveServer, stream: bool) -> None:
     assert server.num_answered("ok") == 1  # which waited for none of the others' last tokens
 
 
-def test_readers_that_stand_still_do_not_hold_up_others(server: LiveServer) -> None:
-    """They take no more than the buffers of a connection, and their rows are free in the end."""
+def test_stalled_readers_do_not_block_others(server: LiveServer) -> None:
+    """They use no more than a connection's buffers, and their rows are freed in the end."""
 
     async def stand_still() -> None:
         body = raw_request(BODY | {"max_tokens": 3000, "stream": True, "logprobs": 20})
@@ -159,10 +159,10 @@ def test_readers_that_stand_still_do_not_hold_up_others(server: LiveServer) -> N
     server.wait_until_idle()
 
 
-def test_a_reader_that_stands_still_for_long_has_gone(
+def test_a_reader_that_stalls_for_long_counts_as_disconnected(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Its session is free, and as it was, though all of its text was written."""
+    """Its session is unlocked and unchanged, though all of its text was generated."""
     settings = tiny_settings(tiny_checkpoint, tmp_path, stall_timeout_s=0.5)
     with (
         live_server(settings, send_buffer_bytes=4096) as running,

@@ -1,4 +1,5 @@
-"""Bodies with a Content-Encoding are decoded within the limit, or refused as such."""
+"""Bodies with a Content-Encoding are decoded within the limit, or rejected with the right
+status."""
 
 import asyncio
 import gzip
@@ -88,7 +89,7 @@ def test_a_bomb_is_not_inflated(client: httpx.Client) -> None:
 
 
 async def read(coding: str, pieces: list[bytes], most: int) -> tuple[bytes, int]:
-    """The body, and the largest message of it."""
+    """The body, and its largest message."""
     messages: list[Message] = [
         {"type": "http.request", "body": piece, "more_body": True} for piece in pieces
     ]

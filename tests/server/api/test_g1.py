@@ -1,4 +1,4 @@
-"""A model with the World vocabulary and G1's chats, through a real server."""
+"""A model with the World vocabulary and G1's chat template, through a real server."""
 
 import json
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def test_earlier_thoughts_are_no_history() -> None:
     assert text == "User: hi\n\nAssistant: Ho\n\nUser: a\n\nAssistant:"
 
 
-def test_a_session_goes_on_behind_its_answer() -> None:
+def test_a_session_continues_after_its_answer() -> None:
     ids = CHAT.extend([ChatMessage("user", "a")], 1000)
     assert WORDS.decode(ids) == "\n\nUser: a\n\nAssistant:"
 
@@ -100,7 +100,7 @@ def test_texts_of_half_characters_come_whole(client: httpx.Client) -> None:
 
 
 def test_a_blank_line_and_user_end_an_answer(client: httpx.Client) -> None:
-    """The grammar writes what the model might."""
+    """The grammar forces what the model might generate."""
     written = {"structured_outputs": {"regex": "a日b\n\nUser: no"}, "max_tokens": 40}
     session_id = client.post("/v1/sessions").json()["id"]
     answer = post(client, CHATS, **BODY | written | {"session_id": session_id})

@@ -1,4 +1,4 @@
-"""What an orchestrator is answered: what is wrong, and that all is well when it is mended."""
+"""Health probes: report problems, and recover once they are resolved."""
 
 import shutil
 import threading
@@ -45,7 +45,7 @@ def check_not_ready(client: httpx.Client, code: str, reason: str) -> None:
 
 @contextmanager
 def hung_step(server: LiveServer) -> Iterator[None]:
-    """A step hangs until the block ends."""
+    """A step hangs until the context ends."""
     reached, go = threading.Event(), threading.Event()
     network = server.service.checkpoint.network
     works = network.forward
@@ -69,7 +69,7 @@ def hung_step(server: LiveServer) -> Iterator[None]:
             asking.join()
 
 
-def test_a_hung_step_is_told_until_it_ends(server: LiveServer, client: httpx.Client) -> None:
+def test_a_hung_step_is_reported_until_it_ends(server: LiveServer, client: httpx.Client) -> None:
     check_well(client)
     with hung_step(server):
         wait_until(lambda: client.get("/health/live").status_code == 503)
@@ -100,7 +100,7 @@ def test_an_idle_engine_and_one_that_warms_up_do_not_hang(
         assert sample(client, "running_step_seconds") == 0
 
 
-def test_a_full_disk_is_told_before_a_commit_meets_it(
+def test_a_full_disk_is_reported_before_a_commit_fails(
     server: LiveServer, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     most = server.service.settings.min_free_bytes
@@ -129,7 +129,7 @@ def test_two_states_must_fit_in_any_case(tiny_checkpoint: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", [FILE, f"{FILE}-wal", FILES])
-def test_a_store_that_was_deleted_or_replaced_is_told(
+def test_a_deleted_or_replaced_store_is_reported(
     server: LiveServer, client: httpx.Client, data: Path, name: str
 ) -> None:
     del server

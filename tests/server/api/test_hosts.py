@@ -1,4 +1,4 @@
-"""Names of the server: a page that has led its own name to the loopback gets nothing."""
+"""Host names: a page that points its own name at the loopback gets no access."""
 
 import socket
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_names_can_be_chosen(tiny_checkpoint: Path, tmp_path: Path) -> None:
         ({"host": "0.0.0.0", "allowed_hosts": "a.example"}, True),
     ],
 )
-def test_only_a_bind_to_the_loopback_is_strict_by_itself(
+def test_only_a_bind_to_the_loopback_is_strict_by_default(
     tiny_checkpoint: Path, tmp_path: Path, changes: dict[str, object], expected: bool
 ) -> None:
     settings = tiny_settings(tiny_checkpoint, tmp_path, **changes)

@@ -1,4 +1,4 @@
-"""Tuned states that conversations begin with, by name."""
+"""Tuned initial states, selected by name."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(folder: Path) -> Path:
-    """The state that the model has after a text, as a file."""
+    """The model's state after a text, as a file."""
     loaded = checkpoint.load(folder, torch.device("cpu"))
     network, ids = loaded.network, loaded.tokenizer.encode("the cat sat on the mat")
     pool = network.new_pool(2)
@@ -67,7 +67,7 @@ def test_a_request_begins_with_a_state(client: httpx.Client) -> None:
     assert probable[0] != probable[1]
 
 
-def test_beginnings_are_shared_behind_one_state_only(client: httpx.Client) -> None:
+def test_prefixes_are_shared_after_one_state_only(client: httpx.Client) -> None:
     prompt = [*PROMPT[::-1], 9]
     cached = []
     for name in (None, None, "poet", "poet", None):

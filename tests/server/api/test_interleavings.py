@@ -1,6 +1,6 @@
-"""Whatever sessions do side by side, each has the tokens, and the bits, that it has alone.
+"""Whatever runs concurrently, each session gets the tokens and bits that it gets alone.
 
-Few rows, a small host cache and few checkpoints, so that states go through all tiers.
+Few rows, a small host cache and few checkpoints, so that states pass through all tiers.
 """
 
 import asyncio
@@ -21,11 +21,11 @@ from tests.server.live import LiveServer, live_server, tiny_settings
 
 KEPT = 3
 History = tuple[int, ...]
-"""The seeds of a session's turns: they tell everything about them."""
+"""The seeds of a session's turns, which determine them completely."""
 
 
 def request(seed: int) -> dict[str, Any]:
-    """What a turn asks for, of many kinds."""
+    """A turn's request, of many kinds."""
     chance = random.Random(seed)
     body: dict[str, Any] = {
         "prompt": [chance.randrange(4, 300) for _ in range(chance.choice([1, 3, 40, 150]))],
@@ -41,7 +41,7 @@ def request(seed: int) -> dict[str, Any]:
 
 
 class Twins:
-    """Every history alone, with nothing beside it."""
+    """Every history alone, without concurrent requests."""
 
     def __init__(self, server: LiveServer) -> None:
         self._server = server
@@ -63,7 +63,7 @@ class Twins:
 
 
 def tensors(blob: bytes) -> dict[str, bytes]:
-    """All that makes the session, but for how often it was counted."""
+    """All of the session's tensors, without the counters."""
     facts, arrays = read(blob)
     kept = {name: values.tobytes() for name, values in arrays.items()}
     return kept | {name: facts[name].encode() for name in ("position", "pending", "undecoded")}
@@ -73,7 +73,7 @@ def tensors(blob: bytes) -> dict[str, bytes]:
 def crowded(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
-    """A server with room for hardly anything."""
+    """A server with minimal capacity."""
     folder = tmp_path_factory.mktemp("crowded")
     limits = {"max_running": 2, "warm_sessions": 1, "host_cache_bytes": 30_000}
     few = tiny_settings(tiny_checkpoint, folder, keep_turns=KEPT, prefix_cache_bytes=0, **limits)
@@ -100,7 +100,7 @@ LIVES = st.integers(2, 8).flatmap(lambda n: st.lists(STEPS, min_size=n, max_size
 
 
 class Session:
-    """One session, and what it must be."""
+    """One session, and its expected content."""
 
     def __init__(self, client: httpx.AsyncClient, twins: Twins) -> None:
         self._client = client
@@ -110,7 +110,7 @@ class Session:
         self._kept = 0
 
     async def live(self, steps: list[tuple[str, int]]) -> None:
-        """Everything that happens to it, checked after each step."""
+        """Run all steps, with a check after each."""
         self._id = (await self._client.post("/v1/sessions")).json()["id"]
         for step, number in steps:
             await getattr(self, f"_{step}")(number)
@@ -131,7 +131,7 @@ class Session:
         await self._turn(seed, streamed=True)
 
     async def _abort(self, number: int) -> None:
-        """Leave in the middle of a turn, or before its first token."""
+        """Disconnect in the middle of a turn, or before its first token."""
         body = request(number) | {"session_id": self._id, "max_tokens": 60_000, "stream": True}
         body["temperature"] = 1.0  # the most probable token of some has no text, for ever
         body.pop("stop", None)
@@ -155,7 +155,7 @@ class Session:
         self._kept -= back if self._kept else 0
 
     async def _fork(self, number: int) -> None:
-        """Go on with a fork of an earlier turn, and delete the original."""
+        """Continue with a fork of an earlier turn, and delete the original."""
         back = number % (self._kept or 1)
         turn = len(self._history) - back if self._kept else 0
         path = f"/v1/sessions/{self._id}"
@@ -166,7 +166,7 @@ class Session:
         self._kept = min(self._kept, 1)
 
     async def _move(self, _: int) -> None:
-        """Go on with what was exported and imported again."""
+        """Continue with an exported and imported copy."""
         if not self._history:
             return
         path = f"/v1/sessions/{self._id}"
@@ -245,7 +245,7 @@ NUM_TURNS = 12
 
 
 class Conversation:
-    """A session whose turns are streamed, and repeated as long as they are refused."""
+    """A session whose turns are streamed, and retried as long as they are rejected."""
 
     def __init__(self, client: httpx.AsyncClient, twins: Twins, history: History) -> None:
         self._client = client
@@ -253,7 +253,7 @@ class Conversation:
         self._history = history
 
     async def hold(self) -> int:
-        """All of its turns. Returns how often one was refused."""
+        """Run all turns. Returns how often one was rejected."""
         session_id = (await self._client.post("/v1/sessions")).json()["id"]
         num_refused = 0
         for number, seed in enumerate(self._history, 1):
@@ -269,7 +269,7 @@ class Conversation:
         return num_refused
 
     async def _turn(self, number: int, body: dict[str, Any]) -> bool:
-        """Whether it was run; then it came to its end."""
+        """Whether the turn ran; if so, it completed."""
         response = await self._client.post("/v1/completions", json=body)
         if response.status_code == 429:
             assert response.json()["error"]["code"] == "queue_full"
@@ -288,7 +288,7 @@ class Conversation:
 def test_a_stream_that_began_comes_to_its_end(
     tiny_checkpoint: Path, tmp_path: Path, twins: Twins
 ) -> None:
-    """However few rows and places there are, what refuses a turn does so by its status."""
+    """With however few rows and places, a turn is only rejected by a status."""
     limits = {"max_running": 2, "warm_sessions": 2, "max_waiting": 3}
     histories = [
         tuple(range(100 + first, 100 + first + NUM_TURNS))

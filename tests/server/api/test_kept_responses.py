@@ -30,7 +30,7 @@ async def stored(path: Path, name: str) -> Entry | None:
     return entry
 
 
-def test_what_was_interrupted_is_told_and_what_is_over_is_erased(
+def test_interrupted_responses_are_reported_and_expired_ones_erased(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / STORE_FILE

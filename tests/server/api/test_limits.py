@@ -1,4 +1,4 @@
-"""Limits: what is refused, until when, and what every answer tells; by a clock of the test's."""
+"""Limits: what is rejected, until when, and what responses report; with a simulated clock."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """What the library takes for the time."""
+    """Replaces the library's clock."""
     clock = Clock()
     monkeypatch.setattr("limits.aio.storage.memory.time", SimpleNamespace(time=clock.time))
     return clock
@@ -55,7 +55,7 @@ def caller(owner: str = "key_a", **limits: int) -> Caller:
 
 
 async def use(limits: Limiter, who: Caller, num_tokens: int = 1, num_generated: int = 0) -> None:
-    """A whole request."""
+    """A complete request."""
     allowance = limits.enter(who)
     try:
         await allowance.check(num_tokens)
@@ -126,7 +126,7 @@ def test_generated_tokens_may_pass_the_limit_and_then_nothing_is_left(clock: Clo
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_prompt_that_can_never_fit_is_not_told_to_come_back() -> None:
+def test_a_prompt_that_can_never_fit_gets_no_retry_after() -> None:
     async def main() -> None:
         limits, who = limiter(), caller(tokens_per_minute=100)
         with pytest.raises(InvalidRequest, match=r"101 tokens.* never fits") as caught:
@@ -185,7 +185,7 @@ def test_places_are_given_back_once() -> None:
 
 
 @pytest.mark.usefixtures("clock")
-def test_headers_tell_of_the_limit_that_leaves_least() -> None:
+def test_headers_report_the_limit_with_the_least_left() -> None:
     async def main() -> None:
         limits = limiter(requests_per_minute=10)
         who = caller(requests_per_minute=20, tokens_per_minute=6000)
@@ -213,7 +213,7 @@ def test_headers_tell_of_the_limit_that_leaves_least() -> None:
     uses=st.lists(st.tuples(st.floats(0, 40), st.integers(0, 30), st.integers(0, 60)), max_size=12),
     num_tokens=st.integers(0, 100),
 )
-def test_a_client_that_waits_as_told_gets_through(
+def test_a_client_that_waits_for_retry_after_gets_through(
     uses: list[tuple[float, int, int]], num_tokens: int
 ) -> None:
     now = Clock()
@@ -286,7 +286,7 @@ def left(response: httpx.Response) -> tuple[str, str]:
     return headers["x-ratelimit-remaining-requests"], headers["x-ratelimit-remaining-tokens"]
 
 
-def test_answers_tell_what_is_left(limited: LiveServer) -> None:
+def test_answers_report_what_is_left(limited: LiveServer) -> None:
     body = BODY | {"prompt": [1, 2], "max_tokens": 3}
     with client_of(limited, "alpha") as client:
         assert left(client.get("/v1/models")) == ("4", "100")
@@ -365,7 +365,7 @@ def test_a_request_that_fails_gives_its_place_back(limited: LiveServer) -> None:
         assert left(client.post("/v1/completions", json=BODY | {"max_tokens": 1}))[0] == "3"
 
 
-def test_the_official_client_waits_as_told(
+def test_the_official_client_waits_for_retry_after(
     limited: LiveServer, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept = list[float]()
@@ -450,7 +450,7 @@ def test_what_costs_counts_though_it_generates_nothing(limited: LiveServer) -> N
         assert client.delete(f"/v1/sessions/{session}").status_code == 200
 
 
-def test_usage_is_told_by_key(limited: LiveServer) -> None:
+def test_usage_is_reported_by_key(limited: LiveServer) -> None:
     with client_of(limited, "alpha") as client, client_of(limited, "beta") as other:
         answer = complete(client, prompt=[1, 2, 3], max_tokens=2, ignore_eos=True)
         client.post("/v1/sessions", json={"prompt": [1, 2], "metadata": {"a": "b"}})

@@ -1,4 +1,4 @@
-"""No request keeps the event loop, or the GIL, from the others for long."""
+"""No request blocks the event loop, or holds the GIL, for long."""
 
 import asyncio
 import json
@@ -19,10 +19,10 @@ from tests.server.live import tiny_settings
 
 BYTES = 4_000_000
 CPU_S = 0.25
-"""Between two ticks of the loop, in all threads together: time that others have does not count."""
+"""CPU time of the process between two ticks of the loop: other processes' time does not count."""
 
 TRIES = 5
-"""What freezes the loop does so each time; a process that others interrupt does not."""
+"""Repetitions: what blocks the loop does so each time; interruptions do not."""
 
 
 def repeat(item: str, before: str, after: str) -> str:
@@ -113,7 +113,7 @@ CALLS: dict[str, tuple[str, Callable[[], str], int]] = {
 
 
 async def call(app: ASGIApp, path: str, content: bytes) -> int:
-    """The status of the answer, of which nothing else is looked at."""
+    """Status of the response, whose body is ignored."""
     received, status = asyncio.Queue[Message](), 0
     received.put_nowait({"type": "http.request", "body": content})
 
@@ -129,7 +129,7 @@ async def call(app: ASGIApp, path: str, content: bytes) -> int:
 
 
 async def longest_tick_s(work: "asyncio.Task[int]") -> float:
-    """The most CPU time of the process between two ticks of the loop until the work is done."""
+    """The maximum CPU time of the process between two ticks of the loop until the work is done."""
     longest, last = 0.0, time.process_time()
     while not work.done():
         await asyncio.sleep(0.001)

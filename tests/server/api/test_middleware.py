@@ -1,4 +1,4 @@
-"""A line in the log for each request: what happened, and nothing of what was said."""
+"""A log line per request: what happened, without content."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ ENDLESS = {"prompt": "the cat", "max_tokens": 50_000, "ignore_eos": True, "strea
 
 
 class Log:
-    """The lines of requests, by their ids."""
+    """Log lines of requests, by id."""
 
     def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
         self._caplog = caplog
@@ -32,7 +32,7 @@ class Log:
         return None
 
     def record(self, response: httpx.Response) -> logging.LogRecord:
-        """Of the request that was answered so; it may be about to come."""
+        """The record of the request with this response; waits for it."""
         request_id = response.headers["X-Request-ID"]
         wait_until(lambda: self.find(request_id) is not None)
         record = self.find(request_id)
@@ -106,7 +106,7 @@ def test_an_error_in_a_stream_is_noted(client: httpx.Client, log: Log) -> None:
     )
 
 
-def test_a_turn_that_goes_on_is_noted_at_its_end(
+def test_a_detached_turn_is_logged_at_its_end(
     server: LiveServer, client: httpx.Client, log: Log
 ) -> None:
     body, num_answered = ENDLESS | {"resumable": True}, server.num_answered("ok")
@@ -122,7 +122,7 @@ def test_a_turn_that_goes_on_is_noted_at_its_end(
     server.wait_until_idle()
 
 
-def test_probes_are_noted_for_who_debugs(client: httpx.Client, log: Log) -> None:
+def test_probes_are_logged_at_level_debug(client: httpx.Client, log: Log) -> None:
     for path, level in (
         ("/health/live", logging.DEBUG),
         ("/metrics", logging.DEBUG),

@@ -152,7 +152,7 @@ ENDS = {"structured_outputs": {"choice": ["the mat"]}}
 
 
 class Person(pydantic.BaseModel):
-    """Somebody."""
+    """A schema for structured output."""
 
     age: Literal[7]
 
@@ -185,7 +185,7 @@ def test_what_it_dumps_of_a_response_is_input(alpha: openai.OpenAI) -> None:
         assert responses.create(**asked, input=history + items + history).output
 
 
-def test_responses_go_on_from_one_another(alpha: openai.OpenAI) -> None:
+def test_responses_continue_one_another(alpha: openai.OpenAI) -> None:
     # An end-of-text token would count as generated, but is never read into the state.
     create, on = alpha.responses.create, {"ignore_eos": True}
     first = create(model="latentd", input="the cat", max_output_tokens=8, extra_body=on)
@@ -232,7 +232,7 @@ def test_a_wrong_key_is_an_authentication_error(talker: LiveServer) -> None:
 
 @pytest.mark.long
 def test_repeating_never_advances_a_session_twice(talker: LiveServer) -> None:
-    """The client gives up, and asks again while the first turn runs, and after it ended."""
+    """The client times out and retries, while the first turn runs and after it ended."""
     with talker.client() as plain:
         plain.headers["Authorization"] = "Bearer alpha"
         session_id = plain.post("/v1/sessions").json()["id"]

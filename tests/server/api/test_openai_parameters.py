@@ -1,4 +1,5 @@
-"""What OpenAI's specification has is honoured, harmless or refused as such, and never unknown."""
+"""Every parameter of OpenAI's specification is honoured, ignored or rejected as unsupported, never
+unknown."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,7 +180,7 @@ def test_older_names_of_structures(
     assert (status, error["param"]) == (400, alias)
 
 
-def test_a_wrong_older_name_is_the_one_that_is_told(client: httpx.Client) -> None:
+def test_an_invalid_older_name_is_the_one_reported(client: httpx.Client) -> None:
     status, error = ask(client, CHATS, guided_regex="(")
     assert (status, error["param"], error["code"]) == (400, "guided_regex", "invalid_grammar")
 

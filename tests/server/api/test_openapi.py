@@ -1,4 +1,4 @@
-"""The documentation tells everything, and nothing that is not so."""
+"""The API documentation is complete and correct."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -46,7 +46,7 @@ def operations(document: Json) -> dict[str, Json]:
 
 
 def wrong_examples(document: Json, schema: Json, examples: list[Any]) -> list[str]:
-    """What is wrong with them by their own schema."""
+    """Errors of examples against their own schema."""
     whole = schema | {"components": document["components"]}
     validator = jsonschema_rs.Draft202012Validator(whole, validate_formats=True)
     return [str(error) for example in examples for error in validator.iter_errors(example)]
@@ -142,10 +142,10 @@ def test_every_error_has_one_shape(document: Json, operations: dict[str, Json]) 
             assert wrong_examples(document, reported["schema"], [reported["example"]]) == []
 
 
-def test_streams_tell_the_schema_of_an_event(
+def test_streams_document_the_schema_of_an_event(
     chatting: LiveServer, document: Json, operations: dict[str, Json]
 ) -> None:
-    """And are as it says."""
+    """And they follow it."""
     bodies: dict[str, Json] = {
         "/v1/completions": {"prompt": "the cat"},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}]},
@@ -165,7 +165,7 @@ def test_streams_tell_the_schema_of_an_event(
                 assert wrong_examples(document, schema, [parsed]) == []
 
 
-def test_first_examples_of_requests_are_taken(
+def test_first_examples_of_requests_are_accepted(
     chatting: LiveServer, document: Json, operations: dict[str, Json]
 ) -> None:
     with chatting.client() as client:

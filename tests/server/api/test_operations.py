@@ -17,7 +17,7 @@ def sample(client: httpx.Client, name: str, **labels: str) -> float:
     return 0.0
 
 
-def test_the_model_tells_its_facts(client: httpx.Client, server: LiveServer) -> None:
+def test_the_model_object_is_complete(client: httpx.Client, server: LiveServer) -> None:
     [model] = client.get("/v1/models").json()["data"]
     network = server.service.checkpoint.network
     assert (model["id"], model["object"]) == ("tiny", "model")

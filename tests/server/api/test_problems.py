@@ -1,4 +1,4 @@
-"""Every wrong request gets an error object with the right status that names what was wrong."""
+"""Every invalid request gets an error object with the right status that names what was wrong."""
 
 from typing import Any
 
@@ -191,7 +191,7 @@ def test_wrong_addresses(
         ("DELETE", "/docs", "HEAD, GET"),
     ],
 )
-def test_a_wrong_method_is_told_the_right_ones(
+def test_a_wrong_method_gets_the_allowed_ones(
     client: httpx.Client, method: str, path: str, allowed: str
 ) -> None:
     response = client.request(method, path)
@@ -229,7 +229,7 @@ def test_an_empty_prompt_needs_something_to_continue(client: httpx.Client) -> No
     assert "at least one token" in check(response, 400, "prompt", "invalid_value")
 
 
-def test_request_ids_are_taken_or_made(client: httpx.Client) -> None:
+def test_request_ids_are_adopted_or_generated(client: httpx.Client) -> None:
     given = client.get("/health/live", headers={"X-Request-ID": "abc-1"})
     assert given.headers["X-Request-ID"] == "abc-1"
     made = client.get("/nowhere", headers={"X-Request-ID": "not a good one"})

@@ -1,4 +1,4 @@
-"""Bytes that no well-behaved client sends get an error object, and never a fault of the server."""
+"""Malformed bytes get an error object, and never an internal error."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ def post(body: bytes, *headers: bytes, path: bytes = b"/v1/completions") -> byte
 
 
 def exchange(server: LiveServer, request: bytes) -> tuple[int, bytes]:
-    """Status and body of what comes back until the server closes the connection."""
+    """Status and body of the response, until the server closes the connection."""
     address = urlsplit(server.url)
     with socket.create_connection(
         (address.hostname, address.port or 80), timeout=PATIENCE_S

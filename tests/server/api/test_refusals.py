@@ -1,6 +1,6 @@
-"""Whatever can refuse a request does so by its status, before any header of a stream has left.
+"""Every rejection is a status, before any header of a stream is sent.
 
-Nothing is held or stored then, and no stream begins; also in the background.
+Then nothing is held or stored, and no stream begins; also in the background.
 """
 
 import json
@@ -26,7 +26,7 @@ LIMITED = {"api_key": ("alpha",)}
 
 @dataclass(frozen=True)
 class World:
-    """A server, and what it has: a session with a turn, and a response."""
+    """A server with a session with one turn, and a response."""
 
     server: LiveServer
     client: httpx.Client
@@ -34,7 +34,7 @@ class World:
     response_id: str
 
     def requests(self) -> dict[str, tuple[str, dict[str, Any]]]:
-        """One of each kind that runs a turn."""
+        """One request of each kind that runs a turn."""
         turn = {"session_id": self.session_id, "max_tokens": 2, "stream": True}
         completion = turn | {"prompt": [5, 6, 7, 8]}
         response: dict[str, Any] = {"input": "the cat", "previous_response_id": self.response_id}
@@ -50,7 +50,7 @@ class World:
         }
 
     def held(self) -> dict[str, Any]:
-        """All that a turn takes hold of, or leaves behind."""
+        """All resources that a turn acquires, or leaves behind."""
         service = self.server.service
         return {
             "stored": service.ledger._store.total,
@@ -64,7 +64,7 @@ class World:
 
     @contextmanager
     def endless(self, **changes: object) -> Iterator[None]:
-        """A turn that runs, or waits where none can run."""
+        """A turn that runs, or waits if none can run."""
         with self.server.client() as other:
             other.headers.update(self.client.headers)
             with other.stream("POST", "/v1/completions", json=ENDLESS | changes) as response:
@@ -77,7 +77,7 @@ Meanwhile = Callable[[World], AbstractContextManager[object]]
 
 @contextmanager
 def full(world: World, num_tokens: int = 1) -> Iterator[None]:
-    """The one row is taken, and so many tokens wait."""
+    """The only row is in use, and `num_tokens` tokens wait."""
     with world.endless():
         world.server.wait_until_running(1)
         with world.endless(prompt=[5] * num_tokens):
@@ -119,7 +119,7 @@ def damaged(world: World) -> Iterator[None]:
 
 
 def used(path: str, body: dict[str, Any]) -> Meanwhile:
-    """Another request came before."""
+    """Another request came first."""
 
     def before(world: World) -> AbstractContextManager[object]:
         own = body | {name: world.session_id for name in body if name == "session_id"}
@@ -144,7 +144,7 @@ class Refusal:
     of: tuple[str, ...]
     meanwhile: Meanwhile = nullcontext
     changes: dict[str, Any] = field(default_factory=dict)
-    """Of the bodies that have these parameters."""
+    """Applies to bodies with these parameters."""
 
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -206,7 +206,7 @@ REFUSALS = [
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LiveServer]]:
-    """A server with these settings; one for all who want the same."""
+    """A server with these settings, shared between tests."""
     folder = make_checkpoint(tmp_path_factory.mktemp("chat") / "model", STRICT)
     running = dict[str, LiveServer]()
     with ExitStack() as stack:
@@ -270,11 +270,11 @@ def test_nothing_else_refuses_these_requests(start: Callable[..., LiveServer]) -
 def test_a_response_in_the_background_is_stored_before_it_is_answered(
     start: Callable[..., LiveServer],
 ) -> None:
-    """If it cannot be, its turn has not begun."""
+    """If that fails, its turn does not start."""
     with world(start()) as w:
         body = {"input": "the cat", "background": True}
         before = w.held()
-        with broken_disk(w.server):  # of which nothing before has need
+        with broken_disk(w.server):  # nothing earlier needs it
             for streamed in (False, True):
                 answer = w.client.post("/v1/responses", json=body | {"stream": streamed})
                 assert answer.status_code == 503, answer.text

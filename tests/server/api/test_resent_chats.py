@@ -1,4 +1,4 @@
-"""A client that sends the whole conversation each time has only what is new read."""
+"""A client that sends the whole conversation each time has only new messages read."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -54,7 +54,7 @@ def num_tokens(client: httpx.Client, text: str) -> int:
 
 
 def letters(client: httpx.Client) -> dict[str, float]:
-    """A bias with which the text is of single letters: in other tokens than it is encoded in."""
+    """A bias towards single letters: other tokens than the text is encoded to."""
     ids = [post(client, "/tokenize", prompt=c, add_special_tokens=False)["tokens"] for c in LETTERS]
     return {str(i): 100.0 for [i] in ids}
 
@@ -62,7 +62,7 @@ def letters(client: httpx.Client) -> dict[str, float]:
 def converse(
     client: httpx.Client, num_turns: int = NUM_TURNS, **changes: Any
 ) -> list[dict[str, Any]]:
-    """Answers of a chat that is sent again as a whole, each with the messages before it."""
+    """Answers of a chat that is sent completely each time, each with the messages before it."""
     messages, answers = [{"role": "system", "content": "the cat sat"}], list[dict[str, Any]]()
     for turn in range(num_turns):
         messages.append({"role": "user", "content": f"then the mat {turn}"})
@@ -104,7 +104,7 @@ def test_with_thoughts_only_the_answer_and_the_new_message_are_read(client: http
 
 
 def test_what_is_read_once_gives_the_same_answer(client: httpx.Client) -> None:
-    """The state behind an answer is that of its tokens, which here are those of its text."""
+    """The state after an answer is that of its tokens, which here equal those of its text."""
     choice = {"structured_outputs": {"regex": " the cat\\."}, "max_tokens": 40}
     first = converse(client, 2, **choice)
     assert [a["choices"][0]["message"]["content"] for a in first] == ["the cat."] * 2
@@ -140,7 +140,7 @@ def test_another_history_is_read_again(client: httpx.Client) -> None:
 
 
 def test_a_special_token_is_not_its_name(client: httpx.Client) -> None:
-    """What a user writes like the end of an answer is no beginning that was kept."""
+    """User text that looks like the end of an answer matches no cached prefix."""
     bias = letters(client)
     first = post(client, CHATS, messages=[{"role": "user", "content": "a"}], logit_bias=bias)
     content = first["choices"][0]["message"]["content"]

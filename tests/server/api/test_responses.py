@@ -64,8 +64,7 @@ def stream(client: httpx.Client, **changes: object) -> list[dict[str, Any]]:
 def events_of(text: str, *, has_ids: bool) -> list[dict[str, Any]]:
     """Events, each checked against the documented schema and its own name and number.
 
-    A comment is a block of its own where events have no ids, and a line of the next event where
-    they have.
+    A comment is a separate block if events have no ids, otherwise a line of the next event.
     """
     events = []
     comment = ": keep-alive\n" if has_ids else ": keep-alive\n\n"
@@ -79,7 +78,7 @@ def events_of(text: str, *, has_ids: bool) -> list[dict[str, Any]]:
 
 
 def follow(client: httpx.Client, response_id: str) -> list[dict[str, Any]]:
-    """The events of a response in the background, from the first one to its end."""
+    """The events of a background response, from the first to the last."""
     response = client.get(f"{URL}/{response_id}", params={"stream": True})
     assert response.status_code == 200, response.text
     return events_of(response.text, has_ids=True)
@@ -137,7 +136,7 @@ def test_going_on_is_the_conversation_sent_whole(client: httpx.Client) -> None:
         assert answer["choices"][0]["message"]["content"] == text(made)
 
 
-def test_any_earlier_response_can_be_gone_on_from_any_number_of_times(
+def test_any_earlier_response_can_be_continued_any_number_of_times(
     client: httpx.Client,
 ) -> None:
     first = respond(client)
@@ -170,7 +169,7 @@ def test_what_is_not_stored_is_not_there(client: httpx.Client) -> None:
     )
 
 
-def test_a_stream_tells_the_same_in_typed_events(client: httpx.Client) -> None:
+def test_a_stream_has_the_same_content_in_typed_events(client: httpx.Client) -> None:
     events = stream(client)
     kinds = [event["type"].removeprefix("response.") for event in events]
     assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
@@ -189,7 +188,7 @@ def test_a_stream_tells_the_same_in_typed_events(client: httpx.Client) -> None:
     assert last["output"][0]["id"] == events[4]["item_id"]
 
 
-def test_in_the_background_it_goes_on_alone(client: httpx.Client) -> None:
+def test_in_the_background_it_continues_alone(client: httpx.Client) -> None:
     made = respond(client, background=True)
     assert (made["status"], made["output"]) == ("in_progress", [])
     found = wait_for(client, made["id"], "incomplete")
@@ -235,7 +234,7 @@ def test_deleting_while_it_is_made(client: httpx.Client, server: LiveServer) -> 
     assert client.delete(f"{URL}/{made['id']}").status_code == 404
 
 
-def test_a_deadline_in_the_background_is_told(client: httpx.Client) -> None:
+def test_a_deadline_in_the_background_is_reported(client: httpx.Client) -> None:
     made = respond(client, background=True, timeout=0.05, **LONG)
     found = wait_for(client, made["id"], "failed")
     assert found["error"]["code"] == "deadline_exceeded"
@@ -343,8 +342,8 @@ def test_only_what_is_in_the_background_can_be_followed(
     assert response.json()["error"]["param"] == param
 
 
-def test_a_response_goes_on_behind_the_last_event_id(client: httpx.Client) -> None:
-    """Rather than behind `starting_after`, which is still in the address of who reconnects."""
+def test_a_response_continues_after_the_last_event_id(client: httpx.Client) -> None:
+    """Rather than after `starting_after`, which is still in the URL when a client reconnects."""
     asked = {"input": "the cat", "max_output_tokens": 4, "background": True}
     made = client.post(URL, json=asked).json()
     url = f"{URL}/{made['id']}?stream=true"

@@ -1,6 +1,6 @@
-"""Requests that schemathesis makes from the documentation, right ones and wrong ones.
+"""Valid and invalid requests that schemathesis generates from the documentation.
 
-Whatever comes, the answer is one of those that are documented, and the server's log has no fault.
+Every response is documented, and the server logs no internal error.
 """
 
 import json
@@ -26,7 +26,7 @@ SEED = "7"
 
 
 def serve(folder: Path, **changes: object) -> Any:
-    """A server that never takes long."""
+    """A server on which no request takes long."""
     settings = tiny_settings(
         make_checkpoint(folder / "model"),
         folder / "data",
@@ -51,7 +51,7 @@ def run(
     *flags: str,
     hooks: str = "schemathesis_checks",
 ) -> dict[str, Any]:
-    """The report of a run with so many examples for each call, and for each of its phases."""
+    """The report of a run with this many examples per call and phase."""
     command = [
         *(sys.executable, "-m", "schemathesis.cli"),
         *("--config-file", str(HERE / "schemathesis.toml"), "run", f"{server.url}/openapi.json"),

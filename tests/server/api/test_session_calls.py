@@ -40,7 +40,7 @@ def export(client: httpx.Client, session_id: str, **params: int) -> bytes:
 
 
 def content(client: httpx.Client, session_id: str) -> tuple[dict[str, str], dict[str, bytes]]:
-    """What is in an exported blob; the library writes its header in any order."""
+    """Content of an exported blob; the library writes its header in any order."""
     facts, arrays = read(export(client, session_id))
     return facts, {name: values.tobytes() for name, values in arrays.items()}
 
@@ -54,7 +54,7 @@ def data_of(response: httpx.Response) -> list[Any]:
 
 
 def with_turns(client: httpx.Client, count: int) -> tuple[str, list[str]]:
-    """A session after so many turns, and their texts."""
+    """A session after some turns, and their texts."""
     session_id = new(client)
     return session_id, [
         text_of(client, prompt=f"turn {turn}", max_tokens=5, session_id=session_id)
@@ -62,7 +62,7 @@ def with_turns(client: httpx.Client, count: int) -> tuple[str, list[str]]:
     ]
 
 
-def test_a_session_object_tells_all(client: httpx.Client) -> None:
+def test_a_session_object_is_complete(client: httpx.Client) -> None:
     before = time.time()
     session_id = new(client, metadata={"k": "v"}, ttl=500)
     complete(client, session_id=session_id)
@@ -116,7 +116,7 @@ def test_turns_are_listed_forked_and_rewound_to(client: httpx.Client) -> None:
     assert text_of(client, prompt="turn 1", max_tokens=5, session_id=session_id) == texts[0]
 
 
-def test_a_fork_of_now_goes_on_like_the_original(client: httpx.Client) -> None:
+def test_a_fork_of_now_continues_like_the_original(client: httpx.Client) -> None:
     session_id, _ = with_turns(client, 2)
     fork = client.post(f"/v1/sessions/{session_id}/fork").json()
     assert fork["turn"] == 2
@@ -205,7 +205,7 @@ def test_a_session_moves_as_a_blob(client: httpx.Client) -> None:
     assert text_of(client, session_id=session["id"]) == text_of(client, session_id=session_id)
 
 
-def test_a_blob_larger_than_other_bodies_may_be_is_taken(
+def test_a_blob_may_exceed_the_limit_of_other_bodies(
     client: httpx.Client, server: LiveServer
 ) -> None:
     most = server.service.settings.max_body_bytes
@@ -262,7 +262,7 @@ def test_a_turn_can_expect_the_one_before(client: httpx.Client, session_id: str)
 KEY = {"Idempotency-Key": "5f0c-1"}
 
 
-def test_a_turn_with_a_key_is_taken_once(client: httpx.Client, session_id: str) -> None:
+def test_a_turn_with_a_key_is_run_once(client: httpx.Client, session_id: str) -> None:
     asked = BODY | {"session_id": session_id, "echo": True}
     first = client.post("/v1/completions", json=asked, headers=KEY)
     assert "Idempotent-Replayed" not in first.headers
@@ -286,7 +286,7 @@ def test_a_turn_with_a_key_is_taken_once(client: httpx.Client, session_id: str) 
     assert get(client, session_id)["turn"] == 2
 
 
-def test_a_streamed_turn_is_given_again_as_it_was(client: httpx.Client, session_id: str) -> None:
+def test_a_streamed_turn_is_replayed_unchanged(client: httpx.Client, session_id: str) -> None:
     asked = BODY | {"session_id": session_id, "stream": True}
     response = client.post("/v1/completions", json=asked, headers=KEY)
     texts = data_of(response)
@@ -296,7 +296,7 @@ def test_a_streamed_turn_is_given_again_as_it_was(client: httpx.Client, session_
     assert (again["session_turn"], again["usage"]["completion_tokens"]) == (1, 24)
 
 
-def test_a_turn_that_did_not_happen_can_be_taken_with_its_key(
+def test_a_rolled_back_turn_can_be_run_with_its_key(
     server: LiveServer, client: httpx.Client, session_id: str
 ) -> None:
     asked = ENDLESS | {"session_id": session_id, "stream": True}

@@ -85,8 +85,8 @@ def test_what_a_turn_cannot_be(
     assert text_of(client, session_id=session_id)
 
 
-def test_a_session_goes_on_after_every_end(client: httpx.Client, server: LiveServer) -> None:
-    """On an empty prompt comes what would have come without the end."""
+def test_a_session_continues_after_every_end(client: httpx.Client, server: LiveServer) -> None:
+    """On an empty prompt it continues as without the end."""
 
     def generate(**changes: Any) -> dict[str, Any]:
         return dict(complete(client, return_token_ids=True, **changes)["choices"][0])
@@ -194,7 +194,7 @@ def test_a_warm_row_that_was_given_away_is_loaded_again(
     assert first + text_of(client, prompt="", max_tokens=20, session_id=session_id) == whole
 
 
-def test_deleted_means_gone(client: httpx.Client, session_id: str) -> None:
+def test_deleted_means_erased(client: httpx.Client, session_id: str) -> None:
     complete(client, session_id=session_id)
     deleted = client.delete(f"/v1/sessions/{session_id}")
     assert deleted.json() == {"id": session_id, "object": "session.deleted", "deleted": True}
@@ -214,7 +214,7 @@ def test_sessions_are_listed_newest_first_in_pages(client: httpx.Client) -> None
 
 
 def push_out_of_the_device(client: httpx.Client) -> None:
-    """Run so many turns of other sessions that no warm row of before is left."""
+    """Run turns of other sessions until all earlier warm rows are evicted."""
     for _ in range(RUNNING + WARM):
         other = client.post("/v1/sessions").json()["id"]
         complete(client, session_id=other, max_tokens=1)

@@ -1,4 +1,4 @@
-"""An event is one line of JSON, for whoever splits lines in whichever way."""
+"""An event is one line of JSON, however a client splits lines."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A store that fails costs the request that met it, says so, and nothing else."""
+"""A failing store fails only the request concerned, with an error."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ from tests.server.sessions.stores import forbidden
 
 @pytest.fixture
 def alone(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[LiveServer]:
-    """A server whose store may fail; nothing is cached."""
+    """A server whose store can be made to fail, without a cache."""
     few = tiny_settings(tiny_checkpoint, tmp_path, host_cache_bytes=0, warm_sessions=0)
     with live_server(few) as running:
         yield running
@@ -55,7 +55,7 @@ def broken_disk(server: LiveServer) -> Iterator[None]:
         yield
 
 
-def test_a_full_disk_is_told_and_nothing_is_lost(alone: LiveServer) -> None:
+def test_a_full_disk_is_reported_and_nothing_is_lost(alone: LiveServer) -> None:
     with alone.client() as client:
         session_id = client.post("/v1/sessions").json()["id"]
         complete(client, session_id=session_id)
@@ -81,7 +81,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(alone: LiveServer) -> None:
         assert text_of(client, session_id=session_id) == text_of(client, session_id=twin)
 
 
-def test_a_broken_disk_is_told_and_nothing_is_lost(alone: LiveServer) -> None:
+def test_a_broken_disk_is_reported_and_nothing_is_lost(alone: LiveServer) -> None:
     with alone.client() as client:
         session_id = client.post("/v1/sessions").json()["id"]
         complete(client, session_id=session_id)
@@ -129,12 +129,12 @@ def test_a_damaged_state_is_named_and_an_earlier_one_can_be_used(alone: LiveServ
         assert get(client, session_id)["turn"] == 2
 
 
-def test_a_forged_state_fails_alone_and_is_told(
+def test_a_forged_state_fails_alone_and_is_reported(
     alone: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its checksum is right and its numbers are finite, but the model can make nothing of them.
+    """Its checksum is right and its numbers are finite, but the model cannot use them.
 
-    None is imported; if one were, its turn would fail.
+    Imports reject such states; if one were accepted, its turn would fail.
     """
     with alone.client() as client:
         session_id = client.post("/v1/sessions", json={"prompt": "the cat"}).json()["id"]

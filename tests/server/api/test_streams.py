@@ -40,7 +40,7 @@ def test_a_log_keeps_its_last_events_within_its_bytes() -> None:
     asyncio.run(main())
 
 
-def test_readers_follow_what_comes_and_leave_a_sign_when_nothing_does() -> None:
+def test_readers_follow_events_and_get_keep_alives_in_silence() -> None:
     async def main() -> None:
         log, seen = EventLog(1000), list[bytes]()
         silent = asyncio.Event()
@@ -64,7 +64,7 @@ def test_readers_follow_what_comes_and_leave_a_sign_when_nothing_does() -> None:
     asyncio.run(main())
 
 
-def test_a_reader_who_falls_behind_what_is_kept_is_let_go() -> None:
+def test_a_reader_that_needs_dropped_events_is_disconnected() -> None:
     async def main() -> None:
         log = EventLog(max_bytes=10)
         await log.append([b"0" * 8])
@@ -110,7 +110,7 @@ def test_ended_streams_make_space_and_are_forgotten_in_time() -> None:
 
 
 def test_what_fills_a_stream_is_cancelled_and_waited_for() -> None:
-    """Also if it has not begun yet; whoever cancels it twice waits once."""
+    """Even if it has not started; cancelling twice waits once."""
     ended = list[str]()
 
     async def fill(stream: Stream) -> None:
@@ -166,7 +166,7 @@ def client(keyed: LiveServer) -> Iterator[httpx.Client]:
 
 
 def events_of(lines: Iterator[str]) -> Iterator[tuple[int, str]]:
-    """Ids and data as they come."""
+    """Ids and data in order of arrival."""
     data = ""
     for line in lines:
         if line.startswith("data: "):
@@ -191,7 +191,7 @@ def resume(client: httpx.Client, stream_id: str, last: int | None) -> list[tuple
 def begin(
     client: httpx.Client, num_chars: int, **changes: object
 ) -> tuple[str, list[tuple[int, str]]]:
-    """Begin a stream and lose the connection after an event with which so much has been said."""
+    """Begin a stream and disconnect after an event, once this much text was received."""
     with client.stream("POST", "/v1/completions", json=BODY | changes) as response:
         assert response.status_code == 200
         lines, seen = response.iter_lines(), list[tuple[int, str]]()
@@ -215,8 +215,8 @@ def test_a_lost_connection_loses_nothing(client: httpx.Client, num_chars: int) -
     assert {json.loads(data)["id"] for _, data in rest[:-1]} == {stream_id}
 
 
-def test_behind_the_last_event_comes_nothing(client: httpx.Client) -> None:
-    """An EventSource asks again after every end, until it gets 204."""
+def test_after_the_last_event_there_is_nothing(client: httpx.Client) -> None:
+    """An EventSource reconnects after every end, until it gets 204."""
     stream_id, seen = begin(client, 1, **SHORT)
     last = resume(client, stream_id, seen[-1][0])[-1][0]
     for asked in ({"headers": {"Last-Event-ID": str(last)}}, {"params": {"after": str(last)}}):
@@ -288,7 +288,7 @@ def test_streams_are_their_owners(client: httpx.Client, keyed: LiveServer) -> No
     assert client.delete(f"/v1/streams/{stream_id}").status_code == 200
 
 
-def test_so_many_streams_and_no_more(client: httpx.Client) -> None:
+def test_the_number_of_streams_is_limited(client: httpx.Client) -> None:
     running = [begin(client, 1, **LONG)[0] for _ in range(3)]
     refused = client.post("/v1/completions", json=BODY | SHORT)
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_streams")

@@ -1,4 +1,4 @@
-"""Structured output through a real server: what comes keeps to what was asked for."""
+"""Structured output through a real server satisfies its constraints."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Threads for what is long: what is short does not wait behind it."""
+"""Thread pools for long work: short work does not wait for it."""
 
 import asyncio
 import json

@@ -59,7 +59,7 @@ def events(client: httpx.Client, path: str, **body: object) -> list[dict[str, An
 
 
 def raw_text(client: httpx.Client, answer: dict[str, Any]) -> str:
-    """What was generated, marks included."""
+    """The generated text, including marks."""
     ids = answer["choices"][0]["token_ids"]
     return str(post(client, "/detokenize", tokens=ids)["prompt"])
 
@@ -136,7 +136,7 @@ def test_wishes_that_contradict_are_refused(
     assert answer.json()["error"]["param"] == param
 
 
-def test_a_session_goes_on_behind_thoughts_and_an_answer_that_was_given_is_given_again(
+def test_a_session_continues_after_thoughts_and_replays_its_answer(
     client: httpx.Client,
 ) -> None:
     session_id = client.post("/v1/sessions").json()["id"]
@@ -158,7 +158,7 @@ def test_thoughts_may_come_back_with_the_history(client: httpx.Client) -> None:
 
 
 def test_a_text_of_the_template_ends_an_answer(client: httpx.Client) -> None:
-    """The template's stop is the name of a token here: it is the first that may come."""
+    """The template's stop string is the name of a token here, and the first one possible."""
     body = BODY | {"logit_bias": {"2": 100.0}, "temperature": 0, "thinking_token_budget": 5}
     del body["ignore_eos"]
     answer = post(client, CHATS, **body)
@@ -184,7 +184,7 @@ def test_a_response_has_an_item_of_thoughts(client: httpx.Client) -> None:
     assert post(client, RESPONSES, input=[*response["output"], {"role": "user", "content": "a"}])
 
 
-def test_events_of_a_response_tell_of_both_items(client: httpx.Client) -> None:
+def test_events_of_a_response_cover_both_items(client: httpx.Client) -> None:
     whole = post(client, RESPONSES, **OF_RESPONSE)
     reported = events(client, RESPONSES, **OF_RESPONSE)
     kinds = [event["type"] for event in reported]

@@ -23,7 +23,7 @@ def tokenize(client: httpx.Client, **body: object) -> dict[str, Any]:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(text=st.text(st.characters(exclude_categories=["Cs"])) | st.just("a<|endoftext|>b"))
-def test_a_text_comes_back(client: httpx.Client, text: str) -> None:
+def test_a_text_survives_tokenisation(client: httpx.Client, text: str) -> None:
     tokens = tokenize(client, prompt=text, add_special_tokens=False)["tokens"]
     assert client.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": text}
 
@@ -45,7 +45,7 @@ def test_messages_need_a_template(client: httpx.Client) -> None:
     assert response.json()["error"]["code"] == "no_chat_template"
 
 
-def test_the_tokenizer_tells_its_special_tokens(client: httpx.Client) -> None:
+def test_the_tokenizer_lists_its_special_tokens(client: httpx.Client) -> None:
     assert client.get("/tokenizer_info").json() == {
         "bos_token": "<|endoftext|>",
         "eos_token": "<|endoftext|>",

@@ -1,4 +1,4 @@
-"""The command line in the process of the test, as a user would call it."""
+"""The command line in the test's process, called as by a user."""
 
 import logging
 
@@ -8,7 +8,7 @@ from server.__main__ import app
 
 
 def latentd(*arguments: object, stdin: bytes = b"", **environment: str) -> Result:
-    """Exceptions that no command should let through fail the test."""
+    """Unexpected exceptions of a command fail the test."""
     before = logging.root.handlers[:], logging.root.level
     env = {"LATENT_URL": None, "LATENT_KEY": None, "COLUMNS": None, "NO_COLOR": "1", **environment}
     try:
@@ -18,14 +18,14 @@ def latentd(*arguments: object, stdin: bytes = b"", **environment: str) -> Resul
 
 
 def stdout_of(*arguments: object, stdin: bytes = b"", **environment: str) -> str:
-    """What a command prints that does its work."""
+    """Output of a successful command."""
     done = latentd(*arguments, stdin=stdin, **environment)
     assert (done.exit_code, done.stderr) == (0, "")
     return done.stdout
 
 
 def refused(*arguments: object, stdin: bytes = b"", **environment: str) -> str:
-    """The one line that a refusal prints."""
+    """The one line printed by a command that fails."""
     done = latentd(*arguments, stdin=stdin, **environment)
     assert done.exit_code == 2, done.output
     assert done.stderr.count("\n") == 1, done.stderr

@@ -1,4 +1,4 @@
-"""One live server for the commands that need one; it wants a key."""
+"""One live server for the commands that need one; it requires a key."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture
 def client(server: LiveServer) -> Iterator[httpx.Client]:
-    """Has no sessions when the test begins."""
+    """No sessions exist at the start of a test."""
     with server.client() as client:
         client.headers["Authorization"] = f"Bearer {KEY}"
         for session in client.get("/v1/sessions?limit=100").json()["data"]:

@@ -1,4 +1,4 @@
-"""Somebody who talks with `latentd chat` at a terminal."""
+"""Simulates a user of `latentd chat` at a terminal."""
 
 import os
 import pty
@@ -26,23 +26,23 @@ AGAIN_S = 5.0
 
 
 class Person:
-    """Types, and reads what comes."""
+    """Types, and reads the output."""
 
     def __init__(self, process: subprocess.Popen[bytes], terminal: int) -> None:
         self.process = process
         self._terminal = terminal
         self._unread = ""
         self.all = ""
-        """All that was ever shown."""
+        """All output so far."""
 
     def type(self, keys: str) -> None:
         os.write(self._terminal, keys.encode())
 
     def read(self, pattern: str, again: str = "") -> re.Match[str]:
-        """What is shown up to this pattern; raises AssertionError if it does not come.
+        """The output up to this pattern; raises AssertionError if it does not appear.
 
-        Some keys may be typed again while nothing is shown: Python's readline does not notice a
-        Ctrl-C that comes after it has shown the prompt and before it waits for keys.
+        Keys may be typed again while there is no output: Python's readline does not notice a Ctrl-C
+        between showing the prompt and waiting for keys.
         """
         deadline = time.monotonic() + PATIENCE_S
         while not (found := re.search(pattern, self._unread)):
@@ -65,7 +65,8 @@ class Person:
         return self.process.wait(PATIENCE_S)
 
     def _take(self) -> bool:
-        """Whether there may be more: a terminal that nobody has open gives an error, or nothing."""
+        """Whether there may be more output: a terminal that is no longer open gives an error, or
+        nothing."""
         try:
             text = os.read(self._terminal, 65536).decode(errors="replace")
         except OSError:
@@ -77,7 +78,7 @@ class Person:
 
 @contextmanager
 def person(url: str, *arguments: object) -> Iterator[Person]:
-    """Sits at a `latentd chat` with the server at `url`."""
+    """A user of `latentd chat` with the server at `url`."""
     ours, theirs = pty.openpty()
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LATENT")}
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""A proxy before a live server: remembers what was asked, and spoils the streams it is told to."""
+"""A proxy in front of a live server that records requests and corrupts streams on demand."""
 
 import json
 import threading
@@ -13,27 +13,27 @@ import httpx
 from tests.patience import PATIENCE_S
 
 Spoil = Callable[[Iterator[bytes]], Iterator[bytes]]
-"""From the chunks of a stream to what the client gets; then the connection breaks off, unless the
-stream has its end."""
+"""From the chunks of a stream to what the client receives; then the connection breaks, unless the
+stream is complete."""
 
 
 class Proxy:
-    """Between a client and a server at `upstream`."""
+    """Proxies between a client and a server at `upstream`."""
 
     def __init__(self, upstream: str, url: str) -> None:
         self.upstream = upstream
         self.url = url
         self.turns: list[dict[str, Any]] = []
-        """Bodies of the turns that were asked for."""
+        """Bodies of the requested turns."""
 
         self.keys: list[str] = []
         """Their Idempotency-Keys."""
 
         self.spoils: deque[Spoil] = deque()
-        """For the next turns, one each."""
+        """Corruptions for the next turns, one each."""
 
         self.is_polite = False
-        """Whether a stream without its end looks, to HTTP, like a whole one."""
+        """Whether a truncated stream looks complete at the HTTP level."""
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def proxy(upstream: str) -> Iterator[Proxy]:
 
 
 def cut_early(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Not more than the first events: the server sees that nobody listens."""
+    """Only the first events: the server notices the disconnect."""
     text = b""
     for chunk in chunks:
         text += chunk
@@ -102,7 +102,7 @@ def cut_early(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def cut_late(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The first events, when the server has sent them all: it has committed the turn."""
+    """The first events, after the server has sent all: it has committed the turn."""
     events = b"".join(chunks).split(b"\n\n")
     yield b"\n\n".join(events[:4]) + b"\n\n"
 
@@ -116,7 +116,7 @@ def fail_early(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def say(text: str) -> Spoil:
-    """Put a text into the place of the first one."""
+    """Replace the first text."""
 
     def spoil(chunks: Iterator[bytes]) -> Iterator[bytes]:
         events = b"".join(chunks).split(b"\n\n")

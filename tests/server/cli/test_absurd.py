@@ -1,4 +1,4 @@
-"""What is no file, and files of absurd sizes, end every command in one line, at once."""
+"""Special files and files of absurd sizes end every command at once, with one line."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def folder(path: Path) -> None:
 
 
 def huge(path: Path) -> None:
-    """A terabyte that takes no space."""
+    """A sparse file of a terabyte."""
     with path.open("wb") as file:
         file.truncate(1 << 40)
 
@@ -45,7 +45,7 @@ def copied(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def commands(checkpoint: Path) -> list[list[object]]:
-    """Those that read a checkpoint."""
+    """Commands that read a checkpoint."""
     data = checkpoint.parent / "data"
     return [
         ["serve", checkpoint, "--port", 0, "--data-dir", data, "--device", "cpu"],

@@ -27,7 +27,7 @@ from tests.server.live import LiveServer, live_server, tiny_settings
 
 SHORT = ("--seed", 3, "--max-tokens", 8)
 LONG = ("--temperature", 0, "--max-tokens", 60_000)
-"""With these the network never comes to an end by itself."""
+"""With these the network never ends a text."""
 
 SUMMARY = re.compile(
     r"turn (\d+): (\d+) \+ (\d+) tokens; session: ([\d,]+) tokens in ([\d,]+) bytes; "
@@ -59,14 +59,14 @@ def between(chatting: LiveServer) -> Iterator[Proxy]:
 
 
 def piped(url: str, lines: str, *arguments: object) -> tuple[str, str]:
-    """What a chat prints that does all that the lines say."""
+    """Output of a chat in which every line succeeds."""
     done = latentd("chat", "--url", url, *arguments, stdin=lines.encode())
     assert done.exit_code == 0, done.output
     return done.stdout, done.stderr
 
 
 def failing(url: str, lines: str, *arguments: object) -> tuple[str, str]:
-    """What a chat prints of which a line fails."""
+    """Output of a chat in which a line fails."""
     done = latentd("chat", "--url", url, *arguments, stdin=lines.encode())
     assert done.exit_code == 1, done.output
     return done.stdout, done.stderr
@@ -89,7 +89,7 @@ def place(client: httpx.Client, session_id: str) -> tuple[int, int]:
 
 
 def answer(client: httpx.Client, session_id: str, text: str, **changes: object) -> str:
-    """What the server itself answers, for the options SHORT."""
+    """The server's own answer with the options SHORT."""
     body = {
         "session_id": session_id,
         "messages": [{"role": "user", "content": text}],
@@ -132,7 +132,7 @@ def test_lines_come_from_a_pipe_and_plain_text_goes_to_one(
     assert place(client, session_id) == place(client, twin)
 
 
-def test_a_session_goes_on_after_the_server_has_stopped(folder: Path, tmp_path: Path) -> None:
+def test_a_session_continues_after_the_server_has_stopped(folder: Path, tmp_path: Path) -> None:
     settings = tiny_settings(folder, tmp_path)
     with live_server(settings) as server:
         _, remarks = piped(server.url, "the cat\n", *SHORT)
@@ -182,10 +182,10 @@ def test_what_is_sent(between: Proxy) -> None:
     assert between.turns[-1]["messages"] == [users[1] | {"content": "the cat"}]
 
 
-def test_text_goes_as_it_is_where_there_is_no_template(
+def test_text_is_sent_unchanged_without_a_template(
     server: LiveServer, chatting: LiveServer
 ) -> None:
-    """The server of this package has a model without one."""
+    """The default model has no template."""
     with proxy(server.url) as between:
         lines, key = "the cat\n sat\n", ("--key", KEY, "--system", "x")
         logged, remarks = piped(between.url, lines, *SHORT, *key)
@@ -301,7 +301,7 @@ def test_a_server_that_is_not_there(chatting: LiveServer) -> None:
     assert "nobody" in failing(chatting.url, "the cat\n", "--session", "nobody")[1]
 
 
-def test_refusals_are_shown_and_the_chat_goes_on(between: Proxy, client: httpx.Client) -> None:
+def test_rejections_are_shown_and_the_chat_continues(between: Proxy, client: httpx.Client) -> None:
     session_id = new(client)
     with person(between.url, "--session", session_id, "--max-tokens", 8) as somebody:
         somebody.read("> ")
@@ -316,7 +316,7 @@ def test_refusals_are_shown_and_the_chat_goes_on(between: Proxy, client: httpx.C
     assert place(client, session_id)[0] == 1
 
 
-def test_somebody_elses_turn_is_noticed(chatting: LiveServer, client: httpx.Client) -> None:
+def test_another_clients_turn_is_noticed(chatting: LiveServer, client: httpx.Client) -> None:
     session_id = new(client)
     with person(chatting.url, "--session", session_id, *SHORT) as somebody:
         somebody.read("> ")
@@ -331,7 +331,7 @@ def test_somebody_elses_turn_is_noticed(chatting: LiveServer, client: httpx.Clie
     assert place(client, session_id)[0] == 2
 
 
-def test_ctrl_c_leaves_the_session_as_it_was(chatting: LiveServer, client: httpx.Client) -> None:
+def test_ctrl_c_leaves_the_session_unchanged(chatting: LiveServer, client: httpx.Client) -> None:
     session_id, twin = new(client), new(client)
     for each in (session_id, twin):
         answer(client, each, "the cat")
@@ -371,7 +371,7 @@ def ends(somebody: Person, key: str, session_id: str) -> None:
     assert somebody.leave() == 0
 
 
-def test_a_turn_that_was_committed_when_the_connection_broke_is_told_to_its_end(
+def test_a_turn_committed_when_the_connection_broke_is_shown_to_its_end(
     between: Proxy, client: httpx.Client
 ) -> None:
     expected = answer(client, new(client), "the cat")

@@ -1,4 +1,4 @@
-"""`latentd inspect`: what a file holds, and the same verdict that a server would come to."""
+"""`latentd inspect`: the content of a file, and the same verdict as a server's."""
 
 import json
 import re
@@ -78,7 +78,7 @@ def verdict(report: str) -> str:
 
 
 def rewritten(blob: bytes, padding: int = 0, **facts: str) -> bytes:
-    """The blob with other facts in its header."""
+    """The blob with modified header metadata."""
     size = int.from_bytes(blob[:8], "little")
     header = json.loads(blob[8 : 8 + size])
     header["__metadata__"] |= facts
@@ -244,7 +244,7 @@ def plain(name: str) -> str:
 
 
 def check(file: Path, damaged: bytes, codec: Codec, checkpoint: Path) -> None:
-    """The command does not fail, and says what the codec says."""
+    """The command succeeds, and reports the codec's verdict."""
     done = inspect(file, damaged, checkpoint)
     try:
         codec.decode(damaged)

@@ -23,7 +23,7 @@ def test_a_new_key_is_printed_alone_and_once(file: Path) -> None:
     assert done.stdout.strip() not in stdout_of("keys", "list", "--file", file)
 
 
-def test_the_list_tells_names_and_limits(file: Path) -> None:
+def test_the_list_shows_names_and_limits(file: Path) -> None:
     limits = ("--tokens-per-minute", 12_000, "--concurrent-requests", 4)
     latentd("keys", "add", "app", *limits, "--file", file)
     latentd("keys", "add", "other", LATENTD_KEY_FILE=str(file))
@@ -36,7 +36,7 @@ def test_the_list_tells_names_and_limits(file: Path) -> None:
     assert other.split()[-4:] == ["-", "-", "-", "-"]
 
 
-def test_a_revoked_key_is_gone(file: Path) -> None:
+def test_a_revoked_key_is_removed(file: Path) -> None:
     latentd("keys", "add", "app", "--file", file)
     [key] = read_keys(file)
     assert stdout_of("keys", "revoke", key.id, "--file", file) == f"app {key.id}\n"

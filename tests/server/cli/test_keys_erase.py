@@ -1,4 +1,4 @@
-"""`latentd keys erase`: all that a key holds is gone, whether a server runs or not."""
+"""`latentd keys erase`: all data of a key is erased, with or without a running server."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

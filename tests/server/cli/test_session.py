@@ -174,7 +174,7 @@ def test_export_to_a_pipe_and_not_to_a_terminal(server: LiveServer, session_id: 
     assert shown.stderr.startswith("latentd: refusing to write a binary state to a terminal")
 
 
-def test_exported_inspected_imported_both_go_on_alike(
+def test_an_exported_session_and_its_import_continue_alike(
     server: LiveServer,
     client: httpx.Client,
     session_id: str,
@@ -266,7 +266,7 @@ def test_the_key_decides_whose_sessions_they_are(server: LiveServer, session_id:
 def test_the_servers_settings_do_not_mind_the_clients_variables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`latentd serve` refuses variables of its own prefix that it does not know."""
+    """`latentd serve` rejects unknown variables with its own prefix."""
     for name in [name for name in os.environ if name.upper().startswith("LATENTD_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("LATENT_URL", "http://127.0.0.1:1")
@@ -346,7 +346,7 @@ def test_an_empty_page_is_the_last() -> None:
         assert commands.stdout_of("session", "list", "--json", "--url", url) == ""
 
 
-def test_an_error_of_many_lines_becomes_one() -> None:
+def test_a_multi_line_error_becomes_one_line() -> None:
     error = {"message": "one\n\ttwo", "type": "x", "param": None, "code": "y"}
     with another_server(418, json.dumps({"error": error}).encode(), {}) as url:
         assert refused_by(url) == "latentd: one two\n"

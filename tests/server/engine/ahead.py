@@ -1,4 +1,4 @@
-"""What a device does beside the host, on the CPU: steps that run ahead, states that come later."""
+"""Simulates a device on the CPU: steps that run ahead, states that arrive later."""
 
 import weakref
 from collections import deque
@@ -16,19 +16,19 @@ from model.transfer import DirectTransfer
 
 @dataclass(eq=False)
 class Later:
-    """A step that is computed, while the host is to believe that it is not."""
+    """A step that is computed, while the host believes that it is not."""
 
     decoded: Decoded
     line: "deque[weakref.ref[Later]]" = field(repr=False)
-    """Steps whose tokens nobody has taken, but for those that nobody will take after an error."""
+    """Steps not yet collected, except those that are dropped after an error."""
 
     def collect(self) -> Decoded:
-        assert self.line.popleft()() is self, "steps are taken in the order of their launches"
+        assert self.line.popleft()() is self, "steps are collected in launch order"
         return self.decoded
 
 
 class AheadRunner:
-    """What each row chose last stays with it; a row that has ended is left as it is."""
+    """Each row remembers its last sampled token; rows that have ended are skipped."""
 
     runs_ahead = True
 
@@ -68,7 +68,7 @@ class AheadRunner:
         return later
 
     def _known(self, each: Piece) -> Piece:
-        """With the token to read, and the position of the one to choose."""
+        """With the token to read, and the position of the one to sample."""
         sampled = each.sampled
         if each.resumes or sampled is None:
             return each
@@ -88,7 +88,7 @@ class AheadRunner:
 
 @dataclass
 class LateExport:
-    """A row that takes its time."""
+    """An export that takes some time."""
 
     data: bytes
     num_asked: int = 0
@@ -103,7 +103,7 @@ class LateExport:
 
 
 class LateTransfer:
-    """Exports rows as they were when that began."""
+    """Exports rows as of the start of the export."""
 
     def __init__(self, pool: StatePool) -> None:
         self._pool = pool
@@ -115,7 +115,7 @@ class LateTransfer:
 
 @contextmanager
 def running_beside() -> Iterator[list[AheadRunner]]:
-    """Engines that are made now run ahead, and their states come late; the runners made."""
+    """New engines run ahead with delayed states; yields their runners."""
     made = list[AheadRunner]()
 
     def ahead(network: Network, pool: StatePool, max_rows: int) -> AheadRunner:

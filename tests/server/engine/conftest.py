@@ -1,7 +1,5 @@
-"""One engine for the tests that need nothing special of it; all that generate run twice, the second
-time with steps that are launched before the tokens of the last one are known, and with states that
-come some steps after the end of their turn.
-"""
+"""One engine for the tests without special settings; tests that generate run twice, the second time
+with steps that run ahead and with states that arrive some steps after the end of their turn."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -27,7 +25,7 @@ GENERATE = (
     "test_structured",
     "test_worker",
 )
-"""The modules whose tests do."""
+"""Modules whose tests do so."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -57,7 +55,7 @@ def driver(checkpoint: Checkpoint) -> Iterator[Driver]:
 
 @pytest.fixture(scope="module")
 def clock() -> Iterator[Clock]:
-    """The time by which the deadlines of a stepper's requests pass."""
+    """The clock for the deadlines of a stepper's requests."""
     made = Clock()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(worker, "time", made)

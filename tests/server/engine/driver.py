@@ -33,7 +33,7 @@ LIMITS = EngineLimits(
 
 
 class Driver:
-    """An engine and the events that it delivered."""
+    """An engine and the events it delivered."""
 
     def __init__(self, checkpoint: Checkpoint, limits: EngineLimits = LIMITS) -> None:
         self.events: queue.Queue[list[Event | RowReleased]] = queue.Queue()
@@ -93,13 +93,13 @@ def request(name: str, num_prompt: int = 7, **changes: Any) -> EngineRequest:
 
 
 def stored(last: Finished, state_id: str | None = None) -> StoredState:
-    """The state that a turn left. Under an id of its own it is in no row."""
+    """The state after a turn. With a new id it is in no row."""
     assert last.state is not None
     return StoredState(last.retained_as or "" if state_id is None else state_id, last.state)
 
 
 def following(last: Finished, name: str, num_prompt: int = 7, **changes: Any) -> EngineRequest:
-    """The next turn, from the row where the state was kept unless `source` says otherwise."""
+    """The next turn, from the row where the state was retained unless `source` says otherwise."""
     assert last.continuation is not None
     start = {"source": stored(last), "continuation": last.continuation}
     return request(name, num_prompt, **(start | changes))

@@ -1,4 +1,4 @@
-"""The engine's worker without its thread: a test says when a step is, and looks at every row."""
+"""The engine's worker without its thread: a test runs each step, and inspects every row."""
 
 import random
 from collections.abc import Callable
@@ -37,7 +37,7 @@ SMALL = replace(
 
 
 class Clock:
-    """Stands for the module `time` in the worker's; the test says how late it is."""
+    """Replaces the module `time` in the worker; the test sets the time."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -47,7 +47,7 @@ class Clock:
 
 
 class Stepper:
-    """A worker, its inbox, and all that it delivered."""
+    """A worker, its inbox, and the events it delivered."""
 
     def __init__(self, checkpoint: Checkpoint, limits: EngineLimits = LIMITS) -> None:
         self.inbox = Inbox(limits.max_waiting, limits.max_waiting_tokens)
@@ -72,7 +72,7 @@ class Stepper:
         return not (self.scheduler.idle and self.inbox.empty)
 
     def step(self, count: int = 1) -> None:
-        """Steps, as long as there is something to do; free rows hold nothing after each."""
+        """Run steps as long as there is work; free rows are erased after each."""
         for _ in range(count):
             if self.has_work:
                 self.worker.step()
@@ -86,7 +86,7 @@ class Stepper:
         raise AssertionError("the condition does not come true")
 
     def run(self) -> None:
-        """Until all has ended."""
+        """Run until all requests have ended."""
         self.step(MAX_STEPS)
         assert not self.has_work
 
@@ -115,21 +115,21 @@ class Stepper:
         return [event for event in self.delivered if not isinstance(event, RowReleased)]
 
     def owners(self) -> dict[str, int]:
-        """Rows by the ids of requests and kept states."""
+        """Rows by the ids of requests and retained states."""
         return dict(self.slots._row)
 
     def given_up(self) -> list[RowReleased]:
         return [event for event in self.delivered if isinstance(event, RowReleased)]
 
     def check(self) -> None:
-        """Every row has an owner or holds nothing."""
+        """Every row has an owner or is erased."""
         self.slots.check()
         free = sorted(set(range(self.pool.num_rows)) - set(self.owners().values()))
         for name, values in self.pool.tensors.items():
             assert is_poison(values[:, free]), (name, free)
 
     def holds(self, position: Tensor) -> bool:
-        """Whether any of these numbers of a former state is anywhere in the pool.
+        """Whether any of these numbers of an earlier state is anywhere in the pool.
 
         Positions are compared, since they are float64: no two sequences agree in one by chance.
         """
@@ -145,7 +145,7 @@ def is_poison(values: Tensor) -> bool:
 
 
 def asked(name: str, first: int, num_prompt: int, **changes: Any) -> EngineRequest:
-    """Prompts that differ from their first token on; positions forget what was long ago."""
+    """Prompts that differ from their first token on; positions forget the distant past."""
     prompt = (first, *random.Random(first).choices(range(1, 300), k=num_prompt - 1))
     return request(name, token_ids=prompt, **changes)
 
@@ -158,7 +158,7 @@ def keep_row(stepper: Stepper, state_id: str = "kept", first: int = 9) -> Finish
 
 
 def check_given_up(delivered: list[Event | RowReleased]) -> None:
-    """Where no row is kept any more: each that was reported was given up later, and each once."""
+    """If no row is retained any more: each reported row was released later, and once."""
     kept, given_up = set[str](), set[str]()
     for event in delivered:
         if isinstance(event, RowReleased):

@@ -1,4 +1,4 @@
-"""Steps that are launched before the tokens of the last one are known change nothing."""
+"""Running ahead changes no results."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,7 +92,7 @@ def test_every_turn_ends_as_it_would_step_by_step(
 def test_a_session_does_not_read_what_ended_its_turn(
     checkpoint: Checkpoint, ends_at: int, include_stop: bool
 ) -> None:
-    """The step after the end was under way already, and left the row as it was."""
+    """The step after the end was already in flight, and left the row unchanged."""
     plain = request("plain", 5, return_tokens=True, max_tokens=ends_at)
     direct = Stepper(checkpoint, LIMITS)
     direct.turn(plain)
@@ -141,8 +141,8 @@ def test_what_depends_on_the_last_token_waits_for_it_and_nothing_else_does(
 
 @pytest.mark.parametrize("stop", ["stop", "end_texts"])
 def test_a_stop_string_lets_a_session_run_ahead(checkpoint: Checkpoint, stop: str) -> None:
-    """All but the first token, after which the state is first kept, are read before they are known;
-    a text that is cut leaves the state and the tokens that it leaves step by step."""
+    """All but the first token, after which the state is first stored, are read before they are
+    known; a text that is cut leaves the same state and tokens as step by step."""
     plain = request("plain", 5, max_tokens=60, sampling=SamplingParams(temperature=3, seed=1))
     direct = Stepper(checkpoint, LIMITS)
     direct.turn(plain)
@@ -161,7 +161,7 @@ def test_a_stop_string_lets_a_session_run_ahead(checkpoint: Checkpoint, stop: st
         assert ours.reason == "stop"
 
 
-def test_what_closes_thoughts_comes_also_where_it_is_a_stop_that_may_not_come_yet(
+def test_thoughts_are_closed_even_by_a_stop_that_is_not_allowed_yet(
     checkpoint: Checkpoint,
 ) -> None:
     stepper = Stepper(checkpoint, LIMITS)
@@ -177,7 +177,7 @@ def test_no_token_is_read_beyond_the_last_that_may_come(checkpoint: Checkpoint) 
         assert runner.num_ahead == 6
 
 
-def test_who_ends_while_a_step_is_under_way_leaves_its_row_to_others(
+def test_a_sequence_that_ends_during_a_step_leaves_its_row_to_others(
     checkpoint: Checkpoint,
 ) -> None:
     def endless(name: str) -> EngineRequest:
@@ -206,7 +206,7 @@ def test_a_model_that_gives_no_numbers_ends_the_turn_once(checkpoint: Checkpoint
 
 
 def test_a_state_that_comes_late_is_that_of_the_end_of_its_turn(checkpoint: Checkpoint) -> None:
-    """Meanwhile its row may have gone to another sequence: no id is reported that means nothing."""
+    """Meanwhile its row may have gone to another sequence: no stale id is reported."""
     limits = replace(LIMITS, max_running=1, warm_sessions=0)
     asked = [request(f"r{i}", 1, retain_as=f"s{i}", max_tokens=1 + i % 2) for i in range(6)]
     direct = Stepper(checkpoint, limits)

@@ -1,4 +1,4 @@
-"""Where the model runs, and on how many threads."""
+"""The model's device and number of threads."""
 
 import copy
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def network() -> LanguageModel:
 def test_threads_are_those_that_a_step_has_work_for(
     network: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For each token that leaves; how many bytes the weights have says nothing."""
+    """The work per token counts, not the bytes of the weights."""
     head, body = network.embed.weight.numel(), network.num_parameters - network.embed.weight.numel()
     monkeypatch.setattr(openmp, "WORTH_A_THREAD", body + head)
     for packed in (copy.deepcopy(network).pack(), copy.deepcopy(network).pack("int8")):

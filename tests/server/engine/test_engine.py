@@ -30,7 +30,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 def expected_greedy(checkpoint: Checkpoint, prompt: tuple[int, ...], count: int) -> list[int]:
-    """Greedy continuation by the training-time forward over the whole sequence, again and again."""
+    """Greedy continuation, by repeated training-time forward passes over the whole sequence."""
     ids, network = list(prompt), checkpoint.network
     assert isinstance(network, LanguageModel)
     for _ in range(count):
@@ -121,7 +121,8 @@ def test_stop_string_leaves_the_session_where_the_text_ends(
 
 
 def _sampled_ids(driver: Driver, asked: EngineRequest, count: int) -> list[int]:
-    """The first sampled tokens of a request, seen through the pending token of shorter turns."""
+    """The first sampled tokens of a request, observed through the pending token of shorter
+    turns."""
     ids = []
     for i in range(1, count + 1):
         name = f"{asked.request_id}-{i}"
@@ -153,7 +154,7 @@ def test_cancelling_frees_the_row_in_every_phase(driver: Driver) -> None:
 
 
 def test_a_long_prompt_does_not_stall_a_stream(checkpoint: Checkpoint) -> None:
-    """Where no step is short enough, each reads the least of the prompt that can be cut."""
+    """If no step is short enough, each reads the smallest possible piece of the prompt."""
     driver = Driver(checkpoint, replace(LIMITS, inter_token_latency_s=1e-9))
     driver.engine.submit(request("stream", 5, max_tokens=100_000))
     driver.wait(lambda seen: len(seen) > 3)
@@ -214,7 +215,7 @@ def test_the_tokens_in_the_queue_are_bounded(checkpoint: Checkpoint) -> None:
     driver.engine.stop()
 
 
-def test_a_request_that_cannot_be_is_reported_and_the_engine_goes_on(driver: Driver) -> None:
+def test_an_impossible_request_is_reported_and_the_engine_continues(driver: Driver) -> None:
     wrong = request("wrong", continuation=Continuation(recent=b"123"))
     driver.engine.submit(wrong)
     [failed] = driver.wait(lambda seen: bool(seen))

@@ -1,4 +1,4 @@
-"""The engine on the network of kernels: on the GPU where there is one, else in the interpreter."""
+"""The engine on the network in kernels: on a GPU if there is one, else in the interpreter."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ def asked(name: str, num_prompt: int, **changes: object) -> EngineRequest:
 @pytest.mark.long
 @pytest.mark.skipif(not cuda.is_available(), reason="needs Triton")
 def test_turns_are_those_of_the_compiled_network(fused: Checkpoint, checkpoint: Checkpoint) -> None:
-    """Streams, a session with its next turn from bytes, penalties and probabilities together."""
+    """Streams, a session with its next turn from bytes, penalties and log-probabilities."""
     first = [
         asked("greedy", 3, sampling=SamplingParams(temperature=0.0)),
         asked("session", 70, retain_as="state"),

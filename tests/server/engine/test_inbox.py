@@ -1,4 +1,4 @@
-"""What waits is bounded, in requests and in tokens; messages come out as they went in."""
+"""The queue is bounded in requests and tokens; messages leave it in order."""
 
 from dataclasses import replace
 
@@ -75,7 +75,7 @@ def test_requests_are_queued_all_or_none(first: list[int], second: list[int], co
     assert list(inbox.receive(wait=False)) == refused
 
 
-def test_a_refusal_tells_when_the_queue_will_have_moved_on() -> None:
+def test_a_rejection_estimates_when_the_queue_will_have_drained() -> None:
     now = 100.0
     inbox = Inbox(10, 1000, lambda: now)
     late, new = submit("late", 1), [submit(f"a{i}", 1) for i in range(10)]
@@ -109,7 +109,7 @@ def test_a_refusal_tells_when_the_queue_will_have_moved_on() -> None:
     assert retry_after() == 1  # the time without a queue does not count
 
 
-def test_who_waits_for_so_long_gets_nothing() -> None:
+def test_a_waiter_times_out() -> None:
     inbox = Inbox(5, 100)
     assert list(inbox.receive(wait=True, timeout_s=0.001)) == []
     inbox.put(Cancel("a"))

@@ -1,4 +1,4 @@
-"""A step's prompt tokens follow what steps take."""
+"""The number of prompt tokens per step follows the measured times."""
 
 import pytest
 from hypothesis import given
@@ -8,7 +8,8 @@ from server.engine.pace import Pace
 
 
 def run(pace: Pace, fixed_s: float, token_s: float, count: int) -> float:
-    """Steps that read as much as they may, at least 16 tokens; how long the last one is."""
+    """Steps that read as much as allowed, at least 16 tokens; returns the duration of the last
+    one."""
     step_s = 0.0
     for _ in range(count):
         num_tokens = max(16, pace.tokens)

@@ -1,4 +1,4 @@
-"""States of common beginnings on the tiny real network: same bits, read once."""
+"""States of shared prefixes on the tiny real network: same bits, read once."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,7 +34,7 @@ def after(name: str, prompt: tuple[int, ...], **changes: Any) -> EngineRequest:
 
 
 def end(driver: Driver, asked: EngineRequest) -> tuple[object, ...]:
-    """All that a turn says and leaves."""
+    """Everything a turn emits and leaves."""
     driver.engine.submit(asked)
     return outcome(driver, asked)
 
@@ -65,7 +65,7 @@ def test_many_at_once_read_a_common_beginning_once(driver: Driver, sharing: Driv
     assert sharing.value("prefix_cache_hits_total") == 31
 
 
-def test_waiting_for_a_beginning_goes_on_when_its_reader_is_cancelled(
+def test_waiting_for_a_prefix_survives_the_cancellation_of_its_reader(
     driver: Driver, checkpoint: Checkpoint
 ) -> None:
     sharing = Stepper(checkpoint, replace(LIMITS, max_running=32, prefix_cache_bytes=CACHE_BYTES))
@@ -82,7 +82,7 @@ def test_waiting_for_a_beginning_goes_on_when_its_reader_is_cancelled(
     assert sharing.worker._metrics.prefix_cache_hits_total._value.get() == 2
 
 
-def test_waiting_for_a_beginning_goes_on_when_its_reader_is_late(sharing: Driver) -> None:
+def test_waiting_for_a_prefix_survives_a_late_reader(sharing: Driver) -> None:
     reader = after("reader", (*SYSTEM, 5), deadline=0.0)
     sharing.engine.submit(reader, after("other", (*SYSTEM, 6)))
     assert sharing.result("other")[1].num_generated == 12
@@ -117,7 +117,7 @@ def test_a_session_begins_from_a_shared_state_and_never_goes_back_to_one(sharing
     assert sharing.turn(second)[1].cached_tokens == 0
 
 
-def test_the_bytes_kept_are_bounded_and_reported(checkpoint: Checkpoint) -> None:
+def test_the_cached_bytes_are_bounded_and_reported(checkpoint: Checkpoint) -> None:
     state_bytes = checkpoint.network.state_spec.num_bytes
     driver = Driver(checkpoint, replace(LIMITS, prefix_cache_bytes=3 * state_bytes + 1))
     for i in range(5):
@@ -156,7 +156,7 @@ def test_any_company_cache_and_budget_give_the_same_turns(
     budget: int,
     cancelled: set[int],
 ) -> None:
-    """Prompts of few different chunks, so that they share and part everywhere."""
+    """Prompts of few distinct chunks, so that they share and diverge everywhere."""
     state_bytes = checkpoint.network.state_spec.num_bytes
     limits = replace(
         LIMITS,

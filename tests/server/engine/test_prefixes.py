@@ -1,4 +1,4 @@
-"""Which states are kept, who waits for whom, and that what is remembered is bounded."""
+"""Which states are cached, which sequence waits for which, and that the memory is bounded."""
 
 from array import array
 from dataclasses import replace
@@ -20,7 +20,7 @@ REQUEST = EngineRequest("", None, Continuation(), (), 5, SamplingParams())
 def sequence(
     *chunks: int, tail: int = 2, scored: bool = False, salt: bytes = b""
 ) -> EngineSequence:
-    """A prompt of whole chunks, each of one token, and a tail that is not a whole one."""
+    """A prompt of whole chunks, each of one token, and a partial chunk."""
     ids = (*(token for token in chunks for _ in range(CHUNK)), *(0,) * tail)
     request = replace(REQUEST, token_ids=ids, score_prompt=scored, owner=salt.decode())
     return EngineSequence(request, 0.0)
@@ -31,7 +31,8 @@ def shared(num_states: int = 10) -> SharedPrefixes[str]:
 
 
 def read_all(states: SharedPrefixes[str], prefilling: EngineSequence) -> list[EngineSequence]:
-    """Read to the end, keeping what is to be kept; those that need not wait any more."""
+    """Read to the end, caching states where required; returns sequences that need not wait any
+    more."""
     ready = []
     while not prefilling.is_read:
         prefilling.pop_unread(prefilling.next_piece(ALL, CHUNK))
@@ -89,7 +90,7 @@ def test_a_prompt_that_is_scored_is_read_from_its_beginning() -> None:
         assert read_all(states, scored) == []
 
 
-def test_others_go_on_from_the_states_of_a_prompt_that_is_scored() -> None:
+def test_others_continue_from_the_states_of_a_scored_prompt() -> None:
     states = shared()
     scored, follower = sequence(1, 2, 3, scored=True), sequence(1, 2, 9)
     states.begin(scored)
@@ -101,7 +102,7 @@ def test_others_go_on_from_the_states_of_a_prompt_that_is_scored() -> None:
     assert states.begin(later) == "state 12"
 
 
-def test_who_is_further_ahead_is_waited_for_not_a_prompt_that_is_scored() -> None:
+def test_sequences_wait_for_the_one_furthest_ahead_but_not_scored_prompts() -> None:
     states = shared()
     ahead, scored, late = sequence(1, 2, 3), sequence(1, 2, 3, 4, scored=True), sequence(1, 2, 3)
     states.begin(ahead)
@@ -114,7 +115,7 @@ def test_who_is_further_ahead_is_waited_for_not_a_prompt_that_is_scored() -> Non
     assert (longer.waits_for, longer.waits_until) == (scored, 16)
 
 
-def test_a_prompt_goes_on_from_the_last_chunk_of_an_earlier_one() -> None:
+def test_a_prompt_continues_from_the_last_chunk_of_an_earlier_one() -> None:
     states = shared()
     first = sequence(1, 2, 3, tail=2)
     assert states.begin(first) is None
@@ -129,14 +130,14 @@ def test_a_prompt_goes_on_from_the_last_chunk_of_an_earlier_one() -> None:
     assert other.cached_tokens == 0
 
 
-def test_the_last_token_is_never_in_a_kept_state() -> None:
+def test_the_last_token_is_never_in_a_cached_state() -> None:
     states = shared()
     first = sequence(1, 2, tail=0)
     states.begin(first)
     assert first.retain_at == {4}
 
 
-def test_where_prompts_part_a_state_is_kept_from_the_second_on() -> None:
+def test_where_prompts_diverge_a_state_is_cached_from_the_second_on() -> None:
     states = shared()
     for prompt in (sequence(1, 2, 3, 4), sequence(1, 2, 5, 6)):
         assert states.begin(prompt) is None
@@ -163,7 +164,7 @@ def test_the_least_recently_used_state_goes_first() -> None:
 
 
 @pytest.mark.parametrize("capacity", [0, STATE_BYTES - 1])
-def test_without_space_for_a_state_nothing_is_kept_or_waited_for(capacity: int) -> None:
+def test_without_space_for_a_state_nothing_is_cached_or_waited_for(capacity: int) -> None:
     states = SharedPrefixes[str](capacity, STATE_BYTES, CHUNK)
     for prompt in (sequence(1), sequence(1)):
         assert states.begin(prompt) is None
@@ -212,7 +213,7 @@ def test_others_wait_for_the_one_that_reads_the_same() -> None:
     assert read_all(states, reader) == [same]
 
 
-def test_nobody_waits_for_what_the_reader_has_passed() -> None:
+def test_no_one_waits_for_a_prefix_that_was_already_passed() -> None:
     states = shared()
     reader, late = sequence(1, 2, 3, 4), sequence(1, 2, 9)
     states.begin(reader)
@@ -225,7 +226,7 @@ def test_nobody_waits_for_what_the_reader_has_passed() -> None:
     assert after.waits_for is late
 
 
-def test_those_who_waited_for_one_that_left_begin_again() -> None:
+def test_sequences_that_waited_for_one_that_left_start_again() -> None:
     states = shared()
     reader, second, third = sequence(1, 2, 3), sequence(1, 2, 3), sequence(1, 2, 3)
     for prompt in (reader, second, third):

@@ -1,4 +1,4 @@
-"""A turn may end wherever it likes: on an empty prompt the next one is what would have followed."""
+"""A turn may end anywhere: on an empty prompt the next one yields what would have followed."""
 
 from dataclasses import replace
 from typing import Any
@@ -30,7 +30,7 @@ def whole_turn(name: str, choice: str, **changes: Any) -> EngineRequest:
 
 
 def in_ascii(stepper: Stepper, first: EngineRequest) -> EngineRequest:
-    """Without bytes of other characters, of which a model that has learned nothing makes none."""
+    """Without bytes of other characters, which an untrained model cannot complete."""
     tokens = enumerate(stepper.worker._tokenizer.token_bytes)
     bias = tuple((token_id, -1000.0) for token_id, text in tokens if not text or not text.isascii())
     return replace(first, sampling=replace(first.sampling, logit_bias=bias))
@@ -61,7 +61,7 @@ def go_on(
 
 @pytest.fixture
 def uninterrupted(stepper: Stepper) -> Stepper:
-    """It has generated the whole turn by both choices."""
+    """A stepper that has generated the whole turn by both methods."""
     for choice in CHOICES:
         stepper.turn(whole_turn(choice, choice, return_tokens=True))
         stepper.release(choice)
@@ -69,10 +69,10 @@ def uninterrupted(stepper: Stepper) -> Stepper:
 
 
 @each_choice
-def test_a_session_goes_on_after_each_of_its_tokens_as_a_stop_token(
+def test_a_session_continues_after_each_of_its_tokens_as_a_stop_token(
     uninterrupted: Stepper, choice: str
 ) -> None:
-    """The token is not in the session, and comes first of what follows."""
+    """The token is not in the session, and is sampled first again."""
     stepper, tokens = uninterrupted, tokens_of(uninterrupted, choice)
     whole = stepper.finished(choice)
     for token_id in dict.fromkeys(tokens):
@@ -87,7 +87,7 @@ def test_a_session_goes_on_after_each_of_its_tokens_as_a_stop_token(
 
 
 @each_choice
-def test_a_session_goes_on_behind_a_stop_token_that_it_includes(
+def test_a_session_continues_after_a_stop_token_that_it_includes(
     uninterrupted: Stepper, choice: str
 ) -> None:
     stepper, tokens = uninterrupted, tokens_of(uninterrupted, choice)
@@ -105,10 +105,10 @@ def test_a_session_goes_on_behind_a_stop_token_that_it_includes(
 @each_choice
 @pytest.mark.parametrize("min_tokens", [0, 7])
 @pytest.mark.parametrize("include_stop", [False, True])
-def test_a_session_goes_on_where_a_stop_string_has_cut_it(
+def test_a_session_continues_where_a_stop_string_has_cut_it(
     stepper: Stepper, choice: str, include_stop: bool, min_tokens: int
 ) -> None:
-    """To the bit, if the cut is between two tokens."""
+    """Bit for bit, if the cut is between two tokens."""
     plain = in_ascii(stepper, whole_turn("whole", choice, return_tokens=True))
     whole, end_of_whole = stepper.turn(plain)
     stepper.release("whole")
@@ -136,7 +136,8 @@ def test_a_session_goes_on_where_a_stop_string_has_cut_it(
 
 
 def test_a_held_text_that_is_cut_later_keeps_its_own_tokens(stepper: Stepper) -> None:
-    """All since the anchor may be of one stop string; another one cuts it in the middle."""
+    """All tokens since the anchor may belong to one stop string; another one cuts it in the
+    middle."""
     plain = in_ascii(stepper, whole_turn("whole", "greedy", return_tokens=True))
     whole, end_of_whole = stepper.turn(plain)
     stepper.release("whole")
@@ -151,8 +152,8 @@ def test_a_held_text_that_is_cut_later_keeps_its_own_tokens(stepper: Stepper) ->
     assert end.state == end_of_whole.state
 
 
-def test_a_session_goes_on_after_an_end_of_text(checkpoint: Checkpoint, stepper: Stepper) -> None:
-    """Also after an answer of nothing; and more than once."""
+def test_a_session_continues_after_an_end_of_text(checkpoint: Checkpoint, stepper: Stepper) -> None:
+    """Also after an empty answer; and repeatedly."""
     end_of_text = checkpoint.network.eos[0]
     biased = SamplingParams(temperature=0.0, logit_bias=((end_of_text, 1000.0),))
     plain = whole_turn("plain", "greedy", ignore_eos=True)
@@ -168,7 +169,9 @@ def test_a_session_goes_on_after_an_end_of_text(checkpoint: Checkpoint, stepper:
     assert text == stepper.text("plain")
 
 
-def test_a_session_goes_on_after_a_complete_text(checkpoint: Checkpoint, stepper: Stepper) -> None:
+def test_a_session_continues_after_a_complete_text(
+    checkpoint: Checkpoint, stepper: Stepper
+) -> None:
     """Whether the grammar leaves nothing but the end, or the model has chosen it."""
     network = checkpoint.network
     compiler = GrammarCompiler(checkpoint.tokenizer, network.vocab_size, network.eos)

@@ -1,4 +1,4 @@
-"""Where the state of a turn comes from, where it stays, and what is reported of that."""
+"""Where a turn's state comes from, where it is retained, and what is reported."""
 
 import random
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from tests.server.engine.stepper import (
 
 @pytest.fixture
 def imported(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The bytes that were put into rows, one after another."""
+    """The bytes imported into rows, in order."""
     made = list[bytes]()
     works = StatePool.import_row
 
@@ -59,7 +59,7 @@ def following(last: Finished, name: str, **changes: Any) -> EngineRequest:
 
 
 def outcome(stepper: Stepper, name: str) -> tuple[object, ...]:
-    """All that a turn emits and leaves, but for the id of its row."""
+    """Everything a turn emits and leaves, except the id of its row."""
     last = stepper.finished(name)
     return stepper.text(name), last.reason, last.num_generated, last.state, last.continuation
 
@@ -72,13 +72,13 @@ def outcome_elsewhere(checkpoint: Checkpoint, each: EngineRequest) -> tuple[obje
 
 
 def busy(stepper: Stepper, max_tokens: int = 20) -> None:
-    """Let as many sequences run as may."""
+    """Let as many sequences run as allowed."""
     stepper.submit(*(asked(f"runs-{i}", i + 1, 3, max_tokens=max_tokens) for i in range(2)))
     stepper.step()
     assert stepper.slots.num_active == 2
 
 
-def test_a_kept_row_is_continued_in_place_and_only_that(
+def test_a_retained_row_is_continued_in_place_and_only_that(
     stepper: Stepper, checkpoint: Checkpoint, imported: list[bytes]
 ) -> None:
     last = keep_row(stepper)
@@ -115,10 +115,10 @@ def test_a_state_whose_row_is_needed_while_the_turn_waits_is_imported(
     assert outcome(stepper, "waits") == outcome_elsewhere(checkpoint, waits)
 
 
-def test_a_state_is_kept_in_place_of_an_older_one_over_many_turns(
+def test_a_retained_state_replaces_an_older_one_over_many_turns(
     stepper: Stepper, checkpoint: Checkpoint, imported: list[bytes]
 ) -> None:
-    """A session's turns on one row leave what the same turns from bytes leave."""
+    """A session's turns on one row give the same results as the same turns from bytes."""
     last = other = keep_row(stepper)
     elsewhere = Stepper(checkpoint, SMALL)
     for number in range(4):
@@ -139,7 +139,7 @@ def test_a_state_is_kept_in_place_of_an_older_one_over_many_turns(
 def test_a_state_is_continued_in_place_once(
     stepper: Stepper, checkpoint: Checkpoint, imported: list[bytes], number: int
 ) -> None:
-    """Of several requests with one source the first has the row; the others have the bytes."""
+    """Of several requests with one source, the first gets the row and the others the bytes."""
     last = keep_row(stepper)
     row = stepper.owners()["kept"]
     asking = [
@@ -173,7 +173,7 @@ def test_a_state_is_continued_again_after_the_turn_that_had_its_row_failed(
 
 
 @pytest.mark.parametrize("end", ["cancelled", "late", "wrong token", "wrong continuation"])
-def test_a_turn_that_ends_while_it_waits_leaves_the_kept_row(
+def test_a_turn_that_ends_while_it_waits_leaves_the_retained_row(
     stepper: Stepper, clock: Clock, checkpoint: Checkpoint, imported: list[bytes], end: str
 ) -> None:
     last = keep_row(stepper)
@@ -259,7 +259,7 @@ def lose(stepper: Stepper, last: Finished) -> None:
         (lose, True),
     ],
 )
-def test_a_kept_row_is_given_up_once_and_after_it_was_reported(
+def test_a_retained_row_is_evicted_once_and_after_it_was_reported(
     stepper: Stepper, end: Callable[[Stepper, Finished], None], is_evicted: bool
 ) -> None:
     last = keep_row(stepper)
@@ -302,7 +302,7 @@ def test_a_row_that_is_given_up_before_its_state_has_come_is_not_reported_later(
     check_given_up(stepper.delivered)
 
 
-def test_without_rows_for_it_no_state_is_kept(checkpoint: Checkpoint, clock: Clock) -> None:
+def test_without_rows_no_state_is_retained(checkpoint: Checkpoint, clock: Clock) -> None:
     del clock
     stepper = Stepper(checkpoint, replace(SMALL, warm_sessions=0))
     _, last = stepper.turn(asked("ends", 1, 3, retain_as="state"))
@@ -324,7 +324,7 @@ def test_a_released_state_is_erased(stepper: Stepper) -> None:
 
 
 @pytest.mark.parametrize("source", [None, StoredState("short", b"too short"), "stored"])
-def test_who_gets_the_row_of_an_evicted_state_sees_nothing_of_it(
+def test_the_new_owner_of_an_evicted_row_sees_nothing_of_it(
     checkpoint: Checkpoint, stepper: Stepper, source: StoredState | str | None
 ) -> None:
     if isinstance(source, str):

@@ -1,4 +1,4 @@
-"""Who reads and who decodes next."""
+"""Which sequences prefill and decode next."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def scheduler_of(
 
 
 def admit(scheduler: Scheduler[EngineSequence]) -> list[str]:
-    """Admit all that may run; the names of those that do."""
+    """Admit as many as allowed; the names of the running ones."""
     names = []
     while (admitted := scheduler.admit()) is not None:
         scheduler.slots.acquire(admitted.request.request_id)
@@ -54,7 +54,7 @@ def admit(scheduler: Scheduler[EngineSequence]) -> list[str]:
 
 
 def read(scheduler: Scheduler[EngineSequence]) -> Plan[EngineSequence]:
-    """One step in which prompts that are read leave at once."""
+    """One step after which completed prompts leave."""
     plan = scheduler.plan()
     for each, count in plan.read:
         each.pop_unread(count)
@@ -95,8 +95,8 @@ def test_the_last_prompt_token_is_left_unread_where_nothing_is_generated(max_tok
         (200, [64] * 3 + [8]),
     ],
 )
-def test_no_token_is_a_piece_by_itself(num_tokens: int, pieces: list[int]) -> None:
-    """Where the network is not compiled, other code reads single tokens."""
+def test_no_piece_is_a_single_token(num_tokens: int, pieces: list[int]) -> None:
+    """Without compilation, other code reads single tokens."""
     scheduler = scheduler_of(
         sequence("a", num_tokens), limits=replace(LIMITS, prefill_chunk_tokens=1)
     )
@@ -241,7 +241,7 @@ def test_long_prompts_leave_rows_to_short_ones_but_are_not_left_out() -> None:
     assert admit(scheduler)[0] == "long-6"
 
 
-def test_the_only_row_takes_a_long_prompt() -> None:
+def test_the_only_row_accepts_a_long_prompt() -> None:
     limits = replace(LIMITS, max_running=1)
     scheduler = scheduler_of(sequence("long", 10_000), sequence("short", 3), limits=limits)
     assert admit(scheduler) == ["long"]
@@ -279,14 +279,14 @@ def test_deadlines_pass_in_every_phase_and_once() -> None:
 
 
 def test_what_only_counts_needs_neither_torch_nor_numpy() -> None:
-    """In an interpreter of its own: here everything is loaded already."""
+    """In a new interpreter: here everything is already imported."""
     code = "import sys, server.engine.scheduler; print({'torch', 'numpy'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
 
 def decode(scheduler: Scheduler[EngineSequence], max_steps: int) -> list[str]:
-    """Steps in which prompts of one token begin to decode; who decodes in the last one."""
+    """Steps in which prompts of one token start to decode; the decoding ones in the last step."""
     decoded = list[str]()
     for _ in range(max_steps):
         admit(scheduler)
@@ -304,7 +304,7 @@ def of(owner: str, count: int, **changes: Any) -> list[EngineSequence]:
 SHARED = replace(LIMITS, max_running=4, warm_sessions=4)
 
 
-def test_one_owner_gets_everything_until_another_comes() -> None:
+def test_one_owner_gets_everything_until_another_arrives() -> None:
     scheduler = scheduler_of(*of("a", 9), limits=SHARED)
     assert len(decode(scheduler, 3)) == 4
     for each in of("b", 1):
@@ -358,7 +358,7 @@ def test_without_spare_rows_nobody_is_paused() -> None:
     assert not any(each.is_paused for each in scheduler.sequences())
 
 
-def test_prompts_of_who_has_had_less_are_read_first() -> None:
+def test_prompts_of_the_owner_with_fewest_tokens_are_read_first() -> None:
     limits = replace(SHARED, prefill_chunk_tokens=64)
     scheduler = scheduler_of(*(sequence(f"a{i}", 640, owner="a") for i in range(3)), limits=limits)
     admit(scheduler)

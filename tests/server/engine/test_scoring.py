@@ -1,4 +1,4 @@
-"""What comes with tokens: probabilities, of answers and of prompts, and what ends the text."""
+"""Log-probabilities of answers and prompts, and what ends the text."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -52,7 +52,7 @@ def ids_of(tokens: Sequence[Token]) -> list[int]:
 
 
 def prompt_scores(stepper: Stepper, name: str) -> tuple[Token, ...]:
-    """Those of the prompt, which come once and before anything else."""
+    """The prompt's scores, which are sent once and before anything else."""
     own = [event for event in stepper.events() if event.request_id == name]
     assert [isinstance(event, PromptScored) for event in own] == [True, *[False] * (len(own) - 1)]
     assert isinstance(own[0], PromptScored)
@@ -88,7 +88,7 @@ HOT = SamplingParams(
 def test_probabilities_of_the_answer_are_the_models(
     stepper: Stepper, checkpoint: Checkpoint, sampling: SamplingParams, num_top: int
 ) -> None:
-    """Before anything that the sampling does with them; those of a softmax in float64."""
+    """Before any sampling parameters apply; those of a softmax in float64."""
     asked = request("asked", 9, sampling=sampling, num_logprobs=num_top)
     others = [request(f"other-{i}", 5 + i, num_logprobs=(None, 7)[i % 2]) for i in range(3)]
     stepper.submit(others[0], asked, *others[1:])
@@ -111,7 +111,7 @@ def test_probabilities_of_the_answer_are_the_models(
         assert all(logprob >= max(row) - 2e-5 for logprob in found[:1])
 
 
-def test_who_does_not_ask_gets_the_same_text_and_no_tokens(stepper: Stepper) -> None:
+def test_without_logprobs_the_text_is_the_same_and_has_no_tokens(stepper: Stepper) -> None:
     texts = []
     for name, changes in (
         ("plain", {}),
@@ -144,7 +144,7 @@ def test_a_prompt_has_the_probabilities_of_its_tokens_one_by_one(
         assert rest == scored(by_steps(checkpoint, ids[:-1]), ids[1:], num_top or 0)
 
 
-def test_prompts_are_scored_in_pieces_beside_others(
+def test_prompts_are_scored_in_pieces_next_to_others(
     stepper: Stepper, checkpoint: Checkpoint
 ) -> None:
     asked = [
@@ -167,7 +167,7 @@ def test_prompts_are_scored_in_pieces_beside_others(
 
 
 @pytest.mark.parametrize("is_in_place", [True, False])
-def test_a_session_goes_on_with_the_probability_of_the_first_token_too(
+def test_a_session_continues_with_the_probability_of_the_first_token_too(
     stepper: Stepper, checkpoint: Checkpoint, is_in_place: bool
 ) -> None:
     first = request("first", 20, retain_as="state", return_tokens=True)
@@ -247,7 +247,7 @@ def test_a_damaged_state_has_no_scores_and_fails_alone(stepper: Stepper, max_tok
     assert stepper.owners() == {}
 
 
-def test_a_row_without_probabilities_fails_alone_beside_others_that_ask(stepper: Stepper) -> None:
+def test_a_row_with_invalid_logits_fails_alone(stepper: Stepper) -> None:
     other = request("other", 9, num_logprobs=2)
     stepper.turn(replace(other, request_id="alone"))
     stepper.submit(request("bad", 9, num_logprobs=2, max_tokens=40), other)
@@ -258,7 +258,7 @@ def test_a_row_without_probabilities_fails_alone_beside_others_that_ask(stepper:
     assert answer(stepper, "other") == answer(stepper, "alone")
 
 
-def test_a_scored_prompt_is_read_wholly_and_others_share_what_it_read(
+def test_a_scored_prompt_is_read_completely_and_others_share_its_states(
     checkpoint: Checkpoint,
 ) -> None:
     cache_bytes = 8 * checkpoint.network.state_spec.num_bytes
@@ -280,7 +280,7 @@ def test_a_scored_prompt_is_read_wholly_and_others_share_what_it_read(
 
 
 def sure(*token_ids: int) -> SamplingParams:
-    """The first of these tokens that may be sampled is."""
+    """Samples the first of these tokens that is allowed."""
     bias = tuple((token_id, 100.0 - 10 * i) for i, token_id in enumerate(token_ids))
     return SamplingParams(temperature=0.0, logit_bias=bias)
 
@@ -348,7 +348,7 @@ def tokens_for(checkpoint: Checkpoint, text: str) -> list[int]:
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, start: int, ids: Sequence[int]) -> None:
-    """Let the token at each position from `start` on be the next of these."""
+    """Make the tokens from position `start` on these."""
 
     def choose(logits: Tensor, rows: Sequence[Any]) -> list[int]:
         del logits
@@ -384,7 +384,7 @@ def test_stop_strings_over_several_tokens_and_their_probabilities(
     num_tokens: int,
     reason: str,
 ) -> None:
-    """Tokens of one byte: what the events hold is the beginning of what was sampled."""
+    """Single-byte tokens: the events contain a prefix of what was sampled."""
     ids = tokens_for(checkpoint, written)
     changes = dict(changes)
     ids = ids[: len(ids) - changes.pop("cut", 0)]
@@ -406,7 +406,7 @@ def test_stop_strings_over_several_tokens_and_their_probabilities(
 def test_a_token_of_which_a_part_is_cut_away_is_kept(
     stepper: Stepper, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For part of its text is in the answer; the session has that part alone."""
+    """Part of its text is in the answer; the session contains only that part."""
     words = checkpoint.tokenizer
     token_id = next(i for i in range(300) if len(words.bytes_of(i)) > 3)
     text = words.decode([token_id])
@@ -446,14 +446,14 @@ def turn_after(last: Finished, base: EngineRequest, name: str, max_tokens: int) 
 
 @pytest.mark.parametrize("kind", ["string", "token"])
 @pytest.mark.parametrize("place", [1, 4, 7, 10, 14])
-def test_a_session_goes_on_behind_what_ended_the_text_as_in_one_turn(
+def test_a_session_continues_after_an_included_stop_as_in_one_turn(
     stepper: Stepper,
     checkpoint: Checkpoint,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
     place: int,
 ) -> None:
-    """The string or token is in the state as it was sampled, not tokenised anew."""
+    """The string or token is in the state as sampled, not tokenised again."""
     words = checkpoint.tokenizer
     ids = [*words.encode("the cat sat"), *tokens_for(checkpoint, " the mat, é"), *words.encode("!")]
     scripted(monkeypatch, 9, ids)

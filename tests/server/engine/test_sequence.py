@@ -1,4 +1,4 @@
-"""How far a turn's tokens have been read."""
+"""A turn's progress in reading its tokens."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def test_pending_tokens_are_read_first_and_count_once() -> None:
     generates=st.booleans(),
     data=st.data(),
 )
-def test_pieces_are_whole_cuts_and_no_last_token_is_one_by_itself(
+def test_pieces_are_whole_cuts_and_no_last_token_is_alone(
     num_pending: int, num_prompt: int, generates: bool, data: st.DataObject
 ) -> None:
     made, total = sequence(num_pending, num_prompt), num_pending + num_prompt
@@ -59,7 +59,7 @@ def test_there_is_no_piece_where_not_even_a_cut_fits() -> None:
     ]  # fmt: skip
 
 
-def test_reading_stops_where_the_state_is_to_be_kept() -> None:
+def test_reading_stops_where_the_state_is_to_be_cached() -> None:
     made = sequence(0, 10)
     made.retain_at = {4, 6}
     stops = []

@@ -1,4 +1,4 @@
-"""Owners that share the engine: who is paused goes on as if nothing had been."""
+"""Owners share the engine: paused sequences resume as if never paused."""
 
 import random
 from dataclasses import replace

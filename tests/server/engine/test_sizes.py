@@ -1,4 +1,4 @@
-"""What is not set fits the state and the memory."""
+"""Default sizes fit the state and the memory."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def test_what_is_chosen_leaves_half_of_the_memory(
     assert found.waiting_bytes >= state_bytes
 
 
-def test_what_is_set_is_kept_or_refused() -> None:
+def test_given_settings_are_used_or_rejected() -> None:
     asked = settings(max_running=32, warm_sessions=100, host_cache_bytes=GIB, prefix_cache_bytes=0)
     found = choose(asked, 34 * MIB, shared(12 * GIB))
     assert (found.warm_sessions, found.host_cache_bytes) == (100, GIB)

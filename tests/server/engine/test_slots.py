@@ -1,4 +1,4 @@
-"""Rows stay with their one owner; kept states give way to new sequences, which is reported."""
+"""Rows have one owner; retained states are evicted for new sequences, which is reported."""
 
 import random
 
@@ -16,7 +16,7 @@ def slots_with_kept(num_rows: int, *state_ids: str) -> Slots:
     return slots
 
 
-def test_kept_rows_are_given_up_oldest_first() -> None:
+def test_retained_rows_are_evicted_oldest_first() -> None:
     slots = slots_with_kept(2, "a", "b")
     slots.acquire("c")
     assert not slots.is_retained("a")
@@ -91,7 +91,7 @@ def test_check_finds_a_row_that_is_not_accounted_for() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_state_stays_with_its_owner_whatever_happens(seed: int) -> None:
-    """Play random moves on a list of contents, which only a new owner overwrites."""
+    """Random moves on a list of contents, which only a new owner overwrites."""
     chance, slots = random.Random(seed), Slots(6)
     content: dict[int, str] = {}
     active, retained, given_up = list[str](), list[str](), list[RowReleased]()

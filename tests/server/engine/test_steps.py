@@ -1,4 +1,4 @@
-"""One step of several sequences: what comes of it, and whose errors it does not spread."""
+"""One step of several sequences: its results, and isolation of errors."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ def test_a_damaged_state_fails_alone(checkpoint: Checkpoint, choice: str, value:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("tensor", ["h", "m", "z", "s", "n"])
-def test_a_state_that_is_damaged_on_the_way_fails_alone(
+def test_a_state_damaged_during_a_turn_fails_alone(
     stepper: Stepper, tensor: str, value: float
 ) -> None:
     other = asked("beside", 2, 30, max_tokens=40)
@@ -109,7 +109,7 @@ def test_an_error_in_one_text_ends_no_other(
 
 
 def sequences(checkpoint: Checkpoint, *requests: EngineRequest) -> list[tuple[int, TextSequence]]:
-    """With a row each; their prompts are one token."""
+    """Sequences with a row each; their prompts are one token."""
     made = (TextSequence(each, checkpoint.tokenizer, 0.0) for each in requests)
     return list(enumerate(made, 1))
 

@@ -1,4 +1,4 @@
-"""Stop strings are found as a search through the whole text would find them, at a constant cost."""
+"""Stop strings are found as by a search through the whole text, at a constant cost."""
 
 import pytest
 from hypothesis import given
@@ -37,7 +37,7 @@ def held(text: str, stops: list[str]) -> int:
 def test_any_pieces_are_searched_as_the_whole(
     pieces: list[str], stops: list[str], early: int
 ) -> None:
-    """Before so many pieces a string is ordinary text."""
+    """Before this many pieces a string is ordinary text."""
     finder, text = StopFinder(stops), ""
     for number, piece in enumerate(pieces):
         found = finder.push(piece, may_stop=number >= early)
@@ -51,7 +51,7 @@ def test_any_pieces_are_searched_as_the_whole(
 
 
 class CountedText(str):
-    """Counts the characters that somebody looks at."""
+    """Counts accesses to its characters."""
 
     num_read = 0
 
@@ -72,7 +72,7 @@ def test_a_character_costs_the_same_whatever_came_before(stop: str, unit: str) -
 
 
 @pytest.mark.parametrize("can_rewind", [False, True])
-def test_what_is_kept_of_a_text_that_is_never_certain_does_not_grow(can_rewind: bool) -> None:
+def test_the_memory_of_a_text_that_is_never_final_does_not_grow(can_rewind: bool) -> None:
     text = output("a" * 1000 + "b", can_rewind=can_rewind, returns_tokens=True)
     [a] = byte_tokens("a")
     anchors = 0

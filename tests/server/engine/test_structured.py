@@ -1,4 +1,4 @@
-"""Texts that keep to a grammar, in the engine: where they end, and whom they leave alone."""
+"""Texts under a grammar, in the engine: where they end, and that they do not affect others."""
 
 import json
 import re
@@ -101,7 +101,7 @@ def test_a_complete_text_ends_whatever_else_is_asked_for(
 @pytest.mark.long
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.3}, {"min_p": 0.5}])
 @pytest.mark.parametrize("ignore_eos", [False, True])
-def test_a_text_keeps_to_its_schema(
+def test_a_text_satisfies_its_schema(
     stepper: Stepper, grammars: dict[str, Grammar], filters: dict[str, Any], ignore_eos: bool
 ) -> None:
     for seed in range(4):
@@ -130,10 +130,10 @@ def test_tokens_do_not_depend_on_the_company(
 
 
 @pytest.mark.parametrize("before", range(5))
-def test_a_text_may_begin_while_others_are_under_way(
+def test_a_text_may_begin_while_others_decode(
     before: int, checkpoint: Checkpoint, grammars: dict[str, Grammar]
 ) -> None:
-    """Its prompt is read in the step in which they decode: its first token keeps to it, too."""
+    """Its prompt is read in a step in which they decode: its first token is constrained, too."""
     stepper = Stepper(checkpoint)
     first = asked("first", grammars["schema"], sampling=seeded(1))
     late = asked("late", grammars["choice"], num_prompt=100, sampling=seeded(before))
@@ -164,7 +164,7 @@ def test_a_grammar_that_allows_no_token_fails_alone(
 def test_what_is_forbidden_until_later_can_leave_nothing(
     stepper: Stepper, checkpoint: Checkpoint, grammars: dict[str, Grammar]
 ) -> None:
-    """Stop tokens cannot come before `min_tokens`, and here nothing else may."""
+    """Stop tokens are not allowed before `min_tokens`, and here nothing else is."""
     letters = {checkpoint.tokenizer.token_bytes.index(letter) for letter in (b"a", b"b")}
     wanted = asked("both", grammars["three"], stop_token_ids=tuple(sorted(letters)), min_tokens=2)
     stepper.submit(wanted)
@@ -174,7 +174,7 @@ def test_what_is_forbidden_until_later_can_leave_nothing(
     assert "min_tokens" in last.reason
 
 
-def test_a_text_that_may_end_goes_on_as_long_as_is_asked_for(
+def test_a_text_that_may_end_continues_as_long_as_requested(
     stepper: Stepper, grammars: dict[str, Grammar]
 ) -> None:
     ignoring = asked("ignoring", grammars["letters"], ignore_eos=True, max_tokens=40)
@@ -223,7 +223,7 @@ def test_a_stop_token_that_is_an_end_token_ends_a_text_that_may_end(
     assert (last.reason, last.stopped_by) == ("stop", end)
 
 
-def test_a_session_goes_on_after_a_structured_turn(
+def test_a_session_continues_after_a_structured_turn(
     stepper: Stepper, grammars: dict[str, Grammar]
 ) -> None:
     """Its last token is read first by the next turn, as after any text that ends without one."""

@@ -1,4 +1,4 @@
-"""Tokens become text: stop strings, half characters, and which token is in which event."""
+"""Detokenisation: stop strings, incomplete characters, and which token is in which event."""
 
 import pytest
 from hypothesis import given
@@ -59,7 +59,7 @@ def test_a_stop_string_before_its_time_is_text() -> None:
     assert (late.text, late.stop) == ("", "b")
 
 
-def test_half_a_character_is_held_until_the_rest_comes() -> None:
+def test_an_incomplete_character_is_held_until_complete() -> None:
     first, second = byte_tokens("é")
     text = output()
     assert text.push(Token(first), may_stop=True).text == ""
@@ -120,7 +120,7 @@ def test_a_token_without_text_is_in_the_event_where_it_comes() -> None:
     ]
 
 
-def test_half_a_character_at_the_end_has_its_token() -> None:
+def test_an_incomplete_character_at_the_end_has_its_token() -> None:
     text = output(returns_tokens=True)
     first = Token(byte_tokens("é")[0], -1.5)
     assert text.push(first, may_stop=True).tokens == ()

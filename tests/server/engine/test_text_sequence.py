@@ -1,4 +1,4 @@
-"""What a session keeps when text is cut, and which tokens end a text."""
+"""The session's content after a cut, and which tokens end a text."""
 
 from dataclasses import replace
 from typing import Any
@@ -23,7 +23,7 @@ def sequence(*stop: str, retain_as: str | None = "state", **changes: Any) -> Tex
 
 
 def generate(running: TextSequence, tokens: list[int]) -> tuple[str, bool, list[int]]:
-    """Feed sampled tokens as the engine does; what the state holds is modelled by a list of ids."""
+    """Feed sampled tokens as the engine does; the state is modelled by a list of ids."""
     text, state, snapshots = "", [1], list[list[int]]()
     for token_id in tokens:
         running.num_generated += 1
@@ -90,7 +90,7 @@ STOPS = st.lists(st.text("anbé\n", min_size=1, max_size=4), max_size=3)
 
 
 def places(tokens: list[int]) -> list[int]:
-    """Where each token's text begins: the number of whole characters before it."""
+    """Start of each token's text: the number of complete characters before it."""
     texts = [b"".join(map(WORDS.bytes_of, tokens[:i])) for i in range(len(tokens) + 1)]
     return [len(text.decode("utf-8", "ignore")) for text in texts]
 

@@ -1,4 +1,4 @@
-"""What is left of a turn when it ends, and whom it takes with it: the worker step by step."""
+"""What remains of a turn at its end, and what else ends with it: the worker step by step."""
 
 from dataclasses import replace
 from typing import Any
@@ -63,7 +63,7 @@ def test_a_turn_that_is_ended_leaves_nothing_of_its_state(
     assert stepper.owners() == {}
 
 
-def test_all_that_is_cancelled_at_once_is_gone_before_the_next_step(
+def test_requests_cancelled_at_once_end_before_the_next_step(
     checkpoint: Checkpoint, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In every phase: 4 decode, 4 read, 192 wait."""
@@ -112,7 +112,7 @@ def broken(*_: object) -> None:
 def test_after_an_error_in_a_step_no_state_is_left(
     stepper: Stepper, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor a kept one: an error while rows are exchanged may leave it under another's name."""
+    """Not even a retained one: an error during transfers may leave it under another's id."""
     keep_row(stepper)
     expected, _ = stepper.turn(asked("alone", 7, 20))
     stepper.submit(asked("decodes", 5, 2, max_tokens=100), asked("reads", 6, 300))
@@ -133,7 +133,7 @@ def run_unchecked(stepper: Stepper) -> None:
         stepper.worker.step()
 
 
-def test_the_engine_goes_on_where_nothing_can_be_erased(
+def test_the_engine_continues_if_nothing_can_be_erased(
     stepper: Stepper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = asked("one", 7, 20)
@@ -203,11 +203,11 @@ ACTIONS = st.lists(
     max_size=40,
 )
 ALONE: dict[EngineRequest, tuple[object, ...]] = {}
-"""Turns that nothing ran beside."""
+"""Turns without concurrent ones."""
 
 
 class Play:
-    """Random turns in one worker, and what has to be gone after each step."""
+    """Random turns in one worker, and what must be erased after each step."""
 
     def __init__(self, checkpoint: Checkpoint, clock: Clock) -> None:
         self.stepper = Stepper(checkpoint, SMALL)
@@ -216,10 +216,10 @@ class Play:
         self.cancelled = set[str]()
         self.continued = set[str]()
         self.known = list[Tensor]()
-        """Positions of states with which turns begin."""
+        """Positions of states with which turns start."""
 
         self.gone = list[Tensor]()
-        """Positions of states that no one may see any more."""
+        """Positions of states that must not be visible any more."""
 
     def ends(self) -> list[Finished]:
         """Turns that left a state."""
@@ -287,7 +287,7 @@ class Play:
 
 
 def alone(checkpoint: Checkpoint, each: EngineRequest) -> object:
-    """What a turn emits and leaves when nothing runs beside it."""
+    """What a turn emits and leaves when it runs alone."""
     retain_as = each.retain_as and "state"
     each = replace(each, request_id="alone", retain_as=retain_as, deadline=None)
     if each not in ALONE:

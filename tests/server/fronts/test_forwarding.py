@@ -1,4 +1,4 @@
-"""Gateway, link and carrier together: what app and client see of each other through a socket."""
+"""Gateway, link and front connection: what app and client see of each other through a socket."""
 
 import asyncio
 import socket
@@ -24,7 +24,7 @@ LARGE = bytes(range(256)) * 4096 * 3
 
 
 class Client:
-    """A request as uvicorn would tell it, and what it is answered."""
+    """A request as uvicorn presents it, and its response."""
 
     def __init__(self, body: bytes = b"", *, reads: bool = True) -> None:
         self._pieces = [body[i : i + 50_000] for i in range(0, len(body), 50_000)] or [b""]
@@ -62,7 +62,7 @@ class Client:
 
 @asynccontextmanager
 async def carried(app: App) -> AsyncIterator[tuple[Gateway, Link, list[str]]]:
-    """A gateway whose core runs the app; the core's link; what was said of readiness and end."""
+    """A gateway whose core runs the app; the core's link; reports of readiness and end."""
     loop, logged = asyncio.get_running_loop(), list[str]()
     here, there = socket.socketpair()
     carrier = FrontConnection(app, set(), lambda: logged.append("ready"))
@@ -184,7 +184,7 @@ def test_a_client_that_does_not_read_holds_up_the_app() -> None:
 
 
 @pytest.mark.parametrize("is_stalled", [False, True])
-def test_an_app_hears_that_its_client_has_gone(is_stalled: bool) -> None:
+def test_an_app_receives_its_clients_disconnect(is_stalled: bool) -> None:
     async def main() -> None:
         begun, heard = asyncio.Event(), asyncio.Event()
 

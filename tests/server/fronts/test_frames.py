@@ -1,4 +1,4 @@
-"""Frames: what is sent is what is read, however the bytes are cut."""
+"""Frames survive transmission, however the bytes are split."""
 
 import itertools
 from typing import Any
@@ -84,18 +84,18 @@ def test_what_is_no_frame_is_refused(data: bytes) -> None:
 
 
 @given(SCOPES)
-def test_a_scope_arrives_as_it_was(scope: dict[str, Any]) -> None:
+def test_a_scope_arrives_unchanged(scope: dict[str, Any]) -> None:
     assert unpack_scope(pack_scope(scope)) == scope
 
 
 @given(st.integers(100, 599), HEADERS)
-def test_a_head_arrives_as_it_was(status: int, headers: list[tuple[bytes, bytes]]) -> None:
+def test_a_head_arrives_unchanged(status: int, headers: list[tuple[bytes, bytes]]) -> None:
     message = {"type": "http.response.start", "status": status, "headers": headers}
     assert unpack_start(pack_start(message)) == message
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_a_credit_arrives_as_it_was(num_bytes: int) -> None:
+def test_a_credit_arrives_unchanged(num_bytes: int) -> None:
     assert unpack_credit(pack_credit(num_bytes)) == num_bytes
 
 

@@ -1,4 +1,5 @@
-"""A server with front processes, by the real command: what one process does, and their lives."""
+"""A server with front processes, by the real command: same behaviour as one process, and
+lifecycle."""
 
 import json
 import os
@@ -72,7 +73,7 @@ def connect(server: ServerProcess) -> socket.socket:
 
 
 def rest(connection: socket.socket) -> bytes:
-    """The last of what comes until the connection ends."""
+    """The rest of the data until the connection ends."""
     last = b""
     with suppress(ConnectionResetError):
         while piece := connection.recv(1 << 16):
@@ -81,7 +82,7 @@ def rest(connection: socket.socket) -> bytes:
 
 
 def owner(server: ServerProcess, connection: socket.socket) -> int:
-    """The front whose connection it is, by the kernel's tables of sockets."""
+    """The front that owns the connection, from the kernel's socket tables."""
     port = f":{connection.getsockname()[1]:04X}"
     inodes = {
         fields[9]
@@ -138,7 +139,7 @@ def test_many_requests_share_a_connection(fronted: ServerProcess) -> None:
         assert client.get("/nothing").json()["error"]["code"] == "not_found"
 
 
-def test_a_session_goes_on_over_any_connection(fronted: ServerProcess) -> None:
+def test_a_session_continues_over_any_connection(fronted: ServerProcess) -> None:
     with fronted.client() as client:
         whole = text_of(client, max_tokens=60)
         session_id = client.post("/v1/sessions").json()["id"]
@@ -150,7 +151,7 @@ def test_a_session_goes_on_over_any_connection(fronted: ServerProcess) -> None:
     assert text == whole
 
 
-def test_a_resumable_stream_goes_on_over_another_connection(fronted: ServerProcess) -> None:
+def test_a_resumable_stream_continues_over_another_connection(fronted: ServerProcess) -> None:
     body = BODY | {"stream": True, "resumable": True, "max_tokens": 500}
     with fronted.client() as client:
         with client.stream("POST", "/v1/completions", json=body) as response:
@@ -166,7 +167,7 @@ def test_a_resumable_stream_goes_on_over_another_connection(fronted: ServerProce
 
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_client_that_sends_no_more_is_answered(fronted: ServerProcess, is_stream: bool) -> None:
-    """Also one that offered to upgrade."""
+    """Also one that requested an upgrade."""
     body = json.dumps(BODY | {"max_tokens": 500, "ignore_eos": True, "stream": is_stream}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     offer = b"connection: upgrade\r\nupgrade: h2c\r\n"
@@ -269,7 +270,7 @@ def test_a_front_that_is_killed_is_replaced_and_its_turns_roll_back(
         assert text_of(client, session_id=session_id)
 
 
-def test_signals_drain_and_then_everything_is_gone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_signals_drain_and_then_all_processes_exit(tiny_checkpoint: Path, tmp_path: Path) -> None:
     flags = (*FLAGS, "--drain-timeout-s", str(PROGRAM_S))
     with server_process(tiny_checkpoint, tmp_path, *flags) as server, server.client() as client:
         pids = fronts(server)

@@ -1,11 +1,11 @@
-"""Windows: who sends waits for room, and is told of it in large pieces."""
+"""Windows: the sender waits for credit, which is granted in large pieces."""
 
 import asyncio
 
 from server.fronts.window import ReceiveWindow, Window
 
 
-def test_a_window_opens_with_room_or_when_nobody_takes_any_more() -> None:
+def test_a_window_opens_with_credit_or_when_the_receiver_is_gone() -> None:
     async def main() -> None:
         window = Window(10)
         await window.open()
@@ -25,7 +25,7 @@ def test_a_window_opens_with_room_or_when_nobody_takes_any_more() -> None:
     asyncio.run(main())
 
 
-def test_room_too_small_opens_nothing() -> None:
+def test_too_little_credit_opens_nothing() -> None:
     async def main() -> None:
         window = Window(0)
         window.use(5)
@@ -40,7 +40,7 @@ def test_room_too_small_opens_nothing() -> None:
     asyncio.run(main())
 
 
-def test_what_is_taken_is_told_by_halves_of_a_window() -> None:
+def test_consumed_bytes_are_granted_by_halves_of_a_window() -> None:
     receive_window = ReceiveWindow(100)
     granted = [receive_window.add(20) for _ in range(10)]
     assert granted == [0, 0, 60, 0, 0, 60, 0, 0, 60, 0]

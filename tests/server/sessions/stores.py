@@ -1,4 +1,4 @@
-"""SQLite stores for tests, with ways to hold their thread and to make SQLite fail."""
+"""SQLite stores for tests, with means to pause their thread and to make SQLite fail."""
 
 import asyncio
 import sqlite3
@@ -41,7 +41,7 @@ def new(kind: EntryKind, name: str) -> Entry:
 
 
 def new_state(name: str, turn: int, blob: bytes, answer: StoredAnswer | None = None) -> NewState:
-    """Its id depends on all of these."""
+    """The id depends on all arguments."""
     return NewState(f"{name}-{turn}-{zlib.crc32(blob):08x}", blob, answer)
 
 
@@ -55,14 +55,14 @@ async def opened(folder: Path) -> AsyncIterator[SQLiteStore]:
 
 
 def advanced(before: Entry, turn: int) -> Entry:
-    """After a turn, with ten tokens for each of its turns; a response is complete then."""
+    """After a turn, with ten tokens per turn; a response is complete then."""
     status: Status | None = None if before.kind == "session" else "completed"
     entry = replace(before, last_used_at=100.0 + turn, turn=turn, num_tokens=10 * turn)
     return replace(entry.used(entry.last_used_at), status=status)
 
 
 async def insert(store: SQLiteStore, entry: Entry, blob: bytes | None = None) -> Entry:
-    """Add an entry, with the state after its present turn; as the store shows it then."""
+    """Add an entry, with the state after its current turn; returns it as stored."""
     if blob is None:
         await store.insert(entry)
         return entry
@@ -95,7 +95,7 @@ async def found(store: SQLiteStore, name: str, kind: EntryKind = "session") -> E
 
 
 async def blob_of(store: SQLiteStore, name: str, kind: EntryKind = "session") -> bytes | None:
-    """What the entry's present state is kept as."""
+    """The blob of the entry's current state."""
     entry = await store.get(kind, name)
     return None if entry is None else await store.load(name, entry.turn)
 
@@ -107,7 +107,7 @@ async def listed(store: SQLiteStore) -> list[Entry]:
 
 @asynccontextmanager
 async def writer_held(store: SQLiteStore) -> AsyncIterator[None]:
-    """While the block runs the store's thread waits; what is asked for meanwhile runs after it."""
+    """Within the context the store's thread is paused; requests are queued."""
     reached, go = threading.Event(), threading.Event()
 
     def wait(db: sqlite3.Connection) -> None:
@@ -125,13 +125,13 @@ async def writer_held(store: SQLiteStore) -> AsyncIterator[None]:
 
 
 async def until_queued(store: SQLiteStore, count: int = 1) -> None:
-    """Wait until so much waits for the store's thread."""
+    """Wait until this many jobs wait for the store's thread."""
     await until(lambda: store._writer._jobs.qsize() >= count)
 
 
 @contextmanager
 def states_in_files(from_bytes: int = 1) -> Iterator[None]:
-    """States of this size and more are large, as it were."""
+    """Treat states of at least this size as large."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sqlite_store, "LARGE_BYTES", from_bytes)
         yield
@@ -139,7 +139,7 @@ def states_in_files(from_bytes: int = 1) -> Iterator[None]:
 
 @contextmanager
 def full_disk(store: SQLiteStore, num_pages: int = 0) -> Iterator[None]:
-    """The database may only grow by so many pages."""
+    """The database may only grow by this many pages."""
     db = store._writer.db
     [used] = db.execute("PRAGMA page_count").fetchone()
     [most] = db.execute("PRAGMA max_page_count").fetchone()
@@ -152,7 +152,7 @@ def full_disk(store: SQLiteStore, num_pages: int = 0) -> Iterator[None]:
 
 @contextmanager
 def forbidden(store: SQLiteStore, action: int, what: str) -> Iterator[None]:
-    """SQLite fails where it would do this."""
+    """Make SQLite fail at this action."""
 
     def decide(asked: int, argument: str | None, *_: str | None) -> int:
         is_it = (asked, argument) == (action, what)
@@ -166,7 +166,7 @@ def forbidden(store: SQLiteStore, action: int, what: str) -> Iterator[None]:
 
 
 def refusal(path: Path) -> str:
-    """The one line that says why the store cannot be opened."""
+    """The one-line reason why the store cannot be opened."""
     with pytest.raises(StoreError) as caught:
         SQLiteStore(path)
     message = str(caught.value)
@@ -176,7 +176,7 @@ def refusal(path: Path) -> str:
 
 
 def raw(folder: Path) -> bytes:
-    """Every byte that the store has on the disk."""
+    """All bytes of the store on disk."""
     return b"".join(file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file())
 
 

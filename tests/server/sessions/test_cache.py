@@ -1,4 +1,4 @@
-"""The host cache: the least recently used state goes first, and no byte is miscounted."""
+"""The host cache evicts the least recently used state, and counts every byte."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,7 +41,7 @@ def test_a_state_replaces_the_one_before_it() -> None:
     assert (len(cache), cache.num_bytes) == (2, 30)
 
 
-def test_a_state_larger_than_the_cache_evicts_nobody_and_leaves_no_older_one() -> None:
+def test_a_state_larger_than_the_cache_evicts_no_other_and_replaces_its_older_one() -> None:
     cache = HostCache(30)
     cache.put("a", state(10))
     cache.put("b", state(10))

@@ -1,4 +1,4 @@
-"""Time only grows, and lifetimes do not depend on the system's clock."""
+"""Time only grows, and lifetimes do not depend on the system clock."""
 
 import asyncio
 import json
@@ -23,13 +23,13 @@ def jump(request: pytest.FixtureRequest) -> float:
 
 
 def set_clock(patch: pytest.MonkeyPatch, seconds: float) -> None:
-    """The system's clock is put forward by so much."""
+    """Set the system clock forward."""
     real = time.time
     patch.setattr(time, "time", lambda: real() + seconds)
 
 
 def other_start(patch: pytest.MonkeyPatch, folder: Path, uptime: float = 5.0) -> None:
-    """The machine was started anew, so many seconds ago."""
+    """The machine rebooted `uptime` seconds ago."""
     boot = folder / "boot_id"
     boot.write_text("another\n")
     began = time.monotonic() - uptime
@@ -67,7 +67,7 @@ def test_another_start_of_the_machine_goes_by_the_system_but_not_back(
 
 
 @pytest.mark.parametrize("noted", [b"", b"{}", b"[]", b"null", b'{"boot": 1, "started_at": "x"}'])
-def test_a_note_that_cannot_be_read_is_written_anew(tmp_path: Path, noted: bytes) -> None:
+def test_an_unreadable_clock_file_is_rewritten(tmp_path: Path, noted: bytes) -> None:
     path = tmp_path / "clock"
     path.write_bytes(noted)
     clock = open_clock(path, lambda: 0.0)
@@ -98,7 +98,7 @@ def test_sessions_outlive_a_jump_and_end_when_their_time_is_over(
 def test_what_is_from_the_future_erases_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A store that was used when the clock was a day ahead, on a machine that was started anew."""
+    """A store used when the clock was a day ahead, on a rebooted machine."""
 
     async def main() -> None:
         ahead = time.time() + DAY

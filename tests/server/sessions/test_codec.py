@@ -1,4 +1,4 @@
-"""Blobs: what goes in comes out, and nothing that was damaged or forged does."""
+"""Blobs round-trip, and damaged or forged ones are rejected."""
 
 import hashlib
 import json
@@ -71,7 +71,7 @@ def built(header: object, data: bytes = DATA) -> bytes:
 
 
 def forged(**changes: str | None) -> bytes:
-    """SESSION's blob with other metadata, None for none, and a checksum that fits them."""
+    """SESSION's blob with modified metadata (None removes a key), and a matching checksum."""
     facts: dict[str, str | None] = HEADER["__metadata__"] | changes
     kept = {k: v for k, v in facts.items() if v is not None and k != "sha256"}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
@@ -84,14 +84,14 @@ def with_tensor(name: str, **changes: object) -> bytes:
 
 
 def refusal(blob: bytes) -> str:
-    """The message of the BlobError; anything else that happens fails the test."""
+    """The message of the BlobError; other errors fail the test."""
     with pytest.raises(BlobError) as caught:
         CODEC.decode(blob)
     return str(caught.value)
 
 
 @given(SESSIONS)
-def test_a_session_comes_out_as_it_went_in(session: SessionState) -> None:
+def test_a_session_survives_encoding(session: SessionState) -> None:
     assert CODEC.decode(CODEC.encode(session)) == session
 
 
@@ -106,7 +106,7 @@ def test_the_arithmetic_is_that_of_the_network_that_computed_the_state(
         CODEC.report_arithmetic("sess_1", state)
         assert not caplog.records
         other.report_arithmetic("sess_1", state)
-    assert f"sess_1 was computed in {ARITHMETIC} and goes on in int8 x int8" in caplog.text
+    assert f"sess_1 was computed in {ARITHMETIC} and continues in int8 x int8" in caplog.text
 
 
 def test_a_blob_of_before_does_not_say_its_arithmetic() -> None:
@@ -135,7 +135,7 @@ def test_a_state_of_another_size_is_not_written(size: int) -> None:
 
 
 def test_forging_can_succeed() -> None:
-    """The tests below forge blobs whose checksum is right: this one shows that it is."""
+    """The tests below forge blobs with a matching checksum: this one shows that it matches."""
     assert CODEC.decode(forged()) == SESSION
     assert CODEC.decode(forged(position="8")) == replace(SESSION, position=8)
 
@@ -270,11 +270,11 @@ def test_recent_tokens_of_another_kind_are_refused(changes: dict[str, object]) -
     ],
 )
 def test_what_no_server_would_have_written_is_refused(changes: dict[str, Any], named: str) -> None:
-    """Though its checksum is right."""
+    """Though its checksum matches."""
     assert re.search(named, refusal(CODEC.encode(replace(SESSION, **changes))))
 
 
-def test_the_checksum_of_another_models_blob_can_be_told() -> None:
+def test_the_checksum_of_another_models_blob_can_be_verified() -> None:
     fewer = Codec("f" * 64, SPEC[1:], VOCAB, ARITHMETIC)
     without_m = fewer.encode(replace(SESSION, state=SESSION.state[24:]))
     for blob in (BLOB, forged(fingerprint="x"), forged(extra="x"), without_m):
@@ -319,7 +319,7 @@ EXTREMES = st.sampled_from([0.0, 1.0, 1e-38, 1e15, MAX_MAGNITUDE, ABOVE, 3e38])
 def test_any_number_of_turns_can_follow_what_was_imported(
     position: int, turn: int, numbers: list[float], sign: int, turns: int, tokens: int
 ) -> None:
-    """Forged as it may be: what is committed later can be read again."""
+    """However it was forged: states committed later can be read again."""
     values = sign * np.array(numbers)
     data = values[:12].astype(np.float32).tobytes() + values[12:].tobytes()
     forged = SessionState(position, (), b"", b"", data, turn)

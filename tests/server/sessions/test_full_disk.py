@@ -1,4 +1,4 @@
-"""A disk that is full to its last byte can be freed, and a server starts on it."""
+"""A completely full disk can be freed, and a server can start on it."""
 
 import asyncio
 import subprocess
@@ -20,7 +20,7 @@ BLOB = bytes(range(256)) * 1000
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A small one of its own."""
+    """A small separate disk."""
     folder = tmp_path / "disk"
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs"]
@@ -35,7 +35,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> Path:
-    """A file of another program takes every byte that is left."""
+    """Another program's file fills the disk."""
     path = folder / "others"
     with path.open("ab", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 1):
@@ -48,7 +48,7 @@ def fill(folder: Path) -> Path:
 
 
 async def commit_until_full(store: SQLiteStore, name: str) -> int:
-    """Turns of a session that keeps all their states; returns how many there are."""
+    """Turns of a session that stores all their states; returns how many there are."""
     await store.insert(session(name))
     turn = 0
     while True:

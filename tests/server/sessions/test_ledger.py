@@ -1,4 +1,4 @@
-"""The ledger: who may use what, what is there for how long, and nothing left of what is erased."""
+"""The ledger: access, lifetimes, and complete erasure."""
 
 import asyncio
 import json
@@ -51,14 +51,14 @@ BLOB = CODEC.encode(state())
 
 @pytest.fixture(params=[False, True], ids=["in SQLite", "in files"], autouse=True)
 def are_large(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether states are kept in files."""
+    """Whether states are stored in files."""
     with states_in_files(1 if request.param else 1 << 20):
         yield request.param
 
 
 @contextmanager
 def at(seconds: float) -> Iterator[None]:
-    """The ledger's clock, so many seconds from now."""
+    """The ledger's clock, this many seconds from now."""
     real = Clock.now
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Clock, "now", lambda clock: real(clock) + seconds)
@@ -77,7 +77,7 @@ async def not_found(
 
 
 async def begin(w: World, owner: str, source: Source, target: Target) -> None:
-    """A turn that comes to nothing."""
+    """A turn that is abandoned."""
     async with w.ledger.begin(owner, source, target):
         pass
 
@@ -156,7 +156,7 @@ def test_a_head_and_a_next_turn_belong_together(
 
 @pytest.mark.parametrize("has_row", [False, True])
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
-def test_a_rewound_session_goes_on_from_the_earlier_state(
+def test_a_rewound_session_continues_from_the_earlier_state(
     tmp_path: Path, has_row: bool, cache_bytes: int
 ) -> None:
     async def main() -> None:
@@ -212,7 +212,7 @@ def test_a_fork_has_its_parents_facts_unless_given_others(tmp_path: Path) -> Non
     asyncio.run(main())
 
 
-def test_turns_that_are_not_kept_are_named(tmp_path: Path) -> None:
+def test_turns_without_a_checkpoint_are_named(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path, keep_turns=2) as w:
             name = await w.new()
@@ -306,7 +306,7 @@ def test_a_session_is_no_response_and_a_response_no_session(tmp_path: Path) -> N
     asyncio.run(main())
 
 
-def test_long_names_of_nobody_are_not_repeated(tmp_path: Path) -> None:
+def test_long_unknown_names_are_not_repeated(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
             for name in ("sess_nobody", "x" * 100_000):
@@ -336,7 +336,7 @@ def test_a_turn_can_depend_on_the_one_before(tmp_path: Path, cache_bytes: int) -
 
 
 async def answered(w: World, name: str, target: NextTurn, expected: int | None = None) -> str:
-    """The answer that the turn had before; if none, the turn is run."""
+    """The stored answer of the turn; if there is none, the turn is run."""
     async with w.ledger.begin(ME, SessionHead(name, expected), target) as turn:
         if isinstance(turn, StoredAnswer):
             return turn.answer
@@ -421,7 +421,7 @@ def test_a_session_has_one_writer(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_whoever_fails_unlocks_the_session(tmp_path: Path) -> None:
+def test_a_failure_unlocks_the_session(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
             name = await w.new()
@@ -465,7 +465,7 @@ def test_sessions_are_listed_newest_first_and_responses_apart(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("after", ["", "sess_nobody", "x" * 100_000])
-def test_a_page_after_nobody_is_refused(tmp_path: Path, after: str) -> None:
+def test_a_page_after_an_unknown_entry_is_rejected(tmp_path: Path, after: str) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
             await w.new()
@@ -542,7 +542,7 @@ def test_of_two_deletions_at_once_one_finds_it(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_session_that_nobody_uses_expires(tmp_path: Path) -> None:
+def test_an_unused_session_expires(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
             name, lasting = await w.new(ttl_s=60.0), await w.new()
@@ -777,7 +777,7 @@ def test_a_rewind_to_the_present_turn_forgets_nothing(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_response_becomes_a_session(tmp_path: Path) -> None:
+def test_a_session_can_start_from_a_response(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path, quotas=Quotas(sessions_per_owner=1)) as w:
             await w.respond("a", b"a")
@@ -795,7 +795,7 @@ def test_a_response_becomes_a_session(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_what_has_no_state_cannot_be_gone_on_from(tmp_path: Path) -> None:
+def test_what_has_no_state_cannot_be_continued(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
             for status in ("failed", "cancelled", "incomplete"):

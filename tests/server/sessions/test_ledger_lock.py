@@ -1,4 +1,4 @@
-"""A session that is busy is waited for, briefly; whoever waits holds nothing."""
+"""Turns wait briefly for a busy session; waiters hold nothing."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -33,7 +33,7 @@ async def ledger_in(folder: Path, session_wait_s: float) -> AsyncIterator[Ledger
 
 @asynccontextmanager
 async def busy(ledger: Ledger) -> AsyncIterator[str]:
-    """A session in the middle of a turn, until the block ends."""
+    """A session in the middle of a turn, until the context ends."""
     session_id = (await ledger.create(ME, {})).id
     async with ledger.begin(ME, SessionHead(session_id), NextTurn()):
         yield session_id
@@ -71,7 +71,7 @@ def test_it_waits_until_the_session_is_free(tmp_path: Path, work: Work) -> None:
     asyncio.run(main())
 
 
-def test_of_many_that_wait_each_has_its_turn(tmp_path: Path) -> None:
+def test_waiting_sequences_take_turns(tmp_path: Path) -> None:
     async def main() -> None:
         async with ledger_in(tmp_path, PATIENCE_S) as ledger:
             async with busy(ledger) as session_id:
@@ -100,7 +100,7 @@ def test_it_is_refused_when_the_session_stays_busy(
     asyncio.run(main())
 
 
-def test_who_waits_and_is_cancelled_leaves_nothing(tmp_path: Path) -> None:
+def test_a_cancelled_waiter_leaves_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         async with ledger_in(tmp_path, PATIENCE_S) as ledger:
             async with busy(ledger) as session_id:

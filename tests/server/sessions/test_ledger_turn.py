@@ -1,4 +1,4 @@
-"""A turn in the ledger: it starts from exactly one state, and ends once, wholly or not at all."""
+"""A turn in the ledger: it starts from exactly one state, and ends once, atomically."""
 
 import asyncio
 import errno
@@ -69,7 +69,7 @@ BLOB = CODEC.encode(state())
 
 @pytest.fixture(params=[False, True], ids=["in SQLite", "in files"])
 def are_large(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether states are kept in files."""
+    """Whether states are stored in files."""
     with states_in_files(1 if request.param else 1 << 20):
         yield request.param
 
@@ -154,7 +154,7 @@ def test_what_is_loaded_is_what_was_committed(
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
-def test_a_response_goes_on_from_any_earlier_one_also_after_a_restart(
+def test_a_response_continues_from_any_earlier_one_also_after_a_restart(
     tmp_path: Path, cache_bytes: int, are_large: bool
 ) -> None:
     async def main() -> None:
@@ -315,7 +315,7 @@ def test_a_commit_outlives_its_caller_and_keeps_the_lock(
 def test_a_commit_that_is_cancelled_itself_is_whole(
     tmp_path: Path, kind: EntryKind, are_large: bool
 ) -> None:
-    """As at the end of the event loop: what waits for the store's thread takes place."""
+    """As at the end of the event loop: work queued for the store's thread is done."""
 
     async def main() -> None:
         async with world(tmp_path, cache_bytes=0) as w:
@@ -409,7 +409,7 @@ FAULTS: list[tuple[Callable[[World], AbstractContextManager[None]], type[Storage
 
 @pytest.mark.parametrize("kind", ["session", "response", "pending"])
 @pytest.mark.parametrize(("fault", "expected", "is_large"), FAULTS)
-def test_a_failed_commit_leaves_everything_as_it_was(
+def test_a_failed_commit_leaves_everything_unchanged(
     tmp_path: Path,
     kind: str,
     fault: Callable[[World], AbstractContextManager[None]],
@@ -504,7 +504,7 @@ def test_a_state_that_is_not_sound_is_not_committed(
 
 
 def test_a_session_that_moved_meanwhile_is_not_advanced(tmp_path: Path, are_large: bool) -> None:
-    """As when something else than this server wrote to the store."""
+    """As when another program wrote to the store."""
     del are_large
 
     async def main() -> None:
@@ -616,7 +616,7 @@ def test_a_session_whose_checkpoint_is_gone_does_not_start_afresh(tmp_path: Path
 
 
 def test_no_tier_answers_with_the_state_of_another_turn(tmp_path: Path) -> None:
-    """Even if somebody had forgotten to forget."""
+    """Even if erasing from a tier was missed."""
 
     async def main() -> None:
         async with world(tmp_path) as w:
@@ -664,7 +664,7 @@ def test_a_state_that_is_erased_while_it_is_read_is_not_cached(
     asyncio.run(main())
 
 
-def test_a_response_that_is_deleted_while_a_turn_goes_on_from_it(
+def test_a_response_that_is_deleted_while_a_turn_continues_it(
     tmp_path: Path, are_large: bool
 ) -> None:
     del are_large
@@ -789,7 +789,7 @@ def test_a_turn_with_a_key_is_not_committed_without_its_answer(tmp_path: Path) -
 
 @asynccontextmanager
 async def held(target: object, method: str) -> AsyncIterator[Callable[[], bool]]:
-    """While the block runs, a thread that calls the method waits; yields whether one does."""
+    """Within the context a thread that calls the method blocks; yields whether one does."""
     reached, go, real = threading.Event(), threading.Event(), getattr(target, method)
 
     def call(*arguments: object) -> object:
@@ -807,7 +807,7 @@ async def held(target: object, method: str) -> AsyncIterator[Callable[[], bool]]
 
 @asynccontextmanager
 async def held_at(w: World, phase: str) -> AsyncIterator[Callable[[], bool]]:
-    """While the block runs, a commit gets as far as this; yields whether it is there."""
+    """Within the context a commit blocks at this phase; yields whether it has reached it."""
     match phase:
         case "encoding":
             async with held(CODEC, "encode") as is_there:
@@ -821,7 +821,7 @@ async def held_at(w: World, phase: str) -> AsyncIterator[Callable[[], bool]]:
 
 
 async def check_gone(w: World, folder: Path) -> None:
-    """Nothing of a response "a" is anywhere, and it cannot be deleted again."""
+    """Nothing of a response "a" remains, and it cannot be deleted again."""
     for call in (w.response, w.delete_response):
         with pytest.raises(NotFound):
             await call("a")
@@ -872,7 +872,7 @@ def test_what_is_deleted_while_it_is_made_does_not_come_back(
         asyncio.run(main())
 
 
-def test_what_is_deleted_after_its_commit_but_before_its_end_is_gone(
+def test_what_is_deleted_after_its_commit_but_before_its_end_is_erased(
     tmp_path: Path, are_large: bool
 ) -> None:
     del are_large
@@ -945,7 +945,7 @@ STEPS = st.lists(
 
 
 class Model:
-    """What a ledger of responses and sessions forked from them should hold."""
+    """The expected content of a ledger of responses and sessions forked from them."""
 
     def __init__(self) -> None:
         self.states: dict[str, bytes | None] = {}

@@ -1,4 +1,4 @@
-"""States by the model that they belong to, counted and erased."""
+"""States by model, counted and erased."""
 
 import asyncio
 from collections import Counter
@@ -34,12 +34,12 @@ from tests.server.sessions.worlds import SPEC, VOCAB, state
 
 OTHER, THIRD = "ab" * 32, "ab" * 31 + "cd"
 LONG = replace(state(), position=30_000, pending=tuple(range(200, 300)) * 100)
-"""What is pending may make a header long."""
+"""Pending tokens can make a header long."""
 
 
 @pytest.fixture(params=[False, True], ids=["in SQLite", "in files"], autouse=True)
 def are_large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    """Whether states are kept in files."""
+    """Whether states are stored in files."""
     monkeypatch.setattr(models, "READ_BATCH", 2)
     with states_in_files(1 if request.param else 1 << 20):
         yield bool(request.param)

@@ -1,4 +1,4 @@
-"""Limits: what is over them is refused before any work, and counted to the byte."""
+"""Quotas: requests above them are rejected before any work, and usage is exact to the byte."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -30,7 +30,7 @@ async def refused(what: Awaitable[object], code: str) -> LatentdError:
         (Quotas(sessions=2), 507, "storage_full"),
     ],
 )
-def test_there_are_at_most_so_many_sessions(
+def test_the_number_of_sessions_is_limited(
     tmp_path: Path, quotas: Quotas, status: int, code: str
 ) -> None:
     async def main() -> None:
@@ -57,7 +57,7 @@ def test_there_are_at_most_so_many_sessions(
 
 
 @pytest.mark.parametrize("everybodys", [False, True])
-def test_there_are_at_most_so_many_bytes(tmp_path: Path, everybodys: bool) -> None:
+def test_the_number_of_bytes_is_limited(tmp_path: Path, everybodys: bool) -> None:
     most = SPACE + len(BLOB) + 50
     quotas = Quotas(bytes=most) if everybodys else Quotas(bytes_per_owner=most)
     code = "storage_full" if everybodys else "session_bytes_quota_exceeded"
@@ -114,7 +114,7 @@ def test_a_limit_of_nothing_is_a_limit(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_there_are_at_most_so_many_responses(tmp_path: Path) -> None:
+def test_the_number_of_responses_is_limited(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path, quotas=Quotas(responses_per_owner=2)) as w:
             await w.respond("a", b"a")

@@ -1,4 +1,4 @@
-"""The SQLite store: what is asked for together is written together, and what is erased is gone."""
+"""The SQLite store: concurrent requests are written together, and erased data is gone."""
 
 import asyncio
 import math
@@ -46,7 +46,7 @@ from tests.server.sessions.stores import (
 
 @pytest.fixture(params=[False, True], ids=["in SQLite", "in files"])
 def are_large(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether states are kept in files."""
+    """Whether states are stored in files."""
     with states_in_files(1 if request.param else 1 << 30):
         yield request.param
 
@@ -276,7 +276,9 @@ def test_forks_rewinds_and_responses_share_the_transaction(tmp_path: Path) -> No
     asyncio.run(main())
 
 
-def test_who_fails_in_a_shared_transaction_fails_alone(tmp_path: Path, are_large: bool) -> None:
+def test_a_failure_in_a_shared_transaction_affects_no_other(
+    tmp_path: Path, are_large: bool
+) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
             for name in "abc":
@@ -307,7 +309,7 @@ def test_who_fails_in_a_shared_transaction_fails_alone(tmp_path: Path, are_large
     asyncio.run(main())
 
 
-def test_a_caller_who_left_changes_nothing_for_the_others(tmp_path: Path) -> None:
+def test_a_cancelled_caller_does_not_affect_others(tmp_path: Path) -> None:
     async def main() -> None:
         faults = list[object]()
         asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
@@ -434,7 +436,7 @@ def test_deleted_bytes_are_on_the_disk_no_more(
 
 
 @pytest.mark.parametrize("seed", [69, 79])
-def test_no_copy_of_deleted_bytes_stays_behind_among_many(tmp_path: Path, seed: int) -> None:
+def test_no_copy_of_deleted_bytes_remains_among_many(tmp_path: Path, seed: int) -> None:
     """SQLite moves rows between its pages: what it leaves where they were must be erased too.
 
     With these seeds it does, unless the rows are padded.

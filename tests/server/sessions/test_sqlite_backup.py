@@ -1,4 +1,4 @@
-"""Backups on the disk: whole or refused, and never in the place of anything."""
+"""Backups on disk: complete or rejected, and nothing is overwritten."""
 
 import asyncio
 import hashlib
@@ -31,7 +31,7 @@ BLOBS = {"a": b"state of a" * 3000, "b": b"state of b" * 5000}
 
 @pytest.fixture(params=[False, True], ids=["in SQLite", "in files"], autouse=True)
 def are_large(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether states are kept in files."""
+    """Whether states are stored in files."""
     with states_in_files(1 if request.param else 1 << 20):
         yield bool(request.param)
 
@@ -162,7 +162,7 @@ def check_refused(source: Path, data: Path, reason: str) -> None:
     assert list(data.glob("*")) == []
 
 
-def test_a_damaged_backup_is_refused_wholly(data: Path, tmp_path: Path) -> None:
+def test_a_damaged_backup_is_rejected_completely(data: Path, tmp_path: Path) -> None:
     backup(data, tmp_path / "backup")
     good = tree(tmp_path / "backup")
     for name in good.keys() - {CHECKSUMS}:

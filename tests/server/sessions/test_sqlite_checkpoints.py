@@ -1,4 +1,4 @@
-"""Checkpoints in the SQLite store: kept, forked, gone back to, and the answers kept with them."""
+"""Checkpoints in the SQLite store: stored, forked and rewound to, with their answers."""
 
 import asyncio
 import json
@@ -26,13 +26,13 @@ from tests.server.sessions.stores import (
 
 @pytest.fixture(params=[False, True], ids=["in SQLite", "in files"], autouse=True)
 def are_large(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether states are kept in files."""
+    """Whether states are stored in files."""
     with states_in_files(1 if request.param else 1 << 30):
         yield request.param
 
 
 async def with_turns(store: SQLiteStore, name: str, count: int, keep: int) -> Entry:
-    """A session of so many turns; the blob of each is its number."""
+    """A session of some turns; the blob of each is its number."""
     await store.insert(session(name, of=name))
     for turn in range(1, count + 1):
         await commit(store, name, turn, b"%d" % turn, keep=keep)
@@ -45,7 +45,7 @@ async def kept(store: SQLiteStore, name: str) -> dict[int, bytes | None]:
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [5]), (3, [5, 4, 3]), (8, [5, 4, 3, 2, 1])])
-def test_the_last_turns_are_kept(tmp_path: Path, keep: int, left: list[int]) -> None:
+def test_the_last_turns_have_checkpoints(tmp_path: Path, keep: int, left: list[int]) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
             last = await with_turns(store, "a", 5, keep)
@@ -60,7 +60,7 @@ def test_the_last_turns_are_kept(tmp_path: Path, keep: int, left: list[int]) -> 
     asyncio.run(main())
 
 
-def test_fewer_may_be_kept_from_now_on(tmp_path: Path) -> None:
+def test_the_number_of_checkpoints_can_be_lowered(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
             await with_turns(store, "a", 6, keep=8)
@@ -70,7 +70,7 @@ def test_fewer_may_be_kept_from_now_on(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_fork_is_a_copy_that_goes_its_own_way(tmp_path: Path) -> None:
+def test_a_fork_is_an_independent_copy(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
             await with_turns(store, "a", 4, keep=3)
@@ -92,7 +92,9 @@ def test_a_fork_is_a_copy_that_goes_its_own_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "turn"), [("a", 1), ("a", 5), ("a", -1), ("nobody", 3)])
-def test_only_kept_turns_can_be_forked_or_rewound_to(tmp_path: Path, name: str, turn: int) -> None:
+def test_only_turns_with_a_checkpoint_can_be_forked_or_rewound_to(
+    tmp_path: Path, name: str, turn: int
+) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
             before = await with_turns(store, "a", 4, keep=3)

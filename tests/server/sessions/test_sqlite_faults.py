@@ -1,5 +1,5 @@
-"""The SQLite store when the disk is full or damaged or the process dies: a fault harms no more than
-the request that met it, and what was acknowledged is there."""
+"""The SQLite store on a full or damaged disk, or after a crash: a fault affects only the request
+concerned, and acknowledged data remains."""
 
 import asyncio
 import multiprocessing
@@ -158,7 +158,7 @@ def test_when_erasing_fails_the_deletion_says_so_and_is_completed_later(
 
 
 async def fill(folder: Path) -> dict[str, tuple[Entry, bytes]]:
-    """A closed store of several kinds of pages, and what is in it."""
+    """A closed store with several kinds of pages, and its content."""
     chance, made = random.Random(1), dict[str, tuple[Entry, bytes]]()
     async with opened(folder) as store:
         for number in range(12):
@@ -173,9 +173,9 @@ async def fill(folder: Path) -> dict[str, tuple[Entry, bytes]]:
 
 
 async def use(folder: Path, made: dict[str, tuple[Entry, bytes]]) -> bool:
-    """Do everything with a damaged store; only failures that the protocol names may come out.
+    """Use a damaged store in every way; only documented errors may occur.
 
-    Nothing false may come out either, but for damage inside of a blob, which the codec finds.
+    No wrong data may be returned either, except for damage inside a blob, which the codec finds.
     True if the store opened.
     """
     try:
@@ -203,7 +203,7 @@ async def use(folder: Path, made: dict[str, tuple[Entry, bytes]]) -> bool:
 
 
 def put_alone(data: bytes, folder: Path) -> None:
-    """Make the store's file, and nothing beside it, the only file of the folder."""
+    """Make the store's file the only file in the folder."""
     folder.mkdir(exist_ok=True)
     for file in folder.iterdir():
         if file.is_file():
@@ -226,7 +226,8 @@ def test_a_page_of_garbage_is_found_or_harmless(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_page_in_the_place_of_another_is_the_disks_fault(tmp_path: Path) -> None:
-    """A misplaced write can look right to SQLite; what then comes out must be of the right kind."""
+    """A misplaced write can look valid to SQLite; the data returned must still be of the right
+    type."""
     made = asyncio.run(fill(tmp_path / "whole"))
     data = (tmp_path / "whole" / FILE).read_bytes()
     chance = random.Random(3)
@@ -264,7 +265,7 @@ LARGE_FROM = 20_000
 
 
 def content(name: str, turn: int) -> bytes:
-    """The blob of a session's turn, of another size each time; the larger half are files."""
+    """The blob of a session's turn, each of another size; the larger half are files."""
     chance = random.Random(f"{name} {turn}")
     return chance.randbytes(chance.randrange(1, 40_000))
 

@@ -1,4 +1,4 @@
-"""Large states in files: there before the database refers to them, and gone after it."""
+"""Large states in files: written before the database refers to them, and deleted after."""
 
 import asyncio
 import errno
@@ -211,7 +211,7 @@ def test_a_transaction_that_fails_leaves_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_are_large")
 @pytest.mark.parametrize("takes_place", [False, True])
-def test_a_caller_who_leaves_takes_no_file_along(tmp_path: Path, takes_place: bool) -> None:
+def test_a_cancelled_caller_leaves_no_file(tmp_path: Path, takes_place: bool) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
             await store.insert(session("a"))
@@ -230,7 +230,7 @@ def test_a_caller_who_leaves_takes_no_file_along(tmp_path: Path, takes_place: bo
 
 
 class Died(BaseException):
-    """The process has ended here."""
+    """Simulates a crash here."""
 
 
 @pytest.mark.usefixtures("small_are_large")
@@ -287,7 +287,7 @@ def test_a_damaged_index_costs_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_are_large")
-def test_a_file_that_a_crash_kept_from_going_is_swept_at_the_start(
+def test_a_file_left_by_a_crash_is_swept_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
@@ -365,7 +365,7 @@ def test_a_file_that_cannot_be_read_is_the_disks_fault(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_are_large")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("call", ["open", "fsync", "rename"])
-def test_a_disk_that_fails_leaves_the_store_as_it_was(
+def test_a_disk_that_fails_leaves_the_store_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
 ) -> None:
     def fail(*_: object) -> None:
@@ -395,7 +395,7 @@ def test_a_disk_that_fails_leaves_the_store_as_it_was(
 
 
 @pytest.mark.usefixtures("small_are_large")
-def test_a_large_state_that_is_being_written_keeps_nobody_waiting(
+def test_writing_a_large_state_blocks_no_other_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
@@ -424,7 +424,7 @@ def test_a_large_state_that_is_being_written_keeps_nobody_waiting(
 def test_a_file_is_on_the_disk_before_the_database_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durability: str
 ) -> None:
-    """Its bytes, then its name, then the row; the folder's own name when the store is made."""
+    """Its bytes, then its name, then the row; the folder's own name when the store is created."""
     synced, real = list[str](), os.fsync
 
     def fsync(file: int) -> None:

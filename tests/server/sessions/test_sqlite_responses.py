@@ -1,4 +1,4 @@
-"""Responses in the SQLite store: each ends once, or is made failed as interrupted."""
+"""Responses in the SQLite store: each ends once, or is marked failed when interrupted."""
 
 import asyncio
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Opening: a file of ours is private and has its tables; any other is refused and left alone."""
+"""Opening: our file is private and has its tables; any other is rejected and left unchanged."""
 
 import asyncio
 import os
@@ -129,7 +129,8 @@ def test_a_folder_of_states_that_cannot_be_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused() -> None:
-    """Also one with a store of ours in it. Root may write everywhere: be nobody for a moment."""
+    """Also one with a store of ours in it. Root may write everywhere: become nobody for a
+    moment."""
     user, reasons = os.geteuid(), list[str]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,4 +1,4 @@
-"""A snapshot has everything of one moment, whatever is written meanwhile."""
+"""A snapshot has the content of one moment, whatever is written meanwhile."""
 
 import asyncio
 import itertools
@@ -37,14 +37,14 @@ NUM_LOADED = 6
 
 @pytest.fixture(params=[False, True], ids=["in SQLite", "in files"], autouse=True)
 def are_large(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether states are kept in files."""
+    """Whether states are stored in files."""
     with states_in_files(1 if request.param else 1 << 20):
         yield bool(request.param)
 
 
 @pytest.fixture
 def in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between any two of them something is written."""
+    """Something is written between any two steps."""
     works = Writer._between_steps
 
     def patient(self: Writer, status: int, remaining: int, total: int) -> None:
@@ -56,7 +56,7 @@ def in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def blob(name: str, turn: int) -> bytes:
-    """Of a few pages, so that a database of some has many steps."""
+    """A blob of a few pages, so that a database of several needs many steps."""
     return f"{name} {turn} ".encode() * 4000
 
 
@@ -67,7 +67,7 @@ async def loaded(store: SQLiteStore) -> None:
 
 
 async def check_whole(folder: Path) -> dict[str, int]:
-    """Every state of the snapshot is what was committed. The turns of the sessions."""
+    """Every state of the snapshot is as committed. Returns the turns of the sessions."""
     async with opened(folder) as store:
         turns = {entry.id: entry.turn for entry in await listed(store)}
         for name, turn in turns.items():
@@ -80,11 +80,11 @@ async def check_whole(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.usefixtures("in_small_steps")
-def test_what_is_written_meanwhile_is_in_it_wholly_or_not_at_all(
+def test_concurrent_writes_are_included_completely_or_not_at_all(
     tmp_path: Path, are_large: bool
 ) -> None:
-    """Two sessions advance in turn, so that no moment has them more than a turn apart; others are
-    forked and deleted."""
+    """Two sessions advance alternately, never more than a turn apart; others are forked and
+    deleted."""
     acknowledged = dict[str, int]()
     copied = tmp_path / "copied"
     copied.mkdir()
@@ -182,7 +182,7 @@ def test_closing_the_store_does_not_wait_for_it(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_store_that_fails_gives_none_and_goes_on(tmp_path: Path) -> None:
+def test_a_failing_store_gives_no_snapshot_and_continues(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as store:
             await loaded(store)

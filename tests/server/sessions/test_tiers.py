@@ -1,4 +1,4 @@
-"""Tiers: where a state is, what is counted there, and nothing anywhere once it is forgotten."""
+"""Tiers: where a state is, what is counted, and that erased states are gone from all."""
 
 import asyncio
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_a_fork_shares_the_state_wherever_it_is(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_only_a_row_that_is_kept_is_released(tmp_path: Path) -> None:
+def test_only_a_retained_row_is_released(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path) as w:
             w.tiers.row_retained("kept")
@@ -93,7 +93,7 @@ def test_only_a_row_that_is_kept_is_released(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_cached_state_takes_the_place_of_another(tmp_path: Path) -> None:
+def test_a_cached_state_replaces_another(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path, cache_bytes=2 * CACHED_BYTES) as w:
             w.tiers.cache("a", state(b"a"), "")

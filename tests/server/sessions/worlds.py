@@ -38,7 +38,7 @@ CODEC = Codec("f" * 64, SPEC, VOCAB, "float32 x float32")
 
 
 def state(mark: bytes = b"-", position: int = 5, turn: int = 1) -> SessionState:
-    """A state of its own for each one-byte mark."""
+    """A distinct state for each one-byte mark."""
     recent = RecentTokens()
     recent.append(mark[0], generated=True)
     return SessionState(position, (3,), b"\xe2", recent.to_bytes(), mark * STATE_BYTES, turn)
@@ -51,12 +51,12 @@ def body(status: str = "completed", **facts: object) -> str:
 
 @dataclass(frozen=True)
 class World:
-    """A ledger on a real store, and what it is made of."""
+    """A ledger on a real store, and its parts."""
 
     ledger: Ledger
     tiers: Tiers
     released: list[str]
-    """State ids whose rows the engine was asked to release."""
+    """Ids of states whose rows the engine was asked to release."""
 
     store: SQLiteStore
     cache: HostCache
@@ -66,7 +66,7 @@ class World:
     async def turn(
         self, source: Source, target: Target, owner: str = ME
     ) -> AsyncIterator[LedgerTurn]:
-        """A turn that was not committed before."""
+        """A turn that is not replayed."""
         async with self.ledger.begin(owner, source, target) as turn:
             assert not isinstance(turn, StoredAnswer)
             yield turn
@@ -95,7 +95,7 @@ class World:
         expected: int | None = None,
         has_row: bool = False,
     ) -> Entry:
-        """One whole turn of a session, after which the engine may keep its row."""
+        """One complete turn of a session; `has_row`: the engine retains its row."""
         async with self.next_turn(session_id, expected) as turn:
             await turn.commit(after, new_state_id(), None)
         return self._ended(turn, has_row)
@@ -109,7 +109,7 @@ class World:
         ttl_s: float | None = None,
         has_row: bool = False,
     ) -> Entry:
-        """One whole response."""
+        """One complete response."""
         async with self.making(name, previous, ttl_s) as turn:
             await turn.commit(state(mark), new_state_id(), body(mark=mark.decode()))
         return self._ended(turn, has_row)
@@ -125,7 +125,7 @@ class World:
             return await turn.load()
 
     async def after(self, response_id: str, owner: str = ME) -> SessionState | None:
-        """What a turn of which nothing is kept continues from."""
+        """The state that an unstored turn continues from."""
         async with self.turn(AfterResponse(response_id), None, owner) as turn:
             return await turn.load()
 
@@ -187,7 +187,7 @@ async def world(
     released = list[str]()
 
     def release(state_id: str) -> None:
-        """As the engine does, which says so a little later."""
+        """Like the engine, which reports it a little later."""
         released.append(state_id)
         tiers.row_released(state_id, is_evicted=False)
 

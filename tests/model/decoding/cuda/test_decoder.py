@@ -1,4 +1,4 @@
-"""Steps launched ahead on the device choose what steps one by one on the host do."""
+"""Steps launched ahead on the device sample the same tokens as sequential steps on the host."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ PARAMS = (
 
 
 def one(place: int, step: int, token_id: int | None, **changes: object) -> Piece:
-    """The part of one of the rows in a step."""
+    """The piece of one row in a step."""
     sampled = SampledRow(PARAMS[place], step, RecentTokens())
     given = Piece(ROWS[place], None if token_id is None else (token_id,), sampled)
     return given._replace(**changes)  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ def pair(device: torch.device) -> Pair:
 
 
 def on_host(steps: int, places: Sequence[int] = range(3)) -> tuple[list[Decoded], StatePool]:
-    """What plain torch chooses, one step after the other."""
+    """Results of plain torch, one step after the other."""
     network = plain()
     pool = network.new_pool(6)
     runner, given = DirectRunner(network, pool), list[int | None]([5] * 3)
@@ -82,7 +82,7 @@ def test_tokens_are_fed_back_on_the_device(pair: Pair) -> None:
     assert found == [each.token_ids for each in expected]
 
 
-def test_a_row_that_has_ended_is_left_as_it_is_and_the_others_go_on(pair: Pair) -> None:
+def test_a_row_that_has_ended_is_unchanged_and_the_others_continue(pair: Pair) -> None:
     expected, _ = on_host(3)
     end = expected[0].token_ids[1]
     assert end is not None
@@ -98,8 +98,8 @@ def test_a_row_that_has_ended_is_left_as_it_is_and_the_others_go_on(pair: Pair) 
     assert [pair.state(place) == states[place] for place in range(3)] == [False, True, False]
 
 
-def test_a_row_that_has_ended_can_go_on_beside_others(pair: Pair) -> None:
-    """What it chose is chosen again, and nothing is read for that."""
+def test_a_row_that_has_ended_can_continue_next_to_others(pair: Pair) -> None:
+    """Its last token is sampled again, without reading anything."""
     expected, _ = on_host(3)
     end = expected[0].token_ids[1]
     assert end is not None
@@ -128,9 +128,9 @@ def test_a_smaller_batch_does_not_see_the_rows_of_the_last(pair: Pair) -> None:
     assert all(pair.pool.tensors["h"][0, free].isnan().flatten().tolist())
 
 
-def test_prompts_go_through_a_step_beside_rows_that_generate(pair: Pair) -> None:
-    """One row goes on by itself, one ends, prompts are read in part and to their ends, scored and
-    not, and a row resumes: as on the host, step by step."""
+def test_a_step_mixes_prompts_and_decoding_rows(pair: Pair) -> None:
+    """One row continues, one ends, prompts are read in part and to their ends, scored and not, and
+    a row resumes: all as on the host, step by step."""
     network = plain()
     runner, given = DirectRunner(network, network.new_pool(6)), dict[int, int | None]()
 
@@ -166,8 +166,8 @@ def test_prompts_go_through_a_step_beside_rows_that_generate(pair: Pair) -> None
                 assert [token_id for token_id, _ in found.top] == [i for i, _ in wanted.top]
 
 
-def test_what_the_device_cannot_choose_the_host_does_beside_it(pair: Pair) -> None:
-    """A bias, a penalty and a mask, each beside rows that go on by themselves."""
+def test_the_host_samples_what_the_device_cannot(pair: Pair) -> None:
+    """A bias, a penalty and a mask, each next to rows that continue on the device."""
     words = np.zeros(3, np.int32)
     words[2] = 1 << 7
     masked = SampledRow(PARAMS[1], 0, RecentTokens(), allowed=words)

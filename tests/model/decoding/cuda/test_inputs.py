@@ -1,4 +1,4 @@
-"""Which token a row reads, and which rows are left out."""
+"""Which token a row reads, and which rows are skipped."""
 
 import pytest
 import torch

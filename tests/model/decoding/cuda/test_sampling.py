@@ -1,4 +1,4 @@
-"""Tokens chosen on the device are those that `decoding.sampling` chooses in float64 on the CPU."""
+"""Tokens sampled on the device equal those of `decoding.sampling` in float64 on the CPU."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from model.decoding.sampling import RecentTokens, SampledRow, SamplingParams, sa
 
 @pytest.fixture(autouse=True)
 def _in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compiled for a CPU has weights in float32, which moves borders a little."""
+    """The compiled CPU code has float32 weights, which moves boundaries slightly."""
     monkeypatch.setattr(sampling, "_compiled_draw", lambda: None)
 
 
@@ -26,7 +26,7 @@ def logits_of(batch: int, vocab: int, seed: int = 0, size: float = 2.0) -> Tenso
 
 
 def ties_of(batch: int, vocab: int) -> Tensor:
-    """Few different logits, some of them -inf, 0 and -0."""
+    """Few distinct logits, some of them -inf, 0 and -0."""
     logits = torch.round(logits_of(batch, vocab, seed=1))
     logits[:, ::7] = -torch.inf
     logits[:, 1::7] = -0.0
@@ -39,7 +39,7 @@ def table_of(
     positions: Sequence[int] | None = None,
     ends: Sequence[int] = (),
 ) -> SamplerTable:
-    """Row i + 1 for the i-th settings; row 0 is poison."""
+    """Row i + 1 has the i-th settings; row 0 is poison."""
     host, table = (
         SamplerTable(len(params), torch.device("cpu")),
         SamplerTable(len(params) + 1, device),
@@ -130,7 +130,7 @@ def test_filters_leave_the_same_tokens(
 
 @pytest.mark.parametrize("kind", ["random", "ties", "signs of 0"])
 def test_filters_end_at_the_same_token(kind: str, device: torch.device) -> None:
-    """The largest random number chooses the last token that is left: the least probable one."""
+    """The largest random number samples the last remaining token: the least probable one."""
     params, logits = FILTERS, torch.tensor([-0.0, 0.0]).repeat(1, 150)
     if kind == "signs of 0":
         params = FILTERS[1:6]
@@ -142,7 +142,7 @@ def test_filters_end_at_the_same_token(kind: str, device: torch.device) -> None:
 
 
 def test_numbers_are_those_of_the_cpu(device: torch.device) -> None:
-    """With as many equal logits as that, the token tells the first digits of the number."""
+    """With that many equal logits, the token reveals the first digits of the random number."""
     seeds = [0, 1, 2**32 + 1, 2**63 - 1, 2**63, 2**64 - 1, -5]
     pairs = list(itertools.product(seeds, [0, 2**31, 2**63 - 1]))
     params = [SamplingParams(seed=seed) for seed, _ in pairs]
@@ -221,7 +221,7 @@ def test_rows_that_are_none_are_left_alone(device: torch.device) -> None:
     assert table.token.tolist()[1:] == [7, chosen[2], 7, chosen[1], 7]
 
 
-def test_a_row_goes_on_where_it_was_until_its_text_ends(device: torch.device) -> None:
+def test_a_row_continues_in_place_until_its_text_ends(device: torch.device) -> None:
     logits, params = logits_of(1, 300), [SamplingParams(seed=3)]
     rows = [SampledRow(params[0], position, RecentTokens()) for position in range(12)]
     expected = sample(logits.expand(12, -1).clone(), rows)
@@ -234,7 +234,7 @@ def test_a_row_goes_on_where_it_was_until_its_text_ends(device: torch.device) ->
 
 
 @pytest.mark.parametrize("count", [1, 3, MAX_END_TOKENS])
-def test_a_token_that_ends_the_text_is_told_but_not_gone_on_with(
+def test_a_token_that_ends_the_text_is_reported_but_not_continued(
     count: int, device: torch.device
 ) -> None:
     logits = torch.zeros(1, 40)

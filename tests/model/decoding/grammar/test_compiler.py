@@ -1,4 +1,4 @@
-"""Compiled sources are kept; those that take too long or too much are given up."""
+"""Compiled sources are cached; those that are too slow or too large are rejected."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ def test_a_source_that_compiles_for_ever_is_given_up(grammars: GrammarCompiler) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
-def test_the_trial_process_cannot_take_all_memory() -> None:
+def test_the_trial_process_cannot_use_all_memory() -> None:
     script = "from model.decoding.grammar import trial; trial.limit_memory(); bytearray(2 << 30)"
     died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "MemoryError" in died.stderr
@@ -52,7 +52,7 @@ def test_a_trial_process_that_died_is_started_again(tokens: Tokenizer) -> None:
         trial.close()
 
 
-def test_a_grammar_whose_tables_are_full_is_made_anew(grammars: GrammarCompiler) -> None:
+def test_a_grammar_whose_tables_are_full_is_recompiled(grammars: GrammarCompiler) -> None:
     spec = GrammarSpec("regex", EXPLODING)
     grammar = grammars.compile(spec, PATIENCE_S)
     assert grammars.compile(spec) is grammar
@@ -66,10 +66,10 @@ def test_a_grammar_whose_tables_are_full_is_made_anew(grammars: GrammarCompiler)
     assert allowed(fresh.matcher())
 
 
-def test_a_grammar_that_was_used_long_is_made_anew(
+def test_a_grammar_that_was_used_long_is_recompiled(
     grammars: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Texts that have begun with it go on."""
+    """Texts already begun with it continue."""
     monkeypatch.setattr(matching, "GRAMMAR_S", 0.01)
     spec = GrammarSpec("regex", "a used one( again)*")
     grammar = grammars.compile(spec)
@@ -81,7 +81,7 @@ def test_a_grammar_that_was_used_long_is_made_anew(
     assert allowed(matcher)
 
 
-def test_what_was_compiled_is_kept_within_bounds(
+def test_the_cache_of_compiled_sources_is_bounded(
     tokens: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiler, "CACHED_GRAMMARS", 3)
@@ -104,9 +104,10 @@ def test_what_was_compiled_is_kept_within_bounds(
         made.close()
 
 
-def test_the_event_loop_goes_on_while_sources_are_compiled(grammars: GrammarCompiler) -> None:
+def test_the_event_loop_runs_while_sources_are_compiled(grammars: GrammarCompiler) -> None:
     async def ticking(task: asyncio.Task[Any]) -> tuple[int, float]:
-        """How often it ticks, and the longest time between, as far as this process works."""
+        """Number of ticks, and the longest time between two, counting only time when this process
+        runs."""
         count, longest, last = 0, 0.0, time.process_time()
         while not task.done():
             await asyncio.sleep(0.001)
@@ -149,7 +150,7 @@ def test_hostile_sources_do_not_make_others_wait_for_ever(grammars: GrammarCompi
 
 @pytest.mark.parametrize("moment", ["at once", "starting", "at work"])
 def test_a_closed_compiler_compiles_nothing(moment: str, tokens: Tokenizer) -> None:
-    """Whether its process is on its way, ready or at work."""
+    """Whether its process is starting, ready or compiling."""
     made = GrammarCompiler(tokens, VOCAB_SZ, ENDS)
 
     async def run() -> None:

@@ -1,4 +1,4 @@
-"""GBNF allows what it allows in llama.cpp, no more and no less."""
+"""GBNF accepts exactly what it accepts in llama.cpp."""
 
 import contextlib
 import itertools
@@ -16,12 +16,12 @@ from tests.model.decoding.grammar.texts import accepts
 LONGEST = 4
 
 Words = frozenset[str]
-"""All texts of up to `LONGEST` characters that something allows."""
+"""All texts of up to `LONGEST` characters that are accepted."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a grammar: its source, and what it allows when `x` allows some texts."""
+    """A fragment of a grammar: its source, and what it accepts when `x` accepts some texts."""
 
     source: str
     kind: str
@@ -140,7 +140,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("recursive", [False, True])
-def test_every_name_is_a_name_of_its_own(
+def test_every_name_is_distinct(
     recursive: bool, grammars: GrammarCompiler, tokens: Tokenizer
 ) -> None:
     letters = string.ascii_letters[: len(NAMES)]

@@ -1,4 +1,4 @@
-"""Random texts always keep to their grammars, and cost little."""
+"""Random texts always satisfy their grammars, at a low cost."""
 
 import json
 import random
@@ -58,7 +58,7 @@ def test_a_json_object_is_one(seed: int, grammars: GrammarCompiler, tokens: Toke
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_text_keeps_to_its_schema(
+def test_a_text_satisfies_its_schema(
     seed: int, grammars: GrammarCompiler, tokens: Tokenizer
 ) -> None:
     text = write(grammars.compile(schema(PERSON)), tokens, seed)
@@ -121,7 +121,7 @@ SCHEMAS = st.recursive(
 
 @settings(max_examples=60, deadline=None)
 @given(value=SCHEMAS, seed=st.integers(0, 1000))
-def test_a_text_keeps_to_any_schema(
+def test_a_text_satisfies_any_schema(
     value: Any, seed: int, grammars: GrammarCompiler, tokens: Tokenizer
 ) -> None:
     text = write(grammars.compile(schema(value)), tokens, seed)
@@ -153,7 +153,7 @@ def test_a_regular_expression_matches_all_of_the_text(
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("source", [SUM_LARK, SUM_GBNF])
-def test_a_text_keeps_to_its_grammar(
+def test_a_text_satisfies_its_grammar(
     source: str, seed: int, grammars: GrammarCompiler, tokens: Tokenizer
 ) -> None:
     text = write(grammars.compile(GrammarSpec("grammar", source)), tokens, seed)
@@ -216,7 +216,7 @@ def test_a_character_may_be_spread_over_tokens(
 def test_special_tokens_have_no_place_in_a_text(
     grammars: GrammarCompiler, tokens: Tokenizer
 ) -> None:
-    """Their names are text like any other, spelt out."""
+    """Their names are ordinary text, spelled out."""
     choices = tuple(f"{name}!" for name in tokens.special_tokens)
     grammar = grammars.compile(GrammarSpec("choice", choices))
     assert write(grammar, tokens, 0) in choices
@@ -241,7 +241,7 @@ def test_json_may_be_compact_or_spaced(
 def test_white_space_has_an_end(
     value: dict[str, Any], grammars: GrammarCompiler, tokens: Tokenizer
 ) -> None:
-    """For one that goes on with it wherever it can."""
+    """Even for a model that generates it wherever it can."""
     matcher, written = grammars.compile(schema(value)).matcher(), b""
     chance = random.Random(0)
     for _ in range(LONG):
@@ -256,7 +256,7 @@ def test_white_space_has_an_end(
     assert not re.search(rb"\s\s|[^ \S]|\s[:,\]}]|[\[{]\s", outside), outside
 
 
-def test_texts_of_one_grammar_do_not_meet(grammars: GrammarCompiler, tokens: Tokenizer) -> None:
+def test_texts_of_one_grammar_are_independent(grammars: GrammarCompiler, tokens: Tokenizer) -> None:
     grammar = grammars.compile(schema(PERSON))
     first, second = grammar.matcher(), grammar.matcher()
     before = allowed(second)
@@ -293,7 +293,7 @@ def test_a_token_that_is_not_allowed_ends_that_text_alone(
     assert allowed(other)
 
 
-def test_a_way_that_leads_nowhere_is_a_failure(
+def test_a_grammar_without_a_continuation_is_a_failure(
     grammars: GrammarCompiler, tokens: Tokenizer
 ) -> None:
     source = 'start: "a" B | "c"\nB: "b" & "d"\n'
@@ -304,7 +304,7 @@ def test_a_way_that_leads_nowhere_is_a_failure(
 
 
 def test_a_model_without_end_tokens(tokens: Tokenizer) -> None:
-    """The size is one where the library's mask has a word more than the network's."""
+    """A size at which llguidance's mask has one word more than the network's."""
     made = GrammarCompiler(tokens, tokens.num_tokens, ())
     assert tokens.num_tokens % 32 == 0
     try:

@@ -1,4 +1,4 @@
-"""Expressions for numbers match what is in the range and nothing else."""
+"""Expressions for numbers match exactly the numbers in the range."""
 
 import math
 import re
@@ -42,7 +42,7 @@ def test_integers_of_a_range(low: int | None, high: int | None, near: int) -> No
 
 @st.composite
 def texts(draw: st.DrawFn, bound: float) -> str:
-    """Of a number that is not far from a bound."""
+    """Spellings of a number near a bound."""
     off = Decimal(draw(st.integers(-30, 30))).scaleb(draw(st.integers(-25, 3)))
     nearest = draw(st.sampled_from([Decimal(repr(bound)), Decimal(bound)]))
     scale = draw(st.sampled_from([Decimal(1), max(nearest, Decimal(1))]))

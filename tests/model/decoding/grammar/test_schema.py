@@ -1,4 +1,4 @@
-"""Schemas whose numbers the library would change are kept to, or refused by name."""
+"""Schemas with numbers that llguidance would change are enforced exactly or rejected by name."""
 
 import json
 from typing import Any
@@ -80,7 +80,7 @@ EVENT = {
         ({"type": "integer", "default": 2**70, "maximum": 2**60}, [f"{2**60}"], [f"{2**60 + 1}"]),
     ],
 )  # fmt: skip
-def test_numbers_are_kept_to(
+def test_numbers_are_enforced(
     value: Any, good: list[str], bad: list[str], grammars: GrammarCompiler, tokens: Tokenizer
 ) -> None:
     grammar = grammars.compile(schema(value))
@@ -89,7 +89,7 @@ def test_numbers_are_kept_to(
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_text_keeps_to_numbers_of_64_bits(
+def test_a_text_satisfies_numbers_of_64_bits(
     seed: int, grammars: GrammarCompiler, tokens: Tokenizer
 ) -> None:
     jsonschema.validate(json.loads(write(grammars.compile(schema(EVENT)), tokens, seed)), EVENT)
@@ -149,7 +149,7 @@ SCHEMAS = st.recursive(
 @pytest.mark.long
 @settings(max_examples=150, deadline=None)
 @given(value=SCHEMAS, referred=numbers(), seed=st.integers(0, 1000))
-def test_a_text_keeps_to_any_numbers(
+def test_a_text_satisfies_any_numbers(
     value: dict[str, Any],
     referred: dict[str, Any],
     seed: int,
@@ -196,7 +196,7 @@ def test_a_text_keeps_to_any_numbers(
         ),
     ],
 )
-def test_what_cannot_be_kept_to_is_refused_by_name(
+def test_what_cannot_be_enforced_is_rejected_by_name(
     value: Any, named: str, grammars: GrammarCompiler
 ) -> None:
     with pytest.raises(GrammarError) as refusal:

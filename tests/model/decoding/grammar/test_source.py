@@ -1,4 +1,4 @@
-"""What cannot be kept to is refused, and the message says why."""
+"""What cannot be enforced is rejected, with the reason."""
 
 import re
 from typing import Any
@@ -47,7 +47,7 @@ from tests.model.decoding.grammar.texts import schema, write
         ("string", "JSON object"),
     ],
 )
-def test_a_schema_that_cannot_be_kept_to_is_refused(
+def test_an_unenforceable_schema_is_rejected(
     value: Any, named: str, grammars: GrammarCompiler
 ) -> None:
     assert_refused(grammars, schema(value), named)
@@ -95,7 +95,7 @@ def test_a_source_that_is_wrong_is_refused(
 
 
 def assert_refused(grammars: GrammarCompiler, spec: GrammarSpec, named: str) -> None:
-    """Also the second time, with one line."""
+    """Rejected with one line, also the second time."""
     for _ in range(2):
         with pytest.raises(GrammarError) as refusal:
             grammars.compile(spec)

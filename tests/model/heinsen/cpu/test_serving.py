@@ -21,7 +21,7 @@ CONFIGS = {
 }
 IDS = torch.randint(VOCAB, (6, 700), generator=torch.Generator().manual_seed(2))
 TOLERANCE = 2e-5
-"""What the reference vectors are held to."""
+"""Tolerance of the reference vectors."""
 
 
 @pytest.fixture(params=CONFIGS)
@@ -39,7 +39,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def advanced(network: LanguageModel, lengths: Sequence[int]) -> tuple[StatePool, Tensor]:
-    """Every second row has read so many tokens, then one more; the logits after that."""
+    """Every second row has read some tokens, then one more; the logits after it."""
     pool, rows = network.new_pool(13), [2 * i + 1 for i in range(len(lengths))][::-1]
     prefill(network, IDS[: len(rows)], lengths, pool, rows)
     return pool, step(network, IDS[: len(rows), -1], pool, rows)
@@ -115,7 +115,7 @@ def test_several_threads_may_use_one_network(network: LanguageModel) -> None:
 def test_what_is_not_there_is_not_read(
     network: LanguageModel, ids: list[int], rows: list[int], problem: str
 ) -> None:
-    """Compiled code checks no bounds: its callers' mistakes must not reach it."""
+    """Compiled code checks no bounds: callers' mistakes must not reach it."""
     network.pack()
     pool = network.new_pool(4)
     before = pool.export_row(1)

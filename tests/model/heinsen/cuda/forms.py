@@ -23,7 +23,7 @@ def absorb(k: Tensor, v: Tensor, state: AttentionState) -> AttentionState:
 def stepped(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState
 ) -> tuple[Tensor, AttentionState]:
-    """`step` as a function of many tokens that leaves its argument alone."""
+    """`step` applied to many tokens without modifying its argument."""
     q, k, v, state = q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), _there(state).map(Tensor.clone)
     y = [attention.step(q[:, t], k[:, t], v[:, t], state) for t in range(q.shape[1])]
     return torch.stack(y, 1).cpu(), state.map(Tensor.cpu)

@@ -1,6 +1,6 @@
 """Calls of kernels whose launches `tests.model.kernels.cuda.compiled` compiles for a GPU.
 
-Each calls as it is called in serving, and with other strides and addresses of its tokens.
+Each call is made as in serving, and with other strides and addresses of its tokens.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def attention(heads: int, d_key: int, d_val: int, *, log_values: bool, compensat
 
 
 def layer(d_emb: int, heads: int, dtype: WeightDtype) -> None:
-    """The products of a layer: few rows as in decoding, many as for prompts."""
+    """Products of a layer, with few rows as for decoding and many as for prefill."""
     project, scale = narrow(torch.zeros(heads * 96, d_emb), dtype)
     gate, gate_scale = narrow(torch.zeros(2 * d_emb, heads * 32), dtype)
     out, out_scale = narrow(torch.zeros(d_emb, d_emb), dtype)

@@ -1,4 +1,4 @@
-"""Networks as they are served on a GPU."""
+"""Networks as served on a GPU."""
 
 import torch
 

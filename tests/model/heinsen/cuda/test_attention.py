@@ -1,6 +1,6 @@
-"""What the kernels of attention promise beyond the torch functions: rows, lengths, bits.
+"""Guarantees of the attention kernels beyond the torch functions: rows, lengths, bits.
 
-That they mean the same as those is tested with them, in `tests/model/heinsen/test_attention.py`.
+Their equivalence with the torch functions is tested in `tests/model/heinsen/test_attention.py`.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ Tokens = tuple[Tensor, Tensor, Tensor]
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel leaves unwritten, or reads before it is written, shows as NaN."""
+    """Memory that a kernel leaves unwritten, or reads before writing, is NaN."""
     new_empty = Tensor.new_empty
 
     def poisoned(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -47,7 +47,7 @@ def projected(
     d_val: int = D_VAL,
     heads: int = HEADS,
 ) -> Tokens:
-    """q, k, v as views of one projection, as a layer has them."""
+    """q, k, v as views of one projection, as in a layer."""
     chance = torch.Generator().manual_seed(batch + tokens)
     x = torch.randn(batch, tokens, heads, 2 * d_key + d_val, generator=chance).to(device)
     q, k, v = torch.split(x, [d_key, d_key, d_val], -1)
@@ -62,7 +62,7 @@ def pool(
     d_val: int = D_VAL,
     heads: int = HEADS,
 ) -> AttentionState:
-    """Rows that have seen 30 tokens each, and have lost something of their sums."""
+    """Rows that have read 30 tokens each, with nonzero compensation terms."""
     _, k, v = projected(rows, 30, torch.device("cpu"), d_key, d_val, heads)
     like = torch.zeros(())
     state = AttentionState.empty(rows, heads, d_key, d_val, log_values=log_values, like=like)
@@ -77,7 +77,7 @@ def indices(rows: list[int], device: torch.device) -> Tensor:
 
 
 def assert_equal(found: AttentionState, expected: AttentionState) -> None:
-    """Bit for bit, also where there is NaN."""
+    """Equal bit for bit, including NaN."""
     for ours, theirs in zip(tensors(found), tensors(expected), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
@@ -155,7 +155,7 @@ def test_a_length_is_padding_from_there_on_bit_for_bit(
 def test_cuts_at_multiples_of_a_chunk_change_no_bit(
     slope: float, log_values: bool, device: torch.device
 ) -> None:
-    """Also where keys rise by more than float32 can hold at once."""
+    """Even if keys rise by more than float32 can hold at once."""
     q, k, v = projected(1, 80, device, heads=1)
     k, state = ramp(k.cpu(), slope).to(device), pool(1, log_values, device, heads=1)
     whole, end = chunked(q, k, v, state)
@@ -202,7 +202,7 @@ def test_any_sizes_of_heads(d_key: int, d_val: int, log_values: bool, device: to
 
 
 @both_values
-def test_a_state_need_not_keep_what_rounding_lost(log_values: bool, device: torch.device) -> None:
+def test_a_state_may_have_no_compensation_terms(log_values: bool, device: torch.device) -> None:
     q, k, v = projected(2, 3, device)
     state = replace(pool(2, log_values, device), z_low=None, s_low=None)
     expected, after = attention.chunked(q, k, v, state)

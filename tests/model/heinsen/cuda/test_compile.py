@@ -1,4 +1,4 @@
-"""Every kernel compiles for the GPUs it is for, into what it should be there."""
+"""Every kernel compiles for its GPUs, into the expected code."""
 
 import json
 import os
@@ -18,12 +18,12 @@ Launches = dict[str, list[Compiled]]
 pytestmark = pytest.mark.long
 
 UNFUSED = {"_step", "carry"}
-"""Kernels that tell what rounding lost of a sum: what they add must be rounded first."""
+"""Kernels that compute the rounding error of a sum: their operands must be rounded first."""
 
 SPILLED_BYTES = {"_choose": 256, "read": 16}
-"""Where something may lie in memory. The first one runs once a token, not in every layer; the other
-reads whole chunks of a prompt, and one compiler of those that were tried (Triton 3.9) is short of
-two numbers there."""
+"""Kernels that may spill registers. The first runs once per token, not in every layer; the other
+reads whole chunks of a prompt, and one of the compilers tried (Triton 3.9) spills two numbers
+there."""
 
 each_launch = pytest.mark.parametrize("launch", LAUNCHES)
 of_attention = pytest.mark.parametrize("launch", [x for x in LAUNCHES if x.startswith("attention")])
@@ -56,7 +56,7 @@ def test_everything_stays_in_registers(launch: str, launches: Launches) -> None:
 def test_strides_and_addresses_of_tokens_make_no_other_variant(
     launch: str, launches: Launches
 ) -> None:
-    """It could add in another order, and a sequence's bits would depend on its company."""
+    """It might sum in another order, and a sequence's bits would depend on the batch."""
     kernels = launches[launch]
     variants = {(kernel.name, kernel.ptx) for kernel in kernels}
     names = {kernel.name for kernel in kernels}
@@ -65,7 +65,8 @@ def test_strides_and_addresses_of_tokens_make_no_other_variant(
 
 @of_attention
 def test_what_rounding_lost_is_not_lost_by_fusing(launch: str, launches: Launches) -> None:
-    """The assembler may fuse `mul.f32` and `add.f32`, but not `mul.rn.f32`; logarithms do."""
+    """The assembler may fuse `mul.f32` and `add.f32`, but not `mul.rn.f32`; logarithms may be
+    fused."""
     unfused = [kernel for kernel in launches[launch] if kernel.name in UNFUSED]
     assert {kernel.name for kernel in unfused} == UNFUSED
     for kernel in unfused:

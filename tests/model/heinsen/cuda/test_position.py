@@ -19,7 +19,7 @@ def randn(*shape: int, seed: int, device: torch.device) -> Tensor:
 
 
 def gates_of(*shape: int, seed: int = 0, device: torch.device) -> Tensor:
-    """Of all kinds: channels that forget at once, never, and anything between."""
+    """Gates of all kinds: channels that forget at once, never, and anything in between."""
     size = torch.logspace(-1, 1.5, 2 * D_EMB, device=device)
     return randn(*shape, 2 * D_EMB, seed=seed, device=device) * size
 
@@ -33,7 +33,7 @@ def table_of(device: torch.device) -> Tensor:
 
 
 def pool_of(device: torch.device, *rows: int) -> Tensor:
-    """h of these rows; all other rows are poison."""
+    """h of these rows; all others are poison."""
     h = torch.full((POOL, D_EMB), torch.nan, dtype=torch.float64, device=device)
     h[list(rows)] = randn(POOL, D_EMB, seed=7, device=device)[list(rows)].double() * 3
     return h
@@ -152,7 +152,7 @@ def test_a_cut_between_spans_and_padding_leave_all_bits(cut: int, device: torch.
     assert torch.equal(padded[2], whole[2])
 
 
-def test_no_tokens_leave_a_state_as_it_is(device: torch.device) -> None:
+def test_no_tokens_leave_a_state_unchanged(device: torch.device) -> None:
     h, row = pool_of(device, 1), int32([1], device)
     before = h.clone()
     x = scan(

@@ -1,4 +1,4 @@
-"""In kernels the network is the paper's, too."""
+"""The network in kernels matches the paper's."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from tests.model.heinsen.test_network import (
 @pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_prefill_and_steps_are_the_reference(name: str, device: torch.device) -> None:
-    """Prompts of two lengths in rows that are no neighbours, then a step of both, then the rest."""
+    """Prompts of two lengths in rows that are not adjacent, then a step of both, then the rest."""
     found = reference(name)
     network, ids, expected = fused(found.network, device), found.token_ids, found.tensors["logits"]
     pool, lengths, rows = network.new_pool(4), [found.length // 2, 3], [3, 1]
@@ -65,7 +65,7 @@ def test_linear_values_are_right(device: torch.device) -> None:
 def test_only_weights_are_rounded(
     dtype: WeightDtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What plain torch computes with the same rounded weights and float32 inputs, but for what two
+    """Equals plain torch with the same rounded weights and float32 inputs, up to the bits that two
     bfloat16 numbers lack of a float32 one: bfloat16 inputs would be 100 times as far away."""
     config = TINY.model_copy(update={"n_layers": 1})
     monkeypatch.setattr(arithmetic, "features", list)

@@ -1,4 +1,4 @@
-"""The processor's instructions decide what products are computed in."""
+"""The processor's instructions determine the arithmetic of matrix products."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def test_weights_are_multiplied_in_their_own_type_where_the_processor_does_it(
     assert arithmetic_for(weights).name == name
 
 
-def test_compiled_code_tells_them_by_their_numbers() -> None:
+def test_compiled_code_distinguishes_them_by_number() -> None:
     every = arithmetic.FLOAT32 + arithmetic.NARROW
     assert len({a.name for a in every}) == len(arithmetic.BY_NUMBERS) == len(every)
     assert all(a.numbers.bitwidth == 8 * a.stored.itemsize * a.together for a in every)

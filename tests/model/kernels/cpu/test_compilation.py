@@ -1,4 +1,4 @@
-"""Compiling is noticed when it happens, and only then."""
+"""Compilation is reported when it happens, and only then."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Compiled functions of one number against float64."""
+"""Compiled scalar functions against float64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ Floats = NDArray[np.float32]
 
 
 def over(function: Any, values: NDArray[Any]) -> Floats:
-    """A compiled function of one number on many, as loops use it."""
+    """A compiled scalar function applied to many numbers in a loop."""
 
     @jit
     def loop(x: Any, y: Any) -> None:

@@ -28,7 +28,7 @@ def packed(weight: Floats, kind: Arithmetic) -> PackedLinear:
 
 
 def numbers(made: PackedLinear) -> NDArray[np.generic]:
-    """The weight as compiled code sees it, `[blocks, steps, BLOCK]`."""
+    """The packed weight, `[blocks, steps, BLOCK]`."""
     width = made.arithmetic.stored.itemsize * made.arithmetic.together
     whole = made.weight.flatten(2).view(torch.uint8).numpy()
     return whole.view(f"u{width}" if made.arithmetic.weights != "float32" else "f4").view(
@@ -37,7 +37,7 @@ def numbers(made: PackedLinear) -> NDArray[np.generic]:
 
 
 def rounded(values: Floats, dtype: WeightDtype) -> NDArray[np.float64]:
-    """What is left of rows of inputs, by definition."""
+    """Rounded rows of inputs, by definition."""
     exact = torch.from_numpy(values)
     if dtype == "bfloat16":
         exact = exact.bfloat16()

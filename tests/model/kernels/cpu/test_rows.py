@@ -1,4 +1,4 @@
-"""What is done to rows, compiled, against float64."""
+"""Compiled row operations against float64."""
 
 import numpy as np
 import pytest

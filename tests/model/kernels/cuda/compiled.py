@@ -1,12 +1,11 @@
-"""What Triton makes of kernels for a GPU that need not be there.
+"""Compiles Triton kernels for a GPU without one.
 
     python -m tests.model.kernels.cuda.compiled
 
-makes the calls of `heinsen.cuda.launches` here, in which nothing is launched: every kernel is
-compiled for a Hopper GPU as its call would have it, with its options and what its arguments are
-specialised on. It prints what came of them as JSON: for each call by name a list of `Compiled`. A
-program of its own, because in tests without a GPU Triton's interpreter has taken its compiler's
-place.
+makes the calls of `heinsen.cuda.launches` without launching anything: every kernel is compiled for
+a Hopper GPU with the options and specialisations of its call. It prints the results as JSON: for
+each call by name a list of `Compiled`. A separate program, because in tests without a GPU Triton's
+interpreter replaces its compiler.
 """
 
 import json
@@ -30,7 +29,7 @@ HOPPER = GPUTarget("cuda", 90, 32)
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel as a call launches it."""
+    """A kernel as launched by a call."""
 
     name: str
     ptx: str
@@ -40,11 +39,11 @@ class Compiled:
     registers: int
     """Of a thread."""
     spilled_bytes: int
-    """Of a thread: what did not fit into registers and lies in memory."""
+    """Bytes of spilled registers per thread."""
 
 
 class NoGpu:
-    """A driver under which kernels can be compiled, but not launched."""
+    """A driver that lets kernels be compiled, but not launched."""
 
     def get_current_target(self) -> GPUTarget:
         return HOPPER

@@ -13,7 +13,7 @@ from model.kernels.linear import narrow
 
 each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 ROUNDING = {"float32": 1e-6, "bfloat16": 2e-5, "int8": 2e-5}
-"""Of a product's sums, as a part of the sums of absolute values: 2^-16 where inputs are split."""
+"""Error of a product's sums, relative to the sums of absolute values: 2^-16 for split inputs."""
 
 
 def randn(*shape: int, seed: int, device: torch.device) -> Tensor:
@@ -22,7 +22,7 @@ def randn(*shape: int, seed: int, device: torch.device) -> Tensor:
 
 
 class Case:
-    """A linear map with everything, its exact result and how far from it a kernel may be."""
+    """A linear map with all options, its exact result and the tolerance."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ def test_the_mean_may_be_far_larger_than_what_is_apart_from_it(device: torch.dev
 
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
-def test_rows_are_taken_from_a_table(
+def test_rows_are_selected_from_a_table(
     table_dtype: torch.dtype, id_dtype: torch.dtype, device: torch.device
 ) -> None:
     table = randn(20, 40, seed=1, device=device).to(table_dtype)

@@ -1,4 +1,4 @@
-"""Vectors go to their rows of a pool, and no others."""
+"""Vectors are written to their rows of a pool, and to no others."""
 
 import pytest
 import torch

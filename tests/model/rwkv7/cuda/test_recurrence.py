@@ -1,4 +1,4 @@
-"""The kernel does what the definition does, of any sizes, and of padding nothing."""
+"""The kernel matches the definition at any size, and ignores padding."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A service in the test's own event loop, and clients of it that leave at a chosen moment."""
+"""A service in the test's own event loop, and clients that disconnect at a chosen moment."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -41,10 +41,10 @@ async def running_service(settings: Settings, folder: Path) -> AsyncIterator[Ser
 
 
 class Client:
-    """A connection's end, as an ASGI server shows it."""
+    """A client's connection, as an ASGI server presents it."""
 
     def __init__(self, leaves_after: int | None = None) -> None:
-        """It goes away once it has got so many messages; never, if none is named."""
+        """Disconnects after receiving this many messages; None: never."""
         self.messages = list[Message]()
         self._leaves_after = leaves_after
         self._gone = asyncio.Event()
@@ -81,7 +81,7 @@ async def complete(
     key: str | None = None,
     **changes: object,
 ) -> Response:
-    """A completion, answered up to where its response can be sent."""
+    """Start a completion, up to where its response can be sent."""
     body = CompletionRequest.model_validate(BODY | changes)
     request = Request(scope_of(), client.receive)
     given = SessionHeaders(session_id, key)
@@ -90,7 +90,7 @@ async def complete(
 
 
 async def send(response: Response, client: Client) -> Scope:
-    """Send a response to its end, or to the client's. Returns the request's scope."""
+    """Send a response until it ends or the client disconnects. Returns the request's scope."""
     scope = scope_of()
     await response(scope, client.receive, client.send)
     return scope
@@ -105,7 +105,7 @@ async def new_session(service: Service) -> str:
 
 
 async def state_of(service: Service, session_id: str) -> SessionState | None:
-    """The session's state as it is stored; None before its first turn."""
+    """The session's stored state; None before its first turn."""
     try:
         _, _, blob = await service.ledger.export(CALLER.owner, session_id, None)
     except NotFound:
@@ -120,7 +120,7 @@ async def tokens_charged(service: Service) -> int:
 
 
 async def check_nothing_held(service: Service) -> None:
-    """Nothing is locked, allowed, listened to or running, and rows are those that are known."""
+    """Nothing is locked, charged, subscribed or running, and all rows are accounted for."""
     assert not service.ledger._open
     assert not service.ledger._quota._reserved
     assert not service.limiter._running

@@ -1,4 +1,4 @@
-"""What an answer has for each way of asking: tables of cases at the edges."""
+"""The content of an answer for each set of options: tables of edge cases."""
 
 import json
 from collections.abc import Iterator
@@ -99,7 +99,7 @@ def test_choices_of_a_seed(client: httpx.Client) -> None:
 
 
 def check_lists(logprobs: dict[str, Any], text: str, num_top: int) -> None:
-    """The lists belong together, and to the text."""
+    """The lists are consistent with each other and the text."""
     lengths = {len(logprobs[name]) for name in ("tokens", "token_logprobs", "text_offset")}
     assert len(lengths) == 1
     assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
@@ -145,7 +145,7 @@ def test_a_stop_string_cuts_the_logprobs_too(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
 def test_batched_prompts_are_scored(client: httpx.Client, max_tokens: int) -> None:
-    """What lm-eval asks for: echo, logprobs, at most one token, several lists of tokens."""
+    """The request of lm-eval: echo, logprobs, at most one token, several lists of tokens."""
     prompts = [[1, 2, 3, 4, 5], [6, 7], [8]]
     asked = {"prompt": prompts, "max_tokens": max_tokens, "echo": True, "logprobs": 1}
     choices = complete(client, **asked)["choices"]
@@ -233,7 +233,7 @@ def test_timings_on_request(client: httpx.Client, session_id: str) -> None:
 
 
 def test_a_whole_number_may_be_written_as_a_float(client: httpx.Client) -> None:
-    """As JSON Schema says, and as some languages write all numbers."""
+    """As in JSON Schema, and as some languages write all numbers."""
     body = BODY | {"prompt": [1, 2, 3], "stop_token_ids": [299]}
     floats = {"prompt": [1.0, 2, 3.0], "max_tokens": 24.0, "seed": 7.0, "stop_token_ids": [299.0]}
     answers = [client.post("/v1/completions", json=b).json() for b in (body, body | floats)]

@@ -1,4 +1,5 @@
-"""Clients that leave at any moment: a turn is committed wholly or not at all, and holds nothing."""
+"""Clients that disconnect at any moment: a turn is committed completely or not at all, and leaks
+nothing."""
 
 import asyncio
 import json
@@ -52,7 +53,7 @@ class World:
     after: SessionState
 
     async def is_committed(self, session_id: str) -> bool:
-        """Whether the session is wholly at its first turn. Otherwise it is as it was made, and the
+        """Whether the session is completely at its first turn. Otherwise it is unchanged, and the
         turn can be run with its key."""
         service = self.service
         entry = await service.ledger.get(CALLER.owner, "session", session_id)
@@ -86,7 +87,7 @@ Stored = Callable[..., Awaitable[bool]]
 def at_commit(
     service: Service, patch: pytest.MonkeyPatch, act: Callable[[Stored], Awaitable[bool]]
 ) -> None:
-    """Let this be done where the store is to write a turn."""
+    """Run `act` when the store is about to write a turn."""
     advance = service.ledger._store.advance
 
     async def advance_with(entry: Entry, state: NewState | None, keep: int) -> bool:
@@ -110,7 +111,7 @@ async def stream(world: World, session_id: str, client: Client) -> dict[str, Any
 
 
 def usages(client: Client) -> list[int]:
-    """Tokens generated, as the events told them."""
+    """Numbers of generated tokens reported by the events."""
     events = [event for event in plain_events(client.body.decode()) if event != "[DONE]"]
     return [event["usage"]["completion_tokens"] for event in events if event.get("usage")]
 
@@ -141,7 +142,7 @@ def test_a_client_leaves_a_stream_after_any_message(
 def test_a_client_leaves_at_any_step_of_the_event_loop(
     tiny_checkpoint: Path, tmp_path: Path, streamed: bool, num_steps: int
 ) -> None:
-    """Of a stream or of a whole answer."""
+    """Of a streamed or a whole answer."""
 
     async def main() -> None:
         async with world(tiny_checkpoint, tmp_path) as w:
@@ -201,7 +202,7 @@ def test_a_client_leaves_while_its_turn_is_committed(
     asyncio.run(main())
 
 
-def test_a_turn_is_closed_before_its_client_hears_that_it_failed(
+def test_a_turn_is_closed_before_its_failure_is_reported(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Listener(Client):
@@ -239,7 +240,7 @@ def test_a_turn_is_closed_before_its_client_hears_that_it_failed(
 def test_a_stream_that_is_cancelled_before_it_began_closes_its_turn(
     tiny_checkpoint: Path, tmp_path: Path, num_steps: int
 ) -> None:
-    """As when a server gives up the connection's task."""
+    """As when a server cancels the connection's task."""
 
     async def main() -> None:
         async with world(tiny_checkpoint, tmp_path) as w:
@@ -295,7 +296,7 @@ def test_a_cancelled_turn_costs_what_was_delivered(tiny_checkpoint: Path, tmp_pa
     asyncio.run(main())
 
 
-def test_nobody_is_left_waiting_for_a_client_that_is_gone() -> None:
+def test_no_one_waits_for_a_disconnected_client() -> None:
     ended = list[str]()
 
     async def work(name: str, error: Exception | None = None) -> None:

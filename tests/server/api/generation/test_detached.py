@@ -1,4 +1,4 @@
-"""Turns without a connection: whenever they are cancelled, all that is told of them agrees."""
+"""Turns without a connection: whenever they are cancelled, all reports agree."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ async def service_of(folder: Path, data: Path) -> AsyncIterator[Service]:
 
 
 async def respond(service: Service, **changes: object) -> Stream:
-    """A response in the background."""
+    """A background response."""
     body = ResponseRequest.model_validate(BODY | {"background": True} | changes)
     request = Request(scope_of(), Client().receive)
     made = await create_response(body, request, service, CALLER)
@@ -67,7 +67,8 @@ async def last_event(stream: Stream) -> dict[str, Any]:
 
 
 async def check_agrees(service: Service, stream: Stream) -> str:
-    """What is stored is what the last event and the stream's status say. Returns its status."""
+    """The stored response agrees with the last event and the stream's status. Returns its
+    status."""
     await check_nothing_held(service)
     found = await stored(service, stream.id)
     assert (await last_event(stream))["response"] == found
@@ -96,7 +97,7 @@ def test_a_response_is_cancelled_at_any_step(folder: Path, tmp_path: Path, num_s
 def test_a_response_is_cancelled_while_it_is_committed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """What is complete on the disk is complete; what could not be written is cancelled."""
+    """What is complete on disk is complete; what could not be written is cancelled."""
 
     async def main() -> None:
         async with service_of(folder, tmp_path) as service:

@@ -1,4 +1,4 @@
-"""What a request's body and the settings decide, before anything is looked up."""
+"""Generation parameters from a request's body and the settings."""
 
 import asyncio
 from pathlib import Path
@@ -39,7 +39,7 @@ def asked(**changes: object) -> CompletionRequest:
 
 @pytest.fixture(scope="module")
 def read(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What is read of each body, or the error that refuses it."""
+    """Parameters read from each body, or the error that rejects it."""
     data = tmp_path_factory.mktemp("data")
     settings = tiny_settings(tiny_checkpoint, data, **LIMITS, model_name="tiny")
 

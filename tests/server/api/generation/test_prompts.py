@@ -1,4 +1,4 @@
-"""Prompts as tokens: where a conversation begins, and where one goes on."""
+"""Prompts as tokens: where a conversation begins, and where one continues."""
 
 import asyncio
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def texts(service: Service, *texts: str | list[int]) -> TextPrompt:
     return TextPrompt(service, texts)
 
 
-def test_a_text_begins_with_the_models_first_token_and_goes_on_without(tmp_path: Path) -> None:
+def test_a_text_begins_with_the_models_first_token_and_continues_without(tmp_path: Path) -> None:
     async def main(service: Service) -> None:
         tokens = service.checkpoint.tokenizer.encode("the cat")
         [bos, *ids] = (await texts(service, "the cat").read(Continuation()))[0]
@@ -87,7 +87,7 @@ def chat(service: Service, messages: Sequence[tuple[str, str]], param: str) -> C
     return ChatPrompt(service, [ChatMessage(role, text) for role, text in messages], param)
 
 
-def test_a_chat_begins_and_goes_on_as_the_template_says(tmp_path: Path) -> None:
+def test_a_chat_begins_and_continues_by_the_template(tmp_path: Path) -> None:
     async def main(service: Service) -> None:
         decode = service.checkpoint.tokenizer.decode
         first = chat(service, [("user", "the cat")], "messages")

@@ -1,4 +1,4 @@
-"""Queues of events: order, who reads late, who reads slowly."""
+"""Event queues: order, late readers, slow readers."""
 
 import asyncio
 
@@ -34,7 +34,7 @@ def test_events_come_as_they_were_put() -> None:
         queue.pop()
 
 
-def test_what_nobody_reads_is_put_together() -> None:
+def test_unread_texts_are_merged() -> None:
     queue = EventQueue()
     for number in range(5000):
         queue.put(delta(number, "ab"[number % 2]))
@@ -61,7 +61,7 @@ def test_after_a_pause_events_come_apart_again() -> None:
     assert queue.pop() == [delta(2)]
 
 
-def test_texts_come_together_and_what_is_no_text_alone() -> None:
+def test_texts_are_merged_and_other_events_are_not() -> None:
     queue = EventQueue()
     scored, failed = PromptScored("a", (Token(0),)), Failed("a", "no")
     for event in (scored, delta(1), delta(2, "b"), delta(3), failed, delta(4, "c"), STOPPED):
@@ -92,7 +92,7 @@ def test_a_reader_waits_for_the_next_event() -> None:
     asyncio.run(main())
 
 
-def test_a_silence_is_told_once_it_has_been_long_enough() -> None:
+def test_a_silence_is_reported_once_it_is_long_enough() -> None:
     async def main() -> None:
         queue, loop = EventQueue(), asyncio.get_running_loop()
         for number in range(10):  # each ends the silence before it is long enough
@@ -104,7 +104,7 @@ def test_a_silence_is_told_once_it_has_been_long_enough() -> None:
             assert not await queue.wait(0.1)
             assert loop.time() - started >= 0.1
         loop.call_later(0.2, queue.put, delta(0))
-        assert await queue.wait()  # whoever does not ask is not told
+        assert await queue.wait()  # only readers that ask for silence are woken
         queue.close()
 
     asyncio.run(main())

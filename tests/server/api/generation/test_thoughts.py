@@ -1,4 +1,4 @@
-"""Thoughts are counted by the token, however their events come."""
+"""Tokens of thoughts are counted correctly, however their events are merged."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A turn: opened or refused, committed or abandoned, and what it holds meanwhile."""
+"""A turn: opened or rejected, committed or abandoned, and the resources it holds meanwhile."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -64,7 +64,7 @@ async def admitted(service: Service, *args: Any, **changes: Any) -> AdmittedTurn
 
 
 async def run(service: Service, turn: AdmittedTurn, body: str | None = None) -> Answer:
-    """To its end, and close it."""
+    """Run to the end, and close."""
     answer = Answer(turn, service.checkpoint.tokenizer, "cmpl-1")
     async for events in turn.events():
         for event in events or ():
@@ -175,7 +175,7 @@ def test_a_response_whose_beginning_cannot_be_stored_is_not_made(
 def test_no_turn_begins_once_the_server_drains(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even one that was being opened then."""
+    """Not even one that is just being opened."""
 
     async def main() -> None:
         async with running_service(tiny_settings(tiny_checkpoint, tmp_path), tmp_path) as service:
@@ -221,7 +221,7 @@ def test_turns_that_open_together_are_no_more_streams_than_may_run(
 
 
 @pytest.mark.parametrize("pending", [False, True])
-def test_whoever_is_cancelled_while_a_turn_opens_holds_nothing(
+def test_a_caller_cancelled_while_a_turn_opens_holds_nothing(
     tiny_checkpoint: Path, tmp_path: Path, pending: bool
 ) -> None:
     async def main() -> None:
@@ -277,7 +277,7 @@ def test_choices_have_requests_of_their_own(tiny_checkpoint: Path, tmp_path: Pat
     asyncio.run(main())
 
 
-def test_half_a_character_only_matters_where_text_goes_on(
+def test_an_incomplete_character_only_matters_if_the_text_continues(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     async def main() -> None:
@@ -296,7 +296,7 @@ def test_half_a_character_only_matters_where_text_goes_on(
 
 
 class Work:
-    """Work with one step in the middle, at which it waits."""
+    """Work that blocks at a step in the middle."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.reached, self.go = asyncio.Event(), asyncio.Event()
