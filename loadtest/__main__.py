@@ -1,4 +1,4 @@
-"""The command line."""
+"""Load tests for servers with OpenAI's API, and verification of latentd's guarantees."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Prompts and answers together over HTTP, next to each alone; a long prompt among streams.
+"""Prefill and decode mixed over HTTP, next to each alone; a long prompt among streams.
 
     python -m loadtest.bench_mixed --dtype float32 --dtype int8
 
@@ -33,20 +33,20 @@ FLAGS = ("--prefix-cache-bytes", "0", "--log-level", "warning", "--device", "cpu
 
 
 class Streams(NamedTuple):
-    """What clients saw of streams that began together."""
+    """A client's view of streams that began together."""
 
     seconds: float
     num_tokens: int
     first_s: list[float]
-    """Until the first token, of each."""
+    """Seconds to the first token, per stream."""
 
     gaps_s: list[float]
-    """Between tokens, of all."""
+    """Seconds between tokens, over all streams."""
 
 
 @dataclass
 class Server:
-    """A server under measurement, and what was measured by name, once a round."""
+    """A server under measurement, with its measurements by name, one per round."""
 
     name: str
     port: int
@@ -58,7 +58,7 @@ class Server:
             self.found.setdefault(name, []).append(value)
 
     async def streams(self, count: int, prompt_tokens: int, tokens: int) -> Streams:
-        """So many streams of random prompts, each with so many tokens."""
+        """`count` streams of random prompts, each with `tokens` tokens."""
         times: list[list[float]] = [[] for _ in range(count)]
         started = time.perf_counter()
         done = [self._stream(prompt_tokens, tokens, own) for own in times]
@@ -69,8 +69,8 @@ class Server:
         return Streams(seconds, num_tokens, [each[0] - started for each in own if each], gaps)
 
     async def long_prompt(self, prompt_tokens: int, running: int) -> tuple[list[float], float]:
-        """While one is read among running streams: the gaps between their tokens, and their tokens
-        per second."""
+        """While a long prompt is read among running streams: the gaps between their tokens, and
+        their tokens per second."""
         times: list[list[float]] = [[] for _ in range(running)]
         tasks = [asyncio.create_task(self._stream(4, 20_000, own)) for own in times]
         await self._stream(4, 30, [])  # until all of them run
@@ -119,7 +119,7 @@ async def long(each: Server) -> None:
 
 
 async def rates(each: Server) -> None:
-    """Sessions that generate, and nothing else."""
+    """Sessions that only decode."""
     one = await each.streams(1, 1, 48)
     many = await each.streams(32, 1, 24)
     each.note(
@@ -162,7 +162,7 @@ def server(checkout: Path, *flags: str) -> Iterator[int]:
 
 
 def report(servers: Mapping[str, Server]) -> None:
-    """Medians with the smallest and the largest value; ratios of the first server to the second."""
+    """Medians with minimum and maximum; ratios of the first server to the second."""
     ours, *others = servers.values()
     for name, values in ours.found.items():
         line = f"  {name:22} {_spread(values)}"
@@ -180,9 +180,9 @@ def _spread(values: list[float]) -> str:
 
 
 def main(
-    dtype: Annotated[list[str], typer.Option(help="Of the weights; several may be given.")],
+    dtype: Annotated[list[str], typer.Option(help="Dtype of the weights; repeatable.")],
     rounds: Annotated[int, typer.Option(help="Repetitions; medians are shown.")] = 5,
-    part: Annotated[list[str], typer.Option(help="Of what is measured.")] = [*PARTS],  # noqa: B006
+    part: Annotated[list[str], typer.Option(help="Parts to measure; repeatable.")] = [*PARTS],  # noqa: B006
     latency_ms: Annotated[float, typer.Option(help="--inter-token-latency-ms.")] = 100.0,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder of another model of 50,000 tokens or more.")

@@ -2,8 +2,8 @@
 
     python -m loadtest.bench_model
 
-Random weights, the published configuration (124.9 M parameters), its weights in each dtype. Both
-forms run in turn in one process, so that a ratio does not depend on how busy the machine is.
+Random weights, the published configuration (124.9 M parameters), in each dtype. Both forms alternate
+in one process, so that ratios do not depend on other load.
 """
 
 import copy
@@ -27,7 +27,7 @@ NUM_SESSIONS = (1, 8, 32)
 
 
 def alternate(rounds: int, *tasks: Callable[[], object]) -> list[float]:
-    """Median seconds of each task, run in turn."""
+    """Median seconds of each task, alternating."""
     times: list[list[float]] = [[] for _ in tasks]
     for task in tasks:
         task()
@@ -40,14 +40,14 @@ def alternate(rounds: int, *tasks: Callable[[], object]) -> list[float]:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second that summing a large array reaches."""
+    """Bytes per second when summing a large array."""
     x = torch.ones(64 << 20)
     [seconds] = alternate(7, lambda: x.sum())
     return x.nbytes / seconds
 
 
 def product_rate(network: LanguageModel, tokens: int) -> float:
-    """Multiply-adds per second, times two, of the plain matrix products of a prefill."""
+    """Floating-point operations per second of the plain matrix products of a prefill."""
     weights = [p for p in network.parameters() if p.dim() == 2][1:]
     inputs = {w.shape[1]: torch.randn(tokens, w.shape[1]) for w in weights}
 
@@ -63,7 +63,7 @@ def product_rate(network: LanguageModel, tokens: int) -> float:
 def measure(
     dtype: WeightDtype, network: LanguageModel, prompt_tokens: int, rounds: int, *, compare: bool
 ) -> None:
-    """Print what the network does with its weights in one dtype."""
+    """Measure and print one weight dtype."""
     config, served = network.config, copy.deepcopy(network).pack(dtype)
     ids = torch.randint(config.vocab_sz, (1, prompt_tokens))
     pool = served.new_pool(max(NUM_SESSIONS))
@@ -93,7 +93,7 @@ def measure(
         ours = against(step, partial(theirs.step, tokens), 4 * rounds)
         single = single or ours
         print(
-            f"  decode, {count:2} sessions: {1e3 * ours:.1f} ms a step, "
+            f"  decode, {count:2} sessions: {1e3 * ours:.1f} ms per step, "
             f"{count / ours:.1f} tokens/s, {count * single / ours:.1f}x of one"
         )
         if count == 1:

@@ -1,11 +1,11 @@
-"""What a client sees of another key that asks for as much as it may: its times alone and beside it.
+"""Impact of one key at its limits on another client: the client's latencies alone and with it.
 
     python -m loadtest.bench_neighbour --against ../before
 
-A server of the default model and two keys. The one client asks for a few tokens again and again,
-or has a small source compiled; the other one sends, in turn, one request of 256 prompts, long
-prompts, long texts to be tokenised, and sources that are slow to compile. With `--against FOLDER`,
-another checkout of this repository, its server has the same done to it first.
+A server of the default model and two keys. One client repeatedly requests a few tokens, or compiles
+a small grammar; the other one sends, in turn, one request of 256 prompts, long prompts, long texts
+to tokenise, and grammars that are slow to compile. With `--against FOLDER`, another checkout of this
+repository, its server is measured first.
 """
 
 import http.client
@@ -27,7 +27,7 @@ NEIGHBOUR, CLIENT = "key-of-the-neighbour", "key-of-the-client"
 FLAGS = ("--api-key", NEIGHBOUR, "--api-key", CLIENT, "--log-level", "warning")
 PATIENCE_S = 30.0
 Body = Callable[[int], tuple[str, dict[str, object]]]
-"""Path and body of the request of a number."""
+"""Path and body of the n-th request."""
 
 
 def crowd(number: int) -> tuple[str, dict[str, object]]:
@@ -64,7 +64,7 @@ KINDS: dict[str, tuple[Body, int, Body]] = {
     "8 texts of 870 kB": (long_text, 8, few_tokens),
     "8 slow sources": (slow_source, 8, small_source),
 }
-"""What the neighbour sends, how often at the same time, and what the client asks for."""
+"""The neighbour's requests, their concurrency, and the client's request."""
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def server(folder: Path) -> Iterator[int]:
 
 
 def ask(port: int, key: str, path: str, body: bytes, timeout_s: float) -> int:
-    """The answer's status."""
+    """Status of the response."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     try:
@@ -101,7 +101,7 @@ def ask(port: int, key: str, path: str, body: bytes, timeout_s: float) -> int:
 
 
 def times(port: int, body: Body, seconds: float, start: int) -> tuple[list[float], int]:
-    """Seconds that each of the client's requests takes, and how many were refused or unanswered."""
+    """Seconds of each of the client's requests, and how many were rejected or unanswered."""
     measured, bad, number, end = list[float](), 0, start, time.monotonic() + seconds
     while time.monotonic() < end:
         number += 1
@@ -118,7 +118,7 @@ def times(port: int, body: Body, seconds: float, start: int) -> tuple[list[float
 
 @contextmanager
 def beside(port: int, body: Body, count: int) -> Iterator[None]:
-    """While the block runs, the neighbour has so many requests there."""
+    """Within the context, the neighbour keeps `count` requests in flight."""
     stop = threading.Event()
 
     def send(first: int) -> None:
@@ -163,7 +163,7 @@ def measure(folder: Path, seconds: float) -> None:
 
 
 def main(
-    seconds: Annotated[float, typer.Option(help="Of each measurement.")] = 8.0,
+    seconds: Annotated[float, typer.Option(help="Seconds per measurement.")] = 8.0,
     against: Annotated[Path | None, typer.Option(help="Another checkout.")] = None,
 ) -> None:
     """Measure."""

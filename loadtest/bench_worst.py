@@ -1,10 +1,10 @@
-"""What the most that one request may ask for costs another client: the gaps between its tokens.
+"""Impact of the most expensive requests on another client: the gaps between its tokens.
 
     python -m loadtest.bench_worst
 
-A server of the default model. One client reads a plain stream: alone, beside a plain request of 16
-choices, and beside requests of 16 choices that each ask for the most of something. Interleaved, for
-several rounds; of each the median of its rounds is shown.
+A server of the default model. One client reads a plain stream: alone, next to a plain request of 16
+choices, and next to requests of 16 choices with one parameter at its limit each. Interleaved over
+several rounds; medians are shown.
 """
 
 import asyncio
@@ -24,8 +24,7 @@ from loadtest.bench_http import PROMPT, server, stream
 
 CHOICES = 16
 WARM_TOKENS = 120
-"""Of the other client's stream, while the request beside it begins and REPEATED comes to 1,000
-characters."""
+"""Tokens of the other client's stream, during which REPEATED grows to 1,000 characters."""
 
 REPEATED = " something"
 """A long token."""
@@ -34,10 +33,10 @@ Body = dict[str, object]
 
 
 def requests(repeated: int, vocab_size: int) -> dict[str, Body]:
-    """The most that is allowed, by what it is. `repeated` is the id of REPEATED."""
+    """Requests with the maximum of each parameter, by name. `repeated` is the id of REPEATED."""
     held = REPEATED * (1000 // len(REPEATED))
     stops = [held + chr(0x4E00 + i) for i in range(16)]
-    # The first holds back all that is like it, where no beginning of the others ends.
+    # The first holds back all similar text, where no prefix of the others ends.
     near = [held + ".", *(stop[-1] + held for stop in stops[1:])]
     ids = range(vocab_size - 300, vocab_size)
     kinds: dict[str, Body] = {
@@ -59,7 +58,7 @@ def requests(repeated: int, vocab_size: int) -> dict[str, Body]:
 
 @contextmanager
 def beside(port: int, body: Body | None) -> Iterator[None]:
-    """While the block runs somebody reads a stream of this request, if there is one."""
+    """Within the context a client reads a stream of this request, if given."""
     if body is None:
         yield
         return
@@ -104,7 +103,9 @@ def gaps(port: int, tokens: int) -> tuple[float, float]:
 
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    tokens: Annotated[int, typer.Option(min=100, help="Of the other client.")] = 300,
+    tokens: Annotated[
+        int, typer.Option(min=100, help="Tokens of the other client's stream.")
+    ] = 300,
     only: Annotated[list[str] | None, typer.Option(help="Only these requests.")] = None,
 ) -> None:
     """Print the gaps of the other client."""

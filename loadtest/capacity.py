@@ -1,4 +1,4 @@
-"""How many requests a second a server answers as its users want it."""
+"""The highest rate of requests at which a server meets its objectives."""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from loadtest.workload import Workload
 
 MAX_DOUBLINGS = 16
 MAX_HALVINGS = 5
-"""A trial at half the rate takes twice as long."""
+"""Limited because a trial at half the rate takes twice as long."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What one rate led to."""
+    """Result of one rate."""
 
     rate: float
     summary: Summary
@@ -32,26 +32,26 @@ class Trial:
 
 @dataclass(frozen=True)
 class Search:
-    """How the highest rate is looked for."""
+    """Parameters of the search."""
 
     objectives: Sequence[Objective]
     share: float
-    """Of the requests, that have to meet them."""
+    """Share of the requests that must meet the objectives."""
 
     first: float
     seconds: float
-    """Of a trial; at least `fewest` requests."""
+    """Duration of a trial; at least `fewest` requests."""
 
     fewest: int
     precision: float
-    """The search ends when the rates that hold and fail differ by this share."""
+    """The search ends when the highest good and the lowest bad rate differ by this fraction."""
 
 
 async def search(server: Target, load: Workload, how: Search, seed: int) -> list[Trial]:
     """Trials from the first rate up (or down) by doubling, then by bisection.
 
-    Each has requests and moments of its own. A trial that fails is not continued by the next one
-    before all of its requests are answered.
+    Each has its own requests and times. After a failed trial all requests are answered before the
+    next one starts.
     """
     trials = list[Trial]()
 
@@ -78,7 +78,7 @@ async def search(server: Target, load: Workload, how: Search, seed: int) -> list
             break
         low, high = high, 2 * high
     else:
-        raise RuntimeError(f"even {low:g} requests/s are answered well: begin at a higher --rate")
+        raise RuntimeError(f"even {low:g} requests/s meet the objectives: begin at a higher --rate")
     for _ in range(MAX_HALVINGS):
         if low:
             break
@@ -97,7 +97,7 @@ async def search(server: Target, load: Workload, how: Search, seed: int) -> list
 
 
 def highest(trials: Sequence[Trial]) -> Trial:
-    """The one with the highest rate that holds."""
+    """The trial with the highest rate that meets the objectives."""
     return max((trial for trial in trials if trial.holds), key=lambda trial: trial.rate)
 
 
@@ -106,7 +106,7 @@ def draw(path: Path, trials: Sequence[Trial], how: Search) -> None:
     by_rate = sorted(trials, key=lambda trial: trial.rate)
     best = highest(trials)
     goals = ", ".join(str(each) for each in how.objectives)
-    x = charts.Axis("requests sent a second", log=True)
+    x = charts.Axis("requests sent per second", log=True)
     title = (
         f"Capacity: {best.rate:.3g} requests/s, {best.summary.output_tokens_per_s:,.0f} tokens/s"
     )
@@ -153,10 +153,14 @@ def capacity(
     attainment: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the requests that must meet them.")
     ] = 0.95,
-    rate: Annotated[float, typer.Option(min=0.001, help="The first, requests a second.")] = 1.0,
+    rate: Annotated[
+        float, typer.Option(min=0.001, help="First rate in requests per second.")
+    ] = 1.0,
     seconds: Annotated[float, typer.Option(min=1, help="Of a trial.")] = 20.0,
-    fewest: Annotated[int, typer.Option(min=1, help="Requests of a trial at least.")] = 20,
-    precision: Annotated[float, typer.Option(min=0.01, help="Of the rate, as a share.")] = 0.1,
+    fewest: Annotated[int, typer.Option(min=1, help="Minimum requests per trial.")] = 20,
+    precision: Annotated[
+        float, typer.Option(min=0.01, help="Precision of the rate, as a fraction.")
+    ] = 0.1,
     out: options.Out = None,
     svg: options.Svg = False,
     prompt: options.Prompt = options.PROMPT,

@@ -1,4 +1,4 @@
-"""Sessions by the thousand: created, parked and resumed at random; what each tier holds."""
+"""Thousands of sessions, created, parked and resumed at random; the content of each tier."""
 
 import random
 import tempfile
@@ -30,7 +30,7 @@ TIERS = ("device", "host", "store")
 
 @dataclass(frozen=True)
 class Count:
-    """What was seen with so many sessions."""
+    """Measurements at one number of sessions."""
 
     sessions: int
     resident_bytes: int
@@ -38,10 +38,10 @@ class Count:
     tier_bytes: dict[str, int]
     disk_bytes: int
     create_s: dict[str, float]
-    """Percentiles, as are those below."""
+    """Percentiles, like those below."""
 
     first_s: dict[str, dict[str, float]]
-    """Seconds to the first token of resumed ones, by the tier that they were in."""
+    """Seconds to the first token of resumed sessions, by their tier."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Resumed:
 
 
 def counts_up_to(most: int) -> Iterator[int]:
-    """Where to measure on the way to so many sessions."""
+    """Numbers of sessions at which to measure."""
     yield from (count for count in (100, 300, 1_000, 3_000, 10_000, 30_000) if count < most)
     yield most
 
 
 class Crowd:
-    """All sessions of a server, and for each the turn that it was acknowledged to be at."""
+    """All sessions of a server, each with its last acknowledged turn."""
 
     def __init__(self, client: httpx.Client, seed: int) -> None:
         self._client = client
@@ -65,14 +65,14 @@ class Crowd:
         self.turns: dict[str, int] = {}
 
     def create(self, count: int) -> list[float]:
-        """So many more, with a turn each: seconds that each creation took."""
+        """Create sessions with one turn each; the seconds of each creation."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
             made = list(pool.map(lambda _: self._begin(), range(count)))
         self.turns |= {session_id: 1 for session_id, _ in made}
         return [seconds for _, seconds in made]
 
     def resume(self, count: int) -> list[Resumed]:
-        """A turn of random ones, half of them among the last ten that were resumed."""
+        """Turns of random sessions, half of them among the ten most recently resumed."""
         found, recent = list[Resumed](), list[str]()
         everyone = list(self.turns)
         for _ in range(count):
@@ -83,7 +83,7 @@ class Crowd:
         return found
 
     def check(self, count: int) -> None:
-        """Raises RuntimeError unless random sessions are where they were acknowledged to be."""
+        """Raises RuntimeError unless random sessions are at their acknowledged turns."""
         for session_id in self._chance.sample(list(self.turns), min(count, len(self.turns))):
             turn = self._look(session_id)["turn"]
             if turn != self.turns[session_id]:
@@ -121,7 +121,7 @@ class Crowd:
 def measure(
     server: ServerProcess, client: httpx.Client, data: Path, sessions: int, probes: int, seed: int
 ) -> Iterator[Count]:
-    """At each number of sessions on the way to the last."""
+    """Measure at each number of sessions up to the last."""
     crowd = Crowd(client, seed)
     for count in counts_up_to(sessions):
         created = crowd.create(count - len(crowd.turns))
@@ -186,16 +186,18 @@ def draw(path: Path, counts: Sequence[Count]) -> None:
 
 
 def many_sessions(
-    sessions: Annotated[int, typer.Option(min=2, help="How many in the end.")] = 10_000,
-    probes: Annotated[int, typer.Option(min=1, help="Resumed at each number of sessions.")] = 200,
+    sessions: Annotated[int, typer.Option(min=2, help="Final number of sessions.")] = 10_000,
+    probes: Annotated[
+        int, typer.Option(min=1, help="Sessions to resume at each measurement.")
+    ] = 200,
     checkpoint: options.Checkpoint = PRETRAINED,
     out: options.Out = None,
     svg: options.Svg = False,
     seed: options.Seed = 0,
 ) -> None:
-    """Create sessions by the thousand, park and resume them at random: bytes by tier.
+    """Create thousands of sessions, park and resume them at random: bytes by tier.
 
-    Each turn expects the one that was acknowledged before, and so verifies it.
+    Each turn expects the last acknowledged one, and thus verifies it.
     """
     if out is not None:
         charts.require()

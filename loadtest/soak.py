@@ -1,4 +1,4 @@
-"""Whether a server under a steady load keeps what it should have given back."""
+"""Whether a server under a steady load leaks resources."""
 
 import asyncio
 import tempfile
@@ -26,29 +26,29 @@ from tests.server.processes import ServerProcess, server_process
 MIB = 1 << 20
 HOUR_S = 3600.0
 SETTLED = 0.2
-"""Share of the time before slopes are taken: caches fill and allocators grow first."""
+"""Share of the time excluded from slopes: caches fill and allocators grow first."""
 
 SETTLE_S = 3
-"""After the last answer, before it is seen whether anything still runs."""
+"""Seconds between the last answer and the check that nothing still runs."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """At the server's process, at a moment of `time.perf_counter`."""
+    """A sample of the server's process, at a time of `time.perf_counter`."""
 
     at: float
     held: Held
 
 
 async def watch(pid: int, every_s: float, looks: list[Look]) -> None:
-    """Look until cancelled."""
+    """Sample until cancelled."""
     while True:
         looks.append(Look(time.perf_counter(), held(pid)))
         await asyncio.sleep(every_s)
 
 
 def slopes(looks: Sequence[Look]) -> dict[str, Interval]:
-    """Growth an hour of what the process holds, once it has settled."""
+    """Growth per hour of the process's resources, after the start."""
     settled = looks[int(SETTLED * len(looks)) :]
     hours = [(look.at - looks[0].at) / HOUR_S for look in settled]
     columns = {
@@ -62,7 +62,7 @@ def slopes(looks: Sequence[Look]) -> dict[str, Interval]:
 async def soaked(
     server: ServerProcess, load: Workload, *, rate: float, seconds: float, every_s: float, seed: int
 ) -> tuple[list[Sample], list[Look], list[str]]:
-    """Samples, looks, and what is left running that should not be."""
+    """Samples of requests and of the process, and what still runs at the end."""
     looks = list[Look]()
     async with target(server.url, Access(ignore_eos=True), load.sessions) as asked:
         await warm_up(asked, load)
@@ -113,9 +113,11 @@ def draw(
 
 
 def soak(
-    rate: Annotated[float, typer.Option(min=0.01, help="Requests a second, Poisson.")] = 1.0,
-    minutes: Annotated[float, typer.Option(min=0.1, help="For how long.")] = 120.0,
-    every_s: Annotated[float, typer.Option(min=0.05, help="Seconds between looks.")] = 1.0,
+    rate: Annotated[float, typer.Option(min=0.01, help="Requests per second (Poisson).")] = 1.0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Duration in minutes.")] = 120.0,
+    every_s: Annotated[
+        float, typer.Option(min=0.05, help="Seconds between samples of the process.")
+    ] = 1.0,
     checkpoint: options.Checkpoint = PRETRAINED,
     slo: options.Objectives = None,
     prompt: options.Prompt = options.PROMPT,

@@ -88,7 +88,8 @@ def _parameters_from_settings(command: Callable[..., None]) -> Callable[..., Non
 def serve(**given: Any) -> None:
     """Serve a model over HTTP until SIGTERM or Ctrl-C.
 
-    Environment variables do the same: LATENTD_DATA_DIR is --data-dir, LATENTD_CHECKPOINT is MODEL.
+    Options can also be set by environment variables: LATENTD_DATA_DIR for --data-dir, and so on;
+    LATENTD_CHECKPOINT for MODEL.
     """
     started = time.monotonic()
     try:
@@ -119,7 +120,9 @@ def chat(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum tokens per answer.")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, max=10, help="0: greedy.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=10, help="Sampling temperature; 0: greedy.")
+    ] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Nucleus sampling.")] = None,
     top_k: Annotated[
         int | None, typer.Option(min=0, help="Sample from the k most probable tokens; 0: all.")
@@ -156,7 +159,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     checkpoint: Folder = PRETRAINED,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens to generate.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, max=10, help="0: greedy.")] = (0.7),
+    temperature: Annotated[
+        float, typer.Option(min=0, max=10, help="Sampling temperature; 0: greedy.")
+    ] = (0.7),
     top_k: Annotated[
         int, typer.Option(min=0, help="Sample from the k most probable tokens; 0: all.")
     ] = 0,

@@ -195,7 +195,7 @@ class Settings(BaseSettings):
         1024, ge=0, description="Default max_completion_tokens of a chat."
     )
     max_logprobs: Annotated[int, Group.KEYS] = Field(
-        20, ge=0, description="Maximum number of most probable tokens per position."
+        20, ge=0, description="Maximum number of alternatives with log-probabilities per position."
     )
     max_n: Annotated[int, Group.KEYS] = Field(16, ge=1, description="Maximum choices per prompt.")
     max_stop: Annotated[int, Group.KEYS] = Field(
@@ -326,9 +326,9 @@ class Settings(BaseSettings):
     key_requests_per_minute: Annotated[int | None, Group.KEYS] = Field(
         None,
         ge=1,
-        description="Prompt-processing or generating requests per minute and key, unless the key "
-        "file says otherwise; default: no limit. Without keys, all clients together count as one "
-        "key.",
+        description="Requests that read, generate or copy states, per minute and key, unless the "
+        "key file says otherwise; default: no limit. Without keys, all clients together count as "
+        "one key.",
     )
     key_tokens_per_minute: Annotated[int | None, Group.KEYS] = Field(
         None,

@@ -22,12 +22,12 @@ from loadtest.chaos.scripts import (
 )
 
 POLL_S = 0.02
-"""Between two looks at a response in the background."""
+"""Seconds between polls of a background response."""
 
 
 @dataclass(frozen=True)
 class TurnResult:
-    """What a turn says, but for what depends on caches and on the hour."""
+    """Result of a turn, without what depends on caches and times."""
 
     text: str
     finish_reason: str | None
@@ -43,36 +43,36 @@ class Client:
     def __init__(self, number: int) -> None:
         self.number = number
         self.life = 0
-        """How often it has come to the end of its script."""
+        """Number of times the script was completed."""
 
         self.sessions: dict[str, str] = {}
         """Ids by name."""
 
         self.responses: dict[str, str] = {}
-        """Ids by name, also of one whose end was not seen."""
+        """Ids by name, including one whose end was not received."""
 
         self.erased: list[str] = []
-        """Ids of responses that must not be there any more."""
+        """Ids of responses that must no longer exist."""
 
         self.on_last_token: Callable[[], object] = lambda: None
         """Called when a stream shows its last token, before its end."""
 
         self.phase = ""
-        """Where the running step is, as far as can be seen from here."""
+        """Phase of the running step, as far as it is visible to the client."""
 
         self.text = ""
-        """What the running step's answer has said so far."""
+        """Text of the running step's answer so far."""
 
         self.is_created = False
-        """Whether the running step's response in the background has been acknowledged."""
+        """Whether the running step's background response has been acknowledged."""
 
         self.replayed = False
-        """Whether the last turn's answer was one that the server had kept."""
+        """Whether the last turn's answer was replayed by the server."""
 
     async def run(
         self, http: httpx.AsyncClient, step: Step, key: str
     ) -> TurnResult | SeenResponse | None:
-        """Run a step; a turn and a response have an answer."""
+        """Run a step; turns and responses have a result."""
         self.phase, self.text = type(step).__name__.lower(), ""
         self.replayed = self.is_created = False
         match step:
@@ -99,7 +99,7 @@ class Client:
         return None
 
     def notes(self, name: str) -> dict[str, str]:
-        """The metadata of what gets this name."""
+        """Metadata of the object with this name."""
         return {"client": f"{self.number}", "life": f"{self.life}", "name": name}
 
     async def _create(
@@ -123,7 +123,8 @@ class Client:
             return await self._read_turn(response, step.body["max_tokens"])
 
     async def _read_turn(self, response: httpx.Response, max_tokens: int) -> TurnResult:
-        """A stream. The event with a reason acknowledges the turn, whatever happens after it."""
+        """Read a stream. The event with a finish reason acknowledges the turn, whatever happens
+        afterwards."""
         answer = None
         try:
             async for event in _events(response):
@@ -163,7 +164,7 @@ class Client:
     async def _stream_response(
         self, http: httpx.AsyncClient, step: Respond, body: dict[str, Any]
     ) -> Any:
-        """The response as its last event has it; of one to be cancelled, after the first text."""
+        """The response in its last event; of one to be cancelled, after the first text."""
         where = "background" if step.is_background else "response"
         self.phase = f"{where} prefill"
         found, num_tokens = None, 0

@@ -15,23 +15,27 @@ from model import PRETRAINED
 
 
 def chaos(
-    kills: Annotated[int, typer.Option(min=0, help="How often a server is killed.")] = 200,
-    servers: Annotated[int, typer.Option(min=1, help="At a time, on a data folder each.")] = 4,
+    kills: Annotated[int, typer.Option(min=0, help="Number of kills.")] = 200,
+    servers: Annotated[
+        int, typer.Option(min=1, help="Concurrent servers, each with its own data folder.")
+    ] = 4,
     clients: Annotated[
-        int, typer.Option(min=1, help="Of a server; each has sessions and responses of its own.")
+        int,
+        typer.Option(min=1, help="Clients per server, each with its own sessions and responses."),
     ] = 16,
     left: Annotated[
-        int, typer.Option(min=0, help="Of a server, that leave in the middle of streams.")
+        int,
+        typer.Option(min=0, help="Clients per server that disconnect in the middle of streams."),
     ] = 8,
-    slow: Annotated[int, typer.Option(min=0, help="Of a server, that read slowly.")] = 2,
+    slow: Annotated[int, typer.Option(min=0, help="Clients per server that read slowly.")] = 2,
     checkpoint: options.Checkpoint = PRETRAINED,
     out: options.Out = None,
     seed: options.Seed = 0,
 ) -> None:
-    """Kill latentd servers with kill -9 under load, storms of disconnects and slow readers.
+    """Kill latentd servers with kill -9 under load, with disconnects and slow readers.
 
-    Every acknowledged turn must be there after the restart, no other one, and bit for bit as of a
-    server that nobody killed. Ends with status 1 if anything was not as it must be.
+    After a restart every acknowledged turn must be there and no other one, bit for bit as on a
+    server that was not killed. Exit status 1 if anything is wrong.
     """
     with tempfile.TemporaryDirectory() as folder:
         tally = asyncio.run(

@@ -1,4 +1,4 @@
-"""Clients that leave in the middle of their streams, and clients that read them slowly."""
+"""Clients that disconnect in the middle of their streams, and clients that read slowly."""
 
 import asyncio
 import json
@@ -18,35 +18,36 @@ from loadtest.chaos.totals import COMPLETIONS, Totals
 from loadtest.client import events
 
 NOBODY = -1
-"""The client's number in the notes of their sessions: none of those that follow scripts."""
+"""Client number in the metadata of their sessions; not used by scripted clients."""
 
 MAX_EVENTS = 20
-"""Of a stream before its client leaves."""
+"""Events read before the client disconnects."""
 
 POLL_S = 0.02
 SLOW_PROMPT = "the cat sat on"
 SLOW_TOKENS = 300
 SLOW_S = 0.01
-"""Between two events that are read."""
+"""Seconds between two events that are read."""
 
 RECEIVE_BYTES = 4096
-"""Of a slow reader's socket: what more it is sent waits in the server."""
+"""Socket buffer of a slow reader: further data waits in the server."""
 
 
 @dataclass
 class Left:
-    """A session whose turns are left again and again, and the turn it was acknowledged to be at."""
+    """A session whose turns are repeatedly abandoned, and its acknowledged turn."""
 
     number: int
     id: str = ""
     turn: int = 0
     is_in_flight: bool = False
-    """A turn was sent, and its end not seen: it may be committed when its server was killed."""
+    """A turn was sent without receiving its end: it may have been committed when its server was
+    killed."""
 
     async def play(
         self, http: httpx.AsyncClient, totals: Totals, tally: Tally, chance: random.Random
     ) -> None:
-        """Run a turn to its end, then leave one, until the server is gone."""
+        """Run a turn to its end, then abandon one, until the server is gone."""
         try:
             if not self.id:
                 notes = {"client": f"{NOBODY}", "life": "0", "name": f"left {self.number}"}
@@ -61,7 +62,7 @@ class Left:
             tally.problems.append(("refused", f"{self}: {error}"))
 
     async def check(self, http: httpx.AsyncClient, tally: Tally) -> None:
-        """See where a new server has the session."""
+        """Check the session's turn on a new server."""
         if not self.id:
             return
         turn = check(await http.get(f"/v1/sessions/{self.id}")).json()["turn"]
@@ -81,7 +82,7 @@ class Left:
     async def _left_turn(
         self, http: httpx.AsyncClient, tally: Tally, chance: random.Random
     ) -> None:
-        """It has no end that a client could have seen, so it must leave the session as it was."""
+        """No client could have received its end, so it must leave the session unchanged."""
         body: dict[str, Any] = {"prompt": " and", "max_tokens": ENDLESS, "ignore_eos": True}
         body |= {"stream": True, "session_id": self.id, "expected_turn": self.turn}
         left_after = chance.randrange(MAX_EVENTS)
@@ -104,12 +105,12 @@ class Left:
 
 @dataclass
 class Crowds:
-    """Those of one data folder, from server to server."""
+    """These clients of one data folder, across servers."""
 
     num_left: int
     num_slow: int
     slow_text: str
-    """What the slow readers' stream says in the end."""
+    """Complete text of the slow readers' stream."""
 
     tally: Tally
     chance: random.Random
@@ -119,11 +120,11 @@ class Crowds:
         self.left = [Left(number) for number in range(self.num_left)]
 
     async def check(self, http: httpx.AsyncClient) -> None:
-        """After a restart."""
+        """Check after a restart."""
         await asyncio.gather(*(each.check(http, self.tally) for each in self.left))
 
     async def play(self, http: httpx.AsyncClient, totals: Totals) -> None:
-        """Until the server is gone."""
+        """Run until the server is gone."""
         async with _slow_http(http, totals) as slow:
             await asyncio.gather(
                 *(each.play(http, totals, self.tally, self.chance) for each in self.left),
@@ -151,7 +152,7 @@ class Crowds:
 
 
 async def slow_stream(http: httpx.AsyncClient) -> AsyncIterator[str]:
-    """The texts of the events of the stream that slow readers ask for."""
+    """Texts of the events of the slow readers' stream."""
     body: dict[str, Any] = {"prompt": SLOW_PROMPT, "max_tokens": SLOW_TOKENS, "temperature": 0}
     body |= {"stream": True, "ignore_eos": True, "logprobs": 5}
     async with http.stream("POST", COMPLETIONS, json=body) as answer:
@@ -168,7 +169,7 @@ async def slow_stream(http: httpx.AsyncClient) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def _slow_http(http: httpx.AsyncClient, totals: Totals) -> AsyncIterator[httpx.AsyncClient]:
-    """To the same server, by sockets that hold little."""
+    """A client of the same server with small socket buffers."""
     options = [(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)]
     async with httpx.AsyncClient(
         base_url=http.base_url,

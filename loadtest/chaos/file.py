@@ -1,4 +1,5 @@
-"""The store's file once its server has ended: whole, with what the server accounted for."""
+"""Checks the store's file after its server has exited: complete, and as the server accounted for
+it."""
 
 import json
 import sqlite3
@@ -13,7 +14,7 @@ from loadtest.chaos.tally import Tally
 
 @dataclass(frozen=True)
 class Account:
-    """What a store holds."""
+    """Content of a store."""
 
     sessions: int
     responses: int
@@ -24,7 +25,7 @@ class Account:
 
 
 def check_file(path: Path, expected: Account, players: Sequence[Player], tally: Tally) -> None:
-    """Hold the file against the server's account, and each response against what it must be."""
+    """Compare the file with the server's account, and each response with its expected value."""
     db = sqlite3.connect(path)
     try:
         [integrity] = db.execute("PRAGMA integrity_check").fetchone()
@@ -46,7 +47,7 @@ def check_file(path: Path, expected: Account, players: Sequence[Player], tally: 
 def _check_responses(
     rows: Sequence[tuple[str, str, int]], players: Sequence[Player], tally: Tally
 ) -> None:
-    """Those too whose ids nobody has seen, for their server was killed before it answered."""
+    """Includes responses whose ids nobody received because their server was killed first."""
     erased = {response_id for player in players for response_id in player.erased}
     seen_ids = {response_id for player in players for response_id in player.responses}
     answers = [player.answers() for player in players]

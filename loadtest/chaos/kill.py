@@ -37,22 +37,22 @@ from tests.server.processes import ServerProcess
 
 KEEP = ("--keep-turns", str(KEEP_TURNS))
 FEW_ROWS = ("--warm-sessions", "5")
-"""So that turns begin from warm rows, from host memory and from the store."""
+"""Server settings that make turns start from warm rows, from host memory and from the store."""
 
 MAX_STEPS = 6
-"""Of a client, on average, before its server is killed; most kills come sooner."""
+"""Mean number of steps per client before its server is killed; most kills come sooner."""
 
 STEP_S = 0.1
-"""A kill comes at most so long after a step's end."""
+"""Maximum delay of a kill after a step's end, in seconds."""
 
 AT_LAST_TOKENS = 0.4
 """Share of the kills that wait for the last token of a stream."""
 
 COMMIT_S = 0.008
-"""They come at most so long after it."""
+"""Maximum delay of those kills, in seconds."""
 
 PATIENCE_S = 300
-"""With a server whose machine may have other work."""
+"""Time limit for a server, on a machine that may be busy."""
 
 COMPARED = 0.25
 """Share of the sessions and responses whose states are exported after a restart."""
@@ -69,9 +69,9 @@ async def run(
     slow: int,
     seed: int,
 ) -> Tally:
-    """Kill servers of this checkpoint; the folder gets their data.
+    """Kill servers of this checkpoint; the folder receives their data.
 
-    Each has so many clients with scripts, `left` that leave, and `slow` ones.
+    Each has `clients` scripted clients, `left` that disconnect, and `slow` ones.
     """
     tally = Tally()
     twin = _server(checkpoint, folder / "twin", *KEEP)
@@ -126,7 +126,8 @@ async def _server(checkpoint: Path, data: Path, *flags: str) -> AsyncIterator[Se
 
 
 def _http(server: ServerProcess, totals: Totals) -> httpx.AsyncClient:
-    """A connection for each request: one that is kept may be closed by the server as it is used."""
+    """A new connection per request: an idle one may be closed by the server while it is being
+    used."""
     limits, hooks = httpx.Limits(max_keepalive_connections=0), {"request": [totals.count]}
     return httpx.AsyncClient(
         base_url=server.url, timeout=PATIENCE_S, limits=limits, event_hooks=hooks
@@ -162,7 +163,7 @@ async def _play(http: httpx.AsyncClient, players: list[Player], moment: RunState
 
 
 async def _wait(moment: RunState, most_steps: int, chance: random.Random) -> None:
-    """Until it is time for a kill."""
+    """Wait for the moment of a kill."""
     at_last_token = chance.random() < AT_LAST_TOKENS
     for _ in range(round(most_steps * chance.random() ** 2)):
         await moment.steps.acquire()
@@ -184,7 +185,7 @@ async def _check(
 async def _check_at_the_end(
     server: ServerProcess, players: list[Player], crowds: Crowds, tally: Tally
 ) -> Account:
-    """The server's account of what it holds."""
+    """The server's account of its content."""
     totals = Totals()
     async with _http(server, totals) as http:
         await _check(http, players, 1, random.Random(0))

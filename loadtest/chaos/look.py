@@ -1,4 +1,4 @@
-"""What a server shows of a client's sessions and stored responses, but for ids and times."""
+"""A client's sessions and stored responses on a server, without ids and times."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import httpx
 
 
 class Refused(Exception):
-    """The server did not do what it should have done."""
+    """The server rejected a valid request."""
 
 
 @dataclass(frozen=True)
@@ -33,26 +33,26 @@ class SeenResponse:
     completion_tokens: int = 0
     error: str | None = None
     turn: int = 1
-    """The one at which sessions begin that begin at it."""
+    """Turn of a session that starts from it."""
 
     @property
     def has_state(self) -> bool:
-        """Whether something can go on from it."""
+        """Whether it can be continued."""
         return self.status in ("completed", "incomplete")
 
 
 INTERRUPTED = SeenResponse("failed", "", error="server_error")
-"""A response in the background whose server was killed."""
+"""A background response whose server was killed."""
 
 World = dict[str, SeenSession | SeenResponse]
-"""What a client has, by name."""
+"""A client's objects, by name."""
 
 Verdict = Literal["as acknowledged", "committed", "lost", "half applied"]
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A session of the list, with what its metadata say."""
+    """A listed session, with the content of its metadata."""
 
     id: str
     client: int
@@ -62,7 +62,7 @@ class Listed:
 
 
 def judge(before: World, after: World, seen: World) -> Verdict:
-    """What became of a step; `after` is the same as `before` if none was in flight."""
+    """The outcome of a step; `after` equals `before` if none was in flight."""
     if seen == before:
         return "as acknowledged"
     if seen == after:
@@ -74,7 +74,7 @@ def judge(before: World, after: World, seen: World) -> Verdict:
 
 
 async def list_sessions(http: httpx.AsyncClient) -> list[Listed]:
-    """All that the server has."""
+    """All sessions of the server."""
     found: list[Listed] = []
     page: dict[str, Any] = {"has_more": True, "last_id": None}
     while page["has_more"]:
@@ -92,7 +92,7 @@ async def list_sessions(http: httpx.AsyncClient) -> list[Listed]:
 async def look_at_sessions(
     http: httpx.AsyncClient, sessions: Sequence[Listed], life: int
 ) -> dict[str, SeenSession]:
-    """A client's sessions; one of another life of the client gets a name of its own."""
+    """A client's sessions; one of another life of the client gets a different name."""
     world = dict[str, SeenSession]()
     for session in sessions:
         response = check(await http.get(f"/v1/sessions/{session.id}/turns"))
@@ -110,7 +110,7 @@ async def look_at_sessions(
 
 
 async def look_at_responses(http: httpx.AsyncClient, ids: Mapping[str, str]) -> World:
-    """Those of these responses, by name, that are there."""
+    """The existing ones of these responses, by name."""
     world = World()
     for name, response_id in ids.items():
         response = await http.get(f"/v1/responses/{response_id}")
@@ -120,7 +120,7 @@ async def look_at_responses(http: httpx.AsyncClient, ids: Mapping[str, str]) -> 
 
 
 def seen_response(found: Any) -> SeenResponse:
-    """Of a response object."""
+    """Parses a response object."""
     texts = [part["text"] for item in found["output"] for part in item["content"]]
     usage = found["usage"] or {"input_tokens": 0, "output_tokens": 0}
     return SeenResponse(
@@ -133,7 +133,7 @@ def seen_response(found: Any) -> SeenResponse:
 
 
 async def state_digest(http: httpx.AsyncClient, session_id: str) -> str:
-    """Digest of an exported state: the facts of its header, whatever their order, and its bits."""
+    """Digest of an exported state: its header's metadata in any order, and its bits."""
     response = await http.get(f"/v1/sessions/{session_id}/state")
     if response.status_code == 404:
         return "nothing"  # before the first turn
@@ -144,7 +144,7 @@ async def state_digest(http: httpx.AsyncClient, session_id: str) -> str:
 
 
 async def response_digest(http: httpx.AsyncClient, response_id: str, notes: dict[str, str]) -> str:
-    """`state_digest` of a session that begins at the response, and is erased at once."""
+    """`state_digest` of a session that starts from the response, and is deleted at once."""
     body = {"response_id": response_id, "metadata": notes}
     response = await http.post("/v1/sessions", json=body)
     if response.status_code == 400 and response.json()["error"]["code"] == "response_unusable":

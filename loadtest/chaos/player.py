@@ -1,4 +1,4 @@
-"""A client whose server is killed again and again, and what it holds against its server."""
+"""A client whose server is repeatedly killed, and its checks of the server."""
 
 import asyncio
 import random
@@ -28,39 +28,39 @@ from loadtest.chaos.tally import Tally
 from loadtest.chaos.totals import Totals
 
 MAX_ERASED = 20
-"""Of a client's responses that were erased, so many are asked for again after a kill; the last."""
+"""Number of a client's erased responses that are requested again after a kill; the latest ones."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A step, and what must come of it."""
+    """A step and its expected result."""
 
     step: Step
     before: World
     after: World
     answer: TurnResult | SeenResponse | None
     digests: dict[str, str]
-    """Of the states of sessions and responses after it."""
+    """Digests of the states of sessions and responses after it."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What the clients of one server wait for or announce."""
+    """Shared state of the clients of one server."""
 
     totals: Totals
     killed: asyncio.Event = field(default_factory=asyncio.Event)
     last_token: asyncio.Event = field(default_factory=asyncio.Event)
-    """Some stream has shown its last token, so that its turn is being committed."""
+    """A stream has shown its last token, so its turn is being committed."""
 
     steps: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
-    """Has one more for each step that was acknowledged."""
+    """Released once per acknowledged step."""
 
     hits: list[str] = field(default_factory=list)
     """Phases of the steps in flight when the server was killed."""
 
 
 async def rehearse(http: httpx.AsyncClient, number: int, steps: Sequence[Step]) -> list[Scene]:
-    """Run the steps of a client on a server that nobody kills."""
+    """Run a client's steps on a server that is not killed."""
     client, scenes, before, digests = Client(number), list[Scene](), World(), dict[str, str]()
     for index, step in enumerate(steps):
         answer = await client.run(http, step, f"{index}")
@@ -86,7 +86,7 @@ async def _digests(http: httpx.AsyncClient, client: Client, names: Sequence[str]
 
 
 class Player:
-    """Runs the steps of its scenes from first to last and then anew, from server to server."""
+    """Runs its scenes repeatedly, across servers."""
 
     def __init__(self, number: int, scenes: Sequence[Scene], tally: Tally) -> None:
         self._scenes = scenes
@@ -95,13 +95,13 @@ class Player:
         self._index = 0
         self._in_flight = False
         self._found = False
-        """Whether the turn to run was found to be committed, and must be replayed."""
+        """Whether the turn to run is already committed, and must be replayed."""
 
         self._last_turn: TurnResult | None = None
-        """The answer of the step before, if that was a turn."""
+        """The previous step's answer, if it was a turn."""
 
         self._is_out = False
-        """Something was wrong: it takes no more part."""
+        """Something was wrong: this client is excluded."""
 
     async def play(self, http: httpx.AsyncClient, moment: RunState) -> None:
         """Run steps until the server is killed."""
@@ -132,7 +132,7 @@ class Player:
         share: float,
         chance: random.Random,
     ) -> None:
-        """See whether a new server has what it must have, and this share of the states."""
+        """Check the content of a new server, and this share of the states."""
         if self._is_out:
             return
         try:
@@ -182,7 +182,7 @@ class Player:
         self._in_flight = False
 
     async def _check_background(self, http: httpx.AsyncClient, name: str, seen: World) -> None:
-        """Its creation was acknowledged: it is there, whole or as failed. The latter is erased."""
+        """Its creation was acknowledged: it exists, complete or failed. A failed one is deleted."""
         if name not in seen:
             self._problem("lost", f"background {name} is not there")
         elif seen[name] == INTERRUPTED:
@@ -194,7 +194,7 @@ class Player:
             del seen[name]
 
     async def _replay(self, http: httpx.AsyncClient, last: TurnResult) -> None:
-        """Run the turn before again: its answer was kept."""
+        """Run the previous turn again: its answer must be replayed."""
         step, key = self._scenes[self._index - 1].step, f"{self._client.life}/{self._index - 1}"
         answer = await self._client.run(http, step, key)
         self._tally.replays += 1
@@ -208,16 +208,16 @@ class Player:
 
     @property
     def responses(self) -> Iterable[str]:
-        """Ids of those that must be there."""
+        """Ids of responses that must exist."""
         return self._client.responses.values()
 
     @property
     def erased(self) -> Iterable[str]:
-        """Ids of responses that must not be there any more."""
+        """Ids of responses that must no longer exist."""
         return self._client.erased
 
     def answers(self) -> dict[str, SeenResponse]:
-        """What all of its responses must be, by name."""
+        """Expected value of all of its responses, by name."""
         return {
             scene.step.name: scene.answer
             for scene in self._scenes
@@ -257,12 +257,12 @@ class Player:
             self._tally.in_flight[self._kind] += 1
         step, expected = self._scene.step, self._scene.answer
         if expected is None or (isinstance(step, Respond) and step.is_cancelled):
-            return  # what a cancelled response had said is kept nowhere
+            return  # the text of a cancelled response is not stored
         if not expected.text.startswith(self._client.text):
             self._problem("wrong text", f"{self._client.text!r}, not {expected.text!r}")
 
     def _advance(self, answer: TurnResult | None = None) -> None:
-        """To the next step; `answer` if this one was a turn that was seen to its end."""
+        """Go to the next step; `answer` if this one was a turn whose end was received."""
         self._found, self._last_turn = False, answer
         self._index += 1
         if self._index == len(self._scenes):

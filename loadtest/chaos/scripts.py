@@ -1,4 +1,4 @@
-"""What the clients of `loadtest chaos` do: scripts that depend on nothing but a seed."""
+"""Scripts of the clients of `loadtest chaos`, determined by a seed."""
 
 import random
 from collections.abc import Iterator
@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KEEP_TURNS = 4
-"""Of the servers, so that turns also erase checkpoints."""
+"""Checkpoints per session, few so that turns also erase some."""
 
 MAIN, FORK, BEGUN = "main", "fork", "begun"
-"""Names of a client's sessions; the last one begins at a response."""
+"""Names of a client's sessions; the last one starts from a response."""
 
 ENDLESS = 50_000
-"""Tokens of a response that is cancelled: more than it ever comes to."""
+"""Maximum tokens of a response that is cancelled: more than it ever reaches."""
 
 TEXT = "the cat sat on a mat and then it saw two small dogs who ran to see an old red hat"
 WORDS = TEXT.split()
@@ -26,11 +26,11 @@ class Create:
 
 @dataclass(frozen=True)
 class ScriptedTurn:
-    """`body` is what is asked for, without the session."""
+    """`body`: the request without the session."""
 
     name: str
     turn: int
-    """The one that the session is at before."""
+    """The session's turn before it."""
 
     body: dict[str, Any]
 
@@ -43,7 +43,7 @@ class Rewind:
 
 @dataclass(frozen=True)
 class Fork:
-    """`name` begins where `source` was after this turn."""
+    """`name` starts from `source` after this turn."""
 
     name: str
     source: str
@@ -57,7 +57,7 @@ class Delete:
 
 @dataclass(frozen=True)
 class Respond:
-    """A stored response that goes on from a previous one or from nothing."""
+    """A stored response that continues a previous one or starts from nothing."""
 
     name: str
     previous: str | None
@@ -71,7 +71,7 @@ class Respond:
 
 @dataclass(frozen=True)
 class Begin:
-    """A session that begins where a response ended."""
+    """A session that starts from a response."""
 
     name: str
     response: str
@@ -79,7 +79,7 @@ class Begin:
 
 @dataclass(frozen=True)
 class Erase:
-    """The end of a stored response."""
+    """Deletion of a stored response."""
 
     name: str
 
@@ -89,11 +89,11 @@ Step = Create | ScriptedTurn | Rewind | Fork | Delete | Respond | Begin | Erase
 
 @dataclass
 class _Outline:
-    """What the script knows of a session, to ask only for what is possible."""
+    """The script's knowledge of a session, to request only what is possible."""
 
     turn: int = 0
     kept: dict[int, bool] = field(default_factory=lambda: {0: False})
-    """Turns that can be gone back to; whether an empty prompt goes on from there."""
+    """Turns that can be rewound to; whether an empty prompt can continue there."""
 
     def advance(self, goes_on: bool) -> None:
         self.turn += 1
@@ -107,7 +107,7 @@ class _Outline:
 
 
 def script(seed: int, client: int) -> list[Step]:
-    """All that a client does from the creation of its first session to the end of the last one."""
+    """All steps of a client from the creation of its first session to the deletion of the last."""
     chance = random.Random(f"{seed}/{client}")
     parts, steps = [_sessions(chance), _responses(chance)], list[Step]()
     while parts:
@@ -151,7 +151,7 @@ def _sessions(chance: random.Random) -> Iterator[Step]:
 
 
 def _responses(chance: random.Random) -> Iterator[Step]:
-    """A tree of responses, of which some are erased early, and a session that begins at one."""
+    """A tree of responses, some of which are deleted early, and a session that starts from one."""
     names, usable = list[str](), list[str]()
     for number in range(chance.randint(5, 8)):
         previous = chance.choice([None, *usable, *usable[-1:]])

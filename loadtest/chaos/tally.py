@@ -1,4 +1,4 @@
-"""What happened while servers were killed."""
+"""Results of killing servers."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,36 +11,36 @@ PROBLEMS = (
 
 @dataclass
 class Tally:
-    """What happened, and everything that should not have."""
+    """What happened, and every problem."""
 
     kills: Counter[str] = field(default_factory=Counter)
     """Kills that hit at least one step in this phase, or none at all."""
 
     hits: Counter[str] = field(default_factory=Counter)
-    """Steps that were in this phase when the server was killed."""
+    """Steps in this phase when the server was killed."""
 
     acknowledged: Counter[str] = field(default_factory=Counter)
     in_flight: Counter[str] = field(default_factory=Counter)
     committed: Counter[str] = field(default_factory=Counter)
-    """Of those in flight, steps that were found to have taken place."""
+    """Of the steps in flight, those found to be committed."""
 
     verified: Counter[str] = field(default_factory=Counter)
-    """What was found after restarts exactly as it must be."""
+    """Objects found exactly as expected after restarts."""
 
     interrupted: int = 0
-    """Responses in the background that were reported as failed after a kill."""
+    """Background responses reported as failed after a kill."""
 
     replays: int = 0
     problems: list[tuple[str, str]] = field(default_factory=list)
-    """Kind and story of each."""
+    """Kind and details of each."""
 
     def count(self, kind: str) -> int:
-        """Problems of this kind."""
+        """Number of problems of this kind."""
         return sum(kind == found for found, _ in self.problems)
 
 
 def report(tally: Tally, kills: int) -> None:
-    """Print what happened."""
+    """Print the results."""
     print(f"{kills} kills; what they hit, as far as a client can tell:")
     for phase in sorted(tally.kills, key=lambda phase: -tally.hits[phase]):
         print(f"  {phase:22} {tally.kills[phase]:5} kills {tally.hits[phase]:6} steps")

@@ -1,4 +1,4 @@
-"""What a server counts, held against what its clients sent and were answered."""
+"""Compares a server's counters with what its clients sent and received."""
 
 import asyncio
 from dataclasses import dataclass
@@ -9,37 +9,37 @@ from loadtest.chaos.tally import Tally
 from loadtest.processes import Metrics, parse_metrics
 
 EVERY_S = 0.2
-"""Between two looks at a server's metrics."""
+"""Seconds between polls of a server's metrics."""
 
 COMPLETIONS = "/v1/completions"
 
 
 @dataclass
 class Totals:
-    """Of completions, since one server's start, as its clients know them."""
+    """Completions since one server's start, as counted by its clients."""
 
     sent: int = 0
     answered: int = 0
-    """Seen to their end."""
+    """Completions received to their end."""
 
     tokens: int = 0
-    """Of answers that were seen to their end and made anew."""
+    """Tokens of answers received to their end and not replayed."""
 
     async def count(self, request: httpx.Request) -> None:
-        """An event hook of httpx, called before a request is sent."""
+        """Event hook of httpx, called before a request is sent."""
         if request.url.path == COMPLETIONS:
             self.sent += 1
 
     def acknowledge(self, tokens: int) -> None:
-        """A completion was seen to its end."""
+        """A completion was received to its end."""
         self.answered += 1
         self.tokens += tokens
 
 
 async def watch(http: httpx.AsyncClient, totals: Totals, tally: Tally) -> None:
-    """Look until cancelled or until the server is gone.
+    """Poll until cancelled or until the server is gone.
 
-    What a client saw the end of before one look must be counted in the next, and nothing that was
+    Whatever a client has received before one poll must be counted in the next, and nothing that was
     not sent.
     """
     answered = tokens = 0
@@ -62,6 +62,6 @@ async def watch(http: httpx.AsyncClient, totals: Totals, tally: Tally) -> None:
 
 
 def completions(metrics: Metrics) -> float:
-    """Requests that the server has counted, whatever came of them."""
+    """Requests counted by the server, with any outcome."""
     name = f'latentd_requests_total{{endpoint="{COMPLETIONS}"'
     return sum(value for key, value in metrics.items() if key.startswith(name))

@@ -12,7 +12,9 @@ import typer
 from server.cli.failure import fail
 from server.keys import Key, KeyFileError, Limits, add_key, key_id_of, read_keys, revoke_key
 
-app = typer.Typer(help="Create, list and revoke the API keys of a server.", no_args_is_help=True)
+app = typer.Typer(
+    help="Create, list, revoke and erase the API keys of a server.", no_args_is_help=True
+)
 
 KeyFileOption = Annotated[
     Path,

@@ -19,7 +19,7 @@ from tests.server.live import tiny_settings
 
 BYTES = 4_000_000
 CPU_S = 0.25
-"""CPU time of the process between two ticks of the loop: other processes' time does not count."""
+"""Limit of the process's CPU time between two ticks of the loop; other processes do not count."""
 
 TRIES = 5
 """Repetitions: what blocks the loop does so each time; interruptions do not."""
