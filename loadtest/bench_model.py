@@ -2,8 +2,8 @@
 
     python -m loadtest.bench_model
 
-Random weights, the published configuration (124.9 M parameters), in each dtype. Both forms alternate
-in one process, so that ratios do not depend on other load.
+Random weights, the published configuration (124.9 M parameters), in each dtype. Both forms
+alternate in one process, so that ratios do not depend on other load.
 """
 
 import copy

@@ -4,8 +4,8 @@
 
 A server of the default model and two keys. One client repeatedly requests a few tokens, or compiles
 a small grammar; the other one sends, in turn, one request of 256 prompts, long prompts, long texts
-to tokenise, and grammars that are slow to compile. With `--against FOLDER`, another checkout of this
-repository, its server is measured first.
+to tokenise, and grammars that are slow to compile. With `--against FOLDER`, another checkout of
+this repository, its server is measured first.
 """
 
 import http.client
