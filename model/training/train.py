@@ -108,7 +108,7 @@ class Trainer:
         if compiled:
             for part in (network.embed_pos, *network.blocks):
                 part.compile(dynamic=False)
-        self._min_tokens = recipe.chunk_tokens if compiled else 0
+        self._least_tokens = recipe.chunk_tokens if compiled else 0
         self.network = network
         self._bf16 = bf16
         self.recipe = recipe
@@ -123,7 +123,7 @@ class Trainer:
     def step(self) -> float:
         """One optimizer step on one chunk of every lane; the mean loss in nats per token."""
         network, batch = self.network, self.lanes.next()
-        missing = (0, max(0, self._min_tokens - batch.inputs.shape[1]))
+        missing = (0, max(0, self._least_tokens - batch.inputs.shape[1]))
         inputs, targets, fresh = (
             F.pad(batch.inputs, missing).to(network.device),
             F.pad(batch.targets, missing, value=IGNORED).to(network.device),
@@ -208,7 +208,7 @@ def encode_documents(
     return documents
 
 
-def joined(documents: list[Tensor], min_tokens_of: int) -> list[Tensor]:
+def joined(documents: list[Tensor], least_tokens: int) -> list[Tensor]:
     """Consecutive documents as one, until it has so many tokens.
 
     A lane begins a document with a chunk, so that the chunks of short ones are padding for a third.
@@ -217,7 +217,7 @@ def joined(documents: list[Tensor], min_tokens_of: int) -> list[Tensor]:
     for document in documents:
         group.append(document)
         num_tokens += len(document)
-        if num_tokens >= min_tokens_of:
+        if num_tokens >= least_tokens:
             found.append(torch.cat(group))
             group, num_tokens = [], 0
     return [*found, torch.cat(group)] if group else found

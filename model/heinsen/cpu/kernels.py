@@ -1,6 +1,6 @@
-"""What happens to positions and states between the products of a layer.
+"""Compiled updates of positions and states between a layer's products.
 
-Every function that takes `tid` and `n` does the share of thread `tid` of `n`.
+Functions with `tid` and `n` do the share of thread `tid` of `n`.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ TINY = 1.1754944e-38
 """The smallest normal float32."""
 
 EXPONENT, FLOOR = 0x7F800000, 0x10000000
-"""Bits of a float32's exponent; those of 2^-95, below which no correction is kept."""
+"""Exponent bits of a float32; those of 2^-95, below which there is no compensation."""
 
 
 @jit_sum
@@ -29,7 +29,7 @@ def _dot(a: Any, b: Any) -> Any:
 
 @jit
 def decay(rates: Any, m: Any) -> None:
-    """m gains log f, as `Layer` makes it of a token's rates: both `[d_k]`, of one head."""
+    """Add log f to m, from a token's rates as in `Layer`: both `[d_k]`, of one head."""
     for j in range(len(m)):
         log_f = float32(FASTEST_DECAY) / (float32(1.0) + exp(-rates[j]))
         m[j] -= np.rint(log_f * float32(1 / GRID)) * float32(GRID)
@@ -60,16 +60,16 @@ def position(
 
 @jit
 def _unit(x: Any) -> Any:
-    """The 256th part of the last place of x: what `low` counts."""
+    """1/256 ulp of x, the unit of `low`."""
     return from_bits(max(bits(x) & int32(EXPONENT), int32(FLOOR))) * float32(2.0**-31)
 
 
 @jit
 def _lost(before: Any, after: Any, added: Any) -> Any:
-    """What `after` = fl(before + added) lacks, in units of `after`."""
+    """The rounding error of `after` = fl(before + added), in units of `after`."""
     inverse = from_bits(int32(0x7F000000) - max(bits(after) & int32(EXPONENT), int32(FLOOR)))
     lost = (added - (after - before)) * inverse * float32(2.0**31)
-    # Added to 1.5 * 2^23, a number is rounded to a whole one, which is then the lowest bits.
+    # Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
     whole = min(max(lost, float32(-127.0)), float32(127.0)) + float32(12582912.0)
     return int8(bits(whole) & int32(0xFF))
 
@@ -81,7 +81,7 @@ def attend(
 ) -> None:  # fmt: skip
     """`heinsen.attention.step` for one head of one sequence; keys `[3, d_k]`, vals `[3, d_v]`.
 
-    The last two are room for what is computed on the way.
+    The last two are workspace.
     """
     kept, weight, e = keys[0], keys[1], keys[2]
     kept_v, u, total = vals[0], vals[1], vals[2]

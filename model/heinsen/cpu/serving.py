@@ -17,13 +17,14 @@ from model.state import StatePool
 
 
 class CompiledNetwork:
-    """Holds what the compiled code reads: the addresses of the network's weights.
+    """Holds the addresses of the network's weights for the compiled code.
 
     May be called from several threads at once, for different rows.
     """
 
     def __init__(self, network: Parts, unembed: PackedLinear) -> None:
-        """The network's linear maps are `PackedLinear`; its tensors must not move any more."""
+        """The network's linear maps must be `PackedLinear`; its tensors must not be moved
+        afterwards."""
         self._kept: list[object] = [network.embed.weight, unembed]
         self._vocab_sz = network.config.vocab_sz
         self._num_threads = network.num_threads
@@ -32,13 +33,13 @@ class CompiledNetwork:
         self._fixed = self._fixed_arguments(network, unembed)
 
     def forward(self, batch: Batch, pool: StatePool) -> Tensor:
-        """`LanguageModel.forward`. Raises ValueError for a foreign pool."""
+        """`LanguageModel.forward`. Raises ValueError for another network's pool."""
         self._check(pool)
         batch.check(self._vocab_sz, pool.num_rows)
         index = np.array(batch.rows, np.int64)
         ends, read = batch.ends, batch.logits_at
         if len(ends) == len(read) == len(batch.token_ids) and (ends == read).all():
-            kept = read  # of single tokens it is in order already
+            kept = read  # single tokens are already in order
         else:
             kept = np.unique(np.concatenate([ends, read]))
             ends, read = np.searchsorted(kept, ends), np.searchsorted(kept, read)
@@ -51,11 +52,11 @@ class CompiledNetwork:
         a["ends"], a["read"] = ends.ctypes.data, read.ctypes.data
         a["num_read"], a["logits"] = len(read), logits.data_ptr()
         run_on_threads(self._function, a, self._num_threads(len(ids), len(read)))
-        del workspace  # until here compiled code writes to it
+        del workspace  # compiled code writes to it until here
         return logits
 
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """`LanguageModel.logits`: of each row `[batch, vocab_sz]`."""
+        """`LanguageModel.logits`: one per row `[batch, vocab_sz]`."""
         self._check(pool)
         index = pool.index(rows)
         logits = torch.empty(len(rows), self._vocab_sz)
@@ -63,7 +64,7 @@ class CompiledNetwork:
         workspace = _allocate_workspace(0, len(rows), a)
         a["logits"] = logits.data_ptr()
         run_on_threads(self._function, a, self._num_threads(0, len(rows)))
-        del workspace  # until here compiled code writes to it
+        del workspace  # compiled code writes to it until here
         return logits
 
     def _check(self, pool: StatePool) -> None:
@@ -71,7 +72,7 @@ class CompiledNetwork:
             raise ValueError("the pool was not made by this network's new_pool")
 
     def _arguments(self, pool: StatePool, index: NDArray[np.int64]) -> NDArray[np.void]:
-        """A call's arguments as far as network, pool and rows decide them; the others are 0."""
+        """A call's arguments as determined by network, pool and rows; the others are 0."""
         a = self._fixed.copy()
         a["sequences"], a["index"] = len(index), index.ctypes.data
         a["pool_rows"] = pool.num_rows
@@ -118,7 +119,7 @@ class CompiledNetwork:
         return module.weight.data_ptr(), module.bias.data_ptr()
 
     def _product(self, module: nn.Module | None) -> tuple[int, int, int]:
-        """Addresses of the weight, the scale and the bias; 0 for what there is not."""
+        """Addresses of the weight, the scale and the bias; 0 if absent."""
         if module is None:
             return 0, 0, 0
         if not isinstance(module, PackedLinear):
@@ -128,7 +129,7 @@ class CompiledNetwork:
 
 
 def _allocate_workspace(tokens: int, sequences: int, a: NDArray[np.void]) -> NDArray[np.float32]:
-    """Room for what is computed on the way for so many tokens, with its parts entered in `a`."""
+    """Workspace for this many tokens, with its parts entered in `a`."""
     d, keys, values = int(a["d_emb"]), int(a["heads"] * a["d_key"]), int(a["heads"] * a["d_val"])
     widths = {
         "x": d,

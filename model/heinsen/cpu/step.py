@@ -1,6 +1,6 @@
-"""The whole network for some tokens of some sequences, as one compiled call.
+"""The whole network for tokens of several sequences, as one compiled call.
 
-Numba compiles it at its first use and keeps the machine code on disk.
+Numba compiles it at first use and caches the machine code on disk.
 """
 
 import functools
@@ -38,8 +38,8 @@ LAYER = np.dtype(
         *((name, WEIGHT) for name in ("rank", "rates", "output_gate")),
     ]
 )
-"""Of a layer: its norm and its three products; the shares of `token_shift`; the two products of
-`decay` and the output gate's. 0 for what it does not have."""
+"""A layer: its norm and three products; the shares of `token_shift`; the two products of `decay`
+and that of the output gate. 0 if absent."""
 
 STATE = ("h", "last", "m", "z", "s", "z_low", "s_low", "n", "previous")
 """Tensors of a pool."""
@@ -48,7 +48,7 @@ SPACE = (
     *("x", "normed", "projected", "y", "gates", "glu"),
     *("rank", "rates", "output_gate"),
 )
-"""Space for what is computed on the way."""
+"""Workspace."""
 
 FORWARD = np.dtype(
     [
@@ -70,7 +70,7 @@ FORWARD = np.dtype(
 
 @jit
 def _unembed(a: Any, x: Any, places: Any, numbers: Any, tid: Any, n: Any) -> None:
-    """Logits of some rows of x, in the order of their places; x is not the space of that name."""
+    """Logits of some rows of x, in the order of `places`; x is not the workspace of that name."""
     count, d, vocab = len(places), a.d_emb, a.vocab
     normed = array(a.x, (count, d), float32)
     gain, offset = array(a.norm.gain, (d,), float32), array(a.norm.offset, (d,), float32)
@@ -85,14 +85,14 @@ def _unembed(a: Any, x: Any, places: Any, numbers: Any, tid: Any, n: Any) -> Non
 
 @jit
 def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
-    """Read tokens into states; logits after some of them. Every thread of a team runs it.
+    """Read tokens into states; logits after some of them. Runs on every OpenMP thread.
 
-    The tokens of all sequences stand one after another, those of i from starts[i] to starts[i + 1].
-    Each goes through attention as in a decoding step, so it does not matter how many come at once.
-    Only the `num_retained` tokens whose places are in `kept` go on beyond the last layer's
-    attention. Among them ends[i] is the last token of sequence i, of which its row keeps what that
-    layer made; and `read` are the `num_read` tokens that get logits. Where `ids` is 0, no sequence
-    reads any token, and the logits are those after what was so kept.
+    The tokens of all sequences are concatenated, those of i from starts[i] to starts[i + 1]. Each
+    goes through attention as in a decoding step, so the bits do not depend on the number of tokens.
+    Only the `num_retained` tokens in `kept` continue after the last layer's attention. Among them
+    ends[i] is the last token of sequence i, whose row stores that layer's output; and `read` are
+    the `num_read` tokens that get logits. If `ids` is 0, no tokens are read, and the logits are
+    those of the stored outputs.
     """
     openmp = a.openmp
     tid, n = thread_index(openmp)
@@ -105,7 +105,7 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
     num_retained = a.num_retained
     kept, ends = array(a.kept, (num_retained,), int64), array(a.ends, (sequences,), int64)
     read = array(a.read, (num_read,), int64)
-    firsts = sequences if a.previous else 0  # rows behind the tokens' for what came before them
+    firsts = sequences if a.previous else 0  # rows after the tokens', for the previous tokens
     x = array(a.x, (tokens, d), float32)
     normed = array(a.normed, (tokens + firsts, d), float32)
     projected = array(a.projected, (tokens + firsts, heads * per_head), float32)
@@ -168,7 +168,7 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
             i, head = item // heads, item % heads
             place = starts[i] * heads + head * (starts[i + 1] - starts[i])
             if place * n // (tokens * heads) != tid:
-                continue  # each thread has as many tokens as the others, also of a long prompt
+                continue  # balance the threads, also for a long prompt
             row, first = index[i], head * per_head
             if shifts:
                 before[:] = projected[tokens + i, first : first + per_head]
@@ -213,7 +213,7 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
 
 @functools.cache
 def forward_function(arithmetic: Arithmetic, embed_dtype: torch.dtype) -> Any:
-    """`void f(FORWARD *arguments)` for weights of one kind and embeddings of a dtype."""
+    """`void f(FORWARD *arguments)` for one weight arithmetic and one dtype of embeddings."""
     numbers, source = arithmetic.numbers, SOURCE
     embeddings = float32 if embed_dtype == torch.float32 else uint16  # bfloat16
 

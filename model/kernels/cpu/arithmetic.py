@@ -1,4 +1,4 @@
-"""What products are computed in: the weights' own type, where the processor multiplies in it."""
+"""Arithmetic of matrix products: the weights' own type, if the processor multiplies in it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,30 +12,31 @@ from model.kernels.cpu.compilation import features
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Of products with weights of one dtype."""
+    """Arithmetic of products with weights of one dtype."""
 
     weights: WeightDtype
     inputs: WeightDtype
-    """What inputs are rounded to. Sums are in float32, or of int8 in int32; outputs in float32."""
+    """Type that inputs are rounded to. Sums are float32, or int32 for int8; outputs are float32."""
 
     numbers: Any
-    """How compiled code sees what of a weight belongs to one output and one step."""
+    """Type in which compiled code reads one output's weights of one step."""
 
     stored: torch.dtype
     """Each weight's"""
 
     together: int = 1
-    """Inputs of a step."""
+    """Number of inputs per step."""
 
     instruction: str = ""
-    """That does a step for 16 outputs; without one, a step is a multiply-add of float32."""
+    """Instruction that computes a step for 16 outputs; without one, a step is a float32
+    multiply-add."""
 
     feature: str = ""
-    """The processor's that has it, as LLVM calls it."""
+    """LLVM's name of the processor feature that has it."""
 
     @property
     def name(self) -> str:
-        """As it stands in a state's blob."""
+        """Name as stored in a state's blob."""
         return f"{self.weights} x {self.inputs}"
 
 
@@ -50,13 +51,14 @@ NARROW = (
     ),
     Arithmetic("int8", "int8", int32, torch.uint8, 4, "vpdpbusd", "+avx512vnni"),
 )  # fmt: skip
-"""For VPDPBUSD a weight is stored plus 128: it multiplies unsigned numbers with signed ones."""
+"""VPDPBUSD multiplies unsigned with signed numbers, so weights are stored plus 128."""
 
 BY_NUMBERS = {arithmetic.numbers: arithmetic for arithmetic in FLOAT32 + NARROW}
 
 
 def arithmetic_for(weights: WeightDtype) -> Arithmetic:
-    """The one that this processor is best at; what it can do decides, and never a measured time."""
+    """The best arithmetic for this processor, determined by its features, never by measured
+    times."""
     there = features()
     found = [a for a in NARROW + FLOAT32 if a.weights == weights and a.feature in {"", *there}]
     return found[0]

@@ -1,4 +1,4 @@
-"""When Numba compiles, and for which processor."""
+"""Detects when Numba compiles, and for which processor."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from numba.core import event, registry
 
 VECTORS = {"+avx512f": "AVX-512", "+avx2": "AVX2", "+neon": "NEON"}
-"""By LLVM's name of the feature, widest first."""
+"""By LLVM feature name, widest first."""
 
 
 def target() -> str:
-    """Architecture and vector instructions that compiled code is for, in words."""
+    """Architecture and vector instructions of compiled code, for messages."""
     architecture, features = _target()
     vectors = [name for feature, name in VECTORS.items() if feature in features]
     return " with ".join([architecture, *vectors[:1]])
@@ -19,14 +19,14 @@ def target() -> str:
 def can_fuse() -> bool:
     """Whether the processor has fused multiply-adds.
 
-    Where it has none, each one of a product would be a call of the C library.
+    Without them, each one in a product would be a call to the C library.
     """
     architecture, features = _target()
     return architecture != "x86_64" or "+fma" in features
 
 
 def features() -> list[str]:
-    """What compiled code may use of the processor, as LLVM calls it: `+avx2`, `-avx512f`."""
+    """LLVM features available to compiled code: `+avx2`, `-avx512f`."""
     return _target()[1]
 
 
@@ -37,12 +37,12 @@ def _target() -> tuple[str, list[str]]:
 
 @contextmanager
 def watch(begun: Callable[[], None], ended: Callable[[float], None]) -> Iterator[None]:
-    """Call `begun` when the first function is compiled, and `ended` with the seconds of all.
+    """Call `begun` when the first function is compiled, and `ended` with the total seconds.
 
-    Neither is called if all machine code is there already.
+    Neither is called if all machine code is cached.
     """
     listener = _FirstCompilation(begun)
-    # A dispatcher's event leaves out the machine code of the whole; the lock is held for all of it.
+    # A dispatcher's event excludes code generation; the lock is held throughout.
     with (
         event.install_listener("numba:compile", listener),
         event.install_listener("numba:compiler_lock", event.TimingListener()) as timer,

@@ -1,4 +1,4 @@
-"""The delta rule: what a token does to a matrix of a state, and what it reads from it."""
+"""The delta rule: a token's update of a state matrix, and its output."""
 
 from typing import Any
 
@@ -22,11 +22,11 @@ def delta_rule(
     b: Any,
     y: Any,
 ) -> Any:
-    """s = diag(w) s + b (s^T a)^T + k v^T; y = s^T r, for s `[size, size]` from a place of it on.
+    """s = diag(w) s + b (s^T a)^T + k v^T; y = s^T r, for s `[size, size]` at an offset.
 
     Of the vectors `[size]`, each contiguous, v and y belong to the columns of s. Rows of s stay in
-    registers, as vectors of LLVM's: that much Numba cannot be told in Python. Sums go from the
-    first row to the last.
+    registers, as LLVM vectors, which Numba cannot express in Python. Sums run from the first row to
+    the last.
     """
     if not isinstance(size, types.IntegerLiteral):
         raise errors.RequireLiteralValue("the size of the state is a constant")
@@ -52,7 +52,8 @@ def delta_rule(
             return builder.shuffle_vector(first, undefined, zeros)
 
         def loop(start: Any, step: Any) -> Any:
-            """The sum of a vector over all rows: `step` makes the next of a row and the last."""
+            """The sum of a vector over all rows: `step` computes the next one from a row and the
+            last."""
             before = builder.block
             body, after = builder.append_basic_block("rows"), builder.append_basic_block("end")
             builder.branch(body)

@@ -1,4 +1,4 @@
-"""How code is compiled here, and the functions of one number that it is made of."""
+"""Compilation settings, and compiled scalar functions."""
 
 import hashlib
 from pathlib import Path
@@ -11,28 +11,28 @@ from numba.extending import intrinsic
 
 
 def _finds_cache_folder() -> None:
-    """For `CACHE`."""
+    """Checks the condition for `CACHE`."""
 
 
 try:
     njit(cache=True)(_finds_cache_folder)
     CACHE = True
-except RuntimeError:  # the package's folder is not ours to write, and there is no home
+except RuntimeError:  # the package's folder is not writable, and there is no home
     CACHE = False
-"""Whether machine code is kept for the next start; NUMBA_CACHE_DIR says where if need be."""
+"""Whether machine code is cached for the next start; NUMBA_CACHE_DIR can name the folder."""
 
 _FILES = sorted(Path(__file__).parents[2].glob("*/cpu/*.py"))
 SOURCE = int.from_bytes(
     hashlib.blake2b(b"".join(path.read_bytes() for path in _FILES), digest_size=7).digest()
 )
-"""Which source this is. Numba sees a change of the file that a kept function stands in, but not of
-those that it calls: kept functions name this number, so that they are compiled again."""
+"""Digest of the sources. Numba notices changes in a cached function's file, but not in the
+functions it calls: cached functions refer to this number, so that changing it recompiles them."""
 
 jit = njit(nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
 """Multiply-adds are fused; sums keep their order."""
 
 jit_sum = njit(nogil=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"})
-"""For sums over one row, in an order that depends on its length alone."""
+"""For sums over one row, in an order that depends only on its length."""
 
 
 @intrinsic
@@ -59,7 +59,8 @@ def pointer(_typing: Any, _address: Any) -> Any:
 
 @intrinsic
 def call(_typing: Any, _address: Any) -> Any:
-    """Call a C function `int f(void)` by its address; of `void f(void)` the result is noise."""
+    """Call a C function `int f(void)` by its address; the result of a `void f(void)` is
+    undefined."""
 
     def build(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         function = ir.FunctionType(ir.IntType(32), []).as_pointer()
@@ -70,14 +71,14 @@ def call(_typing: Any, _address: Any) -> Any:
 
 @jit
 def larger(a: Any, b: Any) -> Any:
-    """The maximum, NaN if either is NaN: what is broken must show."""
+    """The maximum, NaN if either is NaN, so that errors stay visible."""
     return a if a > b or a != a else b
 
 
 @jit
 def exp(x: Any) -> Any:
-    """exp in float32, to 2 units of the last place; 0 below -87 (Cephes' polynomial)."""
-    x = float32(-104.0) if x < float32(-104.0) else x  # not min and max: NaN stays
+    """exp in float32, to 2 ulp; 0 below -87 (Cephes' polynomial)."""
+    x = float32(-104.0) if x < float32(-104.0) else x  # not min and max, which would drop NaN
     x = float32(88.0) if x > float32(88.0) else x
     n = np.floor(x * float32(1.44269504) + float32(0.5))
     r = x - n * float32(0.693359375)
@@ -95,8 +96,8 @@ def exp(x: Any) -> Any:
 
 @jit
 def log(x: Any) -> Any:
-    """log in float32 of a normal positive number, to 2 units (Cephes' polynomial); NaN of the
-    numbers that are none."""
+    """log in float32 of a normal positive number, to 2 ulp (Cephes' polynomial); NaN for negative
+    numbers and NaN."""
     whole = bits(x)
     e = float32((whole >> int32(23)) - int32(126))
     r = from_bits((whole & int32(0x007FFFFF)) | int32(0x3F000000))
@@ -119,6 +120,6 @@ def log(x: Any) -> Any:
 
 @jit
 def log1p(x: Any) -> Any:
-    """log(1 + x) for 0 <= x <= 1, with the relative precision of float32 also for small x."""
+    """log(1 + x) for 0 <= x <= 1, with float32's relative precision also for small x."""
     y = float32(1.0) + x
     return x if y == float32(1.0) else log(y) * (x / (y - float32(1.0)))

@@ -1,6 +1,6 @@
 """Records of addresses that compiled code reads, and one linear map as a compiled call.
 
-Numba compiles each call at its first use and keeps the machine code on disk.
+Numba compiles each call at first use and caches the machine code on disk.
 """
 
 import functools
@@ -17,7 +17,7 @@ from model.kernels.cpu.products import BLOCK, product, together
 ADDRESS = COUNT = np.int64
 
 WEIGHT = np.dtype([("numbers", ADDRESS), ("scale", ADDRESS), ("bias", ADDRESS)])
-"""Of a `PackedLinear`; 0 for what there is not."""
+"""Addresses of a `PackedLinear`; 0 if absent."""
 
 PRODUCT = np.dtype(
     [
@@ -31,18 +31,18 @@ PRODUCT = np.dtype(
 """Arguments of `product_function`."""
 
 THREAD_FUNCTION = types.void(types.voidptr)
-"""What `run_on_threads` runs: it reads a record, whose first field is TEAM."""
+"""Type of the functions for `run_on_threads`: they read a record whose first field is OPENMP."""
 
 
 @jit
 def array(address: Any, shape: Any, dtype: Any) -> Any:
-    """The array that stands at an address."""
+    """The array at an address."""
     return carray(pointer(address), shape, dtype)
 
 
 @jit
 def weight(addresses: Any, num_inputs: Any, num_outputs: Any, numbers: Any) -> Any:
-    """Weight, scale and bias, as `product` takes them, from a WEIGHT."""
+    """Weight, scale and bias for `product`, from a WEIGHT."""
     blocks = (num_outputs + BLOCK - 1) // BLOCK
     steps = (num_inputs + together(numbers) - 1) // together(numbers)
     return (
@@ -62,14 +62,14 @@ def thread_index(openmp: Any) -> Any:
 
 @jit
 def wait(openmp: Any) -> None:
-    """Until all threads of the team have come here."""
+    """Barrier of all OpenMP threads."""
     if openmp.barrier:
         call(openmp.barrier)
 
 
 @jit
 def _product(a: Any, numbers: Any) -> None:
-    """y = x @ weight^T * scale + bias; every thread of the team runs it."""
+    """y = x @ weight^T * scale + bias; runs on every OpenMP thread."""
     tid, n = thread_index(a.openmp)
     w, scale, bias = weight(a.weight, a.num_inputs, a.num_outputs, numbers)
     x, y = array(a.x, (a.rows, a.num_inputs), float32), array(a.y, (a.rows, a.num_outputs), float32)

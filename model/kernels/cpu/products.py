@@ -25,29 +25,29 @@ from model.kernels.cpu.compilation import features
 from model.kernels.cpu.functions import bits, from_bits, jit
 
 BLOCK = 64
-"""Outputs of a weight that are computed together."""
+"""Outputs of a weight computed together."""
 
 ROWS = 126
-"""Rows of the input that stay in the cache while a block of the weight passes by."""
+"""Rows of the input that stay in cache while a block of the weight is read."""
 
 TALL = 6 if "+avx512f" in features() else 4
-"""Rows whose sums over a block stay in registers together; `ROWS` are whole ones."""
+"""Rows whose sums over a block stay in registers together; a divisor of `ROWS`."""
 
 PANEL = 512
-"""Steps of a block that stay in the first cache while all rows pass by."""
+"""Steps of a block that stay in the L1 cache for all rows."""
 
 LANES = 16
-"""Outputs of one instruction of an `Arithmetic` that has one."""
+"""Outputs per instruction of an `Arithmetic` that has one."""
 
-binding.initialize_native_asmparser()  # reads the names of instructions
+binding.initialize_native_asmparser()  # parses the names of instructions
 
 SMALLEST = float32(1e-30)
-"""Rows of inputs that are all smaller do not use the whole range of int8."""
+"""Rows of inputs that are all smaller do not use the full range of int8."""
 
 
 @intrinsic
 def number(_typing: Any, weight: Any) -> Any:
-    """A number of a weight, kept as float32, bfloat16 (as uint16) or int8, as float32."""
+    """A weight stored as float32, bfloat16 (as uint16) or int8, as float32."""
 
     def build(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return _as_numbers(builder, weight, args[0], ir.FloatType(), lambda bits: bits)
@@ -57,7 +57,7 @@ def number(_typing: Any, weight: Any) -> Any:
 
 @intrinsic
 def together(_typing: Any, numbers: Any) -> Any:
-    """Inputs of a step for a weight of such numbers."""
+    """Number of inputs per step for weights of this type."""
 
     def build(_context: Any, _builder: Any, _signature: Any, _args: Any) -> Any:
         return ir.Constant(ir.IntType(64), BY_NUMBERS[numbers.dtype].together)
@@ -66,7 +66,8 @@ def together(_typing: Any, numbers: Any) -> Any:
 
 
 def _as_numbers(builder: Any, stored_as: Any, value: Any, number_type: Any, many: Any) -> Any:
-    """IR for the conversion to float32 of one kept number or, with `many`, of a vector of them."""
+    """IR for the conversion to float32 of one stored weight or, with `many`, of a vector of
+    them."""
     if stored_as == types.uint16:
         wide = many(ir.IntType(32))
         sixteen = 16 if isinstance(wide, ir.IntType) else [16] * BLOCK
@@ -76,10 +77,10 @@ def _as_numbers(builder: Any, stored_as: Any, value: Any, number_type: Any, many
 
 
 def _multiply(num_rows: int) -> Any:
-    """The innermost loop, for so many rows: sums `[rows, BLOCK]` += x `[rows, count]` @ block.
+    """The innermost loop for this many rows: sums `[rows, BLOCK]` += x `[rows, count]` @ block.
 
-    The sums stay in registers, as vectors of LLVM's: that much Numba cannot be told in Python. The
-    arrays come whole, with the place of the first element and, for x, the distance of rows.
+    The sums stay in registers, as LLVM vectors, which Numba cannot express in Python. Arrays are
+    passed whole, with the offset of the first element and, for x, the row stride.
     """
 
     @intrinsic
@@ -171,9 +172,10 @@ _tall, _three_rows, _two_rows, _one_row = (_multiply(rows) for rows in (TALL, 3,
 
 
 def _inputs_for(x: Any, weight: Any) -> Any:
-    """What a weight is multiplied with, from rows x `[rows, in]` in float32.
+    """The inputs of a product, from rows x `[rows, in]` in float32.
 
-    The rows `[rows, steps]`; the scale of each, or of none; what each one's sums begin with.
+    Returns the rows `[rows, steps]`; their scales, possibly empty; and the initial value of their
+    sums.
     """
 
 
@@ -190,7 +192,7 @@ def _as_they_are(x: Any, weight: Any) -> Any:  # noqa: ARG001
 
 @jit
 def _rounded(x: Any) -> Any:
-    """The bits of a float32 in bfloat16, rounded to nearest, halves to even."""
+    """Bits of a float32 rounded to bfloat16, to nearest even."""
     whole = uint32(bits(x))
     return (whole + uint32(0x7FFF) + ((whole >> uint32(16)) & uint32(1))) >> uint32(16)
 

@@ -1,6 +1,6 @@
-"""What layers do to rows between their products: norms, mixtures, gates.
+"""Row operations between a layer's products: norms, mixtures, gates.
 
-Every function that takes `tid` and `n` does the share of thread `tid` of `n`.
+Functions with `tid` and `n` do the share of thread `tid` of `n`.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ def layer_norm(x: Any, weight: Any, bias: Any, y: Any, tid: int, n: int) -> None
 
 @jit
 def norm(x: Any, weight: Any, bias: Any, eps: Any, y: Any) -> None:
-    """y = (x - mean) / sqrt(variance + eps) * weight + bias; x and y, which may be x, `[d]`."""
+    """y = (x - mean) / sqrt(variance + eps) * weight + bias; x and y `[d]` may be the same."""
     mean = _mean(x)
     inverse = float32(1.0) / np.sqrt(_variance(x, mean) + eps)
     for j in range(len(x)):
@@ -55,7 +55,7 @@ def glu(x: Any, y: Any, tid: int, n: int) -> None:
 
 @jit
 def mix(p: Any, share: Any, before: Any) -> None:
-    """p += share * (before - p), and `before` becomes what p was; all `[numbers]`."""
+    """p += share * (before - p), and `before` is set to the old p; all `[numbers]`."""
     for j in range(len(p)):
         now = p[j]
         p[j] = now + share[j] * (before[j] - now)

@@ -1,4 +1,4 @@
-"""What happens to tokens and states between the products of a layer."""
+"""Compiled updates of tokens and states between a layer's products."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from model.kernels.cpu.rows import norm
 LOG_SLOWEST = -math.exp(-0.5)
 
 SHORTEST = 1e-12
-"""A key is not divided by less than this to have length 1."""
+"""Lower bound of the norm that keys are divided by."""
 
 
 @jit
@@ -39,7 +39,7 @@ def sigmoid_all(x: Any) -> None:
 
 @jit
 def square_all(x: Any, first: int, last: int) -> None:
-    """The square of what is positive, else 0, in place, in some columns of `[rows, numbers]`."""
+    """max(x, 0)^2 in place, in some columns of `[rows, numbers]`."""
     for r in range(len(x)):
         for j in range(first, last):
             positive = max(x[r, j], float32(0.0))
@@ -51,10 +51,10 @@ def shifts(
     x: Any, gain: Any, offset: Any, eps: Any, owner: Any, starts: Any, index: Any, before: Any,
     shares: Any, u: Any, mixed: Any, tid: int, n: int,
 ) -> None:  # fmt: skip
-    """u = norm(x), and mixed[i] = u + (the u of the token before - u) * shares[i].
+    """u = norm(x), and mixed[i] = u + (previous token's u - u) * shares[i].
 
     x, u `[tokens, d]`, mixed `[inputs, tokens, d]`, shares `[inputs, d]`; owner `[tokens]`: the
-    sequence that a token is of; before the first token of one comes before[index[sequence]].
+    token's sequence; the value before a sequence's first token is before[index[sequence]].
     """
     tokens, d = x.shape
     first, last = tid * tokens // n, (tid + 1) * tokens // n
@@ -96,9 +96,11 @@ def time_mix(
     size: Any, s: Any, s_at: Any, r: Any, k: Any, v: Any, w: Any, rate: Any, gate: Any,
     k_k: Any, k_a: Any, r_k: Any, gain: Any, offset: Any, eps: Any, y: Any, space: Any,
 ) -> None:  # fmt: skip
-    """One token of one head: all `[size]`, but the state in s from s_at on, and space `[2, size]`.
+    """One token of one head: all `[size]`, except for the state in s at offset s_at, and space `[2,
+    size]`.
 
-    r, k, v as projected; w, rate and gate as their low-rank maps give them. k, w and rate are lost.
+    r, k, v as projected; w, rate and gate as from their low-rank maps. k, w and rate are
+    overwritten.
     """
     a, b = space[0], space[1]
     for j in range(size):

@@ -19,7 +19,7 @@ Addresses = tuple[int, ...]
 
 
 class CompiledNetwork:
-    """Holds what the compiled code reads: the addresses of the network's weights.
+    """Holds the addresses of the network's weights for the compiled code.
 
     May be called from several threads at once, for different rows.
     """
@@ -27,7 +27,7 @@ class CompiledNetwork:
     def __init__(
         self, config: Config, weights: Weights, num_threads: Callable[[int, int], int]
     ) -> None:
-        """The linear maps are `PackedLinear`; the tensors must not move any more."""
+        """The linear maps must be `PackedLinear`; the tensors must not be moved afterwards."""
         self._kept: list[object] = [weights]
         self._config, self._num_threads = config, num_threads
         self._spec = config.state_spec
@@ -39,7 +39,7 @@ class CompiledNetwork:
         self._fixed = self._fixed_arguments(weights)
 
     def forward(self, batch: Batch, pool: StatePool) -> Tensor:
-        """`RWKV7.forward`. Raises ValueError for a foreign pool."""
+        """`RWKV7.forward`. Raises ValueError for another network's pool."""
         self._check(pool)
         batch.check(self._config.vocab_size, pool.num_rows)
         index, read = np.array(batch.rows, np.int64), np.ascontiguousarray(batch.logits_at)
@@ -52,11 +52,11 @@ class CompiledNetwork:
         a["owner"] = owner.ctypes.data
         a["num_read"], a["read"], a["logits"] = len(read), read.ctypes.data, logits.data_ptr()
         run_on_threads(self._function, a, self._num_threads(len(ids), len(read)))
-        del space  # until here compiled code writes to it
+        del space  # compiled code writes to it until here
         return logits
 
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """`RWKV7.logits`: of each row `[batch, vocab_size]`."""
+        """`RWKV7.logits`: one per row `[batch, vocab_size]`."""
         self._check(pool)
         index = pool.index(rows)
         logits = torch.empty(len(rows), self._config.vocab_size)
@@ -64,7 +64,7 @@ class CompiledNetwork:
         space = self._space(0, len(rows), a)
         a["logits"] = logits.data_ptr()
         run_on_threads(self._function, a, self._num_threads(0, len(rows)))
-        del space  # until here compiled code writes to it
+        del space  # compiled code writes to it until here
         return logits
 
     def _check(self, pool: StatePool) -> None:
@@ -72,7 +72,7 @@ class CompiledNetwork:
             raise ValueError("the pool was not made by this network's new_pool")
 
     def _arguments(self, pool: StatePool, index: NDArray[np.int64]) -> NDArray[np.void]:
-        """A call's arguments as far as network, pool and rows decide them; the others are 0."""
+        """A call's arguments as determined by network, pool and rows; the others are 0."""
         a = self._fixed.copy()
         a["sequences"], a["index"] = len(index), index.ctypes.data
         a["pool_rows"] = pool.num_rows
@@ -81,9 +81,9 @@ class CompiledNetwork:
         return a
 
     def _space(self, tokens: int, normed: int, a: NDArray[np.void]) -> NDArray[np.float32]:
-        """Space for what is computed on the way, of so many tokens, with its parts entered in `a`.
+        """Workspace for this many tokens, with its parts entered in `a`.
 
-        `normed`: rows that are normed at a time, in a layer or for the head.
+        `normed`: rows normed at a time, in a layer or for the head.
         """
         c = self._config
         d = c.d_emb
@@ -145,7 +145,7 @@ def _low_rank(maps: LowRank | None) -> tuple[Addresses, Addresses]:
 
 
 def _product(linear: Linear) -> Addresses:
-    """Addresses of the weight, the scale and the bias; 0 for what there is not."""
+    """Addresses of the weight, the scale and the bias; 0 if absent."""
     return _packed(linear).addresses
 
 

@@ -1,6 +1,6 @@
-"""The whole network for some tokens of some sequences, as one compiled call.
+"""The whole network for tokens of several sequences, as one compiled call.
 
-Numba compiles it at its first use and keeps the machine code on disk.
+Numba compiles it at first use and caches the machine code on disk.
 """
 
 import functools
@@ -40,7 +40,7 @@ LAYER = np.dtype(
         *((name, WEIGHT) for name in ("channel_key", "channel_value")),
     ]
 )
-"""Of a layer. 0 for what it does not have."""
+"""A layer. 0 if absent."""
 
 STATE = ("last", "att_shift", "ffn_shift", "wkv")
 """Tensors of a pool."""
@@ -49,7 +49,7 @@ SPACE = (
     *("x", "u", "mixed", "r", "k", "v", "v_first", "hidden"),
     *("decay_space", "rate_space", "first_space", "gate_space"),
 )
-"""Space for what is computed on the way."""
+"""Workspace."""
 
 SIZES = (
     *("d_emb", "heads", "layers", "d_ffn", "vocab"),
@@ -89,7 +89,7 @@ def _times(at: Any, numbers: Any, x: Any, y: Any, add: bool, tid: int, n: int) -
 
 @jit
 def _head(a: Any, x: Any, places: Any, numbers: Any, tid: Any, n: Any) -> None:
-    """Logits of some rows of x, in the order of their places; x is not the space named u."""
+    """Logits of some rows of x, in the order of `places`; x is not the workspace named u."""
     count, d = len(places), a.d_emb
     u = array(a.u, (count, d), float32)
     gain, offset = _norm(a.norm, d)
@@ -101,12 +101,12 @@ def _head(a: Any, x: Any, places: Any, numbers: Any, tid: Any, n: Any) -> None:
 
 @jit
 def _forward(a: Any, numbers: Any, small: Any, embed_numbers: Any, size: Any) -> None:
-    """Read tokens into states; logits after some of them. Every thread of a team runs it.
+    """Read tokens into states; logits after some of them. Runs on every OpenMP thread.
 
-    The tokens of all sequences stand one after another, those of i from starts[i] to starts[i + 1].
-    Their products are computed together, and each goes through the state by itself, so it does not
-    matter how many come at once. `read` are the tokens that get logits. Where `ids` is 0, no
-    sequence reads any, and the logits are those after what was kept in `last`.
+    The tokens of all sequences are concatenated, those of i from starts[i] to starts[i + 1]. Their
+    products are computed together, and each goes through the state on its own, so the bits do not
+    depend on the number of tokens. `read` are the tokens that get logits. If `ids` is 0, no tokens
+    are read, and the logits are those of the outputs stored in `last`.
     """
     literally(size)
     openmp = a.openmp
@@ -182,7 +182,7 @@ def _forward(a: Any, numbers: Any, small: Any, embed_numbers: Any, size: Any) ->
             i, head = item // heads, item % heads
             place = starts[i] * heads + head * (starts[i + 1] - starts[i])
             if place * n // (tokens * heads) != tid:
-                continue  # each thread has as many tokens as the others, also of a long prompt
+                continue  # balance the threads, also for a long prompt
             h = slice(head * size, (head + 1) * size)
             s_at = ((layer * pool + index[i]) * heads + head) * size * size
             for t in range(starts[i], starts[i + 1]):
@@ -220,8 +220,8 @@ def _forward(a: Any, numbers: Any, small: Any, embed_numbers: Any, size: Any) ->
 def forward_function(
     arithmetic: Arithmetic, small: Arithmetic, embed_dtype: torch.dtype, head_size: int
 ) -> Any:
-    """`void f(FORWARD *arguments)` for weights of one kind, low-rank maps, but those of decays, of
-    another, and embeddings of a dtype."""
+    """`void f(FORWARD *arguments)` for one weight arithmetic, one of low-rank maps (except those of
+    decays), and one dtype of embeddings."""
     numbers, low_rank, size, source = arithmetic.numbers, small.numbers, head_size, SOURCE
     embeddings = float32 if embed_dtype == torch.float32 else uint16  # bfloat16
 
