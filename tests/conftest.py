@@ -19,8 +19,13 @@ from model.heinsen.network import LanguageModel
 from model.text import byte_level
 
 torch.set_num_threads(1)
-settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any speed")
+
+# The same examples on every machine, so that a change is not held up by what another one did;
+# `pytest --hypothesis-profile random` looks for more.
+ANY_SPEED: Any = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("random", **ANY_SPEED)
+settings.register_profile("repeatable", derandomize=True, **ANY_SPEED)
+settings.load_profile("repeatable")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 

@@ -80,6 +80,7 @@ def test_the_command_prints_a_line_for_each_file(
     assert second.endswith("bits per byte  b.txt")
 
 
+@pytest.mark.long
 def test_the_command_measures_weights_in_fewer_bits(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,7 @@ def test_each_lane_has_its_own_state_and_a_new_document_none() -> None:
     assert not any(x.requires_grad for x in vars(state.detach()).values())
 
 
+@pytest.mark.long
 def test_it_is_trained_as_the_others_are() -> None:
     counting = [torch.arange(place, place + 60) % 10 for place in range(7)]
     recipe = dataclasses.replace(RECIPE, tokens=2000)

@@ -304,6 +304,12 @@ def test_a_long_header_does_not_make_a_long_message() -> None:
         assert len(refusal(blob)) <= MAX_MESSAGE_CHARACTERS
 
 
+def test_the_state_before_the_first_token_can_be_imported() -> None:
+    fresh = np.full(12, [spec.initial for spec in SPEC[:2] for _ in range(6)], np.float32)
+    session = SessionState(0, (), b"", b"", fresh.tobytes() + np.zeros(4).tobytes(), 0)
+    assert CODEC.decode_foreign(CODEC.encode(session)).state == session.state
+
+
 ABOVE = float(np.nextafter(np.float32(MAX_MAGNITUDE), np.float32(np.inf)))
 EXTREMES = st.sampled_from([0.0, 1.0, 1e-38, 1e15, MAX_MAGNITUDE, ABOVE, 3e38])
 

@@ -313,6 +313,7 @@ def kill_while_committing(path: Path, chance: random.Random) -> dict[str, int]:
     return acknowledged
 
 
+@pytest.mark.long
 def test_no_acknowledged_turn_is_lost_by_kill_9(tmp_path: Path) -> None:
     async def check(acknowledged: dict[str, int]) -> None:
         async with opened(tmp_path) as store:

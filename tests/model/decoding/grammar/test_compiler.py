@@ -130,6 +130,7 @@ def test_the_event_loop_runs_while_sources_are_compiled(grammars: GrammarCompile
     assert longest < 0.5
 
 
+@pytest.mark.long
 def test_hostile_sources_do_not_make_others_wait_for_ever(grammars: GrammarCompiler) -> None:
     async def run() -> list[Any]:
         hostile = [
