@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import typer
 
-from model.batch import TrainingBatch
+from model.batch import Batch
 from model.files import write_file
 from model.heinsen import checkpoint
 from model.heinsen.network import LanguageModel
@@ -78,7 +78,7 @@ def answer(
     unread = [*([] if start is None else [start]), *prompt]
     pool, found = network.new_pool(1), list[int]()
     while len(found) < max_tokens:
-        logits = network.forward(TrainingBatch.of([unread], [0]).wanting([len(unread) - 1]), pool)[
+        logits = network.forward(Batch.of([unread], [0]).wanting([len(unread) - 1]), pool)[
             0
         ]
         chances = (logits / temperature).softmax(0)

@@ -208,7 +208,7 @@ def encode_documents(
     return documents
 
 
-def joined(documents: list[Tensor], min_tokens_of: int) -> list[Tensor]:
+def joined(documents: list[Tensor], least_tokens: int) -> list[Tensor]:
     """Consecutive documents as one, until it has so many tokens.
 
     A lane begins a document with a chunk, so that the chunks of short ones are padding for a third.
@@ -217,7 +217,7 @@ def joined(documents: list[Tensor], min_tokens_of: int) -> list[Tensor]:
     for document in documents:
         group.append(document)
         num_tokens += len(document)
-        if num_tokens >= min_tokens_of:
+        if num_tokens >= least_tokens:
             found.append(torch.cat(group))
             group, num_tokens = [], 0
     return [*found, torch.cat(group)] if group else found
