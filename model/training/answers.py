@@ -104,7 +104,7 @@ def report(answers: list[StoryAnswer]) -> str:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Loaded[LanguageModel].")],
+    folder: Annotated[Path, typer.Argument(help="Checkpoint.")],
     out: Annotated[Path, typer.Option(help="Markdown file to write.")],
     temperature: Annotated[float, typer.Option(min=0.01)] = 0.8,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 600,

@@ -77,7 +77,7 @@ def by_position(bits: Tensor, num_bytes: Tensor) -> list[tuple[int, float]]:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Loaded[LanguageModel].")],
+    folder: Annotated[Path, typer.Argument(help="Checkpoint.")],
     files: Annotated[list[Path], typer.Argument(help="Running text, as for training.")],
     results: Annotated[Path, typer.Option(help="Lines of JSON are added to this file.")],
     tokens: Annotated[int, typer.Option(min=1, help="Of a session.")] = 131_072,
