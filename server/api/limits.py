@@ -135,8 +135,8 @@ class Limiter:
             cost = 1 if limit.kind == "requests" else max(1, num_tokens)
             if cost > limit.amount:
                 raise InvalidRequest(
-                    f"the prompt has {num_tokens} tokens, counted once per choice, and exceeds "
-                    f"into {limit}",
+                    f"the prompt has {num_tokens} tokens, counted once per choice, which exceeds "
+                    f"{limit}",
                     code=limit.code,
                 )
             if not await self._windows.test(limit, cost=cost):

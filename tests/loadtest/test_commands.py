@@ -58,7 +58,7 @@ def test_errors_are_counted_by_kind(server: LiveServer) -> None:
     ("arguments", "named"),
     [
         (("bench", "http://127.0.0.1:1"), "no server responds at http://127.0.0.1:1"),
-        (("bench", "127.0.0.1:1"), "no server answers"),
+        (("bench", "127.0.0.1:1"), "no server responds"),
         (("bench", "http://x", "--slo", "ttft=1"), "'ttft=1'"),
         (("bench", "http://x", "--prompt", "zipf:1"), "'zipf:1'"),
         (("bench", "http://x", "--rate", "1", "--concurrency", "1"), "not both"),

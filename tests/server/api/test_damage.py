@@ -137,7 +137,7 @@ def test_a_retained_row_is_checked_while_nothing_runs(
         wait_until(lambda: sample(client, "damaged_states_total", found="idle") == 1)
         wait_until(lambda: get(client, damaged)["tier"] == "host")
         assert get(client, sound)["tier"] == "device"
-        assert any("kept on the device is damaged" in each.message for each in caplog.records)
+        assert any("retained state on the device is" in each.message for each in caplog.records)
         assert text_of(client, session_id=damaged) == expected
         assert sample(client, "damaged_states_total", found="turn") == 0
         assert 0 < sample(client, "state_magnitude") < math.inf

@@ -156,7 +156,7 @@ def test_damage_is_named(
         assert verdict(done.stdout).startswith("not importable: ")
         return done.stdout
 
-    assert "not a whole safetensors blob" in verdict(report(blob[:-1]))
+    assert "not a complete safetensors blob" in verdict(report(blob[:-1]))
     flipped = report(blob[:-1] + bytes([blob[-1] ^ 1]))
     assert fields(flipped)["checksum"] == "WRONG"
     assert "checksum does not match" in verdict(flipped)

@@ -103,7 +103,7 @@ def test_what_names_no_model_or_two_erases_nothing(tmp_path: Path, beginning: st
         async with opened(tmp_path) as store:
             await fill(store)
             before = store.total
-            there = f"there are: {OTHER[:SHORT]}, {THIRD[:SHORT]}"
+            there = f"stored are: {OTHER[:SHORT]}, {THIRD[:SHORT]}"
             with pytest.raises(ModelError, match=there):
                 await erase_model(store, beginning)
             assert store.total == before

@@ -108,7 +108,7 @@ def test_a_backup_replaces_nothing(data: Path, tmp_path: Path) -> None:
     with pytest.raises(BackupError, match="Not a directory"):
         backup(data, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
-    with pytest.raises(BackupError, match="there is no session store"):
+    with pytest.raises(BackupError, match="no session store"):
         backup(tmp_path / "nothing", tmp_path / "empty")
     assert not (tmp_path / "nothing").exists()
 
@@ -186,10 +186,10 @@ def test_a_damaged_backup_is_rejected_completely(data: Path, tmp_path: Path) -> 
     [
         (None, "is not a complete backup"),
         ("", "does not list sessions.sqlite3"),
-        ("0  ../outside", "which is not of a backup"),
-        ("0  /etc/passwd", "which is not of a backup"),
-        (f"0  {FILES}/../../outside", "which is not of a backup"),
-        (f"0  {FILES}/..", "which is not of a backup"),
+        ("0  ../outside", "which is not part of a backup"),
+        ("0  /etc/passwd", "which is not part of a backup"),
+        (f"0  {FILES}/../../outside", "which is not part of a backup"),
+        (f"0  {FILES}/..", "which is not part of a backup"),
     ],
 )
 def test_the_list_of_a_backup_is_read_with_care(

@@ -241,7 +241,7 @@ def test_without_a_server_the_store_is_opened(tmp_path: Path) -> None:
 
 
 def test_where_there_is_none_one_line_says_why(tmp_path: Path) -> None:
-    with pytest.raises(SnapshotError, match="there is no session store"), snapshot(tmp_path):
+    with pytest.raises(SnapshotError, match="no session store"), snapshot(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 
