@@ -78,9 +78,7 @@ def answer(
     unread = [*([] if start is None else [start]), *prompt]
     pool, found = network.new_pool(1), list[int]()
     while len(found) < max_tokens:
-        logits = network.forward(Batch.of([unread], [0]).wanting([len(unread) - 1]), pool)[
-            0
-        ]
+        logits = network.forward(Batch.of([unread], [0]).wanting([len(unread) - 1]), pool)[0]
         chances = (logits / temperature).softmax(0)
         last = int(torch.multinomial(chances, 1, generator=generator))
         if last in network.config.eos_token_ids:
