@@ -119,11 +119,11 @@ def _folder(path: Path) -> Path:
 
 def _read_template(path: Path) -> str:
     """The template next to the weights, else that of the G1 series."""
-    beside = _folder(path) / CHAT_TEMPLATE
+    template = _folder(path) / CHAT_TEMPLATE
     try:
-        return read_file(beside).decode() if beside.exists() else g1.TEMPLATE
+        return read_file(template).decode() if template.exists() else g1.TEMPLATE
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{beside}: not UTF-8 text: {error}") from error
+        raise CheckpointError(f"{template}: not UTF-8 text: {error}") from error
 
 
 def _read_tokenizer(source: NetworkFiles) -> Tokenizer:

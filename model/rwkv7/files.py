@@ -1,7 +1,7 @@
 """Published file formats of RWKV-7 networks, opened without reading weights.
 
 *.pth             the official format: a dict of tensors, mapped into memory
-config.json       with `model_type` rwkv7, beside model.safetensors, or several and their index:
+config.json       with `model_type` rwkv7, next to model.safetensors, or several and their index:
                   flash-linear-attention's format for Hugging Face's libraries
 """
 
@@ -279,7 +279,7 @@ def _config(shapes: Mapping[str, TensorShape], path: Path) -> Config:
 
 def _with_settings(config: Config, settings: Mapping[str, Any], path: Path) -> Config:
     """Adds what only `config.json` has, after checking that it agrees with the shapes."""
-    told = {
+    by_shape = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_emb,
         "num_hidden_layers": config.num_layers,
@@ -290,7 +290,7 @@ def _with_settings(config: Config, settings: Mapping[str, Any], path: Path) -> C
         "a_low_rank_dim": config.rate_rank,
         "gate_low_rank_dim": config.gate_rank,
     }
-    for key, size in told.items():
+    for key, size in by_shape.items():
         if (said := settings.get(key)) is not None and said != size:
             raise CheckpointError(f"{path}: {key} is {said!r}, but the weights are for {size}")
     eps = settings.get("norm_eps", 1e-5)

@@ -122,12 +122,12 @@ def find(folder: Path) -> WorldTokenizer:
 
 def vocabulary_file(folder: Path) -> Path:
     """The file that `find` reads. Raises TokenizerError if there is none."""
-    beside = sorted(folder.glob(PATTERN))
-    if len(beside) > 1:
-        names = ", ".join(path.name for path in beside)
+    found = sorted(folder.glob(PATTERN))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
         raise TokenizerError(f"{folder}: has more than one vocabulary: {names}")
-    if beside:
-        return beside[0]
+    if found:
+        return found[0]
     package = importlib.util.find_spec(PACKAGE)
     for place in (package.submodule_search_locations or ()) if package else ():
         if found := sorted(Path(place).glob(PATTERN)):

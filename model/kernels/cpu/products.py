@@ -1,16 +1,16 @@
-"""Products with a weight that is kept in any of the dtypes, for any number of rows.
+"""Products with a weight stored in any of the dtypes, for any number of rows.
 
-A weight `[out, in]` lies in blocks of 64 outputs, `[out / 64, steps, 64]`, in the order in which it
-is read. The type of its numbers tells its `Arithmetic`, and with that the inputs of a step:
+A weight `[out, in]` is stored in blocks of 64 outputs, `[out / 64, steps, 64]`, in the order of
+reading. Its element type determines its `Arithmetic`, and with that the inputs of a step:
 
-| numbers | are | inputs | sums |
+| elements | are | inputs | sums |
 |---|---|---|---|
-| float32, uint16, int8 | one weight: float32, bfloat16, int8 | as they are | float32 |
+| float32, uint16, int8 | one weight: float32, bfloat16, int8 | unchanged | float32 |
 | uint32 | two weights in bfloat16 | rounded to bfloat16 | float32 |
-| int32 | four weights of int8, each plus 128 | whole numbers, one scale a row | int32, exact |
+| int32 | four weights of int8, each plus 128 | integers, one scale per row | int32, exact |
 
-Every output is summed over the steps from first to last, one instruction after another, whatever
-the number of rows or threads: a row's bits do not depend on its company.
+Every output is summed over the steps in order, one instruction after another, for any number of
+rows or threads: a row's bits do not depend on the batch.
 """
 
 from typing import Any

@@ -57,7 +57,7 @@ class ResponseShape(Shape[ResponseRequest]):
         self._item_id = f"msg_{secrets.token_hex(16)}"
         self._thoughts_id = f"rs_{secrets.token_hex(16)}"
         self._has_thoughts = self._has_message = False
-        """Whether an event has told of them."""
+        """Whether their events were sent."""
 
         self._number = 0
         self._completed_at: int | None = None
