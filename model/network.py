@@ -176,11 +176,13 @@ class Family(Protocol):
     ) -> Network:
         """Only the network, in plain torch if so asked for. Raises CheckpointError."""
 
-    def read_initial_state(self, file: Path, spec: StateSpec) -> Mapping[str, Tensor]:
-        """Tensors of one state, by the names of the spec, from a file in which the family's tuned
-        states are published; those that are not there are as before the first token.
+    def initial_state(
+        self, tensors: Mapping[str, Tensor], spec: StateSpec, source: Path
+    ) -> Mapping[str, Tensor]:
+        """Tensors of one state, by the names of the spec, from those that the family's tuned states
+        are published as; what is not there is as before the first token.
 
-        Raises CheckpointError and OSError.
+        Raises CheckpointError, naming the source.
         """
 
     def published_state(self, pool: StatePool, row: int) -> dict[str, Tensor]:
