@@ -29,7 +29,7 @@ class EngineSequence:
         """The sequence that reads a common beginning; nothing is read here until then."""
 
         self.waits_until = 0
-        """Tokens of that beginning."""
+        """Tokens of that beginning; 0: it is to be found by its text."""
 
         self.generates = request.max_tokens > 0
         """Whether a token is to come after the prompt. If not, its last token is left unread."""

@@ -321,9 +321,13 @@ class TextSequence(EngineSequence):
 
     def find_opening(self) -> None:
         """Stop behind the prompt, before what opens its answer, if a token ends there; where that
-        is one token, a token before, since one by itself would be no piece of a prompt."""
+        is one token, a token before, since one by itself would be no piece of a prompt. Without an
+        answer, stop where its end is left unread."""
         left, ids = self.request.opening_bytes, self.request.token_ids
         count = len(ids)
+        if self.request.is_anticipated:
+            self.keep_text_at = count - 1
+            return
         while left > 0 and count > 1:
             count -= 1
             left -= len(self._marked(ids[count]))
