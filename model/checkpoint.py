@@ -149,14 +149,14 @@ def is_checkpoint(path: Path) -> bool:
 
 def _family_of(path: Path) -> Family:
     """Raises CheckpointError if there is none."""
-    for family in FAMILIES:
-        if family.matches(path):
-            return family
     if _is_gguf(path):
         raise CheckpointError(
             f"{path}: GGUF is llama.cpp's format, with quantisations of its own: it is not read; "
             "serve the publisher's files, with --dtype int8 if they are to be small"
         )
+    for family in FAMILIES:
+        if family.matches(path):
+            return family
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint folder or file")
     names = ", ".join(family.name for family in FAMILIES)

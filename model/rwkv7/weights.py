@@ -21,6 +21,8 @@ from model.rwkv7.files import Source
 from model.rwkv7.layers import ChannelMix, Layer, Linear, LowRank, Norm, TimeMix, Weights
 from model.weights import check_finite
 
+AS_ASKED = "as asked for"
+
 DECAY = re.compile(r"blocks\.\d+\.att\.w[12]")
 MATRICES = (
     *("emb.weight", "head.weight", "ffn.key.weight", "ffn.value.weight"),
@@ -54,7 +56,7 @@ class Builder:
         self, source: Source, device: torch.device, dtype: WeightDtype, *, plain: bool = False
     ) -> None:
         self._source, self._device, self._dtype = source, device, dtype
-        self.why_plain = "as asked for" if plain else reason_not_compiled(device, torch.float32)
+        self.why_plain = AS_ASKED if plain else reason_not_compiled(device, torch.float32)
         """Why the network is not compiled; nothing if it is."""
 
         self._kind = NarrowLinear if self.why_plain else PackedLinear

@@ -4,9 +4,9 @@
 
 A blank line ends a turn, so there is none within one. ` <think` behind it lets the model think, an
 empty block of thoughts, ` <think>\\n</think`, keeps it from that; the model writes the last `>` of
-both itself, maybe in one token with what follows. Without either the model does as it was trained, which
-is not to think. All that is what the model card of BlinkDL/rwkv7-g1 says (its "think-mode",
-"fake think" and "no-think-mode" prompts). Earlier thoughts are not part of the history.
+both itself, maybe in one token with what follows. Without either the model does not think. That is
+what the model card of BlinkDL/rwkv7-g1 says (its "think-mode", "fake think" and "no-think-mode"
+prompts). Earlier thoughts are not part of the history.
 """
 
 TEMPLATE = r"""
