@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from model.network import (
 )
 from model.rwkv7 import checkpoint as rwkv7
 from model.state import DamagedState, StatePool, StateSpec
+from model.weights import parse_tensors, read_tensors
 
 __all__ = [
     "Checkpoint",
@@ -35,6 +37,7 @@ __all__ = [
     "is_checkpoint",
     "load",
     "load_network",
+    "parse_initial_state",
     "published_state",
     "read_initial_state",
 ]
@@ -78,27 +81,38 @@ def load(path: Path, device: torch.device, dtype: WeightDtype | None = None) -> 
 
 
 def read_initial_state(path: Path, file: Path, spec: StateSpec) -> bytes:
-    """The bytes of a row, read from an initial state file of the checkpoint's family.
-
-    Raises CheckpointError for a file that is not a state of this network.
-    """
+    """A state to begin with in place of the usual one, from a file of tensors as the checkpoint's
+    family has its tuned states, as the bytes of a row. Raises CheckpointError for what is no state
+    of this network."""
     with checkpoint_errors():
-        tensors = _family_of(path).read_initial_state(file, spec)
+        return _initial_row(path, read_tensors(file), spec, file)
+
+
+def parse_initial_state(path: Path, blob: bytes, spec: StateSpec) -> bytes:
+    """`read_initial_state` of a safetensors file in memory."""
+    source = Path("tuned state")
+    return _initial_row(path, parse_tensors(blob, source), spec, source)
+
+
+def _initial_row(
+    path: Path, published: Mapping[str, Tensor], spec: StateSpec, source: Path
+) -> bytes:
+    tensors = _family_of(path).initial_state(published, spec, source)
     pool = StatePool(spec, 1, torch.device("cpu"))
     known = {tensor.name: tensor for tensor in spec.tensors}
     if unknown := sorted(tensors.keys() - known.keys()):
-        raise CheckpointError(f"{file}: {unknown[0]} is not a tensor of this network's state")
+        raise CheckpointError(f"{source}: {unknown[0]} is no tensor of this network's state")
     for name, values in tensors.items():
         if tuple(values.shape) != known[name].shape:
             raise CheckpointError(
-                f"{file}: {name} is {list(values.shape)}, this network's state has "
+                f"{source}: {name} is {list(values.shape)}, this network's state has "
                 f"{list(known[name].shape)}"
             )
         pool.tensors[name][:, 0] = values.to(pool.tensors[name].dtype)
     try:
         pool.check_row(0)
     except DamagedState as error:
-        raise CheckpointError(f"{file}: {error}") from error
+        raise CheckpointError(f"{source}: {error}") from error
     return pool.export_row(0)
 
 
@@ -134,15 +148,15 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def _family_of(path: Path) -> Family:
-    """Raises CheckpointError if no family matches."""
-    for family in FAMILIES:
-        if family.matches(path):
-            return family
+    """Raises CheckpointError if there is none."""
     if _is_gguf(path):
         raise CheckpointError(
             f"{path}: GGUF files (llama.cpp) are not supported; "
             "serve the publisher's files, with --dtype int8 to save memory"
         )
+    for family in FAMILIES:
+        if family.matches(path):
+            return family
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint folder or file")
     names = ", ".join(family.name for family in FAMILIES)

@@ -178,11 +178,13 @@ class Family(Protocol):
     ) -> Network:
         """The network alone; `plain`: in plain torch. Raises CheckpointError."""
 
-    def read_initial_state(self, file: Path, spec: StateSpec) -> Mapping[str, Tensor]:
-        """Tensors of one state by the names of the spec, from a published file of a tuned initial
-        state; missing ones start as before the first token.
+    def initial_state(
+        self, tensors: Mapping[str, Tensor], spec: StateSpec, source: Path
+    ) -> Mapping[str, Tensor]:
+        """Tensors of one state, by the names of the spec, from those that the family's tuned states
+        are published as; what is not there is as before the first token.
 
-        Raises CheckpointError and OSError.
+        Raises CheckpointError, naming the source.
         """
 
     def published_state(self, pool: StatePool, row: int) -> dict[str, Tensor]:

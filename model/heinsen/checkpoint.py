@@ -25,7 +25,7 @@ from model.network import CheckpointError, Description, Loaded, checkpoint_error
 from model.state import StatePool, StateSpec
 from model.text import byte_level
 from model.text.tokenizer import Tokenizer, TokenizerError
-from model.weights import check_finite, check_shapes, shorten
+from model.weights import check_finite, check_shapes, read_tensors, shorten
 
 CONFIG, WEIGHTS, TOKENIZER, CHAT_TEMPLATE = (
     "config.json",
@@ -86,8 +86,8 @@ def load(
     """
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     config, source = _read_folder(path), path / WEIGHTS
-    network_of_shapes(config, _read_header(source)[0], source)  # fail before reading gigabytes
-    network = _assemble(config, read_weights(source), source)
+    network_of_shapes(config, _read_header(source)[0], source)  # before gigabytes are read
+    network = _assemble(config, read_tensors(source), source)
     words, template = _read_tokenizer(path, config), _read_template(path / CHAT_TEMPLATE)
     return Loaded(network.pack(dtype, device), words, template)
 
@@ -99,7 +99,7 @@ def load_network(
     """The network alone; `plain`: in plain torch. Raises CheckpointError."""
     if plain:
         config, source = _read_folder(path), path / WEIGHTS
-        return build(config, read_weights(source), source, device)
+        return build(config, read_tensors(source), source, device)
     return load(path, device, dtype).network
 
 
@@ -112,19 +112,17 @@ def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
     return state
 
 
-@checkpoint_errors()
-def read_initial_state(file: Path, spec: StateSpec) -> dict[str, Tensor]:
-    """Tensors of a state from a safetensors file, such as an exported session.
-
-    Raises CheckpointError.
-    """
+def initial_state(
+    tensors: Mapping[str, Tensor], spec: StateSpec, source: Path
+) -> Mapping[str, Tensor]:
+    """Tensors of a state by their names, as an exported session has them. Raises CheckpointError
+    where there is none."""
     names = {tensor.name for tensor in spec.tensors}
-    found = {name: tensor for name, tensor in read_weights(file).items() if name != "recent"}
-    if not found.keys() & names:
+    if not tensors.keys() & names:
         raise CheckpointError(
-            f"{file}: has none of the tensors of a state: {shorten(sorted(names))}"
+            f"{source}: has none of the tensors of a state: {shorten(sorted(names))}"
         )
-    return found
+    return {name: tensor for name, tensor in tensors.items() if name != "recent"}
 
 
 @checkpoint_errors()
@@ -132,7 +130,7 @@ def load_trainable(path: Path, device: torch.device) -> Loaded[LanguageModel]:
     """Load a network for training, with float32 weights. Raises CheckpointError."""
     config, source = _read_folder(path), path / WEIGHTS
     network_of_shapes(config, _read_header(source)[0], source)
-    network = build(config, read_weights(source), source, device)
+    network = build(config, read_tensors(source), source, device)
     words, template = _read_tokenizer(path, config), _read_template(path / CHAT_TEMPLATE)
     return Loaded(network.requires_grad_().train(), words, template)
 
@@ -179,7 +177,7 @@ def import_state_dict(
     except ValidationError as error:
         raise CheckpointError(config_errors(error)) from error
     try:
-        network = build(config, read_weights(file), file, torch.device("cpu"))
+        network = build(config, read_tensors(file), file, torch.device("cpu"))
         words = check_tokenizer(byte_level.read(tokenizer_file), config, tokenizer_file)
         template = None if template_file is None else _read_text(template_file)
         save(out, config, network.state_dict(), words, template)
@@ -231,29 +229,6 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
             return shapes, sorted({tensor.get_dtype() for tensor in tensors.values()})
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from `.safetensors`, or from `.pt`/`.pth` without running code from the file.
-
-    Raises CheckpointError if the file is neither, OSError if it cannot be opened.
-    """
-    check_file(path)
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types for a malformed or foreign file
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{path}: not a file of plain tensors: {reason}") from error
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
-        raise CheckpointError(f"{path}: not a state dict (a mapping of names to tensors)")
-    return content
 
 
 def build(

@@ -23,6 +23,9 @@ from model.rwkv7.config import Config
 from model.weights import TensorShape, check_shapes
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ZIP, PICKLE = b"PK", b"\x80\x02"
+"""What files begin with that torch saves, in its present format and in the one before."""
+
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Weight dtypes, by their safetensors names."""
 
@@ -104,11 +107,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises CheckpointError, and OSError if the file cannot be opened.
     """
-    check_file(path)  # not every torch error names the file
+    _check_format(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises many types for a malformed or foreign file
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise CheckpointError(f"{path}: not a file of plain tensors: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{path}: not a dict of tensors by name")
@@ -116,9 +119,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: weights converted for a strategy of the package rwkv; use the original file"
         )
-    if others := [name for name, tensor in content.items() if not isinstance(tensor, Tensor)]:
-        raise CheckpointError(f"{path}: {others[0]} is not a tensor")
+    for name, tensor in content.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise CheckpointError(f"{path}: {name} is not a tensor of numbers side by side")
     return content
+
+
+def _check_format(path: Path) -> None:
+    """Raises CheckpointError for what torch would not map into memory, and OSError."""
+    check_file(path)  # not every error of torch would name the file
+    with path.open("rb") as file:
+        magic = file.read(2)
+    if magic == PICKLE:
+        raise CheckpointError(
+            f"{path}: in torch's legacy format, which cannot be mapped into memory: load it and "
+            "save it again with torch.save"
+        )
+    if magic != ZIP:
+        raise CheckpointError(f"{path}: not a file of plain tensors, which is a zip archive")
 
 
 def _arranged(name: str, tensor: Tensor) -> Tensor:
@@ -153,7 +171,7 @@ def _open_folder(folder: Path) -> NetworkFiles:
             shapes[name], places[name] = shape, (handle, theirs)
             dtypes[name] = _known_dtype(theirs, part.get_dtype(), file)
     _refuse_others(shapes, folder)
-    if settings.get("tie_word_embeddings") and "head.weight" not in shapes:
+    if settings.get("tie_word_embeddings"):
         _tie(shapes, dtypes, places)
 
     def tensor(name: str) -> Tensor:
@@ -237,10 +255,9 @@ def _known_dtype(name: str, dtype: object, path: Path) -> torch.dtype:
         return dtype
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
-    raise CheckpointError(
-        f"{path}: {name} is {str(dtype).removeprefix('torch.')}: "
-        "quantised weights are not supported, only float32, float16 and bfloat16"
-    )
+    found = str(dtype).removeprefix("torch.")
+    why = "" if found in ("float64", "F64") else "quantised weights are not read, "
+    raise CheckpointError(f"{path}: {name} is {found}: {why}only float32, float16 and bfloat16")
 
 
 def _config(shapes: Mapping[str, TensorShape], path: Path) -> Config:
@@ -284,13 +301,16 @@ def _with_settings(config: Config, settings: Mapping[str, Any], path: Path) -> C
         "hidden_size": config.d_emb,
         "num_hidden_layers": config.num_layers,
         "head_dim": config.head_size,
-        "num_heads": config.num_heads,
         "intermediate_size": config.d_ffn,
         "decay_low_rank_dim": config.decay_rank,
         "a_low_rank_dim": config.rate_rank,
         "gate_low_rank_dim": config.gate_rank,
     }
-    for key, size in by_shape.items():
+    if settings.get("head_dim") is None:
+        told["num_heads"] = config.num_heads
+    if config.num_layers > 1:
+        told["v_low_rank_dim"] = config.value_rank
+    for key, size in told.items():
         if (said := settings.get(key)) is not None and said != size:
             raise CheckpointError(f"{path}: {key} is {said!r}, but the weights are for {size}")
     eps = settings.get("norm_eps", 1e-5)

@@ -12,18 +12,19 @@ from model.kernels import cuda
 from model.kernels.cpu.openmp import num_threads
 from model.network import Recordable
 from model.rwkv7.config import Config
-from model.rwkv7.layers import Weights, read
+from model.rwkv7.layers import Weights
+from model.rwkv7.pieces import read_group
 from model.rwkv7.recurrence import CHUNK, Recurrence, chunked
+from model.rwkv7.weights import AS_ASKED
 from model.state import StatePool, StateSpec
 
 if TYPE_CHECKING:
     from model.rwkv7.cpu.serving import CompiledNetwork
+    from model.rwkv7.cuda.serving import FusedNetwork
 
 
 class RWKV7:
     """The `Network`."""
-
-    recordable: Recordable | None = None
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class RWKV7:
         self.config, self.weights = config, weights
         self.num_parameters, self.weight_bytes = num_parameters, weight_bytes
         self._compiled: CompiledNetwork | None = None
+        self._fused: FusedNetwork | None = None
         self.recurrence: Recurrence = chunked
         """The recurrence of plain torch."""
 
@@ -46,11 +48,8 @@ class RWKV7:
         self.arithmetic = f"{dtype} x float32"
         if not why_plain:
             self._compile()
-        elif self.device.type == "cuda" and cuda.is_available():
-            from model.rwkv7.cuda.recurrence import fused
-
-            self.recurrence = fused
-            self.backend = "plain torch, with a Triton kernel for the recurrence"
+        elif self.device.type == "cuda" and why_plain != AS_ASKED and cuda.is_available():
+            self.fuse()
 
     def _compile(self) -> None:
         from model.kernels.cpu.compilation import target
@@ -59,6 +58,18 @@ class RWKV7:
         self._compiled = CompiledNetwork(self.config, self.weights, self.num_threads)
         self.backend = f"compiled for {target()}"
         self.arithmetic = self._compiled.arithmetic.name
+
+    def fuse(self) -> None:
+        """Compute in Triton's kernels: on a GPU, or on a CPU in Triton's interpreter."""
+        from model.rwkv7.cuda.serving import FusedNetwork
+
+        self._fused = FusedNetwork(self.config, self.weights)
+        self.backend = "Triton"
+
+    @property
+    def recordable(self) -> Recordable | None:
+        """On a device that works beside the host: what its steps are recorded from."""
+        return self._fused
 
     @property
     def vocab_size(self) -> int:
@@ -108,21 +119,13 @@ class RWKV7:
         """
         if self._compiled is not None:
             return self._compiled.forward(batch, pool)
+        if self._fused is not None:
+            return self._fused.forward(batch, pool)
         batch.check(self.vocab_size, pool.num_rows)
-        device = pool.device
-        x = torch.empty(len(batch.token_ids), self.config.d_emb, device=device)
+        x = torch.empty(len(batch.token_ids), self.config.d_emb, device=pool.device)
         for group in batch.groups():
-            padded = batch.padded(group)
-            ids = torch.from_numpy(batch.token_ids[padded]).to(device)
-            lengths = torch.from_numpy(batch.lengths[group]).to(device)
-            places = torch.from_numpy(padded).to(device)
-            rows = torch.tensor([batch.rows[i] for i in group], device=device)
-            states = {name: values[:, rows] for name, values in pool.tensors.items()}
-            read_x, after = read(self.weights, ids, lengths, states, self.recurrence)
-            for name, values in after.items():
-                pool.tensors[name][:, rows] = values
-            x[places[places >= 0]] = read_x[places >= 0]
-        return self._logits(x[torch.from_numpy(batch.logits_at).to(device)])
+            read_group(self.weights, batch, group, pool, self.recurrence, x)
+        return self._logits(x[torch.from_numpy(batch.logits_at).to(pool.device)])
 
     @torch.inference_mode()
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
@@ -130,6 +133,8 @@ class RWKV7:
         token."""
         if self._compiled is not None:
             return self._compiled.logits(pool, rows)
+        if self._fused is not None:
+            return self._fused.logits(pool, rows)
         return self._logits(pool.tensors["last"][0, torch.tensor(rows, device=pool.device)])
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -1,27 +1,63 @@
 """Loads weights tensor by tensor, converting each to its serving dtype."""
 
+import math
+import re
+
 import torch
 from torch import Tensor
 
 from model import WeightDtype
-from model.kernels.linear import NarrowLinear, PackedLinear, as_served, narrow, reason_not_compiled
+from model.kernels.linear import (
+    DTYPES,
+    NarrowLinear,
+    PackedLinear,
+    as_served,
+    narrow,
+    reason_not_compiled,
+)
 from model.rwkv7 import names
-from model.rwkv7.files import NetworkFiles
+from model.rwkv7.config import Config
+from model.rwkv7.files import Source
 from model.rwkv7.layers import ChannelMix, Layer, Linear, LowRank, Norm, TimeMix, Weights
 from model.weights import check_finite
 
+AS_ASKED = "as asked for"
+
+DECAY = re.compile(r"blocks\.\d+\.att\.w[12]")
+MATRICES = (
+    *("emb.weight", "head.weight", "ffn.key.weight", "ffn.value.weight"),
+    *(f"att.{name}.weight" for name in ("receptance", "key", "value", "output")),
+)
+"""Ends of the names of all matrices that are not of low rank."""
+
+
+def served_dtype(name: str, dtype: WeightDtype) -> WeightDtype:
+    """What a tensor is served in. Vectors, decays and what they are made of stay float32; with
+    int8, other low-rank maps and the embedding are bfloat16."""
+    if DECAY.fullmatch(name) or not (name.endswith(MATRICES) or names.LOW_RANK.fullmatch(name)):
+        return "float32"
+    is_small = name == "emb.weight" or names.LOW_RANK.fullmatch(name)
+    return "bfloat16" if is_small and dtype == "int8" else dtype
+
+
+def num_bytes(config: Config, dtype: WeightDtype) -> int:
+    """Bytes of the weights that a step reads, as `Builder.num_bytes`."""
+    return sum(
+        math.prod(shape) * DTYPES[served_dtype(name, dtype)].itemsize
+        for name, shape in names.expected(config).items()
+        if name != "emb.weight"
+    )
+
 
 class Builder:
-    """Reads each tensor once. Decays and their inputs stay float32; with int8, low-rank maps and
-    the embedding are bfloat16."""
+    """Reads each tensor once, into the dtype that `served_dtype` says."""
 
     def __init__(
         self, source: NetworkFiles, device: torch.device, dtype: WeightDtype, *, plain: bool = False
     ) -> None:
         self._source, self._device, self._dtype = source, device, dtype
-        self._small: WeightDtype = "float32" if dtype == "float32" else "bfloat16"
-        self.why_plain = "as asked for" if plain else reason_not_compiled(device, torch.float32)
-        """Why the network is not compiled; empty if it is."""
+        self.why_plain = AS_ASKED if plain else reason_not_compiled(device, torch.float32)
+        """Why the network is not compiled; nothing if it is."""
 
         self._kind = NarrowLinear if self.why_plain else PackedLinear
         self.num_parameters = self.num_bytes = 0
@@ -47,10 +83,10 @@ class Builder:
             key=self._linear(f"{att}.key.weight"),
             value=self._linear(f"{att}.value.weight"),
             output=self._linear(f"{att}.output.weight"),
-            decay=self._low_rank(f"{att}.w", "float32"),
-            rate=self._low_rank(f"{att}.a", self._small),
-            first=self._low_rank(f"{att}.v", self._small) if number else None,
-            gate=self._low_rank(f"{att}.g", self._small, has_bias=False),
+            decay=self._low_rank(f"{att}.w"),
+            rate=self._low_rank(f"{att}.a"),
+            first=self._low_rank(f"{att}.v") if number else None,
+            gate=self._low_rank(f"{att}.g", has_bias=False),
             k_k=self._vector(f"{att}.k_k"),
             k_a=self._vector(f"{att}.k_a"),
             r_k=self._vector(f"{att}.r_k"),
@@ -66,21 +102,20 @@ class Builder:
 
     def _embed(self) -> Tensor:
         weight = self._tensor("emb.weight")
-        narrowed, _ = narrow(weight, self._small, self._device)
+        dtype = served_dtype("emb.weight", self._dtype)
+        narrowed, _ = narrow(weight, dtype, self._device)
         is_mapped = narrowed.data_ptr() == weight.data_ptr()
         return narrowed.clone() if is_mapped else narrowed  # a mapped file may change
 
-    def _linear(
-        self, name: str, dtype: WeightDtype | None = None, bias: Tensor | None = None
-    ) -> Linear:
+    def _linear(self, name: str, bias: Tensor | None = None) -> Linear:
         weight = self._tensor(name)
-        linear = self._kind(weight, bias, dtype or self._dtype, self._device)
+        linear = self._kind(weight, bias, served_dtype(name, self._dtype), self._device)
         self.num_bytes += weight.numel() * linear.weight.itemsize
         return linear
 
-    def _low_rank(self, name: str, dtype: WeightDtype, *, has_bias: bool = True) -> LowRank:
+    def _low_rank(self, name: str, *, has_bias: bool = True) -> LowRank:
         bias = self._vector(f"{name}0") if has_bias else None
-        return LowRank(self._linear(f"{name}1", dtype), self._linear(f"{name}2", dtype, bias))
+        return LowRank(self._linear(f"{name}1"), self._linear(f"{name}2", bias))
 
     def _norm(self, name: str, eps: float | None = None) -> Norm:
         eps = self._source.config.norm_eps if eps is None else eps

@@ -2,9 +2,11 @@
 
     System: ...\n\nUser: ...\n\nAssistant:
 
-A blank line ends a turn, so there is none within one. Ending the prompt with ` <think` makes the
-model think; an empty block of thoughts prevents it. The model writes the last `>` of both itself,
-in one token with what follows. Earlier thoughts are not part of the history.
+A blank line ends a turn, so there is none within one. ` <think` behind it lets the model think, an
+empty block of thoughts, ` <think>\\n</think`, keeps it from that; the model writes the last `>` of
+both itself, maybe in one token with what follows. Without either the model does not think. That is
+what the model card of BlinkDL/rwkv7-g1 says (its "think-mode", "fake think" and "no-think-mode"
+prompts). Earlier thoughts are not part of the history.
 """
 
 TEMPLATE = r"""

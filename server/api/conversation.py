@@ -91,6 +91,45 @@ class Conversation:
         before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
         return self._encode(messages, max_tokens, thinks, before, behind=answer)
 
+    def answered(
+        self,
+        prompt_ids: Sequence[int],
+        written: str,
+        answer: str,
+        max_tokens: int,
+        thinks: bool | None = None,
+    ) -> list[int] | None:
+        """Tokens of a conversation with the answer to it, up to the next message, where they do not
+        begin with those of its prompt and what the model has written: the template may leave out
+        thoughts, or blank lines. None where they do, or where that cannot be known.
+
+        `answer`: the message's text as the client has it. Raises TooManyTokens.
+        """
+        opening, marks = self._openings[thinks], Marks(random_digits(), random_digits())
+        asked = {"role": "user", "content": "?"}
+        said = {"role": "assistant", "content": self._special.mark(answer, marks)}
+        try:
+            before = self._render([asked], thinks, opens_answer=False)
+            whole = self._render([asked, said], thinks, opens_answer=False)
+            longer = self._render([asked, said, asked], thinks, opens_answer=False)
+        except InvalidMessages:
+            return None
+        text = whole.removeprefix(before)
+        num_opening = self._count_at_end(prompt_ids, opening)
+        is_known = num_opening and whole.startswith(before) and longer.startswith(whole)
+        if not is_known or text.startswith(opening + written):
+            return None
+        begun = prompt_ids[:-num_opening]
+        return [*begun, *self._special.encode(text, marks, max_tokens - len(begun))]
+
+    def _count_at_end(self, ids: Sequence[int], text: str) -> int:
+        """How many of the last tokens are this text; 0 if no token begins with it."""
+        for count in range(1, len(ids)):
+            found = self._tokenizer.decode(ids[-count:], names=True)
+            if found == text or len(found) > len(text):
+                return count if found == text else 0
+        return 0
+
     def splitter(self, thinks: bool | None) -> ThoughtSplitter | None:
         """Splits an answer into thoughts and content, for prompts with messages."""
         if self.rules.thinking is None:
@@ -109,9 +148,7 @@ class Conversation:
         return len(opening[len(opening[:at].rstrip()) :].encode()) if at < len(opening) else 0
 
     def _opening(self, thinks: bool | None) -> str:
-        """The end of a prompt after its last message, as far as it can be determined."""
-        if self.rules.thinking is None:
-            return ""
+        """What a prompt ends with behind its last message, as far as that can be known."""
         messages = [{"role": "user", "content": "?"}]
         try:
             before = self._render(messages, thinks, opens_answer=False)

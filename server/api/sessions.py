@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter, ValidationError
 
-from model.decoding.sampling import RecentTokens
+from model.checkpoint import CheckpointError, parse_initial_state
 from server.api.auth import Caller, CallerDep, OwnerDep
 from server.api.bodies import JSONRoute
 from server.api.generation.answer import Answer
@@ -38,9 +38,10 @@ from server.api.schemas.sessions import (
     SessionList,
 )
 from server.api.service import Service, ServiceDep
-from server.errors import InternalError, InvalidRequest
+from server.api.texts import LONG
+from server.errors import IncompatibleState, InternalError, InvalidRequest
 from server.records import RequestRecord
-from server.sessions.codec import SessionState
+from server.sessions.codec import is_exported
 from server.sessions.ledger import NewSession
 from server.sessions.store import Entry
 
@@ -93,8 +94,9 @@ async def create_session(
             caller.owner, body.response_id, body.metadata or {}, ttl_s
         )
     elif body.prompt is None and (initial := find_initial(service, body.initial_state)):
-        state = SessionState(0, (), b"", RecentTokens().to_bytes(), initial.data, turn=1)
-        record = await service.ledger.import_state(caller.owner, state, body.metadata or {}, ttl_s)
+        record = await service.ledger.import_state(
+            caller.owner, initial.data, body.metadata or {}, ttl_s
+        )
     elif body.prompt is not None:
         target = NewSession(body.metadata or {}, ttl_s)
         request_record = record_of(request.scope)
@@ -142,18 +144,24 @@ async def import_session(
     metadata: MetadataQuery = None,
     ttl: TtlQuery = None,
 ) -> ImportedSession:
-    """Create a session from an exported state, which is the body.
+    """Make a session from an exported state, which is the body, or from a tuned one.
 
-    The state must fit this server's model; status 422 names the difference. `metadata` is a JSON
-    object. If this server's products use another arithmetic than the state's, the session
-    continues, but not bit for bit as it would have there.
+    It must be of this server's model: what differs is named with status 422. `metadata` is a JSON
+    object. Where products are computed in another arithmetic than before, the session goes on, but
+    not to the bit as it would have there. A tuned initial state, as a safetensors file with the
+    tensors that its publisher has in it, makes a session in which nothing was said yet.
     """
     await service.limiter.count(caller)
     service.check_ready()
     ttl_s = _ttl_s(service, ttl)
     facts = _metadata(metadata)
     blob = await request.body()
-    record, before = await service.ledger.import_blob(caller.owner, blob, facts, ttl_s)
+    before: str | None = None
+    if is_exported(blob):
+        record, before = await service.ledger.import_blob(caller.owner, blob, facts, ttl_s)
+    else:
+        data = await service.texts.run(LONG, _read_tuned, service, blob)
+        record = await service.ledger.import_state(caller.owner, data, facts, ttl_s)
     return ImportedSession(
         **_render(service, record).model_dump(),
         arithmetic=service.checkpoint.network.arithmetic,
@@ -241,6 +249,15 @@ async def delete_session(
     """Erase a session with its checkpoints and stored answers, in memory and on disk."""
     await service.ledger.delete(owner, "session", session_id)
     return SessionDeleted(id=session_id)
+
+
+def _read_tuned(service: Service, blob: bytes) -> bytes:
+    """The bytes of a tuned initial state. Raises IncompatibleState."""
+    spec = service.checkpoint.network.state_spec
+    try:
+        return parse_initial_state(service.settings.checkpoint, blob, spec)
+    except CheckpointError as error:
+        raise IncompatibleState(f"this is no state for this server: {error}") from error
 
 
 def _ttl_s(service: Service, ttl: float | None) -> float | None:

@@ -116,7 +116,10 @@ def export(
 
 @app.command("import")
 def import_state(
-    file: Annotated[Path, typer.Argument(help="Exported state, - for stdin.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="Exported state, - for stdin, or a tuned initial state as a .pth."),
+    ],
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Repeatable.")
     ] = None,
@@ -124,17 +127,14 @@ def import_state(
     url: UrlOption = LOCAL,
     key: KeyOption = "",
 ) -> None:
-    """Create a session from an exported state and print its id."""
+    """Create a session from an exported state, or from a tuned initial one, and print its id."""
     facts = {}
     for item in metadata or []:
         name, equals, value = item.partition("=")
         if not equals:
             raise fail(f"--metadata: {item!r} is not KEY=VALUE")
         facts[name] = value
-    try:
-        blob = sys.stdin.buffer.read() if file == Path("-") else read_file(file, MAX_BLOB_BYTES)
-    except OSError as error:
-        raise fail(f"{file}: {error.strerror}") from error
+    blob = _read_state(file)
     with _connect(url, key) as client:
         print(client.import_state(blob, facts, ttl).id)
 
@@ -183,6 +183,26 @@ def delete(
                 failure = fail(error)
     if failure is not None:
         raise failure
+
+
+def _read_state(file: Path) -> bytes:
+    """A file of tensors as safetensors, which alone a server reads, or what the file has."""
+    try:
+        if file == Path("-"):
+            return sys.stdin.buffer.read()
+        return _pack(file) if file.suffix == ".pth" else read_file(file, MOST_BLOB_BYTES)
+    except OSError as error:
+        raise fail(f"{file}: {error.strerror}") from error
+
+
+def _pack(file: Path) -> bytes:
+    from model.network import CheckpointError
+    from model.weights import pack_tensors
+
+    try:
+        return pack_tensors(file)
+    except CheckpointError as error:
+        raise fail(error) from error
 
 
 @contextmanager

@@ -24,6 +24,9 @@ class Engine:
     def __init__(
         self, checkpoint: Checkpoint, limits: EngineLimits, deliver: Deliver, metrics: Metrics
     ) -> None:
+        self.keeps_prefixes = limits.prefix_cache_bytes >= checkpoint.network.state_spec.num_bytes
+        """Whether states of beginnings are kept for later prompts."""
+
         self._inbox = Inbox(
             limits.max_waiting,
             limits.max_waiting_tokens,

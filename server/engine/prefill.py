@@ -36,8 +36,10 @@ class PrefillRunner:
 
         The row holds the state before the first token.
         """
-        caches_answer = sequence.request.caches_answer and self._prefixes.may_cache
-        if not (caches_answer and self._follow_text(sequence)):
+        keeps_answer = sequence.request.keeps_answer and self._prefixes.may_keep
+        if keeps_answer and sequence.request.is_anticipated:
+            self._prefixes.anticipate(sequence, sequence.prompt_text)
+        if not (keeps_answer and self._follow_text(sequence)):
             self._begin(sequence)
 
     def retain(self, sequence: TextSequence) -> None:
@@ -62,10 +64,13 @@ class PrefillRunner:
         self._prefixes.cache_text(sequence.request, sequence.whole_text(), sequence.unread, state)
         self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
 
-    def leave(self, sequence: EngineSequence) -> None:
-        """The sequence has stopped reading; those waiting for it start again."""
+    def leave(self, sequence: TextSequence) -> None:
+        """The sequence has stopped reading; those that waited for it begin again."""
         for orphan in self._prefixes.leave(sequence):
-            self._begin(orphan)
+            if isinstance(orphan, TextSequence) and not orphan.waits_until:
+                self.begin(orphan)
+            else:
+                self._begin(orphan)
 
     def count(self, sequence: EngineSequence) -> None:
         """Count a completed prompt in the metrics."""
@@ -94,15 +99,19 @@ class PrefillRunner:
             self._pool.write_row(self._row(sequence), state)
 
     def _follow_text(self, sequence: TextSequence) -> bool:
-        """Continue from the state after the longest known text, if it is further than others."""
+        """Go on from the state behind the longest known text, or wait for it if it is being read,
+        if that is ahead of others."""
         sequence.find_opening()
-        found = self._prefixes.find_text(sequence.request, sequence.prompt_text)
-        if found is None:
+        request, text = sequence.request, sequence.prompt_text
+        found = self._prefixes.find_text(request, text)
+        num_known = len(sequence.text_before(self._prefixes.num_retained(sequence)))
+        num_found = max(num_known, 0 if found is None else found[0].num_bytes)
+        if not request.is_anticipated and self._prefixes.await_text(sequence, text, num_found):
+            return True
+        if found is None or num_known == num_found:
             return False
         kept, state = found
-        if len(sequence.text_before(self._prefixes.num_retained(sequence))) >= kept.num_bytes:
-            return False
-        if not sequence.continue_after(kept.num_bytes, kept.pending):
+        if not sequence.go_on_behind(kept.num_bytes, kept.pending):
             return False
         self._pool.write_row(self._row(sequence), state)
         return True

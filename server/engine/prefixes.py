@@ -90,6 +90,8 @@ class SharedPrefixes(Generic[State]):
         self._seen = SharedCache[bytes, None](MAX_SEEN)
         self._readers: dict[bytes, EngineSequence] = {}
         self._followers: list[EngineSequence] = []
+        self._anticipated: dict[EngineSequence, tuple[bytes, bytes]] = {}
+        """Sequences that read what is expected, with the salts and the texts of their prompts."""
 
     @property
     def num_bytes(self) -> int:
@@ -144,6 +146,7 @@ class SharedPrefixes(Generic[State]):
 
     def leave(self, sequence: EngineSequence) -> list[EngineSequence]:
         """A sequence has stopped reading. Returns those that waited for it, to begin again."""
+        self._anticipated.pop(sequence, None)
         for digest in sequence.digests:
             if self._readers.get(digest) is sequence:
                 del self._readers[digest]
@@ -158,6 +161,7 @@ class SharedPrefixes(Generic[State]):
         """Forget all sequences."""
         self._readers.clear()
         self._followers.clear()
+        self._anticipated.clear()
 
     def forget_owner(self, owner: str) -> None:
         """Drop an owner's states and remembered prefixes."""
@@ -197,6 +201,26 @@ class SharedPrefixes(Generic[State]):
                 key = here
         found = None if key is None else self._states.get(key)
         return None if found is None or found.text is None else (found.text, found.state)
+
+    def anticipate(self, sequence: EngineSequence, text: bytes) -> None:
+        """The sequence reads a text so that others find the state after it."""
+        self._anticipated[sequence] = _salt(sequence.request), text
+
+    def await_text(self, sequence: EngineSequence, text: bytes, num_bytes: int) -> bool:
+        """Wait for the state after a beginning of the text that is longer than so many bytes, if
+        one is being read in anticipation. False if none is."""
+        salt = _salt(sequence.request)
+        readers = (
+            (len(theirs), reader)
+            for reader, (their_salt, theirs) in self._anticipated.items()
+            if their_salt == salt and len(theirs) < len(text) and text.startswith(theirs)
+        )
+        length, reader = max(readers, key=lambda found: found[0], default=(0, None))
+        if reader is None or length <= num_bytes:
+            return False
+        sequence.waits_for, sequence.waits_until = reader, 0
+        self._followers.append(sequence)
+        return True
 
     def num_retained(self, sequence: EngineSequence) -> int:
         """Tokens of the sequence's longest prefix with a cached state."""

@@ -125,6 +125,12 @@ class Scheduler(Generic[S]):
     def idle(self) -> bool:
         return not (self.waiting or self.prefilling or self.decoding)
 
+    @property
+    def has_seat(self) -> bool:
+        """Whether one more may run, after all those that wait."""
+        num_held = len(self.waiting) + len(self.prefilling) + len(self.decoding)
+        return num_held < self._limits.max_running
+
     def find(self, request_id: str) -> S | None:
         """Find a request's sequence in any phase."""
         return next((s for s in self.sequences() if s.request.request_id == request_id), None)

@@ -199,6 +199,8 @@ class Worker:
 
     def _handle(self, message: EngineMessage) -> None:
         match message:
+            case Submit(request) if request.is_anticipated and not self._scheduler.has_seat:
+                self._inbox.left_queue(request)
             case Submit(request, at):
                 self._open[request.request_id] = None
                 try:
@@ -218,8 +220,16 @@ class Worker:
                 self._rows.release(state_id)
             case Forget(owner):
                 self._reader.forget_owner(owner)
+                self._drop_anticipated(owner)
             case Stop():
                 self._stopping = True
+
+    def _drop_anticipated(self, owner: str) -> None:
+        for sequence in list(self._scheduler.sequences()):
+            request = sequence.request
+            if request.is_anticipated and request.owner == owner:
+                self._open.pop(request.request_id, None)
+                self._drop(sequence)
 
     def _expire(self) -> None:
         for sequence in self._scheduler.expired(time.monotonic()):
@@ -261,6 +271,8 @@ class Worker:
     def _report_read(self, sequence: TextSequence) -> None:
         """The whole prompt is read, except for what the first decoding step reads."""
         sequence.read_at = time.monotonic()
+        if sequence.request.is_anticipated:
+            return
         self._metrics.prefill_time_seconds.observe(sequence.read_at - sequence.admitted_at)
         self._reader.count(sequence)
         scores = sequence.prompt_scores

@@ -154,10 +154,14 @@ class Codec:
             raise BlobError(
                 f"turn {session.turn} at position {session.position}: too large for a session"
             )
-        largest = self.check(session)
-        if largest > MAX_MAGNITUDE:
-            raise BlobError(f"it has numbers up to {largest:.3g}, more than {MAX_MAGNITUDE:g}")
+        self.check_foreign(session)
         return session
+
+    def check_foreign(self, session: SessionState) -> None:
+        """Raises BlobError for numbers that no network has in its states."""
+        largest = self.check(session)
+        if largest > MOST_MAGNITUDE:
+            raise BlobError(f"it has numbers up to {largest:.3g}, more than {MOST_MAGNITUDE:g}")
 
     def report_arithmetic(self, entry_id: str, session: SessionState) -> None:
         """Log if a state was computed in another arithmetic than this server's."""
@@ -244,6 +248,15 @@ class Codec:
             check_values(self._tensors, arrays)
         except DamagedState as error:
             raise DamagedBlob(str(error)) from error
+
+
+def is_exported(blob: bytes) -> bool:
+    """Whether the header of a safetensors blob says that it is an exported session, however whole;
+    so does one that cannot be read."""
+    try:
+        return _metadata(blob).get("format") == FORMAT
+    except (ValueError, AttributeError, RecursionError):
+        return True
 
 
 def read(blob: bytes) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from model.decoding.sampling import RecentTokens
 from server.errors import (
     IncompatibleState,
     InvalidRequest,
@@ -364,13 +365,22 @@ class Ledger:
         return entry, state.arithmetic
 
     async def import_state(
-        self, owner: str, state: SessionState, metadata: dict[str, str], ttl_s: float | None
+        self, owner: str, data: bytes, metadata: dict[str, str], ttl_s: float | None
     ) -> Entry:
-        """A new session from a state of this model.
+        """A new session that begins with a state of this model, of which `data` are the bytes.
 
-        Raises QuotaExceeded, StorageFull and StorageFailed.
+        Raises IncompatibleState, QuotaExceeded, StorageFull and StorageFailed.
         """
-        blob = await self._blobs.run(owner, partial(self._codec.encode, state))
+        state = SessionState(0, (), b"", RecentTokens().to_bytes(), data, turn=1)
+
+        def encode() -> bytes:
+            self._codec.check_foreign(state)
+            return self._codec.encode(state)
+
+        try:
+            blob = await self._blobs.run(owner, encode)
+        except BlobError as error:
+            raise IncompatibleState(f"this is no state for this server: {error}") from error
         return await self._insert_with(owner, state, blob, metadata, ttl_s)
 
     async def _insert_with(

@@ -4,7 +4,7 @@ mean = keep * mean + (1 - keep) * embed[token]        logits = head @ mean / (1 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -161,9 +161,11 @@ def published_state(pool: StatePool, row: int) -> dict[str, Tensor]:
     return {"mean": pool.tensors["mean"][0, row]}
 
 
-def read_initial_state(file: Path, spec: StateSpec) -> dict[str, Tensor]:
-    del spec
-    return load_file(file)
+def initial_state(
+    tensors: Mapping[str, Tensor], spec: StateSpec, source: Path
+) -> Mapping[str, Tensor]:
+    del spec, source
+    return tensors
 
 
 def _config(path: Path) -> Config:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from model import checkpoint
 from model.heinsen import checkpoint as heinsen
+from model.weights import read_tensors
 from server.__main__ import app
 from server.settings import Group, Settings
 from tests.patience import PROGRAM_S
@@ -134,7 +135,7 @@ def test_verify_accepts_the_reference_and_rejects_anything_else(tmp_path: Path) 
 @pytest.mark.long
 def test_import_checkpoint_makes_a_servable_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = heinsen.read_config(tiny_checkpoint / "config.json")
-    weights = heinsen.read_weights(tiny_checkpoint / "model.safetensors")
+    weights = read_tensors(tiny_checkpoint / "model.safetensors")
     torch.save(weights, tmp_path / "reference.pt")
     names = ("vocab_sz", "d_emb", "n_layers", "n_heads", "d_key", "d_val")
     shape = [str(x) for n in names for x in (f"--{n.replace('_', '-')}", getattr(config, n))]

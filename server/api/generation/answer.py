@@ -98,6 +98,9 @@ class Choice:
 
         self.text: list[str] = []
         self.thoughts: list[str] = []
+        self.written: list[str] = []
+        """What the model wrote, with the marks around thoughts and spaces at the ends."""
+
         self.num_generated = 0
         self.num_thought = 0
         """Generated tokens before the first text after the thoughts."""
@@ -113,7 +116,9 @@ class Choice:
         self.timings: EngineTimings | None = None
 
     def push(self, event: TextDelta | Finished) -> tuple[str, str]:
-        """Add the text of an event; call after `add`. Returns the new thoughts and the new text."""
+        """The text of an event. Returns what it adds to the thoughts, and to the text; called after
+        `add`."""
+        self.written.append(event.text)
         if self._splitter is None:
             self.text.append(event.text)
             return "", event.text

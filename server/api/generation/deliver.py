@@ -89,6 +89,9 @@ async def deliver(turn: AdmittedTurn, answer: Answer, shape: Shape[Any], sink: S
                 if turn.needs_body:
                     body = await run(size, shape.to_json)
                 await turn.commit(body, answer.num_generated)
+                if turn.may_come_again:
+                    [choice] = answer.choices
+                    await turn.anticipate("".join(choice.written), "".join(choice.text))
             await sink.send(await run(size, encode, deltas))
         await sink.send(await run(answer.size, lambda: sink.encode(shape.closing())))
     except Exception as error:

@@ -8,12 +8,15 @@ by its deadline, a grammar without a valid continuation, the device, a failed co
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from model.decoding.sampling import SamplingParams
+from model.text.tokenizer import TooManyTokens
 from server.api.auth import Caller
 from server.api.generation.generation import Generation
 from server.api.generation.prompts import PromptSource
@@ -39,6 +42,8 @@ from server.errors import (
     InternalError,
     InvalidRequest,
     LatentdError,
+    Overloaded,
+    ShuttingDown,
     StateDamaged,
     StorageFailed,
 )
@@ -193,6 +198,43 @@ class AdmittedTurn:
         self.is_committed = True
         self._service.metrics.answer_tokens_total.inc(num_generated)
         await self._unlock(num_generated)
+
+    @property
+    def may_come_again(self) -> bool:
+        """Whether it is a chat whose client sends all of it again, to go on."""
+        return self.requests[0].keeps_answer and self._service.engine.keeps_prefixes
+
+    async def anticipate(self, written: str, answer: str) -> None:
+        """Have the answer read again if it will come back otherwise than the model wrote it:
+        without its thoughts, or without blank lines, as the template has it.
+
+        A state stands for what was read, so the one behind the answer is not that of such a
+        history. Reading it now takes a fraction of the time that writing it took, and the next
+        request needs to read nothing but what is new.
+        """
+        service, request = self._service, self.requests[0]
+        if service.conversation is None:
+            return
+        most = service.settings.max_prompt_tokens
+        conversation, thinks = service.conversation, self._generation.thinks
+        with suppress(TooManyTokens, Overloaded, ShuttingDown):
+            ids = await self.texts.run(
+                len(answer), conversation.answered, request.token_ids, written, answer, most, thinks
+            )
+            if ids is not None:
+                service.engine.submit(
+                    EngineRequest(
+                        request_id=secrets.token_hex(12),
+                        source=request.source,
+                        continuation=Continuation(),
+                        token_ids=tuple(ids),
+                        max_tokens=0,
+                        sampling=SamplingParams(),
+                        owner=request.owner,
+                        keeps_answer=True,
+                        is_anticipated=True,
+                    )
+                )
 
     async def close(self, body: str | None, num_generated: int) -> None:
         """Cancel what still runs, and release the locks; uncommitted work is rolled back.

@@ -19,6 +19,7 @@ from model.heinsen import checkpoint
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 from model.text import byte_level
+from model.weights import read_tensors
 
 CPU = torch.device("cpu")
 Weights = dict[str, Tensor]
@@ -263,7 +264,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, suffix: str) 
     path, trace = tmp_path / f"weights{suffix}", tmp_path / "trace"
     torch.save({"embed.weight": torch.ones(2), "more": Bomb(trace)}, path)
     with pytest.raises(CheckpointError, match="not a file of plain tensors") as caught:
-        checkpoint.read_weights(path)
+        read_tensors(path)
     assert str(path) in str(caught.value)
     assert not trace.exists()
     torch.load(path, weights_only=False)
@@ -278,7 +279,7 @@ def test_a_pickle_of_something_else_than_a_state_dict_is_refused(
 ) -> None:
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="not a state dict"):
-        checkpoint.read_weights(tmp_path / "x.pt")
+        read_tensors(tmp_path / "x.pt")
 
 
 def test_a_truncated_pickle_is_refused(tmp_path: Path) -> None:
@@ -286,7 +287,7 @@ def test_a_truncated_pickle_is_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1000)}, path)
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(CheckpointError, match="not a file of plain tensors"):
-        checkpoint.read_weights(path)
+        read_tensors(path)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from model.heinsen import checkpoint
 from model.training import export
+from model.weights import read_tensors
 from tests.model.calls import step
 
 CPU = torch.device("cpu")
@@ -25,8 +26,8 @@ def test_only_matrices_are_rounded(tiny_checkpoint: Path, tmp_path: Path) -> Non
     out = tmp_path / "out"
     code, printed = run(tiny_checkpoint, out)
     assert code == 0, printed
-    exact = checkpoint.read_weights(tiny_checkpoint / checkpoint.WEIGHTS)
-    found = checkpoint.read_weights(out / checkpoint.WEIGHTS)
+    exact = read_tensors(tiny_checkpoint / checkpoint.WEIGHTS)
+    found = read_tensors(out / checkpoint.WEIGHTS)
     for name, tensor in exact.items():
         assert found[name].dtype == (torch.bfloat16 if tensor.dim() > 1 else torch.float32)
         assert torch.equal(found[name], tensor.to(found[name].dtype))

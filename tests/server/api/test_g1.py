@@ -52,7 +52,37 @@ def test_earlier_thoughts_are_no_history() -> None:
     assert text == "User: hi\n\nAssistant: Ho\n\nUser: a\n\nAssistant:"
 
 
-def test_a_session_continues_after_its_answer() -> None:
+@pytest.mark.parametrize(
+    ("written", "thinks", "history"),
+    [
+        (" Ho", None, None),
+        (" Ho ", None, "Assistant: Ho\n\n"),
+        ("Ho", None, "Assistant: Ho\n\n"),
+        (" Ho\n\nho\n", None, "Assistant: Ho\nho\n\n"),
+        (">\nhm\n</think>\n\nHo", True, "Assistant: Ho\n\n"),
+        (">\nHo\n\n\nho", False, "Assistant: Ho\nho\n\n"),
+        (f" {END} <think>\n\n", None, f"Assistant: {END} <think>\n\n"),
+    ],
+)
+def test_an_answer_is_read_again_if_it_comes_back_otherwise(
+    written: str, thinks: bool | None, history: str | None
+) -> None:
+    splitter = CHAT.splitter(thinks)
+    assert splitter is not None
+    answer = splitter.push(written)[1] + splitter.flush()[1]
+    prompt = CHAT.begin([ChatMessage("user", "hi")], 1000, thinks)
+    found = CHAT.answered(prompt, written, answer, 1000, thinks)
+    if history is None:
+        assert found is None
+        return
+    assert found is not None
+    messages = [ChatMessage("user", "hi"), ChatMessage("assistant", answer)]
+    assert found == CHAT.begin([*messages, ChatMessage("user", "")], 1000)[: len(found)]
+    assert WORDS.decode(found) == f"User: hi\n\n{history}"
+    assert 0 not in found
+
+
+def test_a_session_goes_on_behind_its_answer() -> None:
     ids = CHAT.extend([ChatMessage("user", "a")], 1000)
     assert WORDS.decode(ids) == "\n\nUser: a\n\nAssistant:"
 

@@ -88,19 +88,46 @@ def test_only_the_new_message_is_read(client: httpx.Client) -> None:
     assert answers[-1]["usage"]["prompt_tokens"] > 10 * most
 
 
-def test_with_thoughts_only_the_answer_and_the_new_message_are_read(client: httpx.Client) -> None:
+def test_with_thoughts_only_the_new_message_is_read(client: httpx.Client) -> None:
+    """The history has no thoughts: the answer was read again without them."""
     thoughts: dict[str, Any] = {
         "logit_bias": letters(client),
         "thinking_token_budget": 5,
-        "max_tokens": 40,
+        "max_tokens": 90,
     }
     answers = converse(client, **thoughts)
-    logged = num_tokens(client, "\n\nUser: then the mat 19\n\nAssistant: <think>") + 8
+    most = num_tokens(client, "\n\nUser: then the mat 19\n\nAssistant: <think>") + 8
     for before, answer in pairwise(answers):
         message = before["choices"][0]["message"]
         assert message["reasoning_content"]
-        assert unread(answer) <= logged + num_tokens(client, message["content"])
-    assert answers[-1]["usage"]["prompt_tokens"] > 10 * logged
+        assert num_tokens(client, message["content"]) > most
+        assert unread(answer) <= most
+    assert answers[-1]["usage"]["prompt_tokens"] > 10 * most
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_with_blank_lines_only_the_new_message_is_read(client: httpx.Client, thinks: bool) -> None:
+    """The history of G1 has none of them: the answer was read again without them."""
+    written = r" ?[a-z]{9}\n\n[a-z]{9}\n\n\n[a-z]{9}"
+    text: dict[str, Any] = {"structured_outputs": {"regex": written}, "max_tokens": 60}
+    if thinks:  # an empty block of thoughts, which the history does not have either
+        text["reasoning_effort"] = "none"
+    answers = converse(client, **text)
+    most = num_tokens(client, "\n\nUser: then the mat 19\n\nAssistant:") + 8
+    for before, answer in pairwise(answers):
+        assert before["choices"][0]["message"]["content"].count("\n\n") == 2
+        assert unread(answer) <= most
+    assert answers[-1]["usage"]["prompt_tokens"] > 10 * most
+
+
+def test_what_is_read_again_is_the_history(client: httpx.Client) -> None:
+    """The state is that of the text as it comes back, not as it was written."""
+    written = {"structured_outputs": {"regex": r" the cat\n\nsat\n\n"}, "max_tokens": 40}
+    messages = [{"role": "system", "content": "the cat sat"}, {"role": "user", "content": "hm"}]
+    first = post(client, CHATS, messages=messages, **written)["choices"][0]["message"]
+    messages += [{"role": "assistant", "content": first["content"]}]
+    messages += [{"role": "user", "content": "and"}]
+    assert_same_as_in_a_session(client, messages)
 
 
 def test_what_is_read_once_gives_the_same_answer(client: httpx.Client) -> None:
@@ -108,14 +135,20 @@ def test_what_is_read_once_gives_the_same_answer(client: httpx.Client) -> None:
     choice = {"structured_outputs": {"regex": " the cat\\."}, "max_tokens": 40}
     first = converse(client, 2, **choice)
     assert [a["choices"][0]["message"]["content"] for a in first] == ["the cat."] * 2
-    greedy = {"temperature": 0, "max_tokens": 12, "logit_bias": letters(client), "logprobs": True}
     messages = [
         {"role": "system", "content": "the cat sat"},
         {"role": "user", "content": "then the mat 0"},
         {"role": "assistant", "content": "the cat."},
         {"role": "user", "content": "and"},
     ]
+    assert_same_as_in_a_session(client, messages)
+
+
+def assert_same_as_in_a_session(client: httpx.Client, messages: list[dict[str, str]]) -> None:
+    """An answer to what was read before is that to what is read now."""
+    greedy = {"temperature": 0, "max_tokens": 12, "logit_bias": letters(client), "logprobs": True}
     warm = post(client, CHATS, messages=messages, **greedy)
+    assert warm["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
     session_id = client.post("/v1/sessions").json()["id"]  # a session's turns are kept apart
     cold = post(client, CHATS, messages=messages, session_id=session_id, **greedy)
     assert warm["choices"][0]["message"] == cold["choices"][0]["message"]

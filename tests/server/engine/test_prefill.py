@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from model.checkpoint import Checkpoint
 from model.decoding.sampling import SamplingParams
-from server.engine.messages import DeadlinePassed, EngineRequest, Finished
+from server.engine.messages import DeadlinePassed, EngineRequest, Finished, Forget
 from tests.server.engine.driver import LIMITS, Driver, following, request
 from tests.server.engine.stepper import Stepper
 
@@ -195,3 +195,63 @@ def test_a_state_before_what_opens_an_answer_is_found_by_its_text(
         text, last = sharing.turn(replace(plain, caches_answer=True, opening_bytes=opening))
         assert (text, last.num_generated) == (driver.turn(plain)[0], plain.max_tokens)
     assert sharing.result("second")[1].cached_tokens == 99
+
+
+def expected_prompt(checkpoint: Checkpoint, count: int, **changes: Any) -> EngineRequest:
+    """The beginning of a prompt that nobody has sent yet, of tokens that have a text."""
+    ids = tuple(i for i in SYSTEM * 10 if checkpoint.tokenizer.bytes_of(i))[:count]
+    anticipated = {"max_tokens": 0, "keeps_answer": True, "is_anticipated": True}
+    return request("expected", token_ids=ids, **anticipated | changes)
+
+
+def following_text(expected: EngineRequest) -> EngineRequest:
+    ids = (*expected.token_ids, 70, 71, 72)
+    greedy = SamplingParams(temperature=0)
+    return request("chat", token_ids=ids, sampling=greedy, keeps_answer=True)
+
+
+def test_who_sends_what_was_expected_waits_for_its_state(
+    checkpoint: Checkpoint, driver: Driver
+) -> None:
+    limits = replace(LIMITS, prefix_cache_bytes=CACHE_BYTES, prefill_chunk_tokens=64)
+    sharing, expected = Stepper(checkpoint, limits), expected_prompt(checkpoint, 1001)
+    chat = following_text(expected)
+    sharing.submit(expected)
+    sharing.step(2)
+    sharing.submit(chat)
+    sharing.run()
+    assert sharing.finished("chat").cached_tokens == 1000
+    assert sharing.text("chat") == driver.turn(chat)[0]
+    assert sharing.metrics.prompt_tokens_total._value.get() == len(chat.token_ids)
+
+
+def test_what_is_expected_of_one_is_not_for_another(checkpoint: Checkpoint) -> None:
+    sharing = Stepper(checkpoint, replace(LIMITS, prefix_cache_bytes=CACHE_BYTES))
+    expected = expected_prompt(checkpoint, 1001, owner="a")
+    sharing.submit(expected)
+    sharing.submit(replace(following_text(expected), owner="b"))
+    sharing.run()
+    assert sharing.finished("chat").cached_tokens == 0
+
+
+def test_nothing_is_read_in_place_of_who_waits(checkpoint: Checkpoint) -> None:
+    limits = replace(LIMITS, prefix_cache_bytes=CACHE_BYTES, max_running=1)
+    sharing = Stepper(checkpoint, limits)
+    sharing.submit(request("other"))
+    sharing.step(2)
+    sharing.submit(expected_prompt(checkpoint, 1001))
+    sharing.run()
+    assert sharing.metrics.prefix_cache_bytes._value.get() == 0
+    assert not sharing.inbox._num_waiting
+    assert sharing.last("expected") is None
+
+
+def test_what_is_expected_of_an_owner_is_forgotten_while_it_is_read(checkpoint: Checkpoint) -> None:
+    limits = replace(LIMITS, prefix_cache_bytes=CACHE_BYTES, prefill_chunk_tokens=64)
+    sharing, expected = Stepper(checkpoint, limits), expected_prompt(checkpoint, 1001)
+    sharing.submit(expected, following_text(expected))
+    sharing.step(3)
+    sharing.inbox.put(Forget(expected.owner))
+    sharing.run()
+    assert sharing.finished("chat").cached_tokens == 0
+    assert sharing.finished("chat").num_generated == 12

@@ -1,18 +1,12 @@
 """Every kernel compiles for its GPUs, into the expected code."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.model.heinsen.cuda.launches import LAUNCHES
-from tests.model.kernels.cuda.compiled import Compiled
+from tests.model.kernels.cuda.compiled import Compiled, compile_all
 
-ROOT = Path(__file__).parents[4]
 Launches = dict[str, list[Compiled]]
 
 pytestmark = pytest.mark.long
@@ -31,13 +25,7 @@ of_attention = pytest.mark.parametrize("launch", [x for x in LAUNCHES if x.start
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.model.kernels.cuda.compiled"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    return {name: [Compiled(**kernel) for kernel in kernels] for name, kernels in found.items()}
+    return compile_all("heinsen", tmp_path_factory.mktemp("triton"))
 
 
 @each_launch

@@ -1,19 +1,23 @@
 """Compiles Triton kernels for a GPU without one.
 
-    python -m tests.model.kernels.cuda.compiled
+    python -m tests.model.kernels.cuda.compiled FAMILY
 
-makes the calls of `heinsen.cuda.launches` without launching anything: every kernel is compiled for
-a Hopper GPU with the options and specialisations of its call. It prints the results as JSON: for
-each call by name a list of `Compiled`. A separate program, because in tests without a GPU Triton's
-interpreter replaces its compiler.
+makes the calls of the family's `cuda.launches` here, in which nothing is launched: every kernel is
+compiled for a Hopper GPU as its call would have it, with its options and what its arguments are
+specialised on. It prints what came of them as JSON: for each call by name a list of `Compiled`. A
+program of its own, because in tests without a GPU Triton's interpreter has taken its compiler's
+place.
 """
 
+import importlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tests.model.heinsen.cuda.launches import LAUNCHES
-
+ROOT = Path(__file__).parents[4]
 HOPPER = GPUTarget("cuda", 90, 32)
 
 
@@ -55,6 +58,17 @@ class NoGpu:
         return 0
 
 
+def compile_all(family: str, cache: Path) -> dict[str, list[Compiled]]:
+    """The kernels of each call of a family, compiled in a program of its own."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.model.kernels.cuda.compiled", family]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    return {name: [Compiled(**kernel) for kernel in kernels] for name, kernels in found.items()}
+
+
 def describe(kernel: Any) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -84,7 +98,8 @@ def main() -> None:
 
     JITFunction.run = compile_only
     found = dict[str, list[Any]]()
-    for name, call in LAUNCHES.items():
+    launches = importlib.import_module(f"tests.model.{sys.argv[1]}.cuda.launches").LAUNCHES
+    for name, call in launches.items():
         call()
         found[name] = [asdict(describe(kernel)) for kernel in launched]
         launched.clear()
