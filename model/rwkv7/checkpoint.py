@@ -10,7 +10,7 @@ from torch import Tensor
 from model import WeightDtype
 from model.files import read_file
 from model.network import CheckpointError, Description, Loaded, checkpoint_errors
-from model.rwkv7.files import CONFIG, Source, open_source
+from model.rwkv7.files import CONFIG, NetworkFiles, open_source
 from model.rwkv7.initial_state import initial_state as initial_state
 from model.rwkv7.network import RWKV7
 from model.rwkv7.weights import Builder

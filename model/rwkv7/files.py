@@ -307,10 +307,10 @@ def _with_settings(config: Config, settings: Mapping[str, Any], path: Path) -> C
         "gate_low_rank_dim": config.gate_rank,
     }
     if settings.get("head_dim") is None:
-        told["num_heads"] = config.num_heads
+        by_shape["num_heads"] = config.num_heads
     if config.num_layers > 1:
-        told["v_low_rank_dim"] = config.value_rank
-    for key, size in told.items():
+        by_shape["v_low_rank_dim"] = config.value_rank
+    for key, size in by_shape.items():
         if (said := settings.get(key)) is not None and said != size:
             raise CheckpointError(f"{path}: {key} is {said!r}, but the weights are for {size}")
     eps = settings.get("norm_eps", 1e-5)

@@ -17,7 +17,7 @@ from model.kernels.linear import (
 )
 from model.rwkv7 import names
 from model.rwkv7.config import Config
-from model.rwkv7.files import Source
+from model.rwkv7.files import NetworkFiles
 from model.rwkv7.layers import ChannelMix, Layer, Linear, LowRank, Norm, TimeMix, Weights
 from model.weights import check_finite
 

@@ -190,7 +190,7 @@ def _read_state(file: Path) -> bytes:
     try:
         if file == Path("-"):
             return sys.stdin.buffer.read()
-        return _pack(file) if file.suffix == ".pth" else read_file(file, MOST_BLOB_BYTES)
+        return _pack(file) if file.suffix == ".pth" else read_file(file, MAX_BLOB_BYTES)
     except OSError as error:
         raise fail(f"{file}: {error.strerror}") from error
 

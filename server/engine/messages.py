@@ -118,7 +118,7 @@ class EngineRequest:
     is_anticipated: bool = False
     """Nobody sent it, and nobody waits for it: the beginning of a prompt that is expected, read so
     that its state is there to be found by the text. It ends at once where all rows are in use.
-    With `keeps_answer`, and without an answer."""
+    With `caches_answer`, and without an answer."""
 
     retain_as: str | None = None
     """Return the final state, and retain its row on the device under this id, capacity permitting.

@@ -36,10 +36,10 @@ class PrefillRunner:
 
         The row holds the state before the first token.
         """
-        keeps_answer = sequence.request.keeps_answer and self._prefixes.may_keep
-        if keeps_answer and sequence.request.is_anticipated:
+        caches_answer = sequence.request.caches_answer and self._prefixes.may_cache
+        if caches_answer and sequence.request.is_anticipated:
             self._prefixes.anticipate(sequence, sequence.prompt_text)
-        if not (keeps_answer and self._follow_text(sequence)):
+        if not (caches_answer and self._follow_text(sequence)):
             self._begin(sequence)
 
     def retain(self, sequence: TextSequence) -> None:
@@ -111,7 +111,7 @@ class PrefillRunner:
         if found is None or num_known == num_found:
             return False
         kept, state = found
-        if not sequence.go_on_behind(kept.num_bytes, kept.pending):
+        if not sequence.continue_after(kept.num_bytes, kept.pending):
             return False
         self._pool.write_row(self._row(sequence), state)
         return True

@@ -326,7 +326,7 @@ class TextSequence(EngineSequence):
         left, ids = self.request.opening_bytes, self.request.token_ids
         count = len(ids)
         if self.request.is_anticipated:
-            self.keep_text_at = count - 1
+            self.cache_text_at = count - 1
             return
         while left > 0 and count > 1:
             count -= 1

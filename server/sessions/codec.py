@@ -160,8 +160,8 @@ class Codec:
     def check_foreign(self, session: SessionState) -> None:
         """Raises BlobError for numbers that no network has in its states."""
         largest = self.check(session)
-        if largest > MOST_MAGNITUDE:
-            raise BlobError(f"it has numbers up to {largest:.3g}, more than {MOST_MAGNITUDE:g}")
+        if largest > MAX_MAGNITUDE:
+            raise BlobError(f"it has numbers up to {largest:.3g}, more than {MAX_MAGNITUDE:g}")
 
     def report_arithmetic(self, entry_id: str, session: SessionState) -> None:
         """Log if a state was computed in another arithmetic than this server's."""

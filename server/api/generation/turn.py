@@ -202,7 +202,7 @@ class AdmittedTurn:
     @property
     def may_come_again(self) -> bool:
         """Whether it is a chat whose client sends all of it again, to go on."""
-        return self.requests[0].keeps_answer and self._service.engine.keeps_prefixes
+        return self.requests[0].caches_answer and self._service.engine.keeps_prefixes
 
     async def anticipate(self, written: str, answer: str) -> None:
         """Have the answer read again if it will come back otherwise than the model wrote it:
@@ -231,7 +231,7 @@ class AdmittedTurn:
                         max_tokens=0,
                         sampling=SamplingParams(),
                         owner=request.owner,
-                        keeps_answer=True,
+                        caches_answer=True,
                         is_anticipated=True,
                     )
                 )

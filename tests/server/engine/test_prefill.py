@@ -200,14 +200,14 @@ def test_a_state_before_what_opens_an_answer_is_found_by_its_text(
 def expected_prompt(checkpoint: Checkpoint, count: int, **changes: Any) -> EngineRequest:
     """The beginning of a prompt that nobody has sent yet, of tokens that have a text."""
     ids = tuple(i for i in SYSTEM * 10 if checkpoint.tokenizer.bytes_of(i))[:count]
-    anticipated = {"max_tokens": 0, "keeps_answer": True, "is_anticipated": True}
+    anticipated = {"max_tokens": 0, "caches_answer": True, "is_anticipated": True}
     return request("expected", token_ids=ids, **anticipated | changes)
 
 
 def following_text(expected: EngineRequest) -> EngineRequest:
     ids = (*expected.token_ids, 70, 71, 72)
     greedy = SamplingParams(temperature=0)
-    return request("chat", token_ids=ids, sampling=greedy, keeps_answer=True)
+    return request("chat", token_ids=ids, sampling=greedy, caches_answer=True)
 
 
 def test_who_sends_what_was_expected_waits_for_its_state(
