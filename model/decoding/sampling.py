@@ -353,7 +353,7 @@ def _penalties(allowed: NDArray[np.int32], vocab: int) -> NDArray[np.float32]:
 def _choose_sampler(params: SamplingParams, device: torch.device) -> Sampler:
     if params.temperature == 0:
         return _greedy
-    if device.type != "cpu" or _compiled() is None:
+    if device.type != "cpu" or compiled_sampling() is None:
         return _draw
     return _draw_filtered if params.has_filters else _draw_compiled
 
@@ -366,7 +366,8 @@ def _greedy(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
 
 
 @functools.cache
-def _compiled() -> ModuleType | None:
+def compiled_sampling() -> ModuleType | None:
+    """`model.decoding.cpu.sampling`, where there is a compiler."""
     try:
         return importlib.import_module("model.decoding.cpu.sampling")
     except ImportError:
@@ -375,7 +376,7 @@ def _compiled() -> ModuleType | None:
 
 def _draw_compiled(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
     """`_draw` without filters, on a CPU."""
-    compiled, chosen = _compiled(), np.empty(len(rows), np.int64)
+    compiled, chosen = compiled_sampling(), np.empty(len(rows), np.int64)
     if compiled is None:
         raise RuntimeError("nothing is compiled here")
     temperatures = np.array([row.params.temperature for row in rows])
@@ -386,7 +387,7 @@ def _draw_compiled(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | Non
 
 def _draw_filtered(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
     """`_draw` with filters, on a CPU: the same tokens, and mostly without sorting."""
-    compiled, chosen = _compiled(), np.empty(len(rows), np.int64)
+    compiled, chosen = compiled_sampling(), np.empty(len(rows), np.int64)
     if compiled is None:
         raise RuntimeError("nothing is compiled here")
     weights = _weights(logits, rows).numpy()

@@ -1,4 +1,4 @@
-"""Drawing tokens on a CPU, compiled."""
+"""Drawing tokens on a CPU, and finding the most probable ones, compiled."""
 
 import functools
 from typing import Any
@@ -120,6 +120,25 @@ def _draw_filtered(weights: Any, keys: Any, filters: Any, points: Any, chosen: A
         chosen[r] = ids[j]
 
 
+@jit
+def _largest(logits: Any, ids: Any, values: Any) -> None:
+    for r in range(len(logits)):
+        row, found = logits[r], 0
+        for j in range(len(row)):
+            value = row[j]
+            if found == len(ids[r]):
+                if not value > values[r, found - 1]:
+                    continue
+                place = found - 1
+            else:
+                place = found
+                found += 1
+            while place > 0 and value > values[r, place - 1]:
+                values[r, place], ids[r, place] = values[r, place - 1], ids[r, place - 1]
+                place -= 1
+            values[r, place], ids[r, place] = value, j
+
+
 @functools.cache
 def draw_function() -> Any:
     """`draw(logits, temperatures, points, chosen)`: the inverse of the distribution softmax(logits
@@ -156,3 +175,21 @@ def draw_filtered_function() -> Any:
             _draw_filtered(weights, keys, filters, points, chosen)
 
     return draw
+
+
+@functools.cache
+def largest_function() -> Any:
+    """`largest(logits, ids, values)`: the largest logits of each row and their ids, the largest
+    first, of equal ones the lower id.
+
+    logits `[rows, vocab]` float32; ids int64 and values float32 `[rows, count]`, count up to vocab.
+    Good for small counts. A row with NaN has anything.
+    """
+    source = SOURCE
+
+    @njit(cache=CACHE, nogil=True)
+    def largest(logits: Any, ids: Any, values: Any) -> None:
+        if source:
+            _largest(logits, ids, values)
+
+    return largest

@@ -371,7 +371,7 @@ def test_a_row_that_is_no_distribution_has_no_token_and_the_others_have_theirs(
     way: str, kind: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr(sampling, "_compiled", lambda: None)
+        monkeypatch.setattr(sampling, "compiled_sampling", lambda: None)
     logits = logits_of(4)
     everything = recent(*range(VOCAB))
     rows = [row(WAYS[way], i, everything) for i in range(4)]

@@ -18,7 +18,7 @@ from model.decoding.sampling import RecentTokens, SampledRow, SamplingParams, sa
 @pytest.fixture(autouse=True)
 def _in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled for a CPU has weights in float32, which moves borders a little."""
-    monkeypatch.setattr(sampling, "_compiled", lambda: None)
+    monkeypatch.setattr(sampling, "compiled_sampling", lambda: None)
 
 
 def logits_of(batch: int, vocab: int, seed: int = 0, size: float = 2.0) -> Tensor:
