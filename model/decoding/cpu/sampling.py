@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import float32, float64, njit
+from numba import float32, float64, int64, njit
 
 from model.kernels.cpu.functions import CACHE, SOURCE, exp, jit
 
@@ -80,7 +80,9 @@ def _cut(weights: Any, keys: Any, held: Any, held_keys: Any, top_k: Any, target:
 
 
 @jit
-def _draw_filtered(weights: Any, keys: Any, filters: Any, points: Any, chosen: Any) -> None:
+def _draw_filtered(
+    weights: Any, keys: Any, filters: Any, ends: Any, points: Any, chosen: Any
+) -> None:
     vocab = weights.shape[1]
     held, ids = np.empty(vocab), np.empty(vocab, np.int64)
     held_keys = held.view(np.int64)
@@ -92,11 +94,11 @@ def _draw_filtered(weights: Any, keys: Any, filters: Any, points: Any, chosen: A
         if not total >= 1.0:  # NaN
             chosen[r] = NONE
             continue
-        limit, among = -1.0, 0
-        if 0 < top_k < vocab:
+        limit, among = ends[r, 0], int64(ends[r, 1])
+        if among == 0 and 0 < top_k < vocab:
             limit, among, _, above = _cut(row, keys[r], held, held_keys, top_k, np.inf)
             total = above + among * limit
-        if top_p < 1.0:
+        if ends[r, 1] == 0.0 and top_p < 1.0:
             target, error = top_p * total, total * vocab * 2.0**-50
             limit, among, larger, above = _cut(row, keys[r], held, held_keys, np.inf, target)
             before = above + (among - 1) * limit
@@ -160,19 +162,20 @@ def draw_function() -> Any:
 
 @functools.cache
 def draw_filtered_function() -> Any:
-    """`draw(weights, keys, filters, points, chosen)`: from the largest weights of each row.
+    """`draw(weights, keys, filters, ends, points, chosen)`: from the largest weights of each row.
 
     weights `[rows, vocab]` float64, of which the largest is 1, and their bits, int64; top_k, of
     which 0 stands for none, top_p and min_p of each row `[rows, 3]` float64; the rest as in
-    `draw_function`. The token is `UNCERTAIN` where the order in which weights are summed could
-    decide which tokens top_p leaves.
+    `draw_function`. ends `[rows, 2]` float64: the smallest of the weights that top_k and top_p
+    leave, and how many are left of those that are equal to it; or -1 and 0 to have that found. The
+    token is `UNCERTAIN` where the order in which weights are summed could decide it.
     """
     source = SOURCE
 
     @njit(cache=CACHE, nogil=True)
-    def draw(weights: Any, keys: Any, filters: Any, points: Any, chosen: Any) -> None:
+    def draw(weights: Any, keys: Any, filters: Any, ends: Any, points: Any, chosen: Any) -> None:
         if source:
-            _draw_filtered(weights, keys, filters, points, chosen)
+            _draw_filtered(weights, keys, filters, ends, points, chosen)
 
     return draw
 
