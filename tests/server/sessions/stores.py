@@ -124,6 +124,11 @@ async def writer_held(store: SQLiteStore) -> AsyncIterator[None]:
         await waiting
 
 
+async def written(store: SQLiteStore) -> None:
+    """After a transaction behind all that was asked for."""
+    await store._run(lambda _: None)
+
+
 async def until_queued(store: SQLiteStore, count: int = 1) -> None:
     """Wait until so much waits for the store's thread."""
     await until(lambda: store._writer._jobs.qsize() >= count)
