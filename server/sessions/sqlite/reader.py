@@ -23,8 +23,8 @@ class Readers:
     def __init__(self, path: Path) -> None:
         """Raises sqlite3.Error."""
         self._idle: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
-        for _ in range(NUM_READERS):
-            db = connect(path)
+        self.connections = [connect(path) for _ in range(NUM_READERS)]
+        for db in self.connections:
             db.execute("PRAGMA query_only = ON")
             self._idle.put(db)
         self._threads = FairThreads(NUM_READERS, "store-reads")
@@ -51,8 +51,8 @@ class Readers:
         if self._asked:
             await asyncio.wait(self._asked)
         await asyncio.to_thread(self._threads.close)
-        while not self._idle.empty():
-            self._idle.get().close()
+        for db in self.connections:
+            db.close()
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         db = self._idle.get()

@@ -170,6 +170,23 @@ def forbidden(store: SQLiteStore, action: int, what: str) -> Iterator[None]:
         store._writer.db.set_authorizer(None)
 
 
+@contextmanager
+def unreadable(store: SQLiteStore) -> Iterator[None]:
+    """SQLite fails where somebody begins to read."""
+
+    def decide(asked: int, argument: str | None, *_: str | None) -> int:
+        is_it = (asked, argument) == (sqlite3.SQLITE_TRANSACTION, "BEGIN")
+        return sqlite3.SQLITE_DENY if is_it else sqlite3.SQLITE_OK
+
+    for db in store._readers.connections:
+        db.set_authorizer(decide)
+    try:
+        yield
+    finally:
+        for db in store._readers.connections:
+            db.set_authorizer(None)
+
+
 def refusal(path: Path) -> str:
     """The one line that says why the store cannot be opened."""
     with pytest.raises(StoreError) as caught:
