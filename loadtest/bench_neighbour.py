@@ -2,10 +2,11 @@
 
     python -m loadtest.bench_neighbour --against ../before
 
-A server of the default model and two keys. One client repeatedly requests a few tokens, or compiles
-a small grammar; the other one sends, in turn, one request of 256 prompts, long prompts, long texts
-to tokenise, and grammars that are slow to compile. With `--against FOLDER`, another checkout of
-this repository, its server is measured first.
+A server of the default model and two keys. The one client asks for a few tokens again and again,
+or has a small source compiled, or makes sessions; the other one sends, in turn, one request of 256
+prompts, long prompts, long texts to be tokenised, sources that are slow to compile, and calls that
+list its sessions. With `--against FOLDER`, another checkout of this repository, its server has the
+same done to it first.
 """
 
 import http.client
@@ -26,8 +27,11 @@ import typer
 NEIGHBOUR, CLIENT = "key-of-the-neighbour", "key-of-the-client"
 FLAGS = ("--api-key", NEIGHBOUR, "--api-key", CLIENT, "--log-level", "warning")
 PATIENCE_S = 30.0
-Body = Callable[[int], tuple[str, dict[str, object]]]
-"""Path and body of the n-th request."""
+LEAVE_S = 5.0
+"""How long the neighbour waits for an answer."""
+
+Body = Callable[[int], tuple[str, dict[str, object] | None]]
+"""Path and body of the request of a number; one without a body is a GET."""
 
 
 def crowd(number: int) -> tuple[str, dict[str, object]]:
@@ -58,11 +62,21 @@ def small_source(number: int) -> tuple[str, dict[str, object]]:
     return "/v1/completions", {"prompt": "x", "max_tokens": 1, "guided_regex": regex}
 
 
+def list_of_sessions(number: int) -> tuple[str, None]:
+    del number
+    return "/v1/sessions?limit=100", None
+
+
+def new_session(number: int) -> tuple[str, dict[str, object]]:
+    return "/v1/sessions", {"prompt": f"There was {number}"}
+
+
 KINDS: dict[str, tuple[Body, int, Body]] = {
     "one request of 256 prompts": (crowd, 1, few_tokens),
     "8 prompts of 16,001 tokens": (long_prompt, 8, few_tokens),
     "8 texts of 870 kB": (long_text, 8, few_tokens),
     "8 slow sources": (slow_source, 8, small_source),
+    "8 lists of 100 sessions": (list_of_sessions, 8, new_session),
 }
 """The neighbour's requests, their concurrency, and the client's request."""
 
@@ -87,12 +101,13 @@ def server(folder: Path) -> Iterator[int]:
             process.wait()
 
 
-def ask(port: int, key: str, path: str, body: bytes, timeout_s: float) -> int:
-    """Status of the response."""
+def ask(port: int, key: str, path: str, body: dict[str, object] | None, timeout_s: float) -> int:
+    """The answer's status."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     try:
-        connection.request("POST", path, body, headers)
+        content = None if body is None else json.dumps(body).encode()
+        connection.request("GET" if body is None else "POST", path, content, headers)
         response = connection.getresponse()
         response.read()
         return response.status
@@ -108,7 +123,7 @@ def times(port: int, body: Body, seconds: float, start: int) -> tuple[list[float
         path, asked = body(number)
         began = time.monotonic()
         try:
-            bad += ask(port, CLIENT, path, json.dumps(asked).encode(), PATIENCE_S) != 200
+            bad += ask(port, CLIENT, path, asked, PATIENCE_S) >= 300
         except TimeoutError:
             bad += 1
         measured.append(time.monotonic() - began)
@@ -127,7 +142,7 @@ def beside(port: int, body: Body, count: int) -> Iterator[None]:
             number += count
             path, asked = body(number)
             with suppress(OSError, http.client.HTTPException):
-                ask(port, NEIGHBOUR, path, json.dumps(asked).encode(), 10.0)
+                ask(port, NEIGHBOUR, path, asked, LEAVE_S)
 
     threads = [threading.Thread(target=send, args=(i,), daemon=True) for i in range(count)]
     for thread in threads:
@@ -151,10 +166,13 @@ def described(measured: list[float], bad: int) -> str:
     return f"{len(measured):4d} asked {bad:3d} bad  p50 {p50_ms:7.0f} ms  p99 {p99_ms:7.0f} ms"
 
 
-def measure(folder: Path, seconds: float) -> None:
+def measure(folder: Path, seconds: float, kinds: list[str]) -> None:
     print(folder.resolve().name)
     with server(folder) as port:
-        for name, (body, count, asked) in KINDS.items():
+        for number in range(100):
+            ask(port, NEIGHBOUR, *new_session(number), PATIENCE_S)
+        for name in kinds:
+            body, count, asked = KINDS[name]
             times(port, asked, 1.0, 10_000)
             print(f"  {name:28} alone   {described(*times(port, asked, seconds, 20_000))}")
             with beside(port, body, count):
@@ -165,11 +183,12 @@ def measure(folder: Path, seconds: float) -> None:
 def main(
     seconds: Annotated[float, typer.Option(help="Seconds per measurement.")] = 8.0,
     against: Annotated[Path | None, typer.Option(help="Another checkout.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only these kinds.")] = None,
 ) -> None:
     """Measure."""
     for folder in (against, Path.cwd()):
         if folder is not None:
-            measure(folder, seconds)
+            measure(folder, seconds, [name for name in KINDS if not only or name in only])
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ def requests(repeated: int, vocab_size: int) -> dict[str, Body]:
         "penalties": {"frequency_penalty": 0.1, "presence_penalty": 0.1, "repetition_penalty": 1.1},
         "logit_bias": {"logit_bias": {str(i): -1.0 for i in ids}},
         "stop_token_ids": {"stop_token_ids": list(ids[:256]), "min_tokens": 700},
+        "top_k, top_p, min_p": {"top_k": 1000, "top_p": 0.95, "min_p": 1e-4},
+        "top_p of almost all": {"top_p": 1 - 1e-13},
         "usage in events": {
             "stream_options": {"include_usage": True, "continuous_usage_stats": True}
         },

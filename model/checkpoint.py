@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -72,6 +73,7 @@ def load(path: Path, device: torch.device, dtype: WeightDtype | None = None) -> 
     Raises CheckpointError.
     """
     family = _family_of(path)
+    _check_memory(family, path, device)
     loaded = family.load(path, device, dtype)
     with checkpoint_errors():
         modified_at = family.files(path)[0].stat().st_mtime
@@ -124,8 +126,10 @@ def describe(path: Path) -> Description:
 def load_network(
     path: Path, device: torch.device, dtype: WeightDtype, *, plain: bool = False
 ) -> Network:
-    """The network alone; `plain`: in plain torch. Raises CheckpointError."""
-    return _family_of(path).load_network(path, device, dtype, plain=plain)
+    """Only the network, in plain torch if so asked for. Raises CheckpointError."""
+    family = _family_of(path)
+    _check_memory(family, path, device)
+    return family.load_network(path, device, dtype, plain=plain)
 
 
 def published_state(path: Path, pool: StatePool, row: int) -> dict[str, Tensor]:
@@ -161,6 +165,21 @@ def _family_of(path: Path) -> Family:
         raise CheckpointError(f"{path}: no such checkpoint folder or file")
     names = ", ".join(family.name for family in FAMILIES)
     raise CheckpointError(f"{path}: not a checkpoint of a known family ({names})")
+
+
+def _check_memory(family: Family, path: Path, device: torch.device) -> None:
+    """Raises CheckpointError for files that no memory of a CPU could hold: they may be sparse."""
+    if device.type != "cpu":
+        return
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with checkpoint_errors():
+        sizes = {file: file.stat().st_size for file in family.files(path)}
+    if sum(sizes.values()) > most:
+        largest = max(sizes, key=lambda file: sizes[file])
+        raise CheckpointError(
+            f"{largest}: the checkpoint has {sum(sizes.values())} bytes, and this machine's memory "
+            f"{most}"
+        )
 
 
 def _is_gguf(path: Path) -> bool:

@@ -114,6 +114,8 @@ def checkpoint_errors() -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename}: missing from the checkpoint") from error
+    except MemoryError as error:
+        raise CheckpointError(f"the checkpoint does not fit into memory: {error}") from error
     except (OSError, TokenizerError) as error:
         raise CheckpointError(str(error)) from error
 

@@ -24,7 +24,7 @@ OUTCOMES = ("ok", "client_error", "server_error", "cancelled", "deadline_exceede
 REJECTIONS = (
     *("requests_per_minute", "tokens_per_minute"),
     *("concurrent_requests", "concurrent_sequences", "too_many_requests"),
-    *("queue_full", "queue_tokens_full", "queue_states_full"),
+    *("queue_full", "queue_tokens_full", "queue_states_full", "held_bytes_full"),
     *("grammar_queue_full", "too_many_streams"),
     *("session_quota_exceeded", "response_quota_exceeded", "session_bytes_quota_exceeded"),
     "shutting_down",

@@ -207,6 +207,12 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Group.HTTP] = Field(
         4 << 20, ge=1024, description="Maximum bytes of a request body."
     )
+    max_held_bytes: Annotated[int, Group.HTTP] = Field(
+        256 << 20,
+        ge=1 << 20,
+        description="Maximum bytes of the bodies of all requests that are being received, are "
+        "prepared or wait for their turn; in any case one body of each kind.",
+    )
     max_connections: Annotated[int, Group.HTTP] = Field(
         4096,
         ge=1,

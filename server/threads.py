@@ -5,9 +5,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import TypeVar
 
 R = TypeVar("R")
+
+OWNER: ContextVar[str] = ContextVar("owner", default="")
+"""Whose request is being answered."""
 
 
 class FairThreads:

@@ -7,8 +7,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from model.decoding.sampling import compiled_sampling
+
+FEW = 64
+"""So many most probable tokens are found one by one."""
+
+ROWS = 16
+"""The probabilities of so many rows are computed at once."""
 
 LEAST = -1e30
 """Lower bound of a log-probability, so that impossible tokens have a finite one."""
@@ -34,14 +44,15 @@ def score(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> l
     """
     places = torch.tensor(token_ids, device=logits.device).unsqueeze(-1)
     own = logits.gather(-1, places).squeeze(-1).tolist()
-    tops = _largest(logits, min(max(num_top), logits.shape[-1]))
+    ids, values = _largest(logits, min(max(num_top), logits.shape[-1]))
     found: list[Scored | None] = []
-    for value, sums, top, count in zip(own, _log_sums(logits), tops, num_top, strict=True):
+    for i, (value, sums) in enumerate(zip(own, _log_sums(logits), strict=True)):
         if sums is None:
             found.append(None)
             continue
-        pairs = ((token_id, sums.logprob(logit)) for token_id, logit in top[:count])
-        found.append(Scored(sums.logprob(value), tuple(pairs)))
+        logprobs = sums.logprobs(values[i, : num_top[i]]).tolist()
+        top = zip(ids[i, : num_top[i]].tolist(), logprobs, strict=True)
+        found.append(Scored(sums.logprob(value), tuple(top)))
     return found
 
 
@@ -58,39 +69,48 @@ class _LogSum:
     def logprob(self, logit: float) -> float:
         return max(logit - self.largest - self.rest, LEAST)
 
+    def logprobs(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+        return np.maximum(logits.astype(np.float64) - self.largest - self.rest, LEAST)
+
 
 def _log_sums(logits: Tensor) -> list[_LogSum | None]:
-    """Of each row; None if it is not a distribution.
-
-    On a CPU row by row: a sum over many rows at once may use another order.
-    """
+    """Of each row; None where it is no distribution."""
     if logits.device.type == "cpu":
-        return [_log_sum(row.double()) for row in logits]
+        return [
+            each
+            for start in range(0, len(logits), ROWS)
+            for each in _log_sums_on_cpu(logits[start : start + ROWS])
+        ]
     largest = logits.amax(-1, keepdim=True).double()
     rest = (logits.double() - largest).exp_().sum(-1).log_()
     pairs = zip(largest.squeeze(-1).tolist(), rest.tolist(), strict=True)
     return [_LogSum(*pair) if math.isfinite(pair[0]) else None for pair in pairs]
 
 
-def _log_sum(row: Tensor) -> _LogSum | None:
-    largest = float(row.numpy().max())
-    if not math.isfinite(largest):
-        return None
-    # torch computes exponentials faster; NumPy sums in the same order for any number of threads.
-    return _LogSum(largest, math.log(row.sub(largest).exp_().numpy().sum()))
+def _log_sums_on_cpu(logits: Tensor) -> list[_LogSum | None]:
+    """torch is the faster one at exponentials; NumPy's sum has one order whatever the threads."""
+    largest = logits.amax(-1, keepdim=True).double()
+    weights = logits.double().sub_(largest).exp_().numpy()
+    pairs = zip(largest.squeeze(-1).tolist(), weights, strict=True)
+    return [_LogSum(top, math.log(row.sum())) if math.isfinite(top) else None for top, row in pairs]
 
 
-def _largest(logits: Tensor, count: int) -> list[list[tuple[int, float]]]:
-    """The `count` largest logits of each row with their ids, in the order of `Scored.top`."""
-    if count == 0:
-        return [[] for _ in logits]
-    values, ids = logits.topk(min(count + 1, logits.shape[-1]))
-    found = []
-    for i, row in enumerate(zip(ids.tolist(), values.tolist(), strict=True)):
-        pairs = list(zip(*row, strict=True))
-        if len(pairs) > count and pairs[count][1] == pairs[count - 1][1]:
-            # topk does not order ties
-            ordered, order = logits[i].sort(descending=True, stable=True)
-            pairs = list(zip(order[:count].tolist(), ordered[:count].tolist(), strict=True))
-        found.append(sorted(pairs[:count], key=lambda pair: (-pair[1], pair[0])))
-    return found
+def _largest(logits: Tensor, count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The `count` largest logits of each row, of equal ones those with the lower ids, and the ids:
+    ids and logits `[rows, count]`, the largest first."""
+    compiled = compiled_sampling() if logits.device.type == "cpu" else None
+    if compiled is not None and count <= FEW:
+        ids = np.empty((len(logits), count), np.int64)
+        values = np.empty((len(logits), count), np.float32)
+        if count:
+            compiled.largest_function()(logits.float().contiguous().numpy(), ids, values)
+        return ids, values
+    top = logits.float().topk(min(count + 1, logits.shape[-1]))
+    values, ids = top.values.cpu().numpy(), top.indices.cpu().numpy()
+    for i in range(len(logits)):
+        if len(ids[i]) > count and values[i, count] == values[i, count - 1]:
+            whole = logits[i].argsort(descending=True, stable=True)  # topk takes any of them
+            ids[i, :count] = whole[:count].cpu().numpy()
+    ids, values = ids[:, :count], values[:, :count]
+    order = np.lexsort((ids, -values))
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(values, order, 1)

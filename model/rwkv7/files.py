@@ -119,9 +119,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: weights converted for a strategy of the package rwkv; use the original file"
         )
+    if others := [name for name, tensor in content.items() if not isinstance(tensor, Tensor)]:
+        raise CheckpointError(f"{path}: {others[0]} is not a tensor")
     for name, tensor in content.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise CheckpointError(f"{path}: {name} is not a tensor of numbers side by side")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise CheckpointError(f"{path}: {name} is no plain tensor")
+    # A view may have any shape, and any number of views the same numbers: a head those of an
+    # embedding, but not more.
+    num_bytes, most = sum(tensor.nbytes for tensor in content.values()), 2 * path.stat().st_size
+    if num_bytes > most:
+        raise CheckpointError(
+            f"{path}: its tensors would take {num_bytes} bytes, more than twice those of the file"
+        )
     return content
 
 

@@ -32,6 +32,7 @@ from server.api.auth import AuthMiddleware, KeyRing
 from server.api.conversation import Conversation
 from server.api.generation.deliver import TIMING_HEADERS
 from server.api.generation.router import Router
+from server.api.held import HeldBytes
 from server.api.hosts import HostMiddleware
 from server.api.limits import KINDS, Limiter
 from server.api.middleware import REQUEST_ID, RequestMiddleware, Trace
@@ -151,7 +152,8 @@ def create_app(
         AuthMiddleware,
         keys=keys,
         protect_metrics=settings.protect_metrics,
-        most=settings.connection_limit,
+        most=settings.most_connections,
+        held=HeldBytes(max(settings.max_held_bytes, settings.max_body_bytes, codec.max_blob_bytes)),
     )
     if settings.known_hosts:
         app.add_middleware(HostMiddleware, hosts=settings.known_hosts)

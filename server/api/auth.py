@@ -9,14 +9,15 @@ from typing import Annotated
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.held import HOLD, HeldBytes, Hold
 from server.api.problems import respond
-from server.api.texts import OWNER
 from server.errors import Overloaded, Unauthorized
 from server.keys import KeyFileError, Limits, digest, owner_of, read_keys
 from server.metrics import METRICS
 from server.settings import Settings
+from server.threads import OWNER
 
 ANONYMOUS = ""
 """The owner of all sessions if no keys are required."""
@@ -116,11 +117,14 @@ class AuthMiddleware:
     It precedes all routes, so that none can be left unprotected.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, protect_metrics: bool, most: int) -> None:
-        """`most`: limit of concurrent requests of all callers. With keys, a caller may have as many
-        as then remain for the others."""
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing, protect_metrics: bool, most: int, held: HeldBytes
+    ) -> None:
+        """`most`: requests under way of all callers. Of these a caller may have as many as are left
+        for the others then, where there are keys. `held` counts the bodies of requests."""
         self._app = app
         self._most = most
+        self._held = held
         self._under_way = Counter[str]()
         self._keys = keys
         self._guard_metrics = protect_metrics
@@ -136,9 +140,13 @@ class AuthMiddleware:
                 await respond(scope, error)(scope, receive, send)
                 return
             self._under_way[caller.owner] += 1
+            hold = Hold(self._held, caller.owner)
+            HOLD.set(hold)
             try:
-                await self._app(scope, receive, send)
+                await self._app(scope, _counted(receive, hold), send)
             finally:
+                if not hold.is_handed_over:
+                    hold.release()
                 self._under_way[caller.owner] -= 1
                 if not self._under_way[caller.owner]:
                     del self._under_way[caller.owner]
@@ -185,6 +193,17 @@ async def get_owner(caller: CallerDep) -> str:
 
 
 OwnerDep = Annotated[str, Depends(get_owner)]
+
+
+def _counted(receive: Receive, hold: Hold) -> Receive:
+    """Counts what is received. It raises Overloaded."""
+
+    async def receive_counted() -> Message:
+        message = await receive()
+        hold.add(len(message.get("body", b"")))
+        return message
+
+    return receive_counted
 
 
 def _stamp(file: Path) -> object:

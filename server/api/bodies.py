@@ -45,14 +45,15 @@ class JSONRoute(APIRoute):
         adapter = TypeAdapter[Any](self.body_field.field_info.annotation or Any)
 
         async def read(request: Request) -> Response:
-            if not _is_json(request.headers.get("content-type", "")):
-                return await handle(request)
             service = await get_service(request)
-            read = ReadRequest(request.scope, request.receive)
             try:
-                content = await read.body()
+                content = await request.body()
             except ClientDisconnect as error:
                 raise HTTPException(400) from error
+            if not _is_json(request.headers.get("content-type", "")):
+                return await handle(request)
+            read = ReadRequest(request.scope, request.receive)
+            read.content = content
             if content:
                 most = service.settings.max_waiting_tokens
                 read.value = await service.texts.run(len(content), parse, content, adapter, most)
@@ -64,7 +65,11 @@ class JSONRoute(APIRoute):
 class ReadRequest(Request):
     """A request with a parsed body."""
 
+    content = b""
     value: Any = None
+
+    async def body(self) -> bytes:
+        return self.content
 
     async def json(self) -> Any:
         return self.value

@@ -13,6 +13,7 @@ from server.api.generation.prompts import ChatPrompt
 from server.api.generation.response_shape import ResponseShape, first_object
 from server.api.generation.session_turn import TIMING_HEADERS_DOC
 from server.api.generation.turn import Replay, open_turn
+from server.api.held import hold
 from server.api.parameters import (
     IncludeObfuscation,
     LastEventId,
@@ -115,6 +116,7 @@ async def get_response(
         body = record.body or ""
         if len(body) > LONG:
             await service.limiter.count(caller)
+            hold(len(body))
         return _json(body)
     try:
         found = service.streams.get(caller.owner, response_id)

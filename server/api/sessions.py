@@ -12,6 +12,7 @@ from server.api.generation.generation import find_initial, read_generation
 from server.api.generation.prompts import TextPrompt
 from server.api.generation.shape import Shape
 from server.api.generation.turn import Replay, open_turn
+from server.api.held import hold
 from server.api.parameters import (
     AfterSession,
     MetadataQuery,
@@ -233,6 +234,7 @@ async def export_session(
 ) -> Response:
     """The session's state, now or after an earlier turn, as one safetensors blob."""
     await service.limiter.count(caller)
+    hold(service.ledger.state_bytes)
     record, turn, blob = await service.ledger.export(caller.owner, session_id, turn)
     name = f"{record.id}-{turn}.safetensors"
     headers = {

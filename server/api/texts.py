@@ -5,13 +5,13 @@ in turn.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar, copy_context
+from contextvars import copy_context
 from typing import ParamSpec, TypeVar
 
 from pydantic import BaseModel
 from pydantic_core import to_json
 
-from server.threads import FairThreads
+from server.threads import OWNER, FairThreads
 
 SHORT = 2048
 """Below this many bytes or items a thread is not worth it."""
@@ -21,9 +21,6 @@ LONG = 256 * 1024
 memory of its text. Also the size to assume for work of unknown size."""
 
 THREADS = 2
-OWNER: ContextVar[str] = ContextVar("owner", default="")
-"""Owner of the current request."""
-
 WRITE_BATCH = 16_384
 P = ParamSpec("P")
 R = TypeVar("R")

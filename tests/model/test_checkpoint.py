@@ -112,3 +112,16 @@ def test_a_damaged_cache_is_none(folder: Path, digests: Path, content: bytes) ->
 def test_where_no_cache_can_be_written_there_is_none(folder: Path, digests: Path) -> None:
     digests.parent.write_text("a file where the folder would be")
     assert fingerprint(folder) == fingerprint(folder)
+
+
+def test_files_larger_than_memory_are_refused_at_once(folder: Path) -> None:
+    """A header may say that a sparse file is full of numbers."""
+    weights = folder / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.truncate(1 << 42)
+    for load in (
+        lambda: checkpoint.load(folder, CPU),
+        lambda: checkpoint.load_network(folder, CPU, "float32"),
+    ):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: .* this machine's memory"):
+            load()

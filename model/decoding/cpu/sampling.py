@@ -1,12 +1,19 @@
-"""Compiled sampling on a CPU."""
+"""Drawing tokens on a CPU, and finding the most probable ones, compiled."""
 
 import functools
 from typing import Any
 
 import numpy as np
-from numba import float32, float64, njit
+from numba import float32, float64, int64, njit
 
 from model.kernels.cpu.functions import CACHE, SOURCE, exp, jit
+
+EXPONENT, DIGIT = 52, 10
+"""The bits of a float64: where its exponent begins, and how many are looked at at once."""
+
+NONE = -1
+UNCERTAIN = -2
+"""Instead of a token."""
 
 
 @jit
@@ -20,7 +27,7 @@ def _draw(logits: Any, temperatures: Any, points: Any, chosen: Any) -> None:
         for j in range(len(row)):
             total += float64(weights[j])
         if not 0.0 < total < np.inf:
-            chosen[r] = -1
+            chosen[r] = NONE
             continue
         target = min(points[r] * total, total * (1.0 - 2.0**-52))
         below, j = float64(weights[0]), 0
@@ -28,6 +35,110 @@ def _draw(logits: Any, temperatures: Any, points: Any, chosen: Any) -> None:
             j += 1
             below += float64(weights[j])
         chosen[r] = j
+
+
+@jit
+def _cut(weights: Any, keys: Any, held: Any, held_keys: Any, top_k: Any, target: Any) -> Any:
+    """The largest weights: so many, or as many of them as it takes for their sum to reach the
+    target.
+
+    They are searched digit by digit: numbers that are not negative are in the order of their bits,
+    `keys`. All that are larger than a limit are among them, and some of those that are equal to
+    it. Returned are the limit, how many of those that are equal to it are among the largest, how
+    many are larger, and the sum of the larger ones; the limit is -1 where all do not suffice.
+    """
+    counts, sums = np.empty(1 << DIGIT, np.int64), np.empty(1 << DIGIT)
+    n, shift, larger, total = len(weights), EXPONENT, 0, 0.0
+    values, bits = weights, keys
+    while True:
+        counts[:] = 0
+        sums[:] = 0.0
+        for i in range(n):
+            digit = (bits[i] >> shift) & ((1 << DIGIT) - 1)
+            counts[digit] += 1
+            sums[digit] += values[i]
+        digit = (1 << DIGIT) - 1
+        while digit >= 0 and larger + counts[digit] < top_k and total + sums[digit] < target:
+            larger += counts[digit]
+            total += sums[digit]
+            digit -= 1
+        if digit < 0:
+            return -1.0, 0, larger, total
+        found = 0
+        for i in range(n):
+            if (bits[i] >> shift) & ((1 << DIGIT) - 1) == digit:
+                held[found] = values[i]
+                found += 1
+        values, bits, n = held, held_keys, found
+        if shift == 0 or n == 1:
+            break
+        shift = max(shift - DIGIT, 0)
+    limit, among = values[0], 0
+    while among < n and larger + among < top_k and total + among * limit < target:
+        among += 1
+    return limit, among, larger, total
+
+
+@jit
+def _draw_filtered(
+    weights: Any, keys: Any, filters: Any, ends: Any, points: Any, chosen: Any
+) -> None:
+    vocab = weights.shape[1]
+    held, ids = np.empty(vocab), np.empty(vocab, np.int64)
+    held_keys = held.view(np.int64)
+    for r in range(len(weights)):
+        row, top_k, top_p, min_p = weights[r], filters[r, 0], filters[r, 1], filters[r, 2]
+        total = 0.0
+        for j in range(vocab):
+            total += row[j]
+        if not total >= 1.0:  # NaN
+            chosen[r] = NONE
+            continue
+        limit, among = ends[r, 0], int64(ends[r, 1])
+        if among == 0 and 0 < top_k < vocab:
+            limit, among, _, above = _cut(row, keys[r], held, held_keys, top_k, np.inf)
+            total = above + among * limit
+        if ends[r, 1] == 0.0 and top_p < 1.0:
+            target, error = top_p * total, total * vocab * 2.0**-50
+            limit, among, larger, above = _cut(row, keys[r], held, held_keys, np.inf, target)
+            before = above + (among - 1) * limit
+            is_first = larger + among == 1  # it stays whatever top_p is
+            if before + limit < target + error or (before > target - error and not is_first):
+                chosen[r] = UNCERTAIN
+                continue
+        n, cumulative = 0, 0.0
+        for j in range(vocab):
+            weight = row[j]
+            if weight > limit or (weight == limit and among > 0):
+                among -= weight == limit
+                if weight > 0.0 and weight >= min_p:
+                    cumulative += weight
+                    held[n], ids[n] = cumulative, j
+                    n += 1
+        target = min(points[r] * cumulative, cumulative * (1.0 - 2.0**-52))
+        j = 0
+        while held[j] <= target:
+            j += 1
+        chosen[r] = ids[j]
+
+
+@jit
+def _largest(logits: Any, ids: Any, values: Any) -> None:
+    for r in range(len(logits)):
+        row, found = logits[r], 0
+        for j in range(len(row)):
+            value = row[j]
+            if found == len(ids[r]):
+                if not value > values[r, found - 1]:
+                    continue
+                place = found - 1
+            else:
+                place = found
+                found += 1
+            while place > 0 and value > values[r, place - 1]:
+                values[r, place], ids[r, place] = values[r, place - 1], ids[r, place - 1]
+                place -= 1
+            values[r, place], ids[r, place] = value, j
 
 
 @functools.cache
@@ -47,3 +158,41 @@ def draw_function() -> Any:
             _draw(logits, temperatures, points, chosen)
 
     return draw
+
+
+@functools.cache
+def draw_filtered_function() -> Any:
+    """`draw(weights, keys, filters, ends, points, chosen)`: from the largest weights of each row.
+
+    weights `[rows, vocab]` float64, of which the largest is 1, and their bits, int64; top_k, of
+    which 0 stands for none, top_p and min_p of each row `[rows, 3]` float64; the rest as in
+    `draw_function`. ends `[rows, 2]` float64: the smallest of the weights that top_k and top_p
+    leave, and how many are left of those that are equal to it; or -1 and 0 to have that found. The
+    token is `UNCERTAIN` where the order in which weights are summed could decide it.
+    """
+    source = SOURCE
+
+    @njit(cache=CACHE, nogil=True)
+    def draw(weights: Any, keys: Any, filters: Any, ends: Any, points: Any, chosen: Any) -> None:
+        if source:
+            _draw_filtered(weights, keys, filters, ends, points, chosen)
+
+    return draw
+
+
+@functools.cache
+def largest_function() -> Any:
+    """`largest(logits, ids, values)`: the largest logits of each row and their ids, the largest
+    first, of equal ones the lower id.
+
+    logits `[rows, vocab]` float32; ids int64 and values float32 `[rows, count]`, count up to vocab.
+    Good for small counts. A row with NaN has anything.
+    """
+    source = SOURCE
+
+    @njit(cache=CACHE, nogil=True)
+    def largest(logits: Any, ids: Any, values: Any) -> None:
+        if source:
+            _largest(logits, ids, values)
+
+    return largest

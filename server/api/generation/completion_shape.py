@@ -143,16 +143,19 @@ class CompletionShape(TurnShape[CompletionRequest]):
         """Log-probabilities of the most probable tokens and of the token itself, by name."""
         if token.logprob is None:
             return None
-        named = dict[str, float]()
-        for token_id, logprob in (*token.top, (token.token_id, token.logprob)):
-            name = self._name(token_id)
-            named[name] = max(logprob, named.get(name, logprob))
+        named, name_of = dict[str, float](), self._name
+        for token_id, logprob in token.top:  # the most probable first
+            named.setdefault(name_of(token_id), logprob)
+        own = name_of(token.token_id)
+        named[own] = max(token.logprob, named.get(own, token.logprob))
         return named
 
     def _name(self, token_id: int) -> str:
         """A token's name in the older API: its text, or its bytes."""
-        text = self.tokenizer.bytes_of(token_id)
-        try:
-            return text.decode() if text else self.tokenizer.name_of(token_id)
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
+        text = self.tokenizer.whole_texts.get(token_id)
+        if text is not None:
+            return text or self.tokenizer.name_of(token_id)
+        parts = self.tokenizer.bytes_of(token_id)
+        if not parts:
+            return self.tokenizer.name_of(token_id)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in parts)

@@ -21,6 +21,7 @@ from server.api.auth import Caller
 from server.api.generation.generation import Generation
 from server.api.generation.prompts import PromptSource
 from server.api.generation.router import Aborted, EventQueue
+from server.api.held import HOLD
 from server.api.limits import Allowance
 from server.api.service import Service
 from server.api.texts import SHORT
@@ -93,6 +94,9 @@ class AdmittedTurn:
         self.is_committed = False
         """Whether the turn is committed, and durable if it is stored."""
 
+        self._hold = HOLD.get().hand_over()
+        """Of the request's body, until something has been generated."""
+
         self._is_closed = False
         self.texts = service.texts
         """Thread pools for long answers."""
@@ -145,6 +149,7 @@ class AdmittedTurn:
                 yield None
                 continue
             event = self._queue.pop()
+            self._hold.release()
             match event:
                 case list():
                     yield [(self._running[text.request_id], text) for text in event]
@@ -247,6 +252,7 @@ class AdmittedTurn:
 
     async def _close(self, body: str | None, num_generated: int) -> None:
         service = self._service
+        self._hold.release()
         self._queue.close()
         service.router.close(self._running)
         for request_id in self._running:

@@ -1,5 +1,6 @@
 """A store's open files and their disk."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Sequence
@@ -37,6 +38,23 @@ class OpenFiles:
     def disk_bytes(self) -> int:
         """Size of the disk in bytes. Raises OSError."""
         return shutil.disk_usage(self._folder).total
+
+
+def lock_folder(path: Path) -> int:
+    """Have a folder for oneself until the returned file descriptor is closed. SQLite's locks are
+    those of a process: two stores of one process would share a database.
+
+    Raises BlockingIOError where somebody else has it.
+    """
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise
+    except OSError:  # a file system without such locks
+        pass
+    return folder
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -10,6 +10,9 @@ from server.sessions.store import StoreError
 
 Durability = Literal["sync", "async"]
 
+BUSY_S = 30.0
+"""How long one connection waits for another of the same process: for a short read or commit."""
+
 APPLICATION_ID = 0x6C746E64
 SCHEMA_VERSION = 4
 PAGE_BYTES = 16384
@@ -136,10 +139,7 @@ def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
         is_own = os.access in os.supports_effective_ids
         if path.exists() and not os.access(path, os.W_OK, effective_ids=is_own):
             raise StoreError(f"{path}: attempt to write a readonly database")
-        db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-        # First: reading without it creates a file for shared memory, which needs disk space.
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        db.execute("PRAGMA temp_store = MEMORY")
+        db = connect(path, timeout_s=0)
         is_new = _is_new(db, path)
         db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
         db.execute("PRAGMA journal_mode = WAL")
@@ -161,10 +161,22 @@ def open_store(path: Path, durability: Durability) -> sqlite3.Connection:
             private.chmod(0o600)  # new stores have this mode from the start
         _check_accounts(db)
         db.executescript(FILES_TO_DELETE)
+        db.execute(f"PRAGMA busy_timeout = {int(BUSY_S * 1000)}")
     except (sqlite3.Error, OSError, StoreError, TypeError, ValueError) as error:
         if db is not None:
             db.close()
         raise StoreError(reason(path, error)) from error
+    return db
+
+
+def connect(path: Path, timeout_s: float = BUSY_S) -> sqlite3.Connection:
+    """One of a process's connections to a database, which no other process can use meanwhile.
+
+    What they share is in the process's memory: it takes no space on the disk. Raises sqlite3.Error.
+    """
+    uri = f"{path.absolute().as_uri()}?vfs=unix-excl"
+    db = sqlite3.connect(uri, timeout_s, isolation_level=None, check_same_thread=False, uri=True)
+    db.execute("PRAGMA temp_store = MEMORY")
     return db
 
 
@@ -219,7 +231,7 @@ def reason(path: Path, error: Exception) -> str:
     """Why the store cannot be opened, in one line."""
     code = getattr(error, "sqlite_errorcode", None)
     match code:
-        case sqlite3.SQLITE_BUSY:
+        case _ if code == sqlite3.SQLITE_BUSY or isinstance(error, BlockingIOError):
             return f"{path}: in use by another latentd server"
         case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
             return f"{path}: damaged, or not a latentd session store ({one_line(error)})"

@@ -41,6 +41,13 @@ class ReservedSpace:
         with suppress(OSError):
             _allocate_file(self._log)
 
+    @property
+    def log_bytes(self) -> int:
+        """Of the log's file."""
+        with suppress(OSError):
+            return self._log.stat().st_size
+        return 0
+
     def close(self) -> None:
         """Call after closing the database, which deletes the log."""
         os.close(self._database)

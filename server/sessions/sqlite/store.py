@@ -1,6 +1,7 @@
 """The embedded store: one SQLite file with a single writer thread, and files for large states."""
 
 import asyncio
+import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,16 @@ from pathlib import Path
 
 from server.errors import StorageFull
 from server.sessions.clock import open_clock
-from server.sessions.sqlite.disk import OpenFiles
+from server.sessions.sqlite.disk import OpenFiles, lock_folder
 from server.sessions.sqlite.files import StateFiles
+from server.sessions.sqlite.pieces import (
+    PIECE_BYTES,
+    delete_oldest_state,
+    overwrite,
+    overwritten,
+    values_of,
+)
+from server.sessions.sqlite.reader import Readers
 from server.sessions.sqlite.rows import ENTRY, entry_of, find_entry, insert_entry
 from server.sessions.sqlite.schema import Durability, open_store, reason
 from server.sessions.sqlite.space import ReservedSpace
@@ -52,19 +61,26 @@ class SQLiteStore:
     def __init__(self, path: Path, durability: Durability = "sync") -> None:
         """Open or create. Raises StoreError for a file that this server cannot use."""
         db = open_store(path, durability)
+        locked = list[int]()
         try:
             folder = states_folder(path)
             self._files = StateFiles(folder, sync=durability == "sync")
+            locked.append(lock_folder(folder))
             _sweep(db, self._files)
             self._clock = open_clock(path.with_name(f"{path.name}-clock"), partial(_latest_use, db))
             self._opened = OpenFiles((path, path.with_name(f"{path.name}-wal"), folder))
             self._space = ReservedSpace(path)
+            self._readers = Readers(path)
         except (OSError, sqlite3.Error, TypeError, ValueError) as error:
             db.close()
+            if locked:
+                os.close(*locked)
             raise StoreError(reason(path, error)) from error
         self._path = path
+        self._locked = locked
         self._writer = Writer(db, self._files, self._space)
         self._run = self._writer.run
+        self._read = self._readers.run
         self._writing = ThreadPoolExecutor(FILE_THREADS, "written-states")
         self._reading = ThreadPoolExecutor(FILE_THREADS, "read-states")
 
@@ -158,7 +174,7 @@ class SQLiteStore:
         return await self._run(work)
 
     async def get(self, kind: EntryKind, entry_id: str) -> Entry | None:
-        entry = await self._run(lambda db: find_entry(db, entry_id))
+        entry = await self._read(lambda db: find_entry(db, entry_id))
         return None if entry is None or entry.kind != kind else entry
 
     async def list(
@@ -174,7 +190,7 @@ class SQLiteStore:
             )
             return [entry_of(row) for row in rows]
 
-        return await self._run(work)
+        return await self._read(work)
 
     async def usage(self, owner: str) -> StoreUsage:
         def work(db: sqlite3.Connection) -> StoreUsage:
@@ -185,7 +201,7 @@ class SQLiteStore:
             ).fetchone()
             return StoreUsage() if row is None else StoreUsage(*row)
 
-        return await self._run(work)
+        return await self._read(work)
 
     async def checkpoints(self, entry_id: str) -> Sequence[TurnCheckpoint]:
         def work(db: sqlite3.Connection) -> Sequence[TurnCheckpoint]:
@@ -197,7 +213,7 @@ class SQLiteStore:
             )
             return [TurnCheckpoint(*row) for row in rows]
 
-        return await self._run(work)
+        return await self._read(work)
 
     async def find_answer(self, entry_id: str, key: str) -> StoredAnswer | None:
         def work(db: sqlite3.Connection) -> StoredAnswer | None:
@@ -206,9 +222,10 @@ class SQLiteStore:
                 WHERE entry_number = (SELECT number FROM entries WHERE id = ?) AND key = ?""",
                 [entry_id, key],
             ).fetchone()
-            return None if row is None else StoredAnswer(*row)
+            is_blank = row is None or row[2].isspace()  # while it is being deleted
+            return None if is_blank else StoredAnswer(*row)
 
-        return await self._run(work)
+        return await self._read(work)
 
     async def load(self, entry_id: str, turn: int) -> bytes | None:
         def work(db: sqlite3.Connection) -> tuple[str, bytes | None] | None:
@@ -219,7 +236,7 @@ class SQLiteStore:
             ).fetchone()
             return row
 
-        found = await self._run(work)
+        found = await self._read(work)
         if found is None:
             return None
         state_id, blob = found
@@ -246,7 +263,7 @@ class SQLiteStore:
                 size = int.from_bytes(blob.read(8), "little")
                 return blob.read(min(size, MAX_HEADER_BYTES))
 
-        return await self._run(work)
+        return await self._read(work)
 
     async def fork(self, source_id: str, entry: Entry) -> Entry | None:
         def work(db: sqlite3.Connection) -> Entry | None:
@@ -295,34 +312,32 @@ class SQLiteStore:
             )
             return [entry_of(row) for row in rows]
 
-        return await self._run(work)
+        return await self._read(work)
 
     async def delete(self, kind: EntryKind, entry_id: str) -> bool:
         def work(db: sqlite3.Connection) -> bool:
             deleted = db.execute("DELETE FROM entries WHERE id = ? AND kind = ?", [entry_id, kind])
             return deleted.rowcount > 0
 
-        def delete_oldest_state(db: sqlite3.Connection) -> bool:
-            deleted = db.execute(
-                """DELETE FROM checkpoints WHERE rowid = (
-                SELECT checkpoints.rowid FROM entries JOIN checkpoints ON entry_number = number
-                WHERE id = ? AND kind = ? ORDER BY checkpoints.turn LIMIT 1)""",
-                [entry_id, kind],
-            )
-            return deleted.rowcount > 0
-
         try:
             return await self._run(work, erases=True)
-        except StorageFull:  # the log has no space for everything at once
-            while await self._run(delete_oldest_state, erases=True):
-                pass
-            return await self._run(work, erases=True)
+        except StorageFull:  # the log has no space for all of it at once
+            pass
+        for value in await self._run(lambda db: values_of(db, kind, entry_id)):
+            for start in range(0, value.num_bytes, PIECE_BYTES):
+                await self._run(partial(overwrite, value, start), erases=True)
+        while await self._run(partial(delete_oldest_state, kind, entry_id), erases=True):
+            pass
+        return await self._run(overwritten(work), erases=True)
 
     async def close(self) -> None:
-        """Finish queued work and close the file."""
+        """Finish what was asked for and close the file."""
+        await self._readers.close()
         await self._writer.close()
         for threads in (self._writing, self._reading):
             await asyncio.to_thread(threads.shutdown)
+        while self._locked:
+            os.close(self._locked.pop())
 
     def _look(self) -> StoreHealth:
         fault, num_bytes = self._opened.fault, self._files.num_bytes

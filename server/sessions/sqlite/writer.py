@@ -1,4 +1,4 @@
-"""The one thread that uses the database.
+"""The one thread that writes to the database.
 
 All queued requests share one transaction and one fsync. A request that fails undoes only its own
 part. Results are returned after the commit.
@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 MAX_BATCH = 256
 PAGES_PER_STEP = 256
 """Database pages copied between two transactions."""
+
+MAX_LOG_BYTES = 64 << 20
+"""Those who read keep the log from being used from its beginning again; once it is so large, they
+are waited for."""
 
 T = TypeVar("T")
 
@@ -158,8 +162,7 @@ class Writer:
         for i, (job, result) in enumerate(zip(jobs, results, strict=True)):
             if isinstance(result, StorageFull):
                 with contextlib.suppress(sqlite3.Error):
-                    self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                self._space.refill()
+                    self._empty_log()
                 [results[i]] = self._try([job])
         if not all(isinstance(result, Exception) for result in results):
             failed = self._erase(any(job.erases for job in jobs))
@@ -200,14 +203,23 @@ class Writer:
         """
         self._must_erase = self._must_erase or something_deleted
         try:
-            if self._must_erase:
-                self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                self._space.refill()
+            if self._must_erase or self._space.log_bytes > MAX_LOG_BYTES:
+                self._empty_log()
             self._must_erase = False
             self._delete_files()
         except (sqlite3.Error, OSError) as error:
             return storage_error(error)
         return None
+
+    def _empty_log(self) -> None:
+        """Move what the log holds into the database, once nobody reads what was there before.
+        Raises sqlite3.Error."""
+        try:
+            is_busy, *_ = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        finally:
+            self._space.refill()
+        if is_busy:
+            raise sqlite3.OperationalError("the log is still being read")
 
     def _delete_files(self) -> None:
         states = self.db.execute("SELECT state_id FROM files_to_delete").fetchall()

@@ -7,7 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.decoding.logprobs import LEAST, Scored, score
+from model.decoding import logprobs
+from model.decoding.logprobs import FEW, LEAST, Scored, score
 
 VOCAB = 300
 
@@ -88,3 +89,12 @@ def test_what_is_impossible_has_a_number_too() -> None:
     assert [scored.logprob for scored in found] == [LEAST, LEAST]
     assert found[0].top == ((0, -np.log(2)), (2, -np.log(2)), (1, LEAST))
     assert found[1].top == ((0, 0.0), (2, LEAST), (1, LEAST))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_compiled_and_plain_find_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = logits_of(20, seed).round(decimals=1)
+    asked = [list(range(20)), [0, 1, FEW, 3, FEW, *range(15)]]
+    found = score(logits, *asked)
+    monkeypatch.setattr(logprobs, "compiled_sampling", lambda: None)
+    assert score(logits, *asked) == found

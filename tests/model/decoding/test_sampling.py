@@ -18,6 +18,8 @@ from model.decoding.sampling import (
     SamplingParams,
     _draw,
     _draw_compiled,
+    _draw_filtered,
+    _filter,
     _penalties,
     _unpack,
     derive_seed,
@@ -369,7 +371,7 @@ def test_a_row_that_is_no_distribution_has_no_token_and_the_others_have_theirs(
     way: str, kind: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr(sampling, "_compiled_draw", lambda: None)
+        monkeypatch.setattr(sampling, "compiled_sampling", lambda: None)
     logits = logits_of(4)
     everything = recent(*range(VOCAB))
     rows = [row(WAYS[way], i, everything) for i in range(4)]
@@ -399,7 +401,63 @@ def test_the_compiled_draw_is_the_one_in_torch() -> None:
     assert sum(a != b for a, b in zip(compiled, plain, strict=True)) <= 1
 
 
-def test_a_row_is_sampled_the_same_in_any_batch() -> None:
+def kept_of_sorted(weights: Tensor, params: SamplingParams) -> Tensor:
+    """The weights `[vocab]` that the filters leave, from their stable order; the others are 0."""
+    ordered, ids = weights.sort(stable=True, descending=True)
+    ordered, ids = ordered[: params.top_k or None], ids[: params.top_k or None]
+    padded = torch.zeros_like(weights)  # the sum of so many numbers has an order of its own
+    padded[: len(ordered)] = ordered
+    if params.top_p < 1:
+        before = padded.cumsum(-1) - padded
+        beyond = (before >= params.top_p * padded.sum())[: len(ordered)]
+        beyond[0] = False
+        count = int(torch.argmax(beyond.int())) if beyond.any() else len(ordered)
+        ordered, ids = ordered[:count], ids[:count]
+    found = torch.zeros_like(weights)
+    found[ids] = ordered.masked_fill(ordered < params.min_p, 0.0)
+    return found
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    vocab=st.sampled_from([1, 2, 7, 40, 1000, 4096]),
+    shape=st.sampled_from(["normal", "steep", "few values", "level", "one group", "impossible"]),
+    temperature=st.sampled_from([0.01, 0.7, 1.0, 10.0, 1e12]),
+    top_k=st.sampled_from([0, 1, 2, 20, 999, 10**6]),
+    top_p=st.sampled_from([0.0, 0.1, 0.5, 0.95, 1 - 1e-9, 1 - 1e-13, 1 - 2**-53, 1.0]),
+    min_p=st.sampled_from([0.0, 1e-5, 0.3, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_filters_leave_what_the_sorted_order_says(
+    vocab: int, shape: str, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
+) -> None:
+    """The same tokens are drawn, and no other ones left, where the sums decide by one bit, too."""
+    logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+    if shape == "steep":
+        logits *= 40
+    elif shape == "few values":
+        logits = logits.round()
+    elif shape == "level":
+        logits.zero_()
+    elif shape == "one group":
+        logits[:, : vocab // 2] = 1e30
+    elif shape == "impossible":
+        logits[:, ::2] = -torch.inf
+        logits[:, -1] = 1.0
+    params = SamplingParams(temperature, top_k, top_p, min_p)
+    rows = [row(replace(params, seed=seed + i), i) for i in range(len(logits))]
+    weights = sampling._weights(logits, rows)
+    expected = torch.stack([kept_of_sorted(each, params) for each in weights])
+    assert torch.equal(_filter(weights, [params] * len(rows)), expected)
+    cumulative = expected.cumsum(-1)
+    total = cumulative[:, -1:]
+    points = torch.from_numpy(sampling._points(rows)).unsqueeze(-1)
+    targets = torch.minimum(points * total, total * (1 - 2**-52))
+    chosen = torch.searchsorted(cumulative, targets, right=True).squeeze(-1).tolist()
+    assert _draw_filtered(logits, rows) == _draw(logits, rows) == chosen
+
+
+def test_a_row_is_drawn_the_same_whatever_stands_beside_it() -> None:
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(3))
     kinds = [
         SamplingParams(seed=1),

@@ -112,6 +112,24 @@ def changed(change: Callable[[Weights], object]) -> Callable[[Path], Path]:
     return save
 
 
+def expanded(folder: Path) -> Path:
+    """A vocabulary of any size, of one number in the file."""
+    made = networks.official(networks.weights(TINY))
+    made |= dict.fromkeys(("emb.weight", "head.weight"), torch.zeros(1).expand(2**40, 64))
+    torch.save(made, folder / "model.pth")
+    return folder / "model.pth"
+
+
+def with_views(folder: Path) -> Path:
+    """Many layers, of one layer's numbers."""
+    made = networks.official(networks.weights(TINY))
+    layer = {name: each for name, each in made.items() if name.startswith("blocks.1.")}
+    for number in range(2, 300):
+        made |= {name.replace(".1.", f".{number}.", 1): each for name, each in layer.items()}
+    torch.save(made, folder / "model.pth")
+    return folder / "model.pth"
+
+
 def with_name(name: str) -> Callable[[Path], Path]:
     return changed(lambda made: made.update({name: torch.zeros(2, 2)}))
 
@@ -190,6 +208,12 @@ def without_shard(folder: Path) -> Path:
         (without_shard, "model-00002-of-00002.safetensors: missing"),
         (changed(lambda made: made.pop("ln_out.bias")), "ln_out.bias missing"),
         (changed(lambda made: made.pop("blocks.0.att.r_k")), "it has no blocks.0.att.r_k"),
+        (expanded, "its tensors would take .* more than twice those of the file"),
+        (with_views, "its tensors would take .* more than twice those of the file"),
+        (
+            changed(lambda made: made.update({"head.weight": torch.zeros(300, 64).to_sparse()})),
+            "head.weight is no plain tensor",
+        ),
         (with_name("blocks.0.att.more"), "blocks.0.att.more not part of this network"),
         (with_name("blocks.99999999999.ln1.weight"), "100000000000 layers, but"),
         (

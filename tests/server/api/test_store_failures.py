@@ -20,7 +20,7 @@ from tests.server.api.calls import BODY, complete, stream, text_of
 from tests.server.api.test_session_calls import content, error
 from tests.server.api.test_sessions import get
 from tests.server.live import LiveServer, live_server, tiny_settings
-from tests.server.sessions.stores import forbidden
+from tests.server.sessions.stores import forbidden, unreadable
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def full_disk(server: LiveServer) -> Iterator[None]:
 
 @contextmanager
 def broken_disk(server: LiveServer) -> Iterator[None]:
-    with forbidden(store_of(server), sqlite3.SQLITE_TRANSACTION, "COMMIT"):
+    store = store_of(server)
+    with forbidden(store, sqlite3.SQLITE_TRANSACTION, "COMMIT"), unreadable(store):
         yield
 
 

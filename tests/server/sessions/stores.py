@@ -124,6 +124,11 @@ async def writer_held(store: SQLiteStore) -> AsyncIterator[None]:
         await waiting
 
 
+async def written(store: SQLiteStore) -> None:
+    """After a transaction behind all that was asked for."""
+    await store._run(lambda _: None)
+
+
 async def until_queued(store: SQLiteStore, count: int = 1) -> None:
     """Wait until this many jobs wait for the store's thread."""
     await until(lambda: store._writer._jobs.qsize() >= count)
@@ -163,6 +168,23 @@ def forbidden(store: SQLiteStore, action: int, what: str) -> Iterator[None]:
         yield
     finally:
         store._writer.db.set_authorizer(None)
+
+
+@contextmanager
+def unreadable(store: SQLiteStore) -> Iterator[None]:
+    """SQLite fails where somebody begins to read."""
+
+    def decide(asked: int, argument: str | None, *_: str | None) -> int:
+        is_it = (asked, argument) == (sqlite3.SQLITE_TRANSACTION, "BEGIN")
+        return sqlite3.SQLITE_DENY if is_it else sqlite3.SQLITE_OK
+
+    for db in store._readers.connections:
+        db.set_authorizer(decide)
+    try:
+        yield
+    finally:
+        for db in store._readers.connections:
+            db.set_authorizer(None)
 
 
 def refusal(path: Path) -> str:

@@ -1,18 +1,22 @@
 """A completely full disk can be freed, and a server can start on it."""
 
 import asyncio
+import json
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from server.errors import StorageFull
+from server.sessions.sqlite.pieces import overwrite, values_of
 from server.sessions.sqlite.space import RESERVED_BYTES, reserve_file
-from server.sessions.sqlite.store import SQLiteStore
+from server.sessions.sqlite.store import LARGE_BYTES, SQLiteStore
+from server.sessions.store import Entry, EntryKind, StoredAnswer
 from tests.patience import PATIENCE_S
 from tests.server.processes import server_process
-from tests.server.sessions.stores import FILE, blob_of, commit, opened, session
+from tests.server.sessions.stores import FILE, blob_of, commit, opened, response, session
 
 DISK_BYTES = 12 << 20
 BLOB = bytes(range(256)) * 1000
@@ -106,6 +110,62 @@ def test_a_turn_that_has_no_space_is_refused_and_harms_nothing(disk: Path) -> No
                     await commit(store, "large", turns + 1, BLOB, keep=1000)
             others.unlink()
             assert await commit(store, "a", 2, BLOB)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["answer", "body", "states"])
+def test_values_larger_than_the_reserve_are_deleted(disk: Path, kind: str) -> None:
+    """Also their bytes: of what was deleted nothing is on the disk any more."""
+    secret = "what nobody may read " * (2 * RESERVED_BYTES // 21)
+    owner = Entry("session", "large", "", 1.0, 2.0, metadata={"secret": "of the metadata"})
+
+    async def main() -> None:
+        async with opened(disk) as store:
+            await store.insert(session("other"))
+            assert await commit(store, "other", 1, BLOB)
+            if kind == "body":
+                await store.insert(response("large", body=json.dumps(secret)))
+            else:
+                await store.insert(owner)
+                blob = secret.encode()[: LARGE_BYTES - 1] if kind == "states" else BLOB
+                answer = StoredAnswer("key", "request", secret) if kind == "answer" else None
+                for turn in range(1, 5 if kind == "states" else 2):
+                    assert await commit(store, "large", turn, blob, keep=9, answer=answer)
+            fill(disk)
+            place: EntryKind = "response" if kind == "body" else "session"
+            assert await store.get(place, "large") is not None
+            assert await store.delete(place, "large")
+            assert await store.get(place, "large") is None
+            assert not await store.delete(place, "large")
+            assert await blob_of(store, "other") == BLOB
+            assert await commit(store, "other", 2, BLOB)
+            others = (await store.usage("")).num_bytes
+            assert others < 2 * len(BLOB)
+
+    asyncio.run(main())
+    written = b"".join(path.read_bytes() for path in disk.glob(f"{FILE}*") if path.is_file())
+    assert b"what nobody may read" not in written
+    assert b"of the metadata" not in written
+
+
+def test_what_is_half_deleted_does_no_harm(disk: Path) -> None:
+    """As after a crash between two pieces."""
+
+    async def main() -> None:
+        async with opened(disk) as store:
+            await store.insert(session("large", note="x"))
+            answer = StoredAnswer("key", "request", "a" * 100)
+            assert await commit(store, "large", 1, BLOB, answer=answer)
+            values = await store._run(lambda db: values_of(db, "session", "large"))
+            assert {(value.table, value.column) for value in values} == {
+                *(("checkpoints", "blob"), ("answers", "answer"), ("entries", "metadata")),
+            }
+            for value in values:
+                await store._run(partial(overwrite, value, 0))
+            assert (await store.get("session", "large")) is not None
+            assert await store.find_answer("large", "key") is None
+            assert await store.delete("session", "large")
 
     asyncio.run(main())
 

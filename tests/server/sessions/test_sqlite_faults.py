@@ -39,6 +39,7 @@ from tests.server.sessions.stores import (
     states_in_files,
     until_queued,
     writer_held,
+    written,
 )
 
 
@@ -119,10 +120,11 @@ def test_a_transaction_that_cannot_even_roll_back_does_not_stop_the_store(tmp_pa
             with pytest.raises(StorageFailed):
                 await asyncio.wait_for(store._run(forbid_the_end), PATIENCE_S)
             with pytest.raises(StorageFailed):
-                await asyncio.wait_for(store.get("session", "a"), PATIENCE_S)
+                await asyncio.wait_for(written(store), PATIENCE_S)
             store._writer.db.set_authorizer(None)
             with suppress(StorageFailed):
-                await asyncio.wait_for(store.get("session", "a"), PATIENCE_S)
+                await asyncio.wait_for(written(store), PATIENCE_S)
+            await asyncio.wait_for(written(store), PATIENCE_S)
             assert await store.get("session", "a") == session("a")
 
     asyncio.run(main())
@@ -150,6 +152,7 @@ def test_when_erasing_fails_the_deletion_says_so_and_is_completed_later(
                 assert done is True
                 assert await store.get(kind, "a") is None
                 assert b"<secret of a>" in raw(tmp_path)
+            await written(store)
             assert await blob_of(store, "c") == b"one"
             assert b"<secret of a>" not in raw(tmp_path)
             assert b"<secret of b>" in raw(tmp_path)

@@ -35,6 +35,7 @@ from tests.server.sessions.stores import (
     states_in_files,
     until_queued,
     writer_held,
+    written,
 )
 
 
@@ -223,6 +224,7 @@ def test_a_cancelled_caller_leaves_no_file(tmp_path: Path, takes_place: bool) ->
                 leaving.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await leaving
+            await written(store)
             assert await blob_of(store, "a") == (b"next" if takes_place else b"one")
             assert state_files(tmp_path) == {(await found(store, "a")).state_id}
 
@@ -322,7 +324,7 @@ def test_a_file_that_cannot_be_deleted_fails_the_deletion_and_goes_later(
                 assert await commit(store, "b", 1, b"B")  # others go on
                 assert b"<secret of a>" in raw(tmp_path)
             assert await store.get("session", "a") is None
-            await store.get("session", "b")
+            await written(store)
             assert b"<secret of a>" not in raw(tmp_path)
             assert await store.delete("session", "b")
 

@@ -1,0 +1,68 @@
+"""Connections that only read: nobody's commit waits for them, nor they for a commit."""
+
+import asyncio
+import queue
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from server.errors import StorageFailed
+from server.sessions.sqlite.schema import connect
+from server.sessions.sqlite.writer import storage_error
+from server.threads import OWNER, FairThreads
+
+NUM_READERS = 2
+
+T = TypeVar("T")
+
+
+class Readers:
+    """A few connections to a database that is open already, which owners get in turn."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises sqlite3.Error."""
+        self._idle: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+        self.connections = [connect(path) for _ in range(NUM_READERS)]
+        for db in self.connections:
+            db.execute("PRAGMA query_only = ON")
+            self._idle.put(db)
+        self._threads = FairThreads(NUM_READERS, "store-reads")
+        self._is_closed = False
+        self._asked = set[asyncio.Future[None]]()
+        """What is not answered yet."""
+
+    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """What `work` finds in the database as it was at one moment after all commits that were
+        reported. Raises StorageFailed."""
+        if self._is_closed:
+            raise StorageFailed("the session store is closed")
+        answered = asyncio.get_running_loop().create_future()
+        self._asked.add(answered)
+        try:
+            return await self._threads.run(OWNER.get(), lambda: self._read(work))
+        finally:
+            self._asked.discard(answered)
+            answered.set_result(None)
+
+    async def close(self) -> None:
+        """Finish what was asked for."""
+        self._is_closed = True
+        if self._asked:
+            await asyncio.wait(self._asked)
+        await asyncio.to_thread(self._threads.close)
+        for db in self.connections:
+            db.close()
+
+    def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        db = self._idle.get()
+        try:
+            db.execute("BEGIN")
+            try:
+                return work(db)
+            finally:
+                db.execute("ROLLBACK")
+        except Exception as error:
+            raise storage_error(error) from error
+        finally:
+            self._idle.put(db)
