@@ -23,6 +23,7 @@ class Target:
     model: str | None
     endpoint: Endpoint
     ignore_eos: bool
+    temperature: float | None = None
     sessions: Sessions = field(init=False)
 
     def __post_init__(self) -> None:
@@ -30,7 +31,11 @@ class Target:
 
     async def send(self, request: Request, intended: float | None = None) -> Sample:
         """A turn of a session waits for the one before it, which counts as its latency."""
-        body = request.body(self.endpoint, self.model, ignore_eos=self.ignore_eos)
+        body = request.body(
+            *(self.endpoint, self.model),
+            ignore_eos=self.ignore_eos,
+            temperature=self.temperature,
+        )
         path = PATHS[self.endpoint]
         if request.rank is None:
             return await send(self.http, path, body, intended)
@@ -49,6 +54,7 @@ class Access:
     key: str | None = None
     ignore_eos: bool = False
     timeout_s: float = 600
+    temperature: float | None = None
 
 
 @asynccontextmanager
@@ -61,7 +67,7 @@ async def target(url: str, access: Access, sessions: int = 0) -> AsyncIterator[T
         base_url=base, headers=headers, timeout=access.timeout_s, limits=limits
     ) as http:
         model = access.model or await _first_model(http)
-        found = Target(http, model, access.endpoint, access.ignore_eos)
+        found = Target(http, model, access.endpoint, access.ignore_eos, access.temperature)
         try:
             await found.sessions.create(sessions, FIRST_TEXT)
             yield found
