@@ -20,6 +20,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, NamedTuple, cast
 
@@ -60,7 +61,6 @@ NETWORKS = {
     "paper": Pair("paper", "rwkv7-0.1B-50k"),
     "rwkv7": Pair("rwkv7-0.1B", "rwkv7-0.1B"),
     "rwkv7-1.5B": Pair("rwkv7-1.5B", "rwkv7-1.5B"),
-    "tiny": Pair("rwkv7-tiny", "rwkv7-tiny"),
 }
 
 
@@ -165,9 +165,20 @@ async def both(
         async with AsyncExitStack() as stack:
             urls = (f"http://127.0.0.1:{ports[each]}" for each in (ours, theirs))
             one, other = [await stack.enter_async_context(target(url, access)) for url in urls]
+            texts = [await greedy_text(each) for each in (one, other)]
+            if pair.ours == pair.theirs:
+                same = sum(takewhile(bool, (a == b for a, b in zip(*texts, strict=False))))
+                print(f"  greedy texts: the same for {same} of {len(texts[0])} characters")
             for each in (one, other):
                 await warm_up(each, first)
             yield one, other
+
+
+async def greedy_text(server: Target) -> str:
+    """After a few tokens."""
+    body = {"prompt": [*range(1000, 1032)], "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    answer = await server.http.post("/v1/completions", json=body | {"model": server.model})
+    return str(answer.raise_for_status().json()["choices"][0]["text"])
 
 
 async def http_cells(

@@ -14,7 +14,7 @@ VOCABULARY = "rwkv_vocab_v20230424.txt"
 """The name that converters look for."""
 
 SIZES = {
-    "tiny": (65_536, 256, 4, (32, 32, 16, 32)),
+    "tiny": (2_048, 256, 4, (32, 32, 16, 32)),
     "0.1B": (65_536, 768, 12, (64, 64, 32, 128)),
     "0.1B-50k": (50_304, 768, 12, (64, 64, 32, 128)),
     "1.5B": (65_536, 2048, 24, (96, 96, 64, 256)),
@@ -33,8 +33,8 @@ def rwkv7(
 ) -> None:
     """Write an RWKV-7 network with random weights in Hugging Face's format.
 
-    float32 below a billion parameters, else bfloat16. 0.1B-50k has only the first 50,303 tokens of
-    the vocabulary, to be as large as the paper's network.
+    float32 below a billion parameters, else bfloat16. 0.1B-50k and tiny have only the first tokens
+    of the vocabulary: the former is as large as the paper's network.
     """
     if size not in SIZES:
         raise typer.BadParameter(f"one of {', '.join(SIZES)}", param_hint="--size")
