@@ -157,7 +157,7 @@ async def both(
     theirs = llama_server(
         binary / "llama-server", gguf(models, pair.theirs, precision.theirs), slots
     )
-    access = Access(ignore_eos=True, temperature=0.0)
+    access = Access(ignore_eos=True, temperature=0.0, keeps_connections=False)
     first = load_of(PROMPT, 4)
     with ExitStack() as processes:
         order = (ours, theirs) if ours_first else (theirs, ours)

@@ -151,7 +151,9 @@ def compare(
     if concurrency is not None and rate is not None:
         raise typer.BadParameter("give --concurrency or --rate, not both")
     load = options.workload(prompt, output, file, 0, 0.0, 1.1, below)
-    access = Access(endpoint, model, key, ignore_eos, timeout_s, temperature)
+    access = Access(
+        *(endpoint, model, key, ignore_eos, timeout_s, temperature), keeps_connections=False
+    )
     if out is not None:
         charts.require()
     found = asyncio.run(

@@ -55,13 +55,18 @@ class Access:
     ignore_eos: bool = False
     timeout_s: float = 600
     temperature: float | None = None
+    keeps_connections: bool = True
+    """Whether a request may go over the connection of one before: some servers close it at that
+    moment."""
 
 
 @asynccontextmanager
 async def target(url: str, access: Access, sessions: int = 0) -> AsyncIterator[Target]:
     """A server by its URL, with so many sessions. Raises RuntimeError if it does not answer."""
     headers = {} if access.key is None else {"Authorization": f"Bearer {access.key}"}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    limits = httpx.Limits(
+        max_connections=None, max_keepalive_connections=None if access.keeps_connections else 0
+    )
     base = url.rstrip("/").removesuffix("/v1")
     async with httpx.AsyncClient(
         base_url=base, headers=headers, timeout=access.timeout_s, limits=limits
