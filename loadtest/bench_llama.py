@@ -30,7 +30,6 @@ import torch.nn.functional as F
 import typer
 from safetensors import safe_open
 
-from loadtest.bench import warm_up
 from loadtest.bench_mixed import server
 from loadtest.bench_model import alternate, read_bandwidth
 from loadtest.compare import measured
@@ -170,7 +169,7 @@ async def both(
                 same = sum(takewhile(bool, (a == b for a, b in zip(*texts, strict=False))))
                 print(f"  greedy texts: the same for {same} of {len(texts[0])} characters")
             for each in (one, other):
-                await warm_up(each, first)
+                await measured(each, first, users=1, rate=None, count=1, seed=-1, label="warm-up")
             yield one, other
 
 
@@ -204,7 +203,7 @@ async def cell_of(side: str, server: Target, name: str, seed: int) -> Summary:
     """The requests of a cell. Where one was not answered whole, all are sent once more, and that is
     said. Raises RuntimeError if it happens again."""
     users, prompt, answer, _ = CELLS[name]
-    count = max(users, 3)
+    count = max(users, 2)
     for _ in range(2):
         summary = await measured(
             *(server, load_of(prompt, answer)),
