@@ -12,6 +12,7 @@ from loadtest.compare_kv import compare_kv
 from loadtest.long_session import long_session
 from loadtest.many_sessions import many_sessions
 from loadtest.paper import paper
+from loadtest.rwkv7 import rwkv7
 from loadtest.soak import soak
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -25,6 +26,7 @@ for command in (
     soak,
     compare_kv,
     paper,
+    rwkv7,
 ):
     app.command()(command)
 

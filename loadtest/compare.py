@@ -11,7 +11,7 @@ from rich.table import Table
 
 from loadtest import charts, options
 from loadtest.bench import CONCURRENCY, run, warm_up
-from loadtest.load import Access, target
+from loadtest.load import Access, Target, target
 from loadtest.measures import Interval, Summary, geometric_mean, summarise
 from loadtest.results import console, write_result
 from loadtest.workload import Workload
@@ -54,20 +54,33 @@ async def rounds_of(
             order = [(number + place) % len(servers) for place in range(len(servers))]
             summaries = dict[int, Summary]()
             for place in order:
-                label = f"round {number + 1} of {rounds}, {urls[place]}"
-                samples = await run(
+                summaries[place] = await measured(
                     *(servers[place], load),
                     users=users,
                     rate=rate,
                     count=count,
                     seed=seed + number,
-                    label=label,
+                    label=f"round {number + 1} of {rounds}, {urls[place]}",
                 )
-                if all(sample.error is not None for sample in samples):
-                    raise RuntimeError(f"{urls[place]} answered nothing: {samples[0].error}")
-                summaries[place] = summarise(samples, ())
             found.append([summaries[place] for place in range(len(servers))])
     return found
+
+
+async def measured(
+    server: Target,
+    load: Workload,
+    *,
+    users: int | None,
+    rate: float | None,
+    count: int,
+    seed: int,
+    label: str,
+) -> Summary:
+    """Of one run. Raises RuntimeError if nothing was answered."""
+    samples = await run(server, load, users=users, rate=rate, count=count, seed=seed, label=label)
+    if all(sample.error is not None for sample in samples):
+        raise RuntimeError(f"{server.http.base_url} answered nothing: {samples[0].error}")
+    return summarise(samples, ())
 
 
 def ratios(found: Rounds) -> list[dict[str, Interval]]:
@@ -132,6 +145,8 @@ def compare(
     model: options.Model = None,
     key: options.Key = None,
     ignore_eos: options.IgnoreEos = False,
+    below: options.Below = None,
+    temperature: options.Temperature = None,
     timeout_s: options.Timeout = 600,
     seed: options.Seed = 0,
 ) -> None:
@@ -140,8 +155,10 @@ def compare(
         raise typer.BadParameter("needs at least two servers", param_hint="URLS")
     if concurrency is not None and rate is not None:
         raise typer.BadParameter("give --concurrency or --rate, not both")
-    load = options.workload(prompt, output, file, 0, 0.0, 1.1)
-    access = Access(endpoint, model, key, ignore_eos, timeout_s)
+    load = options.workload(prompt, output, file, 0, 0.0, 1.1, below)
+    access = Access(
+        *(endpoint, model, key, ignore_eos, timeout_s, temperature), keeps_connections=False
+    )
     if out is not None:
         charts.require()
     found = asyncio.run(

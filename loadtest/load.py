@@ -23,15 +23,19 @@ class Target:
     model: str | None
     endpoint: Endpoint
     ignore_eos: bool
+    temperature: float | None = None
     sessions: Sessions = field(init=False)
 
     def __post_init__(self) -> None:
         self.sessions = Sessions(self.http)
 
     async def send(self, request: Request, intended: float | None = None) -> Sample:
-        """Send a request. A session's turn waits for the one before it, which counts as its
-        latency."""
-        body = request.body(self.endpoint, self.model, ignore_eos=self.ignore_eos)
+        """A turn of a session waits for the one before it, which counts as its latency."""
+        body = request.body(
+            *(self.endpoint, self.model),
+            ignore_eos=self.ignore_eos,
+            temperature=self.temperature,
+        )
         path = PATHS[self.endpoint]
         if request.rank is None:
             return await send(self.http, path, body, intended)
@@ -50,19 +54,25 @@ class Access:
     key: str | None = None
     ignore_eos: bool = False
     timeout_s: float = 600
+    temperature: float | None = None
+    keeps_connections: bool = True
+    """Whether a request may go over the connection of one before: some servers close it at that
+    moment."""
 
 
 @asynccontextmanager
 async def target(url: str, access: Access, sessions: int = 0) -> AsyncIterator[Target]:
     """A server by its URL, with sessions. Raises RuntimeError if it does not respond."""
     headers = {} if access.key is None else {"Authorization": f"Bearer {access.key}"}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    limits = httpx.Limits(
+        max_connections=None, max_keepalive_connections=None if access.keeps_connections else 0
+    )
     base = url.rstrip("/").removesuffix("/v1")
     async with httpx.AsyncClient(
         base_url=base, headers=headers, timeout=access.timeout_s, limits=limits
     ) as http:
         model = access.model or await _first_model(http)
-        found = Target(http, model, access.endpoint, access.ignore_eos)
+        found = Target(http, model, access.endpoint, access.ignore_eos, access.temperature)
         try:
             await found.sessions.create(sessions, FIRST_TEXT)
             yield found

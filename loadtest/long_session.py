@@ -152,11 +152,20 @@ Pairs = dict[str, list[tuple[float, float]]]
 
 
 def end_to_end(
-    checkpoint: Path, data: Path, tokens: int, turns: int, rounds: int, seed: int
-) -> tuple[list[Position], Pairs]:
-    """Grow and time a session; fork and rewind it; restart the server and resume it."""
-    found, pairs = list[Position](), Pairs()
-    with server_process(checkpoint, data) as server, server.client() as client:
+    checkpoint: Path,
+    data: Path,
+    flags: Sequence[str],
+    tokens: int,
+    turns: int,
+    rounds: int,
+    seed: int,
+) -> tuple[list[Position], Pairs, list[float]]:
+    """Grow and time a session; fork and rewind it; restart the server and resume it.
+
+    The last are first tokens after restarts over those of the next turns.
+    """
+    found, pairs, restarts = list[Position](), Pairs(), list[float]()
+    with server_process(checkpoint, data, *flags) as server, server.client() as client:
         client.timeout = httpx.Timeout(PATIENCE_S)
         [model] = client.get("/v1/models").raise_for_status().json()["data"]
         vocabulary = model["vocab_size"]
@@ -178,7 +187,7 @@ def end_to_end(
                 pairs.setdefault(name, []).append((times[long][place], times[short][place]))
         server.stop()
     for number in range(rounds):
-        with server_process(checkpoint, data) as server, server.client() as client:
+        with server_process(checkpoint, data, *flags) as server, server.client() as client:
             warm = Session(client, vocabulary, seed)
             warm.grow(10)
             warm.turn()
@@ -186,10 +195,11 @@ def end_to_end(
             for session in _order(long, short, number):
                 session.client = client
                 firsts[session] = session.turn()[0]
+                restarts.append(firsts[session] / session.turn()[0])
             pair = (firsts[long], firsts[short])
             pairs.setdefault("first token after a restart", []).append(pair)
             server.stop()
-    return found, pairs
+    return found, pairs, restarts
 
 
 def _order(long: Session, short: Session, number: int) -> tuple[Session, Session]:
@@ -225,6 +235,7 @@ def long_session(
     turns: Annotated[int, typer.Option(min=1, help="Timed turns at each length.")] = 5,
     rounds: Annotated[int, typer.Option(min=2, help="Number of forks, rewinds and restarts.")] = 5,
     checkpoint: options.Checkpoint = PRETRAINED,
+    dtype: Annotated[str | None, typer.Option(help="The server's --dtype.")] = None,
     out: options.Out = None,
     svg: options.Svg = False,
     seed: options.Seed = 0,
@@ -239,16 +250,26 @@ def long_session(
         charts.require()
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
-        found, pairs = end_to_end(checkpoint, data, tokens, turns, rounds, seed)
+        flags = () if dtype is None else ("--dtype", dtype)
+        found, pairs, restarts = end_to_end(
+            checkpoint, data, flags, tokens=tokens, turns=turns, rounds=rounds, seed=seed
+        )
     by_position = geometric_mean([p.token_s / p.short_token_s for p in found])
-    ratios: dict[str, Interval] = {"time per token, all positions": by_position}
+    ratios: dict[str, Interval] = {"time of a token, all positions": by_position}
+    ratios["first token after a restart, over the next turn's"] = geometric_mean(restarts)
     table = Table("", f"{tokens:,} tokens", f"about {SHORT:,}", "ratio", title="medians")
     for name, both in pairs.items():
         ratios[name] = geometric_mean([long / short for long, short in both])
         medians = (f"{1e3 * statistics.median(times):.2f} ms" for times in zip(*both, strict=True))
         table.add_row(name, *medians, str(ratios[name]))
     console.print(table)
-    console.print(f"time per token, long over short: {by_position}", highlight=False)
+    console.print(f"time of a token, long over short: {by_position}", highlight=False)
+    last = found[-1]
+    console.print(f"at the end: {last.token_s / last.short_token_s:.3f}", highlight=False)
+    console.print(
+        f"first token after a restart, over the next turn's: {geometric_mean(restarts)}",
+        highlight=False,
+    )
     if out is not None:
         result = {
             "decoded_tokens": len(found) * turns * DECODED,

@@ -57,6 +57,18 @@ IgnoreEos = Annotated[
 Timeout = Annotated[
     float, typer.Option(min=1, help="Time limit in seconds without data from the server.")
 ]
+Below = Annotated[
+    int | None,
+    typer.Option(
+        "--token-ids-below",
+        min=2,
+        help="Prompts are random token ids below it; their lengths are in tokens then.",
+    ),
+]
+Temperature = Annotated[
+    float | None, typer.Option(min=0, help="Of the sampling; the server's default if none.")
+]
+Timeout = Annotated[float, typer.Option(min=1, help="Seconds without a byte from the server.")]
 Checkpoint = Annotated[Path, typer.Option(help="Folder of the model to serve.")]
 
 PROMPT, OUTPUT = "lognormal:60:0.6", "lognormal:60:0.5"
@@ -72,7 +84,13 @@ def objectives(given: list[str] | None) -> list[Objective]:
 
 
 def workload(
-    prompt: str, output: str, file: Path | None, sessions: int, resume: float, zipf: float
+    prompt: str,
+    output: str,
+    file: Path | None,
+    sessions: int,
+    resume: float,
+    zipf: float,
+    below: int | None = None,
 ) -> Workload:
     """Raises typer.BadParameter."""
     if resume and not sessions:
@@ -80,6 +98,6 @@ def workload(
     try:
         lengths = Lengths.parse(output)
         given = () if file is None else read_requests(file, lengths)
-        return Workload(Lengths.parse(prompt), lengths, given, sessions, resume, zipf)
+        return Workload(Lengths.parse(prompt), lengths, given, sessions, resume, zipf, below)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None

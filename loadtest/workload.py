@@ -69,23 +69,37 @@ class Lengths:
 class Request:
     """One request of the load; `rank` is the session it resumes, ordered by frequency of use."""
 
-    prompt: str | list[dict[str, Any]]
+    prompt: str | list[int] | list[dict[str, Any]]
+    """Text, token ids or messages."""
+
     output_tokens: int
     rank: int | None = None
 
-    def body(self, endpoint: Endpoint, model: str | None, *, ignore_eos: bool) -> dict[str, Any]:
-        """Body of the HTTP request, without its session."""
+    def body(
+        self,
+        endpoint: Endpoint,
+        model: str | None,
+        *,
+        ignore_eos: bool,
+        temperature: float | None = None,
+    ) -> dict[str, Any]:
+        """Of the HTTP request, without its session."""
         body: dict[str, Any] = {"max_tokens": self.output_tokens, "stream": True}
         body["stream_options"] = {"include_usage": True}
         if model is not None:
             body["model"] = model
         if ignore_eos:
             body["ignore_eos"] = True
+        if temperature is not None:
+            body["temperature"] = temperature
         prompt = self.prompt
+        is_ids = isinstance(prompt[0], int)
         if endpoint == "chat":
+            if is_ids:
+                raise ValueError("a prompt of token ids needs --endpoint completions")
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             return body | {"messages": messages}
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, str) and not is_ids:
             raise ValueError("a request with messages needs --endpoint chat")
         return body | {"prompt": prompt}
 
@@ -95,7 +109,7 @@ class Workload:
     """A load that depends only on its seed."""
 
     prompt: Lengths
-    """In words."""
+    """In words, or in tokens where `below` is given."""
 
     output: Lengths
     """In tokens."""
@@ -110,6 +124,9 @@ class Workload:
     zipf: float = 1.1
     """Session number r is resumed in proportion to r ** -zipf."""
 
+    below: int | None = None
+    """Prompts are token ids from 1 to below it, in place of words."""
+
     def requests(self, seed: int) -> Iterator[Request]:
         """Endless requests."""
         chance = random.Random(seed)
@@ -122,9 +139,14 @@ class Workload:
                 given = self.given[number % len(self.given)]
                 yield Request(given.prompt, given.output_tokens, rank)
             else:
-                words = chance.choices(WORDS, k=self.prompt.draw(chance))
-                yield Request(" ".join(words), self.output.draw(chance), rank)
+                yield Request(self._prompt(chance), self.output.draw(chance), rank)
             number += 1
+
+    def _prompt(self, chance: random.Random) -> str | list[int]:
+        count = self.prompt.draw(chance)
+        if self.below is not None:
+            return chance.choices(range(1, self.below), k=count)
+        return " ".join(chance.choices(WORDS, k=count))
 
 
 def read_requests(path: Path, output: Lengths) -> tuple[Request, ...]:
