@@ -115,6 +115,13 @@ def gguf(models: Path, name: str, precision: str) -> Path:
 
 
 @contextmanager
+def latentd(model: Path, dtype: str) -> Iterator[int]:
+    """This checkout's server on a free port."""
+    with server(Path.cwd(), str(model), "--dtype", dtype) as (port, _):
+        yield port
+
+
+@contextmanager
 def llama_server(binary: Path, model: Path, slots: int) -> Iterator[int]:
     """llama.cpp's server on a free port: no prompt is kept for the next, nor are sampled tokens
     more than the most probable."""
@@ -152,7 +159,7 @@ async def both(
     binary: Path, models: Path, pair: Pair, precision: Precision, slots: int, ours_first: bool
 ) -> AsyncIterator[tuple[Target, Target]]:
     """Ours and theirs, warm."""
-    ours = server(Path.cwd(), str(models / pair.ours), "--dtype", precision.ours)
+    ours = latentd(models / pair.ours, precision.ours)
     theirs = llama_server(
         binary / "llama-server", gguf(models, pair.theirs, precision.theirs), slots
     )

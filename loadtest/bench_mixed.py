@@ -67,28 +67,8 @@ class Server:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Its process, on a free port."""
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "server", "serve", "--port", "0", "--data-dir", folder]
-            process = subprocess.Popen(
-                [*command, *FLAGS, *self.flags],
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=self.checkout,
-            )
-            facts = list[str]()
-            try:
-                for line in process.stdout or ():
-                    if line.startswith(("device", "backend")):
-                        facts.append(line.strip())
-                    if found := re.match(r"listening +http://.*:(\d+)", line):
-                        self.port, self.facts = int(found[1]), tuple(facts)
-                        yield
-                        break
-                else:
-                    raise RuntimeError("the server did not start")
-            finally:
-                process.terminate()
-                process.wait()
+        with server(self.checkout, *self.flags) as (self.port, self.facts):
+            yield
 
     async def streams(self, count: int, prompt_tokens: int, tokens: int) -> Streams:
         """`count` streams of random prompts, each with `tokens` tokens."""
@@ -170,6 +150,29 @@ PARTS: dict[str, Callable[[Server], Coroutine[None, None, None]]] = {
 
 def _p99(values: list[float]) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[98]
+
+
+@contextmanager
+def server(checkout: Path, *flags: str) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """A server of a checkout: its port, and what it printed of its device and backend."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "server", "serve", "--port", "0", "--data-dir", folder]
+        process = subprocess.Popen(
+            [*command, *FLAGS, *flags], stdout=subprocess.PIPE, text=True, cwd=checkout
+        )
+        facts = list[str]()
+        try:
+            for line in process.stdout or ():
+                if line.startswith(("device", "backend")):
+                    facts.append(line.strip())
+                if found := re.match(r"listening +http://.*:(\d+)", line):
+                    yield int(found[1]), tuple(facts)
+                    break
+            else:
+                raise RuntimeError("the server did not start")
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def report(servers: Sequence[Server]) -> None:

@@ -62,13 +62,12 @@ Below = Annotated[
     typer.Option(
         "--token-ids-below",
         min=2,
-        help="Prompts are random token ids below it; their lengths are in tokens then.",
+        help="Prompts are random token ids below this number; their lengths are in tokens.",
     ),
 ]
 Temperature = Annotated[
-    float | None, typer.Option(min=0, help="Of the sampling; the server's default if none.")
+    float | None, typer.Option(min=0, help="Sampling temperature; the server's default if none.")
 ]
-Timeout = Annotated[float, typer.Option(min=1, help="Seconds without a byte from the server.")]
 Checkpoint = Annotated[Path, typer.Option(help="Folder of the model to serve.")]
 
 PROMPT, OUTPUT = "lognormal:60:0.6", "lognormal:60:0.5"

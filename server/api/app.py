@@ -152,7 +152,7 @@ def create_app(
         AuthMiddleware,
         keys=keys,
         protect_metrics=settings.protect_metrics,
-        most=settings.most_connections,
+        most=settings.max_connections,
         held=HeldBytes(max(settings.max_held_bytes, settings.max_body_bytes, codec.max_blob_bytes)),
     )
     if settings.known_hosts:

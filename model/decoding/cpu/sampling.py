@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import float32, float64, int32, njit
+from numba import float32, float64, int32, int64, njit
 
 from model.kernels.cpu.functions import CACHE, SOURCE, bits, exp, from_bits, jit, jit_sum
 
@@ -32,6 +32,7 @@ def _total(weights: Any) -> Any:
     for j in range(len(weights)):
         total += float64(weights[j])
     return total
+
 
 EXPONENT, DIGIT = 52, 10
 """The bits of a float64: where its exponent begins, and how many are looked at at once."""
@@ -156,7 +157,7 @@ def _draw_filtered(
 
 
 @jit
-def _largest(logits: Any, ids: Any, values: Any) -> None:
+def _find_largest(logits: Any, ids: Any, values: Any) -> None:
     for r in range(len(logits)):
         row, found = logits[r], 0
         for j in range(len(row)):
@@ -226,6 +227,6 @@ def largest_function() -> Any:
     @njit(cache=CACHE, nogil=True)
     def largest(logits: Any, ids: Any, values: Any) -> None:
         if source:
-            _largest(logits, ids, values)
+            _find_largest(logits, ids, values)
 
     return largest

@@ -42,7 +42,7 @@ def run(function: Any, threads: int) -> list[int]:
     job = np.zeros((), JOB)
     job["numbers"] = numbers.ctypes.data
     run_on_threads(function, job, threads)
-    return numbers[1].tolist()
+    return [int(number) for number in numbers[1]]
 
 
 def expected(threads: int) -> list[int]:
