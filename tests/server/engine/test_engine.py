@@ -278,7 +278,7 @@ def test_an_engine_whose_device_is_lost_ends_and_refuses_all(
         driver.engine._thread.join(PATIENCE_S)
     assert not driver.engine.is_running
     assert not [event for event in seen if isinstance(event, Failed) and "CUDA" in event.message]
-    with pytest.raises(ShuttingDown, match="has ended"):
+    with pytest.raises(ShuttingDown, match="has stopped"):
         driver.engine.submit(request("late"))
 
 

@@ -108,7 +108,7 @@ def test_several_threads_may_use_one_network(network: LanguageModel) -> None:
         ([5, -1], [0, 1], "token ids"),
         ([5, 6], [0, 4], "rows"),
         ([5, 6], [-1, 0], "rows"),
-        ([5, 6], [1, 1], "twice"),
+        ([5, 6], [1, 1], "duplicated"),
         ([5, 6], [1], "pieces of"),
     ],
 )
