@@ -49,8 +49,10 @@ from tests.server.sessions.stores import (
     raw,
     state_files,
     states_in_files,
+    unreadable,
     until_queued,
     writer_held,
+    written,
 )
 from tests.server.sessions.worlds import (
     CODEC,
@@ -239,18 +241,18 @@ def test_a_cached_state_needs_no_store(tmp_path: Path, are_large: bool) -> None:
         async with world(tmp_path) as w:
             session_id = await w.new()
             await w.advance(session_id, state(b"a"))
-            async with w.next_turn(session_id) as turn, writer_held(w.store):
-                assert await asyncio.wait_for(turn.load(), PATIENCE_S) == state(b"a")
+            async with w.next_turn(session_id) as turn:
+                with unreadable(w.store):
+                    assert await turn.load() == state(b"a")
         async with world(tmp_path) as w:
             async with w.next_turn(session_id) as turn:
-                async with writer_held(w.store):
-                    loading = asyncio.create_task(turn.load())
-                    await until_queued(w.store)
-                    assert not loading.done()
-                await loading
-                async with writer_held(w.store):
+                with unreadable(w.store), pytest.raises(StorageFailed):
+                    await turn.load()
+                async with writer_held(w.store):  # no commit keeps it waiting
                     assert await asyncio.wait_for(turn.load(), PATIENCE_S) == state(b"a")
-            assert w.value("session_load_seconds_count") == 2
+                with unreadable(w.store):
+                    assert await turn.load() == state(b"a")
+            assert w.value("session_load_seconds_count") == 3
 
     asyncio.run(main())
 
@@ -329,6 +331,7 @@ def test_a_commit_that_is_cancelled_itself_is_whole(
                     committing.cancel()
                     with pytest.raises(asyncio.CancelledError):
                         await committing
+            await written(w.store)
             after = await of_me(w, made)
             assert after.state_id == "after"
             assert await w.state_of(after) == state(b"b", turn=after.turn)
