@@ -90,7 +90,8 @@ def _embed(
     i, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     known = j < d
     token_id = tl.load(ids_ptr + i).to(tl.int64)
-    x = tl.load(table_ptr + token_id * d + j, known & (token_id >= 0), 0.0).to(tl.float32)
+    there = j < tl.where(token_id >= 0, d, 0)
+    x = tl.load(table_ptr + token_id * d + j, there, 0.0).to(tl.float32)
     tl.store(x_ptr + i * d + j, _normed(x, known, j, gain_ptr, offset_ptr, eps, d), known)
 
 
@@ -105,7 +106,7 @@ def _mix(
     x = tl.load(x_ptr + i * d + j, known, 0.0)
     u = _normed(x, known, j, gain_ptr, offset_ptr, eps, d)
     row = tl.load(rows_ptr + i).to(tl.int64)
-    there = known & (row >= 0)
+    there = j < tl.where(row >= 0, d, 0)
     before = tl.load(before_ptr + row * d + j, there, 0.0)
     tl.store(before_ptr + row * d + j, u, there)
     for n in tl.static_range(INPUTS):
@@ -125,7 +126,7 @@ def _time_mix(
     known, of_head = c < n, head * n + c
     at = i * heads * n + of_head
     r, k = tl.load(r_ptr + at, known, 0.0), tl.load(k_ptr + at, known, 0.0)
-    decay = tl.exp(SLOWEST * tl.sigmoid(tl.load(w_ptr + at, known, 0.0)))
+    decay = tl.exp(tl.sigmoid(tl.load(w_ptr + at, known, 0.0)) * SLOWEST)
     rate = tl.sigmoid(tl.load(rate_ptr + at, known, 0.0))
     key = k * tl.load(k_k_ptr + of_head, known, 0.0)
     key = key / tl.maximum(tl.sqrt(tl.sum(key * key, 0)), SHORTEST)
@@ -135,7 +136,8 @@ def _time_mix(
         share = tl.sigmoid(tl.load(first_ptr + at, known, 0.0))
         v += (tl.load(v_first_ptr + at, known, 0.0) - v) * share
     row = tl.load(rows_ptr + i).to(tl.int64)
-    there = known[:, None] & known[None, :] & (row >= 0)
+    is_key = c < tl.where(row >= 0, n, 0)
+    there = is_key[:, None] & known[None, :]
     in_state = states_ptr + ((row * heads + head) * n + c[:, None]) * n + c[None, :]
     s = tl.load(in_state, there, 0.0)
     removed = tl.sum(s * key[:, None], 0)

@@ -9,12 +9,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from model import checkpoint
 from model.batch import Batch
 from model.checkpoint import CheckpointError
+from model.rwkv7 import names
 from model.rwkv7.checkpoint import published_state
 from model.rwkv7.config import Config
 from tests.model.rwkv7 import networks
@@ -32,7 +33,7 @@ def configs(draw: st.DrawFn, head_sizes: tuple[int, ...] = (64,)) -> Config:
     heads, size = draw(st.integers(1, 3)), draw(st.sampled_from(head_sizes))
     layers = draw(st.integers(1, 4))
     return Config(
-        vocab_size=draw(st.integers(2, 150)),
+        vocab_size=draw(st.integers(3, 150)),
         d_emb=heads * size,
         num_layers=layers,
         num_heads=heads,
@@ -141,6 +142,7 @@ def spoil(tensors: Weights, name: str, how: str) -> None:
     st.sampled_from(HOW),
 )
 def test_a_tensor_that_is_not_as_it_should_be_is_refused_in_a_line(name: str, how: str) -> None:
+    assume(how != "turned" or not names.VECTOR.fullmatch(name))  # which come in several shapes
     config = replace(SMALL, vocab_size=99, d_emb=64, num_heads=1)
     tensors = networks.official(networks.weights(config))
     spoil(tensors, name, how)
@@ -227,7 +229,7 @@ def test_where_an_index_says_a_tensor_is_does_not_matter(tmp_path: Path) -> None
     for path in (folder, whole):
         network = checkpoint.load_network(path, CPU, "float32", plain=True)
         logits.append(network.forward(batch, network.new_pool(1)))
-    assert torch.equal(*logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=2e-5)
 
 
 def test_a_head_beside_a_tied_one_is_the_embedding(tmp_path: Path) -> None:
