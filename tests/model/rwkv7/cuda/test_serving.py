@@ -1,6 +1,7 @@
 """In kernels the network is RWKV-7, too: in steps to be recorded, and in those with prompts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,11 +35,13 @@ ROWS = (3, 0, 4)
 TOLERANCE = 2e-5
 
 
-def pair(device: torch.device, dtype: WeightDtype = "float32") -> tuple[RWKV7, RWKV7]:
+def pair(
+    device: torch.device, dtype: WeightDtype = "float32", config: Config = TINY
+) -> tuple[RWKV7, RWKV7]:
     """In kernels, and in plain torch."""
-    ours = networks.network(TINY, dtype, plain=True, device=device)
+    ours = networks.network(config, dtype, plain=True, device=device)
     ours.fuse()
-    return ours, networks.network(TINY, dtype, plain=True)
+    return ours, networks.network(config, dtype, plain=True)
 
 
 def decode(network: RWKV7, ids: Sequence[int], rows: Sequence[int], pool: StatePool) -> Tensor:
@@ -74,7 +77,7 @@ def test_steps_are_those_of_plain_torch(dtype: WeightDtype, device: torch.device
     for values in found.tensors.values():
         assert values[:, [1, 2, 5]].isnan().all()
     again = ours.logits(found, list(ROWS)).cpu()
-    torch.testing.assert_close(again, theirs.logits(expected, list(ROWS)), rtol=0, atol=5e-4)
+    torch.testing.assert_close(again, theirs.logits(expected, list(ROWS)), rtol=0, atol=tolerance)
 
 
 def test_pieces_of_all_lengths_in_one_batch_are_as_in_plain_torch(device: torch.device) -> None:
@@ -89,9 +92,8 @@ def test_pieces_of_all_lengths_in_one_batch_are_as_in_plain_torch(device: torch.
 
 
 def test_the_company_of_a_row_leaves_its_bits_as_they_are(device: torch.device) -> None:
-    if device.type == "cpu":
-        pytest.skip("torch's tanh on a CPU depends on where in a vector a number is")
-    ours, _ = pair(device)
+    # torch's sigmoid on a CPU rounds the end of a vector of another length otherwise.
+    ours, _ = pair(device, config=replace(TINY, gate_rank=32))
     alone, together = ours.new_pool(5), ours.new_pool(5)
     for ids in ([5, 6, 7], [8, 9, 10]):
         first = decode(ours, ids[:1], ROWS[:1], alone)
