@@ -1,7 +1,7 @@
 """How long one client's request keeps the server from the others, by the kind of its body.
 
-    python -m loadtest.bench_freeze
-    python -m loadtest.bench_freeze "tokenised, words" "a prompt"
+    python -m loadtest freeze
+    python -m loadtest freeze "tokenised, words" "a prompt"
 
 A server of the default model. A process sends each body five times, one after the other, while
 this one asks for /health/live without a pause, and notes the longest answer of each time. What the
@@ -137,7 +137,3 @@ def _longest_wait_s(port: int, sending: Future[int]) -> float:
         ask(port, "GET", "/health/live")
         longest_s = max(longest_s, time.perf_counter() - started)
     return longest_s
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,6 +1,6 @@
 """Our matrix products beside torch's in the same type, at the sizes that networks have.
 
-    python -m loadtest.bench_products
+    python -m loadtest products
 
 Both run in turn in one process, so that a ratio does not depend on how busy the machine is. Weights
 are read from memory: each product has as many of them as the cache cannot hold. torch's bfloat16
@@ -109,7 +109,3 @@ def main(
                     f"{theirs / ours:5.2f}x; {1e-9 * rate:5.1f} GB/s, "
                     f"{100 * rate / bandwidth:3.0f}%"
                 )
-
-
-if __name__ == "__main__":
-    typer.run(main)
