@@ -30,7 +30,7 @@ def test_after_a_stop_a_load_goes_on_if_it_may(
         http: httpx.AsyncClient, path: str, body: dict[str, Any], intended: float | None = None
     ) -> Sample:
         if not sent:
-            time.sleep(stopped_s)  # noqa: ASYNC251: nothing of this program runs
+            time.sleep(stopped_s)  # noqa: ASYNC251 (stands for SIGSTOP)
         sent.append(intended)
         return await client.send(http, path, body, intended)
 
