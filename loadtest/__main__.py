@@ -31,8 +31,10 @@ from loadtest.paper import paper
 from loadtest.results import heading
 from loadtest.soak import soak
 
-ANY_SERVER = (bench, capacity, compare)
-PROMISES = (long_session, many_sessions, chaos, soak, compare_kv, paper)
+Command = Callable[..., None]
+
+ANY_SERVER: tuple[Command, ...] = (bench, capacity, compare)
+PROMISES: tuple[Command, ...] = (long_session, many_sessions, chaos, soak, compare_kv, paper)
 PARTS: dict[str, ModuleType] = {
     "model": bench_model,
     "products": bench_products,
@@ -52,7 +54,7 @@ ABOUT = "Measure any server of OpenAI's API, and prove what latentd promises."
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=ABOUT)
 
 
-def headed(command: Callable[..., None]) -> Callable[..., None]:
+def headed(command: Command) -> Command:
     """The command, after a line that says what was called and where: its output is the record."""
 
     @wraps(command)
