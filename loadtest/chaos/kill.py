@@ -51,8 +51,8 @@ AT_LAST_TOKENS = 0.4
 COMMIT_S = 0.008
 """They come at most so long after it."""
 
-PATIENCE_S = 300
-"""With a server whose machine may have other work."""
+PATIENCE_S = 1800
+"""With a server whose machine may have other work, or that is stopped for a while."""
 
 COMPARED = 0.25
 """Share of the sessions and responses whose states are exported after a restart."""
@@ -68,12 +68,12 @@ async def run(
     left: int,
     slow: int,
     seed: int,
-) -> Tally:
-    """Kill servers of this checkpoint; the folder gets their data.
+    tally: Tally,
+) -> None:
+    """Kill servers of this checkpoint; the folder gets their data, the tally what happens.
 
     Each has so many clients with scripts, `left` that leave, and `slow` ones.
     """
-    tally = Tally()
     twin = _server(checkpoint, folder / "twin", *KEEP)
     async with twin as server, _http(server, Totals()) as http:
         slow_text = "".join([piece async for piece in slow_stream(http)])
@@ -92,7 +92,6 @@ async def run(
             for number in range(servers)
         )
     )
-    return tally
 
 
 async def _kill_repeatedly(
@@ -151,6 +150,7 @@ async def _check_and_kill(
         await asyncio.wait([waiting, playing], return_when=asyncio.FIRST_COMPLETED)
         moment.killed.set()
         server.process.kill()
+        tally.num_kills += 1
         waiting.cancel()
         await playing
         await others
