@@ -36,6 +36,9 @@ from server.sessions.sqlite.store import STORE_FILE
 from tests.server.processes import ServerProcess
 
 KEEP = ("--keep-turns", str(KEEP_TURNS))
+PATIENT = ("--header-timeout-s", "3600", "--body-timeout-s", "3600", "--stall-timeout-s", "3600")
+"""With clients that are stopped for a while, as the servers may be."""
+
 FEW_ROWS = ("--warm-sessions", "5")
 """So that turns begin from warm rows, from host memory and from the store."""
 
@@ -74,7 +77,7 @@ async def run(
 
     Each has so many clients with scripts, `left` that leave, and `slow` ones.
     """
-    twin = _server(checkpoint, folder / "twin", *KEEP)
+    twin = _server(checkpoint, folder / "twin", *KEEP, *PATIENT)
     async with twin as server, _http(server, Totals()) as http:
         slow_text = "".join([piece async for piece in slow_stream(http)])
         scripts = [script(seed, number) for number in range(clients)]
@@ -107,9 +110,9 @@ async def _kill_repeatedly(
     """Servers on one data folder, one after the other."""
     players = [Player(number, scenes, tally) for number, scenes in enumerate(stories)]
     for _ in range(kills):
-        async with _server(checkpoint, data, *KEEP, *FEW_ROWS) as server:
+        async with _server(checkpoint, data, *KEEP, *PATIENT, *FEW_ROWS) as server:
             await _check_and_kill(server, players, crowds, tally, chance)
-    async with _server(checkpoint, data, *KEEP, *FEW_ROWS) as server:
+    async with _server(checkpoint, data, *KEEP, *PATIENT, *FEW_ROWS) as server:
         account = await _check_at_the_end(server, players, crowds, tally)
         await asyncio.to_thread(server.stop)
     check_file(data / STORE_FILE, account, players, tally)
