@@ -124,7 +124,8 @@ async def _server(checkpoint: Path, data: Path, *flags: str) -> AsyncIterator[Se
     try:
         yield server
     finally:
-        await asyncio.to_thread(server.kill)
+        server.process.kill()  # at once: a task that is interrupted may be cancelled again here
+        await asyncio.to_thread(server.wait)
 
 
 def _http(server: ServerProcess, totals: Totals) -> httpx.AsyncClient:
