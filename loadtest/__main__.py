@@ -1,9 +1,25 @@
 """Load tests for servers with OpenAI's API, and verification of latentd's guarantees."""
 
 import sys
+from collections.abc import Callable
+from functools import wraps
+from types import ModuleType
 
 import typer
 
+from loadtest import (
+    bench_commits,
+    bench_drift,
+    bench_freeze,
+    bench_front,
+    bench_host,
+    bench_http,
+    bench_mixed,
+    bench_model,
+    bench_neighbour,
+    bench_products,
+    bench_worst,
+)
 from loadtest.bench import bench
 from loadtest.capacity import capacity
 from loadtest.chaos.command import chaos
@@ -12,23 +28,50 @@ from loadtest.compare_kv import compare_kv
 from loadtest.long_session import long_session
 from loadtest.many_sessions import many_sessions
 from loadtest.paper import paper
-from loadtest.rwkv7 import rwkv7
+from loadtest.results import heading
 from loadtest.soak import soak
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-for command in (
-    bench,
-    capacity,
-    compare,
-    long_session,
-    many_sessions,
-    chaos,
-    soak,
-    compare_kv,
-    paper,
-    rwkv7,
-):
-    app.command()(command)
+Command = Callable[..., None]
+
+ANY_SERVER: tuple[Command, ...] = (bench, capacity, compare)
+PROMISES: tuple[Command, ...] = (long_session, many_sessions, chaos, soak, compare_kv, paper)
+PARTS: dict[str, ModuleType] = {
+    "model": bench_model,
+    "products": bench_products,
+    "drift": bench_drift,
+    "mixed": bench_mixed,
+    "http": bench_http,
+    "front": bench_front,
+    "host": bench_host,
+    "commits": bench_commits,
+    "freeze": bench_freeze,
+    "neighbour": bench_neighbour,
+    "worst": bench_worst,
+}
+
+ABOUT = "Measure any server of OpenAI's API, and prove what latentd promises."
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=ABOUT)
+
+
+def headed(command: Command) -> Command:
+    """The command, after a line that says what was called and where: its output is the record."""
+
+    @wraps(command)
+    def run(*args: object, **kwargs: object) -> None:
+        typer.echo(heading())
+        command(*args, **kwargs)
+
+    return run
+
+
+for each in ANY_SERVER:
+    app.command(rich_help_panel="Any server of OpenAI's API")(each)
+for each in PROMISES:
+    app.command(rich_help_panel="What latentd promises")(each)
+for name, module in PARTS.items():
+    about, *_ = (module.__doc__ or "").split("\n\n")
+    app.command(name, help=about, rich_help_panel="Parts of latentd")(headed(module.main))
 
 
 def main() -> None:

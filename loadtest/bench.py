@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from loadtest import charts, options
 from loadtest.client import Sample
-from loadtest.load import Access, Target, closed, opened, target
+from loadtest.load import Access, Stop, Target, closed, opened, target
 from loadtest.measures import summarise
 from loadtest.results import console, show_summary, write_result
 from loadtest.workload import Workload
@@ -35,8 +35,12 @@ async def run(
     count: int,
     seed: int,
     label: str = "requests",
+    stops: list[Stop] | None = None,
 ) -> list[Sample]:
-    """The samples of one run: open loop at `rate`, or closed loop with `users`."""
+    """The samples of one run: open at this rate, or else closed with so many users.
+
+    `stops` are those of an open run, if it is to go on after them.
+    """
     with progress_bar() as bar:
         task = bar.add_task(label, total=count)
 
@@ -44,7 +48,14 @@ async def run(
             bar.advance(task)
 
         if rate is not None:
-            return await opened(server, load, rate=rate, count=count, seed=seed, progress=progress)
+            return await opened(
+                *(server, load),
+                rate=rate,
+                count=count,
+                seed=seed,
+                progress=progress,
+                stops=stops,
+            )
         users = users or CONCURRENCY
         return await closed(server, load, users=users, count=count, seed=seed, progress=progress)
 

@@ -1,6 +1,6 @@
 """Cost of a durable turn: in the store alone, in a server, and as a plain write with fsync.
 
-python -m loadtest.bench_commits
+python -m loadtest commits
 """
 
 import asyncio
@@ -181,7 +181,3 @@ def main(
     """Measure and print."""
     with tempfile.TemporaryDirectory() as folder:
         print_commits(checkpoint, Path(folder), turns=turns, together=together, rounds=rounds)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,6 +1,6 @@
 """Drift of attention's output from float64 over 10 million tokens.
 
-    python -m loadtest.bench_drift
+    python -m loadtest drift
 
 One head with 8 key and 8 value channels, keys and log-values unit-normal; worst relative error of
 the output over 64 queries. The paths: compiled (CPU), torch's `chunked` (plain prefill), torch's
@@ -151,7 +151,3 @@ def main(
             print(f"{done:12,} {ours[0]:>10} {ours[1]:>10} {in_logs:>10}")
     if stepped is not None:
         print(f"torch's step, the last {steps:,} tokens: {error(output(stepped, q))}")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,7 +1,7 @@
 """How long one request blocks the server for others, by kind of body.
 
-    python -m loadtest.bench_freeze
-    python -m loadtest.bench_freeze "tokenised, words" "a prompt"
+    python -m loadtest freeze
+    python -m loadtest freeze "tokenised, words" "a prompt"
 
 A server of the default model. A process sends each body five times in sequence, while this one
 polls /health/live without a pause and records the longest response each time. The shortest of the
@@ -135,7 +135,3 @@ def _longest_wait_s(port: int, sending: Future[int]) -> float:
         ask(port, "GET", "/health/live")
         longest_s = max(longest_s, time.perf_counter() - started)
     return longest_s
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,6 +1,6 @@
 """Tokens per second that HTTP delivers over SSE, independent of the engine.
 
-    python -m loadtest.bench_front --rate 100000 --api-workers 4
+    python -m loadtest front --rate 100000 --api-workers 4
 
 The real server with a stand-in engine (`loadtest.front_server`), read by clients in separate
 processes. Shows the delivered and emitted rates, and the CPU time per token of each process, which
@@ -169,7 +169,3 @@ def main(
                         f"{name}, {workers} worker{'s' * (workers > 1)}",
                         *measure(port, process, name, streams, tokens, clients),
                     )
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,18 +1,19 @@
 """The host's work per token besides the network: text, limits, events, planning of steps.
 
-    python -m loadtest.bench_host
+    python -m loadtest host
 
 Runs the engine's worker on the default model with free steps: a stand-in returns tokens, so that
 all of the time is the host's. On a GPU it must be less than the device's time for the step.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 from unittest.mock import patch
 
 import torch
+import typer
 
 from model import PRETRAINED, checkpoint
 from model.decoding.decoder import CompletedStep, Decoded, Piece
@@ -26,6 +27,7 @@ from server.engine.worker import Worker
 from server.metrics import Metrics
 
 PROMPT = (1, 2, 3)
+ROWS = (1, 16, 64, 256)
 ORDINARY = range(300, 900)
 """Tokens that do not end a text."""
 
@@ -48,25 +50,25 @@ class StandIn:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=PRETRAINED)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--tokens", type=int, default=400)
-    arguments = parser.parse_args()
-    loaded = checkpoint.load(arguments.checkpoint, torch.device("cpu"))
+def main(
+    folder: Annotated[Path, typer.Option("--checkpoint", help="Folder of the model.")] = PRETRAINED,
+    rows: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Of each.")] = 400,
+) -> None:
+    """Measure and print."""
+    loaded = checkpoint.load(folder, torch.device("cpu"))
 
     def stand_in(network: Network, pool: StatePool, max_rows: int) -> StandIn:
         del network, pool, max_rows
         return StandIn()
 
     print(f"{'rows':>6} {'us a token':>11} {'ms a step':>10} {'tokens/s':>10}")
-    for rows in arguments.rows:
+    for count in rows or ROWS:
         with patch("model.decoding.runners.new_runner", stand_in):
-            seconds = min(_run(loaded, rows, arguments.tokens) for _ in range(3))
-        per_token = seconds / (rows * arguments.tokens)
+            seconds = min(_run(loaded, count, tokens) for _ in range(3))
+        per_token = seconds / (count * tokens)
         print(
-            f"{rows:>6} {1e6 * per_token:>11.1f} {1e3 * per_token * rows:>10.3f} "
+            f"{count:>6} {1e6 * per_token:>11.1f} {1e3 * per_token * count:>10.3f} "
             f"{1 / per_token:>10,.0f}"
         )
 
@@ -95,7 +97,3 @@ def _run(loaded: checkpoint.Checkpoint, rows: int, tokens: int) -> float:
     seconds = time.thread_time() - started
     assert num_events >= rows * tokens
     return seconds
-
-
-if __name__ == "__main__":
-    main()

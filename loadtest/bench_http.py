@@ -1,6 +1,6 @@
 """Tokens per second over HTTP/SSE next to the bare engine, and the gaps caused by a long prompt.
 
-    python -m loadtest.bench_http
+    python -m loadtest http
 
 32 streams of the default model. The bare engine runs in a separate process without a server; then a
 server is started, with this process as its client. Both alternate several times: medians are shown.
@@ -25,7 +25,6 @@ import typer
 
 from model import PRETRAINED
 from model.checkpoint import load
-from model.decoding.grammar import Grammar
 from model.decoding.sampling import SamplingParams
 from server.api.app import engine_limits
 from server.engine.device import choose_device, choose_threads
@@ -55,18 +54,16 @@ class BareEngine:
         self.engine = Engine(checkpoint, limits, self._deliver, Metrics())
         self.engine.start()
 
-    def submit(
-        self, name: str, ids: tuple[int, ...], tokens: int, grammar: Grammar | None = None
-    ) -> None:
+    def submit(self, name: str, ids: tuple[int, ...], tokens: int) -> None:
         sampling = SamplingParams(temperature=0.8, seed=len(name))
         request = EngineRequest(name, None, Continuation(), ids, tokens, sampling)
-        self.engine.submit(replace(request, ignore_eos=True, grammar=grammar))
+        self.engine.submit(replace(request, ignore_eos=True))
 
-    def rate(self, streams: int, tokens: int, grammar: Grammar | None = None) -> float:
-        """Tokens per second of this many streams, all under the grammar if given."""
+    def rate(self, streams: int, tokens: int) -> float:
+        """Tokens per second of so many streams."""
         started = time.perf_counter()
         for i in range(streams):
-            self.submit(f"{i}", self.ids, tokens, grammar)
+            self.submit(f"{i}", self.ids, tokens)
         left, generated = streams, 0
         while left:
             ended = [event for event in self.happened.get()[1] if isinstance(event, Finished)]

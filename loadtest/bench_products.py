@@ -1,6 +1,6 @@
 """Our matrix products next to torch's in the same dtype, at typical network sizes.
 
-    python -m loadtest.bench_products
+    python -m loadtest products
 
 Both alternate in one process, so that ratios do not depend on other load. Weights are read from
 memory: each product cycles through more of them than the caches hold. torch's bfloat16 products
@@ -110,7 +110,3 @@ def main(
                     f"{theirs / ours:5.2f}x; {1e-9 * rate:5.1f} GB/s, "
                     f"{100 * rate / bandwidth:3.0f}%"
                 )
-
-
-if __name__ == "__main__":
-    typer.run(main)

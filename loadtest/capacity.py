@@ -1,6 +1,7 @@
 """The highest rate of requests at which a server meets its objectives."""
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,9 @@ class Search:
     """Duration of a trial; at least `fewest` requests."""
 
     fewest: int
+    most: float
+    """A rate that the search does not go beyond."""
+
     precision: float
     """The search ends when the highest good and the lowest bad rate differ by this fraction."""
 
@@ -50,8 +54,8 @@ class Search:
 async def search(server: Target, load: Workload, how: Search, seed: int) -> list[Trial]:
     """Trials from the first rate up (or down) by doubling, then by bisection.
 
-    Each has its own requests and times. After a failed trial all requests are answered before the
-    next one starts.
+    Ends early if the highest rate that may be tried holds. Each trial has requests and moments of
+    its own, and ends when all of its requests are answered.
     """
     trials = list[Trial]()
 
@@ -72,11 +76,13 @@ async def search(server: Target, load: Workload, how: Search, seed: int) -> list
         console.print(f"{label:>20}: {summary.attainment:6.1%} good, {verdict}", highlight=False)
         return trials[-1].holds
 
-    low, high = 0.0, how.first
-    for _ in range(MAX_DOUBLINGS):
+    low, high = 0.0, min(how.first, how.most)
+    for _ in range(MOST_DOUBLINGS):
         if not await holds(high):
             break
-        low, high = high, 2 * high
+        if high >= how.most:
+            return trials
+        low, high = high, min(2 * high, how.most)
     else:
         raise RuntimeError(f"even {low:g} requests/s meet the objectives: begin at a higher --rate")
     for _ in range(MAX_HALVINGS):
@@ -86,7 +92,7 @@ async def search(server: Target, load: Workload, how: Search, seed: int) -> list
             low = high / 2
         else:
             high /= 2
-    else:
+    if not low:
         raise RuntimeError(
             f"not even {high:g} requests/s meet the objectives: begin at a lower --rate"
         )
@@ -153,9 +159,10 @@ def capacity(
     attainment: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the requests that must meet them.")
     ] = 0.95,
-    rate: Annotated[
-        float, typer.Option(min=0.001, help="First rate in requests per second.")
-    ] = 1.0,
+    rate: Annotated[float, typer.Option(min=0.001, help="The first, requests a second.")] = 1.0,
+    most_rate: Annotated[
+        float | None, typer.Option(min=0.001, help="The last; without it, until one fails.")
+    ] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Of a trial.")] = 20.0,
     fewest: Annotated[int, typer.Option(min=1, help="Minimum requests per trial.")] = 20,
     precision: Annotated[
@@ -180,12 +187,14 @@ def capacity(
     goals = options.objectives(slo or ["ttft=1s", "itl=100ms"])
     load = options.workload(prompt, output, file, sessions, resume, zipf)
     access = Access(endpoint, model, key, ignore_eos, timeout_s)
-    how = Search(goals, attainment, rate, seconds, fewest, precision)
+    most = math.inf if most_rate is None else most_rate
+    how = Search(goals, attainment, rate, seconds, fewest, most, precision)
     if out is not None:
         charts.require()
     trials = asyncio.run(_capacity(url, access, load, how, seed))
     best = highest(trials)
-    show_summary(f"{url}: {best.rate:.3g} requests/s hold", best.summary)
+    end = ", and no higher rate was to be tried" if best.rate >= most else ""
+    show_summary(f"{url}: {best.rate:.3g} requests/s hold{end}", best.summary)
     if out is not None:
         found = [{"rate": t.rate, "holds": t.holds, "summary": t.summary.to_json()} for t in trials]
         write_result(out, {"rate": best.rate, "attainment": attainment, "trials": found})

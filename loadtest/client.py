@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -93,9 +94,13 @@ async def _read(response: httpx.Response, sample: Sample) -> None:
         if data == b"[DONE]":
             is_finished = True
             continue
-        event = json.loads(data)
+        try:
+            event = json.loads(data)
+        except ValueError:
+            raise StreamError("not JSON") from None
         if error := event.get("error"):
-            raise StreamError(error.get("code") or error.get("type") or "error")
+            fields = error if isinstance(error, dict) else {}
+            raise StreamError(fields.get("code") or fields.get("type") or "error")
         for choice in event.get("choices") or ():
             if choice.get("text") or (choice.get("delta") or {}).get("content"):
                 sample.text_at.append(now)
@@ -153,7 +158,8 @@ class Sessions:
         return self._busy.setdefault(rank, asyncio.Lock())
 
     async def delete(self) -> None:
-        """Delete all sessions."""
-        for session_id in self.ids:
-            await self.http.delete(f"/v1/sessions/{session_id}")
+        """All of them, unless the server is gone."""
+        with suppress(httpx.TransportError):
+            for session_id in self.ids:
+                await self.http.delete(f"/v1/sessions/{session_id}")
         self.ids.clear()

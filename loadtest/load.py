@@ -12,6 +12,9 @@ import httpx
 from loadtest.client import PATHS, Sample, Sessions, error_kind, send
 from loadtest.workload import Endpoint, Request, Workload, arrivals
 
+STOPPED_S = 5.0
+"""A sleep that is longer by so much: this program was stopped, as by SIGSTOP."""
+
 FIRST_TEXT = "Once upon a time there was a little fox."
 
 
@@ -113,10 +116,29 @@ async def closed(
     return samples
 
 
+@dataclass(frozen=True)
+class Stop:
+    """A time in which this program was stopped, by `time.perf_counter`."""
+
+    at: float
+    seconds: float
+
+
 async def opened(
-    target: Target, workload: Workload, *, rate: float, count: int, seed: int, progress: Progress
+    target: Target,
+    workload: Workload,
+    *,
+    rate: float,
+    count: int,
+    seed: int,
+    progress: Progress,
+    stops: list[Stop] | None = None,
 ) -> list[Sample]:
-    """Open loop: requests at the times of a Poisson process, regardless of earlier ones."""
+    """Requests at a Poisson process's moments, whatever has become of those before.
+
+    With `stops`, whenever this program was stopped the rest is put off by as long, and that is
+    noted: otherwise all that was to be sent meanwhile comes at once.
+    """
     requests = islice(workload.requests(seed), count)
     began = time.perf_counter()
 
@@ -128,6 +150,12 @@ async def opened(
     tasks = list[asyncio.Task[Sample]]()
     async with asyncio.TaskGroup() as group:
         for request, at in zip(requests, arrivals(rate, count, seed), strict=True):
-            await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
+            now = time.perf_counter()
+            due = max(now, began + at)
+            await asyncio.sleep(due - now)
+            late = time.perf_counter() - due
+            if stops is not None and late > STOPPED_S:
+                stops.append(Stop(due, late))
+                began += late
             tasks.append(group.create_task(one(request, began + at)))
     return [task.result() for task in tasks]

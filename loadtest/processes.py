@@ -15,6 +15,9 @@ class Held:
     """Resources of a process."""
 
     resident_bytes: int
+    anonymous_bytes: int
+    """Of these, what is not a page of a file: heaps, stacks, tensors."""
+
     descriptors: int
     threads: int
 
@@ -23,12 +26,12 @@ def held(pid: int) -> Held:
     """Raises RuntimeError if the process no longer exists."""
     process = Path(f"/proc/{pid}")
     try:
-        resident = int((process / "statm").read_text().split()[1]) * PAGE
+        _, resident, files, *_ = map(int, (process / "statm").read_text().split())
         descriptors = len(os.listdir(process / "fd"))
         threads = len(os.listdir(process / "task"))
     except OSError as error:
-        raise RuntimeError(f"process {pid} cannot be read: {error}") from None
-    return Held(resident, descriptors, threads)
+        raise RuntimeError(f"process {pid} cannot be seen: {error}") from None
+    return Held(PAGE * resident, PAGE * (resident - files), descriptors, threads)
 
 
 Metrics = dict[str, float]

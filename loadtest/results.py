@@ -37,11 +37,25 @@ def machine() -> dict[str, Any]:
     }
 
 
+def command() -> str:
+    """What was called."""
+    return shlex.join(["python", "-m", "loadtest", *sys.argv[1:]])
+
+
+def heading() -> str:
+    """What was called, and where, for results that are text."""
+    where = machine()
+    return (
+        f"{command()}\n{where['cores']} cores of {where['processor']}, {where['system']}, "
+        f"load average {where['load_average'][0]:.1f}, {datetime.now(UTC):%Y-%m-%d}\n"
+    )
+
+
 def write_result(out: Path, result: dict[str, Any]) -> None:
     """Write `result.json` to the folder, which is created."""
     out.mkdir(parents=True, exist_ok=True)
     head = {
-        "command": shlex.join(["python", "-m", "loadtest", *sys.argv[1:]]),
+        "command": command(),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "latentd": __version__,
         "machine": machine(),

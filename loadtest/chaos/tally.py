@@ -13,6 +13,7 @@ PROBLEMS = (
 class Tally:
     """What happened, and every problem."""
 
+    num_kills: int = 0
     kills: Counter[str] = field(default_factory=Counter)
     """Kills that hit at least one step in this phase, or none at all."""
 
@@ -39,9 +40,9 @@ class Tally:
         return sum(kind == found for found, _ in self.problems)
 
 
-def report(tally: Tally, kills: int) -> None:
-    """Print the results."""
-    print(f"{kills} kills; what they hit, as far as a client can tell:")
+def report(tally: Tally) -> None:
+    """Print what happened."""
+    print(f"{tally.num_kills} kills; what they hit, as far as a client can tell:")
     for phase in sorted(tally.kills, key=lambda phase: -tally.hits[phase]):
         print(f"  {phase:22} {tally.kills[phase]:5} kills {tally.hits[phase]:6} steps")
     print(f"{'':22} {'acknowledged':>12} {'in flight':>10} {'of these committed':>19}")

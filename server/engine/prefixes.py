@@ -25,8 +25,8 @@ from model.shares import SharedCache
 from server.engine.messages import EngineRequest
 from server.engine.sequence import EngineSequence
 
-MAX_SEEN = 1 << 16
-"""Prefixes remembered without a state, at about 200 bytes each."""
+MAX_SEEN = 1 << 12
+"""Prefixes remembered without a state, at about 350 bytes each: several times those with one."""
 
 State = TypeVar("State")
 

@@ -11,6 +11,7 @@ import pytest
 
 from loadtest.chaos import kill
 from loadtest.chaos.look import INTERRUPTED, SeenResponse, SeenSession, Verdict, World, judge
+from loadtest.chaos.tally import Tally
 from tests.patience import PROGRAM_S
 
 
@@ -76,9 +77,20 @@ def test_nothing_is_lost_when_servers_are_killed(tiny_checkpoint: Path, tmp_path
     for seed in itertools.count():
         folder = tmp_path / f"{seed}"
         folder.mkdir()
-        tally = asyncio.run(
-            kill.run(checkpoint, folder, kills=4, servers=2, clients=8, left=4, slow=1, seed=seed)
+        tally = Tally()
+        asyncio.run(
+            kill.run(
+                *(checkpoint, folder),
+                kills=4,
+                servers=2,
+                clients=8,
+                left=4,
+                slow=1,
+                seed=seed,
+                tally=tally,
+            )
         )
+        assert tally.num_kills == 4
         assert tally.problems == []
         found.update({f"acknowledged {kind}": n for kind, n in tally.acknowledged.items()})
         found.update({f"verified {what}": n for what, n in tally.verified.items()})

@@ -1,5 +1,7 @@
 """The commands, on a tiny model."""
 
+import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,10 +85,11 @@ def test_what_is_wrong_is_named(arguments: tuple[str, ...], named: str) -> None:
 def test_a_soak_ends_with_slopes(tiny_checkpoint: Path) -> None:
     shown = run(
         *("soak", "--checkpoint", str(tiny_checkpoint), "--minutes", "0.1", "--rate", "10"),
-        *("--every-s", "0.1", "--sessions", "2", *LOAD),
+        *("--warm-up-minutes", "0.05", "--every-s", "0.1", "--sessions", "2", *LOAD),
     )
-    for name in ("resident MiB an hour", "descriptors an hour", "threads an hour"):
-        assert name in shown
+    for name in ("resident MiB", "cached MiB", "descriptors", "threads"):
+        assert f"{name} an hour" in shown
+    assert "states in host memory:" in shown
 
 
 @pytest.mark.long
@@ -100,6 +103,40 @@ def test_sessions_are_grown_resumed_and_counted(tiny_checkpoint: Path) -> None:
 
 
 @pytest.mark.long
+def test_capacity_is_the_highest_rate_that_holds(server: LiveServer, tmp_path: Path) -> None:
+    rates = ("--rate", "1", "--most-rate", "3", "--seconds", "1", "--fewest", "2")
+    patient = ("--slo", "ttft=3600s", "--slo", "itl=3600s", "--out", str(tmp_path))
+    assert "3 requests/s hold" in run("capacity", server.url, *rates, *patient, *LOAD)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [(trial["rate"], trial["holds"]) for trial in result["trials"]] == [
+        (1, True),
+        (2, True),
+        (3, True),
+    ]
+    assert result["rate"] == 3
+    assert (tmp_path / "capacity.png").stat().st_size > 10_000
+
+
+@pytest.mark.long
 def test_a_capacity_that_is_none_is_said_so(server: LiveServer) -> None:
     never = ("--slo", "e2e=0.001us", "--seconds", "1", "--fewest", "1", "--precision", "1")
     assert "meet the objectives" in run("capacity", server.url, *never, *LOAD, status=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("host", "--rows", "1", "--tokens", "5"), "tokens/s"),
+        (("drift", "--tokens", "100000", "--steps", "1000"), "100,000"),
+        (("commits", "--turns", "2", "--together", "2", "--rounds", "1"), "sync"),
+        (("http", "--streams", "2", "--tokens", "20", "--rounds", "1"), "2 streams: bare engine"),
+        (("front", "--streams", "2", "--tokens", "5", "--rate", "1000"), "completions, 1 worker"),
+        (("freeze", "a prompt"), "longest wait"),
+    ],
+)
+def test_parts_say_what_was_called_and_where(arguments: tuple[str, ...], named: str) -> None:
+    shown = run(*arguments)
+    assert shown.startswith(f"python -m loadtest {shlex.join(arguments)}\n")
+    assert "load average" in shown
+    assert named in shown

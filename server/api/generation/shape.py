@@ -37,7 +37,9 @@ class Shape(Generic[BodyT]):
         self.answer = answer
         self.body = body
         self.tokenizer = service.checkpoint.tokenizer
-        self._templates: dict[tuple[int, object], TextTemplate] = {}
+        self._templates: dict[tuple[int, str], TextTemplate] = {}
+        """By choice and the name of the method: the method itself would keep the shape alive."""
+
         self._json: str | None = None
         self._constant: dict[str, Any] = {
             "id": answer.id,
@@ -92,10 +94,11 @@ class Shape(Generic[BodyT]):
         return self._constant | {name: fact for name, fact in known.items() if fact is not None}
 
     def render_text(self, index: int, text: str, make: Callable[[int, str], BaseModel]) -> bytes:
-        """`make`'s result for a choice's new text, for events in which only the text changes."""
-        template = self._templates.get((index, make))
+        """What `make` makes of a choice's new text, where nothing but the text changes."""
+        key = index, make.__name__
+        template = self._templates.get(key)
         if template is None:
-            template = self._templates[index, make] = TextTemplate(partial(make, index))
+            template = self._templates[key] = TextTemplate(partial(make, index))
         return template.render(text)
 
 
