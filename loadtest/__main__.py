@@ -14,6 +14,7 @@ from loadtest import (
     bench_front,
     bench_host,
     bench_http,
+    bench_llama,
     bench_mixed,
     bench_model,
     bench_neighbour,
@@ -72,6 +73,7 @@ for each in PROMISES:
 for name, module in PARTS.items():
     about, *_ = (module.__doc__ or "").split("\n\n")
     app.command(name, help=about, rich_help_panel="Parts of latentd")(headed(module.main))
+app.add_typer(bench_llama.app, name="llama", rich_help_panel="Any server of OpenAI's API")
 
 
 def main() -> None:

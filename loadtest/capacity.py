@@ -77,7 +77,7 @@ async def search(server: Target, load: Workload, how: Search, seed: int) -> list
         return trials[-1].holds
 
     low, high = 0.0, min(how.first, how.most)
-    for _ in range(MOST_DOUBLINGS):
+    for _ in range(MAX_DOUBLINGS):
         if not await holds(high):
             break
         if high >= how.most:
