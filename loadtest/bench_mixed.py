@@ -3,7 +3,9 @@
     python -m loadtest.bench_mixed --dtype float32 --dtype int8
 
 A network of the published size with random weights. With `--against FOLDER`, another checkout of
-this repository, its server does the same in turn, and ratios are those of one run.
+this repository, its server does the same in turn, and ratios are those of one run. Every round
+starts each server anew, alone, and the one that is first in a round is second in the next: what
+memory and how warm a machine a server gets depends on what ran before it.
 """
 
 import asyncio
@@ -14,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -49,13 +51,44 @@ class Server:
     """A server under measurement, and what was measured by name, once a round."""
 
     name: str
-    port: int
-    chance: random.Random
+    checkout: Path
+    flags: tuple[str, ...]
+    chance: random.Random = field(default_factory=lambda: random.Random(0))
+    port: int = 0
     found: dict[str, list[float]] = field(default_factory=dict)
+
+    facts: tuple[str, ...] = ()
+    """What it printed of its device and backend."""
 
     def note(self, **values: float) -> None:
         for name, value in values.items():
             self.found.setdefault(name, []).append(value)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Its process, on a free port."""
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "server", "serve", "--port", "0", "--data-dir", folder]
+            process = subprocess.Popen(
+                [*command, *FLAGS, *self.flags],
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=self.checkout,
+            )
+            facts = list[str]()
+            try:
+                for line in process.stdout or ():
+                    if line.startswith(("device", "backend")):
+                        facts.append(line.strip())
+                    if found := re.match(r"listening +http://.*:(\d+)", line):
+                        self.port, self.facts = int(found[1]), tuple(facts)
+                        yield
+                        break
+                else:
+                    raise RuntimeError("the server did not start")
+            finally:
+                process.terminate()
+                process.wait()
 
     async def streams(self, count: int, prompt_tokens: int, tokens: int) -> Streams:
         """So many streams of random prompts, each with so many tokens."""
@@ -139,31 +172,11 @@ def _p99(values: list[float]) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[98]
 
 
-@contextmanager
-def server(checkout: Path, *flags: str) -> Iterator[int]:
-    """A server of a checkout on a free port."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "server", "serve", "--port", "0", "--data-dir", folder]
-        process = subprocess.Popen(
-            [*command, *FLAGS, *flags], stdout=subprocess.PIPE, text=True, cwd=checkout
-        )
-        try:
-            for line in process.stdout or ():
-                if line.startswith(("device", "backend")):
-                    print(f"  {line.strip()}")
-                if found := re.match(r"listening +http://.*:(\d+)", line):
-                    yield int(found[1])
-                    break
-            else:
-                raise RuntimeError("the server did not start")
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def report(servers: Mapping[str, Server]) -> None:
+def report(servers: Sequence[Server]) -> None:
     """Medians with the smallest and the largest value; ratios of the first server to the second."""
-    ours, *others = servers.values()
+    ours, *others = servers
+    for each in servers:
+        print("\n".join(f"  {each.name}: {fact}" for fact in each.facts))
     for name, values in ours.found.items():
         line = f"  {name:22} {_spread(values)}"
         for other in others:
@@ -171,8 +184,6 @@ def report(servers: Mapping[str, Server]) -> None:
             ratios = [mine / theirs for mine, theirs in pairs]
             line += f"   {other.name} {_spread(other.found[name])}   ratio {_spread(ratios)}"
         print(line, flush=True)
-    for each in servers.values():
-        each.found.clear()
 
 
 def _spread(values: list[float]) -> str:
@@ -181,7 +192,9 @@ def _spread(values: list[float]) -> str:
 
 def main(
     dtype: Annotated[list[str], typer.Option(help="Of the weights; several may be given.")],
-    rounds: Annotated[int, typer.Option(help="Repetitions; medians are shown.")] = 5,
+    rounds: Annotated[
+        int, typer.Option(help="Repetitions, better an even number; medians are shown.")
+    ] = 4,
     part: Annotated[list[str], typer.Option(help="Of what is measured.")] = [*PARTS],  # noqa: B006
     latency_ms: Annotated[float, typer.Option(help="--inter-token-latency-ms.")] = 100.0,
     checkpoint: Annotated[
@@ -196,19 +209,19 @@ def main(
         if checkpoint is None:
             write_checkpoint(LanguageModel(ModelConfig()), model)
         for each in dtype:
-            print(f"{each}:")
             flags = (str(model), "--dtype", each)
-            with ExitStack() as stack:
-                own = server(Path.cwd(), *flags, "--inter-token-latency-ms", str(latency_ms))
-                servers = {"ours": Server("ours", stack.enter_context(own), random.Random(0))}
-                if against is not None:
-                    port = stack.enter_context(server(against, *flags))
-                    servers["theirs"] = Server("theirs", port, random.Random(0))
-                for name in part:
-                    for measured in [*servers.values()] * rounds:
-                        asyncio.run(PARTS[name](measured))
-                    print(f" {name}")
-                    report(servers)
+            own = (*flags, "--inter-token-latency-ms", str(latency_ms))
+            servers = [Server("ours", Path.cwd(), own)]
+            if against is not None:
+                servers.append(Server("theirs", against, flags))
+            for number in range(rounds):
+                for measured in servers if number % 2 == 0 else reversed(servers):
+                    with measured.running():
+                        asyncio.run(measured.streams(2, 64, 8))  # the first ones are slower
+                        for name in part:
+                            asyncio.run(PARTS[name](measured))
+            print(f"{each}:")
+            report(servers)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from loadtest.bench_model import alternate
 from model import WeightDtype
 from model.kernels.cpu.compilation import target
 from model.kernels.cpu.linear import PRODUCT, product_function
-from model.kernels.cpu.openmp import run_on_threads
+from model.kernels.cpu.threads import ALONE
+from model.kernels.cpu.workers import run_on_threads
 from model.kernels.linear import PackedLinear, narrow
 
 ROWS = (1, 8, 64, 512)
@@ -56,7 +57,7 @@ class Products:
         scale = 0 if self._scale is None else self._scale.data_ptr()
         sizes, places = (len(x), self.num_inputs, self.num_outputs), (x.data_ptr(), y.data_ptr())
         records = [
-            np.array(((0, 0, 0), *sizes, (w.data_ptr(), scale, 0), *places), PRODUCT)
+            np.array((ALONE, *sizes, (w.data_ptr(), scale, 0), *places), PRODUCT)
             for w in self._ours
         ]
         function, threads = product_function(self.arithmetic), torch.get_num_threads()

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.memory import large_pages
+
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -66,9 +68,12 @@ class StatePool:
         for tensor in spec.tensors:
             layers, *per_row = tensor.shape
             shape = (layers, num_rows, *per_row)
-            self.tensors[tensor.name] = torch.full(
-                shape, tensor.initial, dtype=DTYPES[tensor.dtype], device=device
-            )
+            dtype = DTYPES[tensor.dtype]
+            if device.type == "cpu":
+                values = large_pages().zeros(shape, dtype)
+            else:
+                values = torch.empty(shape, dtype=dtype, device=device)
+            self.tensors[tensor.name] = values.fill_(tensor.initial)
 
     @property
     def responds(self) -> bool:

@@ -25,12 +25,13 @@ BELOW_FAMILIES = (
 
 MAY_IMPORT = {
     "model": (),
-    "model.state": (),
+    "model.memory": (),
+    "model.state": ("model.memory",),
     "model.transfer": ("model.state",),
     "model.shares": (),
     "model.batch": (),
     "model.network": (*FACTS, "model.batch", "model.state", "model.text"),
-    "model.kernels": (*FACTS, "model.kernels"),
+    "model.kernels": (*FACTS, "model.kernels", "model.memory"),
     "model.text": ("model.files", "model.text"),
     "model.weights": ("model.kernels", "model.network"),
     "model.decoding": (*BELOW_FAMILIES, "model.decoding"),

@@ -20,7 +20,7 @@ from model.heinsen.config import ModelConfig
 from model.heinsen.cuda import unsupported_extensions
 from model.heinsen.layers import LatentPosition, Layer, NetworkState
 from model.kernels import cuda
-from model.kernels.cpu.openmp import num_threads
+from model.kernels.cpu.threads import num_threads
 from model.kernels.linear import NarrowLinear, PackedLinear, as_served, narrow, reason_not_compiled
 from model.network import Recordable
 from model.state import StatePool, StateSpec, TensorSpec, contiguous_run

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import WeightDtype
+from model.memory import large_pages
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class PackedLinear(nn.Module):
         self.num_outputs, self.num_inputs = weight.shape
         num_blocks = -(-self.num_outputs // BLOCK)
         shape = (num_blocks, -(-self.num_inputs // together), BLOCK, together)
-        self.weight = torch.zeros(shape, dtype=stored, device=device)
+        self.weight = large_pages().zeros(shape, stored)
         scales = []
         for rows in _parts(weight, BLOCK):
             part, scale = narrow(weight[rows], dtype, device)
@@ -126,7 +127,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         from model.kernels.cpu.linear import PRODUCT
-        from model.kernels.cpu.openmp import num_threads, run_on_threads
+        from model.kernels.cpu.threads import ALONE, num_threads
+        from model.kernels.cpu.workers import run_on_threads
 
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.num_outputs)
@@ -134,7 +136,7 @@ class PackedLinear(nn.Module):
             rows = x.numel() // self.num_inputs
             sizes = (rows, self.num_inputs, self.num_outputs)
             places = (self.addresses, x.data_ptr(), y.data_ptr())
-            arguments = np.array(((0, 0, 0), *sizes, *places), PRODUCT)
+            arguments = np.array((ALONE, *sizes, *places), PRODUCT)
             run_on_threads(self._function, arguments, num_threads(rows * self.weight.numel(), 1))
         return y
 
@@ -148,8 +150,10 @@ def reason_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
         return "only float32 networks on a CPU are compiled"
     weight, x = torch.ones(2, 3), torch.ones(1, 3)
     try:
+        from model.kernels.cpu import workers
         from model.kernels.cpu.compilation import can_fuse
 
+        workers.prepare()
         if not can_fuse():
             return "the processor has no fused multiply-add"
         if torch.equal(PackedLinear(weight, None, "float32")(x), F.linear(x, weight)):

@@ -9,7 +9,7 @@ from torch import Tensor
 from model import WeightDtype
 from model.batch import Batch
 from model.kernels import cuda
-from model.kernels.cpu.openmp import num_threads
+from model.kernels.cpu.threads import num_threads
 from model.network import Recordable
 from model.rwkv7.config import Config
 from model.rwkv7.layers import Weights, read

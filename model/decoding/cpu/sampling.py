@@ -4,30 +4,63 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import float32, float64, njit
+from numba import float32, float64, int32, njit
 
-from model.kernels.cpu.functions import CACHE, SOURCE, exp, jit
+from model.kernels.cpu.functions import CACHE, SOURCE, bits, exp, from_bits, jit, jit_sum
+
+PART = 1024
+"""Tokens whose weights are summed by themselves."""
+
+
+@jit
+def _ordered(whole: Any) -> Any:
+    """The bits of a float32 as a number in the order of the floats, and back."""
+    return whole ^ ((whole >> int32(31)) & int32(0x7FFFFFFF))
+
+
+@jit
+def _largest(row: Any) -> Any:
+    top = _ordered(bits(row[0]))
+    for j in range(len(row)):
+        top = max(top, _ordered(bits(row[j])))
+    return from_bits(_ordered(top))
+
+
+@jit_sum
+def _total(weights: Any) -> Any:
+    total = 0.0
+    for j in range(len(weights)):
+        total += float64(weights[j])
+    return total
 
 
 @jit
 def _draw(logits: Any, temperatures: Any, points: Any, chosen: Any) -> None:
-    weights = np.empty(logits.shape[1], np.float32)
+    count = logits.shape[1]
+    weights = np.empty(count, np.float32)
+    sums = np.empty((count + PART - 1) // PART, np.float64)
     for r in range(len(logits)):
-        row, top = logits[r], float64(logits[r].max())
-        for j in range(len(row)):
+        row, top = logits[r], float64(_largest(logits[r]))
+        for j in range(count):
             weights[j] = exp(float32((float64(row[j]) - top) / temperatures[r]))
         total = 0.0
-        for j in range(len(row)):
-            total += float64(weights[j])
+        for part in range(len(sums)):
+            sums[part] = _total(weights[part * PART : (part + 1) * PART])
+            total += sums[part]
         if not 0.0 < total < np.inf:
             chosen[r] = -1
             continue
         target = min(points[r] * total, total * (1.0 - 2.0**-52))
-        below, j = float64(weights[0]), 0
-        while below <= target:
-            j += 1
-            below += float64(weights[j])
-        chosen[r] = j
+        below, part = 0.0, 0
+        while below + sums[part] <= target:
+            below += sums[part]
+            part += 1
+        for j in range(part * PART, min((part + 1) * PART, count)):
+            if weights[j] > float32(0.0):
+                chosen[r] = j
+                below += float64(weights[j])
+                if below > target:
+                    break
 
 
 @functools.cache

@@ -10,10 +10,23 @@ from numba import float32, float64, int8, int32
 
 from model.heinsen.attention import GRID
 from model.heinsen.config import FASTEST_DECAY
-from model.kernels.cpu.functions import bits, exp, from_bits, jit, jit_sum, larger, log, log1p
+from model.kernels.cpu.functions import (
+    bits,
+    exp,
+    from_bits,
+    jit,
+    jit_sum,
+    larger,
+    log,
+    log1p,
+    prefetch,
+)
 
 TINY = 1.1754944e-38
 """The smallest normal float32."""
+
+LINE = 64
+"""Bytes that come from memory together."""
 
 EXPONENT, FLOOR = 0x7F800000, 0x10000000
 """Bits of a float32's exponent; those of 2^-95, below which no correction is kept."""
@@ -72,6 +85,17 @@ def _lost(before: Any, after: Any, added: Any) -> Any:
     # Added to 1.5 * 2^23, a number is rounded to a whole one, which is then the lowest bits.
     whole = min(max(lost, float32(-127.0)), float32(127.0)) + float32(12582912.0)
     return int8(bits(whole) & int32(0xFF))
+
+
+@jit
+def fetch(s: Any, s_low: Any) -> None:
+    """Begin to read a head's sums `[d_k, d_v]`, which memory has, not a cache."""
+    d_key, d_val = s.shape
+    for j in range(d_key):
+        for i in range(0, d_val, LINE // 4):
+            prefetch(s[j, i:])
+        for i in range(0, d_val, LINE):
+            prefetch(s_low[j, i:])
 
 
 @jit

@@ -11,7 +11,7 @@ from model.batch import Batch
 from model.heinsen.config import DECAY_RANK
 from model.heinsen.cpu import step
 from model.heinsen.layers import Layer, Parts
-from model.kernels.cpu.openmp import run_on_threads
+from model.kernels.cpu.workers import run_on_threads
 from model.kernels.linear import PackedLinear
 from model.state import StatePool
 

@@ -11,7 +11,7 @@ import torch
 from numba import carray, cfunc, float32, float64, int8, int64, uint16
 
 from model.heinsen.config import DECAY_RANK
-from model.heinsen.cpu.kernels import attend, decay, position
+from model.heinsen.cpu.kernels import attend, decay, fetch, position
 from model.kernels.cpu.arithmetic import Arithmetic
 from model.kernels.cpu.functions import CACHE, SOURCE, jit
 from model.kernels.cpu.linear import (
@@ -20,13 +20,12 @@ from model.kernels.cpu.linear import (
     THREAD_FUNCTION,
     WEIGHT,
     array,
-    thread_index,
     wait,
     weight,
 )
-from model.kernels.cpu.openmp import OPENMP
 from model.kernels.cpu.products import number, product
 from model.kernels.cpu.rows import gate, glu, layer_norm, mix
+from model.kernels.cpu.threads import THREADS
 
 NORM = np.dtype([("gain", ADDRESS), ("offset", ADDRESS)])
 
@@ -52,7 +51,7 @@ SPACE = (
 
 FORWARD = np.dtype(
     [
-        ("openmp", OPENMP),
+        ("threads", THREADS),
         *((name, COUNT) for name in ("d_emb", "heads", "d_key", "d_val", "layers", "vocab")),
         *((name, COUNT) for name in ("log_values", "pool_rows", "tokens", "sequences")),
         *((name, COUNT) for name in ("num_retained", "num_read")),
@@ -77,7 +76,7 @@ def _unembed(a: Any, x: Any, places: Any, numbers: Any, tid: Any, n: Any) -> Non
     for i in range(tid, count, n):
         place = places[i]
         layer_norm(x[place : place + 1], gain, offset, normed[i : i + 1], 0, 1)
-    wait(a.openmp)
+    wait(a.threads)
     w, scale, bias = weight(a.unembed, d, vocab, numbers)
     logits = array(a.logits, (count, vocab), float32)
     product(normed, w, scale, bias, logits, False, tid, n)
@@ -85,7 +84,7 @@ def _unembed(a: Any, x: Any, places: Any, numbers: Any, tid: Any, n: Any) -> Non
 
 @jit
 def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
-    """Read tokens into states; logits after some of them. Every thread of a team runs it.
+    """Read tokens into states; logits after some of them. All threads run it.
 
     The tokens of all sequences stand one after another, those of i from starts[i] to starts[i + 1].
     Each goes through attention as in a decoding step, so it does not matter how many come at once.
@@ -94,8 +93,8 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
     layer made; and `read` are the `num_read` tokens that get logits. Where `ids` is 0, no sequence
     reads any token, and the logits are those after what was so kept.
     """
-    openmp = a.openmp
-    tid, n = thread_index(openmp)
+    threads = a.threads
+    tid, n = threads.thread, threads.threads
     tokens, sequences, pool = a.tokens, a.sequences, a.pool_rows
     d, heads, d_key, d_val = a.d_emb, a.heads, a.d_key, a.d_val
     num_layers, vocab, num_read = a.layers, a.vocab, a.num_read
@@ -133,12 +132,12 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
     for t in range(tid, tokens, n):
         for j in range(d):
             normed[t, j] = number(embed[ids[t], j])
-    wait(openmp)
+    wait(threads)
     w, scale, bias = weight(a.position, d, 2 * d, numbers)
     product(normed[:tokens], w, scale, bias, gates, False, tid, n)
-    wait(openmp)
+    wait(threads)
     position(gates, normed[:tokens], starts, h, index, x, tid, n)
-    wait(openmp)
+    wait(threads)
     table = array(a.layer_table, (num_layers,), LAYER)
     for layer in range(num_layers):
         at = table[layer]
@@ -146,7 +145,7 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
         layer_norm(x, gain, offset, normed, tid, n)
         for i in range(tid, firsts, n):
             normed[tokens + i] = previous[layer, index[i]]
-        wait(openmp)
+        wait(threads)
         w, scale, bias = weight(at.project, d, heads * per_head, numbers)
         product(normed, w, scale, bias, projected, False, tid, n)
         shifts, decays = at.mix != 0, at.rank.numbers != 0
@@ -158,10 +157,10 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
         if decays:
             w, scale, bias = weight(at.rank, d, DECAY_RANK, numbers)
             product(normed[:tokens], w, scale, bias, rank, False, tid, n)
-            wait(openmp)
+            wait(threads)
             w, scale, bias = weight(at.rates, DECAY_RANK, heads * d_key, numbers)
             product(rank, w, scale, bias, rates, False, tid, n)
-        wait(openmp)
+        wait(threads)
         for i in range(tid, firsts, n):
             previous[layer, index[i]] = normed[starts[i + 1] - 1]
         for item in range(sequences * heads):
@@ -170,6 +169,8 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
             if place * n // (tokens * heads) != tid:
                 continue  # each thread has as many tokens as the others, also of a long prompt
             row, first = index[i], head * per_head
+            if head + 1 < heads:
+                fetch(s[layer, row, head + 1], s_low[layer, row, head + 1])
             if shifts:
                 before[:] = projected[tokens + i, first : first + per_head]
             for t in range(starts[i], starts[i + 1]):
@@ -188,7 +189,7 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
                 if is_gated:
                     columns = slice(head * d_val, (head + 1) * d_val)
                     gate(y[t, columns], output_gate[t, columns])
-        wait(openmp)
+        wait(threads)
         if layer == num_layers - 1:
             all_x, all_y = x, y
             x = array(a.normed, (num_retained, d), float32)
@@ -197,15 +198,15 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
                 x[i], y[i] = all_x[kept[i]], all_y[kept[i]]
             gates = array(a.gates, (num_retained, 2 * d), float32)
             gated = array(a.glu, (num_retained, d), float32)
-            wait(openmp)
+            wait(threads)
         w, scale, bias = weight(at.gate, heads * d_val, 2 * d, numbers)
         product(y, w, scale, bias, gates, False, tid, n)
-        wait(openmp)
+        wait(threads)
         glu(gates, gated, tid, n)
-        wait(openmp)
+        wait(threads)
         w, scale, bias = weight(at.merge, d, d, numbers)
         product(gated, w, scale, bias, x, True, tid, n)
-        wait(openmp)
+        wait(threads)
     for i in range(tid, sequences, n):
         last[index[i]] = x[ends[i]]
     _unembed(a, x, read, numbers, tid, n)

@@ -9,6 +9,8 @@ from llvmlite import ir
 from numba import float32, int32, njit, types
 from numba.extending import intrinsic
 
+from model.kernels.cpu.compilation import target
+
 
 def _finds_cache_folder() -> None:
     """For `CACHE`."""
@@ -59,13 +61,108 @@ def pointer(_typing: Any, _address: Any) -> Any:
 
 @intrinsic
 def call(_typing: Any, _address: Any) -> Any:
-    """Call a C function `int f(void)` by its address; of `void f(void)` the result is noise."""
+    """Call a C function `int f(void)` by its address."""
 
     def build(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         function = ir.FunctionType(ir.IntType(32), []).as_pointer()
         return builder.call(builder.inttoptr(args[0], function), [])
 
     return types.int32(types.int64), build
+
+
+@intrinsic
+def call_with(_typing: Any, _address: Any, _argument: Any) -> Any:
+    """Call a C function `void f(void *)` by its address, with an address."""
+
+    def build(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        argument = ir.IntType(8).as_pointer()
+        function = ir.FunctionType(ir.VoidType(), [argument]).as_pointer()
+        given = builder.inttoptr(args[1], argument)
+        builder.call(builder.inttoptr(args[0], function), [given])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), build
+
+
+@intrinsic
+def prefetch(_typing: Any, _array: Any) -> Any:
+    """Have the cache line in which an array begins come nearer: it will be read and written."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole, place = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [place, whole, whole, whole])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [place], kind)
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        numbers = [ir.Constant(whole, number) for number in (1, 3, 1)]
+        builder.call(function, [builder.bitcast(data, place), *numbers])
+        return context.get_dummy_value()
+
+    return types.void(_array), build
+
+
+def _counter(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, ir.IntType(64).as_pointer())
+
+
+@intrinsic
+def count_up(_typing: Any, _address: Any) -> Any:
+    """Add 1 to an int64 that several threads share: what it was before. What this thread has
+    written before, those see that see the sum."""
+
+    def build(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        one = ir.Constant(ir.IntType(64), 1)
+        return builder.atomic_rmw("add", _counter(builder, args[0]), one, "seq_cst")
+
+    return types.int64(types.int64), build
+
+
+@intrinsic
+def count(_typing: Any, _address: Any) -> Any:
+    """The int64 at an address that `count_up` may change meanwhile."""
+
+    def build(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load_atomic(_counter(builder, args[0]), "seq_cst", 8)
+
+    return types.int64(types.int64), build
+
+
+@intrinsic
+def pause(_typing: Any) -> Any:
+    """For a loop that waits: leave the core's units to others for a moment."""
+
+    def build(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        if target().startswith("x86_64"):
+            none = ir.FunctionType(ir.VoidType(), [])
+            builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), none), [])
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+SPINS = 500
+"""Looks at a counter, for some ten microseconds, before a thread lets others have its core: what it
+waits for may be among them."""
+
+FOREVER = 1 << 62
+"""Looks at a counter that is sure to reach its target."""
+
+
+@jit
+def until(counter: Any, target: Any, most: Any, rest: Any) -> Any:
+    """Wait until the number at an address has reached the target, or after so many looks.
+
+    rest: the address of the function that lets others have the core. Returns whether it has.
+    """
+    looks = 0
+    while count(counter) < target:
+        if looks >= most:
+            return False
+        looks += 1
+        if looks > SPINS:
+            call(rest)
+        else:
+            pause()
+    return True
 
 
 @jit

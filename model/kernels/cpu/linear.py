@@ -7,12 +7,12 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, float32, int64, types
+from numba import carray, cfunc, float32, types
 
 from model.kernels.cpu.arithmetic import Arithmetic
-from model.kernels.cpu.functions import CACHE, SOURCE, call, jit, pointer
-from model.kernels.cpu.openmp import OPENMP
+from model.kernels.cpu.functions import CACHE, FOREVER, SOURCE, count_up, jit, pointer, until
 from model.kernels.cpu.products import BLOCK, product, together
+from model.kernels.cpu.threads import THREADS
 
 ADDRESS = COUNT = np.int64
 
@@ -21,7 +21,7 @@ WEIGHT = np.dtype([("numbers", ADDRESS), ("scale", ADDRESS), ("bias", ADDRESS)])
 
 PRODUCT = np.dtype(
     [
-        ("openmp", OPENMP),
+        ("threads", THREADS),
         *((name, COUNT) for name in ("rows", "num_inputs", "num_outputs")),
         ("weight", WEIGHT),
         ("x", ADDRESS),
@@ -31,7 +31,7 @@ PRODUCT = np.dtype(
 """Arguments of `product_function`."""
 
 THREAD_FUNCTION = types.void(types.voidptr)
-"""What `run_on_threads` runs: it reads a record, whose first field is TEAM."""
+"""What `run_on_threads` runs: it reads a record that has THREADS."""
 
 
 @jit
@@ -53,24 +53,17 @@ def weight(addresses: Any, num_inputs: Any, num_outputs: Any, numbers: Any) -> A
 
 
 @jit
-def thread_index(openmp: Any) -> Any:
-    """This thread's number, and the number of threads."""
-    if openmp.barrier:
-        return int64(call(openmp.thread)), int64(call(openmp.threads))
-    return int64(0), int64(1)
-
-
-@jit
-def wait(openmp: Any) -> None:
-    """Until all threads of the team have come here."""
-    if openmp.barrier:
-        call(openmp.barrier)
+def wait(threads: Any) -> None:
+    """Until all threads have come here."""
+    n = threads.threads
+    if n > 1:
+        until(threads.arrived, (count_up(threads.arrived) // n + 1) * n, FOREVER, threads.rest)
 
 
 @jit
 def _product(a: Any, numbers: Any) -> None:
     """y = x @ weight^T * scale + bias; every thread of the team runs it."""
-    tid, n = thread_index(a.openmp)
+    tid, n = a.threads.thread, a.threads.threads
     w, scale, bias = weight(a.weight, a.num_inputs, a.num_outputs, numbers)
     x, y = array(a.x, (a.rows, a.num_inputs), float32), array(a.y, (a.rows, a.num_outputs), float32)
     product(x, w, scale, bias, y, False, tid, n)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.batch import Batch
-from model.kernels.cpu.openmp import run_on_threads
+from model.kernels.cpu.workers import run_on_threads
 from model.kernels.linear import PackedLinear
 from model.rwkv7.config import Config
 from model.rwkv7.cpu import step

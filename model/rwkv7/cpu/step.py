@@ -18,13 +18,12 @@ from model.kernels.cpu.linear import (
     THREAD_FUNCTION,
     WEIGHT,
     array,
-    thread_index,
     wait,
     weight,
 )
-from model.kernels.cpu.openmp import OPENMP
 from model.kernels.cpu.products import BLOCK, number, product
 from model.kernels.cpu.rows import norm
+from model.kernels.cpu.threads import THREADS
 from model.rwkv7.cpu.kernels import shifts, sigmoid, sigmoid_all, square_all, tanh_all, time_mix
 
 NORM = np.dtype([("gain", ADDRESS), ("offset", ADDRESS)])
@@ -58,7 +57,7 @@ SIZES = (
 
 FORWARD = np.dtype(
     [
-        ("openmp", OPENMP),
+        ("threads", THREADS),
         *((name, COUNT) for name in SIZES),
         *((name, COUNT) for name in ("pool_rows", "tokens", "sequences", "num_read")),
         *((name, np.float64) for name in ("norm_eps", "group_norm_eps")),
@@ -95,13 +94,13 @@ def _head(a: Any, x: Any, places: Any, numbers: Any, tid: Any, n: Any) -> None:
     gain, offset = _norm(a.norm, d)
     for i in range(tid, count, n):
         norm(x[places[i]], gain, offset, float32(a.norm_eps), u[i])
-    wait(a.openmp)
+    wait(a.threads)
     _times(a.head, numbers, u, array(a.logits, (count, a.vocab), float32), False, tid, n)
 
 
 @jit
 def _forward(a: Any, numbers: Any, small: Any, embed_numbers: Any, size: Any) -> None:
-    """Read tokens into states; logits after some of them. Every thread of a team runs it.
+    """Read tokens into states; logits after some of them. All threads run it.
 
     The tokens of all sequences stand one after another, those of i from starts[i] to starts[i + 1].
     Their products are computed together, and each goes through the state by itself, so it does not
@@ -109,8 +108,8 @@ def _forward(a: Any, numbers: Any, small: Any, embed_numbers: Any, size: Any) ->
     sequence reads any, and the logits are those after what was kept in `last`.
     """
     literally(size)
-    openmp = a.openmp
-    tid, n = thread_index(openmp)
+    threads = a.threads
+    tid, n = threads.thread, threads.threads
     tokens, sequences, pool = a.tokens, a.sequences, a.pool_rows
     d, heads, layers, d_ffn = a.d_emb, a.heads, a.layers, a.d_ffn
     index, read = array(a.index, (sequences,), int64), array(a.read, (a.num_read,), int64)
@@ -141,7 +140,7 @@ def _forward(a: Any, numbers: Any, small: Any, embed_numbers: Any, size: Any) ->
         for j in range(d):
             u[t, j] = number(embed[ids[t], j])
         norm(u[t], gain, offset, eps, x[t])
-    wait(openmp)
+    wait(threads)
     table = array(a.layer_table, (layers,), LAYER)
     for layer in range(layers):
         at = table[layer]
@@ -151,7 +150,7 @@ def _forward(a: Any, numbers: Any, small: Any, embed_numbers: Any, size: Any) ->
         shifts(
             x, gain, offset, eps, owner, starts, index, att_shift[layer], shares, u, mixed, tid, n
         )
-        wait(openmp)
+        wait(threads)
         for i in range(tid, sequences, n):
             att_shift[layer, index[i]] = u[starts[i + 1] - 1]
         _times(at.receptance, numbers, mixed[0], r, False, tid, n)
@@ -167,14 +166,14 @@ def _forward(a: Any, numbers: Any, small: Any, embed_numbers: Any, size: Any) ->
             _times(at.rate.down, small, mixed[4], rates, False, 0, 1)
         if layer and tid == 3 % n:
             _times(at.first.down, small, mixed[3], firsts, False, 0, 1)
-        wait(openmp)
+        wait(threads)
         w, rate, gate, share, y = mixed[0], mixed[1], mixed[2], mixed[3], mixed[4]
         _times(at.decay.up, float32, decays, w, False, tid, n)
         _times(at.rate.up, small, rates, rate, False, tid, n)
         _times(at.gate.up, small, gates, gate, False, tid, n)
         if layer:
             _times(at.first.up, small, firsts, share, False, tid, n)
-        wait(openmp)
+        wait(threads)
         k_k, k_a = array(at.k_k, (d,), float32), array(at.k_a, (d,), float32)
         r_k = array(at.r_k, (d,), float32)
         gain, offset = _norm(at.group_norm, d)
@@ -193,24 +192,24 @@ def _forward(a: Any, numbers: Any, small: Any, embed_numbers: Any, size: Any) ->
                     size, wkv, s_at, r[t, h], k[t, h], v[t, h], w[t, h], rate[t, h], gate[t, h],
                     k_k[h], k_a[h], r_k[h], gain[h], offset[h], group_eps, y[t, h], space,
                 )  # fmt: skip
-        wait(openmp)
+        wait(threads)
         _times(at.output, numbers, y, x, True, tid, n)
-        wait(openmp)
+        wait(threads)
         gain, offset = _norm(at.channel_norm, d)
         shares = array(at.channel_share, (1, d), float32)
         shifts(
             x, gain, offset, eps, owner, starts, index, ffn_shift[layer], shares, u, mixed, tid, n
         )
-        wait(openmp)
+        wait(threads)
         for i in range(tid, sequences, n):
             ffn_shift[layer, index[i]] = u[starts[i + 1] - 1]
         _times(at.channel_key, numbers, mixed[0], hidden, False, tid, n)
         blocks = (d_ffn + BLOCK - 1) // BLOCK
         first, end = tid * blocks // n * BLOCK, (tid + 1) * blocks // n * BLOCK
         square_all(hidden, first, min(end, d_ffn))
-        wait(openmp)
+        wait(threads)
         _times(at.channel_value, numbers, hidden, x, True, tid, n)
-        wait(openmp)
+        wait(threads)
     for i in range(tid, sequences, n):
         last[index[i]] = x[starts[i + 1] - 1]
     _head(a, x, read, numbers, tid, n)

@@ -11,7 +11,7 @@ from model.heinsen.config import ModelConfig
 from model.heinsen.cpu import serving
 from model.heinsen.network import LanguageModel
 from model.kernels import cuda
-from model.kernels.cpu import openmp
+from model.kernels.cpu import threads
 from server.engine.device import DeviceError, choose_device, choose_threads
 
 
@@ -34,15 +34,15 @@ def test_threads_are_those_that_a_step_has_work_for(
 ) -> None:
     """For each token that leaves; how many bytes the weights have says nothing."""
     head, body = network.embed.weight.numel(), network.num_parameters - network.embed.weight.numel()
-    monkeypatch.setattr(openmp, "WORTH_A_THREAD", body + head)
+    monkeypatch.setattr(threads, "WORTH_A_THREAD", body + head)
     for packed in (copy.deepcopy(network).pack(), copy.deepcopy(network).pack("int8")):
         assert packed.num_threads(1, 1) == 2
         assert packed.num_threads(32, 32) == 2
-        monkeypatch.setattr(openmp, "WORTH_A_THREAD", body + head + 1)
+        monkeypatch.setattr(threads, "WORTH_A_THREAD", body + head + 1)
         assert packed.num_threads(1, 1) == packed.num_threads(32, 32) == 1
         assert packed.num_threads(2, 1) == packed.num_threads(100, 1) == 2
         assert packed.num_threads(100, 100) == 1
-        monkeypatch.setattr(openmp, "WORTH_A_THREAD", body + head)
+        monkeypatch.setattr(threads, "WORTH_A_THREAD", body + head)
 
 
 def test_a_step_runs_on_the_threads_that_it_has_work_for(
@@ -52,7 +52,7 @@ def test_a_step_runs_on_the_threads_that_it_has_work_for(
     monkeypatch.setattr(
         serving, "run_on_threads", lambda _function, _a, threads: used.append(threads)
     )
-    monkeypatch.setattr(openmp, "WORTH_A_THREAD", 2 * network.num_parameters)
+    monkeypatch.setattr(threads, "WORTH_A_THREAD", 2 * network.num_parameters)
     packed = network.pack()
     pool = packed.new_pool(1)
     packed.forward(Batch.of_tokens([5], [0]), pool)
@@ -63,7 +63,7 @@ def test_a_step_runs_on_the_threads_that_it_has_work_for(
 def test_a_core_is_left_for_the_clients_where_there_are_more_than_two(
     network: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openmp, "WORTH_A_THREAD", network.num_parameters)
+    monkeypatch.setattr(threads, "WORTH_A_THREAD", network.num_parameters)
     packed = network.pack()
     for cores, most in ((1, 1), (2, 2), (3, 2), (8, 7)):
         torch.set_num_threads(cores)
@@ -77,7 +77,7 @@ def test_without_compiled_code_a_small_network_has_one_thread(
 ) -> None:
     assert choose_threads(None, network) == "1 thread"
     torch.set_num_threads(2)
-    monkeypatch.setattr(openmp, "WORTH_A_THREAD", network.num_parameters)
+    monkeypatch.setattr(threads, "WORTH_A_THREAD", network.num_parameters)
     assert choose_threads(None, network) == "2 threads"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
-from model.kernels.cpu import openmp
+from model.kernels.cpu import workers
 from model.state import StatePool
 from tests.model.calls import prefill, step
 
@@ -73,12 +73,12 @@ def test_the_number_of_threads_changes_no_bit(network: LanguageModel) -> None:
     assert found[0] == found[1] == found[2]
 
 
-def test_without_torchs_threads_the_callers_works_alone(
+def test_where_no_thread_can_let_others_have_its_core_the_callers_works_alone(
     network: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network.pack()
     _, expected = advanced(network, [5, 30])
-    monkeypatch.setattr(openmp, "_openmp", lambda: None)
+    monkeypatch.setattr(workers, "_workers", lambda _process: None)
     torch.set_num_threads(2)
     _, found = advanced(network, [5, 30])
     torch.set_num_threads(1)
