@@ -30,7 +30,8 @@ import torch.nn.functional as F
 import typer
 from safetensors import safe_open
 
-from loadtest.bench_mixed import server
+from loadtest.bench_http import server
+from loadtest.bench_mixed import FLAGS
 from loadtest.bench_model import alternate, read_bandwidth
 from loadtest.compare import measured
 from loadtest.load import Access, Target, target
@@ -159,7 +160,7 @@ async def both(
     binary: Path, models: Path, pair: Pair, precision: Precision, slots: int, ours_first: bool
 ) -> AsyncIterator[tuple[Target, Target]]:
     """Ours and theirs, warm."""
-    ours = latentd(models / pair.ours, precision.ours)
+    ours = server(str(models / pair.ours), "--dtype", precision.ours, *FLAGS)
     theirs = llama_server(
         binary / "llama-server", gguf(models, pair.theirs, precision.theirs), slots
     )

@@ -76,3 +76,14 @@ def test_a_bad_line_of_a_file_is_named(tmp_path: Path, line: str) -> None:
     file.write_text(f'{{"prompt": "a"}}\n{line}\n')
     with pytest.raises(ValueError, match="line 2"):
         read_requests(file, Lengths.parse("5"))
+
+
+def test_prompts_of_token_ids_have_their_length() -> None:
+    load = Workload(Lengths.parse("7"), Lengths.parse("5"), below=30)
+    for request in islice(load.requests(0), 50):
+        body = request.body("completions", None, ignore_eos=True, temperature=0.0)
+        assert len(body["prompt"]) == 7
+        assert 1 <= min(body["prompt"]) <= max(body["prompt"]) < 30
+        assert body["temperature"] == 0
+        with pytest.raises(ValueError, match="completions"):
+            request.body("chat", None, ignore_eos=True)
