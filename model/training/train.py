@@ -53,7 +53,7 @@ ENCODE_BATCH = 64
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate over the training: linear warm-up, then a half cosine down to a tenth.
+    """Learning rate over the training: linear warm-up, then a half cosine down to a share of it.
 
     A training that begins with tokens that its weights have seen warms up too, to where the cosine
     is then: its optimizer knows nothing.
@@ -63,13 +63,15 @@ class Schedule:
     warmup_tokens: int
     total_tokens: int
     start_tokens: int = 0
+    final_share: float = 0.1
 
-    def learning_rate(self, tokens: int) -> float:
-        """At the step that begins after this many tokens."""
+    def learning_rate(self, tokens: int, time_share: float = 0.0) -> float:
+        """At the step that begins after this many tokens, and this share of the time there is."""
         warm = min(1.0, (tokens - self.start_tokens + 1) / max(1, self.warmup_tokens))
         falling = self.total_tokens - self.warmup_tokens
         done = max(0, tokens - self.warmup_tokens) / max(1, falling)
-        return self.peak * warm * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))
+        left = 0.5 + 0.5 * math.cos(math.pi * min(max(done, time_share), 1.0))
+        return self.peak * warm * (self.final_share + (1 - self.final_share) * left)
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Recipe:
     start_tokens: int = 0
     train_characters: int | None = None
     joined_tokens: int = 0
+    hours: float | None = None
+    final_share: float = 0.1
 
 
 class Trainer:
@@ -114,14 +118,19 @@ class Trainer:
         self.recipe = recipe
         self.lanes = Lanes(documents, recipe.lanes, recipe.chunk_tokens, recipe.seed)
         warmup = min(MAX_WARMUP_TOKENS, recipe.tokens // 50)
-        self.schedule = Schedule(recipe.learning_rate, warmup, recipe.tokens, recipe.start_tokens)
+        self.schedule = Schedule(
+            recipe.learning_rate, warmup, recipe.tokens, recipe.start_tokens, recipe.final_share
+        )
         self.optimizers = new_optimizers(network, recipe.weight_decay)
         self.tokens = recipe.start_tokens
+        self.elapsed_s = 0.0
+        """That steps took."""
         self._fresh = network.empty_state(recipe.lanes)
         self._state = self._fresh
 
     def step(self) -> float:
         """One optimizer step on one chunk of every lane; the mean loss in nats per token."""
+        started = time.monotonic()
         network, batch = self.network, self.lanes.next()
         missing = (0, max(0, self._least_tokens - batch.inputs.shape[1]))
         inputs, targets, fresh = (
@@ -131,7 +140,7 @@ class Trainer:
         )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.schedule.learning_rate(self.tokens)
+                group["lr"] = self.schedule.learning_rate(self.tokens, self.time_share)
         with torch.autocast(network.device.type, torch.bfloat16, enabled=self._bf16):
             state = self._state.replace(fresh, self._fresh)
             logits, state = network.unroll(inputs, state)
@@ -143,7 +152,18 @@ class Trainer:
             optimizer.step()
         self._state = state.detach()
         self.tokens += int((batch.targets >= 0).sum())
+        self.elapsed_s += time.monotonic() - started
         return float(loss.detach())
+
+    @property
+    def time_share(self) -> float:
+        """Of the time that there is for training, how much is over; 0 if it is not limited."""
+        return self.elapsed_s / (3600 * self.recipe.hours) if self.recipe.hours else 0.0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all tokens have been read, or the time is over."""
+        return self.tokens >= self.recipe.tokens or self.time_share >= 1
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights, as plain tensors and numbers."""
@@ -152,6 +172,7 @@ class Trainer:
         return {
             "recipe": dataclasses.asdict(self.recipe),
             "tokens": self.tokens,
+            "elapsed_s": self.elapsed_s,
             "lanes": self.lanes.state_dict(),
             "latent": pool.tensors,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -159,10 +180,12 @@ class Trainer:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Raises ValueError naming the setting that differs from the saved training's."""
+        defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+        before = defaults | saved["recipe"]
         for name, value in dataclasses.asdict(self.recipe).items():
-            if saved["recipe"][name] != value:
-                raise ValueError(f"{name} was {saved['recipe'][name]}, now it is {value}")
-        self.tokens = saved["tokens"]
+            if before[name] != value:
+                raise ValueError(f"{name} was {before[name]}, now it is {value}")
+        self.tokens, self.elapsed_s = saved["tokens"], saved.get("elapsed_s", 0.0)
         self.lanes.load_state_dict(saved["lanes"])
         pool = self.network.new_pool(self.recipe.lanes)
         pool.tensors.update({k: v.to(pool.device) for k, v in saved["latent"].items()})
@@ -306,6 +329,13 @@ def main(
     start_tokens: Annotated[
         int, typer.Option(min=0, help="Of --tokens, those that --init has been trained on.")
     ] = 0,
+    hours: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Of training; the end if --tokens are not reached before."),
+    ] = None,
+    final_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Of the learning rate, at the end.")
+    ] = 0.1,
     save_every_s: Annotated[float, typer.Option(help="Seconds between saved states.")] = 300,
     held_out_characters: Annotated[
         int, typer.Option(min=1, help="Of each file, while training; all at the end.")
@@ -361,6 +391,8 @@ def main(
             start_tokens=start_tokens,
             train_characters=train_characters,
             joined_tokens=joined_tokens,
+            hours=hours,
+            final_share=final_share,
         )
         trainer = Trainer(
             network,
@@ -392,7 +424,7 @@ def main(
     with _progress(console) as progress:
         task = progress.add_task("", total=tokens, speed=0.0, loss=math.nan, held_out="")
         saved, saved_tokens, smooth = time.monotonic(), trainer.tokens, math.nan
-        while trainer.tokens < tokens:
+        while not trainer.is_done:
             before, started = trainer.tokens, time.monotonic()
             loss = trainer.step()
             smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss

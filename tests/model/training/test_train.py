@@ -131,6 +131,8 @@ def test_another_recipe_is_refused_by_its_setting() -> None:
         "start_tokens": 100,
         "train_characters": 1000,
         "joined_tokens": 50,
+        "hours": 2.0,
+        "final_share": 0.0,
     }
     assert list(changes) == [field.name for field in dataclasses.fields(Recipe)]
     for name, value in changes.items():
@@ -199,6 +201,36 @@ def test_weights_that_have_been_trained_warm_up_to_where_the_schedule_is() -> No
     trainer = Trainer(network(), documents(40), recipe(start_tokens=4990))
     trainer.step()
     assert trainer.tokens == 4990 + 2 * 16
+
+
+def test_the_learning_rate_may_fall_to_zero_by_tokens_or_by_time() -> None:
+    schedule = Schedule(2.0, 0, 1000, final_share=0.0)
+    assert schedule.learning_rate(500) == pytest.approx(1.0)
+    assert schedule.learning_rate(500, time_share=0.3) == schedule.learning_rate(500)
+    assert schedule.learning_rate(300, time_share=0.5) == schedule.learning_rate(500)
+    assert schedule.learning_rate(0, time_share=1.5) == pytest.approx(0.0)
+
+
+def test_a_training_ends_when_its_time_is_over() -> None:
+    trainer = Trainer(network(), documents(40), recipe(hours=1e-6))
+    assert trainer.time_share == 0
+    trainer.step()
+    assert trainer.time_share == trainer.elapsed_s / 3.6e-3 > 1
+    assert trainer.is_done
+    again = Trainer(network(), documents(40), recipe(hours=1e-6))
+    again.load_state_dict(trainer.state_dict())
+    assert again.elapsed_s == trainer.elapsed_s
+    unread = Trainer(network(), documents(40), recipe(hours=1e-6))
+    assert not unread.is_done
+
+
+def test_what_a_saved_training_does_not_say_is_as_by_default() -> None:
+    trainer = Trainer(network(), documents(40), RECIPE)
+    saved = trainer.state_dict()
+    del saved["elapsed_s"], saved["recipe"]["hours"], saved["recipe"]["final_share"]
+    trainer.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"^final_share was 0\.1, now it is 0\.0$"):
+        Trainer(network(), documents(40), recipe(final_share=0.0)).load_state_dict(saved)
 
 
 def test_short_documents_are_joined_in_their_order() -> None:
