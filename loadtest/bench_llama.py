@@ -116,13 +116,6 @@ def gguf(models: Path, name: str, precision: str) -> Path:
 
 
 @contextmanager
-def latentd(model: Path, dtype: str) -> Iterator[int]:
-    """This checkout's server on a free port."""
-    with server(Path.cwd(), str(model), "--dtype", dtype) as (port, _):
-        yield port
-
-
-@contextmanager
 def llama_server(binary: Path, model: Path, slots: int) -> Iterator[int]:
     """llama.cpp's server on a free port: no prompt is kept for the next, nor are sampled tokens
     more than the most probable."""

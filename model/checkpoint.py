@@ -103,7 +103,7 @@ def _initial_row(
     pool = StatePool(spec, 1, torch.device("cpu"))
     known = {tensor.name: tensor for tensor in spec.tensors}
     if unknown := sorted(tensors.keys() - known.keys()):
-        raise CheckpointError(f"{source}: {unknown[0]} is no tensor of this network's state")
+        raise CheckpointError(f"{source}: {unknown[0]} is not a tensor of this network's state")
     for name, values in tensors.items():
         if tuple(values.shape) != known[name].shape:
             raise CheckpointError(

@@ -265,7 +265,7 @@ def _known_dtype(name: str, dtype: object, path: Path) -> torch.dtype:
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     found = str(dtype).removeprefix("torch.")
-    why = "" if found in ("float64", "F64") else "quantised weights are not read, "
+    why = "" if found in ("float64", "F64") else "quantised weights are not supported, "
     raise CheckpointError(f"{path}: {name} is {found}: {why}only float32, float16 and bfloat16")
 
 

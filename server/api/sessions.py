@@ -259,7 +259,7 @@ def _read_tuned(service: Service, blob: bytes) -> bytes:
     try:
         return parse_initial_state(service.settings.checkpoint, blob, spec)
     except CheckpointError as error:
-        raise IncompatibleState(f"this is no state for this server: {error}") from error
+        raise IncompatibleState(f"this is not a state for this server: {error}") from error
 
 
 def _ttl_s(service: Service, ttl: float | None) -> float | None:

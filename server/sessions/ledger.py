@@ -380,7 +380,7 @@ class Ledger:
         try:
             blob = await self._blobs.run(owner, encode)
         except BlobError as error:
-            raise IncompatibleState(f"this is no state for this server: {error}") from error
+            raise IncompatibleState(f"this is not a state for this server: {error}") from error
         return await self._insert_with(owner, state, blob, metadata, ttl_s)
 
     async def _insert_with(

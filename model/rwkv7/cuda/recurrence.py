@@ -1,7 +1,5 @@
 """`recurrence.recurrent` as a Triton kernel: states stay in registers for all tokens."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,10 +13,21 @@ VALUES = 16
 
 @triton.jit
 def _recurrent(
-    r_ptr: Any, w_ptr: Any, k_ptr: Any, v_ptr: Any, a_ptr: Any, b_ptr: Any,
-    s_ptr: Any, y_ptr: Any, after_ptr: Any, tokens: Any, heads: Any, n: Any,
-    keys: tl.constexpr, values: tl.constexpr,
-) -> None:  # fmt: skip
+    r_ptr: tl.tensor,
+    w_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    a_ptr: tl.tensor,
+    b_ptr: tl.tensor,
+    s_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    after_ptr: tl.tensor,
+    tokens: tl.tensor,
+    heads: tl.tensor,
+    n: tl.tensor,
+    keys: tl.constexpr,
+    values: tl.constexpr,
+) -> None:
     """Vectors `[batch, tokens, heads, n]`, states `[batch, heads, n, n]`; keys is at least n."""
     sequence_head = tl.program_id(0)
     sequence, head = sequence_head // heads, sequence_head % heads

@@ -4,8 +4,6 @@ Rows of a pool are read and written in place by their index; where that is negat
 read or written. Nothing here waits for the device, so every call can be captured in a CUDA graph.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -73,8 +71,14 @@ def time_mix(
 
 @triton.jit
 def _normed(
-    x: Any, known: Any, at: Any, gain_ptr: Any, offset_ptr: Any, eps: Any, count: Any
-) -> Any:
+    x: tl.tensor,
+    known: tl.tensor,
+    at: tl.tensor,
+    gain_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    eps: tl.tensor,
+    count: tl.tensor,
+) -> tl.tensor:
     """LayerNorm of one vector."""
     centred = tl.where(known, x - tl.sum(x, 0) / count, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / count + eps)
@@ -84,9 +88,15 @@ def _normed(
 
 @triton.jit
 def _embed(
-    table_ptr: Any, ids_ptr: Any, gain_ptr: Any, offset_ptr: Any, eps: Any, x_ptr: Any, d: Any,
+    table_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    gain_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    eps: tl.tensor,
+    x_ptr: tl.tensor,
+    d: tl.tensor,
     BLOCK: tl.constexpr,  # noqa: N803
-) -> None:  # fmt: skip
+) -> None:
     i, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     known = j < d
     token_id = tl.load(ids_ptr + i).to(tl.int64)
@@ -97,10 +107,19 @@ def _embed(
 
 @triton.jit
 def _mix(
-    x_ptr: Any, gain_ptr: Any, offset_ptr: Any, eps: Any, before_ptr: Any, rows_ptr: Any,
-    shares_ptr: Any, mixed_ptr: Any, count: Any, d: Any,
-    INPUTS: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
-) -> None:  # fmt: skip
+    x_ptr: tl.tensor,
+    gain_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    eps: tl.tensor,
+    before_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    shares_ptr: tl.tensor,
+    mixed_ptr: tl.tensor,
+    count: tl.tensor,
+    d: tl.tensor,
+    INPUTS: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> None:
     i, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     known = j < d
     x = tl.load(x_ptr + i * d + j, known, 0.0)
@@ -116,11 +135,27 @@ def _mix(
 
 @triton.jit
 def _time_mix(
-    r_ptr: Any, w_ptr: Any, k_ptr: Any, v_ptr: Any, rate_ptr: Any, gate_ptr: Any,
-    v_first_ptr: Any, first_ptr: Any, states_ptr: Any, rows_ptr: Any,
-    k_k_ptr: Any, k_a_ptr: Any, r_k_ptr: Any, gain_ptr: Any, offset_ptr: Any, eps: Any, y_ptr: Any,
-    heads: Any, n: Any, BLOCK: tl.constexpr,  # noqa: N803
-) -> None:  # fmt: skip
+    r_ptr: tl.tensor,
+    w_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    rate_ptr: tl.tensor,
+    gate_ptr: tl.tensor,
+    v_first_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    states_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    k_k_ptr: tl.tensor,
+    k_a_ptr: tl.tensor,
+    r_k_ptr: tl.tensor,
+    gain_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    eps: tl.tensor,
+    y_ptr: tl.tensor,
+    heads: tl.tensor,
+    n: tl.tensor,
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> None:
     """One token of one head. Keys are the first axis of its state, values the second."""
     i, head, c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
     known, of_head = c < n, head * n + c

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from server.errors import StorageFull
 from server.sessions.clock import open_clock
@@ -50,6 +51,8 @@ DATABASE_FILES = ("", "-wal", "-shm", "-clock")
 MAX_HEADER_BYTES = 64 << 10
 UNFINISHED = "status IN ('queued', 'in_progress')"
 
+T = TypeVar("T")
+
 
 class SQLiteStore:
     """A Store in one file, with its `-wal` and `-states` next to it.
@@ -80,7 +83,6 @@ class SQLiteStore:
         self._locked = locked
         self._writer = Writer(db, self._files, self._space)
         self._run = self._writer.run
-        self._read = self._readers.run
         self._writing = ThreadPoolExecutor(FILE_THREADS, "written-states")
         self._reading = ThreadPoolExecutor(FILE_THREADS, "read-states")
 
@@ -351,6 +353,10 @@ class SQLiteStore:
         # States in files need no pages of the database.
         unused_bytes = 0 if self._files.num_bytes else self._writer.unused_bytes
         return StoreHealth(num_bytes, free_bytes, unused_bytes, disk_bytes, fault)
+
+    async def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        await self._writer.settle()
+        return await self._readers.run(work)
 
     async def _write(
         self, work: Callable[[sqlite3.Connection], bool], state: NewState | None

@@ -70,6 +70,9 @@ class Writer:
         """Free bytes in the database's file as of the last commit."""
 
         self._jobs: queue.SimpleQueue[_Job | _Copy | None] = queue.SimpleQueue()
+        self._abandoned = set[asyncio.Future[Any]]()
+        """Of queued work whose callers were cancelled."""
+
         self._closing = self._closed = False
         self._must_erase = False
         """Whether deleted data is still in the write-ahead log."""
@@ -94,7 +97,23 @@ class Writer:
         if self._closing:
             raise StorageFailed("the session store is closed")
         self._jobs.put(_Job(work, erases, file, loop, answer))
-        return await answer
+        try:
+            return await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            if not answer.done():
+                self._abandoned.add(answer)
+                answer.add_done_callback(self._forget)
+            raise
+
+    async def settle(self) -> None:
+        """Wait for work whose callers were cancelled: no lock of theirs keeps readers from it."""
+        if self._abandoned:
+            await asyncio.wait(set(self._abandoned))
+
+    def _forget(self, answer: "asyncio.Future[Any]") -> None:
+        self._abandoned.discard(answer)
+        if not answer.cancelled():
+            answer.exception()  # nobody else asks for it
 
     def copy(self, path: Path, at_end: Callable[[sqlite3.Connection], None]) -> None:
         """Copy the database as of one moment; transactions continue during the copy and are

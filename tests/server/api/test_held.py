@@ -120,6 +120,7 @@ def test_waiting_bodies_are_bounded_and_others_have_their_share(
             assert answer.headers["Retry-After"]
             with streams(live, OTHER, 1, max_tokens=1):
                 pass
+        wait_until(lambda: live.num_waiting() == 0)
         with streams(live, ONE, 3, max_tokens=1):  # those before have gone away
             pass
     live.wait_until_idle()

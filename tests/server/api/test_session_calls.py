@@ -221,7 +221,7 @@ def test_a_blob_may_exceed_the_limit_of_other_bodies(
         (lambda blob: blob[:0], "not a complete safetensors blob"),
         (lambda blob: bytes(len(blob)), "not a complete safetensors blob"),
         (lambda blob: blob[:-1] + bytes([blob[-1] ^ 1]), "checksum"),
-        (lambda blob: blob.replace(b'"fingerprint":"', b'"fingerprint":"0', 1), "whole"),
+        (lambda blob: blob.replace(b'"fingerprint":"', b'"fingerprint":"0', 1), "complete"),
         (lambda blob: blob.replace(b'"version":"5"', b'"version":"3"', 1), "version is '3'"),
     ],
 )

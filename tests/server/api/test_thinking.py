@@ -246,7 +246,7 @@ def test_a_template_with_wrong_rules_is_named(tmp_path: Path) -> None:
 
     folder = make_checkpoint(tmp_path / "model", '{%- set answer_stops = "x" -%}')
     with (
-        pytest.raises(InvalidTemplate, match="answer_stops must be a list of texts"),
+        pytest.raises(InvalidTemplate, match="answer_stops must be a list of non-empty texts"),
         live_server(tiny_settings(folder, tmp_path)),
     ):
         pass

@@ -13,7 +13,6 @@ from server.api.generation.answer import Answer
 from server.api.generation.generation import Generation, read_generation
 from server.api.generation.prompts import TextPrompt
 from server.api.generation.turn import AdmittedTurn, Replay, open_turn, run_to_end
-from server.api.held import HOLD, HeldBytes, Hold
 from server.api.schemas.completions import CompletionRequest
 from server.api.service import Service
 from server.engine.messages import Finished
@@ -55,7 +54,6 @@ async def opened(
     body = CompletionRequest.model_validate(BODY | changes)
     generation = await read_generation(service, body, is_detached=is_detached)
     prompt = TextPrompt(service, body.prompts)
-    HOLD.set(Hold(HeldBytes(1 << 20), caller.owner))
     return await open_turn(service, caller, source, target, generation, prompt, pending_body)
 
 
