@@ -83,9 +83,10 @@ def load(path: Path, device: torch.device, dtype: WeightDtype | None = None) -> 
 
 
 def read_initial_state(path: Path, file: Path, spec: StateSpec) -> bytes:
-    """A state to begin with in place of the usual one, from a file of tensors as the checkpoint's
-    family has its tuned states, as the bytes of a row. Raises CheckpointError for what is no state
-    of this network."""
+    """The bytes of a row, read from an initial state file of the checkpoint's family.
+
+    Raises CheckpointError for a file that is not a state of this network.
+    """
     with checkpoint_errors():
         return _initial_row(path, read_tensors(file), spec, file)
 
@@ -126,7 +127,7 @@ def describe(path: Path) -> Description:
 def load_network(
     path: Path, device: torch.device, dtype: WeightDtype, *, plain: bool = False
 ) -> Network:
-    """Only the network, in plain torch if so asked for. Raises CheckpointError."""
+    """Load only the network, optionally in plain torch. Raises CheckpointError."""
     family = _family_of(path)
     _check_memory(family, path, device)
     return family.load_network(path, device, dtype, plain=plain)
@@ -152,7 +153,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def _family_of(path: Path) -> Family:
-    """Raises CheckpointError if there is none."""
+    """Raises CheckpointError if no family matches."""
     if _is_gguf(path):
         raise CheckpointError(
             f"{path}: GGUF files (llama.cpp) are not supported; "

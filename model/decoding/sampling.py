@@ -240,7 +240,7 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[int | None]:
 
 
 def prepare() -> None:
-    """Compile what `sample` has compiled, so that no request waits for it."""
+    """Compile what `sample` needs, so that no request waits for it."""
     kinds = SamplingParams(), SamplingParams(top_k=1)
     sample(torch.zeros(2, 2), [SampledRow(params, 0, RecentTokens()) for params in kinds])
 

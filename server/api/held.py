@@ -1,4 +1,4 @@
-"""Memory of requests that have not begun to run: their bodies, and what they have become."""
+"""Memory held by requests that are not running yet: their bodies, and what was made of them."""
 
 from collections import Counter
 from contextvars import ContextVar
@@ -8,14 +8,14 @@ from server.errors import Overloaded
 
 
 class HeldBytes:
-    """Bytes of all owners' requests, up to so many, of which each owner has an equal share."""
+    """Bytes held by all owners' requests, limited to `most`; each owner has an equal share."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self._held = Counter[str]()
 
     def add(self, owner: str, count: int) -> None:
-        """Raises Overloaded. A single request may have more than there is space for."""
+        """Raises Overloaded, except for a single request, which may exceed the limit."""
         total = self._held.total()
         num_owners = len(self._held.keys() | {owner})
         if total and not has_space(self._held[owner], total, count, self.most, num_owners):
@@ -33,19 +33,19 @@ class HeldBytes:
             del self._held[owner]
 
     def of(self, owner: str) -> int:
-        """What an owner holds."""
+        """Bytes held by an owner."""
         return self._held[owner]
 
 
 class Hold:
-    """What one request holds, until it is released."""
+    """Bytes held by one request until it is released."""
 
     def __init__(self, held: HeldBytes, owner: str) -> None:
         self._held = held
         self._owner = owner
         self._count = 0
         self.is_handed_over = False
-        """Whether a turn releases it, which may outlive its request."""
+        """Whether a turn, which may outlive its request, releases it."""
 
     def add(self, count: int) -> None:
         """Raises Overloaded."""
@@ -54,21 +54,21 @@ class Hold:
             self._count += count
 
     def hand_over(self) -> "Hold":
-        """To be released by who gets it."""
+        """Leave the release to the receiver."""
         self.is_handed_over = True
         return self
 
     def release(self) -> None:
-        """Nothing is held any more."""
+        """Hold nothing from now on."""
         if self._count:
             self._held.remove(self._owner, self._count)
             self._count = 0
 
 
 HOLD: ContextVar[Hold] = ContextVar("hold")
-"""What the request that is being answered holds."""
+"""Bytes held by the current request."""
 
 
 def hold(count: int) -> None:
-    """The request that is being answered holds so many bytes more. Raises Overloaded."""
+    """Hold more bytes for the current request. Raises Overloaded."""
     HOLD.get().add(count)

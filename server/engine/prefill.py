@@ -65,7 +65,7 @@ class PrefillRunner:
         self._metrics.prefix_cache_bytes.set(self._prefixes.num_bytes)
 
     def leave(self, sequence: TextSequence) -> None:
-        """The sequence has stopped reading; those that waited for it begin again."""
+        """The sequence has stopped reading; those waiting for it start again."""
         for orphan in self._prefixes.leave(sequence):
             if isinstance(orphan, TextSequence) and not orphan.waits_until:
                 self.begin(orphan)
@@ -99,8 +99,8 @@ class PrefillRunner:
             self._pool.write_row(self._row(sequence), state)
 
     def _follow_text(self, sequence: TextSequence) -> bool:
-        """Go on from the state behind the longest known text, or wait for it if it is being read,
-        if that is ahead of others."""
+        """Continue from the state after the longest known text, or wait for it while it is being
+        read, if it is further than others."""
         sequence.find_opening()
         request, text = sequence.request, sequence.prompt_text
         found = self._prefixes.find_text(request, text)

@@ -28,7 +28,7 @@ class EngineSequence:
         """The sequence that is reading a shared prefix; this one waits for it."""
 
         self.waits_until = 0
-        """Tokens of that beginning; 0: it is to be found by its text."""
+        """Tokens of that prefix; 0: it is found by its text."""
 
         self.generates = request.max_tokens > 0
         """Whether a token is sampled after the prompt. If not, the prompt's last token is not

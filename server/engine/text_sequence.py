@@ -320,9 +320,9 @@ class TextSequence(EngineSequence):
         return self.prompt_text + b"".join(map(self._marked, self._generated))
 
     def find_opening(self) -> None:
-        """Stop behind the prompt, before what opens its answer, if a token ends there; where that
-        is one token, a token before, since one by itself would be no piece of a prompt. Without an
-        answer, stop where its end is left unread."""
+        """Stop reading before the opening of the answer, if a token boundary is there; one token
+        earlier if it is a single token, which would not be a piece of a prompt. Without an answer,
+        stop before the last token, which stays unread."""
         left, ids = self.request.opening_bytes, self.request.token_ids
         count = len(ids)
         if self.request.is_anticipated:

@@ -158,7 +158,7 @@ class Codec:
         return session
 
     def check_foreign(self, session: SessionState) -> None:
-        """Raises BlobError for numbers that no network has in its states."""
+        """Raises BlobError for numbers too large for the state of any network."""
         largest = self.check(session)
         if largest > MAX_MAGNITUDE:
             raise BlobError(f"it has numbers up to {largest:.3g}, more than {MAX_MAGNITUDE:g}")

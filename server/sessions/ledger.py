@@ -367,7 +367,7 @@ class Ledger:
     async def import_state(
         self, owner: str, data: bytes, metadata: dict[str, str], ttl_s: float | None
     ) -> Entry:
-        """A new session that begins with a state of this model, of which `data` are the bytes.
+        """A new session whose first state has these bytes.
 
         Raises IncompatibleState, QuotaExceeded, StorageFull and StorageFailed.
         """

@@ -9,7 +9,7 @@ from numba import float32, float64, int32, int64, njit
 from model.kernels.cpu.functions import CACHE, SOURCE, bits, exp, from_bits, jit, jit_sum
 
 PART = 1024
-"""Tokens whose weights are summed by themselves."""
+"""Tokens per partial sum of weights."""
 
 
 @jit
@@ -35,7 +35,7 @@ def _total(weights: Any) -> Any:
 
 
 EXPONENT, DIGIT = 52, 10
-"""The bits of a float64: where its exponent begins, and how many are looked at at once."""
+"""The position of the exponent in a float64, and the bits examined per pass."""
 
 NONE = -1
 UNCERTAIN = -2
@@ -73,13 +73,12 @@ def _draw(logits: Any, temperatures: Any, points: Any, chosen: Any) -> None:
 
 @jit
 def _cut(weights: Any, keys: Any, held: Any, held_keys: Any, top_k: Any, target: Any) -> Any:
-    """The largest weights: so many, or as many of them as it takes for their sum to reach the
-    target.
+    """Find the `top_k` largest weights, or the fewest whose sum reaches `target`.
 
-    They are searched digit by digit: numbers that are not negative are in the order of their bits,
-    `keys`. All that are larger than a limit are among them, and some of those that are equal to
-    it. Returned are the limit, how many of those that are equal to it are among the largest, how
-    many are larger, and the sum of the larger ones; the limit is -1 where all do not suffice.
+    A radix search: non-negative floats are ordered like their bits, `keys`. The result is all
+    weights above a limit and some that equal it. Returns the limit, the number of weights equal to
+    it that are included, and the number and the sum of the larger ones; the limit is -1 if all
+    weights do not suffice.
     """
     counts, sums = np.empty(1 << DIGIT, np.int64), np.empty(1 << DIGIT)
     n, shift, larger, total = len(weights), EXPONENT, 0, 0.0

@@ -1,4 +1,4 @@
-"""Connections that only read: nobody's commit waits for them, nor they for a commit."""
+"""Read-only connections: reads and commits do not wait for each other."""
 
 import asyncio
 import queue
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Readers:
-    """A few connections to a database that is open already, which owners get in turn."""
+    """Connections to a database that is already open; owners take turns."""
 
     def __init__(self, path: Path) -> None:
         """Raises sqlite3.Error."""
@@ -30,11 +30,10 @@ class Readers:
         self._threads = FairThreads(NUM_READERS, "store-reads")
         self._is_closed = False
         self._asked = set[asyncio.Future[None]]()
-        """What is not answered yet."""
+        """Reads in progress."""
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """What `work` finds in the database as it was at one moment after all commits that were
-        reported. Raises StorageFailed."""
+        """Run `work` on one snapshot, which includes all reported commits. Raises StorageFailed."""
         if self._is_closed:
             raise StorageFailed("the session store is closed")
         answered = asyncio.get_running_loop().create_future()
@@ -46,7 +45,7 @@ class Readers:
             answered.set_result(None)
 
     async def close(self) -> None:
-        """Finish what was asked for."""
+        """Finish pending reads."""
         self._is_closed = True
         if self._asked:
             await asyncio.wait(self._asked)

@@ -30,8 +30,7 @@ PAGES_PER_STEP = 256
 """Database pages copied between two transactions."""
 
 MAX_LOG_BYTES = 64 << 20
-"""Those who read keep the log from being used from its beginning again; once it is so large, they
-are waited for."""
+"""Readers keep the log from being reused from its start; at this size the writer waits for them."""
 
 T = TypeVar("T")
 
@@ -71,7 +70,7 @@ class Writer:
 
         self._jobs: queue.SimpleQueue[_Job | _Copy | None] = queue.SimpleQueue()
         self._abandoned = set[asyncio.Future[Any]]()
-        """Of queued work whose callers were cancelled."""
+        """Results of queued work whose callers were cancelled."""
 
         self._closing = self._closed = False
         self._must_erase = False
@@ -106,14 +105,14 @@ class Writer:
             raise
 
     async def settle(self) -> None:
-        """Wait for work whose callers were cancelled: no lock of theirs keeps readers from it."""
+        """Wait for work whose callers were cancelled: their locks keep no reader away any more."""
         if self._abandoned:
             await asyncio.wait(set(self._abandoned))
 
     def _forget(self, answer: "asyncio.Future[Any]") -> None:
         self._abandoned.discard(answer)
         if not answer.cancelled():
-            answer.exception()  # nobody else asks for it
+            answer.exception()  # or asyncio logs that it was not retrieved
 
     def copy(self, path: Path, at_end: Callable[[sqlite3.Connection], None]) -> None:
         """Copy the database as of one moment; transactions continue during the copy and are
