@@ -18,6 +18,7 @@ LOAD = Workload(Lengths.parse("3"), Lengths.parse("2"))
 RATE, COUNT = 50.0, 8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_after_a_stop_a_load_goes_on_if_it_may(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goes_on: bool

@@ -28,6 +28,7 @@ def masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arithmetic, "features", list)
 
 
+@pytest.mark.long
 @each_dtype
 @pytest.mark.usefixtures("masked")
 @pytest.mark.parametrize("bias", [BIAS, None])
@@ -57,9 +58,8 @@ def test_int8_has_a_scale_for_each_output_and_survives_an_output_of_zeros() -> N
     assert ((restored - weight).abs() <= step * 0.501).all()
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long), "int8"]
-)
+@pytest.mark.long
+@each_dtype
 def test_a_network_keeps_its_weights_in_the_dtype(dtype: WeightDtype) -> None:
     torch.manual_seed(0)
     config = ModelConfig(vocab_sz=90, d_emb=32, n_layers=2, n_heads=2, d_key=8, d_val=8)

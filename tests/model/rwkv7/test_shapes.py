@@ -82,6 +82,7 @@ def epsilon(config: Config, kind: str) -> float:
     return config.head_size * 1e-5 if kind in ("folder", "shards") else 64e-5
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(
     configs(head_sizes=(64, 64, 16, 32, 48, 128)),
@@ -94,6 +95,7 @@ def test_any_shape_is_the_definition_in_plain_torch(
     verify(config, dtype, kind, plain=True)
 
 
+@pytest.mark.long
 @settings(max_examples=25, deadline=None)
 @given(configs(), st.sampled_from(DTYPES), st.sampled_from(["pth", "bare", "folder", "shards"]))
 def test_any_shape_is_the_definition_compiled(
@@ -136,6 +138,7 @@ def spoil(tensors: Weights, name: str, how: str) -> None:
             tensors[f"{name}.more"] = tensors.pop(name)
 
 
+@pytest.mark.long
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from([name for name in NAMES if not name.startswith("blocks.0.att.v")]),

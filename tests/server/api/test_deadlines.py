@@ -68,6 +68,7 @@ def test_a_late_turn_leaves_the_session_unchanged(client: httpx.Client, session_
     assert text_of(client, session_id=session_id, prompt=" sat") == expected
 
 
+@pytest.mark.long
 def test_the_servers_timeout_is_the_default_and_the_most(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ def collected() -> Iterator[list[Any]]:
         gc.enable()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("path", "body"),
     [
