@@ -3,6 +3,7 @@
 import asyncio
 import queue
 import sqlite3
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -59,6 +60,10 @@ class Readers:
             db.execute("BEGIN")
             try:
                 return work(db)
+            except Exception as error:
+                # Its frames hold statements, which hold the snapshot, for which the writer waits.
+                traceback.clear_frames(error.__traceback__)
+                raise
             finally:
                 db.execute("ROLLBACK")
         except Exception as error:
