@@ -209,5 +209,5 @@ def test_what_a_kernel_cannot_read_is_an_error(device: torch.device) -> None:
         ((x, weight), {"norm": (x[0], x[0, :19], 1e-5)}),
     ]
     for arguments, options in wrong:
-        with pytest.raises(ValueError, match=r"weight|scale|outputs|x is|ids|bias|residual"):
+        with pytest.raises(ValueError, match=r"weight|scale|outputs|x must be|ids|bias|residual"):
             linear(*arguments, **options)  # type: ignore[arg-type]
