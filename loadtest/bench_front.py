@@ -10,11 +10,9 @@ the result.
 
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from typing import Annotated
 import typer
 
 from loadtest.front_client import PATHS, Report
+from loadtest.processes import started
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -69,22 +68,9 @@ def cpu(pid: int) -> Cpu:
 @contextmanager
 def server(streams: int, rate: float, *flags: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
     """A server with the stand-in engine on a free port."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "loadtest.front_server", str(streams), str(rate)]
-        command += ["--port", "0", "--data-dir", folder, "--log-level", "warning", *flags]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        try:
-            if process.stdout is None:
-                raise RuntimeError("the server has no output")
-            for line in process.stdout:
-                if found := re.match(r"listening +http://.*:(\d+)", line):
-                    yield int(found[1]), process
-                    break
-            else:
-                raise RuntimeError("the server did not start")
-        finally:
-            process.terminate()
-            process.wait()
+    sizes = str(streams), str(rate)
+    with started("loadtest.front_server", *sizes, "--log-level", "warning", *flags) as found:
+        yield found.port, found.process
 
 
 def measure(

@@ -13,7 +13,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from typing import Annotated
 
 import typer
 
+from loadtest.processes import started
 from model import PRETRAINED
 from model.checkpoint import load
 from model.decoding.sampling import SamplingParams
@@ -102,21 +102,8 @@ class BareEngine:
 @contextmanager
 def server(*flags: str) -> Iterator[int]:
     """A server of the default model on a free port."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "server", "serve", "--port", "0", "--data-dir", folder]
-        process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
-        try:
-            if process.stdout is None:
-                raise RuntimeError("the server has no output")
-            for line in process.stdout:
-                if found := re.match(r"listening +http://.*:(\d+)", line):
-                    yield int(found[1])
-                    break
-            else:
-                raise RuntimeError("the server did not start")
-        finally:
-            process.terminate()
-            process.wait()
+    with started("server", "serve", *flags) as found:
+        yield found.port
 
 
 async def stream(port: int, body: dict[str, object], times: list[float]) -> int:

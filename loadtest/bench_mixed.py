@@ -10,10 +10,7 @@ memory and how warm a machine a server gets depends on what ran before it.
 
 import asyncio
 import random
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -28,6 +25,7 @@ import typer
 
 from loadtest.bench_http import stream
 from loadtest.gpu_server import write_checkpoint
+from loadtest.processes import started
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 
@@ -67,7 +65,8 @@ class Server:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Its process, on a free port."""
-        with server(self.checkout, *self.flags) as (self.port, self.facts):
+        with started("server", "serve", *FLAGS, *self.flags, checkout=self.checkout) as found:
+            self.port, self.facts = found.port, found.facts
             yield
 
     async def streams(self, count: int, prompt_tokens: int, tokens: int) -> Streams:
@@ -150,29 +149,6 @@ PARTS: dict[str, Callable[[Server], Coroutine[None, None, None]]] = {
 
 def _p99(values: list[float]) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[98]
-
-
-@contextmanager
-def server(checkout: Path, *flags: str) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """A server of a checkout: its port, and what it printed of its device and backend."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "server", "serve", "--port", "0", "--data-dir", folder]
-        process = subprocess.Popen(
-            [*command, *FLAGS, *flags], stdout=subprocess.PIPE, text=True, cwd=checkout
-        )
-        facts = list[str]()
-        try:
-            for line in process.stdout or ():
-                if line.startswith(("device", "backend")):
-                    facts.append(line.strip())
-                if found := re.match(r"listening +http://.*:(\d+)", line):
-                    yield int(found[1]), tuple(facts)
-                    break
-            else:
-                raise RuntimeError("the server did not start")
-        finally:
-            process.terminate()
-            process.wait()
 
 
 def report(servers: Sequence[Server]) -> None:

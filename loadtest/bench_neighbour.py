@@ -11,10 +11,6 @@ same done to it first.
 
 import http.client
 import json
-import re
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +19,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from loadtest.processes import started
 
 NEIGHBOUR, CLIENT = "key-of-the-neighbour", "key-of-the-client"
 FLAGS = ("--api-key", NEIGHBOUR, "--api-key", CLIENT, "--log-level", "warning")
@@ -84,21 +82,8 @@ KINDS: dict[str, tuple[Body, int, Body]] = {
 @contextmanager
 def server(folder: Path) -> Iterator[int]:
     """A server of the checkout in a folder, on a free port."""
-    with tempfile.TemporaryDirectory() as data:
-        command = [sys.executable, "-m", "server", "serve", "--port", "0", "--data-dir", data]
-        process = subprocess.Popen(
-            [*command, *FLAGS], cwd=folder, stdout=subprocess.PIPE, text=True
-        )
-        try:
-            for line in process.stdout or ():
-                if found := re.match(r"listening +http://.*:(\d+)", line):
-                    yield int(found[1])
-                    break
-            else:
-                raise RuntimeError("the server did not start")
-        finally:
-            process.terminate()
-            process.wait()
+    with started("server", "serve", *FLAGS, checkout=folder) as found:
+        yield found.port
 
 
 def ask(port: int, key: str, path: str, body: dict[str, object] | None, timeout_s: float) -> int:

@@ -1,13 +1,52 @@
-"""Resources of a latentd server's process, from /proc and its metrics."""
+"""A latentd server as a process: its start, and its resources from /proc and its metrics."""
 
 import os
 import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Started(NamedTuple):
+    """A server that listens."""
+
+    port: int
+    process: subprocess.Popen[str]
+    facts: tuple[str, ...]
+    """The lines it printed about its device and backend."""
+
+
+@contextmanager
+def started(module: str, *arguments: str, checkout: Path | None = None) -> Iterator[Started]:
+    """Run a server on a free port with an empty data folder, in this or another checkout.
+
+    Raises RuntimeError if it does not start.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", module, *arguments, "--port", "0", "--data-dir", folder]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=checkout)
+        facts = list[str]()
+        try:
+            for line in process.stdout or ():
+                if line.startswith(("device", "backend")):
+                    facts.append(line.strip())
+                if found := re.match(r"listening +http://.*:(\d+)", line):
+                    yield Started(int(found[1]), process, tuple(facts))
+                    break
+            else:
+                raise RuntimeError("the server did not start")
+        finally:
+            process.terminate()
+            process.wait()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python -m model.rwkv7.published
 
 prints them by the arithmetic of `latentd inspect`, without any of their files. Up to 7.2 B the
-numbers of parameters are those that their publisher tells; 13.3 B has low-rank maps like 7.2 B,
+numbers of parameters are the published ones; 13.3 B has low-rank maps like 7.2 B,
 since it is as wide.
 """
 

@@ -1,7 +1,7 @@
 """Prefix cache: states after shared prompt prefixes, each read once.
 
 The chunks of a prompt are identified by a chain of digests, each covering all tokens up to its
-chunk, so one lookup tells whether two prompts share a prefix. A state is cached
+chunk, so one lookup shows whether two prompts share a prefix. A state is cached
 
 * after the last whole chunk of a prompt, for prompts that extend it;
 * where a prompt diverges from an earlier one, since others will diverge there, too.

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.batch import Batch
@@ -98,10 +97,9 @@ class FusedNetwork:
         return x
 
     def _head(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        head, norm = self._weights.head, self._weights.norm
-        # Not by the product's kernel: in 2,560 channels its norm would not fit the registers.
-        normed = F.layer_norm(x, x.shape[1:], norm.weight, norm.bias, norm.eps)
-        return linear(normed, head.weight, head.bias, head.scale, out=out)
+        head = self._weights.head
+        # The norm is not the product kernel's, which would not fit its registers in 2,560 channels.
+        return linear(self._weights.norm(x), head.weight, head.bias, head.scale, out=out)
 
     def _check(self, pool: StatePool) -> None:
         if pool.spec != self._spec:

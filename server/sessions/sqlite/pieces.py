@@ -54,12 +54,10 @@ def overwrite(value: Value, start: int, db: sqlite3.Connection) -> None:
     exists = f"SELECT 1 FROM {value.table} WHERE rowid = ? AND {value.column} IS NOT NULL"
     if db.execute(exists, [value.row]).fetchone() is None:
         return
-    blank = b" " * value.num_bytes
-    if value.column == "metadata":
-        blank = b"{}".ljust(value.num_bytes)
+    blank = b"{}" if value.column == "metadata" and not start else b""
     with db.blobopen(value.table, value.column, value.row) as written:
         written.seek(start)
-        written.write(blank[start : min(start + PIECE_BYTES, len(written))])
+        written.write(blank.ljust(min(PIECE_BYTES, len(written) - start)))
 
 
 def delete_oldest_state(kind: EntryKind, entry_id: str, db: sqlite3.Connection) -> bool:
