@@ -38,6 +38,7 @@ class StandIn:
 
     num_streams = 1
     tokens_per_s = 1.0
+    keeps_prefixes = False
 
     def __init__(
         self, checkpoint: Checkpoint, limits: EngineLimits, deliver: Deliver, metrics: Metrics

@@ -141,7 +141,7 @@ def test_a_server_says_what_it_cannot_continue_and_a_command_erases_it(
         f"(fingerprint {own}) cannot continue; serve that model again, or stop the server and "
         f"erase them with `latentd erase-model {OTHER[:SHORT]} --data-dir {tmp_path}`"
     )
-    assert "there are" in refused("erase-model", "0" * 12, "--data-dir", tmp_path)
+    assert "stored are: " in refused("erase-model", "0" * 12, "--data-dir", tmp_path)
     assert stdout_of("erase-model", OTHER[:SHORT], "--data-dir", tmp_path) == "erased 1 session\n"
     assert "no session store" in refused("erase-model", OTHER, "--data-dir", tmp_path / "none")
 
