@@ -102,7 +102,7 @@ def test_sessions_are_grown_resumed_and_counted(tiny_checkpoint: Path) -> None:
     assert "40 sessions" in shown
 
 
-@pytest.mark.long
+@pytest.mark.external  # draws: only that lane installs matplotlib
 def test_capacity_is_the_highest_rate_that_holds(server: LiveServer, tmp_path: Path) -> None:
     rates = ("--rate", "1", "--most-rate", "3", "--seconds", "1", "--fewest", "2")
     patient = ("--slo", "ttft=3600s", "--slo", "itl=3600s", "--out", str(tmp_path))
