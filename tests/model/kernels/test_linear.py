@@ -77,6 +77,7 @@ def test_a_network_keeps_its_weights_in_the_dtype(dtype: WeightDtype) -> None:
     assert error < {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.1}[dtype]
 
 
+@pytest.mark.long
 @each_dtype
 @pytest.mark.parametrize("bias", [BIAS, None])
 def test_in_the_weights_own_type_little_more_is_lost(

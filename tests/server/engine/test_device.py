@@ -29,6 +29,7 @@ def network() -> LanguageModel:
     return LanguageModel(config).requires_grad_(False).eval()
 
 
+@pytest.mark.long  # compiles the network twice
 def test_threads_are_those_that_a_step_has_work_for(
     network: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
