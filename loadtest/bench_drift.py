@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.heinsen.attention import AttentionState, chunked, step
-from model.heinsen.cpu.kernels import attend
+from model.heinsen.cpu.kernels import attend, workspace
+from model.heinsen.cpu.step import TOGETHER
 from model.kernels.cpu.functions import jit
 
 D = 8
@@ -69,21 +70,13 @@ def output(state: AttentionState, q: Doubles) -> Doubles:
     return found
 
 
-@jit
-def _attend_all(k: Any, v: Any, m: Any, z: Any, s: Any, z_low: Any, s_low: Any, n: Any) -> None:
-    y, keys, vals = (
-        np.empty(D, np.float32),
-        np.empty((3, D), np.float32),
-        np.empty((3, D), np.float32),
-    )
-    for t in range(len(k)):
-        attend(k[t], k[t], v[t], m, z, s, z_low, s_low, n, True, False, y, keys, vals)
-
-
 def read_compiled(k: Floats, v: Floats, state: AttentionState) -> None:
     """Update `state` in place."""
     fields = (state.m, state.z, state.s, state.z_low, state.s_low, state.n)
-    _attend_all(k, v, *(x[0, 0].numpy() for x in fields if x is not None))
+    arrays = [x[0, 0].numpy() for x in fields if x is not None]
+    p, y, none = np.concatenate([k, k, v], 1), np.empty_like(v), np.empty((0, 0), np.float32)
+    space = workspace(TOGETHER, k.shape[1], v.shape[1])
+    attend(0, 0, len(k), p, none, *arrays, True, False, y, space)
 
 
 def read_chunks(k: Floats, v: Floats, state: AttentionState) -> AttentionState:

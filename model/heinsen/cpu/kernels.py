@@ -10,6 +10,7 @@ from numba import float32, float64, int8, int32
 
 from model.heinsen.attention import GRID
 from model.heinsen.config import FASTEST_DECAY
+from model.heinsen.cpu.sums import ADDED, EXPONENT, FLOOR, KEPT, READ, ROUND, update
 from model.kernels.cpu.functions import (
     bits,
     exp,
@@ -27,9 +28,6 @@ TINY = 1.1754944e-38
 
 LINE = 64
 """Bytes that come from memory together."""
-
-EXPONENT, FLOOR = 0x7F800000, 0x10000000
-"""Exponent bits of a float32; those of 2^-95, below which there is no compensation."""
 
 
 @jit_sum
@@ -82,8 +80,7 @@ def _lost(before: Any, after: Any, added: Any) -> Any:
     """The rounding error of `after` = fl(before + added), in units of `after`."""
     inverse = from_bits(int32(0x7F000000) - max(bits(after) & int32(EXPONENT), int32(FLOOR)))
     lost = (added - (after - before)) * inverse * float32(2.0**31)
-    # Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
-    whole = min(max(lost, float32(-127.0)), float32(127.0)) + float32(12582912.0)
+    whole = min(max(lost, float32(-127.0)), float32(127.0)) + float32(ROUND)
     return int8(bits(whole) & int32(0xFF))
 
 
@@ -99,17 +96,70 @@ def fetch(s: Any, s_low: Any) -> None:
 
 
 @jit
-def attend(
-    q: Any, k: Any, v: Any, m: Any, z: Any, s: Any, z_low: Any, s_low: Any, n: Any,
-    log_values: bool, decays: bool, y: Any, keys: Any, vals: Any,
-) -> None:  # fmt: skip
-    """`heinsen.attention.step` for one head of one sequence; keys `[3, d_k]`, vals `[3, d_v]`.
+def workspace(tokens: int, d_key: int, d_val: int) -> Any:
+    """What `attend` needs for so many tokens at once: keys, vals and higher of `update`, and the
+    denominators."""
+    return (
+        _aligned(3 * tokens * d_key).reshape((3, tokens, d_key)),
+        _aligned(3 * tokens * d_val).reshape((3, tokens, d_val)),
+        np.empty(tokens, np.bool_),
+        np.empty(tokens, np.float32),
+    )
 
-    The last two are workspace.
+
+@jit
+def _aligned(numbers: int) -> Any:
+    """An array of float32 that begins with a cache line: vectors across two take longer."""
+    found = np.empty(numbers + LINE // 4, np.float32)
+    first = -found.ctypes.data % LINE // 4
+    return found[first : first + numbers]
+
+
+@jit
+def attend(
+    head: int, start: int, end: int, p: Any, rates: Any, m: Any, z: Any, s: Any, z_low: Any,
+    s_low: Any, n: Any, log_values: bool, decays: bool, y: Any, space: Any,
+) -> None:  # fmt: skip
+    """`heinsen.attention.step` for one head of one sequence: its tokens from start to end in order,
+    as many at a time as `workspace` has space for.
+
+    p `[tokens, heads * (2 * d_k + d_v)]`: q, k and v; rates `[tokens, heads * d_k]`, by which m
+    decays first; y `[tokens, heads * d_v]`. The bits do not depend on how many are read together.
     """
-    kept, weight, e = keys[0], keys[1], keys[2]
-    kept_v, u, total = vals[0], vals[1], vals[2]
-    d_key, d_val = len(q), len(v)
+    keys, vals, higher, below = space
+    d_key, d_val = s.shape
+    per_head = 2 * d_key + d_val
+    for first in range(start, end, len(higher)):
+        count = min(len(higher), end - first)
+        for t in range(count):
+            if decays:
+                decay(rates[first + t, head * d_key : (head + 1) * d_key], m)
+            higher[t], below[t] = _weigh(
+                p[first + t, head * per_head : (head + 1) * per_head],
+                m, z, z_low, n, log_values, decays, t, keys, vals,
+                y[first + t, head * d_val : (head + 1) * d_val],
+            )  # fmt: skip
+        update(count, s, s_low, keys, vals, higher)
+        for t in range(count):
+            _divide(
+                vals[READ, t], below[t], log_values,
+                y[first + t, head * d_val : (head + 1) * d_val],
+            )  # fmt: skip
+
+
+@jit
+def _weigh(
+    p: Any, m: Any, z: Any, z_low: Any, n: Any, log_values: bool, decays: bool, t: int,
+    keys: Any, vals: Any, top_values: Any,
+) -> Any:  # fmt: skip
+    """Add one token to m, z and n, and set its factors in keys and vals.
+
+    Returns whether m or n rose, and the denominator. top_values `[d_v]` = n if log_values.
+    """
+    d_key, d_val = len(m), vals.shape[2]
+    q, k, v = p[:d_key], p[d_key : 2 * d_key], p[2 * d_key :]
+    kept, weight, e = keys[KEPT, t], keys[ADDED, t], keys[READ, t]
+    kept_v, u = vals[KEPT, t], vals[ADDED, t]
     higher = False
     for j in range(d_key):
         old = m[j]
@@ -134,7 +184,6 @@ def attend(
     for j in range(d_key):
         e[j] = exp(e[j] - top)
     for i in range(d_val):
-        total[i] = float32(0.0)
         if log_values:
             old = n[i]
             new = larger(old, np.ceil(v[i]))
@@ -143,24 +192,16 @@ def attend(
             n[i] = new
         else:
             kept_v[i], u[i] = float32(1.0), v[i]
-    if higher:
-        for j in range(d_key):
-            kept_j, row = kept[j], s[j]
-            for i in range(d_val):
-                row[i] *= kept_j * kept_v[i]
-    for j in range(d_key):
-        weight_j, e_j, row, row_low = weight[j], e[j], s[j], s_low[j]
-        for i in range(d_val):
-            before = row[i]
-            added = float32(row_low[i]) * _unit(before) + weight_j * u[i]
-            after = before + added
-            row_low[i] = _lost(before, after, added)
-            row[i] = after
-            total[i] += e_j * after
-    below = larger(_dot(e, z), float32(TINY))
-    for i in range(d_val):
+    if log_values:
+        top_values[:] = n
+    return higher, larger(_dot(e, z), float32(TINY))
+
+
+@jit
+def _divide(above: Any, below: Any, log_values: bool, y: Any) -> None:
+    """y = above / below `[d_v]`; its log plus y, which is n, if log_values."""
+    for i in range(len(above)):
         if log_values:
-            above = larger(total[i], float32(TINY))
-            y[i] = log(above) - log(below) + n[i]
+            y[i] = log(larger(above[i], float32(TINY))) - log(below) + y[i]
         else:
-            y[i] = total[i] / below
+            y[i] = above[i] / below

@@ -11,7 +11,7 @@ import torch
 from numba import carray, cfunc, float32, float64, int8, int64, uint16
 
 from model.heinsen.config import DECAY_RANK
-from model.heinsen.cpu.kernels import attend, decay, fetch, position
+from model.heinsen.cpu.kernels import attend, fetch, position, workspace
 from model.kernels.cpu.arithmetic import Arithmetic
 from model.kernels.cpu.functions import CACHE, SOURCE, jit
 from model.kernels.cpu.linear import (
@@ -26,6 +26,9 @@ from model.kernels.cpu.linear import (
 from model.kernels.cpu.products import number, product
 from model.kernels.cpu.rows import gate, glu, layer_norm, mix
 from model.kernels.cpu.threads import THREADS
+
+TOGETHER = 16
+"""Tokens of a sequence for which a part of the state stays in registers."""
 
 NORM = np.dtype([("gain", ADDRESS), ("offset", ADDRESS)])
 
@@ -126,7 +129,7 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
     n_max = array(a.n, (num_layers, pool, heads if log_values else 0, d_val), float32)
     previous = array(a.previous, (num_layers, pool if firsts else 0, d), float32)
     no_maximum, before = np.empty(0, np.float32), np.empty(per_head, np.float32)
-    keys, vals = np.empty((3, d_key), np.float32), np.empty((3, d_val), np.float32)
+    space = workspace(min(TOGETHER, tokens), d_key, d_val)
 
     embed = array(a.embed, (vocab, d), embed_numbers)
     for t in range(tid, tokens, n):
@@ -173,21 +176,23 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
                 fetch(s[layer, row, head + 1], s_low[layer, row, head + 1])
             if shifts:
                 before[:] = projected[tokens + i, first : first + per_head]
-            for t in range(starts[i], starts[i + 1]):
-                p = projected[t, first : first + per_head]
-                if shifts:
-                    mix(p, share[first : first + per_head], before)
-                if decays:
-                    decay(rates[t, head * d_key : (head + 1) * d_key], m[layer, row, head])
-                attend(
-                    p[:d_key], p[d_key : 2 * d_key], p[2 * d_key :],
-                    m[layer, row, head], z[layer, row, head], s[layer, row, head],
-                    z_low[layer, row, head], s_low[layer, row, head],
-                    n_max[layer, row, head] if log_values else no_maximum,
-                    log_values, decays, y[t, head * d_val : (head + 1) * d_val], keys, vals,
-                )  # fmt: skip
-                if is_gated:
-                    columns = slice(head * d_val, (head + 1) * d_val)
+            if shifts:
+                for t in range(starts[i], starts[i + 1]):
+                    mix(
+                        projected[t, first : first + per_head],
+                        share[first : first + per_head],
+                        before,
+                    )
+            attend(
+                head, starts[i], starts[i + 1], projected, rates,
+                m[layer, row, head], z[layer, row, head], s[layer, row, head],
+                z_low[layer, row, head], s_low[layer, row, head],
+                n_max[layer, row, head] if log_values else no_maximum,
+                log_values, decays, y, space,
+            )  # fmt: skip
+            if is_gated:
+                columns = slice(head * d_val, (head + 1) * d_val)
+                for t in range(starts[i], starts[i + 1]):
                     gate(y[t, columns], output_gate[t, columns])
         wait(threads)
         if layer == num_layers - 1:

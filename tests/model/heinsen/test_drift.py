@@ -40,17 +40,18 @@ def read_chunks(k: Tensor, v: Tensor, state: AttentionState) -> AttentionState:
 def read_compiled(k: Tensor, v: Tensor, state: AttentionState) -> AttentionState:
     kernels = pytest.importorskip("model.heinsen.cpu.kernels")
     arrays = {name: x[0].numpy() for name, x in vars(state).items() if x is not None}
-    y, keys, vals = torch.empty(D_VAL).numpy(), torch.empty(3, D_KEY), torch.empty(3, D_VAL)
+    none, y = torch.empty(0, 0).numpy(), torch.empty(1, D_VAL).numpy()
+    space = kernels.workspace(1, D_KEY, D_VAL)
     for t in range(k.shape[1]):
         for head in range(HEADS):
-            key, value = k[0, t, head].numpy(), v[0, t, head].numpy()
+            key, value = k[0, t, head], v[0, t, head]
             names = ("m", "z", "s", "z_low", "s_low", "n")
             m, z, s, z_low, s_low, n = (
-                arrays[name][head] if name in arrays else y for name in names
+                arrays[name][head] if name in arrays else y[0] for name in names
             )
             kernels.attend(
-                key, key, value, m, z, s, z_low, s_low, n,
-                state.n is not None, False, y, keys.numpy(), vals.numpy(),
+                0, 0, 1, torch.cat([key, key, value])[None].numpy(), none, m, z, s, z_low, s_low, n,
+                state.n is not None, False, y, space,
             )  # fmt: skip
     return state
 
