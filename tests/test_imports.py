@@ -19,7 +19,7 @@ VERSION = "server.__version__"
 FACTS = ("model.PRETRAINED", "model.WeightDtype")
 BELOW_FAMILIES = (
     *(*FACTS, "model.batch", "model.files", "model.shares", "model.state", "model.network"),
-    *("model.kernels", "model.text", "model.weights"),
+    *("model.compiled", "model.kernels", "model.text", "model.weights"),
 )
 """What a family's folder may import from outside."""
 
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "model.shares": (),
     "model.batch": (),
     "model.network": (*FACTS, "model.batch", "model.state", "model.text"),
+    "model.compiled": ("model.kernels", "model.state"),
     "model.kernels": (*FACTS, "model.kernels", "model.memory"),
     "model.text": ("model.files", "model.text"),
     "model.weights": ("model.files", "model.kernels", "model.network"),

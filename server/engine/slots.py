@@ -41,10 +41,6 @@ class Slots:
         """The row of a sequence or a retained state."""
         return self._row[owner]
 
-    def can_acquire(self) -> bool:
-        """Whether a row is free or holds a retained state, which can be evicted."""
-        return self.num_active < self.num_rows
-
     def acquire(self, owner: str) -> int:
         """A row for a new sequence: a free one, else that of the retained state to evict next.
 

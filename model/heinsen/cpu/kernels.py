@@ -10,7 +10,6 @@ from numba import float32, float64, int8, int32
 
 from model.heinsen.attention import GRID
 from model.heinsen.config import FASTEST_DECAY
-from model.heinsen.cpu.sums import ADDED, EXPONENT, FLOOR, KEPT, READ, ROUND, update
 from model.kernels.cpu.functions import (
     bits,
     exp,
@@ -22,6 +21,7 @@ from model.kernels.cpu.functions import (
     log1p,
     prefetch,
 )
+from model.kernels.cpu.sums import ADDED, EXPONENT, FLOOR, KEPT, READ, ROUND, update
 
 TINY = 1.1754944e-38
 """The smallest normal float32."""

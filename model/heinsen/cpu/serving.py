@@ -1,42 +1,38 @@
 """A network's `forward`, compiled for the CPU."""
 
-from collections.abc import Sequence
-
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.batch import Batch
+from model.compiled import Compiled
 from model.heinsen.config import DECAY_RANK
 from model.heinsen.cpu import step
 from model.heinsen.layers import Layer, Parts
-from model.kernels.cpu.workers import run_on_threads
 from model.kernels.linear import PackedLinear
 from model.state import StatePool
 
 
-class CompiledNetwork:
-    """Holds the addresses of the network's weights for the compiled code.
-
-    May be called from several threads at once, for different rows.
-    """
+class CompiledNetwork(Compiled):
+    """`Compiled` for this family."""
 
     def __init__(self, network: Parts, unembed: PackedLinear) -> None:
         """The network's linear maps must be `PackedLinear`; its tensors must not be moved
         afterwards."""
         self._kept: list[object] = [network.embed.weight, unembed]
-        self._vocab_sz = network.config.vocab_sz
-        self._num_threads = network.num_threads
-        self._spec = network.state_spec
-        self._function = step.forward_function(unembed.arithmetic, network.embed.weight.dtype)
-        self._fixed = self._fixed_arguments(network, unembed)
+        super().__init__(
+            step.forward_function(unembed.arithmetic, network.embed.weight.dtype),
+            self._fixed_arguments(network, unembed),
+            network.state_spec,
+            network.config.vocab_sz,
+            network.num_threads,
+        )
 
     def forward(self, batch: Batch, pool: StatePool) -> Tensor:
         """`LanguageModel.forward`. Raises ValueError for another network's pool."""
-        self._check(pool)
-        batch.check(self._vocab_sz, pool.num_rows)
         index = np.array(batch.rows, np.int64)
+        a = self._arguments(pool, index)
+        batch.check(self._vocab_sz, pool.num_rows)
         ends, read = batch.ends, batch.logits_at
         if len(ends) == len(read) == len(batch.token_ids) and (ends == read).all():
             kept = read  # single tokens are already in order
@@ -44,42 +40,38 @@ class CompiledNetwork:
             kept = np.unique(np.concatenate([ends, read]))
             ends, read = np.searchsorted(kept, ends), np.searchsorted(kept, read)
         ids, starts = (np.ascontiguousarray(x) for x in (batch.token_ids, batch.starts))
-        logits = torch.empty(len(read), self._vocab_sz)
-        a = self._arguments(pool, index)
-        workspace = _allocate_workspace(len(ids), len(index), a)
         a["tokens"], a["ids"], a["starts"] = len(ids), ids.ctypes.data, starts.ctypes.data
         a["num_retained"], a["kept"] = len(kept), kept.ctypes.data
         a["ends"], a["read"] = ends.ctypes.data, read.ctypes.data
-        a["num_read"], a["logits"] = len(read), logits.data_ptr()
-        run_on_threads(self._function, a, self._num_threads(len(ids), len(read)))
-        del workspace  # compiled code writes to it until here
-        return logits
+        a["num_read"] = len(read)
+        return self._run(a, len(ids), len(index), len(read))
 
-    def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """`LanguageModel.logits`: one per row `[batch, vocab_sz]`."""
-        self._check(pool)
-        index = pool.index(rows)
-        logits = torch.empty(len(rows), self._vocab_sz)
-        a = self._arguments(pool, index)
-        workspace = _allocate_workspace(0, len(rows), a)
-        a["logits"] = logits.data_ptr()
-        run_on_threads(self._function, a, self._num_threads(0, len(rows)))
-        del workspace  # compiled code writes to it until here
-        return logits
-
-    def _check(self, pool: StatePool) -> None:
-        if pool.spec != self._spec or pool.device.type != "cpu":
-            raise ValueError("the pool was not made by this network's new_pool")
-
-    def _arguments(self, pool: StatePool, index: NDArray[np.int64]) -> NDArray[np.void]:
-        """A call's arguments as determined by network, pool and rows; the others are 0."""
-        a = self._fixed.copy()
-        a["sequences"], a["index"] = len(index), index.ctypes.data
-        a["pool_rows"] = pool.num_rows
-        for name in step.STATE:
-            tensor = pool.tensors.get(name)
-            a[name] = 0 if tensor is None else tensor.data_ptr()
-        return a
+    def _allocate_workspace(
+        self, tokens: int, rows: int, a: NDArray[np.void]
+    ) -> NDArray[np.float32]:
+        d, keys, values = (
+            int(a["d_emb"]),
+            int(a["heads"] * a["d_key"]),
+            int(a["heads"] * a["d_val"]),
+        )
+        widths = {
+            "x": d,
+            "normed": d,
+            "projected": 2 * keys + values,
+            "y": values,
+            "gates": 2 * d,
+            "glu": d,
+            "rank": DECAY_RANK,
+            "rates": keys,
+            "output_gate": values,
+        }
+        most = tokens + rows
+        workspace = np.empty(most * sum(widths.values()), np.float32)
+        address = workspace.ctypes.data
+        for name, width in widths.items():
+            a[name] = address
+            address += workspace.itemsize * most * width
+        return workspace
 
     def _fixed_arguments(self, network: Parts, unembed: PackedLinear) -> NDArray[np.void]:
         c = network.config
@@ -126,26 +118,3 @@ class CompiledNetwork:
             raise TypeError(f"not packed: {module}")
         self._kept.append(module)
         return module.addresses
-
-
-def _allocate_workspace(tokens: int, sequences: int, a: NDArray[np.void]) -> NDArray[np.float32]:
-    """Workspace for this many tokens, with its parts entered in `a`."""
-    d, keys, values = int(a["d_emb"]), int(a["heads"] * a["d_key"]), int(a["heads"] * a["d_val"])
-    widths = {
-        "x": d,
-        "normed": d,
-        "projected": 2 * keys + values,
-        "y": values,
-        "gates": 2 * d,
-        "glu": d,
-        "rank": DECAY_RANK,
-        "rates": keys,
-        "output_gate": values,
-    }
-    rows = tokens + sequences
-    workspace = np.empty(rows * sum(widths.values()), np.float32)
-    address = workspace.ctypes.data
-    for name, width in widths.items():
-        a[name] = address
-        address += workspace.itemsize * rows * width
-    return workspace

@@ -1,14 +1,13 @@
 """A network's `forward`, compiled for the CPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from model.batch import Batch
-from model.kernels.cpu.workers import run_on_threads
+from model.compiled import Compiled
 from model.kernels.linear import PackedLinear
 from model.rwkv7.config import Config
 from model.rwkv7.cpu import step
@@ -18,77 +17,45 @@ from model.state import StatePool
 Addresses = tuple[int, ...]
 
 
-class CompiledNetwork:
-    """Holds the addresses of the network's weights for the compiled code.
-
-    May be called from several threads at once, for different rows.
-    """
+class CompiledNetwork(Compiled):
+    """`Compiled` for this family."""
 
     def __init__(
         self, config: Config, weights: Weights, num_threads: Callable[[int, int], int]
     ) -> None:
         """The linear maps must be `PackedLinear`; the tensors must not be moved afterwards."""
         self._kept: list[object] = [weights]
-        self._config, self._num_threads = config, num_threads
-        self._spec = config.state_spec
+        self._config = config
         self.arithmetic = _packed(weights.head).arithmetic
         small = _packed(weights.layers[0].time_mix.gate.down).arithmetic
-        self._function = step.forward_function(
-            self.arithmetic, small, weights.embed.dtype, config.head_size
+        super().__init__(
+            step.forward_function(self.arithmetic, small, weights.embed.dtype, config.head_size),
+            self._fixed_arguments(weights),
+            config.state_spec,
+            config.vocab_size,
+            num_threads,
         )
-        self._fixed = self._fixed_arguments(weights)
 
     def forward(self, batch: Batch, pool: StatePool) -> Tensor:
         """`RWKV7.forward`. Raises ValueError for another network's pool."""
-        self._check(pool)
-        batch.check(self._config.vocab_size, pool.num_rows)
         index, read = np.array(batch.rows, np.int64), np.ascontiguousarray(batch.logits_at)
+        a = self._arguments(pool, index)
+        batch.check(self._vocab_sz, pool.num_rows)
         ids, starts = (np.ascontiguousarray(x) for x in (batch.token_ids, batch.starts))
         owner = np.repeat(np.arange(len(index)), batch.lengths)
-        logits = torch.empty(len(read), self._config.vocab_size)
-        a = self._arguments(pool, index)
-        space = self._space(len(ids), max(len(ids), len(read)), a)
         a["tokens"], a["ids"], a["starts"] = len(ids), ids.ctypes.data, starts.ctypes.data
         a["owner"] = owner.ctypes.data
-        a["num_read"], a["read"], a["logits"] = len(read), read.ctypes.data, logits.data_ptr()
-        run_on_threads(self._function, a, self._num_threads(len(ids), len(read)))
-        del space  # compiled code writes to it until here
-        return logits
+        a["num_read"], a["read"] = len(read), read.ctypes.data
+        return self._run(a, len(ids), max(len(ids), len(read)), len(read))
 
-    def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
-        """`RWKV7.logits`: one per row `[batch, vocab_size]`."""
-        self._check(pool)
-        index = pool.index(rows)
-        logits = torch.empty(len(rows), self._config.vocab_size)
-        a = self._arguments(pool, index)
-        space = self._space(0, len(rows), a)
-        a["logits"] = logits.data_ptr()
-        run_on_threads(self._function, a, self._num_threads(0, len(rows)))
-        del space  # compiled code writes to it until here
-        return logits
-
-    def _check(self, pool: StatePool) -> None:
-        if pool.spec != self._spec or pool.device.type != "cpu":
-            raise ValueError("the pool was not made by this network's new_pool")
-
-    def _arguments(self, pool: StatePool, index: NDArray[np.int64]) -> NDArray[np.void]:
-        """A call's arguments as determined by network, pool and rows; the others are 0."""
-        a = self._fixed.copy()
-        a["sequences"], a["index"] = len(index), index.ctypes.data
-        a["pool_rows"] = pool.num_rows
-        for name in step.STATE:
-            a[name] = pool.tensors[name].data_ptr()
-        return a
-
-    def _space(self, tokens: int, normed: int, a: NDArray[np.void]) -> NDArray[np.float32]:
-        """Workspace for this many tokens, with its parts entered in `a`.
-
-        `normed`: rows normed at a time, in a layer or for the head.
-        """
+    def _allocate_workspace(
+        self, tokens: int, rows: int, a: NDArray[np.void]
+    ) -> NDArray[np.float32]:
+        """rows: those normed at a time, in a layer or for the head."""
         c = self._config
         d = c.d_emb
         counts = {
-            "u": normed * d,
+            "u": rows * d,
             **dict.fromkeys(("x", "r", "k", "v", "v_first"), tokens * d),
             "mixed": 6 * tokens * d,
             "hidden": tokens * c.d_ffn,
@@ -97,12 +64,12 @@ class CompiledNetwork:
             "first_space": tokens * c.value_rank,
             "gate_space": tokens * c.gate_rank,
         }
-        space = np.empty(sum(counts.values()), np.float32)
-        address = space.ctypes.data
+        workspace = np.empty(sum(counts.values()), np.float32)
+        address = workspace.ctypes.data
         for name, count in counts.items():
             a[name] = address
-            address += space.itemsize * count
-        return space
+            address += workspace.itemsize * count
+        return workspace
 
     def _fixed_arguments(self, weights: Weights) -> NDArray[np.void]:
         c = self._config

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from model import compiled
 from model.batch import Batch
 from model.heinsen.config import ModelConfig
-from model.heinsen.cpu import serving
 from model.heinsen.network import LanguageModel
 from model.kernels import cuda
 from model.kernels.cpu import threads
@@ -51,7 +51,7 @@ def test_a_step_runs_on_the_threads_that_it_has_work_for(
 ) -> None:
     used = list[int]()
     monkeypatch.setattr(
-        serving, "run_on_threads", lambda _function, _a, threads: used.append(threads)
+        compiled, "run_on_threads", lambda _function, _a, threads: used.append(threads)
     )
     monkeypatch.setattr(threads, "WORTH_A_THREAD", 2 * network.num_parameters)
     packed = network.pack()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-sums = pytest.importorskip("model.heinsen.cpu.sums")
+sums = pytest.importorskip("model.kernels.cpu.sums")
 
 
 @pytest.mark.parametrize(("d_key", "d_val"), [(8, 32), (5, 19), (3, 2)])
