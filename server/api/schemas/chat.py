@@ -18,9 +18,9 @@ from server.api.schemas.base import (
     Unsupported,
 )
 from server.api.schemas.generation import (
+    ConversationRequest,
     Effort,
     GenerationRequest,
-    TemplateOptions,
     Timings,
     Usage,
 )
@@ -105,7 +105,7 @@ class PromptCacheOptions(RequestModel):
     )
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(ConversationRequest, GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"max_completion_tokens": 16}]})
@@ -134,16 +134,6 @@ class ChatRequest(GenerationRequest):
     reasoning_effort: Effort | None = Field(None, examples=["none"])
     """How much a thinking model thinks before it answers. none: not at all; minimal, low and
     medium: up to 128, 1,024 and 4,096 tokens; high and xhigh: without limit."""
-
-    chat_template_kwargs: TemplateOptions | None = Field(
-        None, examples=[{"enable_thinking": False}]
-    )
-    """Options of the chat template."""
-
-    thinking_token_budget: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(
-        None, examples=[0]
-    )
-    """Maximum tokens of thoughts; longer thoughts are closed. 0: none."""
 
     metadata: Annotated[dict[Text, Text], Field(fail_fast=True)] | None = Field(
         None, examples=[{"topic": "cats"}]
@@ -176,19 +166,6 @@ class ChatRequest(GenerationRequest):
     verbosity: Annotated[None, Unsupported("verbosity is not supported", "medium")] = None
     moderation: Annotated[None, Unsupported(NO_MODERATION)] = None
     web_search_options: Annotated[None, Unsupported("web search is not supported")] = None
-
-    @property
-    def is_chat(self) -> bool:
-        return True
-
-    @property
-    def enables_thinking(self) -> bool | None:
-        options = self.chat_template_kwargs
-        return None if options is None else options.enable_thinking
-
-    @property
-    def thinking_budget(self) -> int | None:
-        return self.thinking_token_budget
 
     @property
     def effort(self) -> Effort | None:

@@ -259,6 +259,33 @@ class SamplingRequest(RequestModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
+class ConversationRequest(SamplingRequest):
+    """Parameters of requests that use the chat template."""
+
+    chat_template_kwargs: TemplateOptions | None = Field(
+        None, examples=[{"enable_thinking": False}]
+    )
+    """Options of the chat template."""
+
+    thinking_token_budget: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(
+        None, examples=[0]
+    )
+    """Maximum tokens of thoughts; longer thoughts are closed. 0: none."""
+
+    @property
+    def is_chat(self) -> bool:
+        return True
+
+    @property
+    def enables_thinking(self) -> bool | None:
+        options = self.chat_template_kwargs
+        return None if options is None else options.enable_thinking
+
+    @property
+    def thinking_budget(self) -> int | None:
+        return self.thinking_token_budget
+
+
 class GenerationRequest(SamplingRequest):
     """Parameters of completions and chats."""
 

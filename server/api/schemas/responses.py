@@ -28,9 +28,8 @@ from server.api.schemas.chat import (
 )
 from server.api.schemas.generation import (
     NO_PADDING,
+    ConversationRequest,
     Effort,
-    SamplingRequest,
-    TemplateOptions,
     Timings,
 )
 from server.api.schemas.sessions import Metadata, Ttl
@@ -196,7 +195,7 @@ class Reasoning(RequestModel):
     generate_summary: Annotated[None, reasoning_option("auto")] = None
 
 
-class ResponseRequest(SamplingRequest):
+class ResponseRequest(ConversationRequest):
     """`POST /v1/responses`."""
 
     model_config = ConfigDict(
@@ -263,16 +262,6 @@ class ResponseRequest(SamplingRequest):
     reasoning: Reasoning | None = None
     """Thinking before the answer."""
 
-    chat_template_kwargs: TemplateOptions | None = Field(
-        None, examples=[{"enable_thinking": False}]
-    )
-    """Options of the chat template."""
-
-    thinking_token_budget: Annotated[int, Field(ge=0, le=LARGEST), WHOLE] | None = Field(
-        None, examples=[0]
-    )
-    """Maximum tokens of thoughts; longer thoughts are closed. 0: none."""
-
     tools: Annotated[None, Unsupported(NO_TOOLS, [])] = None
     tool_choice: Annotated[None, Unsupported(NO_TOOLS, "none", "auto")] = None
     parallel_tool_calls: Annotated[None, Unsupported(NO_TOOLS, False, True)] = None
@@ -289,19 +278,6 @@ class ResponseRequest(SamplingRequest):
     moderation: Annotated[None, Unsupported(NO_MODERATION)] = None
     access_programs: Annotated[None, Unsupported("access programs are not supported", {})] = None
     image: Annotated[None, Unsupported(TEXT_ONLY, {})] = None
-
-    @property
-    def is_chat(self) -> bool:
-        return True
-
-    @property
-    def enables_thinking(self) -> bool | None:
-        options = self.chat_template_kwargs
-        return None if options is None else options.enable_thinking
-
-    @property
-    def thinking_budget(self) -> int | None:
-        return self.thinking_token_budget
 
     @property
     def effort(self) -> Effort | None:
