@@ -5,7 +5,10 @@ from server.api.service import Service
 from server.engine.messages import ThinkingBudget
 from server.errors import InvalidRequest
 
-EFFORTS = {"none": 0, "minimal": 128, "low": 1024, "medium": 4096, "high": None, "xhigh": None}
+EFFORTS = {
+    **{"none": 0, "minimal": 128, "low": 1024, "medium": 4096},
+    **dict.fromkeys(("high", "xhigh", "max")),
+}
 """Maximum tokens of thoughts per effort; None: no limit."""
 
 

@@ -133,7 +133,7 @@ class ChatRequest(ConversationRequest, GenerationRequest):
 
     reasoning_effort: Effort | None = Field(None, examples=["none"])
     """How much a thinking model thinks before it answers. none: not at all; minimal, low and
-    medium: up to 128, 1,024 and 4,096 tokens; high and xhigh: without limit."""
+    medium: up to 128, 1,024 and 4,096 tokens; high, xhigh and max: without limit."""
 
     metadata: Annotated[dict[Text, Text], Field(fail_fast=True)] | None = Field(
         None, examples=[{"topic": "cats"}]

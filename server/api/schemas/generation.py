@@ -24,7 +24,7 @@ from server.api.schemas.structure import (
     StructuredOutputs,
 )
 
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 NO_PADDING = "events are not padded"
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -134,8 +134,11 @@ class SamplingRequest(RequestModel):
     """Among your waiting requests, smaller numbers go first. Default 0. Does not affect other keys'
     requests."""
 
-    service_tier: Literal["auto", "default", "flex"] | None = Field(None, examples=["flex"])
-    """flex: this request waits for all your others."""
+    service_tier: (
+        Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None
+    ) = Field(None, examples=["flex"])
+    """flex: this request waits for all your others. All other tiers are served as the default one,
+    which the answer names."""
 
     initial_state: Text | None = Field(None, examples=["poet"])
     """Start from this initial state of the server, by name; only for new conversations."""

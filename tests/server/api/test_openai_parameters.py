@@ -3,7 +3,8 @@ unknown."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Required, Union, get_args, get_origin, get_type_hints
 
 import httpx
 import pytest
@@ -63,6 +64,25 @@ def test_every_name_is_known(client: httpx.Client, path: str, name: str) -> None
         assert error.get("code") != "unknown_parameter" or error["param"].startswith(f"{name}.")
 
 
+def literals(kind: Any) -> list[str]:
+    """The strings that a parameter of this type may be."""
+    if get_origin(kind) is Literal:
+        return [value for value in get_args(kind) if isinstance(value, str)]
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType, Required) else ()
+    return [value for part in parts for value in literals(part)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", PARAMS)
+def test_every_word_is_known(client: httpx.Client, path: str) -> None:
+    hints = get_type_hints(PARAMS[path], include_extras=True)
+    words = [(name, word) for name, kind in hints.items() for word in literals(kind)]
+    for name, word in words:
+        status, answer = ask(client, path, **{name: word})
+        assert status == 200 or name == "model" or answer["code"] == "unsupported_parameter"
+    assert ("service_tier", "fast") in words or path == COMPLETIONS
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("path", "name"), NAMES)
 def test_null_asks_for_nothing(client: httpx.Client, path: str, name: str) -> None:
@@ -79,6 +99,7 @@ def test_null_asks_for_nothing(client: httpx.Client, path: str, name: str) -> No
         for changes in (
             {"service_tier": "auto"},
             {"service_tier": "flex"},
+            {"service_tier": "priority"},
             {"priority": -3},
             {"moderation": None},
             {"prompt_cache_options": {"mode": "explicit", "ttl": "30m"}},
