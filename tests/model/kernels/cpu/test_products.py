@@ -16,8 +16,7 @@ from model.kernels.linear import PackedLinear, narrow
 
 Floats = NDArray[np.float32]
 HERE = [a for a in FLOAT32 + NARROW if a.feature in {"", *features()}]
-each_arithmetic = pytest.mark.parametrize("kind", HERE, ids=lambda kind: kind.name)
-float32_first = pytest.mark.parametrize(
+each_arithmetic = pytest.mark.parametrize(
     "kind",
     [HERE[0], *(pytest.param(kind, marks=pytest.mark.long) for kind in HERE[1:])],
     ids=lambda kind: kind.name,
@@ -54,7 +53,7 @@ def rounded(values: Floats, dtype: WeightDtype) -> NDArray[np.float64]:
     return exact.double().numpy()
 
 
-@float32_first
+@each_arithmetic
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.sampled_from([1, 2, 3, 4, 5, TALL + 1, 8, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS + 5]),
