@@ -33,10 +33,8 @@ class Compiled(ABC):
         self._num_threads = num_threads
 
     @abstractmethod
-    def _allocate_workspace(
-        self, tokens: int, rows: int, a: NDArray[np.void]
-    ) -> NDArray[np.float32]:
-        """Workspace for this many tokens and other rows, with its parts entered in `a`."""
+    def _workspace_sizes(self, tokens: int, rows: int) -> dict[str, int]:
+        """Numbers of each part of the workspace, for this many tokens and other rows."""
 
     def logits(self, pool: StatePool, rows: Sequence[int]) -> Tensor:
         """The network's `logits`: one per row `[batch, vocab_sz]`."""
@@ -60,7 +58,12 @@ class Compiled(ABC):
     def _run(self, a: NDArray[np.void], tokens: int, rows: int, num_logits: int) -> Tensor:
         """Call the compiled code: logits `[num_logits, vocab_sz]`."""
         logits = torch.empty(num_logits, self._vocab_sz)
-        workspace = self._allocate_workspace(tokens, rows, a)
+        sizes = self._workspace_sizes(tokens, rows)
+        workspace = np.empty(sum(sizes.values()), np.float32)
+        address = workspace.ctypes.data
+        for name, size in sizes.items():
+            a[name] = address
+            address += workspace.itemsize * size
         a["logits"] = logits.data_ptr()
         run_on_threads(self._function, a, self._num_threads(tokens, num_logits))
         del workspace  # compiled code writes to it until here

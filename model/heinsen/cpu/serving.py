@@ -46,14 +46,9 @@ class CompiledNetwork(Compiled):
         a["num_read"] = len(read)
         return self._run(a, len(ids), len(index), len(read))
 
-    def _allocate_workspace(
-        self, tokens: int, rows: int, a: NDArray[np.void]
-    ) -> NDArray[np.float32]:
-        d, keys, values = (
-            int(a["d_emb"]),
-            int(a["heads"] * a["d_key"]),
-            int(a["heads"] * a["d_val"]),
-        )
+    def _workspace_sizes(self, tokens: int, rows: int) -> dict[str, int]:
+        d, heads, d_key, d_val = (int(self._fixed[n]) for n in ("d_emb", "heads", "d_key", "d_val"))
+        keys, values = heads * d_key, heads * d_val
         widths = {
             "x": d,
             "normed": d,
@@ -65,13 +60,7 @@ class CompiledNetwork(Compiled):
             "rates": keys,
             "output_gate": values,
         }
-        most = tokens + rows
-        workspace = np.empty(most * sum(widths.values()), np.float32)
-        address = workspace.ctypes.data
-        for name, width in widths.items():
-            a[name] = address
-            address += workspace.itemsize * most * width
-        return workspace
+        return {name: (tokens + rows) * width for name, width in widths.items()}
 
     def _fixed_arguments(self, network: Parts, unembed: PackedLinear) -> NDArray[np.void]:
         c = network.config

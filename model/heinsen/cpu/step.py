@@ -176,7 +176,6 @@ def _forward(a: Any, numbers: Any, embed_numbers: Any) -> None:
                 fetch(s[layer, row, head + 1], s_low[layer, row, head + 1])
             if shifts:
                 before[:] = projected[tokens + i, first : first + per_head]
-            if shifts:
                 for t in range(starts[i], starts[i + 1]):
                     mix(
                         projected[t, first : first + per_head],

@@ -48,13 +48,11 @@ class CompiledNetwork(Compiled):
         a["num_read"], a["read"] = len(read), read.ctypes.data
         return self._run(a, len(ids), max(len(ids), len(read)), len(read))
 
-    def _allocate_workspace(
-        self, tokens: int, rows: int, a: NDArray[np.void]
-    ) -> NDArray[np.float32]:
+    def _workspace_sizes(self, tokens: int, rows: int) -> dict[str, int]:
         """rows: those normed at a time, in a layer or for the head."""
         c = self._config
         d = c.d_emb
-        counts = {
+        return {
             "u": rows * d,
             **dict.fromkeys(("x", "r", "k", "v", "v_first"), tokens * d),
             "mixed": 6 * tokens * d,
@@ -64,12 +62,6 @@ class CompiledNetwork(Compiled):
             "first_space": tokens * c.value_rank,
             "gate_space": tokens * c.gate_rank,
         }
-        workspace = np.empty(sum(counts.values()), np.float32)
-        address = workspace.ctypes.data
-        for name, count in counts.items():
-            a[name] = address
-            address += workspace.itemsize * count
-        return workspace
 
     def _fixed_arguments(self, weights: Weights) -> NDArray[np.void]:
         c = self._config
