@@ -25,8 +25,15 @@ def start_stream(
 async def _run(stream: Stream, turn: AdmittedTurn, answer: Answer, shape: Shape[Any]) -> None:
     sink = EventSink(stream.log.append, shape.format, None, has_ids=True)
     status: StreamStatus = "failed"
+    delivering = asyncio.ensure_future(deliver_events(turn, answer, shape, sink))
     try:
-        if await deliver_events(turn, answer, shape, sink) == "ok":
+        while not delivering.done():
+            try:
+                await asyncio.wait([delivering])
+            except asyncio.CancelledError:
+                if not turn.is_committed:  # else it comes too late: readers see the end
+                    delivering.cancel()
+        if delivering.result() == "ok":
             status = "completed"
     except asyncio.CancelledError:
         status = "cancelled"
