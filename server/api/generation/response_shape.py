@@ -148,10 +148,11 @@ class ResponseShape(Shape[ResponseRequest]):
         """The response after an error or a cancellation."""
         cancelled = isinstance(error, Cancelled)
         reason = ResponseError(code=error.code or "server_error", message=error.message)
+        self._completed_at = self._completed_at or int(time.time())
         return self._first.model_copy(
             update={
                 "status": "cancelled" if cancelled else "failed",
-                "completed_at": int(time.time()),
+                "completed_at": self._completed_at,
                 "error": None if cancelled else reason,
             }
         )
