@@ -2,7 +2,7 @@
 
 K. Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024); scaled as in "Muon is
 scalable for LLM training" (arXiv 2502.16982), so that learning rate and weight decay mean what
-they mean to AdamW. `torch.optim.Muon` computes in bfloat16, which most CPUs are slow with.
+they mean to AdamW. `torch.optim.Muon` always computes in bfloat16, which many CPUs are slow with.
 """
 
 import math
@@ -20,13 +20,21 @@ class Muon(torch.optim.Optimizer):
     """For matrices whose inputs and outputs are activations: not for embeddings."""
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], weight_decay: float, momentum: float = 0.95
+        self,
+        groups: Iterable[dict[str, Any]],
+        weight_decay: float,
+        momentum: float = 0.95,
+        *,
+        bf16: bool = False,
     ) -> None:
         """`blocks` of a group: of how many matrices, rows below rows, each of its matrices is made,
         as the heads' projections are. The learning rate is each step's `param_groups[...]["lr"]`.
+
+        `bf16`: steps, but no weights and no momentum, are computed in bfloat16.
         """
         defaults = {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum, "blocks": 1}
         super().__init__(groups, defaults)
+        self._dtype = torch.bfloat16 if bf16 else torch.float32
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure
@@ -40,7 +48,8 @@ class Muon(torch.optim.Optimizer):
                 blocks = gradient.lerp(mean, momentum).unflatten(0, (group["blocks"], -1))
                 scale = 0.2 * math.sqrt(max(blocks.shape[1:]))
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(orthogonal(blocks).flatten(0, 1), alpha=-group["lr"] * scale)
+                step = orthogonal(blocks.to(self._dtype)).flatten(0, 1)
+                parameter.add_(step, alpha=-group["lr"] * scale)
 
 
 def orthogonal(x: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ class Trainer:
         bf16: bool = False,
         compiled: bool = False,
     ) -> None:
-        """`bf16`: matrix products outside of the attention run in bfloat16.
+        """`bf16`: matrix products outside of the attention run in bfloat16, the optimizer's too.
 
         `compiled`: for chunks of full length alone, to which shorter ones are padded.
         """
@@ -121,7 +121,7 @@ class Trainer:
         self.schedule = Schedule(
             recipe.learning_rate, warmup, recipe.tokens, recipe.start_tokens, recipe.final_share
         )
-        self.optimizers = new_optimizers(network, recipe.weight_decay)
+        self.optimizers = new_optimizers(network, recipe.weight_decay, bf16=bf16)
         self.tokens = recipe.start_tokens
         self.elapsed_s = 0.0
         """That steps took."""
@@ -195,7 +195,7 @@ class Trainer:
 
 
 def new_optimizers(
-    network: LanguageModel, weight_decay: float
+    network: LanguageModel, weight_decay: float, *, bf16: bool = False
 ) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the matrices of the layers, AdamW for the rest, of which only matrices decay."""
     c, layers = network.config, network.blocks
@@ -213,7 +213,8 @@ def new_optimizers(
         {"params": vectors, "weight_decay": 0.0},
     ]
     rest = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
-    return Muon([group for group in inner if group["params"]], weight_decay), rest
+    inner = [group for group in inner if group["params"]]
+    return Muon(inner, weight_decay, bf16=bf16), rest
 
 
 def encode_documents(
