@@ -18,6 +18,7 @@ from loadtest import (
     bench_mixed,
     bench_model,
     bench_neighbour,
+    bench_precision,
     bench_products,
     bench_worst,
 )
@@ -40,6 +41,7 @@ PARTS: dict[str, ModuleType] = {
     "model": bench_model,
     "products": bench_products,
     "drift": bench_drift,
+    "precision": bench_precision,
     "mixed": bench_mixed,
     "http": bench_http,
     "front": bench_front,

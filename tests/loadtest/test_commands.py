@@ -129,6 +129,7 @@ def test_a_capacity_that_is_none_is_said_so(server: LiveServer) -> None:
     [
         (("host", "--rows", "1", "--tokens", "5"), "tokens/s"),
         (("drift", "--tokens", "100000", "--steps", "1000"), "100,000"),
+        (("precision", "README.md", "--exact-tokens", "1024"), "1,024"),
         (("commits", "--turns", "2", "--together", "2", "--rounds", "1"), "sync"),
         (("http", "--streams", "2", "--tokens", "20", "--rounds", "1"), "2 streams: bare engine"),
         (("front", "--streams", "2", "--tokens", "5", "--rate", "1000"), "completions, 1 worker"),
