@@ -148,6 +148,11 @@ class Projected:
         return self.inputs[torch.arange(len(lengths), device=lengths.device), lengths]
 
 
+def log_decay(rates: Tensor) -> Tensor:
+    """log f of each key channel, from the layer's linear map."""
+    return on_grid(-FASTEST_DECAY * rates.sigmoid())
+
+
 class Layer(nn.Module):
     """x + FF2(attention(FF1(x))): the residual layer of the reference implementation.
 
@@ -198,8 +203,7 @@ class Layer(nn.Module):
         q, k, v = projected.unflatten(-1, (self.heads, -1)).split(self.split, -1)
         log_f = gate = None
         if self.decay is not None:
-            rates: Tensor = self.decay(u).to(x.dtype).sigmoid()
-            log_f = on_grid(-FASTEST_DECAY * rates).view(k.shape)
+            log_f = log_decay(self.decay(u).to(x.dtype)).view(k.shape)
         if self.gate is not None:
             gate = F.silu(self.gate(u))
         return Projected(q, k, v, log_f, gate, inputs)

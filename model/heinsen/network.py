@@ -17,7 +17,6 @@ from model import WeightDtype
 from model.batch import Batch
 from model.heinsen.attention import CHUNK, EMPTY, Attention, AttentionState, chunked
 from model.heinsen.config import ModelConfig
-from model.heinsen.cuda import unsupported_extensions
 from model.heinsen.layers import LatentPosition, Layer, NetworkState
 from model.kernels import cuda
 from model.kernels.cpu.threads import num_threads
@@ -63,9 +62,8 @@ class LanguageModel(nn.Module):
 
         Weights may be in any floating dtype and in a mapped file; they are converted one at a time.
 
-        On a CPU it is compiled, on a GPU it runs Triton kernels, unless it has extensions, which
-        stay in plain torch there. Results are the same up to the rounding of weights; it has no
-        gradients and cannot be saved afterwards.
+        On a CPU it is compiled, on a GPU it runs Triton kernels. Results are the same up to the
+        rounding of weights; it has no gradients and cannot be saved afterwards.
         """
         where = device or self.device
         reason = reason_not_compiled(where, self.embed.weight.dtype)
@@ -79,10 +77,9 @@ class LanguageModel(nn.Module):
             self.arithmetic = unembed.arithmetic.name
             return self
         if where.type == "cuda":
-            reason = unsupported_extensions(self.config)
-            if not reason and cuda.is_available():
+            if cuda.is_available():
                 return self.fuse(dtype, device)
-            reason = reason or "Triton is not installed"
+            reason = "Triton is not installed"
         self.backend = f"plain torch ({reason})"
         self.arithmetic = f"{dtype} x float32"
         if dtype != "float32":
@@ -94,12 +91,7 @@ class LanguageModel(nn.Module):
     def fuse(
         self, dtype: WeightDtype = "float32", device: torch.device | None = None
     ) -> "LanguageModel":
-        """`pack` into Triton kernels: for a GPU, or for a CPU in Triton's interpreter.
-
-        Raises ValueError naming extensions without kernels.
-        """
-        if missing := unsupported_extensions(self.config):
-            raise ValueError(missing)
+        """`pack` into Triton kernels: for a GPU, or for a CPU in Triton's interpreter."""
         from model.heinsen.cuda.serving import FusedNetwork
 
         self._unembed = unembed = self._narrow(NarrowLinear, dtype, device)

@@ -15,6 +15,7 @@ these are not.)
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,20 +35,26 @@ from model.heinsen.cuda.sums import read_token
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, rows: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: AttentionState,
+    rows: Tensor | None = None,
+    log_f: Tensor | None = None,
 ) -> Tensor:
     """One token per sequence, updating `state` in place.
 
-    q, k `[batch, heads, d_k]`, v `[batch, heads, d_v]`, contiguous in the last axis -> `[batch,
-    heads, d_v]`. Raises ValueError for unsupported tensors.
+    q, k, log_f `[batch, heads, d_k]`, v `[batch, heads, d_v]`, contiguous in the last axis ->
+    `[batch, heads, d_v]`. Raises ValueError for unsupported tensors.
     """
     _check(state)
     batch, heads, d_key = k.shape
     d_val = v.shape[2]
     y = q.new_empty((batch, heads, d_val))
     block_k, block_v = triton.next_power_of_2(d_key), triton.next_power_of_2(d_val)
+    falls = (None, 0, 0) if log_f is None else _strided(log_f)
     _step[batch, heads](
-        *_strided(q, k, v), _tensors(state), (state.z_low, state.s_low), rows, y,
+        *_strided(q, k, v), *falls, _tensors(state), (state.z_low, state.s_low), rows, y,
         d_key=d_key, d_val=d_val, block_k=block_k, block_v=block_v,
         # 32 elements of s per thread: a 32 x 32 head is one warp, and no reduction crosses warps.
         num_warps=min(max(block_k * block_v // 1024, 1), 16), enable_fp_fusion=False,
@@ -62,17 +69,22 @@ def chunked(
     state: AttentionState,
     rows: Tensor | None = None,
     lengths: Tensor | None = None,
+    log_f: Tensor | None = None,
 ) -> tuple[Tensor, AttentionState]:
     """Many tokens at once; chunks too steep for float32 are processed token by token.
 
-    q, k `[batch, tokens, heads, d_k]`, v `[batch, tokens, heads, d_v]`, contiguous in the last axis
-    -> y `[batch, tokens, heads, d_v]` and the state after the last token: with `rows`, `state`
-    itself, updated in place, else a new one. `lengths`, int32 `[batch]` on the device: tokens
-    beyond are padding, whose y is 0. Memory is linear in the number of tokens. Raises ValueError
-    for unsupported tensors.
+    q, k, log_f `[batch, tokens, heads, d_k]`, v `[batch, tokens, heads, d_v]`, contiguous in the
+    last axis -> y `[batch, tokens, heads, d_v]` and the state after the last token: with `rows`,
+    `state` itself, updated in place, else a new one. `lengths`, int32 `[batch]` on the device:
+    tokens beyond are padding, whose y is 0. Memory is linear in the number of tokens. Raises
+    ValueError for unsupported tensors.
     """
+    falls = None
+    if log_f is not None:
+        fallen, falls = _fall(log_f, lengths)
+        q, k = q + fallen, k - fallen
     strided = _strided(q, k, v)
-    before, state = _sum(k, v, state, rows, lengths, keep=True)
+    before, state = _sum(k, v, state, rows, lengths, falls, keep=True)
     batch, tokens, heads, d_key = k.shape
     d_val = v.shape[3]
     y = q.new_empty((batch, tokens, heads, d_val))
@@ -92,9 +104,27 @@ def absorb(
     state: AttentionState,
     rows: Tensor | None = None,
     lengths: Tensor | None = None,
+    log_f: Tensor | None = None,
 ) -> AttentionState:
     """The state after all tokens of k and v, as by `chunked`, without outputs."""
-    return _sum(k, v, state, rows, lengths, keep=False)[1]
+    falls = None
+    if log_f is not None:
+        fallen, falls = _fall(log_f, lengths)
+        k = k - fallen
+    return _sum(k, v, state, rows, lengths, falls, keep=False)[1]
+
+
+def _fall(log_f: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """D of each token `[batch, tokens, heads, d_k]`, and at each chunk's end `[batch, heads,
+    chunks, d_k]`: sums of few multiples of `GRID`, so that any order gives the same bits."""
+    batch, tokens, heads, d_key = log_f.shape
+    if lengths is not None:
+        padding = torch.arange(tokens, device=log_f.device) >= lengths.unsqueeze(1)
+        log_f = log_f.masked_fill(padding[..., None, None], 0.0)
+    chunks = triton.cdiv(tokens, CHUNK)
+    whole = F.pad(log_f, (0, 0, 0, 0, 0, chunks * CHUNK - tokens))
+    fallen = whole.view(batch, chunks, CHUNK, heads, d_key).cumsum(2)
+    return fallen.flatten(1, 2)[:, :tokens], fallen[:, :, -1].transpose(1, 2).contiguous()
 
 
 def _sum(
@@ -103,6 +133,7 @@ def _sum(
     state: AttentionState,
     rows: Tensor | None,
     lengths: Tensor | None,
+    falls: Tensor | None,
     keep: bool,
 ) -> tuple[AttentionState, AttentionState]:
     """Each chunk's own sums, or with `keep` the state before each chunk; and the end state.
@@ -129,7 +160,7 @@ def _sum(
         num_warps=num_warps, num_stages=1,
     )  # fmt: skip
     carry[heads, batch](
-        _tensors(sums), _tensors(state), (state.z_low, state.s_low), rows, lengths, tokens,
+        _tensors(sums), _tensors(state), (state.z_low, state.s_low), falls, rows, lengths, tokens,
         keep=keep, d_key=d_key, d_val=d_val, block_k=block_k, block_v=block_v,
         num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
@@ -165,8 +196,17 @@ def _block(size: int) -> int:
 
 
 @triton.jit(
-    do_not_specialize=["q_row", "q_head", "k_row", "k_head", "v_row", "v_head"],
-    do_not_specialize_on_alignment=["q", "k", "v", "rows"],
+    do_not_specialize=[
+        "q_row",
+        "q_head",
+        "k_row",
+        "k_head",
+        "v_row",
+        "v_head",
+        "f_row",
+        "f_head",
+    ],
+    do_not_specialize_on_alignment=["q", "k", "v", "log_f", "rows"],
 )
 def _step(
     q: tl.tensor,
@@ -178,6 +218,9 @@ def _step(
     v: tl.tensor,
     v_row: tl.tensor,
     v_head: tl.tensor,
+    log_f: tl.tensor,
+    f_row: tl.tensor,
+    f_head: tl.tensor,
     state: tl.tuple,
     low: tl.tuple,
     rows: tl.tensor,
@@ -194,7 +237,7 @@ def _step(
     row = row_of(rows, sequence)
     sequence = sequence.to(tl.int64)
     channels = channels_of(d_key, d_val, block_k, block_v)
-    _, vals, _, _, is_val, _ = channels
+    keys, vals, _, is_key, is_val, _ = channels
     y += (sequence * heads + head) * d_val + vals
     if row < 0:
         tl.store(y, tl.zeros([block_v], tl.float32), is_val)
@@ -209,6 +252,8 @@ def _step(
     )
     mt, zt, st, nt = load_state(state, place, channels, d_key, d_val)
     zt_low, st_low = load_low(low, place, channels, d_key, d_val)
+    if log_f is not None:
+        mt += tl.load(log_f + sequence * f_row + head * f_head + keys, is_key, other=0.0)
     yt, mt, zt, st, nt, zt_low, st_low = read_token(
         qt, kt, vt, mt, zt, st, nt, zt_low, st_low, log_values, compensated
     )

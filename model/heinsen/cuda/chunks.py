@@ -3,6 +3,8 @@
 `heinsen.attention.chunked` in three kernels: the sums of each chunk's own tokens; the state carried
 from chunk to chunk; the outputs of each chunk from the state before it. Only the second is
 sequential, with one sum per 64 tokens.
+
+If keys decay, these kernels get k - D and q + D, relative to the start of each chunk.
 """
 
 from typing import Any
@@ -22,7 +24,7 @@ from model.heinsen.cuda.memory import (
     store_low,
     store_state,
 )
-from model.heinsen.cuda.sums import EMPTY, add, exp, larger, ratio, read_token
+from model.heinsen.cuda.sums import EMPTY, add, exp, larger, raised, ratio, read_token
 
 CHUNK = tl.constexpr(attention.CHUNK)
 SMALLEST = tl.constexpr(attention.SMALLEST)
@@ -95,11 +97,14 @@ def sum_chunks(
     store_state(sums, place, (m, z, s, n), channels, d_key, d_val)
 
 
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["rows", "lengths"])
+@triton.jit(
+    do_not_specialize=["tokens"], do_not_specialize_on_alignment=["falls", "rows", "lengths"]
+)
 def carry(
     sums: tl.tuple,
     state: tl.tuple,
     low: tl.tuple,
+    falls: tl.tensor,
     rows: tl.tensor,
     lengths: tl.tensor,
     tokens: tl.tensor,
@@ -113,6 +118,8 @@ def carry(
 
     With `keep`, the chunk's sums are overwritten with the state before it, relative to its own
     references, so that nothing underflows. The next chunk's sums are prefetched.
+
+    falls: D at the end of each chunk `[batch, heads, chunks, d_key]`, or None.
     """
     log_values: tl.constexpr = state[3] is not None
     compensated: tl.constexpr = low[0] is not None
@@ -136,7 +143,7 @@ def carry(
             tl.debug_barrier()  # another thread may not have loaded yet what this one overwrites
             store_state(sums, first + chunk, (m, z, s, n), channels, d_key, d_val)
         m_before, n_before = m, n
-        m = larger(m_before, m_chunk)
+        m = raised(m_before, m_chunk)
         kept, kept_chunk = exp(m_before - m), exp(m_chunk - m)
         kept_s, kept_s_chunk = kept[:, None], kept_chunk[:, None]
         if log_values:
@@ -145,6 +152,9 @@ def carry(
             kept_s_chunk = kept_s_chunk * exp(n_chunk - n)[None, :]
         z, z_low = add(z * kept, z_chunk * kept_chunk, z_low, compensated)
         s, s_low = add(s * kept_s, s_chunk * kept_s_chunk, s_low, compensated)
+        if falls is not None:
+            keys, _, _, is_key, _, _ = channels
+            m += tl.load(falls + (first + chunk) * d_key + keys, is_key, other=0.0)
         chunk += 1
     tl.debug_barrier()
     store_state(state, place, (m, z, s, n), channels, d_key, d_val)

@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.batch import Batch
 from model.heinsen.attention import AttentionState
 from model.heinsen.cuda import attention, position
-from model.heinsen.layers import Layer, Parts
+from model.heinsen.layers import Layer, Parts, log_decay
 from model.kernels.cuda import linear
 from model.kernels.cuda.graphs import move, to_device
 from model.kernels.cuda.rows import write_rows
@@ -39,8 +40,13 @@ class Block(NamedTuple):
 
     norm: linear.NormWeights
     project: Product
-    gate: Product
+    glu: Product
     merge: Product
+    mix: Tensor | None
+    decay: tuple[Product, ...]
+    """To a low rank, and from there to log f; empty without."""
+
+    gate: Product | None
 
     @staticmethod
     def of(layer: Layer) -> "Block":
@@ -49,6 +55,9 @@ class Block(NamedTuple):
             Product.of(layer.feedforward1[1]),
             Product.of(layer.feedforward2[0]),
             Product.of(layer.feedforward2[2]),
+            layer.mix,
+            tuple(map(Product.of, layer.decay or ())),
+            None if layer.gate is None else Product.of(layer.gate),
         )
 
 
@@ -70,6 +79,11 @@ class PromptGroup:
         """Their slice of x `[all, ...]`: `[prompts, tokens, ...]`."""
         count, tokens = self.sizes
         return x[self.first : self.first + count * tokens].view(count, tokens, *x.shape[1:])
+
+    def last_of(self, x: Tensor) -> Tensor:
+        """Each prompt's last token in x: `[prompts, ...]`."""
+        prompts = torch.arange(self.sizes[0], device=x.device)
+        return self.of(x)[prompts, self.lengths.long() - 1]
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,8 @@ class Layout:
 
 
 class FusedNetwork:
-    """Four launches per layer. Rows of a pool are read and written in place."""
+    """Four launches per layer, some more with extensions. Rows of a pool are read and written in
+    place."""
 
     def __init__(self, network: Parts, unembed: NarrowLinear) -> None:
         """All linear maps of the network must be `NarrowLinear`."""
@@ -144,9 +159,7 @@ class FusedNetwork:
         gates = linear.linear(self._embed, *self._position, ids=token_ids)
         x = position.step(gates, self._embed, token_ids, pool.tensors["h"][0], rows)
         for block, state in zip(self._blocks, states, strict=True):
-            q, k, v = self._project(block, x, x.shape[:1])
-            y = attention.step(q, k, v, state, rows)
-            x = self._merge(block, x, y.flatten(1))
+            x = self._layer(block, state, x, rows)
         write_rows(x, pool.tensors["last"][0], rows)
         return linear.linear(x, *self._unembed, norm=self._norm, out=logits)
 
@@ -172,18 +185,10 @@ class FusedNetwork:
             own = group.of(gates), self._embed, group.ids, h, group.rows, group.lengths
             group.of(x)[:] = position.scan(*own)
         for block, state in zip(self._blocks, states, strict=True):
-            q, k, v = self._project(block, x, x.shape[:1])
-            y = torch.empty_like(v, memory_format=torch.contiguous_format)
-            if count:
-                y[:count] = attention.step(q[:count], k[:count], v[:count], state, rows)
-            for group in layout.groups:
-                each = group.of(q), group.of(k), group.of(v)
-                group.of(y)[:], _ = attention.chunked(*each, state, group.rows, group.lengths)
-            x = self._merge(block, x, y.flatten(1))
+            x = self._layer(block, state, x, rows, layout.groups)
         write_rows(x[:count], pool.tensors["last"][0], rows)
         for group in layout.groups:
-            ends = torch.arange(group.sizes[0], device=x.device), group.lengths.long() - 1
-            write_rows(group.of(x)[ends], pool.tensors["last"][0], group.rows)
+            write_rows(group.last_of(x), pool.tensors["last"][0], group.rows)
         wanted = to_device(layout.places[batch.logits_at].tolist(), torch.int64, pool.device)
         return linear.linear(x[wanted], *self._unembed, norm=self._norm)
 
@@ -192,18 +197,39 @@ class FusedNetwork:
         x = pool.tensors["last"][0].index_select(0, self._index(pool, rows))
         return linear.linear(x, *self._unembed, norm=self._norm)
 
-    def _project(
-        self, block: Block, x: Tensor, sizes: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x `[tokens, d_emb]` -> q, k `[*sizes, heads, d_k]` and v: views of one tensor."""
-        c = self.config
-        projected = linear.linear(x, *block.project, norm=block.norm).view(*sizes, c.n_heads, -1)
-        q, k, v = projected.tensor_split((c.d_key, 2 * c.d_key), -1)
-        return q, k, v
-
-    def _merge(self, block: Block, x: Tensor, y: Tensor) -> Tensor:
-        gated = linear.linear(y, *block.gate, glu=True)
-        return linear.linear(gated, *block.merge, residual=x)
+    def _layer(
+        self,
+        block: Block,
+        state: AttentionState,
+        x: Tensor,
+        rows: Tensor,
+        groups: Sequence[PromptGroup] = (),
+    ) -> Tensor:
+        """`Layer.forward` of x `[tokens, d_emb]`: a token of each of `rows`, then the groups'."""
+        c, count = self.config, len(rows)
+        if c.extensions:
+            u = F.layer_norm(x, x.shape[1:], *block.norm)
+            projected = _project(block, u, state, rows, groups)
+        else:
+            u, projected = x, linear.linear(x, *block.project, norm=block.norm)
+        q, k, v = projected.view(len(x), c.n_heads, -1).tensor_split((c.d_key, 2 * c.d_key), -1)
+        rates = u
+        for product in block.decay:
+            rates = linear.linear(rates, *product)
+        log_f = log_decay(rates).view(k.shape) if block.decay else None
+        parts = []
+        if count:
+            fall = None if log_f is None else log_f[:count]
+            parts.append(attention.step(q[:count], k[:count], v[:count], state, rows, fall))
+        for group in groups:
+            each = group.of(q), group.of(k), group.of(v)
+            fall = None if log_f is None else group.of(log_f)
+            y, _ = attention.chunked(*each, state, group.rows, group.lengths, fall)
+            parts.append(y.flatten(0, 1))
+        y = (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+        if block.gate is not None:
+            y *= F.silu(linear.linear(u, *block.gate))
+        return linear.linear(linear.linear(y, *block.glu, glu=True), *block.merge, residual=x)
 
     def _states(self, pool: StatePool) -> tuple[AttentionState, ...]:
         """Views of the pool, layer by layer."""
@@ -218,6 +244,34 @@ class FusedNetwork:
         if min(rows) < 0 or max(rows) >= pool.num_rows or len(set(rows)) != len(rows):
             raise IndexError(f"rows {list(rows)} of {pool.num_rows}")
         return to_device(rows, torch.int32, pool.device)
+
+
+def _project(
+    block: Block,
+    u: Tensor,
+    state: AttentionState,
+    rows: Tensor,
+    groups: Sequence[PromptGroup],
+) -> Tensor:
+    """Projections of the normed inputs u, with token shift mixed with those of the tokens before
+    them, and the state's `previous` inputs replaced."""
+    if block.mix is None or state.previous is None:
+        return linear.linear(u, *block.project)
+    count = len(rows)
+    first = torch.cat([rows, *(group.rows for group in groups)]).clamp(min=0)
+    both = linear.linear(torch.cat([u, state.previous.index_select(0, first)]), *block.project)
+    now, carried = both[: len(u)], both[len(u) :]
+    before = torch.empty_like(now)
+    before[:count] = carried[:count]
+    write_rows(u[:count], state.previous, rows)
+    for group in groups:
+        end = count + group.sizes[0]
+        own = group.of(before)
+        own[:, 0], own[:, 1:] = carried[count:end], group.of(now)[:, :-1]
+        write_rows(group.last_of(u), state.previous, group.rows)
+        count = end
+    mixed: Tensor = now + block.mix * (before - now)
+    return mixed
 
 
 def _norm(module: nn.Module) -> linear.NormWeights:

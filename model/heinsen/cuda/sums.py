@@ -34,6 +34,13 @@ def larger(a: tl.tensor, b: tl.tensor) -> Any:
 
 
 @triton.jit
+def raised(m: tl.tensor, k: tl.tensor) -> Any:
+    """The smallest m + integer that is at least m and k; `model.heinsen.attention._raised`."""
+    below = tl.floor(m)
+    return larger(m, tl.ceil(k - (m - below)) - (below - m))
+
+
+@triton.jit
 def exp(x: tl.tensor) -> Any:
     """exp(x) for x <= 0, to 2 or 3 ulp for any |x|; 0 below -87.
 
@@ -106,7 +113,7 @@ def read_token(
     unchanged without log values, and so are z_low and s_low without `compensated`.
     """
     m_before = m
-    m = larger(m_before, tl.ceil(k))
+    m = raised(m_before, k)
     kept, weight = exp(m_before - m), exp(k - m)
     if log_values:
         n_before = n

@@ -21,6 +21,7 @@ from tests.model.heinsen.test_attention import (
     Tokens,
     assert_near,
     both_values,
+    cases,
     doubled,
     empty,
     normal,
@@ -64,9 +65,8 @@ def assert_papers_state(found: AttentionState, h_s: Tensor, h_z: Tensor, log_val
         assert_near(ours_s.double().exp(), h_s.exp(), float(h_s.exp().max()))
 
 
-@each_form
+@cases([1, 2, 63, 65, 200], chunks=[2, 150], steps=[3], oracle=True)
 @both_values
-@pytest.mark.parametrize("tokens", [1, 2, 63, 65, 200])
 @pytest.mark.parametrize("most", [0.5, 2.0])
 def test_every_form_is_the_recurrence(
     form: Attention, tokens: int, log_values: bool, most: float
@@ -133,10 +133,12 @@ def test_gradients_are_those_of_the_definition(
         assert_near(ours, theirs, max(1.0, float(theirs.abs().max())))
 
 
-@each_form
+@cases([130], chunks=[130], steps=[3], oracle=True)
 @both_values
-def test_without_a_fall_it_is_the_papers_to_the_bit(form: Attention, log_values: bool) -> None:
-    q, k, v = normal(130)
+def test_without_a_fall_it_is_the_papers_to_the_bit(
+    form: Attention, tokens: int, log_values: bool
+) -> None:
+    q, k, v = normal(tokens)
     plain, end = form(q, k, v, empty(log_values))
     y, same = form(q, k, v, empty(log_values), torch.zeros_like(k))
     assert torch.equal(y, plain)

@@ -238,28 +238,6 @@ def test_packed_it_is_compiled_and_computes_the_same(chosen: tuple[str, ...], va
         assert_logits(step(packed, IDS[:, place], pool, [1, 0]), wanted[:, place])
 
 
-def test_without_kernels_for_it_a_gpu_runs_plain_torch_and_says_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("model.heinsen.network.cuda.is_available", lambda: True)
-    packed = copy.deepcopy(network(("decay", "output_gate")))
-    with monkeypatch.context() as patched:
-        patched.setattr(LanguageModel, "device", torch.device("cuda"))
-        packed.pack()
-    assert packed.backend == "plain torch (no Triton kernels for decay, output_gate)"
-    pool = packed.new_pool(2)
-    prefill(packed, IDS, [LENGTH - 1] * 2, pool, [0, 1])
-    wanted = expected(("decay", "output_gate"))[:, -1]
-    assert_logits(step(packed, IDS[:, -1], pool, [0, 1]), wanted)
-
-
-@each_network
-def test_triton_kernels_refuse_what_they_do_not_compute(chosen: tuple[str, ...]) -> None:
-    refused = copy.deepcopy(network(chosen))
-    with pytest.raises(ValueError, match=f"no Triton kernels for {', '.join(chosen)}$"):
-        refused.fuse()
-
-
 def test_a_new_networks_decays_are_spread_and_bounded() -> None:
     made = network(("decay",))
     x = torch.randn(3, 40, 24) * 100

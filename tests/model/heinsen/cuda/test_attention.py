@@ -216,6 +216,46 @@ def test_a_state_may_have_no_compensation_terms(log_values: bool, device: torch.
     assert end.s_low is None
 
 
+def rebased(state: AttentionState, other: AttentionState) -> AttentionState:
+    """The same sums relative to the other's maxima, without compensation terms."""
+    kept = (state.m - other.m).exp()
+    kept_s = kept.unsqueeze(-1)
+    if state.n is not None and other.n is not None:
+        kept_s = kept_s * (state.n - other.n).exp().unsqueeze(-2)
+    return AttentionState(other.m, state.z * kept, state.s * kept_s, other.n)
+
+
+@both_values
+@pytest.mark.parametrize("slope", [0.0, 1.5])
+def test_decaying_keys_are_as_in_torch_and_cuts_change_no_bit(
+    slope: float, log_values: bool, device: torch.device
+) -> None:
+    """In rows of a pool, with a length, where nobody's memory follows."""
+    q, k, v = projected(2, 140, device, heads=1)
+    k = ramp(k.cpu(), slope).to(device)
+    fall = attention.on_grid(-0.5 * torch.rand(k.shape, device=device))
+    for x in (q, k, v, fall):
+        x[1, 70:] = torch.nan
+    rows, lengths = indices([3, 1], device), indices([140, 70], device)
+    state, cut, expected = (pool(4, log_values, device, heads=1) for _ in range(3))
+    y, _ = chunked(q, k, v, state, rows, lengths, fall)
+    parts = []
+    for start, stop in ((0, 64), (64, 140)):
+        piece, left = (slice(None), slice(start, stop)), (lengths - start).clamp(max=stop - start)
+        parts.append(chunked(q[piece], k[piece], v[piece], cut, rows, left, fall[piece])[0])
+    assert torch.equal(torch.cat(parts, 1), y)
+    assert_equal(cut, state)
+    for i, (row, length) in enumerate(((3, 140), (1, 70))):
+        qi, ki, vi, falls = (x[i : i + 1, :length] for x in (q, k, v, fall))
+        before = expected.select(slice(row, row + 1))
+        wanted, after = attention.chunked(qi, ki, vi, before, falls)
+        assert_near(y[i, :length], wanted[0])
+        assert_same(rebased(state.select(slice(row, row + 1)), after), after)
+    absorbed = pool(4, log_values, device, heads=1)
+    absorb(k, v, absorbed, rows, lengths, fall)
+    assert_equal(absorbed, state)
+
+
 def test_no_tokens_leave_the_state(device: torch.device) -> None:
     q, k, v = (x[:, :0] for x in projected(2, 1, device))
     state = pool(2, True, device)
