@@ -90,6 +90,7 @@ def main(
     train_characters: Annotated[
         int, typer.Option(help="Of each file, from its start.")
     ] = 6_000_000,
+    bf16: Annotated[bool, typer.Option(help="Matrix products in bfloat16.")] = False,
 ) -> None:
     """Train every variant with every seed, and save the bits per byte of held-out text."""
     variants = variant or list(VARIANTS)
@@ -114,7 +115,7 @@ def main(
             weight_decay=0.1,
             seed=seed,
         )
-        trainer = Trainer(network, documents, recipe)
+        trainer = Trainer(network, documents, recipe, bf16=bf16)
         started, losses = time.process_time(), list[float]()
         while trainer.tokens < tokens:
             losses.append(trainer.step())
@@ -134,6 +135,7 @@ def main(
             "d_emb": network.config.d_emb,
             "loss": round(sum(losses[-50:]) / len(losses[-50:]), 4),
             "cpu_s": round(cpu_s),
+            "bf16": bf16,
             "recipe": dataclasses.asdict(recipe),
         }
         with results.open("a", encoding="utf-8") as file:
