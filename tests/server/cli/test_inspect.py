@@ -112,18 +112,30 @@ def test_a_whole_state_is_shown(
     assert second[1:] == ["" if tensor.shape[0] == 1 else "5" for tensor in by_name]
 
 
-def test_the_default_checkpoint_and_a_foreign_state(file: Path, blob: bytes, codec: Codec) -> None:
+def test_a_foreign_state_of_the_same_tensors(
+    file: Path, blob: bytes, codec: Codec, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    with (other / "config.json").open("a") as config:
+        config.write("\n")  # another fingerprint
     for content, checksum in ((blob, "ok"), (rewritten(blob, position="71"), "WRONG")):
-        file.write_bytes(content)
-        done = latentd("inspect", file)
+        done = inspect(file, content, other)
         assert done.exit_code == 1
         shown = fields(done.stdout)
         assert shown["fingerprint"] == codec.fingerprint
-        assert shown["model"] == f"another one; this model is {checkpoints.fingerprint(PRETRAINED)}"
+        assert shown["model"] == f"another one; this model is {checkpoints.fingerprint(other)}"
         assert shown["checksum"] == checksum
         assert ["m", "float32"] in [row[:2] for row in cells(done.stdout)]
         theirs = codec.fingerprint[:12]
         assert verdict(done.stdout).startswith(f"not importable: it belongs to model {theirs}")
+
+
+def test_the_default_checkpoint_is_what_a_state_is_compared_with(file: Path, blob: bytes) -> None:
+    file.write_bytes(blob)
+    done = latentd("inspect", file)
+    assert done.exit_code == 1
+    model = checkpoints.fingerprint(PRETRAINED)
+    assert fields(done.stdout)["model"] == f"another one; this model is {model}"
 
 
 def test_a_model_of_linear_values_has_other_tensors(
