@@ -123,7 +123,7 @@ def _fall(log_f: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         log_f = log_f.masked_fill(padding[..., None, None], 0.0)
     chunks = triton.cdiv(tokens, CHUNK)
     whole = F.pad(log_f, (0, 0, 0, 0, 0, chunks * CHUNK - tokens))
-    fallen = whole.view(batch, chunks, CHUNK, heads, d_key).cumsum(2)
+    fallen = whole.reshape(batch, chunks, CHUNK, heads, d_key).cumsum(2)
     return fallen.flatten(1, 2)[:, :tokens], fallen[:, :, -1].transpose(1, 2).contiguous()
 
 
