@@ -238,6 +238,21 @@ def test_packed_it_is_compiled_and_computes_the_same(chosen: tuple[str, ...], va
         assert_logits(step(packed, IDS[:, place], pool, [1, 0]), wanted[:, place])
 
 
+def test_without_triton_a_gpu_runs_plain_torch_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("model.heinsen.network.cuda.is_available", lambda: False)
+    packed = copy.deepcopy(network(("decay", "output_gate")))
+    with monkeypatch.context() as patched:
+        patched.setattr(LanguageModel, "device", torch.device("cuda"))
+        packed.pack()
+    assert packed.backend == "plain torch (Triton is not installed)"
+    pool = packed.new_pool(2)
+    prefill(packed, IDS, [LENGTH - 1] * 2, pool, [0, 1])
+    wanted = expected(("decay", "output_gate"))[:, -1]
+    assert_logits(step(packed, IDS[:, -1], pool, [0, 1]), wanted)
+
+
 def test_a_new_networks_decays_are_spread_and_bounded() -> None:
     made = network(("decay",))
     x = torch.randn(3, 40, 24) * 100
