@@ -2,12 +2,13 @@
 
     python -m model.training.requests --out requests.txt tales.txt titled.jsonl
 
-The request names a subject that the story opens with and keeps mentioning, or its title.
+A request names what the story keeps mentioning, or its title. Each story is the answer to several,
+so that only the request tells which of its subjects comes first.
 """
 
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Annotated
 
@@ -43,11 +44,11 @@ CALLED = (
     "{}",
 )
 
-BEGINNING = 250
-"""A subject must first appear within this many characters."""
-
 MENTIONS = 3
 """Minimum number of times a story mentions its subject."""
+
+TOGETHER = 0.2
+"""Share of the requests for two subjects."""
 
 BOUNDARY = (
     r"(?= (?:who|that|which|named|called|and|but|was|were|is|went|had|saw|found|in|with|wanted"
@@ -55,20 +56,23 @@ BOUNDARY = (
     r"|[.,!?])"
 )
 SUBJECT = re.compile(rf"\b(?:[Aa]n?|[Tt]wo|[Tt]hree) (?:[a-z-]+ ){{0,2}}?[a-z-]+{BOUNDARY}")
+KNOWN = re.compile(rf"\b(?:[Tt]he|[Hh]is|[Hh]er|[Tt]heir|[Mm]y) ([a-z-]+){BOUNDARY}")
 NAMED = re.compile(r" (?:named|called) [A-Z][a-z]+")
 
 
-def subjects(story: str) -> list[str]:
-    """Subjects that the beginning introduces and the story mentions repeatedly: "a fat king"."""
+def subjects(story: str) -> dict[str, list[str]]:
+    """What the story mentions repeatedly, as noun and phrases: "king", ["a fat king"]."""
     words = Counter(re.findall(r"[a-z-]+", story.lower()))
-    found = []
-    for match in SUBJECT.finditer(story[:BEGINNING]):
+    found = defaultdict[str, list[str]](list)
+    for match in SUBJECT.finditer(story):
         phrase = match.group()
-        if words[phrase.split()[-1]] >= MENTIONS:
-            found.append(phrase[0].lower() + phrase[1:])
-            if name := NAMED.match(story, match.end()):
-                found.append(found[-1] + name.group())
-    return found
+        found[phrase.split()[-1]].append(phrase[0].lower() + phrase[1:])
+        if name := NAMED.match(story, match.end()):
+            found[phrase.split()[-1]].append(phrase[0].lower() + phrase[1:] + name.group())
+    for noun in KNOWN.findall(story):
+        if not noun.endswith("s"):
+            found[noun].append(f"{'an' if noun[0] in 'aeio' else 'a'} {noun}")
+    return {noun: found[noun] for noun in found if words[noun] >= MENTIONS}
 
 
 def chat(request: str, answer: str) -> str:
@@ -76,26 +80,40 @@ def chat(request: str, answer: str) -> str:
     return f"<|user|>{request}<|end|><|assistant|>{answer}<|end|>"
 
 
-def requests(file: Path, generator: random.Random) -> list[str]:
-    """A chat for each story of a file with a subject or, in a `.jsonl`, a title."""
+def requests(file: Path, generator: random.Random, most: int) -> list[str]:
+    """Chats for the stories of a file that have subjects or, in a `.jsonl`, a title.
+
+    As many as `most` for a story, each for another noun; one that few stories have is likelier.
+    """
     chats = []
-    for story in read_documents(file):
+    stories = read_documents(file)
+    counts = Counter(noun for story in stories for noun in subjects(story))
+    for story in stories:
         title, _, text = story.partition("\n\n") if file.suffix == ".jsonl" else ("", "", story)
-        asked = [pattern.format(subject) for subject in subjects(text) for pattern in ABOUT]
-        asked += [pattern.format(title) for pattern in CALLED if title]
-        if asked:
-            chats.append(chat(generator.choice(asked), text))
+        phrases = subjects(text)
+        # The least of exponential variates is a draw in proportion to their rates.
+        nouns = sorted(phrases, key=lambda noun: generator.expovariate(1 / counts[noun]))
+        asked = []
+        for noun in nouns[:most]:
+            subject = generator.choice(phrases[noun])
+            if len(nouns) > 1 and generator.random() < TOGETHER:
+                other = generator.choice([each for each in nouns if each != noun])
+                subject += f" and {generator.choice(phrases[other])}"
+            asked.append(generator.choice(ABOUT).format(subject))
+        asked += [generator.choice(CALLED).format(title)] if title else []
+        chats += [chat(request, text) for request in asked]
     return chats
 
 
 def main(
     files: Annotated[list[Path], typer.Argument(help="Stories (.txt, .jsonl).")],
     out: Annotated[Path, typer.Option(help="Text file to train on.")],
+    most: Annotated[int, typer.Option(min=1, help="Requests for a story, at most.")] = 3,
     seed: int = 0,
 ) -> None:
     """Write the chats in random order."""
     generator = random.Random(seed)
-    chats = [chat for file in files for chat in requests(file, generator)]
+    chats = [chat for file in files for chat in requests(file, generator, most)]
     generator.shuffle(chats)
     write_file(out, SEPARATOR.join(chats).encode())
     print(f"{len(chats):,} requests with their answers")

@@ -47,6 +47,9 @@ LINES_TEMPLATE = """\
 """
 MAX_WARMUP_TOKENS = 100_000
 TRAIN_STATE = "train_state.pt"
+MOST_SKIPPED = 10
+"""Steps in a row without finite gradients."""
+
 ENCODE_BATCH = 64
 """Texts: what the tokenizer returns takes far more memory than its token ids."""
 
@@ -125,11 +128,17 @@ class Trainer:
         self.tokens = recipe.start_tokens
         self.elapsed_s = 0.0
         """That steps took."""
+        self.num_skipped = 0
+        """Steps in a row that changed no weight, up to now."""
         self._fresh = network.empty_state(recipe.lanes)
         self._state = self._fresh
 
     def step(self) -> float:
-        """One optimizer step on one chunk of every lane; the mean loss in nats per token."""
+        """One optimizer step on one chunk of every lane; the mean loss in nats per token.
+
+        If gradients are not finite, no weight changes, and the lanes go on from fresh states.
+        Raises ArithmeticError if that happens `MOST_SKIPPED` times in a row.
+        """
         started = time.monotonic()
         network, batch = self.network, self.lanes.next()
         missing = (0, max(0, self._least_tokens - batch.inputs.shape[1]))
@@ -147,10 +156,17 @@ class Trainer:
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         network.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self._state = state.detach()
+        if nn.utils.clip_grad_norm_(network.parameters(), 1.0).isfinite():
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self._state, self.num_skipped = state.detach(), 0
+        else:
+            self._state, self.num_skipped = self._fresh, self.num_skipped + 1
+            if self.num_skipped == MOST_SKIPPED:
+                raise ArithmeticError(
+                    f"the gradients of {MOST_SKIPPED} steps in a row are not finite;"
+                    " try a lower learning rate"
+                )
         self.tokens += int((batch.targets >= 0).sum())
         self.elapsed_s += time.monotonic() - started
         return float(loss.detach())
@@ -427,7 +443,14 @@ def main(
         saved, saved_tokens, smooth = time.monotonic(), trainer.tokens, math.nan
         while not trainer.is_done:
             before, started = trainer.tokens, time.monotonic()
-            loss = trainer.step()
+            try:
+                loss = trainer.step()
+            except ArithmeticError as error:
+                console.print(f"error: {error}", style="red", markup=False)
+                raise typer.Exit(1) from error
+            if trainer.num_skipped:
+                console.print(f"{before:,} tokens: a step without finite gradients is skipped")
+                continue
             smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
             speed = (trainer.tokens - before) / (time.monotonic() - started)
             progress.update(task, completed=trainer.tokens, speed=speed, loss=smooth)

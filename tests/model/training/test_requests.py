@@ -1,6 +1,8 @@
 """Stories become requests for them, in the same tokens that the server uses for a chat."""
 
 import json
+import random
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from model.training.requests import CHAT_TEMPLATE, chat, subjects
 from model.training.train import SPECIAL_TOKENS
 from server.api.conversation import ChatMessage, Conversation
 
-KING = "Once upon a time, there was a fat king named Otto. The king ate. A cat saw the king."
+KING = (
+    "There was a fat king named Otto. The king sang, and the cat came. The king fed the cat. A cat!"
+)
 MOST = 500
 """Tokens of a prompt."""
 
@@ -22,14 +26,37 @@ MOST = 500
 @pytest.mark.parametrize(
     ("story", "expected"),
     [
-        (KING, ["a fat king", "a fat king named Otto"]),
-        ("A king came. The king and his two dogs ate.", []),
-        ("Two little cats. Cats sleep, and cats eat.", ["two little cats"]),
-        ("x" * requests.BEGINNING + " " + KING, []),
+        (KING, {"king": ["a fat king", "a fat king named Otto"], "cat": ["a cat", "a cat"]}),
+        ("A king came. The king and his two dogs ate.", {}),
+        ("Two little cats. Cats sleep, and cats eat.", {"cats": ["two little cats"]}),
+        ("Her owl was. Owl, owl!", {"owl": ["an owl"]}),
     ],
 )
-def test_a_subject_is_named_first_and_again(story: str, expected: list[str]) -> None:
-    assert subjects(story) == expected
+def test_a_subject_is_mentioned_repeatedly(story: str, expected: dict[str, list[str]]) -> None:
+    found = subjects(story)
+    assert {noun: found[noun][:2] for noun in found} == expected
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_each_request_for_a_story_has_another_noun(tmp_path: Path, most: int) -> None:
+    tales = tmp_path / "tales.txt"
+    tales.write_text(KING, "utf-8")
+    for seed in range(20):
+        asked = [
+            re.findall("king|cat", made.partition("<|end|>")[0])
+            for made in requests.requests(tales, random.Random(seed), most)
+        ]
+        assert len(asked) == most
+        assert len({nouns[0] for nouns in asked}) == most
+        assert all(len(set(nouns)) == len(nouns) for nouns in asked)
+
+
+def test_what_few_stories_have_is_asked_for_more_often(tmp_path: Path) -> None:
+    tales = tmp_path / "tales.txt"
+    tales.write_text("<|endoftext|>".join([KING] + ["A cat. A cat. A cat."] * 20), "utf-8")
+    asked = [requests.requests(tales, random.Random(seed), 1)[0] for seed in range(40)]
+    kings = sum("king" in made.partition("<|end|>")[0] for made in asked)
+    assert kings > 30
 
 
 def test_a_chat_is_what_the_template_makes_of_it() -> None:
@@ -58,10 +85,10 @@ def test_the_command_writes_each_story_with_its_request(tmp_path: Path) -> None:
     application = typer.Typer()
     application.command()(requests.main)
     done = CliRunner().invoke(application, [str(tales), str(titled), "--out", str(out)])
-    assert done.output == "2 requests with their answers\n"
+    assert done.output == "3 requests with their answers\n"
     for document in read_documents(out):
         request, _, answer = document.partition("<|end|><|assistant|>")
-        about, text = ("king", KING) if "king" in request else ("The Duet", "They sang.")
+        titled_story = "The Duet" in request
         assert request.startswith("<|user|>")
-        assert about in request
-        assert answer == f"{text}<|end|>"
+        assert titled_story or re.search("king|cat", request)
+        assert answer == f"{'They sang.' if titled_story else KING}<|end|>"

@@ -1,5 +1,6 @@
 """Training learns, carries its states from chunk to chunk, and resumes exactly."""
 
+import copy
 import dataclasses
 import io
 import math
@@ -114,6 +115,31 @@ def test_a_resumed_training_has_exactly_the_same_losses(num_before: int, values:
     assert second.tokens == whole.tokens
     for name, parameter in whole.network.named_parameters():
         assert torch.equal(second.network.get_parameter(name), parameter)
+
+
+def test_gradients_that_are_not_finite_change_no_weight() -> None:
+    trainer = Trainer(network(), documents(400, 400), RECIPE)
+    trainer.step()
+    saved = trainer.state_dict()
+    saved["latent"]["s"].fill_(math.nan)
+    trainer.load_state_dict(saved)
+    before = copy.deepcopy(trainer.network.state_dict())
+    trainer.step()
+    assert trainer.num_skipped == 1
+    assert all(torch.equal(before[k], v) for k, v in trainer.network.state_dict().items())
+    assert math.isfinite(trainer.step())
+    assert trainer.num_skipped == 0
+    assert not torch.equal(before["embed.weight"], trainer.network.embed.weight)
+
+
+def test_a_training_that_finds_no_finite_gradient_ends_by_itself() -> None:
+    trainer = Trainer(network(), documents(400, 400), RECIPE)
+    with torch.no_grad():
+        trainer.network.embed.weight.fill_(math.inf)
+    for _ in range(train.MOST_SKIPPED - 1):
+        trainer.step()
+    with pytest.raises(ArithmeticError, match="not finite; try a lower learning rate"):
+        trainer.step()
 
 
 def test_another_recipe_is_refused_by_its_setting() -> None:
