@@ -376,7 +376,8 @@ def _read(q: Tensor, sums: _Sums) -> tuple[Tensor, Tensor]:
     denominator = weights.sum(-1, keepdim=True) + e @ sums.z.unsqueeze(-1)
     smallest = denominator if n is None else torch.minimum(numerator.amin(-1, True), denominator)
     exact = (smallest.detach() > SMALLEST) | (top < EMPTY / 10).unsqueeze(3)
-    y = _ratio(numerator, denominator, None if n is None else n.unsqueeze(3))
+    # Compiled code takes a failed attempt times zeros as its gradient: infinity would become NaN.
+    y = _ratio(numerator, denominator.clamp(min=SMALLEST), None if n is None else n.unsqueeze(3))
     y = y.permute(0, 2, 3, 1, 4).flatten(1, 2)
     return y, exact.flatten(1).all(1)
 

@@ -14,6 +14,8 @@ from model.heinsen.attention import (
     EMPTY,
     Attention,
     AttentionState,
+    _read,
+    _sum,
     absorb,
     chunked,
     quadratic,
@@ -401,6 +403,20 @@ def test_gradients_of_extreme_inputs_are_finite(
     y, _ = chunked(inputs[0], inputs[1], inputs[2], empty(log_values))
     for gradient in torch.autograd.grad(y.sum(), inputs):
         assert torch.isfinite(gradient).all()
+
+
+@both_values
+@pytest.mark.parametrize("height", range(80, 96))
+def test_a_failed_attempt_has_finite_gradients(height: int, log_values: bool) -> None:
+    """Compiled code takes them times zeros. Keys rise so far that sums become subnormal, and 0."""
+    k = torch.where(torch.arange(64) >= 40, height + 0.5, 0.0).view(1, 64, 1, 1)
+    inputs = [torch.zeros_like(k), k, torch.full_like(k, 1e3), torch.full_like(k, -0.01)]
+    q, k, v, log_f = (x.requires_grad_() for x in inputs)
+    nothing = AttentionState.empty(1, 1, 1, 1, log_values=log_values, like=q)
+    y, exact = _read(q, _sum(k, v, nothing, 64, log_f))
+    assert not exact
+    for gradient in torch.autograd.grad(y, inputs, torch.zeros_like(y)):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 @cases([1, 64, 100], chunks=[1, 100], steps=[1])
