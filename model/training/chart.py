@@ -21,6 +21,9 @@ from model.files import write_file
 WIDTH, HEIGHT, LEFT, TOP, RIGHT = 460, 260, 60, 40, 240
 """Sizes of the axes and margins, in pixels; line names are on the right."""
 
+FIRST_POSITION = 64
+"""The bits per byte of earlier ones are those of a few tokens, and would set the scale."""
+
 COLOURS = ("#159", "#c55", "#284", "#a6c", "#c82", "#555")
 TEXT = "font-family='sans-serif' font-size='13'"
 
@@ -47,7 +50,7 @@ def chart(results: Sequence[Line]) -> Chart:
     if task == "context":
         lines = {
             f"pieces of {line['piece_tokens']:,}" if line["piece_tokens"] else "one session": [
-                (end, value) for end, value in line["by_position"]
+                (end, value) for end, value in line["by_position"] if end >= FIRST_POSITION
             ]
             for line in results
         }

@@ -13,8 +13,8 @@ from model.training import chart
 from model.training.chart import HEIGHT, LEFT, TOP, WIDTH, Chart, draw
 
 CONTEXT: list[dict[str, Any]] = [
-    {"piece_tokens": None, "by_position": [(1, 4.0), (2, 2.0), (4, 1.0)]},
-    {"piece_tokens": 1024, "by_position": [(1, 4.0), (4, 3.0)]},
+    {"piece_tokens": None, "by_position": [(1, 9.0), (64, 4.0), (128, 2.0), (256, 1.0)]},
+    {"piece_tokens": 1024, "by_position": [(32, 8.0), (64, 4.0), (256, 3.0)]},
 ]
 NETWORK = {"variant": "a < b", "d_key": 8}
 
@@ -22,8 +22,8 @@ NETWORK = {"variant": "a < b", "d_key": 8}
 def test_a_session_is_a_line_by_position() -> None:
     made = chart.chart(CONTEXT)
     assert made.lines == {
-        "one session": [(1, 4.0), (2, 2.0), (4, 1.0)],
-        "pieces of 1,024": [(1, 4.0), (4, 3.0)],
+        "one session": [(64, 4.0), (128, 2.0), (256, 1.0)],
+        "pieces of 1,024": [(64, 4.0), (256, 3.0)],
     }
 
 
