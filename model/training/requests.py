@@ -6,6 +6,7 @@ A request names what the story keeps mentioning, or its title. Each story is the
 so that only the request tells which of its subjects comes first.
 """
 
+import itertools
 import random
 import re
 from collections import Counter, defaultdict
@@ -65,10 +66,11 @@ def subjects(story: str) -> dict[str, list[str]]:
     words = Counter(re.findall(r"[a-z-]+", story.lower()))
     found = defaultdict[str, list[str]](list)
     for match in SUBJECT.finditer(story):
-        phrase = match.group()
-        found[phrase.split()[-1]].append(phrase[0].lower() + phrase[1:])
+        phrase = match.group()[0].lower() + match.group()[1:]
+        phrases = found[phrase.split()[-1]]
+        phrases.append(phrase)
         if name := NAMED.match(story, match.end()):
-            found[phrase.split()[-1]].append(phrase[0].lower() + phrase[1:] + name.group())
+            phrases.append(phrase + name.group())
     for noun in KNOWN.findall(story):
         if not noun.endswith("s"):
             found[noun].append(f"{'an' if noun[0] in 'aeio' else 'a'} {noun}")
@@ -86,11 +88,13 @@ def requests(file: Path, generator: random.Random, most: int) -> list[str]:
     As many as `most` for a story, each for another noun; one that few stories have is likelier.
     """
     chats = []
-    stories = read_documents(file)
-    counts = Counter(noun for story in stories for noun in subjects(story))
-    for story in stories:
-        title, _, text = story.partition("\n\n") if file.suffix == ".jsonl" else ("", "", story)
-        phrases = subjects(text)
+    parts = [
+        story.partition("\n\n") if file.suffix == ".jsonl" else ("", "", story)
+        for story in read_documents(file)
+    ]
+    found = [subjects(text) for _, _, text in parts]
+    counts = Counter(itertools.chain.from_iterable(found))
+    for (title, _, text), phrases in zip(parts, found, strict=True):
         # The least of exponential variates is a draw in proportion to their rates.
         nouns = sorted(phrases, key=lambda noun: generator.expovariate(1 / counts[noun]))
         asked = []

@@ -92,8 +92,7 @@ def chunked(
     read[triton.cdiv(tokens, CHUNK), heads, batch](
         *strided, _tensors(before), rows, lengths, y, tokens,
         d_key=d_key, d_val=d_val, block_k=block_k, block_v=block_v,
-        # num_warps=8, num_stages=1,  # with 4 warps the matmul operands spill registers
-        num_warps=8, num_stages=1,
+        num_warps=8, num_stages=1,  # with 4 warps the matmul operands spill registers
     )  # fmt: skip
     return y, state
 
