@@ -2,14 +2,16 @@
 
     python -m model.training.requests --out requests.txt tales.txt titled.jsonl
 
-A request names what the story keeps mentioning, or its title. Each story is the answer to several,
-so that only the request tells which of its subjects comes first.
+A request names what the story introduces and keeps mentioning, or its title. Each story is the
+answer to several, and in half of them another thing takes the place of the one asked for, so that
+only the request tells what the story is about.
 """
 
 import itertools
 import random
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -48,8 +50,17 @@ CALLED = (
 MENTIONS = 3
 """Minimum number of times a story mentions its subject."""
 
+OPENING = 300
+"""Characters within which a story mentions its subject first."""
+
 TOGETHER = 0.2
 """Share of the requests for two subjects."""
+
+REPLACED = 0.5
+"""Share of the requests, if for a thing, with stories about another thing."""
+
+COMMON = 3
+"""Minimum number of stories that have a little or big one of what counts as a thing."""
 
 BOUNDARY = (
     r"(?= (?:who|that|which|named|called|and|but|was|were|is|went|had|saw|found|in|with|wanted"
@@ -59,11 +70,13 @@ BOUNDARY = (
 SUBJECT = re.compile(rf"\b(?:[Aa]n?|[Tt]wo|[Tt]hree) (?:[a-z-]+ ){{0,2}}?[a-z-]+{BOUNDARY}")
 KNOWN = re.compile(rf"\b(?:[Tt]he|[Hh]is|[Hh]er|[Tt]heir|[Mm]y) ([a-z-]+){BOUNDARY}")
 NAMED = re.compile(r" (?:named|called) [A-Z][a-z]+")
+THING = re.compile(rf"\b[Aa] (?:little|big|small) ([a-z]+){BOUNDARY}")
 
 
 def subjects(story: str) -> dict[str, list[str]]:
-    """What the story mentions repeatedly, as noun and phrases: "king", ["a fat king"]."""
+    """What the story mentions early and repeatedly, as noun and phrases: "king", ["a fat king"]."""
     words = Counter(re.findall(r"[a-z-]+", story.lower()))
+    opening = re.findall(r"[a-z-]+", story[:OPENING].lower())
     found = defaultdict[str, list[str]](list)
     for match in SUBJECT.finditer(story):
         phrase = match.group()[0].lower() + match.group()[1:]
@@ -74,7 +87,21 @@ def subjects(story: str) -> dict[str, list[str]]:
     for noun in KNOWN.findall(story):
         if not noun.endswith("s"):
             found[noun].append(f"{'an' if noun[0] in 'aeio' else 'a'} {noun}")
-    return {noun: found[noun] for noun in found if words[noun] >= MENTIONS}
+    return {noun: found[noun] for noun in found if words[noun] >= MENTIONS and noun in opening}
+
+
+def things(stories: Iterable[str]) -> list[str]:
+    """Nouns that can take each other's place: of each, several stories have a little or big one."""
+    counts = Counter(itertools.chain.from_iterable(set(THING.findall(story)) for story in stories))
+    return sorted(noun for noun in counts if counts[noun] >= COMMON)
+
+
+def replaced(text: str, noun: str, other: str) -> str:
+    """The text with another noun in the place of one, also in the plural."""
+    article = "an" if other[0] in "aeiou" else "a"
+    text = re.sub(rf"\b([Aa])n? {noun}\b", lambda match: f"{match[1]}{article[1:]} {other}", text)
+    text = re.sub(rf"\b{noun}(s?)\b", rf"{other}\1", text)
+    return re.sub(rf"\b{noun.capitalize()}(s?)\b", rf"{other.capitalize()}\1", text)
 
 
 def chat(request: str, answer: str) -> str:
@@ -94,18 +121,21 @@ def requests(file: Path, generator: random.Random, most: int) -> list[str]:
     ]
     found = [subjects(text) for _, _, text in parts]
     counts = Counter(itertools.chain.from_iterable(found))
+    others = [noun for noun in things(text for _, _, text in parts) if noun in counts]
     for (title, _, text), phrases in zip(parts, found, strict=True):
         # The least of exponential variates is a draw in proportion to their rates.
         nouns = sorted(phrases, key=lambda noun: generator.expovariate(1 / counts[noun]))
-        asked = []
         for noun in nouns[:most]:
-            subject = generator.choice(phrases[noun])
+            subject, answer = generator.choice(phrases[noun]), text
             if len(nouns) > 1 and generator.random() < TOGETHER:
-                other = generator.choice([each for each in nouns if each != noun])
-                subject += f" and {generator.choice(phrases[other])}"
-            asked.append(generator.choice(ABOUT).format(subject))
-        asked += [generator.choice(CALLED).format(title)] if title else []
-        chats += [chat(request, text) for request in asked]
+                second = generator.choice([each for each in nouns if each != noun])
+                subject += f" and {generator.choice(phrases[second])}"
+            if noun in others and generator.random() < REPLACED:
+                other = generator.choice([each for each in others if each not in text.lower()])
+                subject, answer = (replaced(each, noun, other) for each in (subject, text))
+            chats.append(chat(generator.choice(ABOUT).format(subject), answer))
+        if title:
+            chats.append(chat(generator.choice(CALLED).format(title), text))
     return chats
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from model.text import byte_level
 from model.training import requests
 from model.training.corpus import read_documents
-from model.training.requests import CHAT_TEMPLATE, chat, subjects
+from model.training.requests import CHAT_TEMPLATE, chat, replaced, subjects, things
 from model.training.train import SPECIAL_TOKENS
 from server.api.conversation import ChatMessage, Conversation
 
@@ -30,9 +30,12 @@ MOST = 500
         ("A king came. The king and his two dogs ate.", {}),
         ("Two little cats. Cats sleep, and cats eat.", {"cats": ["two little cats"]}),
         ("Her owl was. Owl, owl!", {"owl": ["an owl"]}),
+        ("They ate and slept. " * 15 + KING, {}),
     ],
 )
-def test_a_subject_is_mentioned_repeatedly(story: str, expected: dict[str, list[str]]) -> None:
+def test_a_subject_is_mentioned_early_and_repeatedly(
+    story: str, expected: dict[str, list[str]]
+) -> None:
     assert subjects(story) == expected
 
 
@@ -56,6 +59,33 @@ def test_what_few_stories_have_is_asked_for_more_often(tmp_path: Path) -> None:
     asked = [requests.requests(tales, random.Random(seed), 1)[0] for seed in range(40)]
     kings = sum("king" in made.partition("<|end|>")[0] for made in asked)
     assert kings > 30
+
+
+def test_a_thing_is_little_or_big_in_several_stories() -> None:
+    assert things(["A little cat was. A little cat is."] * 2 + ["A dog was."] * 3) == []
+    assert things(["A little cat.", "a big cat and", "A small owl.", "A small cat."]) == ["cat"]
+
+
+def test_another_noun_takes_the_place_of_one() -> None:
+    story = "A cat and an old cat. Cats! The cat's catnip; my cats."
+    assert replaced(story, "cat", "owl") == (
+        "An owl and an old owl. Owls! The owl's catnip; my owls."
+    )
+    assert replaced("An owl.", "owl", "cat") == "A cat."
+
+
+def test_a_replaced_subject_is_that_of_request_and_story(tmp_path: Path) -> None:
+    tales = tmp_path / "tales.txt"
+    cat, owl = (f"A little {noun} was. The {noun}. The {noun}!" for noun in ("cat", "owl"))
+    tales.write_text("<|endoftext|>".join([cat, owl] * 3), "utf-8")
+    found = set()
+    for seed in range(20):
+        for made in requests.requests(tales, random.Random(seed), 1):
+            request, _, answer = made.partition("<|end|><|assistant|>")
+            (noun,) = re.findall("cat|owl", request)
+            assert answer == f"{cat if noun == 'cat' else owl}<|end|>"
+            found.add(noun)
+    assert found == {"cat", "owl"}
 
 
 def test_a_chat_is_what_the_template_makes_of_it() -> None:
