@@ -55,19 +55,15 @@ def chart(results: Sequence[Line]) -> Chart:
             for line in results
         }
         return Chart("bits per byte by position in a session", "tokens", "bits per byte", lines)
+    found = [(_network(line), each) for line in results for each in line["found"]]
     if task == "associative":
-        found = (
-            (f"{_network(line)}, gap {line['gap']}", line["pairs"], line["accuracy"])
-            for line in results
-        )
-        return Chart("multi-query associative recall", "pairs", "accuracy", _means(found))
-    found = (
-        (_network(line), each["length"], each["accuracy"])
-        for line in results
-        for each in line["found"]
-    )
+        gap = min(each["gap"] for _, each in found)
+        pairs = ((name, x["pairs"], x["accuracy"]) for name, x in found if x["gap"] == gap)
+        title = f"multi-query associative recall, {gap} tokens before the questions"
+        return Chart(title, "pairs", "accuracy", _means(pairs))
+    lengths = ((name, each["length"], each["accuracy"]) for name, each in found)
     title = f"passkey, trained at up to {results[0]['trained_length']} tokens"
-    return Chart(title, "tokens, all depths", "accuracy", _means(found))
+    return Chart(title, "tokens, all depths", "accuracy", _means(lengths))
 
 
 def _network(line: Line) -> str:

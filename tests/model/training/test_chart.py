@@ -28,10 +28,11 @@ def test_a_session_is_a_line_by_position() -> None:
 
 
 def test_seeds_and_depths_are_averaged() -> None:
-    pairs: dict[str, Any] = {"task": "associative", **NETWORK, "gap": 3}
-    values = [(16, 0.4), (4, 1.0), (16, 0.6)]
-    made = chart.chart([{**pairs, "pairs": n, "accuracy": value} for n, value in values])
-    assert made.lines == {"a < b, d_k 8, gap 3": [(4, 1.0), (16, 0.5)]}
+    values = [(16, 3, 0.4), (4, 3, 1.0), (16, 3, 0.6), (4, 7, 0.1)]
+    found = [{"pairs": n, "gap": gap, "accuracy": value} for n, gap, value in values]
+    made = chart.chart([{"task": "associative", **NETWORK, "found": found}])
+    assert made.lines == {"a < b, d_k 8": [(4, 1.0), (16, 0.5)]}
+    assert "3" in made.title
     found = [{"length": 8, "depth": d, "accuracy": d} for d in (0.0, 1.0)]
     made = chart.chart([{"task": "passkey", **NETWORK, "trained_length": 9, "found": found}])
     assert made.lines == {"a < b, d_k 8": [(8, 0.5)]}

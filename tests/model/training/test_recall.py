@@ -29,7 +29,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(3)
 
 
-@pytest.mark.parametrize(("pairs", "gap"), [(1, 0), (5, 3), (100, 0)])
+@pytest.mark.parametrize(("pairs", "gap"), [(1, 0), (5, 3), (32, 0)])
 def test_every_key_is_asked_for_once_and_its_value_wanted(pairs: int, gap: int) -> None:
     inputs, targets = associative(generator(), 4, pairs, gap)
     assert inputs.shape == targets.shape == (4, 4 * pairs + gap - 1)
@@ -39,8 +39,8 @@ def test_every_key_is_asked_for_once_and_its_value_wanted(pairs: int, gap: int) 
         answers = {row[i]: t for i, t in enumerate(wanted) if t != IGNORED}
         assert answers == given
         assert sum(t != IGNORED for t in wanted) == pairs
-    with pytest.raises(ValueError, match="300 pairs: there are 255 keys"):
-        associative(generator(), 4, 300, 0)
+    with pytest.raises(ValueError, match="33 pairs: there are 32 keys"):
+        associative(generator(), 4, 33, 0)
 
 
 @pytest.mark.parametrize(("depth", "place"), [(0.0, 0), (0.5, 10), (1.0, 20), (None, None)])
@@ -73,6 +73,13 @@ def test_a_network_learns_to_recall(variant: str, monkeypatch: pytest.MonkeyPatc
     assert accuracy(network, held_out) > 0.9
 
 
+def test_the_gain_is_that_of_queries_keys_and_values_alone() -> None:
+    plain, sharp = (build(Run("shift + gate", gain=gain)).state_dict() for gain in (1.0, 3.0))
+    scaled = {name for name in plain if not plain[name].equal(sharp[name])}
+    assert scaled == {f"layers.{i}.feedforward1.1.weight" for i in range(2)}
+    assert all(torch.equal(3 * plain[name], sharp[name]) for name in scaled)
+
+
 def test_a_latent_state_has_one_size_and_keys_and_values_grow() -> None:
     latent, softmax = (build(Run(name, d_key=8)) for name in ("paper", "softmax"))
     assert state_bytes(latent, 10) == state_bytes(latent, 1000) == latent.state_spec.num_bytes
@@ -90,13 +97,14 @@ def run_command(*arguments: Any) -> tuple[int, str]:
 def test_the_command_writes_a_line_for_each_network(tmp_path: Path) -> None:
     results = tmp_path / "recall.jsonl"
     few = ("--results", results, "--steps", 2, "--d-key", 4, "--variant", "paper")
-    assert run_command("associative", *few, "--pairs", 2, "--pairs", 3, "--gap", 5)[0] == 0
+    asked = ("--pairs", 2, "--pairs", 3, "--gap", 5)
+    assert run_command("associative", *few, *asked)[0] == 0
     lengths = ("--trained-length", 8, "--length", 4, "--length", 9, "--depth", 0.5)
     assert run_command("passkey", *few, *lengths)[0] == 0
     lines = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
-    assert [line["task"] for line in lines] == ["associative", "associative", "passkey"]
-    assert [line["pairs"] for line in lines[:2]] == [2, 3]
-    assert [(x["length"], x["depth"]) for x in lines[2]["found"]] == [(4, 0.5), (9, 0.5)]
+    assert [line["task"] for line in lines] == ["associative", "passkey"]
+    assert [(x["pairs"], x["gap"]) for x in lines[0]["found"]] == [(2, 5), (3, 5)]
+    assert [(x["length"], x["depth"]) for x in lines[1]["found"]] == [(4, 0.5), (9, 0.5)]
     code, output = run_command("passkey", "--results", results, "--variant", "none")
     assert code == 2
     assert "there is no none" in output
