@@ -3,7 +3,7 @@
     python -m model.training.requests --out requests.txt tales.txt titled.jsonl
 
 A request names what the story introduces and keeps mentioning, or its title. Each story is the
-answer to several, and in half of them another thing takes the place of the one asked for, so that
+answer to several, and in most of them another thing takes the place of the one asked for, so that
 only the request tells what the story is about.
 """
 
@@ -50,16 +50,16 @@ CALLED = (
 MENTIONS = 3
 """Minimum number of times a story mentions its subject."""
 
-OPENING = 300
+OPENING = 150
 """Characters within which a story mentions its subject first."""
 
 TOGETHER = 0.2
 """Share of the requests for two subjects."""
 
-REPLACED = 0.5
+REPLACED = 0.7
 """Share of the requests, if for a thing, with stories about another thing."""
 
-COMMON = 3
+COMMON = 2
 """Minimum number of stories that have a little or big one of what counts as a thing."""
 
 BOUNDARY = (
@@ -109,15 +109,19 @@ def chat(request: str, answer: str) -> str:
     return f"<|user|>{request}<|end|><|assistant|>{answer}<|end|>"
 
 
-def requests(file: Path, generator: random.Random, most: int) -> list[str]:
+def requests(
+    file: Path, generator: random.Random, most: int, longest: int | None = None
+) -> list[str]:
     """Chats for the stories of a file that have subjects or, in a `.jsonl`, a title.
 
-    As many as `most` for a story, each for another noun; one that few stories have is likelier.
+    Without stories of more than `longest` characters. As many as `most` for a story, each for
+    another noun; one that few stories have is likelier.
     """
     chats = []
     parts = [
         story.partition("\n\n") if file.suffix == ".jsonl" else ("", "", story)
         for story in read_documents(file)
+        if longest is None or len(story) <= longest
     ]
     found = [subjects(text) for _, _, text in parts]
     counts = Counter(itertools.chain.from_iterable(found))
@@ -143,11 +147,14 @@ def main(
     files: Annotated[list[Path], typer.Argument(help="Stories (.txt, .jsonl).")],
     out: Annotated[Path, typer.Option(help="Text file to train on.")],
     most: Annotated[int, typer.Option(min=1, help="Requests for a story, at most.")] = 3,
+    longest: Annotated[
+        int | None, typer.Option(min=1, help="Characters of a story, at most.")
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Write the chats in random order."""
     generator = random.Random(seed)
-    chats = [chat for file in files for chat in requests(file, generator, most)]
+    chats = [chat for file in files for chat in requests(file, generator, most, longest)]
     generator.shuffle(chats)
     write_file(out, SEPARATOR.join(chats).encode())
     print(f"{len(chats):,} requests with their answers")

@@ -61,9 +61,16 @@ def test_what_few_stories_have_is_asked_for_more_often(tmp_path: Path) -> None:
     assert kings > 30
 
 
+def test_no_story_is_longer_than_the_longest(tmp_path: Path) -> None:
+    tales = tmp_path / "tales.txt"
+    tales.write_text(f"{KING}<|endoftext|>{KING}.", "utf-8")
+    for longest, count in ((len(KING) - 1, 0), (len(KING), 1), (None, 2)):
+        assert len(requests.requests(tales, random.Random(0), 1, longest)) == count
+
+
 def test_a_thing_is_little_or_big_in_several_stories() -> None:
-    assert things(["A little cat was. A little cat is."] * 2 + ["A dog was."] * 3) == []
-    assert things(["A little cat.", "a big cat and", "A small owl.", "A small cat."]) == ["cat"]
+    assert things(["A little cat was. A little cat is.", "A dog was.", "A dog was."]) == []
+    assert things(["A little cat.", "A small owl.", "a big cat and"]) == ["cat"]
 
 
 def test_another_noun_takes_the_place_of_one() -> None:
