@@ -41,8 +41,11 @@ class Chart:
     lines: dict[str, Points]
 
 
-def chart(results: Sequence[Line]) -> Chart:
-    """Chart of results, all of one task. Raises ValueError otherwise."""
+def chart(results: Sequence[Line], gap: int = 0) -> Chart:
+    """Chart of results, all of one task. Raises ValueError otherwise.
+
+    `gap`: of associative recall, the one shown.
+    """
     tasks = {line.get("task", "context") for line in results}
     if len(tasks) != 1:
         raise ValueError(f"results of one task make a chart, not of {sorted(tasks)}")
@@ -57,9 +60,8 @@ def chart(results: Sequence[Line]) -> Chart:
         return Chart("bits per byte by position in a session", "tokens", "bits per byte", lines)
     found = [(_network(line), each) for line in results for each in line["found"]]
     if task == "associative":
-        gap = min(each["gap"] for _, each in found)
         pairs = ((name, x["pairs"], x["accuracy"]) for name, x in found if x["gap"] == gap)
-        title = f"multi-query associative recall, {gap} tokens before the questions"
+        title = f"multi-query associative recall, {gap} fillers before the questions"
         return Chart(title, "pairs", "accuracy", _means(pairs))
     lengths = ((name, each["length"], each["accuracy"]) for name, each in found)
     title = f"passkey, trained at up to {results[0]['trained_length']} tokens"
@@ -132,11 +134,12 @@ def draw(made: Chart) -> str:
 def main(
     results: Annotated[Path, typer.Argument(help="Lines of JSON of one task.")],
     out: Annotated[Path, typer.Argument(help="SVG file to write.")],
+    gap: Annotated[int, typer.Option(help="Of associative recall, the one shown.")] = 0,
 ) -> None:
     """Plot results."""
     try:
         lines = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
-        picture = draw(chart(lines))
+        picture = draw(chart(lines, gap))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error

@@ -41,6 +41,11 @@ ABOUT = (
     "I want to hear a story about {}.",
     "A story about {}, please.",
 )
+BEGIN = (
+    "Begin a story about {}.",
+    "How does a story about {} begin?",
+    "Write the beginning of a story about {}.",
+)
 CALLED = (
     'Tell me a story called "{}".',
     'Write a story with the title "{}".',
@@ -104,18 +109,32 @@ def replaced(text: str, noun: str, other: str) -> str:
     return re.sub(rf"\b{noun.capitalize()}(s?)\b", rf"{other.capitalize()}\1", text)
 
 
+def beginning(story: str, noun: str) -> str:
+    """The story up to the sentence that first mentions the noun, which it must."""
+    mention = re.search(rf"\b{noun}\b", story, re.IGNORECASE)
+    assert mention is not None
+    end = re.compile(r"""[.!?]["']?(?!\S)""").search(story, mention.end())
+    return story[: end.end()] if end else story
+
+
 def chat(request: str, answer: str) -> str:
     """Request and answer in the chat template's format."""
     return f"<|user|>{request}<|end|><|assistant|>{answer}<|end|>"
 
 
 def requests(
-    file: Path, generator: random.Random, most: int, longest: int | None = None
+    file: Path,
+    generator: random.Random,
+    most: int,
+    longest: int | None = None,
+    *,
+    beginnings: bool = False,
 ) -> list[str]:
     """Chats for the stories of a file that have subjects or, in a `.jsonl`, a title.
 
     Without stories of more than `longest` characters. As many as `most` for a story, each for
-    another noun; one that few stories have is likelier.
+    another noun; one that few stories have is likelier. `beginnings`: for the beginnings of stories
+    alone, which end with the first mention of the noun.
     """
     chats = []
     parts = [
@@ -130,15 +149,17 @@ def requests(
         # The least of exponential variates is a draw in proportion to their rates.
         nouns = sorted(phrases, key=lambda noun: generator.expovariate(1 / counts[noun]))
         for noun in nouns[:most]:
-            subject, answer = generator.choice(phrases[noun]), text
-            if len(nouns) > 1 and generator.random() < TOGETHER:
+            subject = generator.choice(phrases[noun])
+            answer = beginning(text, noun) if beginnings else text
+            if not beginnings and len(nouns) > 1 and generator.random() < TOGETHER:
                 second = generator.choice([each for each in nouns if each != noun])
                 subject += f" and {generator.choice(phrases[second])}"
             if noun in others and generator.random() < REPLACED:
                 other = generator.choice([each for each in others if each not in text.lower()])
-                subject, answer = (replaced(each, noun, other) for each in (subject, text))
-            chats.append(chat(generator.choice(ABOUT).format(subject), answer))
-        if title:
+                subject, answer = (replaced(each, noun, other) for each in (subject, answer))
+            asked = BEGIN if beginnings else ABOUT
+            chats.append(chat(generator.choice(asked).format(subject), answer))
+        if title and not beginnings:
             chats.append(chat(generator.choice(CALLED).format(title), text))
     return chats
 
@@ -150,11 +171,18 @@ def main(
     longest: Annotated[
         int | None, typer.Option(min=1, help="Characters of a story, at most.")
     ] = None,
+    beginnings: Annotated[
+        bool, typer.Option(help="Of stories alone, up to what is asked for.")
+    ] = False,
     seed: int = 0,
 ) -> None:
     """Write the chats in random order."""
     generator = random.Random(seed)
-    chats = [chat for file in files for chat in requests(file, generator, most, longest)]
+    chats = [
+        chat
+        for file in files
+        for chat in requests(file, generator, most, longest, beginnings=beginnings)
+    ]
     generator.shuffle(chats)
     write_file(out, SEPARATOR.join(chats).encode())
     print(f"{len(chats):,} requests with their answers")

@@ -30,7 +30,7 @@ def test_a_session_is_a_line_by_position() -> None:
 def test_seeds_and_depths_are_averaged() -> None:
     values = [(16, 3, 0.4), (4, 3, 1.0), (16, 3, 0.6), (4, 7, 0.1)]
     found = [{"pairs": n, "gap": gap, "accuracy": value} for n, gap, value in values]
-    made = chart.chart([{"task": "associative", **NETWORK, "found": found}])
+    made = chart.chart([{"task": "associative", **NETWORK, "found": found}], gap=3)
     assert made.lines == {"a < b, d_k 8": [(4, 1.0), (16, 0.5)]}
     assert "3" in made.title
     found = [{"length": 8, "depth": d, "accuracy": d} for d in (0.0, 1.0)]

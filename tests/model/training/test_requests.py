@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from model.text import byte_level
 from model.training import requests
 from model.training.corpus import read_documents
-from model.training.requests import CHAT_TEMPLATE, chat, replaced, subjects, things
+from model.training.requests import CHAT_TEMPLATE, beginning, chat, replaced, subjects, things
 from model.training.train import SPECIAL_TOKENS
 from server.api.conversation import ChatMessage, Conversation
 
@@ -66,6 +66,33 @@ def test_no_story_is_longer_than_the_longest(tmp_path: Path) -> None:
     tales.write_text(f"{KING}<|endoftext|>{KING}.", "utf-8")
     for longest, count in ((len(KING) - 1, 0), (len(KING), 1), (None, 2)):
         assert len(requests.requests(tales, random.Random(0), 1, longest)) == count
+
+
+@pytest.mark.parametrize(
+    ("story", "expected"),
+    [
+        ('They ate. "A Cat!" said Ann. The cat sat.', 'They ate. "A Cat!"'),
+        ("A caterpillar. Mr.Cat sat, and a cat", "A caterpillar. Mr.Cat sat, and a cat"),
+    ],
+)
+def test_a_beginning_ends_with_the_first_mention(story: str, expected: str) -> None:
+    assert beginning(story, "cat") == expected
+
+
+def test_beginnings_are_asked_for_in_other_words(tmp_path: Path) -> None:
+    tales, titled = (tmp_path / name for name in ("tales.txt", "titled.jsonl"))
+    tales.write_text(KING, "utf-8")
+    titled.write_text(json.dumps({"title": "The Duet", "text": "They sang."}), "utf-8")
+    first, both = KING[: KING.index(" The king sang")], KING[: KING.index(" The king fed")]
+    answers = set()
+    for seed in range(20):
+        for file in (tales, titled):
+            for made in requests.requests(file, random.Random(seed), 2, beginnings=True):
+                request, _, answer = made.partition("<|end|><|assistant|>")
+                (noun,) = re.findall("king|cat", request)
+                assert "egin" in request
+                answers.add((noun, answer.removesuffix("<|end|>")))
+    assert answers == {("king", first), ("cat", both)}
 
 
 def test_a_thing_is_little_or_big_in_several_stories() -> None:
