@@ -1,6 +1,9 @@
 """Write a checkpoint with matrices in bfloat16: half the size, for distribution and serving.
 
-python -m model.training.export runs/tales tales
+    python -m model.training.export runs/tales tales
+
+With `--average`, its weights are averaged with those of a checkpoint that it was trained from (or
+that was trained from it), which often predicts better than both.
 """
 
 import sys
@@ -17,15 +20,27 @@ from model.network import CheckpointError
 def main(
     folder: Annotated[Path, typer.Argument(help="Checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    average: Annotated[Path | None, typer.Option(help="Checkpoint of the same shape.")] = None,
+    share: Annotated[float, typer.Option(min=0, max=1, help="Of its weights.")] = 0.5,
 ) -> None:
     """Write a copy of the checkpoint with bfloat16 matrices; vectors stay float32."""
     try:
         loaded = checkpoint.load_trainable(folder, torch.device("cpu"))
+        weights, config = loaded.network.state_dict(), loaded.network.config
+        if average is not None:
+            other = checkpoint.load_trainable(average, torch.device("cpu"))
+            if (other.network.config, other.tokenizer.to_json()) != (
+                config,
+                loaded.tokenizer.to_json(),
+            ):
+                raise CheckpointError(f"{average} has not the config and tokenizer of {folder}")
+            others = other.network.state_dict()
+            weights = {name: weights[name].lerp(others[name], share) for name in weights}
         weights = {
             name: tensor.to(torch.bfloat16) if tensor.dim() > 1 else tensor
-            for name, tensor in loaded.network.state_dict().items()
+            for name, tensor in weights.items()
         }
-        config, words = loaded.network.config, loaded.tokenizer
+        words = loaded.tokenizer
         checkpoint.save(out, config, weights, words, loaded.chat_template)
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ from tests.model.calls import step
 CPU = torch.device("cpu")
 
 
-def run(*arguments: Path) -> tuple[int, str]:
+def run(*arguments: Path | str) -> tuple[int, str]:
     application = typer.Typer()
     application.command()(export.main)
     done = CliRunner().invoke(application, [str(argument) for argument in arguments])
@@ -41,6 +41,28 @@ def test_only_matrices_are_rounded(tiny_checkpoint: Path, tmp_path: Path) -> Non
         for each in (served, whole)
     )
     assert 0 < (logits - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_weights_are_averaged_with_those_of_the_same_shape(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    later, out = tmp_path / "later", tmp_path / "out"
+    loaded = checkpoint.load_trainable(tiny_checkpoint, CPU)
+    config, words = loaded.network.config, loaded.tokenizer
+    exact = loaded.network.state_dict()
+    changed = {name: 2 * tensor for name, tensor in exact.items()}
+    checkpoint.save(later, config, changed, words, loaded.chat_template)
+    code, printed = run(later, out, "--average", tiny_checkpoint, "--share", "0.25")
+    assert code == 0, printed
+    found = read_tensors(out / checkpoint.WEIGHTS)
+    for name, tensor in exact.items():
+        assert torch.equal(found[name], (1.75 * tensor).to(found[name].dtype))
+    differs = config.model_copy(update={"eos_token_ids": ()})
+    checkpoint.save(later, differs, changed, words, loaded.chat_template)
+    code, printed = run(later, tmp_path / "none", "--average", tiny_checkpoint)
+    assert code == 1
+    assert "has not the config" in printed
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
