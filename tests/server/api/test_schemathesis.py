@@ -57,7 +57,8 @@ def run(
         *("--config-file", str(HERE / "schemathesis.toml"), "run", f"{server.url}/openapi.json"),
         *("--phases", "examples,coverage,fuzzing", "--max-examples", str(num_examples)),
         *("--mode", "all", "--checks", "all", "--seed", SEED, "--continue-on-failure"),
-        *("--request-timeout", str(PATIENCE_S), "--suppress-health-check", "too_slow"),
+        *("--request-timeout", str(PATIENCE_S), "--max-response-time", str(PATIENCE_S)),
+        *("--suppress-health-check", "too_slow"),
         *("--generation-database", "none"),
         *("--report", "json", "--report-json-path", str(report), *flags),
     ]
