@@ -26,13 +26,11 @@ def main(
     """Write a copy of the checkpoint with bfloat16 matrices; vectors stay float32."""
     try:
         loaded = checkpoint.load_trainable(folder, torch.device("cpu"))
-        weights, config = loaded.network.state_dict(), loaded.network.config
+        weights = loaded.network.state_dict()
+        config, words = loaded.network.config, loaded.tokenizer
         if average is not None:
             other = checkpoint.load_trainable(average, torch.device("cpu"))
-            if (other.network.config, other.tokenizer.to_json()) != (
-                config,
-                loaded.tokenizer.to_json(),
-            ):
+            if other.network.config != config or other.tokenizer.to_json() != words.to_json():
                 raise CheckpointError(f"{average} has not the config and tokenizer of {folder}")
             others = other.network.state_dict()
             weights = {name: weights[name].lerp(others[name], share) for name in weights}
@@ -40,7 +38,6 @@ def main(
             name: tensor.to(torch.bfloat16) if tensor.dim() > 1 else tensor
             for name, tensor in weights.items()
         }
-        words = loaded.tokenizer
         checkpoint.save(out, config, weights, words, loaded.chat_template)
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -78,6 +78,11 @@ NAMED = re.compile(r" (?:named|called) [A-Z][a-z]+")
 THING = re.compile(rf"\b[Aa] (?:little|big|small) ([a-z]+){BOUNDARY}")
 
 
+def article(noun: str) -> str:
+    """By the first letter of the noun, which is rarely wrong ("an unicorn")."""
+    return "an" if noun[0] in "aeiou" else "a"
+
+
 def subjects(story: str) -> dict[str, list[str]]:
     """What the story mentions early and repeatedly, as noun and phrases: "king", ["a fat king"]."""
     words = Counter(re.findall(r"[a-z-]+", story.lower()))
@@ -91,7 +96,7 @@ def subjects(story: str) -> dict[str, list[str]]:
             phrases.append(phrase + name.group())
     for noun in KNOWN.findall(story):
         if not noun.endswith("s"):
-            found[noun].append(f"{'an' if noun[0] in 'aeio' else 'a'} {noun}")
+            found[noun].append(f"{article(noun)} {noun}")
     return {noun: found[noun] for noun in found if words[noun] >= MENTIONS and noun in opening}
 
 
@@ -103,18 +108,15 @@ def things(stories: Iterable[str]) -> list[str]:
 
 def replaced(text: str, noun: str, other: str) -> str:
     """The text with another noun in the place of one, also in the plural."""
-    article = "an" if other[0] in "aeiou" else "a"
-    text = re.sub(rf"\b([Aa])n? {noun}\b", lambda match: f"{match[1]}{article[1:]} {other}", text)
+    text = re.sub(rf"\b([Aa])n? {noun}\b", rf"\g<1>{article(other)[1:]} {other}", text)
     text = re.sub(rf"\b{noun}(s?)\b", rf"{other}\1", text)
     return re.sub(rf"\b{noun.capitalize()}(s?)\b", rf"{other.capitalize()}\1", text)
 
 
 def beginning(story: str, noun: str) -> str:
-    """The story up to the sentence that first mentions the noun, which it must."""
-    mention = re.search(rf"\b{noun}\b", story, re.IGNORECASE)
-    assert mention is not None
-    end = re.compile(r"""[.!?]["']?(?!\S)""").search(story, mention.end())
-    return story[: end.end()] if end else story
+    """The story up to the end of the sentence that first mentions the noun."""
+    found = re.match(rf"""(?is).*?\b{noun}\b.*?[.!?]["']?(?!\S)""", story)
+    return found.group() if found else story
 
 
 def chat(request: str, answer: str) -> str:
@@ -155,7 +157,9 @@ def requests(
                 second = generator.choice([each for each in nouns if each != noun])
                 subject += f" and {generator.choice(phrases[second])}"
             if noun in others and generator.random() < REPLACED:
-                other = generator.choice([each for each in others if each not in text.lower()])
+                lower = text.lower()
+                absent = [each for each in others if each not in lower]
+                other = generator.choice(absent or [noun])
                 subject, answer = (replaced(each, noun, other) for each in (subject, answer))
             asked = BEGIN if beginnings else ABOUT
             chats.append(chat(generator.choice(asked).format(subject), answer))

@@ -122,6 +122,17 @@ def test_a_replaced_subject_is_that_of_request_and_story(tmp_path: Path) -> None
     assert found == {"cat", "owl"}
 
 
+def test_the_only_thing_keeps_its_place(tmp_path: Path) -> None:
+    tales = tmp_path / "tales.txt"
+    cat = "A little cat was. The cat. The cat!"
+    tales.write_text(f"{cat}<|endoftext|>{cat}", "utf-8")
+    for seed in range(10):
+        for made in requests.requests(tales, random.Random(seed), 1):
+            request, _, answer = made.partition("<|end|><|assistant|>")
+            assert re.findall("cat", request) == ["cat"]
+            assert answer == f"{cat}<|end|>"
+
+
 def test_a_chat_is_what_the_template_makes_of_it() -> None:
     words = byte_level.train([KING], 300, SPECIAL_TOKENS)
     served = Conversation(CHAT_TEMPLATE, words, 0, 0)
