@@ -1,8 +1,9 @@
-"""Plot results of `context` and `recall` over a logarithmic axis.
+"""Plot results of `train`, `trial`, `context` and `recall` over a logarithmic axis.
 
 python -m model.training.chart context.jsonl context.svg
 """
 
+import itertools
 import json
 import math
 import sys
@@ -33,12 +34,14 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart: named lines of points (x > 0, y >= 0)."""
+    """A chart: named lines of points (x > 0, y >= least)."""
 
     title: str
     x: str
     y: str
     lines: dict[str, Points]
+    least: float = 0.0
+    """Where the vertical axis starts."""
 
 
 def chart(results: Sequence[Line], gap: int = 0) -> Chart:
@@ -58,6 +61,12 @@ def chart(results: Sequence[Line], gap: int = 0) -> Chart:
             for line in results
         }
         return Chart("bits per byte by position in a session", "tokens", "bits per byte", lines)
+    if task == "training":
+        return Chart("bits per byte while training", "tokens", "bits per byte", _held_out(results))
+    if task == "trial":
+        losses = _losses(results)
+        least = math.floor(min((y for line in losses.values() for _, y in line), default=0.0))
+        return Chart("loss while training", "tokens", "nats per token", losses, least)
     found = [(_network(line), each) for line in results for each in line["found"]]
     if task == "associative":
         pairs = ((name, x["pairs"], x["accuracy"]) for name, x in found if x["gap"] == gap)
@@ -66,6 +75,30 @@ def chart(results: Sequence[Line], gap: int = 0) -> Chart:
     lengths = ((name, each["length"], each["accuracy"]) for name, each in found)
     title = f"passkey, trained at up to {results[0]['trained_length']} tokens"
     return Chart(title, "tokens, all depths", "accuracy", _means(lengths))
+
+
+def _held_out(results: Sequence[Line]) -> dict[str, Points]:
+    """Bits per byte of each held-out file by tokens, those of the runs before included."""
+    lines: dict[str, Points] = defaultdict(list)
+    before = 0
+    for _, run in itertools.groupby(results, lambda line: line["run"]):
+        points = list(run)
+        for line in points:
+            for file, value in line["bits_per_byte"].items():
+                lines[file].append((before + line["tokens"], value))
+        before += points[-1]["tokens"]
+    return lines
+
+
+def _losses(results: Sequence[Line]) -> dict[str, Points]:
+    """Loss of each variant by tokens, both the means of all seeds."""
+    seeds: dict[str, list[Points]] = defaultdict(list)
+    for line in results:
+        seeds[line["variant"]].append(line["losses"])
+    return {
+        name: [tuple(map(mean, zip(*points, strict=True))) for points in zip(*of, strict=False)]
+        for name, of in seeds.items()
+    }
 
 
 def _network(line: Line) -> str:
@@ -81,26 +114,27 @@ def _means(found: Iterable[tuple[str, float, float]]) -> dict[str, Points]:
 
 
 def draw(made: Chart) -> str:
-    """SVG; the vertical axis starts at 0."""
+    """SVG of the chart. Raises ValueError if it has no points."""
     points = [point for line in made.lines.values() for point in line]
     if not points:
         raise ValueError("there are no results to draw")
     first, last = (f(math.log2(x) for x, _ in points) for f in (min, max))
-    span, most = max(last - first, 1.0), max(y for _, y in points) or 1.0
+    span, height = max(last - first, 1.0), max(y for _, y in points) - made.least or 1.0
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (
             LEFT + WIDTH * (math.log2(x) - first) / span,
-            TOP + HEIGHT * (1 - y / most),
+            TOP + HEIGHT * (1 - (y - made.least) / height),
         )
 
     bottom = TOP + HEIGHT
     parts = []
     for part in range(5):
-        _, y = place(2**first, most * part / 4)
+        value = made.least + height * part / 4
+        _, y = place(2**first, value)
         parts.append(
             f"<path d='M{LEFT} {y:.1f}h{WIDTH}' stroke='#ddd'/><text x='{LEFT - 8}' y='{y + 4:.1f}'"
-            f" {TEXT} text-anchor='end' fill='#666'>{most * part / 4:.2f}</text>"
+            f" {TEXT} text-anchor='end' fill='#666'>{value:.2f}</text>"
         )
     for power in range(math.ceil(first), math.floor(first + span) + 1, max(1, round(span / 6))):
         x, _ = place(2**power, 0)

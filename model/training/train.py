@@ -8,6 +8,7 @@ chunks, and its latent state is carried from one to the next without its gradien
 
 import dataclasses
 import itertools
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ LINES_TEMPLATE = """\
 """
 MAX_WARMUP_TOKENS = 100_000
 TRAIN_STATE = "train_state.pt"
+CURVE = "training.jsonl"
+"""A line per saved state: tokens, and bits per byte of held-out text."""
+
 MOST_SKIPPED = 10
 """Steps in a row without finite gradients."""
 
@@ -427,16 +431,28 @@ def main(
         raise typer.Exit(2) from error
     console.print(f"{sum(map(len, documents)):,} tokens of text")
 
-    def measure(limit: int | None) -> str:
+    def measure(limit: int | None) -> dict[str, float]:
         network.eval()
         # Not compiled: each length of a text would be again.
         with torch.compiler.set_stance("force_eager"):
-            values = [
-                f"{bits_per_byte(network, words, beginning(texts, limit)):.4f} {file.name}"
+            values = {
+                file.name: round(bits_per_byte(network, words, beginning(texts, limit)), 4)
                 for file, texts in held_out.items()
-            ]
+            }
         network.train()
-        return "held-out bits per byte " + ", ".join(values)
+        return values
+
+    def save() -> dict[str, float]:
+        _save(out, trainer, words, template)
+        values = measure(held_out_characters)
+        point = {"run": out.name, "tokens": trainer.tokens, "bits_per_byte": values}
+        with (out / CURVE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"task": "training", **point}) + "\n")
+        return values
+
+    def shown(values: dict[str, float]) -> str:
+        named = (f"{value:.4f} {name}" for name, value in values.items())
+        return "held-out bits per byte " + ", ".join(named)
 
     with _progress(console) as progress:
         task = progress.add_task("", total=tokens, speed=0.0, loss=math.nan, held_out="")
@@ -456,15 +472,14 @@ def main(
             progress.update(task, completed=trainer.tokens, speed=speed, loss=smooth)
             if time.monotonic() - saved > save_every_s:
                 pace = (trainer.tokens - saved_tokens) / (time.monotonic() - saved)
-                _save(out, trainer, words, template)
-                line = measure(held_out_characters)
-                progress.update(task, held_out=line)
+                values = save()
+                progress.update(task, held_out=shown(values))
                 console.print(
-                    f"{trainer.tokens:,} tokens, {pace:,.0f}/s, loss {smooth:.3f}, {line}"
+                    f"{trainer.tokens:,} tokens, {pace:,.0f}/s, loss {smooth:.3f}, {shown(values)}"
                 )
                 saved, saved_tokens = time.monotonic(), trainer.tokens
-    _save(out, trainer, words, template)
-    console.print(f"{trainer.tokens:,} tokens, {measure(None)}")
+    save()
+    console.print(f"{trainer.tokens:,} tokens, {shown(measure(None))}")
 
 
 if __name__ == "__main__":

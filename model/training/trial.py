@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import torch
@@ -45,6 +46,9 @@ SHAPE: dict[str, Any] = {"n_layers": 6, "n_heads": 6, "values": "linear"}
 WIDTH_STEP = 4
 HELD_OUT_CHARACTERS = 200_000
 """Of each file."""
+
+CURVE_STEPS = 50
+"""Per point of the curve: the tokens up to it, and the mean loss of these steps."""
 
 
 def sized(options: dict[str, Any], num_parameters: int, words: Tokenizer) -> ModelConfig:
@@ -118,14 +122,17 @@ def main(
         )
         trainer = Trainer(network, documents, recipe, bf16=bf16)
         started, losses = time.process_time(), list[float]()
+        curve = list[tuple[int, float]]()
         while trainer.tokens < tokens:
             losses.append(trainer.step())
-            if len(losses) % 50 == 0:
-                mean = sum(losses[-50:]) / 50
-                print(f"{name}, seed {seed}: {trainer.tokens:,} tokens, {mean:.3f}", flush=True)
+            if len(losses) % CURVE_STEPS == 0:
+                loss = round(mean(losses[-CURVE_STEPS:]), 3)
+                curve.append((trainer.tokens, loss))
+                print(f"{name}, seed {seed}: {trainer.tokens:,} tokens, {loss}", flush=True)
         cpu_s = time.process_time() - started
         network.eval()
         line = {
+            "task": "trial",
             "variant": name,
             "seed": seed,
             "bits_per_byte": {
@@ -134,7 +141,7 @@ def main(
             },
             "parameters": network.num_parameters,
             "d_emb": network.config.d_emb,
-            "loss": round(sum(losses[-50:]) / len(losses[-50:]), 4),
+            "losses": curve,
             "cpu_s": round(cpu_s),
             "bf16": bf16,
             "recipe": dataclasses.asdict(recipe),

@@ -39,8 +39,31 @@ def test_seeds_and_depths_are_averaged() -> None:
     assert "9" in made.title
 
 
-def test_points_stand_where_their_numbers_say() -> None:
-    made = Chart("t < u", "x", "y", {"a < b": [(1, 4.0), (2, 2.0), (4, 0.0)]})
+def test_stages_of_a_training_follow_each_other() -> None:
+    values = [("p", 10, 3.0), ("p", 20, 2.0), ("q", 25, 1.5), ("q", 35, 1.0)]
+    saved = [
+        {"task": "training", "run": run, "tokens": tokens, "bits_per_byte": {"a": y, "b": 2 * y}}
+        for run, tokens, y in values
+    ]
+    points = [(10.0, 3.0), (20.0, 2.0), (45.0, 1.5), (55.0, 1.0)]
+    assert chart.chart(saved).lines == {"a": points, "b": [(x, 2 * y) for x, y in points]}
+
+
+def test_losses_of_a_trial_are_averaged_point_by_point() -> None:
+    seeds = [
+        ("x", [(10, 4.0), (20, 3.0)]),
+        ("y", [(10, 2.5)]),
+        ("x", [(12, 5.0), (22, 4.0), (30, 3.0)]),
+    ]
+    made = chart.chart([{"task": "trial", "variant": x, "losses": y} for x, y in seeds])
+    assert made.lines == {"x": [(11, 4.5), (21, 3.5)], "y": [(10, 2.5)]}
+    assert made.least == 2
+
+
+@pytest.mark.parametrize("least", [0.0, 3.0])
+def test_points_stand_where_their_numbers_say(least: float) -> None:
+    values = [(1.0, least + 4.0), (2.0, least + 2.0), (4.0, least)]
+    made = Chart("t < u", "x", "y", {"a < b": values}, least)
     root = ElementTree.fromstring(draw(made))
     (line,) = [each for each in root if each.tag.endswith("polyline")]
     points = [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
@@ -50,7 +73,7 @@ def test_points_stand_where_their_numbers_say() -> None:
         (LEFT + WIDTH, TOP + HEIGHT),
     ]
     texts = {each.text for each in root}
-    assert {"t < u", "a < b", "1", "2", "4", "4.00"} <= texts
+    assert {"t < u", "a < b", "1", "2", "4", f"{least:.2f}", f"{least + 4:.2f}"} <= texts
 
 
 @pytest.mark.parametrize(

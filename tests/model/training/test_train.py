@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import json
 import math
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ from model.heinsen import checkpoint
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 from model.text import byte_level
-from model.training import requests, train
+from model.training import chart, requests, train
 from model.training.evaluate import bits_per_byte
 from model.training.train import Recipe, Schedule, Trainer, encode_documents, joined
 from model.weights import read_tensors
@@ -358,11 +359,19 @@ def test_an_interrupted_training_resumes_to_the_same_weights(
     expected = read_tensors(whole / "model.safetensors")
     unfinished = read_tensors(parts / "model.safetensors")
     assert not torch.equal(unfinished["embed.weight"], expected["embed.weight"])
-    assert run(again)[0] == 0
+    code, printed = run(again)
+    assert code == 0
     finished = read_tensors(parts / "model.safetensors")
     for name, tensor in expected.items():
         assert torch.equal(finished[name], tensor)
     assert fingerprint(parts) == fingerprint(whole)
+    curve = [json.loads(line) for line in (parts / train.CURVE).read_text("utf-8").splitlines()]
+    tokens = [point["tokens"] for point in curve]
+    assert len(tokens) > 6
+    assert tokens == sorted(tokens)
+    assert f"{tokens[-1]:,} tokens, held-out bits per byte" in printed
+    assert f"{curve[-1]['bits_per_byte']['tales.txt']:.4f} tales.txt" in printed.splitlines()[-1]
+    assert list(chart.chart(curve).lines) == ["tales.txt"]
 
 
 def test_a_training_may_start_from_a_checkpoint(

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from model.heinsen.network import LanguageModel
 from model.text import byte_level
-from model.training import trial
+from model.training import chart, trial
 from model.training.trial import VARIANTS, runs, sized
 
 WORDS = byte_level.train(["the cat sat on the mat"], 300, ["<|endoftext|>"])
@@ -33,6 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     variants = {"paper": {}, "gate": {"output_gate": True}, "softmax": {}}
     monkeypatch.setattr(trial, "SHAPE", shape)
     monkeypatch.setattr(trial, "VARIANTS", variants)
+    monkeypatch.setattr(trial, "CURVE_STEPS", 2)
 
 
 @pytest.fixture
@@ -70,6 +71,9 @@ def test_every_variant_and_seed_has_a_line_and_none_is_run_again(
     assert [(line["variant"], line["seed"]) for line in first] == planned
     assert len({line["bits_per_byte"]["tales.txt"] for line in first}) == 6
     assert {line["recipe"]["tokens"] for line in first} == {400}
+    for points in chart.chart(first).lines.values():
+        assert [tokens for tokens, _ in points] == sorted(tokens for tokens, _ in points)
+        assert points[-1][1] < points[0][1]
     results.write_text("".join(json.dumps(line) + "\n" for line in first[:5]), "utf-8")
     assert list(runs(results, trial.VARIANTS, 2)) == planned[5:]
     assert run(tales, results)[0] == 0
