@@ -99,7 +99,7 @@ def _is_json(content_type: str) -> bool:
 def _loads(content: bytes) -> Any:
     """Parse JSON. Raises InvalidRequest."""
     try:
-        return from_json(content)
+        return from_json(content, cache_strings="keys")  # by default, 16,384 texts are kept
     except ValueError:  # the standard library accepts more, and its messages name the position
         pass
     try:

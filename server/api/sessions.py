@@ -1,7 +1,7 @@
 """`/v1/sessions`: stored conversations, each one state of fixed size."""
 
 from fastapi import APIRouter, Request, Response
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from model.checkpoint import CheckpointError, parse_initial_state
 from server.api.auth import Caller, CallerDep, OwnerDep
@@ -62,7 +62,9 @@ TURN_HEADER = {
         "schema": {"type": "integer", "minimum": 0, "examples": [3]},
     },
 }
-METADATA: TypeAdapter[dict[str, str]] = TypeAdapter(Metadata)
+METADATA: TypeAdapter[dict[str, str]] = TypeAdapter(
+    Metadata, config=ConfigDict(cache_strings="keys")
+)
 router = APIRouter(
     route_class=JSONRoute,
     prefix=PREFIX,

@@ -199,7 +199,7 @@ ResponseTokenIds = Annotated[list[int], Field(examples=[[7, 205, 2]])]
 class ResponseModel(BaseModel):
     """Base class of response models."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    model_config = ConfigDict(use_attribute_docstrings=True, cache_strings="keys")
 
 
 class RequestModel(BaseModel):

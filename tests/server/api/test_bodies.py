@@ -1,14 +1,25 @@
 """Values of a large body are counted before it is parsed."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
+import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.bodies import MAX_CONTAINERS, MAX_DEEP_VALUES, MAX_NAMES, MAX_STRINGS, check_shape
+from server.api.bodies import (
+    MAX_CONTAINERS,
+    MAX_DEEP_VALUES,
+    MAX_NAMES,
+    MAX_STRINGS,
+    check_shape,
+    parse,
+)
+from server.api.schemas.base import ResponseModel
+from server.api.sessions import METADATA
 from server.errors import InvalidRequest
 from tests.server.api.test_problems import check
 
@@ -105,3 +116,25 @@ def test_json_that_cannot_be_written_is_refused(
     response = client.post(path, content=body, headers=headers)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["code"] in ("invalid_value", "invalid_body")
+
+
+class Answer(ResponseModel):
+    text: str
+
+
+TEXT = json.dumps({"text": "what a client wrote"}).encode()
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: parse(TEXT, pydantic.TypeAdapter(dict[str, str]), MAX_VALUES)["text"],
+        lambda: Answer.model_validate_json(TEXT).text,
+        lambda: METADATA.validate_json(TEXT)["text"],
+    ],
+    ids=["body", "response", "metadata"],
+)
+def test_no_text_is_kept_once_it_is_parsed(read: Callable[[], str]) -> None:
+    first, second = read(), read()
+    assert first == second
+    assert first is not second
