@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from model import PRETRAINED, WeightDtype
+from server import __version__
 from server.cli import keys, session
 from server.cli.failure import fail
 from server.settings import Group, Settings, SettingsError, read_settings
@@ -29,6 +30,23 @@ app = typer.Typer(
 )
 app.add_typer(session.app, name="session")
 app.add_typer(keys.app, name="keys")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"latentd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    del version
+
 
 DataDir = Annotated[
     Path,

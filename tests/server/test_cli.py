@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from model import checkpoint
 from model.heinsen import checkpoint as heinsen
 from model.weights import read_tensors
+from server import __version__
 from server.__main__ import app
 from server.settings import Group, Settings
 from tests.patience import PROGRAM_S
@@ -59,6 +60,10 @@ def test_help_on_80_columns_cuts_nothing(names: tuple[str, ...], options: set[st
     assert max(map(len, shown.splitlines())) <= 80
     assert "…" not in shown
     assert options <= set(re.findall(r"[\w-]+", shown))
+
+
+def test_the_version() -> None:
+    assert in_process.stdout_of("--version") == f"latentd {__version__}\n"
 
 
 def test_serve_help_has_every_setting_in_its_group() -> None:
