@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {},
     "gate": {"output_gate": True},
     "shift + gate": {"token_shift": True, "output_gate": True},
+    "decay + gate": {"decay": True, "output_gate": True},
     "decay + shift": {"decay": True, "token_shift": True},
     "decay": {"decay": True},
     "shift": {"token_shift": True},
