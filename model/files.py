@@ -1,10 +1,12 @@
 """Atomic writes, and checked reads of arbitrary files."""
 
 import errno
+import json
 import os
 import secrets
 import stat
 from pathlib import Path
+from typing import Any
 
 MAX_BYTES = 64 << 20
 """Default size limit of files read as a whole."""
@@ -62,3 +64,9 @@ def write_file(path: Path, content: bytes, mode: int | None = None) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add a value to a file of one line of JSON each."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")

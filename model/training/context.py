@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from model.files import append_line
 from model.heinsen import checkpoint
 from model.heinsen.network import LanguageModel
 from model.network import CheckpointError
@@ -101,8 +102,7 @@ def main(
             "bits_per_byte": round(float(bits.double().sum() / sizes.sum()), 4),
             "by_position": [(end, round(value, 4)) for end, value in found],
         }
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(results, line)
         print(json.dumps(line), flush=True)
 
 

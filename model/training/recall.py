@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from model.files import append_line
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 from model.training.corpus import IGNORED
@@ -249,8 +250,7 @@ def main(
         else:
             lengths, depths = length or [128, 256, 512, 2048], depth or [0.0, 0.25, 0.5, 0.75, 1.0]
             line = measure_passkey(run, trained_length, lengths, depths)
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(results, line)
         print(json.dumps(line), flush=True)
 
 

@@ -8,7 +8,6 @@ chunks, and its latent state is carried from one to the next without its gradien
 
 import dataclasses
 import itertools
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
+from model.files import append_line
 from model.heinsen import checkpoint
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
@@ -446,8 +446,7 @@ def main(
         _save(out, trainer, words, template)
         values = measure(held_out_characters)
         point = {"run": out.name, "tokens": trainer.tokens, "bits_per_byte": values}
-        with (out / CURVE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"task": "training", **point}) + "\n")
+        append_line(out / CURVE, {"task": "training", **point})
         return values
 
     def shown(values: dict[str, float]) -> str:

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from model.files import append_line
 from model.heinsen.config import ModelConfig
 from model.heinsen.network import LanguageModel
 from model.text import byte_level
@@ -147,8 +148,7 @@ def main(
             "bf16": bf16,
             "recipe": dataclasses.asdict(recipe),
         }
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(results, line)
         print(json.dumps(line), flush=True)
 
 
