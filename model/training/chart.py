@@ -174,8 +174,9 @@ def main(
     try:
         lines = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
         picture = draw(chart(lines, gap))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, ValueError, KeyError) as error:
+        reason = f"a line has no {error}" if isinstance(error, KeyError) else error
+        print(f"error: {reason}", file=sys.stderr)
         raise typer.Exit(1) from error
     write_file(out, picture.encode())
 

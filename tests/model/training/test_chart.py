@@ -81,6 +81,7 @@ def test_points_stand_where_their_numbers_say(least: float) -> None:
     [
         ([*CONTEXT, {"task": "passkey"}], "results of one task make a chart"),
         ([{"piece_tokens": None, "by_position": []}], "no results to draw"),
+        ([{"task": "trial", "variant": "paper"}], "a line has no 'losses'"),
     ],
 )
 def test_what_cannot_be_drawn_is_an_error(
